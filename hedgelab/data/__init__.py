@@ -1,0 +1,1 @@
+"""DataModules: toy activations with known features, and activations of real language models."""

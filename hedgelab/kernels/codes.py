@@ -1,0 +1,128 @@
+"""Codes: the latents of a batch, whatever their layout in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Latent activations of a batch: dense, or compressed sparse rows.
+
+    Build one with :meth:`from_dense`, :meth:`from_csr` or :meth:`from_topk`, and ask the methods, never the fields, for
+    anything but speed: they answer alike for both layouts. Gradients flow through ``values``.
+
+    Attributes:
+        d_sae: Number of latents.
+        values: Dense layout: ``[batch, d_sae]``. Sparse layout: ``[nnz]``, stored row by row; a stored value may be 0.
+        latents: Sparse layout: the latent of each stored value, ``[nnz]`` int64. None in the dense layout.
+        crow: Sparse layout: where each row starts in ``values``, ``[batch + 1]`` int64. None in the dense layout.
+    """
+
+    d_sae: int
+    values: Tensor
+    latents: Tensor | None = None
+    crow: Tensor | None = None
+
+    @classmethod
+    def from_dense(cls, activations: Tensor) -> Codes:
+        """Wrap dense activations ``[batch, d_sae]``."""
+        return cls(activations.shape[1], activations)
+
+    @classmethod
+    def from_csr(cls, crow: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
+        """Wrap row pointers ``[batch + 1]``, latent indices ``[nnz]`` and values ``[nnz]``."""
+        return cls(d_sae, values, latents, crow)
+
+    @classmethod
+    def from_topk(cls, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
+        """Wrap k latents an example: ``latents`` and ``values`` are both ``[batch, k]``."""
+        batch, k = latents.shape
+        crow = torch.arange(0, (batch + 1) * k, k, device=latents.device) if k else latents.new_zeros(batch + 1)
+        return cls(d_sae, values.reshape(-1), latents.reshape(-1), crow)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the values lie in a ``[batch, d_sae]`` tensor."""
+        return self.crow is None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples."""
+        return self.values.shape[0] if self.crow is None else self.crow.shape[0] - 1
+
+    def csr(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row pointers, latents and values; a dense layout is compressed to its nonzero entries first."""
+        if self.crow is not None and self.latents is not None:
+            return self.crow, self.latents, self.values
+        rows, latents = self.values.nonzero(as_tuple=True)
+        return row_pointers(rows, self.batch_size), latents, self.values[rows, latents]
+
+    def rows(self) -> Tensor:
+        """The example of each stored value of the sparse layout, ``[nnz]`` int64."""
+        crow, _, values = self.csr()
+        return rows_of(crow, values.shape[0])
+
+    def to_dense(self) -> Tensor:
+        """Activations ``[batch, d_sae]``; differentiable. Repeated indices add up."""
+        if self.crow is None or self.latents is None:
+            return self.values
+        flat = rows_of(self.crow, self.values.shape[0]) * self.d_sae + self.latents
+        dense = self.values.new_zeros(self.batch_size * self.d_sae)
+        return dense.index_add(0, flat, self.values).view(self.batch_size, self.d_sae)
+
+    def detach(self) -> Codes:
+        """The same codes without a gradient."""
+        return Codes(self.d_sae, self.values.detach(), self.latents, self.crow)
+
+    def scale(self, factor: Tensor) -> Codes:
+        """Codes with latent i multiplied by ``factor[i]`` (decoder norms, when folding); ``factor``: ``[d_sae]``."""
+        if self.latents is None:
+            return Codes.from_dense(self.values * factor)
+        return Codes(self.d_sae, self.values * factor[self.latents], self.latents, self.crow)
+
+    def firing_counts(self) -> Tensor:
+        """How many examples each latent fires on (activation > 0), ``[d_sae]`` int64."""
+        if self.latents is None:
+            return (self.values > 0).sum(0)
+        fired = self.latents[self.values > 0]
+        return torch.bincount(fired, minlength=self.d_sae)
+
+    def fired(self) -> Tensor:
+        """Whether each latent fires on any example, ``[d_sae]`` bool."""
+        if self.latents is None:
+            return (self.values > 0).any(0)
+        fired = torch.zeros(self.d_sae, dtype=torch.int8, device=self.values.device)
+        return fired.scatter_reduce_(0, self.latents, (self.values > 0).to(torch.int8), "amax").bool()
+
+    def active_per_example(self) -> Tensor:
+        """L0 of each example, ``[batch]`` int64."""
+        if self.crow is None:
+            return (self.values > 0).sum(1)
+        active = torch.zeros(self.values.shape[0] + 1, dtype=torch.long, device=self.values.device)
+        torch.cumsum(self.values > 0, 0, out=active[1:])
+        return active[self.crow[1:]] - active[self.crow[:-1]]
+
+    def sum_per_latent(self, weight: Tensor | None = None) -> Tensor:
+        """Sum of each latent's activations over the batch, ``[d_sae]``, weighted by ``weight [batch]``; differentiable."""
+        if self.crow is None or self.latents is None:
+            return self.values.sum(0) if weight is None else weight @ self.values
+        values = self.values
+        if weight is not None:
+            values = values * weight[rows_of(self.crow, values.shape[0])]
+        return values.new_zeros(self.d_sae).index_add(0, self.latents, values)
+
+
+def row_pointers(rows: Tensor, batch_size: int) -> Tensor:
+    """Row pointers ``[batch + 1]`` of sorted row indices ``[nnz]``."""
+    crow = torch.zeros(batch_size + 1, dtype=torch.long, device=rows.device)
+    torch.cumsum(torch.bincount(rows, minlength=batch_size), 0, out=crow[1:])
+    return crow
+
+
+def rows_of(crow: Tensor, nnz: int) -> Tensor:
+    """Row index of each stored value, ``[nnz]``, from row pointers ``[batch + 1]``."""
+    return torch.repeat_interleave(torch.arange(crow.shape[0] - 1, device=crow.device), crow.diff(), output_size=nnz)

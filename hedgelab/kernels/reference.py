@@ -1,0 +1,107 @@
+"""Dense reference of every kernel: plain PyTorch with autograd, right by inspection, the yardstick of fast paths."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.jumprelu import JumpReLU, StepFunction
+
+
+def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """``(x - b_dec) W_enc + b_enc``, ``[batch, d_sae]``."""
+    return torch.addmm(b_enc, x - b_dec, W_enc)
+
+
+def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes:
+    """Codes of a ReLU SAE."""
+    return Codes.from_dense(pre_activations(x, W_enc, b_enc, b_dec).relu())
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, selection_scale: Tensor | None = None
+) -> Codes:
+    """Codes of the k largest pre-activations of each example, then ReLU."""
+    pre = pre_activations(x, W_enc, b_enc, b_dec)
+    ranked = pre if selection_scale is None else pre * selection_scale
+    kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, ranked.detach().topk(k, dim=1).indices, True)
+    return Codes.from_dense(torch.where(kept, pre.relu(), 0.0))
+
+
+def encode_batch_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    selection_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Codes:
+    """Codes of the k · batch largest of ``relu(pre)`` over the batch.
+
+    With ``weight`` (population mode) entries are kept, largest first, until their weight reaches k: L0 is k on average.
+    """
+    activations = pre_activations(x, W_enc, b_enc, b_dec).relu()
+    ranked = (activations if selection_scale is None else activations * selection_scale).detach().flatten()
+    if weight is None:
+        indices = ranked.topk(k * x.shape[0]).indices
+    else:
+        order = ranked.argsort(descending=True, stable=True)
+        mass = weight.repeat_interleave(activations.shape[1])[order].cumsum(0)
+        indices = order[mass <= k * (1 + 1e-9)]
+    kept = torch.zeros_like(ranked, dtype=torch.bool)
+    kept[indices] = True
+    return Codes.from_dense(torch.where(kept.view_as(activations), activations, 0.0))
+
+
+def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> Codes:
+    """Codes ``pre · 1[pre > threshold]`` for a given threshold (a scalar or ``[d_sae]``), no gradient to it."""
+    pre = pre_activations(x, W_enc, b_enc, b_dec)
+    return Codes.from_dense(torch.where(pre > threshold, pre, 0.0))
+
+
+def encode_jumprelu(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    log_threshold: Tensor,
+    bandwidth: float,
+    weight: Tensor | None = None,
+) -> tuple[Codes, Tensor]:
+    """Codes of a JumpReLU SAE, and how often each latent fires on average over the batch, ``[d_sae]``.
+
+    Both carry straight-through gradients to ``log_threshold`` (Rajamanoharan et al. 2024, section 3).
+    """
+    pre = pre_activations(x, W_enc, b_enc, b_dec)
+    threshold = log_threshold.exp()
+    activations: Tensor = JumpReLU.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
+    fired: Tensor = StepFunction.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
+    rates = fired.mean(0) if weight is None else weight @ fired
+    return Codes.from_dense(activations), rates
+
+
+def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """``a W_dec + b_dec``, ``[batch, d_in]``."""
+    return torch.addmm(b_dec, codes.to_dense(), W_dec)
+
+
+def decode_levels(
+    codes: Codes, W_dec: Tensor, b_dec: Tensor, levels: Sequence[int], detach: bool = False
+) -> list[Tensor]:
+    """Reconstructions from the first ``m`` latents for each ``m`` of ``levels``, each ``[batch, d_in]``.
+
+    With ``detach`` the running reconstruction is detached before each level adds its own latents, so an inner level
+    feels no gradient from outer ones; ``b_dec`` then learns from the innermost level alone.
+    """
+    activations = codes.to_dense()
+    reconstructions: list[Tensor] = []
+    running, start = b_dec.expand(activations.shape[0], -1), 0
+    for stop in levels:
+        if detach and start:
+            running = running.detach()
+        running = running + activations[:, start:stop] @ W_dec[start:stop]
+        reconstructions.append(running)
+        start = stop
+    return reconstructions
