@@ -1,7 +1,10 @@
 """What travels from a DataModule to an SAE: one batch of activations, and the truth behind it where it is known."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -17,3 +20,9 @@ class Batch(NamedTuple):
     x: Tensor
     features: Tensor | None = None
     weight: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        features = None if self.features is None else self.features.to(device)
+        weight = None if self.weight is None else self.weight.to(device)
+        return Batch(self.x.to(device), features, weight)

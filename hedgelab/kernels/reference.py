@@ -55,6 +55,13 @@ def encode_batch_topk(
     return Codes.from_dense(torch.where(kept.view_as(activations), activations, 0.0))
 
 
+def encode_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, columns: Tensor, k: int) -> Codes:
+    """Codes of the k largest pre-activations of each example among the latents ``columns`` only, then ReLU."""
+    pre = pre_activations(x, W_enc[:, columns], b_enc[columns], b_dec)
+    values, indices = pre.topk(k, dim=1)
+    return Codes.from_topk(columns[indices], values.relu(), W_enc.shape[1])
+
+
 def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> Codes:
     """Codes ``pre · 1[pre > threshold]`` for a given threshold (a scalar or ``[d_sae]``), no gradient to it."""
     pre = pre_activations(x, W_enc, b_enc, b_dec)

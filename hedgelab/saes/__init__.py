@@ -1,0 +1,30 @@
+"""Sparse autoencoders as LightningModules."""
+
+from hedgelab.saes.base import SAE
+from hedgelab.saes.batch_topk import BatchTopKSAE
+from hedgelab.saes.flat import FlatSAE
+from hedgelab.saes.fold import FoldedWeights, fold
+from hedgelab.saes.initialization import Initialization
+from hedgelab.saes.io import load_sae, save_sae, weights_sha256
+from hedgelab.saes.jumprelu import JumpReLUSAE
+from hedgelab.saes.losses import LossTerms
+from hedgelab.saes.matryoshka import MatryoshkaSAE
+from hedgelab.saes.topk import TopKSAE
+from hedgelab.saes.vanilla import VanillaSAE
+
+__all__ = [
+    "SAE",
+    "BatchTopKSAE",
+    "FlatSAE",
+    "FoldedWeights",
+    "Initialization",
+    "JumpReLUSAE",
+    "LossTerms",
+    "MatryoshkaSAE",
+    "TopKSAE",
+    "VanillaSAE",
+    "fold",
+    "load_sae",
+    "save_sae",
+    "weights_sha256",
+]

@@ -1,0 +1,262 @@
+"""The interface of every SAE, and the Lightning shell that trains and measures it."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from hedgelab.batch import Batch
+from hedgelab.errors import UserError
+from hedgelab.kernels import ops
+from hedgelab.kernels.codes import Codes
+from hedgelab.saes.fold import FoldedWeights, fold
+from hedgelab.saes.losses import LossTerms
+
+if TYPE_CHECKING:
+    from hedgelab.metrics.evaluation import SAEMetrics
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class Activation(NamedTuple):
+    """Latents of a batch in training, and what their activity costs.
+
+    Attributes:
+        codes: The selected latents.
+        penalty: Sparsity cost of each latent, mean over the batch, coefficient included, ``[d_sae]``; None without one.
+    """
+
+    codes: Codes
+    penalty: Tensor | None = None
+
+
+class SAE(L.LightningModule, ABC):
+    """A sparse autoencoder: ``encode``, ``decode``, ``loss``, and the shell that trains it.
+
+    A training batch is a *chunk*, a list of batches; each is one optimiser step. Optimisation is manual (in Lightning's
+    sense), so ``global_step`` counts optimiser steps while callbacks and logging cost once a chunk.
+
+    Attributes:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        W_enc: ``[d_in, d_sae]``, laid out in memory like its transpose so that sparse gradients need no copy.
+        b_enc: ``[d_sae]``.
+        W_dec: ``[d_sae, d_in]``; row i is the direction of latent i.
+        b_dec: ``[d_in]``.
+        optimizer: Makes the optimiser from the parameters.
+        lr_scheduler: Makes the schedule, stepped once an optimiser step; None for a constant learning rate.
+        gradient_clip_norm: Largest norm of the gradient; None for no clipping.
+        steps_done: Optimiser steps taken so far; warm-ups read it.
+    """
+
+    d_in: int
+    d_sae: int
+    optimizer: OptimizerFactory
+    lr_scheduler: SchedulerFactory | None
+    gradient_clip_norm: float | None
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+
+    not_architecture: ClassVar[frozenset[str]] = frozenset(
+        {"self", "init", "optimizer", "lr_scheduler", "gradient_clip_norm", "kwargs"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.steps_done = 0
+        self._metrics: SAEMetrics | None = None
+        self._window: list[dict[str, Tensor]] = []
+
+    # -- the interface -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Codes:
+        """Latents of activations ``x [batch, d_in]``, as used for inference and measuring."""
+
+    def decode(self, codes: Codes) -> Tensor:
+        """Reconstruction ``[batch, d_in]`` of latents."""
+        return ops.decode(codes, self.W_dec, self.b_dec)
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> LossTerms:
+        """The training loss of a batch; changes nothing, so measuring it never disturbs training."""
+
+    @abstractmethod
+    def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
+        """Set what depends on data, once, before the first step: ``b_dec`` and, if asked for, weights at the features."""
+
+    def before_optimizer_step(self) -> None:
+        """Adjust gradients before the optimiser uses them."""
+
+    @torch.no_grad()
+    def after_step(self, result: LossTerms) -> None:
+        """Advance what counts steps (dead-latent clock, thresholds), after the optimiser's step."""
+
+    @property
+    def dead_latents(self) -> Tensor:
+        """Which latents have been silent for longer than the dead-latent window, ``[d_sae]`` bool."""
+        return torch.zeros(self.d_sae, dtype=torch.bool, device=self.W_dec.device)
+
+    def set_steps_done(self, steps: int) -> None:
+        """Tell the SAE how many optimiser steps it has taken."""
+        self.steps_done = steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct ``x [batch, d_in]``."""
+        return self.decode(self.encode(x))
+
+    def folded(self) -> FoldedWeights:
+        """Detached copies of the weights with decoder norms folded in."""
+        return fold(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+
+    def config(self) -> dict[str, Any]:
+        """Class name and architecture arguments as plain JSON values; :func:`hedgelab.saes.load_sae` reads it back.
+
+        By convention every architecture argument of ``__init__`` is kept in an attribute of the same name.
+        """
+        arguments = {name: _plain(getattr(self, name)) for name in init_parameters(type(self)) - self.not_architecture}
+        return {"class": type(self).__name__, **dict(sorted(arguments.items()))}
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser, fused unless told otherwise, and the schedule."""
+        optimizer = self.optimizer(self.parameters())
+        for group in optimizer.param_groups:
+            if "fused" in group and group["fused"] is None and not group.get("foreach"):
+                group["fused"] = True
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        """Initialise from data at the first step of a run; a resumed run has its weights already."""
+        if self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
+            data = getattr(self.trainer, "datamodule", None)
+            if data is None:
+                raise UserError("data: fit needs a hedgelab DataModule")
+            self.initialize(data.batch("train", 0).to(self.device), data.feature_directions)
+
+    def on_train_start(self) -> None:
+        """Let validation intervals count optimiser steps, whatever the chunk."""
+        interval = self.trainer.val_check_interval
+        if isinstance(interval, int):
+            chunk_steps = getattr(self.trainer.train_dataloader, "chunk_steps", 1)
+            self.trainer.val_check_batch = max(1, interval // chunk_steps)
+
+    def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
+        """Take one optimiser step for each batch of the chunk."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        step = self.trainer.global_step
+        for batch in chunk:
+            self.set_steps_done(step)
+            result = self.loss(batch)
+            optimizer.zero_grad()  # type: ignore[union-attr]
+            self.manual_backward(result.total)
+            if self.gradient_clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip_norm)
+            self.before_optimizer_step()
+            optimizer.step()  # type: ignore[union-attr]
+            if schedule is not None:
+                schedule.step()  # type: ignore[union-attr]
+            self.after_step(result)
+            step += 1
+            self._window.append({name: term.detach() for name, term in result.terms.items()})
+        self.set_steps_done(step)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self.trainer.max_steps or (every and step % every == 0):
+            self._report_training(step)
+
+    def _report_training(self, step: int) -> None:
+        """Log each term's mean over the steps since the last report."""
+        names = list(dict.fromkeys(name for terms in self._window for name in terms))
+        sums = [torch.stack([terms[name].float() for terms in self._window if name in terms]).sum() for name in names]
+        means = (torch.stack(sums) / len(self._window)).tolist()
+        self._window.clear()
+        values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
+        values["train/loss"] = sum(values.values())
+        self.report(values, step)
+
+    def report(self, values: dict[str, float], step: int) -> None:
+        """Send numbers to the loggers at an optimiser step, and to callbacks and the progress bar."""
+        for logger in self.loggers:
+            logger.log_metrics(values, step=step)
+        self.log_dict(values, logger=False, batch_size=1)
+
+    # -- measuring ---------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Start from empty metrics."""
+        from hedgelab.metrics.evaluation import SAEMetrics  # late: torchmetrics is slow to import
+
+        data = getattr(self.trainer, "datamodule", None)
+        directions = None if data is None else data.feature_directions
+        self._metrics = SAEMetrics(self.d_in, self.d_sae, directions).to(self.device)
+
+    def validation_step(self, chunk: list[Batch], batch_idx: int) -> None:
+        """Measure a chunk of validation batches."""
+        assert self._metrics is not None
+        for batch in chunk:
+            codes = self.encode(batch.x)
+            self._metrics.update(batch, self.decode(codes), codes)
+
+    def on_validation_epoch_end(self) -> None:
+        """Report the metrics of the validation pass."""
+        self._report_metrics("val")
+
+    def on_test_start(self) -> None:
+        """Start from empty metrics."""
+        self.on_validation_start()
+
+    def test_step(self, chunk: list[Batch], batch_idx: int) -> None:
+        """Measure a chunk of test batches."""
+        self.validation_step(chunk, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Report the metrics of the test pass."""
+        self._report_metrics("test")
+
+    def _report_metrics(self, stage: str) -> None:
+        assert self._metrics is not None
+        folded = self.folded()
+        values = self._metrics.compute(folded.W_enc, folded.W_dec)
+        self.report({f"{stage}/{name}": float(value) for name, value in values.items()}, self.trainer.global_step)
+        self._metrics.reset()
+
+
+def init_parameters(cls: type) -> set[str]:
+    """Names of all ``__init__`` arguments of a class, those it passes on to its parents through ``**kwargs`` included."""
+    names: set[str] = set()
+    for parent in cls.__mro__:
+        if "__init__" not in vars(parent):
+            continue
+        parameters = inspect.signature(vars(parent)["__init__"]).parameters.values()
+        names |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value for an architecture argument."""
+    if isinstance(value, SAE):
+        return value.config()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return list(value) if isinstance(value, tuple) else value

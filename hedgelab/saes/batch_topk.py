@@ -1,0 +1,59 @@
+"""The BatchTopK SAE: k latents an example on average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hedgelab.batch import Batch
+from hedgelab.kernels import ops
+from hedgelab.kernels.codes import Codes
+from hedgelab.saes.base import Activation
+from hedgelab.saes.k_sparse import KSparseSAE
+from hedgelab.saes.losses import LossTerms
+
+THRESHOLD_RATE = 0.01
+
+
+class BatchTopKSAE(KSparseSAE):
+    """Keep the k · batch largest latents of the whole batch (Bussmann et al. 2024; SPEC section 2).
+
+    Inference uses one threshold, an exponential moving average (rate 0.01) of the smallest positive kept activation: exactly a
+    JumpReLU SAE with a uniform threshold (uniform in units of the selection, where that is norm-aware).
+
+    Attributes:
+        threshold: The inference threshold, a scalar; NaN before the first training step, when inference is a plain ReLU.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, d_in: int, d_sae: int, k: int, **kwargs: Any) -> None:
+        super().__init__(d_in, d_sae, k, **kwargs)
+        self.register_buffer("threshold", torch.tensor(float("nan")))
+
+    def encode(self, x: Tensor) -> Codes:
+        """Latents above the learned threshold."""
+        threshold, scale = self.threshold.nan_to_num(0.0), self.selection_scale()
+        if scale is not None:
+            threshold = threshold / scale.clamp_min(1e-30)
+        return ops.encode_threshold(x, self.W_enc, self.b_enc, self.b_dec, threshold)
+
+    def activate(self, batch: Batch) -> Activation:
+        """The k · batch largest latents of this batch; activity costs nothing."""
+        return Activation(
+            ops.encode_batch_topk(
+                batch.x, self.W_enc, self.b_enc, self.b_dec, self.k, self.selection_scale(), batch.weight
+            )
+        )
+
+    @torch.no_grad()
+    def after_step(self, result: LossTerms) -> None:
+        """Move the threshold toward this batch's smallest kept activation, and advance the dead-latent clock."""
+        super().after_step(result)
+        scale = self.selection_scale()
+        kept = (result.codes if scale is None else result.codes.scale(scale)).values
+        smallest = torch.where(kept > 0, kept, torch.inf).amin().to(self.threshold)
+        moved = torch.where(self.threshold.isnan(), smallest, self.threshold.lerp(smallest, THRESHOLD_RATE))
+        self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))

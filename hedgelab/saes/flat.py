@@ -1,0 +1,112 @@
+"""What all SAEs with one level share: their weights, and a loss of one reconstruction."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from hedgelab.batch import Batch
+from hedgelab.errors import UserError
+from hedgelab.saes.base import SAE, Activation, OptimizerFactory, SchedulerFactory
+from hedgelab.saes.initialization import Initialization
+from hedgelab.saes.losses import LossTerms, squared_error
+
+
+class FlatSAE(SAE):
+    """An SAE whose latents all reconstruct together; subclasses say how latents activate and what activity costs.
+
+    Args:
+        d_in: Width of the activations (linked from the data).
+        d_sae: Number of latents.
+        init: How the weights start.
+        normalize_decoder: Keep decoder rows at norm 1 (project after each step, drop gradients along the rows).
+        optimizer: Optimiser class and arguments; fused unless told otherwise.
+        lr_scheduler: Learning-rate schedule, stepped every optimiser step; null for a constant rate.
+        gradient_clip_norm: Largest norm of the gradient; null for no clipping.
+
+    Raises:
+        UserError: A width below 1, or a negative clipping norm.
+    """
+
+    penalty_name = "penalty"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        init: Initialization = Initialization(),  # noqa: B008 (frozen)
+        normalize_decoder: bool = False,
+        optimizer: OptimizerFactory = lambda params: Adam(params, lr=3e-4),
+        lr_scheduler: SchedulerFactory | None = None,
+        gradient_clip_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        for name, width in (("d_in", d_in), ("d_sae", d_sae)):
+            if width < 1:
+                raise UserError(f"model.{name}: must be at least 1, got {width}")
+        if gradient_clip_norm is not None and gradient_clip_norm <= 0:
+            raise UserError(f"model.gradient_clip_norm: must be above 0 or null, got {gradient_clip_norm}")
+        self.d_in = d_in
+        self.d_sae = d_sae
+        self.init = init
+        self.normalize_decoder = normalize_decoder
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.gradient_clip_norm = gradient_clip_norm
+        encoder, decoder = init.random_weights(d_in, d_sae)
+        self.W_enc = nn.Parameter(encoder.t())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(decoder)
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @abstractmethod
+    def activate(self, batch: Batch) -> Activation:
+        """Latents as training sees them, with the cost of their activity."""
+
+    def auxiliary_loss(self, batch: Batch, x_hat: Tensor, among: slice | None = None) -> Tensor | None:
+        """What revives dead latents (those ``among`` the given ones); None where there is nothing to revive."""
+        return None
+
+    def loss(self, batch: Batch) -> LossTerms:
+        """Squared error, the sparsity penalty where there is one, and the auxiliary loss where latents are dead."""
+        codes, penalty = self.activate(batch)
+        x_hat = self.decode(codes)
+        terms = {"mse": squared_error(x_hat, batch.x, batch.weight)}
+        if penalty is not None:
+            terms[self.penalty_name] = penalty.sum()
+        auxiliary = self.auxiliary_loss(batch, x_hat)
+        if auxiliary is not None:
+            terms["auxiliary"] = auxiliary
+        return LossTerms(terms, codes, x_hat)
+
+    @torch.no_grad()
+    def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
+        """Set ``b_dec`` from the first batch, and weights at the known features if the config asks for it."""
+        if self.init.at_features:
+            if feature_directions is None:
+                raise UserError("model.init.at_features: needs data with known features; these activations have none")
+            encoder, decoder = self.init.feature_weights(feature_directions, self.d_sae)
+            self.W_enc[:, : len(encoder)] = encoder.t().to(self.W_enc)
+            self.W_dec[: len(decoder)] = decoder.to(self.W_dec)
+        if self.normalize_decoder:
+            self._project_decoder()
+        self.b_dec.copy_(self.init.decoder_bias(first.x))
+
+    @torch.no_grad()
+    def before_optimizer_step(self) -> None:
+        """With ``normalize_decoder``, drop the part of the decoder's gradient that would only change norms."""
+        if self.normalize_decoder and self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def after_step(self, result: LossTerms) -> None:
+        """With ``normalize_decoder``, bring decoder rows back to norm 1."""
+        if self.normalize_decoder:
+            self._project_decoder()
+
+    def _project_decoder(self) -> None:
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-30))

@@ -1,0 +1,72 @@
+"""How an SAE's weights start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hedgelab.errors import UserError
+from hedgelab.saes.losses import geometric_median
+from hedgelab.seeding import generator, resolve_seed
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """How an SAE's weights start.
+
+    Attributes:
+        decoder_norm: Norm of each random decoder row.
+        encoder: ``transpose`` copies the decoder's rows; ``random`` draws directions of its own of the same norm.
+        b_dec: Decoder bias at ``zeros``, or the ``mean`` or ``geometric_median`` of the first batch.
+        at_features: Start at the known features instead: encoder and decoder of latent i at feature i plus noise.
+        noise: Standard deviation, per coordinate, of the noise added to the features.
+        seed: Seed of the weights; None takes the run's ``seed_everything``.
+    """
+
+    decoder_norm: float = 1.0
+    encoder: Literal["transpose", "random"] = "transpose"
+    b_dec: Literal["zeros", "mean", "geometric_median"] = "zeros"
+    at_features: bool = False
+    noise: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.decoder_norm <= 0:
+            raise UserError(f"model.init.decoder_norm: must be above 0, got {self.decoder_norm}")
+        if self.noise < 0:
+            raise UserError(f"model.init.noise: must not be negative, got {self.noise}")
+        if self.noise and not self.at_features:
+            raise UserError("model.init.noise: is added to the true features, so it needs model.init.at_features: true")
+
+    def random_weights(self, d_in: int, d_sae: int) -> tuple[Tensor, Tensor]:
+        """Encoder and decoder directions, both as rows ``[d_sae, d_in]``."""
+        rng = generator(resolve_seed(self.seed), "weights")
+        decoder = random_directions(d_sae, d_in, rng) * self.decoder_norm
+        if self.encoder == "transpose":
+            return decoder.clone(), decoder
+        return random_directions(d_sae, d_in, rng) * self.decoder_norm, decoder
+
+    def feature_weights(self, directions: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+        """Encoder and decoder rows at the first ``d_sae`` true features plus noise, each ``[min(d_sae, n), d_in]``."""
+        rng = generator(resolve_seed(self.seed), "feature noise")
+        start = directions[:d_sae].cpu()
+        encoder, decoder = (start + self.noise * torch.randn(start.shape, generator=rng) for _ in range(2))
+        return encoder, decoder
+
+    def decoder_bias(self, x: Tensor) -> Tensor:
+        """Decoder bias ``[d_in]`` from the first batch ``[batch, d_in]``."""
+        match self.b_dec:
+            case "zeros":
+                return torch.zeros_like(x[0])
+            case "mean":
+                return x.mean(0)
+            case "geometric_median":
+                return geometric_median(x)
+
+
+def random_directions(count: int, d_in: int, rng: torch.Generator) -> Tensor:
+    """Random unit rows, ``[count, d_in]``."""
+    return torch.nn.functional.normalize(torch.randn(count, d_in, generator=rng), dim=1)

@@ -1,0 +1,70 @@
+"""The JumpReLU SAE: a learned threshold for every latent."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hedgelab.batch import Batch
+from hedgelab.errors import UserError
+from hedgelab.kernels import ops
+from hedgelab.kernels.codes import Codes
+from hedgelab.saes.base import Activation
+from hedgelab.saes.flat import FlatSAE
+from hedgelab.saes.losses import warmed_up
+
+
+class JumpReLUSAE(FlatSAE):
+    """Latents that jump at learned thresholds, with an L0 penalty (Rajamanoharan et al. 2024; SPEC section 2).
+
+    Args:
+        d_in: Width of the activations (linked from the data).
+        d_sae: Number of latents.
+        l0_coefficient: λ of the penalty ``λ · mean_b Σ_i 1[pre_i > θ_i]``.
+        l0_warmup_steps: Steps over which λ rises linearly to its full value.
+        threshold: Threshold of every latent at the start.
+        bandwidth: Width ε of the rectangle kernel of the straight-through estimates.
+        **kwargs: Arguments of :class:`~hedgelab.saes.flat.FlatSAE`.
+
+    Raises:
+        UserError: A negative coefficient or warm-up, or a threshold or bandwidth not above 0.
+    """
+
+    penalty_name = "l0_penalty"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        l0_coefficient: float,
+        l0_warmup_steps: int = 0,
+        threshold: float = 0.01,
+        bandwidth: float = 0.05,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, **kwargs)
+        for name, value in (("l0_coefficient", l0_coefficient), ("l0_warmup_steps", l0_warmup_steps)):
+            if value < 0:
+                raise UserError(f"model.{name}: must not be negative, got {value}")
+        for name, value in (("threshold", threshold), ("bandwidth", bandwidth)):
+            if value <= 0:
+                raise UserError(f"model.{name}: must be above 0, got {value}")
+        self.l0_coefficient = l0_coefficient
+        self.l0_warmup_steps = l0_warmup_steps
+        self.threshold = threshold
+        self.bandwidth = bandwidth
+        self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(threshold)))
+
+    def encode(self, x: Tensor) -> Codes:
+        """``pre · 1[pre > θ]``."""
+        return ops.encode_threshold(x, self.W_enc, self.b_enc, self.b_dec, self.log_threshold.exp())
+
+    def activate(self, batch: Batch) -> Activation:
+        """JumpReLU latents and the cost of how often each fires, both with straight-through gradients to θ."""
+        codes, rates = ops.encode_jumprelu(
+            batch.x, self.W_enc, self.b_enc, self.b_dec, self.log_threshold, self.bandwidth, batch.weight
+        )
+        return Activation(codes, warmed_up(self.l0_coefficient, self.steps_done, self.l0_warmup_steps) * rates)

@@ -1,0 +1,94 @@
+"""What TopK and BatchTopK share: k, norm-aware selection, and the revival of dead latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hedgelab.batch import Batch
+from hedgelab.errors import UserError
+from hedgelab.kernels import ops
+from hedgelab.saes.flat import FlatSAE
+from hedgelab.saes.losses import LossTerms, squared_error
+
+
+class KSparseSAE(FlatSAE):
+    """An SAE that keeps k latents an example (SPEC section 2); dead ones are revived by an auxiliary loss.
+
+    Args:
+        d_in: Width of the activations (linked from the data).
+        d_sae: Number of latents.
+        k: Latents kept an example (BatchTopK: on average).
+        norm_aware_selection: Select by pre-activation times decoder norm.
+        dead_after_steps: A latent that fired on no example in this many steps is dead.
+        auxiliary_coefficient: Weight of the auxiliary loss; 0 switches it off.
+        **kwargs: Arguments of :class:`~hedgelab.saes.flat.FlatSAE`.
+
+    Raises:
+        UserError: A k that does not fit, a window below 1 or a negative coefficient.
+    """
+
+    steps_since_fired: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        norm_aware_selection: bool = False,
+        dead_after_steps: int = 1000,
+        auxiliary_coefficient: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, **kwargs)
+        if not 1 <= k <= d_sae:
+            raise UserError(f"model.k: must lie between 1 and d_sae = {d_sae}, got {k}")
+        if dead_after_steps < 1:
+            raise UserError(f"model.dead_after_steps: must be at least 1, got {dead_after_steps}")
+        if auxiliary_coefficient < 0:
+            raise UserError(f"model.auxiliary_coefficient: must not be negative, got {auxiliary_coefficient}")
+        self.k = k
+        self.norm_aware_selection = norm_aware_selection
+        self.dead_after_steps = dead_after_steps
+        self.auxiliary_coefficient = auxiliary_coefficient
+        self.register_buffer("steps_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+
+    @property
+    def dead_latents(self) -> Tensor:
+        """Which latents fired on no example in the last ``dead_after_steps`` steps, ``[d_sae]`` bool."""
+        return self.steps_since_fired >= self.dead_after_steps
+
+    def selection_scale(self) -> Tensor | None:
+        """What pre-activations are multiplied by for the selection, ``[d_sae]``; None for nothing."""
+        return self.W_dec.detach().norm(dim=1) if self.norm_aware_selection else None
+
+    def auxiliary_loss(self, batch: Batch, x_hat: Tensor, among: slice | None = None) -> Tensor | None:
+        """The top ``d_in // 2`` dead latents predict the residual (Gao et al. 2024, appendix A.2; scaled as in SPEC §2).
+
+        The residual is detached: the auxiliary loss moves dead latents only. ``among`` restricts it to a level's latents.
+        """
+        if not self.auxiliary_coefficient or self.steps_done < self.dead_after_steps:
+            return None
+        start = 0 if among is None else among.start
+        dead = self.dead_latents if among is None else self.dead_latents[among]
+        columns = dead.nonzero().squeeze(1) + start
+        if not len(columns):
+            return None
+        k_aux = max(1, self.d_in // 2)
+        codes = ops.encode_columns(batch.x, self.W_enc, self.b_enc, self.b_dec, columns, min(k_aux, len(columns)))
+        prediction = ops.decode(codes, self.W_dec, torch.zeros_like(self.b_dec))
+        error = squared_error(prediction, (batch.x - x_hat).detach(), batch.weight)
+        return self.auxiliary_coefficient * min(1.0, len(columns) / k_aux) * error
+
+    @torch.no_grad()
+    def after_step(self, result: LossTerms) -> None:
+        """Advance the dead-latent clock: a latent that fired on any rank is alive."""
+        super().after_step(result)
+        fired = result.codes.fired()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            count = fired.to(torch.uint8)
+            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+            fired = count.bool()
+        self.steps_since_fired.add_(1).masked_fill_(fired, 0)

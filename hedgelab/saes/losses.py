@@ -1,0 +1,68 @@
+"""What a training step computes: the squared error and the named terms of a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hedgelab.kernels.codes import Codes
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The named terms of one batch's loss, and what they were computed from.
+
+    Attributes:
+        terms: Scalars that already carry their coefficients; the loss is their sum.
+        codes: The selected latents of the batch.
+        x_hat: Reconstruction, ``[batch, d_in]``.
+    """
+
+    terms: dict[str, Tensor]
+    codes: Codes
+    x_hat: Tensor
+
+    @cached_property
+    def total(self) -> Tensor:
+        """The loss: the sum of all terms."""
+        first, *rest = self.terms.values()
+        for term in rest:
+            first = first + term
+        return first
+
+
+def squared_error(x_hat: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Squared error summed over ``d_in`` and averaged over the batch, or over ``weight [batch]`` (population mode).
+
+    Differences are taken in at least single precision, so bf16 reconstructions lose nothing more here.
+    """
+    error = (x_hat - x).square() if x_hat.dtype == x.dtype and x.itemsize >= 4 else (x_hat.float() - x.float()).square()
+    if weight is not None:
+        return weight @ error.sum(1)
+    return error.sum() / x.shape[0]
+
+
+def warmed_up(coefficient: float, step: int, warmup_steps: int, start: float = 0.0) -> float:
+    """A coefficient that rises linearly from ``start`` to its full value over ``warmup_steps`` steps.
+
+    >>> [warmed_up(2.0, step, 4) for step in (0, 2, 4, 9)]
+    [0.0, 1.0, 2.0, 2.0]
+    """
+    if step >= warmup_steps:
+        return coefficient
+    return start + (coefficient - start) * step / warmup_steps
+
+
+def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point with the least summed distance to the rows of ``x [batch, d_in]`` (Weiszfeld's iteration), ``[d_in]``."""
+    points = x.double()
+    median = points.mean(0)
+    for _ in range(iterations):
+        inverse = 1 / torch.linalg.vector_norm(points - median, dim=1).clamp_min(1e-12)
+        previous, median = median, inverse @ points / inverse.sum()
+        if torch.linalg.vector_norm(median - previous) <= tolerance * torch.linalg.vector_norm(median):
+            break
+    return median.to(x.dtype)

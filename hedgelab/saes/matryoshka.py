@@ -1,0 +1,145 @@
+"""Matryoshka SAEs: nested prefixes of latents, each of which must reconstruct on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from hedgelab.batch import Batch
+from hedgelab.errors import UserError
+from hedgelab.kernels import ops
+from hedgelab.kernels.codes import Codes
+from hedgelab.saes.base import SAE
+from hedgelab.saes.flat import FlatSAE
+from hedgelab.saes.losses import LossTerms, squared_error
+
+
+class MatryoshkaSAE(SAE):
+    """Wrap an SAE so that each nested prefix of its latents reconstructs on its own (SPEC section 3).
+
+    Level ℓ reconstructs from the first ``levels[ℓ]`` latents; the loss is ``Σ_ℓ w_ℓ (MSE_ℓ + penalty_ℓ)`` with
+    ``w_ℓ = beta^(L - ℓ)``: 0 is the ordinary SAE, 1 the plain matryoshka SAE (Bussmann et al. 2025), values between balance
+    hedging against absorption (Chanin et al. 2025, section 6). Above 1 the loss is divided by the number of levels.
+
+    Args:
+        d_in: Width of the activations (linked from the data).
+        inner: The SAE inside, with its width, activation, penalty, initialisation and optimiser.
+        levels: Sizes of the nested prefixes, rising; the last is the inner SAE's ``d_sae``.
+        beta: Factor from each level's weight to the next inner one's.
+        detached: Inner levels feel no gradient from outer ones (the limit of a large β); each level then pays the penalty of
+            its own new latents only.
+        auxiliary_per_level: Dead latents of each level predict that level's residual, instead of all the last one's.
+
+    Raises:
+        UserError: Levels that do not rise to ``d_sae``, a negative β, or a β together with ``detached``.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        inner: Callable[[int], FlatSAE],
+        levels: list[int],
+        beta: float = 1.0,
+        detached: bool = False,
+        auxiliary_per_level: bool = False,
+    ) -> None:
+        super().__init__()
+        self.inner = inner(d_in)
+        self.d_in = d_in
+        self.d_sae = self.inner.d_sae
+        if not levels or levels[0] < 1 or any(a >= b for a, b in pairwise(levels)):
+            raise UserError(f"model.levels: must be rising sizes of at least 1, got {levels}")
+        if levels[-1] != self.d_sae:
+            raise UserError(f"model.levels: the last must be the inner d_sae = {self.d_sae}, got {levels[-1]}")
+        if not 0 <= beta < float("inf"):
+            raise UserError(f"model.beta: must be 0 or a finite positive number, got {beta}; see model.detached")
+        if detached and beta != 1:
+            raise UserError(f"model.beta: has no meaning with model.detached: true, got {beta}")
+        self.levels = list(levels)
+        self.beta = beta
+        self.detached = detached
+        self.auxiliary_per_level = auxiliary_per_level
+        self.optimizer = self.inner.optimizer
+        self.lr_scheduler = self.inner.lr_scheduler
+        self.gradient_clip_norm = self.inner.gradient_clip_norm
+
+    @property
+    def W_enc(self) -> Tensor:  # type: ignore[override]
+        """The inner SAE's, ``[d_in, d_sae]``."""
+        return self.inner.W_enc
+
+    @property
+    def b_enc(self) -> Tensor:  # type: ignore[override]
+        """The inner SAE's, ``[d_sae]``."""
+        return self.inner.b_enc
+
+    @property
+    def W_dec(self) -> Tensor:  # type: ignore[override]
+        """The inner SAE's, ``[d_sae, d_in]``."""
+        return self.inner.W_dec
+
+    @property
+    def b_dec(self) -> Tensor:  # type: ignore[override]
+        """The inner SAE's, ``[d_in]``."""
+        return self.inner.b_dec
+
+    @property
+    def dead_latents(self) -> Tensor:
+        """The inner SAE's, ``[d_sae]`` bool."""
+        return self.inner.dead_latents
+
+    def level_weights(self) -> list[float]:
+        """Weight of each level's loss, innermost first."""
+        count = len(self.levels)
+        share = 1 / count if self.beta > 1 else 1.0
+        return [share * self.beta ** (count - 1 - level) for level in range(count)]
+
+    def level_slices(self) -> list[slice]:
+        """Each level's own new latents."""
+        return [slice(a, b) for a, b in pairwise([0, *self.levels])]
+
+    def encode(self, x: Tensor) -> Codes:
+        """The inner SAE's latents."""
+        return self.inner.encode(x)
+
+    def loss(self, batch: Batch) -> LossTerms:
+        """Every level's weighted squared error and penalty, and the auxiliary loss."""
+        codes, penalty = self.inner.activate(batch)
+        x_hats = ops.decode_levels(codes, self.W_dec, self.b_dec, self.levels, self.detached)
+        terms: dict[str, Tensor] = {}
+        for weight, latents, x_hat in zip(self.level_weights(), self.level_slices(), x_hats, strict=True):
+            if not weight:
+                continue
+            terms[f"mse/level{latents.stop}"] = weight * squared_error(x_hat, batch.x, batch.weight)
+            if penalty is not None:
+                paid = penalty[latents] if self.detached else penalty[: latents.stop]
+                terms[f"{self.inner.penalty_name}/level{latents.stop}"] = weight * paid.sum()
+        if self.auxiliary_per_level:
+            for latents, x_hat in zip(self.level_slices(), x_hats, strict=True):
+                auxiliary = self.inner.auxiliary_loss(batch, x_hat, latents)
+                if auxiliary is not None:
+                    terms[f"auxiliary/level{latents.stop}"] = auxiliary
+        elif (auxiliary := self.inner.auxiliary_loss(batch, x_hats[-1])) is not None:
+            terms["auxiliary"] = auxiliary
+        return LossTerms(terms, codes, x_hats[-1])
+
+    def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
+        """Initialise the inner SAE."""
+        self.inner.initialize(first, feature_directions)
+
+    def set_steps_done(self, steps: int) -> None:
+        """Tell the inner SAE as well."""
+        super().set_steps_done(steps)
+        self.inner.set_steps_done(steps)
+
+    def before_optimizer_step(self) -> None:
+        """The inner SAE's."""
+        self.inner.before_optimizer_step()
+
+    @torch.no_grad()
+    def after_step(self, result: LossTerms) -> None:
+        """The inner SAE's."""
+        self.inner.after_step(result)

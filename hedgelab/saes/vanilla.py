@@ -1,0 +1,65 @@
+"""The vanilla SAE: ReLU and an L1 penalty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hedgelab.batch import Batch
+from hedgelab.errors import UserError
+from hedgelab.kernels import ops
+from hedgelab.kernels.codes import Codes
+from hedgelab.saes.base import Activation
+from hedgelab.saes.flat import FlatSAE
+from hedgelab.saes.losses import warmed_up
+
+
+class VanillaSAE(FlatSAE):
+    """ReLU latents with an L1 penalty weighted by decoder norms, so that rescaling cannot cheat it (SPEC section 2).
+
+    Args:
+        d_in: Width of the activations (linked from the data).
+        d_sae: Number of latents.
+        l1_coefficient: λ of the penalty ``λ · mean_b Σ_i a_i ‖W_dec[i]‖``.
+        l1_warmup_steps: Steps over which λ rises linearly to its full value.
+        l1_warmup_start: λ at the first step of the warm-up.
+        **kwargs: Arguments of :class:`~hedgelab.saes.flat.FlatSAE`.
+
+    Raises:
+        UserError: A negative coefficient or warm-up.
+    """
+
+    penalty_name = "l1"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        l1_coefficient: float,
+        l1_warmup_steps: int = 0,
+        l1_warmup_start: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, **kwargs)
+        for name, value in (
+            ("l1_coefficient", l1_coefficient),
+            ("l1_warmup_steps", l1_warmup_steps),
+            ("l1_warmup_start", l1_warmup_start),
+        ):
+            if value < 0:
+                raise UserError(f"model.{name}: must not be negative, got {value}")
+        self.l1_coefficient = l1_coefficient
+        self.l1_warmup_steps = l1_warmup_steps
+        self.l1_warmup_start = l1_warmup_start
+
+    def encode(self, x: Tensor) -> Codes:
+        """``relu((x - b_dec) W_enc + b_enc)``."""
+        return ops.encode_relu(x, self.W_enc, self.b_enc, self.b_dec)
+
+    def activate(self, batch: Batch) -> Activation:
+        """ReLU latents and their L1 cost."""
+        codes = self.encode(batch.x)
+        coefficient = warmed_up(self.l1_coefficient, self.steps_done, self.l1_warmup_steps, self.l1_warmup_start)
+        share = coefficient if batch.weight is not None else coefficient / batch.x.shape[0]
+        return Activation(codes, share * codes.sum_per_latent(batch.weight) * self.W_dec.norm(dim=1))
