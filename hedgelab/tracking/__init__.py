@@ -1,0 +1,21 @@
+"""Runs, tracked in MLflow: the logger, the callbacks that fill a run, and what reads runs back.
+
+Names are imported when first asked for: listing runs needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hedgelab.tracking.logger import MLflowTracker
+    from hedgelab.tracking.progress import StepProgressBar
+    from hedgelab.tracking.record import RunRecord
+
+_HOMES = {"MLflowTracker": "logger", "RunRecord": "record", "StepProgressBar": "progress"}
+__all__ = ["MLflowTracker", "RunRecord", "StepProgressBar"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"hedgelab.tracking.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'hedgelab.tracking' has no attribute '{name}'")

@@ -1,0 +1,42 @@
+"""Series of bounded length, however long the run: what figures at the end of training are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ThinnedSeries(Generic[T]):
+    """At most ``limit`` values over training steps, evenly thinned as more are offered.
+
+    Args:
+        limit: Most values kept; when it is exceeded, every second value goes and only every second offer is taken.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.steps: list[int] = []
+        self.values: list[T] = []
+        self._stride = 1
+        self._offers = 0
+
+    def offer(self, step: int, make: Callable[[], T]) -> None:
+        """Keeps ``make()`` for this step if its turn has come; it is not called otherwise."""
+        if self._offers % self._stride == 0:
+            self.steps.append(step)
+            self.values.append(make())
+            if len(self.steps) > self.limit:
+                self.steps, self.values = self.steps[::2], self.values[::2]
+                self._stride *= 2
+        self._offers += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain state for a checkpoint."""
+        return {"steps": self.steps, "values": self.values, "stride": self._stride, "offers": self._offers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self.steps, self.values = list(state["steps"]), list(state["values"])
+        self._stride, self._offers = state["stride"], state["offers"]

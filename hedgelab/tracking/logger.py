@@ -1,0 +1,248 @@
+"""The Lightning logger of every run: MLflow, written off the training path, losing nothing when the store fails."""
+
+from __future__ import annotations
+
+import atexit
+import getpass
+import hashlib
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from hedgelab.errors import UserError
+from hedgelab.tracking.history import ThinnedSeries
+from hedgelab.tracking.params import MAX_VALUE, clean_key, flatten
+from hedgelab.tracking.spool import Artifact, Params, Spool, Status, Tags
+from hedgelab.tracking.store import artifact_location, ensure_store, runs_dir, tracking_uri
+from hedgelab.tracking.system import SystemSampler
+from hedgelab.tracking.writer import RunWriter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+_KEPT_LOSSES = 1000
+
+
+class MLflowTracker(Logger):
+    """Logs a run to MLflow: parameters, tags, metrics, artifacts, system metrics.
+
+    The run is created at first use, on rank zero only. Metric points are buffered and written in batches by a thread.
+    Whatever the store does not take waits in ``runs/spool/<run_id>.jsonl`` and is tried again; training never stops for it.
+
+    Args:
+        experiment: Name of the MLflow experiment, created if absent.
+        run_name: Name of the run; None lets MLflow invent one.
+        tags: Tags of the run.
+        description: Text shown at the head of the run's page.
+        uri: Tracking URI; None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``.
+        buffer_points: Metric points that are written together.
+        run_id: Run to go on with; None starts one.
+
+    Raises:
+        UserError: At first use: the store cannot be reached, the experiment is deleted, or there is no such run.
+    """
+
+    def __init__(
+        self,
+        experiment: str = "hedgelab",
+        run_name: str | None = None,
+        tags: dict[str, str] | None = None,
+        description: str | None = None,
+        uri: str | None = None,
+        buffer_points: int = 500,
+        run_id: str | None = None,
+    ) -> None:
+        super().__init__()
+        if buffer_points < 1:
+            raise UserError(f"trainer.logger.buffer_points: must be at least 1, got {buffer_points}")
+        self._experiment, self._run_name, self._description = experiment, run_name, description
+        self._tags = tags or {}
+        self._uri = uri or tracking_uri()
+        self._buffer_points = buffer_points
+        self._run_id = run_id
+        self._client: MlflowClient | None = None
+        self._writer: RunWriter | None = None
+        self._params: dict[str, str] = {}
+        self._keys: dict[str, str] = {}
+        self.losses: ThinnedSeries[dict[str, float]] = ThinnedSeries(_KEPT_LOSSES)
+        """What was logged as ``train/...``, thinned: the history behind the figure of loss terms."""
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment."""
+        return self._experiment
+
+    @property
+    def version(self) -> str | None:
+        """Id of the run; None on other ranks than zero."""
+        return self.run_id
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run, which is created if need be; None on other ranks than zero."""
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            self._open()
+        return self._run_id
+
+    @property
+    def save_dir(self) -> str:
+        """Folder of the store: checkpoints go to ``<experiment>/<run_id>/checkpoints`` below it."""
+        return str(runs_dir(self._uri))
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> MlflowClient:
+        """The MLflow client; the run exists once this was read."""
+        self._open()
+        assert self._client is not None
+        return self._client
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Takes metric points in, within microseconds; they are written within three seconds."""
+        step = step or 0
+        values = {self._keys.get(key) or self._clean(key): float(value) for key, value in metrics.items()}
+        if "train/loss" in values:
+            self.losses.offer(step, lambda: {key: value for key, value in values.items() if key.startswith("train/")})
+        (self._writer or self._open()).add(values, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Logs parameters, flattened with dots.
+
+        A value beyond MLflow's limit becomes the artifact ``params/<key>.txt``. MLflow never changes a parameter, so
+        one that differs when a run is resumed is kept as the tag ``resumed_with.<key>``.
+        """
+        writer = self._open()
+        flat = flatten(params)
+        for key, value in flat.items():
+            if len(value) > MAX_VALUE:
+                self.log_text(value, f"params/{key}.txt")
+                flat[key] = f"see artifact params/{key}.txt, sha256 {hashlib.sha256(value.encode()).hexdigest()}"
+        fresh = {key: value for key, value in flat.items() if key not in self._params}
+        changed = {key: value for key, value in flat.items() if self._params.get(key, value) != value}
+        self._params |= fresh
+        if fresh:
+            writer.deliver(Params(fresh))
+        if changed:
+            self.log_tags({f"resumed_with.{key}": value for key, value in changed.items()})
+
+    @rank_zero_only
+    def log_tags(self, tags: Mapping[str, Any]) -> None:
+        """Sets tags of the run."""
+        self._open().deliver(Tags({clean_key(key): str(value)[:5000] for key, value in tags.items()}))
+
+    @rank_zero_only
+    def log_config(self, text: str) -> None:
+        """Logs the resolved config as artifact ``config.yaml``, and its hash as the tag ``config_hash``."""
+        self.log_text(text, "config.yaml")
+        self.log_tags({"config_hash": hashlib.sha256(text.encode()).hexdigest()[:16]})
+
+    @rank_zero_only
+    def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
+        """Logs a file, or what a folder holds, below the artifact folder ``artifact_path``."""
+        self._open().deliver(Artifact(str(path), artifact_path))
+
+    @rank_zero_only
+    def log_text(self, text: str, artifact_file: str) -> None:
+        """Logs text as an artifact, such as ``config.yaml`` or ``notes/first.md``."""
+        target = Path(artifact_file)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / target.name
+            file.write_text(text)
+            self.log_artifact(file, None if target.parent == Path() else str(target.parent))
+
+    @rank_zero_only
+    def log_figure(self, figure: Figure, artifact_file: str) -> None:
+        """Logs a figure as an artifact, such as ``figures/decoder.png``."""
+        target = Path(artifact_file)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / target.name
+            figure.savefig(file)
+            self.log_artifact(file, None if target.parent == Path() else str(target.parent))
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes everything that waits."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes everything that waits and ends the run: FINISHED, FAILED, or KILLED where a signal stopped it."""
+        if self._writer is None:
+            return
+        killed = isinstance(sys.exception(), (KeyboardInterrupt, SIGTERMException))
+        final = "KILLED" if killed else {"success": "FINISHED", "failed": "FAILED"}.get(status, status.upper())
+        self._writer.close()
+        self._writer.deliver(Status(final, int(time.time() * 1000)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travels to another process as a logger of the same run, without client and thread."""
+        return {**self.__dict__, "_client": None, "_writer": None}
+
+    def _clean(self, key: str) -> str:
+        return self._keys.setdefault(key, clean_key(key))
+
+    def _open(self) -> RunWriter:
+        if self._writer is None:
+            self._client = ensure_store(self._uri)
+            run = (
+                self._start_run(self._client) if self._run_id is None else self._resume_run(self._client, self._run_id)
+            )
+            self._run_id = run.info.run_id
+            spool = Spool(runs_dir(self._uri) / "spool", self._run_id)
+            sampler = SystemSampler(run.info.start_time)
+            self._writer = RunWriter(self._client, self._run_id, spool, self._buffer_points, sample=sampler)
+            atexit.register(self._writer.close)  # for a process that ends without finalize
+        return self._writer
+
+    def _start_run(self, client: MlflowClient) -> Run:
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            try:
+                location = artifact_location(self._uri, self._experiment)
+                experiment_id = client.create_experiment(self._experiment, artifact_location=location)
+            except MlflowException:  # another process was quicker
+                experiment = client.get_experiment_by_name(self._experiment)
+                if experiment is None:
+                    raise
+        if experiment is not None:
+            if experiment.lifecycle_stage != "active":
+                raise UserError(
+                    f"trainer.logger.experiment: '{self._experiment}' is deleted in {self._uri}; restore it, or take "
+                    "another name"
+                )
+            experiment_id = experiment.experiment_id
+        tags = {
+            "mlflow.user": getpass.getuser(),
+            "mlflow.source.name": Path(sys.argv[0]).name,
+            "mlflow.source.type": "LOCAL",
+        }
+        if self._description is not None:
+            tags["mlflow.note.content"] = self._description
+        return client.create_run(experiment_id, run_name=self._run_name, tags=tags | self._tags)
+
+    def _resume_run(self, client: MlflowClient, run_id: str) -> Run:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            raise UserError(f"trainer.logger.run_id: no run '{run_id}' in {self._uri}; see `hedgelab runs`") from error
+        self._params = dict(run.data.params)
+        client.update_run(run_id, status="RUNNING")
+        return run

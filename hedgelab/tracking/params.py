@@ -1,0 +1,48 @@
+"""Hyper-parameters as MLflow wants them: flat, named within its alphabet, short."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+MAX_VALUE = 6000  # MLflow's limit for a parameter value
+_MAX_KEY = 250
+_FORBIDDEN = re.compile(r"[^\w\-. :/]")
+
+
+def clean_key(key: str) -> str:
+    """The nearest name that MLflow accepts for a parameter, metric or tag.
+
+    >>> clean_key("train/loss@[0]")
+    'train/loss_0_'
+    """
+    key = re.sub(r"_+", "_", _FORBIDDEN.sub("_", key)) if _FORBIDDEN.search(key) else key
+    if len(key) > _MAX_KEY:
+        return f"{key[: _MAX_KEY - 9]}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    return key
+
+
+def flatten(params: Mapping[str, Any] | Namespace, prefix: str = "") -> dict[str, str]:
+    """Flat text parameters: dots between nested keys, numbers for items of lists that hold mappings, JSON for the rest.
+
+    >>> flatten({"model": {"k": 3, "levels": [1, 2]}, "callbacks": [{"class_path": "A"}], "name": "x", "seed": None})
+    {'model.k': '3', 'model.levels': '[1, 2]', 'callbacks.0.class_path': 'A', 'name': 'x', 'seed': 'null'}
+    """
+    flat: dict[str, str] = {}
+    for key, value in _items(params):
+        name = f"{prefix}{key}"
+        if isinstance(value, (Mapping, Namespace)) and _items(value):
+            flat |= flatten(value, f"{name}.")
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, Namespace)) for item in value):
+            flat |= flatten({str(index): item for index, item in enumerate(value)}, f"{name}.")
+        else:
+            flat[clean_key(name)] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def _items(params: Mapping[str, Any] | Namespace) -> list[tuple[str, Any]]:
+    return list((vars(params) if isinstance(params, Namespace) else params).items())

@@ -1,0 +1,181 @@
+"""What could not be sent to the tracking store, kept on disk until it can be.
+
+A spool is one JSON-lines file per run, ``runs/spool/<run_id>.jsonl``, with the artifacts it names in the folder
+``runs/spool/<run_id>/``. Every line is one operation, in the order in which it was due::
+
+    {"op": "metrics", "metrics": [[key, value, timestamp_ms, step], ...]}
+    {"op": "params", "params": {...}}      {"op": "tags", "tags": {...}}
+    {"op": "artifact", "source": "<path below the folder>", "artifact_path": "figures"}
+    {"op": "status", "status": "FINISHED", "end_time": timestamp_ms}
+
+Sending an operation twice does no harm (MLflow ignores a metric point that it has), so a line is only dropped after
+the store has taken it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+Point = tuple[str, float, int, int]
+"""A metric's key, value, timestamp in ms, and step."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Points of metrics; at most 1000, MLflow's limit for one call."""
+
+    op: ClassVar[str] = "metrics"
+    metrics: list[Point]
+
+    def send(self, client: MlflowClient, run_id: str) -> None:
+        """Writes all points in one call."""
+        from mlflow.entities import Metric
+
+        client.log_batch(run_id, metrics=[Metric(*point) for point in self.metrics])
+
+
+@dataclass(frozen=True)
+class Params:
+    """Flat parameters, each short enough for MLflow."""
+
+    op: ClassVar[str] = "params"
+    params: dict[str, str]
+
+    def send(self, client: MlflowClient, run_id: str) -> None:
+        """Writes them, 100 a call (MLflow's limit)."""
+        from mlflow.entities import Param
+
+        entities = [Param(key, value) for key, value in self.params.items()]
+        for start in range(0, len(entities), 100):
+            client.log_batch(run_id, params=entities[start : start + 100])
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Tags of the run."""
+
+    op: ClassVar[str] = "tags"
+    tags: dict[str, str]
+
+    def send(self, client: MlflowClient, run_id: str) -> None:
+        """Writes them, 100 a call (MLflow's limit)."""
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(key, value) for key, value in self.tags.items()]
+        for start in range(0, len(entities), 100):
+            client.log_batch(run_id, tags=entities[start : start + 100])
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file, or a folder with all it holds, and the artifact folder it belongs in."""
+
+    op: ClassVar[str] = "artifact"
+    source: str
+    artifact_path: str | None = None
+
+    def send(self, client: MlflowClient, run_id: str) -> None:
+        """Uploads the file or the content of the folder."""
+        upload = client.log_artifacts if Path(self.source).is_dir() else client.log_artifact
+        upload(run_id, self.source, self.artifact_path)
+
+
+@dataclass(frozen=True)
+class Status:
+    """How and when the run ended."""
+
+    op: ClassVar[str] = "status"
+    status: str
+    end_time: int
+
+    def send(self, client: MlflowClient, run_id: str) -> None:
+        """Ends the run."""
+        client.set_terminated(run_id, status=self.status, end_time=self.end_time)
+
+
+Operation = Metrics | Params | Tags | Artifact | Status
+_OPERATIONS: dict[str, type[Operation]] = {cls.op: cls for cls in (Metrics, Params, Tags, Artifact, Status)}
+
+
+class Spool:
+    """The operations of one run that wait on disk.
+
+    Args:
+        folder: The spool folder, ``runs/spool``.
+        run_id: MLflow's id of the run.
+    """
+
+    def __init__(self, folder: Path, run_id: str) -> None:
+        self.path = folder / f"{run_id}.jsonl"
+        self.files = folder / run_id
+        self._lock = FileLock(folder / f".{run_id}.lock")
+
+    def __bool__(self) -> bool:
+        return self.path.exists()
+
+    def append(self, operation: Operation) -> None:
+        """Keeps an operation, and a copy of the file it speaks of."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            if isinstance(operation, Artifact):
+                operation = self._keep_file(operation)
+            with self.path.open("a") as file:
+                file.write(_encode(operation) + "\n")
+
+    def replay(self, send: Callable[[Operation], None]) -> None:
+        """Sends what waits, in order; what ``send`` refuses by raising, and all after it, stays."""
+        if not self:
+            return
+        with self._lock:
+            lines = self.path.read_text().splitlines()
+            sent = 0
+            try:
+                for operation in self._decode(lines):
+                    send(operation)
+                    sent += 1
+            finally:
+                self._drop(lines[sent:])
+
+    def _keep_file(self, artifact: Artifact) -> Artifact:
+        source, name = Path(artifact.source), uuid.uuid4().hex
+        target = self.files / name / source.name
+        target.parent.mkdir(parents=True)
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
+        return Artifact(f"{name}/{source.name}", artifact.artifact_path)
+
+    def _decode(self, lines: list[str]) -> Iterator[Operation]:
+        for line in lines:
+            fields = json.loads(line)
+            cls = _OPERATIONS[fields.pop("op")]
+            if cls is Artifact:
+                fields["source"] = str(self.files / fields["source"])
+            elif cls is Metrics:
+                fields["metrics"] = [(key, float(value), time, step) for key, value, time, step in fields["metrics"]]
+            yield cls(**fields)
+
+    def _drop(self, remaining: list[str]) -> None:
+        if remaining:
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("\n".join(remaining) + "\n")
+            partial.replace(self.path)
+        else:
+            self.path.unlink()
+            shutil.rmtree(self.files, ignore_errors=True)
+
+
+def _encode(operation: Operation) -> str:
+    fields: dict[str, Any] = {"op": operation.op, **asdict(operation)}
+    if isinstance(operation, Metrics):  # values as text: JSON has no word for nan and inf
+        fields["metrics"] = [(key, repr(value), time, step) for key, value, time, step in operation.metrics]
+    return json.dumps(fields)

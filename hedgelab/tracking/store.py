@@ -1,0 +1,142 @@
+"""Where runs are kept: an MLflow store, by default one SQLite file under ``runs/`` with the artifacts beside it.
+
+Importing this module is cheap (neither torch nor mlflow): the command line starts the creation of an absent store in
+a process of its own before it imports either.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+
+from filelock import FileLock
+
+from hedgelab.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+_SQLITE = "sqlite:///"
+_CONNECT_SECONDS = 3.0
+# MLflow's defaults (7 retries with exponential pauses, 120 s each) hold a call for minutes when a server has died.
+_HTTP_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+_creators: list[subprocess.Popen[bytes]] = []
+
+
+def tracking_uri() -> str:
+    """``MLFLOW_TRACKING_URI`` where set, else an SQLite file ``runs/mlflow.db`` in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Path.cwd() / 'runs' / 'mlflow.db'}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Absolute path of the database file behind an SQLite URI; None for any other store."""
+    return Path(uri.removeprefix(_SQLITE)).absolute() if uri.startswith(_SQLITE) else None
+
+
+def runs_dir(uri: str) -> Path:
+    """Folder for what lies beside the store (artifacts, checkpoints, spool): the database's, else ``runs/``."""
+    database = sqlite_file(uri)
+    return database.parent if database else Path.cwd() / "runs"
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Artifact folder of an experiment in an SQLite store; None leaves the choice to the server."""
+    if sqlite_file(uri) is None:
+        return None
+    return (runs_dir(uri) / "artifacts" / experiment.replace("/", "_")).as_uri()
+
+
+def ensure_store(uri: str | None = None) -> MlflowClient:
+    """A client of the store, which is created first where it is an SQLite file that does not exist yet.
+
+    Any number of processes may call this at once: one creates the file, the others wait for it.
+
+    Args:
+        uri: Tracking URI; None takes :func:`tracking_uri`.
+
+    Raises:
+        UserError: The store cannot be reached, opened or created.
+    """
+    uri = uri or tracking_uri()
+    database = sqlite_file(uri)
+    try:
+        if database is not None:
+            create_database(database)
+            uri = f"{_SQLITE}{database}"
+        else:
+            _prepare_http(uri)
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fix = "check the file and its folder" if database else "start the server"
+        message = f"MLFLOW_TRACKING_URI: cannot use the store {uri} ({reason}); {fix}, or unset it for runs/mlflow.db"
+        raise UserError(message) from error
+    return client
+
+
+def create_database(database: Path) -> None:
+    """Creates MLflow's SQLite database unless it exists; the file appears whole or not at all.
+
+    MLflow itself migrates in place, so a second process meets half a schema and crashes; hence the lock and the rename.
+    """
+    if database.exists():
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock"):
+        if database.exists():
+            return
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+        partial = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
+        try:
+            store = SqlAlchemyStore(f"{_SQLITE}{partial}", (database.parent / "artifacts").as_uri())  # type: ignore[no-untyped-call]
+            store.engine.dispose()
+            partial.replace(database)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def prepare_store_in_background(uri: str | None = None) -> None:
+    """Starts the creation of an absent SQLite store in a process of its own and returns at once.
+
+    Creating costs seconds of pure Python (MLflow's imports and its chain of schema migrations): a thread would only
+    take turns with the import of torch, a process runs beside it. :func:`ensure_store` waits for it through the lock,
+    and creates the store itself should the process have died.
+    """
+    database = sqlite_file(uri or tracking_uri())
+    if database is None or database.exists():
+        return
+    with suppress(OSError):  # ensure_store will meet the same trouble and say so
+        command = [sys.executable, "-m", "hedgelab.tracking.store", str(database)]
+        _creators.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+
+def _prepare_http(uri: str) -> None:
+    """Sets patient but bounded HTTP retries, and finds out quickly whether anything listens at all."""
+    address = urlparse(uri)
+    if address.scheme not in ("http", "https"):
+        return
+    for name, value in _HTTP_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+
+
+if __name__ == "__main__":
+    create_database(Path(sys.argv[1]))
