@@ -1,0 +1,150 @@
+"""Absorption on toys: a parent's latent that falls silent when a child feature fires.
+
+A hierarchy is a parent for each feature (``parents [n]``, -1 for none): the child fires only if its parent does. For a
+parent that a latent tracks, *missed* is the fraction of examples with parent and child on which the parent's latent is
+silent (Chanin et al. 2024, *A is for Absorption*). A latent may also be deaf for other reasons, so the same fraction over
+the examples with the parent but without this child is given beside it. Siblings that are absorbed too raise the latter:
+the difference (``excess``) is then a lower bound.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hedgelab.kernels.codes import Codes
+from hedgelab.metrics.functional.accumulate import weighted_sum
+from hedgelab.metrics.functional.detection import CoFiring
+
+IMPLIES = 0.999
+"""P(parent | child) from which a feature counts as a parent."""
+CHANCE = 1e-9
+"""A parent is believed only when independent features would show it with a smaller probability than this."""
+
+
+class AbsorptionSums(NamedTuple):
+    """Weight of examples for each child feature, ``[n]`` each, float64; sums of batches and ranks add up.
+
+    Attributes:
+        with_child: Parent and child fire.
+        missed_with_child: They do, and the parent's latent is silent.
+        without_child: The parent fires, the child does not.
+        missed_without_child: As before, and the parent's latent is silent.
+    """
+
+    with_child: Tensor
+    missed_with_child: Tensor
+    without_child: Tensor
+    missed_without_child: Tensor
+
+
+class AbsorptionScores(NamedTuple):
+    """Absorption of each child feature, ``[n]`` each; NaN without a parent, a latent for it, or examples.
+
+    Attributes:
+        missed: P(parent's latent silent | parent and child fire).
+        missed_without_child: P(parent's latent silent | parent fires, child does not).
+        excess: The first less the second: 1 for a parent fully absorbed by its only child, 0 for none.
+    """
+
+    missed: Tensor
+    missed_without_child: Tensor
+    excess: Tensor
+
+
+def infer_parents(both: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
+    """Parent of each feature, ``[n]`` int64 (-1 for none), from how often features fire together.
+
+    ``p`` is an ancestor of ``c`` when P(p | c) ≥ .999 while P(c | p) and P(p) stay below that, and ``c`` fired often
+    enough for this not to be chance; the parent is the rarest ancestor.
+
+    Args:
+        both: Weight of examples on which each pair fires, ``[n, n]``; the diagonal holds single features.
+        weight: Weight of all examples, scalar.
+        exact: Whether ``both`` holds probabilities (population mode), which leave nothing to chance.
+    """
+    fired = both.diagonal()
+    rate = fired / weight
+    given_child = both / fired[:, None]
+    ancestor = (given_child >= IMPLIES) & (given_child.T < IMPLIES) & (rate < IMPLIES)
+    if not exact:
+        ancestor &= fired[:, None] * rate.log() < math.log(CHANCE)
+    commonness = torch.where(ancestor, fired, torch.inf)
+    return torch.where(ancestor.any(1), commonness.argmin(1), -1)
+
+
+def absorption_update(
+    codes: Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
+) -> AbsorptionSums:
+    """Sums of one batch.
+
+    Args:
+        codes: Latents of the batch.
+        features: Firing magnitudes of the features, ``[batch, n]``.
+        latent: The latent that tracks each feature, ``[n]`` int64; -1 for none.
+        parents: Parent of each feature, ``[n]`` int64; -1 for none.
+        weight: Weight of each example, ``[batch]``; None weighs all alike.
+    """
+    fires = features > 0
+    known = (parents >= 0) & (latent[parents] >= 0)
+    parent_fires = fires[:, parents] & known
+    silent = codes.to_dense()[:, latent[parents]] <= 0
+    masks = (
+        parent_fires & fires,
+        parent_fires & fires & silent,
+        parent_fires & ~fires,
+        parent_fires & ~fires & silent,
+    )
+    return AbsorptionSums(*(weighted_sum(mask, weight) for mask in masks))
+
+
+def absorption_compute(sums: AbsorptionSums) -> AbsorptionScores:
+    """Scores from their sums."""
+    missed = sums.missed_with_child / sums.with_child
+    otherwise = sums.missed_without_child / sums.without_child
+    return AbsorptionScores(missed, otherwise, missed - otherwise)
+
+
+def absorption(
+    codes: Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
+) -> AbsorptionScores:
+    """Absorption of each child feature over one batch; arguments as in :func:`absorption_update`."""
+    return absorption_compute(absorption_update(codes, features, latent, parents, weight))
+
+
+def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor) -> AbsorptionScores:
+    """The same from pairwise counts alone, which may be gathered before latents are matched or parents known.
+
+    Exact when children never fire without their parent; off by at most the rate at which they do.
+
+    Args:
+        counts: Co-firing of latents and features.
+        latent: The latent that tracks each feature, ``[n]`` int64; -1 for none.
+        parents: Parent of each feature, ``[n]`` int64; -1 for none.
+    """
+    known = (parents >= 0) & (latent[parents] >= 0)
+    reader = latent[parents].clamp(min=0)
+    child = torch.arange(parents.shape[0], device=parents.device)
+    heard, heard_always = counts.both[reader, child], counts.both[reader, parents]
+    with_child = torch.where(known, counts.features, 0.0)
+    without_child = torch.where(known, counts.features[parents] - counts.features, 0.0)
+    heard_without = heard_always - heard
+    return absorption_compute(
+        AbsorptionSums(with_child, (with_child - heard) * known, without_child, (without_child - heard_without) * known)
+    )
+
+
+def parent_encoder_components(encoder_coordinates: Tensor, latent: Tensor, parents: Tensor) -> Tensor:
+    """Encoder coordinate of the parent's latent along each child, ``[n]``; NaN where there is none.
+
+    The geometric sign of the disease: negative for absorption, positive for hedging, 0 for a clean parent.
+
+    Args:
+        encoder_coordinates: Of unit encoder columns, ``[d_sae, n]``.
+        latent: The latent that tracks each feature, ``[n]`` int64; -1 for none.
+        parents: Parent of each feature, ``[n]`` int64; -1 for none.
+    """
+    known = (parents >= 0) & (latent[parents] >= 0)
+    child = torch.arange(parents.shape[0], device=parents.device)
+    return encoder_coordinates[latent[parents], child].masked_fill(~known, torch.nan)

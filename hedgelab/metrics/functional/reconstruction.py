@@ -1,0 +1,109 @@
+"""How well a reconstruction matches: explained variance, squared error, shrinkage."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hedgelab.metrics.functional.accumulate import at_least_float32, total_weight, weighted_sum
+
+
+class VarianceSums(NamedTuple):
+    """Additive sums behind explained variance; those of two batches, or of two ranks, add up entry by entry.
+
+    The scatter of a batch about its own mean enters in ``within``, where nothing cancels; only the scatter of the batch
+    means is taken from raw float64 sums (``between``). The relative error is therefore about 1e-16 (mean / std)² times
+    the share of the variance that lies between batches.
+
+    Attributes:
+        weight: Weight of the examples, scalar.
+        residual: Σ‖x - x_hat‖², scalar.
+        within: Σ_batches Σ‖x - batch mean‖², scalar.
+        between: Σ_batches weight · ‖batch mean‖², scalar.
+        total: Σ x, ``[d_in]``.
+    """
+
+    weight: Tensor
+    residual: Tensor
+    within: Tensor
+    between: Tensor
+    total: Tensor
+
+
+def explained_variance_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> VarianceSums:
+    """Sums of one batch; ``x`` and ``x_hat``: ``[batch, d_in]``, ``weight``: ``[batch]``."""
+    x, x_hat = at_least_float32(x), at_least_float32(x_hat)
+    count = total_weight(x, weight)
+    if x.shape[0] == 0 or (weight is not None and count == 0):
+        zero = count.new_zeros(())
+        return VarianceSums(zero, zero, zero, zero, count.new_zeros(x.shape[1]))
+    shift = x.mean(0)
+    centred = x - shift
+    offset = weighted_sum(centred, weight) / count
+    mean = shift.double() + offset
+    within = weighted_sum(centred.square_().sum(1), weight) - count * offset.square().sum()
+    residual = weighted_sum((x - x_hat).square_().sum(1), weight)
+    return VarianceSums(count, residual, within, count * mean.square().sum(), count * mean)
+
+
+def explained_variance_compute(sums: VarianceSums) -> Tensor:
+    """Explained variance from its sums; NaN without examples, ``-inf`` or NaN where ``x`` does not vary."""
+    scatter_of_means = sums.between - sums.total.square().sum() / sums.weight
+    return 1 - sums.residual / (sums.within + scatter_of_means)
+
+
+def explained_variance(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Share of the variance that the reconstruction explains: ``1 - Σ‖x - x_hat‖² / Σ‖x - mean x‖²``.
+
+    Squares are summed over examples *and* dimensions before the one division (1 - FVU of Gao et al. 2024). Other numbers
+    go by the same name: the mean of a ratio for each example or dimension, and the one of scikit-learn and torchmetrics
+    that takes the mean residual off first. A constant offset of ``x_hat`` counts as error here.
+
+    Args:
+        x: Activations, ``[batch, d_in]``.
+        x_hat: Reconstructions, ``[batch, d_in]``.
+        weight: Weight of each example, ``[batch]``; None weighs all alike.
+
+    Returns:
+        A float64 scalar, at most 1.
+    """
+    return explained_variance_compute(explained_variance_update(x, x_hat, weight))
+
+
+def mean_squared_error_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Σ‖x - x_hat‖² and the weight of one batch, float64 scalars."""
+    error = at_least_float32(x) - at_least_float32(x_hat)
+    return weighted_sum(error.square_().sum(1), weight), total_weight(x, weight)
+
+
+def mean_squared_error(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Squared error, **summed** over d_in and averaged over examples, as in every loss here.
+
+    Args:
+        x: Activations, ``[batch, d_in]``.
+        x_hat: Reconstructions, ``[batch, d_in]``.
+        weight: Weight of each example, ``[batch]``; None weighs all alike.
+    """
+    residual, count = mean_squared_error_update(x, x_hat, weight)
+    return residual / count
+
+
+def shrinkage_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Σ‖x_hat‖² and Σ x·x_hat of one batch, float64 scalars."""
+    x, x_hat = at_least_float32(x), at_least_float32(x_hat)
+    return weighted_sum(x_hat.square().sum(1), weight), weighted_sum((x * x_hat).sum(1), weight)
+
+
+def shrinkage(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Relative reconstruction bias γ = E‖x_hat‖² / E[x·x_hat]; below 1 the reconstruction is shrunk, 1 is unbiased.
+
+    γ is the scale by which ``x_hat`` would have to be *divided* for the least squared error (Rajamanoharan et al. 2024,
+    *Improving Dictionary Learning with Gated Sparse Autoencoders*). Unlike ‖x_hat‖ / ‖x‖ it is 1 for an orthogonal
+    projection, which loses norm without shrinking, and it is defined where single examples are all zero (toys).
+
+    Args:
+        x: Activations, ``[batch, d_in]``.
+        x_hat: Reconstructions, ``[batch, d_in]``.
+        weight: Weight of each example, ``[batch]``; None weighs all alike.
+    """
+    norm, dot = shrinkage_update(x, x_hat, weight)
+    return norm / dot
