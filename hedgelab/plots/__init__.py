@@ -1,0 +1,7 @@
+"""Figures: every function takes plain numbers and returns a matplotlib Figure; nothing touches pyplot's global state."""
+
+from hedgelab.plots.cosines import cosine_heatmaps, decoder_bias
+from hedgelab.plots.density import firing_density
+from hedgelab.plots.training import cosines_over_training, loss_terms
+
+__all__ = ["cosine_heatmaps", "cosines_over_training", "decoder_bias", "firing_density", "loss_terms"]
