@@ -1,0 +1,34 @@
+"""Toy activations with known features: dictionaries, firing distributions, and their DataModule."""
+
+from hedgelab.data.toy.conditional import ConditionalFiring
+from hedgelab.data.toy.copula import CopulaFiring
+from hedgelab.data.toy.datamodule import ToyDataModule
+from hedgelab.data.toy.features import correlated_features, make_dictionary, orthonormal_features
+from hedgelab.data.toy.firing import Firing, IndependentFiring
+from hedgelab.data.toy.modifiers import (
+    Cooccurrence,
+    ModifiedFiring,
+    Modifier,
+    MutualExclusion,
+    ParentChild,
+    Suppression,
+)
+from hedgelab.data.toy.tree import TreeFiring
+
+__all__ = [
+    "ConditionalFiring",
+    "Cooccurrence",
+    "CopulaFiring",
+    "Firing",
+    "IndependentFiring",
+    "ModifiedFiring",
+    "Modifier",
+    "MutualExclusion",
+    "ParentChild",
+    "Suppression",
+    "ToyDataModule",
+    "TreeFiring",
+    "correlated_features",
+    "make_dictionary",
+    "orthonormal_features",
+]

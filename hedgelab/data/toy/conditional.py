@@ -1,0 +1,104 @@
+"""Firing by conditional tables: each feature's probability given the features before it."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from hedgelab.data.toy.firing import Firing, all_patterns, check_probability, pattern_numbers
+from hedgelab.errors import UserError
+
+_TERM = re.compile(r"(not )?f(\d+)")
+_MAX_PARENTS = 16
+
+
+class ConditionalFiring(Firing):
+    """Each feature fires with a probability that depends on which of the features before it fire.
+
+    Args:
+        features: One entry a feature, in order. A number is a probability that depends on nothing. A table gives
+            conditional probabilities: its keys say which earlier features fire (``f0``, ``not f0``, ``f0 and not f1``,
+            counted from 0) or ``otherwise``, which stands for every case not named. For example
+            ``[0.25, {f0: 0.2, not f0: 0.1}]`` has P(f1 | f0) = .2 and P(f1 | not f0) = .1, and
+            ``[0.25, {f0: 0.2, otherwise: 0}]`` lets f1 fire only with f0.
+
+    Raises:
+        UserError: If a probability is impossible, or a table does not cover every case exactly once.
+    """
+
+    def __init__(self, features: list[float | dict[str, float]]) -> None:
+        if not features:
+            raise UserError("data.firing.features: needs at least one feature")
+        tables = [_parse(f"data.firing.features[{i}]", i, feature) for i, feature in enumerate(features)]
+        self._tables: list[tuple[list[int], Tensor]] = tables
+
+    @property
+    def n(self) -> int:
+        """Number of features."""
+        return len(self._tables)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Firing patterns, bool ``[count, n]``, each feature drawn after its parents."""
+        uniform = torch.rand(self.n, count, generator=generator)
+        states = torch.empty(self.n, count, dtype=torch.bool)
+        for i, (parents, table) in enumerate(self._tables):
+            case = torch.zeros(count if parents else 1, dtype=torch.int32)
+            for bit, parent in enumerate(parents):
+                case.add_(states[parent], alpha=1 << bit)
+            torch.lt(uniform[i], table.float().index_select(0, case), out=states[i])
+        return states.T.contiguous()
+
+    def pattern_probabilities(self) -> Tensor:
+        """Probability of each pattern: the product of the tables' entries, ``[2**n]``."""
+        patterns = all_patterns(self.n)
+        product = torch.ones(len(patterns), dtype=torch.float64)
+        for i, (parents, table) in enumerate(self._tables):
+            fires = table[pattern_numbers(patterns[:, parents])]
+            product *= torch.where(patterns[:, i], fires, 1 - fires)
+        return product
+
+
+def _parse(key: str, index: int, feature: float | dict[str, float]) -> tuple[list[int], Tensor]:
+    """Parents of a feature, and its probability given each of their patterns, ``[2**len(parents)]``."""
+    if not isinstance(feature, dict):
+        return [], torch.tensor([check_probability(key, feature)], dtype=torch.float64)
+    cases = {name: _parse_case(f"{key}['{name}']", index, name) for name in feature if name != "otherwise"}
+    parents = sorted({parent for case in cases.values() for parent in case})
+    if not parents:
+        raise UserError(f"{key}: a table needs a case such as 'f0'; for an unconditional probability give a number")
+    if len(parents) > _MAX_PARENTS:
+        raise UserError(f"{key}: depends on {len(parents)} features; at most {_MAX_PARENTS} are possible")
+    patterns = all_patterns(len(parents))
+    table = torch.full((len(patterns),), torch.nan, dtype=torch.float64)
+    for name, case in cases.items():
+        matching = torch.ones(len(patterns), dtype=torch.bool)
+        for parent, fires in case.items():
+            matching &= patterns[:, parents.index(parent)] == fires
+        if bool((matching & ~table.isnan()).any()):
+            raise UserError(f"{key}['{name}']: overlaps another case of the table; every case must be told apart")
+        table[matching] = check_probability(f"{key}['{name}']", feature[name])
+    if "otherwise" in feature:
+        table[table.isnan()] = check_probability(f"{key}['otherwise']", feature["otherwise"])
+    elif bool(table.isnan().any()):
+        missing = patterns[table.isnan()][0].tolist()
+        case_name = " and ".join(f"{'' if fires else 'not '}f{p}" for p, fires in zip(parents, missing, strict=True))
+        raise UserError(f"{key}: no probability for the case '{case_name}'; name it, or add 'otherwise'")
+    return parents, table
+
+
+def _parse_case(key: str, index: int, name: str) -> dict[int, bool]:
+    """Which earlier feature must fire (True) or be silent (False), from ``f0 and not f1``."""
+    case: dict[int, bool] = {}
+    for term in name.split(" and "):
+        match = _TERM.fullmatch(term.strip())
+        if match is None:
+            raise UserError(f"{key}: expected a case such as 'f0', 'not f0', 'f0 and not f1' or 'otherwise'")
+        parent = int(match[2])
+        if parent >= index:
+            raise UserError(f"{key}: feature {index} can depend only on features before it, not on f{parent}")
+        if parent in case:
+            raise UserError(f"{key}: names f{parent} twice")
+        case[parent] = match[1] is None
+    return case

@@ -1,0 +1,213 @@
+"""Firing of thousands of correlated features: a Gaussian copula with low-rank correlation and Zipf rates."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import ndtr, ndtri, owens_t
+from torch import Tensor
+
+from hedgelab.data.toy.firing import Firing
+from hedgelab.errors import UserError
+from hedgelab.seeding import generator as make_generator
+
+_Array = NDArray[np.float64]
+
+
+class CopulaFiring(Firing):
+    """Feature i fires where a Gaussian ``g_i`` exceeds the normal quantile that gives it its rate.
+
+    ``g = loadings @ eta + sqrt(1 - |loadings|^2) * eps`` with few common factors eta, so that
+    ``corr(g_i, g_j) = loadings_i . loadings_j``: positive and negative correlations, no ``n x n`` matrix anywhere.
+    Rates fall by Zipf's law: feature i fires with probability ``min(max_rate, c (i + 1)^-exponent)``.
+
+    In a hierarchy the ``parents`` most frequent features come first, then each parent's block of children in turn,
+    then features outside the hierarchy. A child fires only where its parent does; its threshold is the one at which
+    its rate is still exactly the one of Zipf's law.
+
+    Args:
+        n: Number of features.
+        exponent: Of Zipf's law; 0 gives all the same rate.
+        max_rate: Rate of the most frequent feature, or a ceiling to all rates where mean_l0 is given.
+        mean_l0: Features firing at a time, on average: sets c. None: ``c = max_rate``.
+        rank: Number of common factors; random loadings.
+        strength: Share of each ``g_i``'s variance that the common factors explain, in [0, 1); 0 is no correlation.
+        loadings: Loadings to use instead of random ones, ``[n, rank]``, rows of norm below 1.
+        parents: Number of features that have children.
+        children_per_parent: Children of each of them.
+        structure_seed: Seed of the random loadings; part of the toy's definition, apart from the run's seed.
+
+    Raises:
+        UserError: For any impossible value.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        exponent: float = 1.0,
+        max_rate: float = 0.5,
+        mean_l0: float | None = None,
+        rank: int = 8,
+        strength: float = 0.2,
+        loadings: list[list[float]] | None = None,
+        parents: int = 0,
+        children_per_parent: int = 0,
+        structure_seed: int = 0,
+    ) -> None:
+        if n < 1:
+            raise UserError(f"data.firing.n: must be at least 1, got {n}")
+        _check_hierarchy(n, parents, children_per_parent)
+        self._parents, self._children = parents, children_per_parent
+        self._rates = zipf_rates(n, exponent, max_rate, mean_l0)
+        if loadings is None:
+            self._loadings = _random_loadings(n, rank, strength, structure_seed)
+        else:
+            self._loadings = _check_loadings(n, loadings)
+        scale = (1 - self._loadings.square().sum(1)).sqrt()  # in units of the noise, sampling needs no more scaling
+        self._scaled_loadings = (self._loadings / scale[:, None]).float()
+        self._scaled_thresholds = (torch.from_numpy(self._solve_thresholds()) / scale).float()
+
+    @property
+    def n(self) -> int:
+        """Number of features."""
+        return len(self._rates)
+
+    @property
+    def parent_of(self) -> list[int | None]:
+        """Parent of each feature; None for features without one."""
+        children = [k for k in range(self._parents) for _ in range(self._children)]
+        return [None] * self._parents + children + [None] * (self.n - self._parents - len(children))
+
+    def rates(self) -> Tensor:
+        """Probability that each feature fires, ``[n]``."""
+        return torch.from_numpy(self._rates.copy())
+
+    def correlation(self) -> Tensor:
+        """Correlation of the underlying Gaussians, ``[n, n]`` float64; to look at, never used in sampling."""
+        return (self._loadings @ self._loadings.T).fill_diagonal_(1.0)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Firing patterns, bool ``[count, n]``."""
+        factors = torch.randn(count, self._scaled_loadings.shape[1], generator=generator)
+        first, last = self._parents, self._parents * (1 + self._children)
+        parents = self._fires(factors, slice(0, first), generator)
+        others = self._fires(factors, slice(last, self.n), generator)
+        children = self._sample_children(factors, parents, generator)
+        return torch.cat([parents, children, others], dim=1)
+
+    def _fires(self, factors: Tensor, features: slice, generator: torch.Generator) -> Tensor:
+        """Whether ``g`` of a range of features exceeds their thresholds, ``[count, features]``."""
+        thresholds = self._scaled_thresholds[features]
+        noise = torch.randn(len(factors), len(thresholds), generator=generator)
+        return noise.addmm_(factors, self._scaled_loadings[features].T) > thresholds
+
+    def _sample_children(self, factors: Tensor, parents: Tensor, generator: torch.Generator) -> Tensor:
+        """Firing of all children, ``[count, parents * children]``; only those of firing parents are drawn at all."""
+        shape = (len(factors), self._parents, self._children)
+        fires = torch.zeros(shape, dtype=torch.bool)
+        if fires.numel():
+            block = slice(self._parents, self._parents * (1 + self._children))
+            rows, parent = parents.nonzero(as_tuple=True)
+            threshold = torch.addmm(self._scaled_thresholds[block], factors, self._scaled_loadings[block].T, alpha=-1)
+            noise = torch.randn(len(rows), self._children, generator=generator)
+            fires[rows, parent] = noise > threshold.view(shape)[rows, parent]
+        return fires.view(len(factors), -1)
+
+    def _solve_thresholds(self) -> _Array:
+        """Thresholds of every ``g``: quantiles, and for children the point where P(child and parent) is their rate."""
+        thresholds: _Array = -ndtri(self._rates)
+        first, last = self._parents, self._parents * (1 + self._children)
+        if last > first:
+            parent = np.repeat(np.arange(self._parents), self._children)
+            loadings = self._loadings.numpy()
+            correlation = (loadings[first:last] * loadings[parent]).sum(1)
+            thresholds[first:last] = _child_thresholds(self._rates[first:last], thresholds[parent], correlation)
+        return thresholds
+
+
+def zipf_rates(n: int, exponent: float, max_rate: float, mean_l0: float | None) -> _Array:
+    """Firing rates ``min(max_rate, c (i + 1)^-exponent)``, ``[n]``, with c set by ``mean_l0`` (None: ``max_rate``).
+
+    Raises:
+        UserError: For any impossible value.
+    """
+    if not 0 <= exponent < math.inf:
+        raise UserError(f"data.firing.exponent: must be at least 0 and finite, got {exponent}")
+    if not 0 < max_rate < 1:
+        raise UserError(f"data.firing.max_rate: must be between 0 and 1, both excluded, got {max_rate}")
+    law: _Array = np.arange(1, n + 1, dtype=np.float64) ** -exponent
+    if law[-1] * max_rate < 1e-300:
+        raise UserError(f"data.firing.exponent: {exponent} gives feature {n - 1} a rate of zero; lower it")
+    if mean_l0 is None:
+        return max_rate * law
+    if not 0 < mean_l0 < n * max_rate:
+        raise UserError(
+            f"data.firing.mean_l0: must be above 0 and below n * max_rate = {n * max_rate:.6g}, got {mean_l0}"
+        )
+    largest = math.log(max_rate / law[-1])
+    log_c = brentq(
+        lambda c: np.minimum(max_rate, math.exp(c) * law).sum() - mean_l0, math.log(mean_l0 / n) - 1, largest
+    )
+    return np.minimum(max_rate, math.exp(log_c) * law)
+
+
+def _check_hierarchy(n: int, parents: int, children_per_parent: int) -> None:
+    for name, value in (("parents", parents), ("children_per_parent", children_per_parent)):
+        if value < 0:
+            raise UserError(f"data.firing.{name}: must be at least 0, got {value}")
+    if (parents == 0) != (children_per_parent == 0):
+        raise UserError("data.firing.children_per_parent: give both 'parents' and 'children_per_parent', or neither")
+    if parents * (1 + children_per_parent) > n:
+        raise UserError(
+            f"data.firing.parents: {parents} parents with {children_per_parent} children each are "
+            f"{parents * (1 + children_per_parent)} features, more than n = {n}"
+        )
+
+
+def _random_loadings(n: int, rank: int, strength: float, seed: int) -> Tensor:
+    """Loadings of squared norm ``strength`` in uniformly random directions, ``[n, rank]`` float64."""
+    if rank < 1:
+        raise UserError(f"data.firing.rank: must be at least 1, got {rank}; for no correlation set strength: 0")
+    if not 0 <= strength < 1:
+        raise UserError(f"data.firing.strength: must be at least 0 and below 1, got {strength}")
+    directions = torch.randn(n, rank, generator=make_generator(seed, "loadings"), dtype=torch.float64)
+    return math.sqrt(strength) * torch.nn.functional.normalize(directions, dim=1)
+
+
+def _check_loadings(n: int, loadings: list[list[float]]) -> Tensor:
+    """Given loadings as a tensor ``[n, rank]`` float64."""
+    if len(loadings) != n or not loadings[0]:
+        raise UserError(
+            f"data.firing.loadings: expected {n} rows of at least one factor each, got {len(loadings)} rows"
+        )
+    for i, row in enumerate(loadings):
+        if len(row) != len(loadings[0]):
+            raise UserError(
+                f"data.firing.loadings[{i}]: expected {len(loadings[0])} factors as in row 0, got {len(row)}"
+            )
+        if not math.hypot(*row) < 1:
+            raise UserError(f"data.firing.loadings[{i}]: norm must be below 1, got {math.hypot(*row):.6g}")
+    return torch.tensor(loadings, dtype=torch.float64)
+
+
+def _joint_tail(h: _Array, k: _Array, correlation: _Array) -> _Array:
+    """P(X > h, Y > k) of standard normals with the given correlations, by Owen's T function (Owen 1956)."""
+    h, k = (np.where(np.abs(v) < 1e-12, 1e-12, v) for v in (-h, -k))  # P(X < -h, Y < -k); zeros would divide
+    root = np.sqrt(1 - correlation**2)
+    tails = owens_t(h, (k / h - correlation) / root) + owens_t(k, (h / k - correlation) / root)
+    joint: _Array = (ndtr(h) + ndtr(k)) / 2 - tails - 0.5 * (h * k < 0)
+    return joint
+
+
+def _child_thresholds(rates: _Array, parent_thresholds: _Array, correlation: _Array) -> _Array:
+    """Thresholds at which ``P(g_child > t, g_parent > t_parent)`` is the child's rate; by bisection, all at once."""
+    low, high = np.full_like(rates, -40.0), np.full_like(rates, 40.0)
+    for _ in range(70):
+        middle = (low + high) / 2
+        too_often = _joint_tail(middle, parent_thresholds, correlation) > rates
+        low, high = np.where(too_often, middle, low), np.where(too_often, high, middle)
+    return (low + high) / 2

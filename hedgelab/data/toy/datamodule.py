@@ -1,0 +1,198 @@
+"""Toy activations: features fire, each along its own direction, and everything about them is known."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hedgelab.batch import Batch
+from hedgelab.data.datamodule import ActivationDataModule, Stage
+from hedgelab.data.toy.features import make_dictionary, orthonormal_features
+from hedgelab.data.toy.firing import Firing
+from hedgelab.errors import UserError
+from hedgelab.seeding import generator, resolve_seed
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_BLOCK_BYTES = 8 * 2**20
+_MAX_BLOCK_BATCHES = 64
+_CHUNK_BYTES = 64 * 2**20
+_MAX_CHUNK_STEPS = 100
+_SPARSE_FEATURES = 128  # from about here on a gather of the firing features beats a dense product
+
+
+class ToyDataModule(ActivationDataModule):
+    """Activations ``x = sum_i z_i m_i f_i + bias`` with known firing z, magnitudes m and unit directions f.
+
+    Batches are drawn in blocks, each from a generator of its own, so that one costs microseconds in sequence and can
+    still be had in any order. A block's size, and with it the data, depends on the config alone.
+
+    Args:
+        firing: Which features fire together.
+        d_in: Width of the activations.
+        batch_size: Examples a step; in population mode a batch is the whole support, whatever this says.
+        target_cosine: Cosine between the feature directions; at 0 they are orthonormal where ``n <= d_in``.
+        magnitude_mean: Mean magnitude of a firing feature, one number or one a feature. None: those of the
+            firing if it has its own (a tree), else 1.
+        magnitude_std: Standard deviation of the magnitude before the ReLU, one number or one a feature.
+        bias: Offset of all activations: its norm (in a random direction), or the vector ``[d_in]`` itself.
+        sampling: ``samples`` draws batches; ``population`` makes every batch the complete support, weighted by
+            probability, for exact expectations.
+        dtype: Precision of the activations.
+        seed: Seed of dictionary, bias and samples; None takes the run's ``seed_everything``.
+        val_batches: Batches of a validation or test pass.
+        chunk_steps: Most training steps a chunk; None: as many as fit in 64 MiB, at most 100.
+
+    Raises:
+        UserError: For any impossible value.
+    """
+
+    def __init__(
+        self,
+        firing: Firing,
+        d_in: int = 50,
+        batch_size: int = 500,
+        target_cosine: float = 0.0,
+        magnitude_mean: float | list[float] | None = None,
+        magnitude_std: float | list[float] = 0.0,
+        bias: float | list[float] | None = None,
+        sampling: Literal["samples", "population"] = "samples",
+        dtype: Literal["float32", "float64"] = "float32",
+        seed: int | None = None,
+        val_batches: int = 16,
+        chunk_steps: int | None = None,
+    ) -> None:
+        if d_in < 1:
+            raise UserError(f"data.d_in: must be at least 1, got {d_in}")
+        seed, self._dtype = resolve_seed(seed), _DTYPES[dtype]
+        batch_bytes = max(1, batch_size) * (d_in + firing.n) * self._dtype.itemsize
+        default_chunk = min(_MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // batch_bytes))
+        super().__init__(batch_size, seed, val_batches, default_chunk if chunk_steps is None else chunk_steps)
+        self.firing = firing
+        self.block_batches = min(_MAX_BLOCK_BATCHES, max(1, _BLOCK_BYTES // batch_bytes))
+        own_magnitudes = firing.magnitudes()
+        if magnitude_mean is None:
+            magnitude_mean = 1.0 if own_magnitudes is None else own_magnitudes.tolist()
+        self._mean = _per_feature("data.magnitude_mean", magnitude_mean, firing.n).to(self._dtype)
+        self._std = _per_feature("data.magnitude_std", magnitude_std, firing.n).to(self._dtype)
+        self._check_magnitudes()
+        directions = make_dictionary(firing.n, d_in, target_cosine, generator(seed, "dictionary"))
+        self._directions = directions.to(self._dtype)
+        self._bias = _make_bias(bias, d_in, seed).to(self._dtype)
+        self._population = self._enumerate() if sampling == "population" else None
+        self._blocks: dict[Stage, tuple[int, list[Batch]]] = {}
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._directions.shape[1]
+
+    @property
+    def feature_directions(self) -> Tensor:
+        """True unit directions of the features, ``[n, d_in]``."""
+        return self._directions
+
+    @property
+    def bias(self) -> Tensor:
+        """Offset of all activations, ``[d_in]``."""
+        return self._bias
+
+    def batch(self, stage: Stage, index: int) -> Batch:
+        """Batch number ``index`` of a stage, or the population; ``features`` are the true magnitudes."""
+        if self._population is not None:
+            return self._population
+        number, place = divmod(index, self.block_batches)
+        cached = self._blocks.get(stage)
+        if cached is None or cached[0] != number:
+            cached = self._blocks[stage] = (number, self._draw_block(stage, number))
+        return cached[1][place]
+
+    def measure_batch_seconds(self, repeats: int = 5) -> float:
+        """Median cost of generating one training batch in sequence, in seconds; leaves the stream as it is."""
+        if self._population is not None:
+            return 0.0
+        costs = []
+        for number in range(repeats):
+            start = time.perf_counter()
+            self._draw_block("train", number)
+            costs.append((time.perf_counter() - start) / self.block_batches)
+        return statistics.median(costs)
+
+    def _draw_block(self, stage: Stage, number: int) -> list[Batch]:
+        """The batches of a block, as views of tensors drawn at once."""
+        source = generator(self.seed, "toy", stage, number)
+        states = self.firing.sample(self.batch_size * self.block_batches, source)
+        x, features = self._activations(states, source)
+        pieces = zip(torch.split(x, self.batch_size), torch.split(features, self.batch_size), strict=True)
+        return [Batch(*piece) for piece in pieces]
+
+    def _activations(self, states: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Activations ``[count, d_in]`` and magnitudes ``[count, n]`` of firing patterns ``[count, n]``."""
+        noisy, sparse = bool(self._std.any()), self.firing.n > _SPARSE_FEATURES
+        if not (noisy or sparse):
+            features = torch.where(states, self._mean, 0.0)
+            return self._embed(features), features
+        count, n = states.shape
+        firing = torch.from_numpy(np.flatnonzero(states.numpy()))  # several times as fast as nonzero of torch
+        feature = firing % n
+        magnitudes = self._mean[feature]
+        if noisy:
+            noise = torch.randn(len(firing), generator=source, dtype=self._dtype)
+            magnitudes = (magnitudes + self._std[feature] * noise).relu_()
+        features = torch.zeros(count, n, dtype=self._dtype)
+        features.view(-1)[firing] = magnitudes
+        if not sparse:
+            return self._embed(features), features
+        offsets = torch.searchsorted(firing, torch.arange(count) * n)
+        x = torch.nn.functional.embedding_bag(
+            feature, self._directions, offsets, mode="sum", per_sample_weights=magnitudes
+        )
+        return x.add_(self._bias), features
+
+    def _embed(self, features: Tensor) -> Tensor:
+        """Activations ``[count, d_in]`` of magnitudes ``[count, n]``."""
+        x = features @ self._directions
+        return x.add_(self._bias) if bool(self._bias.any()) else x
+
+    def _enumerate(self) -> Batch:
+        """The whole support as one weighted batch."""
+        if bool(self._std.any()):
+            raise UserError("data.magnitude_std: must be 0 with sampling: population, whose support must be finite")
+        states, probabilities = self.firing.enumerate()
+        features = torch.where(states, self._mean, 0.0)
+        return Batch(self._embed(features), features, probabilities.to(self._dtype))
+
+    def _check_magnitudes(self) -> None:
+        for name, values, low in (
+            ("magnitude_mean", self._mean, "positive"),
+            ("magnitude_std", self._std, "at least 0"),
+        ):
+            possible = values.isfinite() & (values > 0 if low == "positive" else values >= 0)
+            if not bool(possible.all()):
+                raise UserError(f"data.{name}: must be {low} and finite, got {float(values[~possible][0])}")
+
+
+def _per_feature(key: str, value: float | list[float], n: int) -> Tensor:
+    """One number a feature, ``[n]`` float64, from a list or a number for all."""
+    if isinstance(value, list):
+        if len(value) != n:
+            raise UserError(f"{key}: expected one number or a list of {n}, one a feature, got {len(value)}")
+        return torch.tensor(value, dtype=torch.float64)
+    return torch.full((n,), float(value), dtype=torch.float64)
+
+
+def _make_bias(bias: float | list[float] | None, d_in: int, seed: int) -> Tensor:
+    """The offset ``[d_in]`` float64: given, of a given norm in a random direction, or zero."""
+    if isinstance(bias, list):
+        if len(bias) != d_in or not all(map(math.isfinite, bias)):
+            raise UserError(f"data.bias: expected a norm or a list of d_in = {d_in} finite numbers, got {len(bias)}")
+        return torch.tensor(bias, dtype=torch.float64)
+    norm = 0.0 if bias is None else bias
+    if not 0 <= norm < math.inf:
+        raise UserError(f"data.bias: a norm must be at least 0 and finite, got {norm}")
+    return norm * orthonormal_features(1, d_in, generator(seed, "bias"))[0]

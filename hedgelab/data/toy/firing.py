@@ -1,0 +1,112 @@
+"""Which features fire together: the contract of every firing distribution, and the independent one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from hedgelab.errors import UserError
+
+MAX_ENUMERABLE = 16
+
+
+def check_probability(key: str, value: float) -> float:
+    """The value if it is a probability; a UserError naming the key if not."""
+    if not 0 <= value <= 1:  # also catches NaN
+        raise UserError(f"{key}: must be a probability between 0 and 1, got {value}")
+    return value
+
+
+def all_patterns(n: int) -> Tensor:
+    """Every firing pattern of n features, bool ``[2**n, n]``: row number r has feature i firing where bit i of r is."""
+    return (torch.arange(2**n)[:, None] >> torch.arange(n)) % 2 == 1
+
+
+def pattern_numbers(states: Tensor) -> Tensor:
+    """The row of :func:`all_patterns` that each state ``[count, n]`` is, int64 ``[count]``."""
+    return (states.long() << torch.arange(states.shape[1])).sum(1)
+
+
+class Firing(ABC):
+    """A distribution over firing patterns ``z`` in ``{0, 1}^n``."""
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """Number of features."""
+
+    @abstractmethod
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Independent firing patterns, bool ``[count, n]``."""
+
+    def enumerate(self) -> tuple[Tensor, Tensor]:
+        """Every pattern of positive probability and its probability.
+
+        Returns:
+            States, bool ``[m, n]``, in the order of :func:`all_patterns`, and probabilities, float64 ``[m]``, sum 1.
+
+        Raises:
+            UserError: If there are too many features, or the distribution has no closed form.
+        """
+        if self.n > MAX_ENUMERABLE:
+            raise UserError(
+                f"data.sampling: 'population' enumerates at most {MAX_ENUMERABLE} features, this firing has {self.n}; "
+                "use 'samples'"
+            )
+        probabilities = self.pattern_probabilities()
+        possible = probabilities > 0
+        kept = probabilities[possible]
+        return all_patterns(self.n)[possible], kept / kept.sum()
+
+    def pattern_probabilities(self) -> Tensor:
+        """Probability of each row of :func:`all_patterns`, float64 ``[2**n]``; only for few features.
+
+        Raises:
+            UserError: If the distribution has no closed form.
+        """
+        raise UserError(f"data.sampling: {type(self).__name__} cannot be enumerated for 'population'; use 'samples'")
+
+    def rates(self) -> Tensor | None:
+        """Probability that each feature fires, float64 ``[n]``; None where it is not known in closed form."""
+        if self.n > MAX_ENUMERABLE:
+            return None
+        states, probabilities = self.enumerate()
+        return probabilities @ states.double()
+
+    def magnitudes(self) -> Tensor | None:
+        """Firing magnitudes that come with the firing, ``[n]``; None where it has none of its own."""
+        return None
+
+
+class IndependentFiring(Firing):
+    """Every feature fires by itself.
+
+    Args:
+        probabilities: Probability that each feature fires.
+    """
+
+    def __init__(self, probabilities: list[float]) -> None:
+        if not probabilities:
+            raise UserError("data.firing.probabilities: needs at least one feature")
+        for i, probability in enumerate(probabilities):
+            check_probability(f"data.firing.probabilities[{i}]", probability)
+        self._rates = torch.tensor(probabilities, dtype=torch.float64)
+
+    @property
+    def n(self) -> int:
+        """Number of features."""
+        return len(self._rates)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Independent firing patterns, bool ``[count, n]``."""
+        return torch.rand(count, self.n, generator=generator) < self._rates.float()
+
+    def pattern_probabilities(self) -> Tensor:
+        """Probability of each pattern: the product over features, ``[2**n]``."""
+        return torch.where(all_patterns(self.n), self._rates, 1 - self._rates).prod(1)
+
+    def rates(self) -> Tensor:
+        """Probability that each feature fires, ``[n]``."""
+        return self._rates.clone()

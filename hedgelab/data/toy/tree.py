@@ -1,0 +1,239 @@
+"""Firing by a feature tree: a node can fire only where its parent does."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from hedgelab.data.toy.firing import Firing, check_probability
+from hedgelab.errors import UserError
+
+_EXCLUSIVE_SLACK = 1e-9  # so that ten children of .1 are not refused for rounding
+
+
+@dataclass(frozen=True)
+class TreeNode:
+    """A node of a feature tree.
+
+    Attributes:
+        probability: That it fires given that its parent does.
+        magnitude: Activation along its direction when it fires.
+        is_read_out: Whether it is a feature with a direction of its own; if not, it only gates its children.
+        mutually_exclusive_children: Whether at most one of its children fires at a time.
+        children: The nodes below.
+    """
+
+    probability: float
+    magnitude: float = 1.0
+    is_read_out: bool = True
+    mutually_exclusive_children: bool = False
+    children: tuple[TreeNode, ...] = field(default=())
+
+
+_KEYS = ("probability", "magnitude", "is_read_out", "mutually_exclusive_children", "children")
+
+
+def parse_tree(raw: object, path: str = "tree") -> TreeNode:
+    """Check a tree given as plain mappings and lists, and build it.
+
+    The root's ``probability`` is 1 and its ``is_read_out`` false unless given; other nodes must give a probability.
+
+    Raises:
+        UserError: For anything that is not a tree, naming the node such as ``tree.children[1].probability``.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping with keys such as 'probability', got {_describe(raw)}")
+    for key in raw:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"valid keys are {', '.join(_KEYS)}"
+            raise UserError(f"{path}.{key}: unknown key; {hint}")
+    is_root = path == "tree"
+    if not is_root and "probability" not in raw:
+        raise UserError(f"{path}.probability: missing; give the probability that it fires given its parent")
+    probability = check_probability(f"{path}.probability", _number(raw, path, "probability", 1.0))
+    magnitude = _number(raw, path, "magnitude", 1.0)
+    if not 0 < magnitude < float("inf"):
+        raise UserError(f"{path}.magnitude: must be positive and finite, got {magnitude}")
+    raw_children = raw.get("children", [])
+    if not isinstance(raw_children, list):
+        raise UserError(f"{path}.children: expected a list of nodes, got {_describe(raw_children)}")
+    children = tuple(parse_tree(child, f"{path}.children[{i}]") for i, child in enumerate(raw_children))
+    exclusive = _flag(raw, path, "mutually_exclusive_children", default=False)
+    total = sum(child.probability for child in children)
+    if exclusive and total > 1 + _EXCLUSIVE_SLACK:
+        raise UserError(f"{path}.children: probabilities of mutually exclusive children sum to {total:.6g}, above 1")
+    return TreeNode(probability, magnitude, _flag(raw, path, "is_read_out", not is_root), exclusive, children)
+
+
+def load_tree(file: str | Path) -> object:
+    """The plain content of a YAML or JSON file.
+
+    Raises:
+        UserError: If it is missing or cannot be read.
+    """
+    path = Path(file)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except FileNotFoundError:
+        raise UserError(f"data.firing.file: there is no file {path}; the path is relative to {Path.cwd()}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.firing.file: cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.firing.file: {path} is neither YAML nor JSON: {reason}") from error
+
+
+def _describe(value: object) -> str:
+    return f"{type(value).__name__} {value!r}" if value is not None else "nothing"
+
+
+def _number(raw: dict[str, Any], path: str, key: str, default: float) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{path}.{key}: expected a number, got {_describe(value)}")
+    return float(value)
+
+
+def _flag(raw: dict[str, Any], path: str, key: str, default: bool) -> bool:
+    value = raw.get(key, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{path}.{key}: expected true or false, got {_describe(value)}")
+    return value
+
+
+class TreeFiring(Firing):
+    """Features of a tree, numbered depth first: a node fires with its probability where its parent fires.
+
+    Mutually exclusive siblings share one draw: each fires with exactly its own probability, never two at once.
+
+    Args:
+        tree: The root as a mapping: ``probability``, ``magnitude``, ``is_read_out``,
+            ``mutually_exclusive_children``, ``children`` (a list of nodes of the same form). The root always fires
+            and is not read out unless it says so.
+        file: A YAML or JSON file with such a mapping, relative to the working directory; instead of ``tree``.
+
+    Raises:
+        UserError: If both or none are given, the file cannot be read, or the tree is not valid.
+    """
+
+    def __init__(self, tree: dict[str, Any] | None = None, file: str | None = None) -> None:
+        if file is not None and tree is not None:
+            raise UserError("data.firing: give 'tree' or 'file', not both")
+        if file is None and tree is None:
+            raise UserError("data.firing: needs 'tree' (inline) or 'file' (a YAML or JSON file)")
+        self.root = parse_tree(tree if file is None else load_tree(file))
+        self._flat = _flatten(self.root)
+        self._read_out = [i for i, row in enumerate(self._flat) if row.node.is_read_out]
+        if not self._read_out:
+            raise UserError("tree: has no feature; at least one node below the root must be read out")
+
+    @property
+    def n(self) -> int:
+        """Number of features: nodes that are read out."""
+        return len(self._read_out)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Firing patterns, bool ``[count, n]``, parents before children."""
+        uniform = torch.rand(self._flat[-1].slot + 1, count, generator=generator)
+        active = torch.empty(len(self._flat), count, dtype=torch.bool)
+        for i, row in enumerate(self._flat):
+            draw = uniform[row.slot]
+            torch.lt(draw, row.low + row.node.probability, out=active[i])
+            if row.low > 0:
+                active[i] &= draw >= row.low
+            if row.parent is not None:
+                active[i] &= active[row.parent]
+        return active[self._read_out].T.contiguous()
+
+    def pattern_probabilities(self) -> Tensor:
+        """Probability of each pattern, ``[2**n]``."""
+        table = torch.zeros(2**self.n, dtype=torch.float64)
+        patterns, _ = _subtree_patterns(self.root, 0)
+        table[list(patterns)] = torch.tensor(list(patterns.values()), dtype=torch.float64)
+        return table
+
+    def rates(self) -> Tensor:
+        """Probability that each feature fires: the product along its path from the root, ``[n]``."""
+        reached: list[float] = []
+        for row in self._flat:
+            reached.append(row.node.probability * (1.0 if row.parent is None else reached[row.parent]))
+        return torch.tensor(reached, dtype=torch.float64)[self._read_out]
+
+    def magnitudes(self) -> Tensor:
+        """Magnitude of each read-out node, ``[n]``."""
+        return torch.tensor([self._flat[i].node.magnitude for i in self._read_out], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A node in depth-first order; it fires if its parent does and uniform draw ``slot`` is in [low, low + p)."""
+
+    node: TreeNode
+    parent: int | None
+    slot: int
+    low: float
+
+
+def _flatten(root: TreeNode) -> list[_Row]:
+    rows: list[_Row] = []
+    slots = 0
+
+    def visit(node: TreeNode, parent: int | None, slot: int, low: float) -> None:
+        nonlocal slots
+        rows.append(_Row(node, parent, slot, low))
+        me = len(rows) - 1
+        low = 0.0
+        if node.mutually_exclusive_children:
+            shared, slots = slots, slots + 1
+        for child in node.children:
+            if node.mutually_exclusive_children:
+                visit(child, me, shared, low)
+                low += child.probability
+            else:
+                own, slots = slots, slots + 1
+                visit(child, me, own, 0.0)
+
+    slots = 1
+    visit(root, None, 0, 0.0)
+    return rows
+
+
+def _subtree_patterns(node: TreeNode, first_bit: int) -> tuple[dict[int, float], int]:
+    """Patterns of a node's subtree given that its parent fires, as bit masks, and the next free bit."""
+    bit = first_bit + node.is_read_out
+    branches: list[dict[int, float]] = []
+    for child in node.children:
+        branch, bit = _subtree_patterns(child, bit)
+        branches.append(branch)
+    below = _one_of(branches, node.children) if node.mutually_exclusive_children else _all_of(branches)
+    own = (1 << first_bit) if node.is_read_out else 0
+    patterns = {own | mask: node.probability * probability for mask, probability in below.items()}
+    patterns[0] = patterns.get(0, 0.0) + 1 - node.probability
+    return patterns, bit
+
+
+def _all_of(branches: list[dict[int, float]]) -> dict[int, float]:
+    """Joint patterns of independent branches."""
+    joint = {0: 1.0}
+    for branch in branches:
+        joint = {mask | more: p * q for mask, p in joint.items() for more, q in branch.items()}
+    return joint
+
+
+def _one_of(branches: list[dict[int, float]], children: tuple[TreeNode, ...]) -> dict[int, float]:
+    """Patterns of mutually exclusive branches: a mixture, silent where no child fires."""
+    mixture = {0: max(0.0, 1 - sum(child.probability for child in children))}
+    for branch, child in zip(branches, children, strict=True):
+        for mask, probability in branch.items():
+            fires = probability - (1 - child.probability) * (
+                mask == 0
+            )  # without the share in which the child is silent
+            mixture[mask] = mixture.get(mask, 0.0) + fires
+    return mixture
