@@ -28,6 +28,6 @@ class AdditiveMetric(Metric):
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def add_to(self, **amounts: Tensor) -> None:
-        """Add the sums of a batch to the states of those names."""
+        """Add the sums of a batch to the states of those names, in place: some are large."""
         for name, amount in amounts.items():
-            setattr(self, name, getattr(self, name) + amount)
+            getattr(self, name).add_(amount)

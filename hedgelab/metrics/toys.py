@@ -15,7 +15,7 @@ from hedgelab.metrics.functional.absorption import (
     infer_parents,
 )
 from hedgelab.metrics.functional.accumulate import total_weight, weighted_sum
-from hedgelab.metrics.functional.detection import CoFiring, add_co_firing
+from hedgelab.metrics.functional.detection import CoFiring, co_firing
 from hedgelab.metrics.functional.sparsity import firing_update
 
 
@@ -47,8 +47,8 @@ class FeatureDetection(AdditiveMetric):
     def update(self, codes: Codes, features: Tensor, weight: Tensor | None = None) -> None:
         """Add a batch of codes and their features' magnitudes ``[batch, n]``; ``weight``: ``[batch]``."""
         latents, count = firing_update(codes, weight)
-        self.add_to(latents=latents, features=weighted_sum(features > 0, weight), weight=count)
-        add_co_firing(self.both, codes, Codes.from_dense(features), weight)
+        present = weighted_sum(features > 0, weight)
+        self.add_to(weight=count, latents=latents, features=present, both=co_firing(codes, features, weight))
 
     def compute(self) -> CoFiring:
         """Counts over everything seen."""
@@ -78,9 +78,8 @@ class FeatureHierarchy(AdditiveMetric):
 
     def update(self, features: Tensor, weight: Tensor | None = None) -> None:
         """Add a batch of magnitudes ``[batch, n]``; ``weight``: ``[batch]``."""
-        firing = Codes.from_dense(features)
-        add_co_firing(self.both, firing, firing, weight)
-        self.add_to(weight=total_weight(features, weight))
+        both = co_firing(Codes.from_dense(features), features, weight)
+        self.add_to(weight=total_weight(features, weight), both=both)
         if weight is not None:
             self.weighted_batches += 1
 

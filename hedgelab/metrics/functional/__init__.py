@@ -7,7 +7,7 @@ from hedgelab.metrics.functional.absorption import (
     infer_parents,
     parent_encoder_components,
 )
-from hedgelab.metrics.functional.detection import CoFiring, DetectionScores, add_co_firing, detection_scores
+from hedgelab.metrics.functional.detection import CoFiring, DetectionScores, co_firing, detection_scores
 from hedgelab.metrics.functional.hedging import (
     TRACKING_COSINE,
     HedgingScores,
@@ -50,8 +50,8 @@ __all__ = [
     "Matching",
     "absorption",
     "absorption_from_co_firing",
-    "add_co_firing",
     "best_matches",
+    "co_firing",
     "dead_latents",
     "decoder_coordinates",
     "decoder_cosines",

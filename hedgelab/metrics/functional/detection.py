@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.kernels.codes import Codes, row_pointers
+from hedgelab.kernels.codes import Codes
 
-DENSE_PER_PAIR = 256
-"""Multiply-adds of a dense product that cost about as much as one indexed addition (measured on CPU)."""
+SPARSE_BELOW = 1 / 16
+"""Share of latents firing below which a sparse product beats a dense one (measured on CPU)."""
 
 
 class CoFiring(NamedTuple):
@@ -41,29 +41,27 @@ class DetectionScores(NamedTuple):
     f1: Tensor
 
 
-def add_co_firing(both: Tensor, left: Codes, right: Codes, weight: Tensor | None = None) -> None:
-    """Add to ``both [left.d_sae, right.d_sae]`` (float64) the weight of examples on which each pair fires, in place.
+def co_firing(codes: Codes, features: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Weight of the examples on which each latent fires together with each feature, ``[d_sae, n]``.
 
-    Costs one addition for each pair that fires together, or a dense product where those are many.
+    Args:
+        codes: Latents of a batch.
+        features: Firing magnitudes of the features, ``[batch, n]``.
+        weight: Weight of each example, ``[batch]``; None weighs all alike.
+
+    Returns:
+        float64 with ``weight``, else exact whole numbers in float32.
     """
-    left_rows, left_columns = _fired(left)
-    right_rows, right_columns = _fired(right)
-    pointers = row_pointers(right_rows, right.batch_size)
-    partners = pointers.diff()[left_rows]
-    pairs = int(partners.sum())
-    if pairs * DENSE_PER_PAIR > left.batch_size * both.numel():
-        dtype = torch.float32 if weight is None else torch.float64
-        firing, other = (_indicator(codes).to(dtype) for codes in (left, right))
-        both += (firing if weight is None else firing * weight.to(dtype)[:, None]).T @ other
-        return
-    skipped = pointers[left_rows] - (partners.cumsum(0) - partners)
-    position = torch.arange(pairs, device=both.device) + skipped.repeat_interleave(partners, output_size=pairs)
-    flat = (left_columns * both.shape[1]).repeat_interleave(partners, output_size=pairs) + right_columns[position]
-    if weight is None:
-        amounts = both.new_ones(()).expand(pairs)
-    else:
-        amounts = weight.to(both.dtype)[left_rows].repeat_interleave(partners, output_size=pairs)
-    both.view(-1).index_add_(0, flat, amounts)
+    dtype = torch.float32 if weight is None else torch.float64
+    present = (features > 0).to(dtype)
+    rows, latents = _fired(codes)
+    if latents.shape[0] > SPARSE_BELOW * codes.batch_size * codes.d_sae:
+        firing = (codes.to_dense() > 0).to(dtype)
+        return (firing if weight is None else firing * weight.to(dtype)[:, None]).T @ present
+    amounts = torch.ones_like(latents, dtype=dtype) if weight is None else weight.to(dtype)[rows]
+    shape = (codes.d_sae, codes.batch_size)
+    firing = torch.sparse_coo_tensor(torch.stack([latents, rows]), amounts, shape, check_invariants=False)
+    return firing @ present
 
 
 def detection_scores(counts: CoFiring, feature: Tensor) -> DetectionScores:
@@ -90,8 +88,3 @@ def _fired(codes: Codes) -> tuple[Tensor, Tensor]:
         return rows, columns
     fired = codes.values > 0
     return codes.rows()[fired], codes.latents[fired]
-
-
-def _indicator(codes: Codes) -> Tensor:
-    """Whether each latent fires on each example, ``[batch, d_sae]`` bool."""
-    return codes.to_dense() > 0
