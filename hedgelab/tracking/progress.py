@@ -1,0 +1,104 @@
+"""A progress bar in optimiser steps."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
+
+_LINES_WITHOUT_TERMINAL = 20
+
+
+class StepProgressBar(TQDMProgressBar):
+    """Shows optimiser steps, their rate, the time left and the training loss, whatever the number of steps a chunk.
+
+    On a terminal it is redrawn at most ``per_second`` times a second. Elsewhere (a log file, a batch job) about twenty lines
+    tell the whole of a run.
+
+    Args:
+        per_second: Most redraws a second.
+    """
+
+    def __init__(self, per_second: float = 5.0) -> None:
+        super().__init__()
+        self._interval = 1.0 / per_second
+        self._drawn_at = 0.0
+        self._terminal = sys.stdout.isatty()
+        self._next_line = 0
+        self._started_at, self._first_step = 0.0, 0
+
+    def init_train_tqdm(self) -> Tqdm:
+        """A bar over all steps of the run; hidden where there is no terminal."""
+        return Tqdm(
+            desc="Training",
+            unit="step",
+            initial=self.trainer.global_step,
+            total=self.trainer.max_steps if self.trainer.max_steps > 0 else None,
+            disable=self.is_disabled or not self._terminal,
+            dynamic_ncols=True,
+            leave=True,
+            smoothing=0,
+            mininterval=0,
+            file=sys.stdout,
+        )
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """No bar for validation passes inside a fit, which are short; the stock bar otherwise."""
+        if self.trainer.state.fn == "fit" or not self._terminal:
+            return Tqdm(disable=True)
+        return super().init_validation_tqdm()
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        """No bar for the sanity check."""
+        return Tqdm(disable=True)
+
+    def on_train_start(self, *_: Any) -> None:
+        """Starts at the trainer's step, which is not zero where a run is resumed."""
+        self.train_progress_bar = self.init_train_tqdm()
+        self._started_at, self._first_step = time.monotonic(), self.trainer.global_step
+        self._next_line = self._first_step
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Epochs mean nothing to an endless stream."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves on by the chunk's steps, and redraws if the last time was long enough ago."""
+        now = time.monotonic()
+        if self.is_enabled and now - self._drawn_at >= self._interval:
+            self._drawn_at = now
+            self._show(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Shows the last step."""
+        if self.is_enabled:
+            self._next_line = min(self._next_line, trainer.global_step)
+            self._show(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Closes the bar of a validation pass that had one."""
+        self.val_progress_bar.close()
+        self.reset_dataloader_idx_tracker()
+
+    def _show(self, trainer: L.Trainer) -> None:
+        loss = trainer.callback_metrics.get("train/loss")
+        if self._terminal:
+            bar = self.train_progress_bar
+            bar.n = trainer.global_step
+            if loss is not None:
+                bar.set_postfix_str(f"loss {float(loss):.4g}", refresh=False)
+            bar.refresh()
+        elif trainer.global_step >= self._next_line:
+            self._next_line = trainer.global_step + max(1, trainer.max_steps // _LINES_WITHOUT_TERMINAL)
+            sys.stdout.write(self._line(trainer, None if loss is None else float(loss)) + "\n")
+            sys.stdout.flush()
+
+    def _line(self, trainer: L.Trainer, loss: float | None) -> str:
+        step, total = trainer.global_step, trainer.max_steps
+        rate = (step - self._first_step) / max(time.monotonic() - self._started_at, 1e-9)
+        left = f", {(total - step) / rate:.0f} s left" if rate and step < total else ""
+        return f"step {step}/{total}, {rate:.1f} steps/s{left}" + ("" if loss is None else f", loss {loss:.4g}")

@@ -1,0 +1,212 @@
+"""The callback that fills a run: provenance, throughput, the finished SAE, its cosines and figures."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from hedgelab.batch import Batch
+from hedgelab.tracking.history import ThinnedSeries
+from hedgelab.tracking.logger import MLflowTracker
+from hedgelab.tracking.provenance import provenance_tags
+
+if TYPE_CHECKING:
+    from hedgelab.saes.base import SAE
+
+_MOST_LATENTS_LOGGED = 16
+_MOST_COSINES_FOLLOWED = 2048
+_KEPT_COSINES = 200
+
+
+class Cosines(NamedTuple):
+    """Cosines of an SAE with the known features, ``[d_sae, n]`` each."""
+
+    decoder: Tensor
+    encoder: Tensor
+
+
+class RunRecord(L.Callback):
+    """Records what a run is, how fast it goes, and what comes out of it, in its :class:`MLflowTracker`.
+
+    At the start: tags of code, packages and machine. At every logging interval: ``samples/s``, over the training time
+    since the last. At the end: the SAE as the artifact ``sae/`` with the tag ``weights_sha256``, and figures. With
+    known features: cosine heatmaps, the decoder bias, and how the cosines moved, and for at most 16 latents the metrics
+    ``latent{i}/decoder_cos/feature{j}``, ``latent{i}/encoder_cos/feature{j}`` and ``b_dec_norm``. Without an
+    :class:`MLflowTracker` among the trainer's loggers it does nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tracker: MLflowTracker | None = None
+        self._cosines: ThinnedSeries[Cosines] = ThinnedSeries(_KEPT_COSINES)
+        self._losses_before: dict[str, Any] | None = None
+        self._firing_rates: Tensor | None = None
+        self._samples = 0
+        self._since = 0.0
+        self._paused_at = 0.0
+        self._logged_at = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says where the run comes from."""
+        self._tracker = next((logger for logger in trainer.loggers if isinstance(logger, MLflowTracker)), None)
+        if self._tracker is None:
+            return
+        if self._losses_before is not None:
+            self._tracker.losses.load_state_dict(self._losses_before)
+        self._tracker.log_tags(provenance_tags(trainer.world_size))
+        seconds = getattr(_datamodule(trainer), "seconds_per_batch", None)
+        if isinstance(seconds, float):
+            self._tracker.log_metrics({"data/seconds_per_batch": seconds}, trainer.global_step)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock, and the history of the cosines."""
+        self._samples, self._since, self._logged_at = 0, time.perf_counter(), trainer.global_step
+        self._follow_cosines(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stops the clock: throughput is that of training."""
+        self._paused_at = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lets the clock go on."""
+        self._since += time.perf_counter() - self._paused_at
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: list[Batch], batch_idx: int
+    ) -> None:
+        """Counts a chunk's samples, and reports throughput when a logging interval is over."""
+        if self._tracker is None:
+            return
+        self._samples += sum(len(part.x) for part in batch) * trainer.world_size
+        self._follow_cosines(trainer, pl_module)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step - self._logged_at >= every:
+            self._log_throughput(self._tracker, trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Reports the throughput of the last, shorter interval."""
+        if self._tracker is not None and trainer.global_step > self._logged_at:
+            self._log_throughput(self._tracker, trainer.global_step)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keeps the firing rates that the validation pass has measured, before the SAE forgets them."""
+        metrics = getattr(pl_module, "_metrics", None)
+        if metrics is not None and not trainer.sanity_checking:
+            self._firing_rates = metrics.firing.compute().rates  # on every rank: it is summed over them
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keeps the SAE, its final cosines and the figures."""
+        if self._tracker is not None:
+            self._finish(self._tracker, trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """History so far, so that the figures of a resumed run show all of it; and the run, to be resumed."""
+        losses = None if self._tracker is None else self._tracker.losses.state_dict()
+        run_id = None if self._tracker is None else self._tracker.run_id
+        cosines = self._cosines.state_dict()
+        cosines["values"] = [tuple(pair) for pair in cosines["values"]]
+        return {"cosines": cosines, "losses": losses, "run_id": run_id}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        cosines = state_dict["cosines"]
+        self._cosines.load_state_dict({**cosines, "values": [Cosines(*pair) for pair in cosines["values"]]})
+        self._losses_before = state_dict["losses"]
+
+    def _log_throughput(self, tracker: MLflowTracker, step: int) -> None:
+        now = time.perf_counter()
+        tracker.log_metrics({"samples/s": self._samples / (now - self._since)}, step)
+        self._samples, self._since, self._logged_at = 0, now, step
+
+    def _follow_cosines(self, trainer: L.Trainer, sae: Any) -> None:
+        directions = _directions(trainer)
+        if directions is not None and sae.d_sae * len(directions) <= _MOST_COSINES_FOLLOWED:
+            self._cosines.offer(trainer.global_step, lambda: _cosines(sae, directions))
+
+    @rank_zero_only
+    def _finish(self, tracker: MLflowTracker, trainer: L.Trainer, sae: Any) -> None:
+        step, directions = trainer.global_step, _directions(trainer)
+        _log_weights(tracker, sae)
+        if directions is not None:
+            cosines = _cosines(sae, directions)
+            if sae.d_sae <= _MOST_LATENTS_LOGGED:
+                tracker.log_metrics(_final_numbers(sae, cosines), step)
+            self._log_recovery_figures(tracker, sae, directions, cosines, step)
+        self._log_training_figures(tracker)
+
+    def _log_recovery_figures(
+        self, tracker: MLflowTracker, sae: Any, directions: Tensor, cosines: Cosines, step: int
+    ) -> None:
+        from hedgelab.plots import cosine_heatmaps, cosines_over_training, decoder_bias
+
+        tracker.log_figure(cosine_heatmaps(cosines.decoder, cosines.encoder), "figures/cosines.png")
+        b_dec = sae.b_dec.detach().float()
+        along = torch.nn.functional.normalize(directions.to(b_dec), dim=1) @ b_dec
+        tracker.log_figure(decoder_bias(along.cpu(), float(b_dec.norm())), "figures/decoder_bias.png")
+        if self._cosines.steps:
+            steps, values = self._cosines.steps, self._cosines.values
+            if steps[-1] != step:
+                steps, values = [*steps, step], [*values, cosines]
+            decoder, encoder = (torch.stack(part) for part in zip(*values, strict=True))
+            tracker.log_figure(cosines_over_training(steps, decoder, encoder), "figures/cosines_over_training.png")
+
+    def _log_training_figures(self, tracker: MLflowTracker) -> None:
+        from hedgelab.plots import firing_density, loss_terms
+
+        losses = tracker.losses
+        names = dict.fromkeys(name for values in losses.values for name in values)
+        if names:
+            terms = {
+                name.removeprefix("train/"): (
+                    [step for step, values in zip(losses.steps, losses.values, strict=True) if name in values],
+                    [values[name] for values in losses.values if name in values],
+                )
+                for name in names
+            }
+            tracker.log_figure(loss_terms(terms), "figures/loss_terms.png")
+        if self._firing_rates is not None:
+            tracker.log_figure(firing_density(self._firing_rates.cpu()), "figures/firing_density.png")
+
+
+def _datamodule(trainer: L.Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
+
+
+def _directions(trainer: L.Trainer) -> Tensor | None:
+    directions: Tensor | None = getattr(_datamodule(trainer), "feature_directions", None)
+    return directions
+
+
+@torch.no_grad()
+def _cosines(sae: SAE, directions: Tensor) -> Cosines:
+    from hedgelab.metrics.functional.recovery import decoder_cosines, encoder_cosines
+
+    directions = directions.to(sae.W_dec.device)
+    decoder = decoder_cosines(sae.W_dec.detach(), directions)
+    encoder = encoder_cosines(sae.W_enc.detach(), directions)
+    return Cosines(decoder.float().cpu(), encoder.float().cpu())
+
+
+def _final_numbers(sae: SAE, cosines: Cosines) -> dict[str, float]:
+    numbers = {"b_dec_norm": float(sae.b_dec.detach().float().norm())}
+    for name, matrix in zip(("decoder_cos", "encoder_cos"), cosines, strict=True):
+        for latent, row in enumerate(matrix.tolist()):
+            numbers |= {f"latent{latent}/{name}/feature{feature}": value for feature, value in enumerate(row)}
+    return numbers
+
+
+def _log_weights(tracker: MLflowTracker, sae: SAE) -> None:
+    from hedgelab.saes import save_sae, weights_sha256
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "sae"
+        save_sae(sae, folder)
+        tracker.log_artifact(folder, "sae")
+        tracker.log_tags({"weights_sha256": weights_sha256(folder)})
