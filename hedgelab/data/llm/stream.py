@@ -1,0 +1,128 @@
+"""The activation stream: text through the cut model, in shuffled blocks that depend on (config, seed, number) alone."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hedgelab.data.llm.harvest import Harvester
+from hedgelab.errors import UserError
+from hedgelab.seeding import generator
+
+_KEPT_BLOCKS = 2  # the one in use, and the one being prefetched
+_ROOM_FOR_OUTLIERS = 0.05  # how many outliers a block has is not known before the model has run
+
+
+class Block(NamedTuple):
+    """The activations of some contexts.
+
+    Attributes:
+        rows: Shuffled rows, outliers dropped, cut to whole batches, ``[batches_per_block * batch_size, d_in]``.
+        norms: Norms of all usable rows before anything was dropped, ``[usable]``, float32.
+    """
+
+    rows: Tensor
+    norms: Tensor
+
+
+class BlockStream:
+    """An endless stream of rows over some contexts, in blocks of equally many batches.
+
+    Every epoch puts the contexts in a new order and cuts it into blocks (what remains waits for the next epoch). A
+    block's usable rows are shuffled, and the same whole number of batches is taken from each block: as many as the
+    poorest contexts fill. So batch i comes from block ``i // batches_per_block``, whatever was asked for before.
+    The last two blocks are kept.
+
+    Args:
+        harvester: Turns contexts into rows.
+        tokens: The text, ``[n, length]``.
+        usable: Positions that count, ``[n, length]``.
+        contexts_per_block: Contexts a block; lowered to ``n``.
+        batch_size: Rows a batch.
+        max_norm_ratio: Rows longer than this many times their block's median are dropped; None keeps all.
+        seed: Seed of the orders.
+        name: The stage, for error lines and independent seeds.
+
+    Raises:
+        UserError: A block cannot fill a single batch.
+    """
+
+    def __init__(
+        self,
+        harvester: Harvester,
+        tokens: Tensor,
+        usable: Tensor,
+        *,
+        contexts_per_block: int,
+        batch_size: int,
+        max_norm_ratio: float | None,
+        seed: int,
+        name: str,
+    ) -> None:
+        self._harvester, self._tokens, self._usable = harvester, tokens, usable
+        self._batch_size, self._max_norm_ratio = batch_size, max_norm_ratio
+        self._seed, self._name = seed, name
+        self.contexts_per_block = min(contexts_per_block, len(tokens))
+        poorest = int(usable.sum(dim=1).sort().values[: self.contexts_per_block].sum())
+        room = 0.0 if max_norm_ratio is None else _ROOM_FOR_OUTLIERS
+        self.batches_per_block = int(poorest * (1 - room)) // batch_size
+        if self.batches_per_block == 0:
+            raise UserError(
+                f"data.contexts_per_block: {self.contexts_per_block} of the {len(tokens)} {name} contexts have {poorest} "
+                f"usable tokens or a few more, too few for a batch of {batch_size}; give more contexts a block, more "
+                "text, or a smaller data.batch_size"
+            )
+        self._blocks_per_epoch = len(tokens) // self.contexts_per_block
+        self._blocks: OrderedDict[int, Future[Block]] = OrderedDict()
+
+    def batch(self, index: int) -> Tensor:
+        """Rows of batch number ``index``, ``[batch_size, d_in]``."""
+        number, position = divmod(index, self.batches_per_block)
+        return self.block(number).rows[position * self._batch_size : (position + 1) * self._batch_size]
+
+    def prefetch(self, index: int, stop: int) -> None:
+        """Start on the block after that of batch ``index``, unless batches end at ``stop`` before it."""
+        number = index // self.batches_per_block + 1
+        if number * self.batches_per_block < stop:
+            self._request(number)
+
+    def block(self, number: int) -> Block:
+        """Block ``number``."""
+        return self._request(number).result()
+
+    def forget(self) -> None:
+        """Drop the kept blocks, unfinished ones too."""
+        self._blocks.clear()
+
+    def context_numbers(self, number: int) -> Tensor:
+        """Which contexts block ``number`` is made of, ``[contexts_per_block]``."""
+        epoch, position = divmod(number, self._blocks_per_epoch)
+        order = torch.randperm(len(self._tokens), generator=generator(self._seed, self._name, "epoch", epoch))
+        return order[position * self.contexts_per_block : (position + 1) * self.contexts_per_block]
+
+    def _request(self, number: int) -> Future[Block]:
+        if number not in self._blocks:
+            self._blocks[number] = self._harvester.submit(self._compute, number)
+            while len(self._blocks) > _KEPT_BLOCKS:
+                self._blocks.popitem(last=False)[1].cancel()
+        self._blocks.move_to_end(number)
+        return self._blocks[number]
+
+    def _compute(self, number: int) -> Block:
+        chosen = self.context_numbers(number)
+        rows = self._harvester.rows(self._tokens[chosen], self._usable[chosen])
+        norms = rows.float().norm(dim=-1)
+        if self._max_norm_ratio is not None:
+            rows = rows[norms <= self._max_norm_ratio * norms.median()]
+        needed = self.batches_per_block * self._batch_size
+        if len(rows) < needed:
+            raise UserError(
+                f"data.max_norm_ratio: {self._max_norm_ratio} leaves {len(rows)} of a block's {len(norms)} rows where "
+                f"{needed} are needed; raise it, or choose another data.layer"
+            )
+        order = torch.randperm(len(rows), generator=generator(self._seed, self._name, "block", number))
+        return Block(rows[order[:needed].to(rows.device)], norms.cpu())

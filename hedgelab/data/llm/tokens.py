@@ -1,0 +1,120 @@
+"""Documents to contexts: tokenised once, packed to a fixed length, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from hedgelab.data.llm.model import ModelFiles
+from hedgelab.data.llm.text import TextSource
+from hedgelab.errors import UserError
+
+_FORMAT = 1  # of cached contexts; a new number leaves older ones aside
+_DOCUMENTS_AT_ONCE = 64
+
+
+class Contexts(NamedTuple):
+    """Text as a language model reads it.
+
+    Attributes:
+        tokens: Token ids, ``[n, length]``, int32.
+        special: Where the token is a special one (separators, padding, chat marks), ``[n, length]``.
+    """
+
+    tokens: Tensor
+    special: Tensor
+
+    def usable(self, skip_first: int) -> Tensor:
+        """Which positions count as activations: no special tokens, not the first ``skip_first``; ``[n, length]``."""
+        keep = ~self.special
+        keep[:, :skip_first] = False
+        return keep
+
+
+def load_contexts(text: TextSource, files: ModelFiles, length: int, cache_dir: str | Path = "runs/cache") -> Contexts:
+    """The packed contexts of a text; tokenised on first use and read from the cache afterwards.
+
+    Args:
+        text: The documents.
+        files: The model whose tokenizer to use.
+        length: Tokens a context.
+        cache_dir: Folder for tokenised text.
+
+    Raises:
+        UserError: The text does not fill a single context.
+    """
+    key = repr((_FORMAT, text.fingerprint(), files.tokenizer_fingerprint(), length))
+    path = Path(cache_dir) / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.is_file():
+                contexts = pack(text.documents(), files.tokenizer(), length)
+                unfinished = path.with_suffix(f".{os.getpid()}")
+                save_file(contexts._asdict(), unfinished, metadata={"key": key})
+                unfinished.rename(path)
+    return Contexts(**load_file(path))
+
+
+def pack(documents: Iterator[str], tokenizer: Any, length: int) -> Contexts:
+    """Tokenise documents, join them with a separator and cut the result to contexts; an incomplete last one is dropped.
+
+    Where the tokenizer itself starts every text with its BOS token, as models trained that way need, each context
+    starts with it and it separates the documents; elsewhere the EOS token separates them.
+
+    Args:
+        documents: The documents.
+        tokenizer: A transformers tokenizer.
+        length: Tokens a context.
+
+    Raises:
+        UserError: The documents do not fill a single context.
+    """
+    opening, separator = _boundaries(tokenizer)
+    body = length - len(opening)
+    ids = torch.cat([torch.empty(0, dtype=torch.int32), *_tokenise(documents, tokenizer, separator)])
+    n = len(ids) // body
+    if n == 0:
+        raise UserError(f"data.text: holds {len(ids)} tokens, too few for one context of data.context_length {length}")
+    tokens = ids[: n * body].view(n, body)
+    if opening:
+        tokens = torch.cat([torch.full((n, 1), opening[0], dtype=torch.int32), tokens], dim=1)
+    special = torch.isin(tokens, torch.tensor(_special_ids(tokenizer), dtype=torch.int32))
+    return Contexts(tokens.contiguous(), special)
+
+
+def _tokenise(documents: Iterator[str], tokenizer: Any, separator: list[int]) -> Iterator[Tensor]:
+    """Token ids of some documents at a time, the separator after each."""
+    documents = iter(documents)
+    with tqdm(desc="Tokenising text (once)", unit=" tokens", unit_scale=True) as progress:
+        while some := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+            encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            ids = torch.tensor(
+                list(chain.from_iterable(document + separator for document in encoded)), dtype=torch.int32
+            )
+            progress.update(len(ids))
+            yield ids
+
+
+def _boundaries(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that open each context, and those that end each document."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and tokenizer("")["input_ids"][:1] == [bos]:
+        return [bos], [bos]
+    return [], [] if eos is None else [eos]
+
+
+def _special_ids(tokenizer: Any) -> list[int]:
+    """Ids of all special tokens, chat marks and the like included."""
+    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return sorted({*tokenizer.all_special_ids, *added})
