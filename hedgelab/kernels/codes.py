@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from hedgelab.kernels.layout import Layout, row_pointers, rows_of
+
+__all__ = ["Codes", "row_pointers", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,19 @@ class Codes:
         values: Dense layout: ``[batch, d_sae]``. Sparse layout: ``[nnz]``, stored row by row; a stored value may be 0.
         latents: Sparse layout: the latent of each stored value, ``[nnz]`` int64. None in the dense layout.
         crow: Sparse layout: where each row starts in ``values``, ``[batch + 1]`` int64. None in the dense layout.
+        layout: Sparse layout: ``crow`` and ``latents`` with the index structures derived from them, computed when asked
+            and shared by all codes that differ in values only; made here unless given. None in the dense layout.
     """
 
     d_sae: int
     values: Tensor
     latents: Tensor | None = None
     crow: Tensor | None = None
+    layout: Layout | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.layout is None and self.crow is not None and self.latents is not None:
+            object.__setattr__(self, "layout", Layout(self.crow, self.latents, self.d_sae))
 
     @classmethod
     def from_dense(cls, activations: Tensor) -> Codes:
@@ -36,6 +47,11 @@ class Codes:
     def from_csr(cls, crow: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
         """Wrap row pointers ``[batch + 1]``, latent indices ``[nnz]`` and values ``[nnz]``."""
         return cls(d_sae, values, latents, crow)
+
+    @classmethod
+    def from_layout(cls, layout: Layout, values: Tensor) -> Codes:
+        """Wrap values ``[nnz]`` of a layout."""
+        return cls(layout.d_sae, values, layout.latents, layout.crow, layout)
 
     @classmethod
     def from_topk(cls, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
@@ -62,27 +78,35 @@ class Codes:
         return row_pointers(rows, self.batch_size), latents, self.values[rows, latents]
 
     def rows(self) -> Tensor:
-        """The example of each stored value of the sparse layout, ``[nnz]`` int64."""
-        crow, _, values = self.csr()
-        return rows_of(crow, values.shape[0])
+        """The example of each value that :meth:`csr` returns, ``[nnz]`` int64."""
+        return self.values.nonzero(as_tuple=True)[0] if self.layout is None else self.layout.rows
 
     def to_dense(self) -> Tensor:
         """Activations ``[batch, d_sae]``; differentiable. Repeated indices add up."""
-        if self.crow is None or self.latents is None:
+        if self.layout is None:
             return self.values
-        flat = rows_of(self.crow, self.values.shape[0]) * self.d_sae + self.latents
+        flat = self.layout.rows * self.d_sae + self.layout.latents
         dense = self.values.new_zeros(self.batch_size * self.d_sae)
         return dense.index_add(0, flat, self.values).view(self.batch_size, self.d_sae)
 
     def detach(self) -> Codes:
         """The same codes without a gradient."""
-        return Codes(self.d_sae, self.values.detach(), self.latents, self.crow)
+        return Codes(self.d_sae, self.values.detach(), self.latents, self.crow, self.layout)
 
     def scale(self, factor: Tensor) -> Codes:
         """Codes with latent i multiplied by ``factor[i]`` (decoder norms, when folding); ``factor``: ``[d_sae]``."""
         if self.latents is None:
             return Codes.from_dense(self.values * factor)
-        return Codes(self.d_sae, self.values * factor[self.latents], self.latents, self.crow)
+        return Codes(self.d_sae, self.values * factor[self.latents], self.latents, self.crow, self.layout)
+
+    def prefix(self, count: int) -> Codes:
+        """Codes of the first ``count`` latents alone, the others silent."""
+        if self.layout is None:
+            kept = torch.arange(self.d_sae, device=self.values.device) < count
+            return Codes.from_dense(torch.where(kept, self.values, 0.0))
+        entries = (self.layout.latents < count).nonzero().squeeze(1)
+        crow = row_pointers(self.layout.rows[entries], self.batch_size)
+        return Codes.from_csr(crow, self.layout.latents[entries], self.values[entries], self.d_sae)
 
     def firing_counts(self) -> Tensor:
         """How many examples each latent fires on (activation > 0), ``[d_sae]`` int64."""
@@ -108,21 +132,7 @@ class Codes:
 
     def sum_per_latent(self, weight: Tensor | None = None) -> Tensor:
         """Sum of each latent's activations over the batch, ``[d_sae]``, weighted by ``weight [batch]``; differentiable."""
-        if self.crow is None or self.latents is None:
+        if self.layout is None:
             return self.values.sum(0) if weight is None else weight @ self.values
-        values = self.values
-        if weight is not None:
-            values = values * weight[rows_of(self.crow, values.shape[0])]
-        return values.new_zeros(self.d_sae).index_add(0, self.latents, values)
-
-
-def row_pointers(rows: Tensor, batch_size: int) -> Tensor:
-    """Row pointers ``[batch + 1]`` of sorted row indices ``[nnz]``."""
-    crow = torch.zeros(batch_size + 1, dtype=torch.long, device=rows.device)
-    torch.cumsum(torch.bincount(rows, minlength=batch_size), 0, out=crow[1:])
-    return crow
-
-
-def rows_of(crow: Tensor, nnz: int) -> Tensor:
-    """Row index of each stored value, ``[nnz]``, from row pointers ``[batch + 1]``."""
-    return torch.repeat_interleave(torch.arange(crow.shape[0] - 1, device=crow.device), crow.diff(), output_size=nnz)
+        values = self.values if weight is None else self.values * weight[self.layout.rows]
+        return values.new_zeros(self.d_sae).index_add(0, self.layout.latents, values)

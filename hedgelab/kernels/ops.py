@@ -1,35 +1,27 @@
-"""The kernels an SAE calls; each runs on the fastest path that fits, and :func:`backend` forces one."""
+"""The kernels an SAE calls; each runs on the fastest path that fits, and :func:`backend` forces one.
 
-from collections.abc import Iterator
+``auto`` takes the dense reference for few latents, where overhead rules and ``torch.func`` must work, and a sparse path for
+many. ReLU and JumpReLU latents, whose number is not bounded, are compressed where a sample of rows says that few fire.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal
 
-from hedgelab.kernels.reference import (
-    decode,
-    decode_levels,
-    encode_batch_topk,
-    encode_columns,
-    encode_jumprelu,
-    encode_relu,
-    encode_threshold,
-    encode_topk,
-)
+import torch
+from torch import Tensor
 
-__all__ = [
-    "Backend",
-    "backend",
-    "decode",
-    "decode_levels",
-    "encode_batch_topk",
-    "encode_columns",
-    "encode_jumprelu",
-    "encode_relu",
-    "encode_threshold",
-    "encode_topk",
-]
+from hedgelab.kernels import reference, sparse
+from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.selection import sampled_density
 
 Backend = Literal["auto", "dense", "sparse"]
 _backend: Backend = "auto"
+
+MIN_D_SAE = 512  # below, the sparse path gains nothing
+MAX_SHARE = 1 / 8  # share of latents kept, above which dense products win
 
 
 @contextmanager
@@ -41,3 +33,124 @@ def backend(name: Backend) -> Iterator[None]:
         yield
     finally:
         _backend = previous
+
+
+def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes:
+    """Codes of a ReLU SAE."""
+    path = _path(W_enc, 0)
+    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, 0.0):
+        path = reference
+    codes: Codes = path.encode_relu(x, W_enc, b_enc, b_dec)
+    return codes
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, selection_scale: Tensor | None = None
+) -> Codes:
+    """Codes of the k largest pre-activations (times ``selection_scale [d_sae]``) of each example, then ReLU."""
+    codes: Codes = _path(W_enc, k).encode_topk(x, W_enc, b_enc, b_dec, k, selection_scale)
+    return codes
+
+
+def encode_batch_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    selection_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Codes:
+    """Codes of the k · batch largest of ``relu(pre)`` (times ``selection_scale [d_sae]``) over the batch.
+
+    With ``weight`` (population mode) entries are kept, largest first, until their weight reaches k: L0 is k on average.
+    """
+    codes: Codes = _path(W_enc, k).encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight)
+    return codes
+
+
+def encode_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, columns: Tensor, k: int) -> Codes:
+    """Codes of the k largest pre-activations of each example among the latents ``columns`` only, then ReLU."""
+    codes: Codes = _path(W_enc, 0).encode_columns(x, W_enc, b_enc, b_dec, columns, k)
+    return codes
+
+
+def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> Codes:
+    """Codes ``pre · 1[pre > threshold]`` for a given threshold (a scalar or ``[d_sae]``), no gradient to it."""
+    path = _path(W_enc, 0)
+    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, threshold):
+        path = reference
+    codes: Codes = path.encode_threshold(x, W_enc, b_enc, b_dec, threshold)
+    return codes
+
+
+def encode_jumprelu(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    log_threshold: Tensor,
+    bandwidth: float,
+    weight: Tensor | None = None,
+) -> tuple[Codes, Tensor]:
+    """Codes of a JumpReLU SAE, and how often each latent fires on average over the batch, ``[d_sae]``.
+
+    Both carry straight-through gradients to ``log_threshold`` (Rajamanoharan et al. 2024, section 3).
+    """
+    path = _path(W_enc, 0)
+    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, log_threshold.detach().exp() - bandwidth / 2):
+        path = reference
+    result: tuple[Codes, Tensor] = path.encode_jumprelu(x, W_enc, b_enc, b_dec, log_threshold, bandwidth, weight)
+    return result
+
+
+def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """``a W_dec + b_dec``, ``[batch, d_in]``."""
+    x_hat: Tensor = _decoder_path(codes, W_dec).decode(codes, W_dec, b_dec)
+    return x_hat
+
+
+def decode_levels(
+    codes: Codes, W_dec: Tensor, b_dec: Tensor, levels: Sequence[int], detach: bool = False
+) -> list[Tensor]:
+    """Reconstructions from the first ``m`` latents for each ``m`` of ``levels``, each ``[batch, d_in]``.
+
+    With ``detach`` an inner level feels no gradient from outer ones; ``b_dec`` then learns from the innermost level alone.
+    """
+    x_hats: list[Tensor] = _decoder_path(codes, W_dec).decode_levels(codes, W_dec, b_dec, levels, detach)
+    return x_hats
+
+
+def _path(W_enc: Tensor, k: int) -> Any:
+    """The module whose kernels run."""
+    d_sae = W_enc.shape[1]
+    if _backend == "dense" or (_backend == "auto" and (d_sae < MIN_D_SAE or k > MAX_SHARE * d_sae)):
+        return reference
+    return (_triton() or reference) if W_enc.is_cuda else sparse
+
+
+def _decoder_path(codes: Codes, W_dec: Tensor) -> Any:
+    """The module that decodes: codes keep the layout of the path that made them."""
+    if codes.is_dense or _backend == "dense":
+        return reference
+    return (_triton() or reference) if W_dec.is_cuda else sparse
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The kernels for CUDA devices; None where they cannot run."""
+    from hedgelab.kernels import triton
+
+    if not triton.available():
+        return None
+    from hedgelab.kernels.triton import entry
+
+    return entry
+
+
+def _many_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor | float) -> bool:
+    """Whether ``auto`` expects too many entries above a threshold for the sparse path to pay."""
+    if _backend == "sparse":
+        return False
+    with torch.no_grad():
+        return sampled_density(sparse.encoder(x, W_enc, b_enc, b_dec), threshold) > MAX_SHARE

@@ -1,0 +1,109 @@
+"""Where the stored values of sparse codes lie: index structures computed once a step and shared by all its products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Transposed(NamedTuple):
+    """The transpose of a layout in compressed sparse rows: stored values ordered by latent, then by row.
+
+    Attributes:
+        ccol: Where each latent starts, ``[d_sae + 1]`` int64.
+        rows: Row of each stored value, ``[nnz]`` int64.
+        order: Position of each in the row-by-row order, ``[nnz]`` int64: ``values[order]`` lie by latent.
+    """
+
+    ccol: Tensor
+    rows: Tensor
+    order: Tensor
+
+
+class Layout:
+    """Row pointers ``crow [rows + 1]`` and latents ``[nnz]`` of sparse codes, and what follows from them, when asked.
+
+    Codes that differ in their values only (detached, scaled) share one layout, and so do the forward and backward
+    passes of encoder and decoder: nothing is sorted twice a step.
+    """
+
+    def __init__(self, crow: Tensor, latents: Tensor, d_sae: int) -> None:
+        self.crow = crow
+        self.latents = latents
+        self.d_sae = d_sae
+        self._levels: dict[tuple[int, ...], LevelLayout] = {}
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows."""
+        return self.crow.shape[0] - 1
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The row of each stored value, ``[nnz]`` int64."""
+        return rows_of(self.crow, self.latents.shape[0])
+
+    @cached_property
+    def transposed(self) -> Transposed:
+        """The same entries ordered by latent."""
+        order = stable_order(self.latents, self.d_sae)
+        return Transposed(row_pointers(self.latents, self.d_sae), self.rows[order], order)
+
+    def by_level(self, levels: Sequence[int]) -> LevelLayout:
+        """The same entries with their rows split by level; level ℓ holds latents ``levels[ℓ - 1] … levels[ℓ] - 1``."""
+        key = tuple(levels)
+        if key not in self._levels:
+            self._levels[key] = LevelLayout(self, key)
+        return self._levels[key]
+
+
+class LevelLayout(Layout):
+    """A layout of ``len(levels) · rows`` rows: row ``ℓ · rows + b`` holds example b's latents of level ℓ.
+
+    One product with it is a decode of every level. Its transpose needs no sorting: a latent's level is fixed, so entries
+    keep the base layout's order by latent. All latents must lie below ``levels[-1]``.
+
+    Attributes:
+        order: Position of each stored value in the base layout, ``[nnz]`` int64.
+    """
+
+    def __init__(self, base: Layout, levels: tuple[int, ...]) -> None:
+        batch = base.row_count
+        boundaries = torch.tensor(levels, device=base.latents.device)
+        level = torch.bucketize(base.latents, boundaries, right=True, out_int32=True)
+        self.order = stable_order(level, len(levels))
+        self._base = base
+        self._row_in_base_order = level.long() * batch + base.rows
+        rows = self._row_in_base_order[self.order]
+        super().__init__(row_pointers(rows, len(levels) * batch), base.latents[self.order], base.d_sae)
+
+    @cached_property
+    def transposed(self) -> Transposed:
+        """The same entries ordered by latent; ``order`` counts in the *base* layout's order of values."""
+        ccol, _, order = self._base.transposed
+        return Transposed(ccol, self._row_in_base_order[order], order)
+
+
+def row_pointers(rows: Tensor, row_count: int) -> Tensor:
+    """Row pointers ``[row_count + 1]`` of row indices ``[nnz]``, in any order."""
+    crow = torch.zeros(row_count + 1, dtype=torch.long, device=rows.device)
+    torch.cumsum(torch.bincount(rows, minlength=row_count), 0, out=crow[1:])
+    return crow
+
+
+def rows_of(crow: Tensor, nnz: int) -> Tensor:
+    """Row index of each stored value, ``[nnz]``, from row pointers ``[batch + 1]``."""
+    return torch.repeat_interleave(torch.arange(crow.shape[0] - 1, device=crow.device), crow.diff(), output_size=nnz)
+
+
+def stable_order(keys: Tensor, bound: int) -> Tensor:
+    """Stable sorting permutation of integer keys in ``[0, bound)``, ``[nnz]`` int64."""
+    if keys.is_cuda or bound > 1 << 16:
+        return torch.argsort(keys, stable=True)
+    # NumPy radix-sorts 16-bit keys, several times faster than a comparison sort.
+    return torch.from_numpy(np.argsort(keys.numpy().astype(np.uint16), kind="stable"))

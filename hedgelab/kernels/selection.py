@@ -1,0 +1,264 @@
+"""Which latents are kept: exact selections from pre-activations that never exist whole.
+
+The encoder's product runs in tiles of rows. A tile is reused, so its pages are touched once, and everything that a selection
+does to it happens while it is in cache. Tile i of n takes rows i, i + n, i + 2n …: every tile is a fair sample of the batch,
+whatever its order, and the first one tells what the others will look like.
+
+Selections look at groups of eight latents first: only groups whose largest entry can matter are opened.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hedgelab.kernels.layout import Layout, row_pointers, stable_order
+
+TILE_ROWS = 512  # fewer rows make the product slower, more make the tile larger: 64 MiB at d_sae 32768
+GROUP = 8
+SAMPLE_HITS = 256  # entries above the sought threshold in the sample that estimates it: 6 % standard error
+MARGIN = 1.3  # candidates sought, as a multiple of what is kept
+
+
+class Entries(NamedTuple):
+    """Selected entries of the pre-activations.
+
+    Attributes:
+        layout: Where they lie.
+        pre: Their pre-activations, ``[nnz]``.
+    """
+
+    layout: Layout
+    pre: Tensor
+
+
+class Encoder(NamedTuple):
+    """The encoder's product, without a gradient.
+
+    Attributes:
+        x: Centred activations, ``[batch, d_in]``.
+        W_enc: ``[d_in, d_sae]``.
+        b_enc: ``[d_sae]``.
+        dtype: Of the pre-activations; at least single precision, whatever the product is computed in.
+    """
+
+    x: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    dtype: torch.dtype
+
+    def tiles(self, rows: int = TILE_ROWS) -> Iterator[tuple[slice, Tensor]]:
+        """Rows (as a strided slice) and pre-activations ``[rows, padded]`` of each tile, overwritten by the next.
+
+        Columns from d_sae on, up to a multiple of ``GROUP``, are -inf.
+        """
+        batch, d_sae = self.x.shape[0], self.W_enc.shape[1]
+        count = -(-batch // rows)
+        buffer = torch.empty(-(-batch // count) if count else 0, -(-d_sae // GROUP) * GROUP, dtype=self.dtype)
+        buffer[:, d_sae:] = -torch.inf
+        for start in range(count):
+            part = self.x[start::count]
+            tile = buffer[: part.shape[0]]
+            if part.dtype == self.dtype:
+                torch.addmm(self.b_enc, part, self.W_enc, out=tile[:, :d_sae])
+            else:
+                tile[:, :d_sae] = torch.addmm(self.b_enc, part, self.W_enc)
+            yield slice(start, None, count), tile
+
+
+def select_topk(encoder: Encoder, k: int, scale: Tensor | None) -> Entries:
+    """The k largest of each row, ranked by pre-activation (times ``scale [d_sae]``)."""
+    batch, d_sae = encoder.x.shape[0], encoder.W_enc.shape[1]
+    latents = torch.empty(batch, k, dtype=torch.long)
+    pre = torch.empty(batch, k, dtype=encoder.dtype)
+    ranking = _Ranking(scale, d_sae)
+    for rows, tile in encoder.tiles():
+        columns = largest_columns(ranking(tile), k, d_sae)
+        latents[rows] = columns
+        pre[rows] = tile.gather(1, columns)
+    crow = torch.arange(0, (batch + 1) * k, k) if k else torch.zeros(batch + 1, dtype=torch.long)
+    return Entries(Layout(crow, latents.view(-1), d_sae), pre.view(-1))
+
+
+def largest_columns(ranked: Tensor, k: int, d_sae: int) -> Tensor:
+    """Columns of the k largest of each row of ``ranked [rows, padded]``, ``[rows, k]`` in no order; ties as ``topk``'s.
+
+    The k largest entries lie in the k groups with the largest maxima. Where ties make "the k largest" ambiguous in a
+    tile, ``topk`` decides for the tile.
+    """
+    groups = ranked.shape[1] // GROUP
+    if k * 2 > groups or not ranked.numel():
+        return ranked[:, :d_sae].topk(k, dim=1, sorted=False).indices
+    maxima = ranked.view(-1, GROUP, groups).amax(1)
+    chosen = _largest_k_of_rows(maxima, k)
+    if chosen is not None:
+        columns = ((chosen % groups).unsqueeze(1) + torch.arange(0, GROUP * groups, groups)).view(-1, GROUP * k)
+        inside = _largest_k_of_rows(ranked.gather(1, columns), k)
+        if inside is not None:
+            return columns.view(-1)[inside].view(-1, k)
+    return ranked[:, :d_sae].topk(k, dim=1, sorted=False).indices
+
+
+def select_batch_topk(encoder: Encoder, k: int, scale: Tensor | None) -> Entries:
+    """The k · batch largest positive entries of the batch (all, if there are fewer), ranked by ``pre`` (times ``scale``).
+
+    Entries above a low threshold, estimated from the first tile, are collected from all tiles; the largest are then picked
+    among them. Should they turn out too few, everything is done again with a lower threshold, down to 0: the result is
+    that of a full sort. Of equal entries at the edge those with the lowest row, then latent, are kept.
+    """
+    wanted = k * encoder.x.shape[0]
+    margin = MARGIN
+    while True:
+        threshold, candidates = _candidates(encoder, k, scale, margin)
+        if candidates.ranked.shape[0] >= wanted or threshold <= 0:
+            return _largest(candidates, wanted, encoder)
+        margin *= 4
+
+
+def select_above(encoder: Encoder, threshold: Tensor) -> Entries:
+    """All entries above ``threshold`` (a scalar or ``[d_sae]``)."""
+    batch, d_sae = encoder.x.shape[0], encoder.W_enc.shape[1]
+    parts = []
+    for rows, tile in encoder.tiles():
+        flat = _flatnonzero(tile[:, :d_sae] > threshold)
+        columns = flat % d_sae
+        parts.append(_Candidates(_global_rows(flat // d_sae, rows), columns, _take(tile, flat // d_sae, columns), None))
+    return _in_row_order(_Candidates.cat(parts, encoder.dtype), batch, d_sae)
+
+
+def sampled_density(encoder: Encoder, threshold: Tensor | float, rows: int = 32) -> float:
+    """Share of entries above a threshold, estimated from a few rows."""
+    batch = encoder.x.shape[0]
+    if not batch:
+        return 0.0
+    sample = encoder._replace(x=encoder.x[:: -(-batch // rows)])
+    _, tile = next(sample.tiles())
+    return float((tile[:, : encoder.W_enc.shape[1]] > threshold).float().mean())
+
+
+class _Candidates(NamedTuple):
+    """Entries in any order: rows, latents, pre-activations and what ranks them (None: the pre-activations)."""
+
+    rows: Tensor
+    latents: Tensor
+    pre: Tensor
+    scaled: Tensor | None
+
+    @property
+    def ranked(self) -> Tensor:
+        return self.pre if self.scaled is None else self.scaled
+
+    def at(self, index: Tensor) -> "_Candidates":
+        scaled = None if self.scaled is None else self.scaled[index]
+        return _Candidates(self.rows[index], self.latents[index], self.pre[index], scaled)
+
+    @classmethod
+    def cat(cls, parts: list["_Candidates"], dtype: torch.dtype) -> "_Candidates":
+        if not parts:
+            empty = torch.empty(0, dtype=torch.long)
+            return cls(empty, empty, torch.empty(0, dtype=dtype), None)
+        scaled = None if parts[0].scaled is None else torch.cat([part.ranked for part in parts])
+        rows, latents, pre = (torch.cat([part[field] for part in parts]) for field in range(3))  # type: ignore[misc]
+        return cls(rows, latents, pre, scaled)
+
+
+class _Ranking:
+    """What entries are ranked by: the tile itself, or a reused copy times a scale."""
+
+    def __init__(self, scale: Tensor | None, d_sae: int) -> None:
+        self.scale = scale
+        self.d_sae = d_sae
+        self.buffer: Tensor | None = None
+
+    def __call__(self, tile: Tensor) -> Tensor:
+        if self.scale is None:
+            return tile
+        if self.buffer is None:
+            self.buffer = torch.full_like(tile, -torch.inf)
+        ranked = self.buffer[: tile.shape[0]]
+        torch.mul(tile[:, : self.d_sae], self.scale, out=ranked[:, : self.d_sae])
+        return ranked
+
+
+def _candidates(encoder: Encoder, k: int, scale: Tensor | None, margin: float) -> tuple[float, _Candidates]:
+    """The threshold used, and all entries above it."""
+    d_sae = encoder.W_enc.shape[1]
+    ranking, threshold = _Ranking(scale, d_sae), 0.0
+    parts: list[_Candidates] = []
+    for rows, tile in encoder.tiles():
+        ranked = ranking(tile)
+        if not parts:
+            threshold = _estimated_threshold(ranked, k / d_sae, margin)
+        local, columns = _entries_above(ranked, threshold, sparse=margin * k * GROUP < d_sae / 2)
+        scaled = None if scale is None else _take(ranked, local, columns)
+        parts.append(_Candidates(_global_rows(local, rows), columns, _take(tile, local, columns), scaled))
+    return threshold, _Candidates.cat(parts, encoder.dtype)
+
+
+def _estimated_threshold(ranked: Tensor, share: float, margin: float) -> float:
+    """A threshold that about ``margin · share`` of the entries of a tile exceed; never below 0."""
+    stride = max(1, int(share * ranked.numel() / SAMPLE_HITS))
+    sample = ranked.view(-1)[:: stride | 1].numpy()  # odd, so that it walks through all columns
+    above = min(int(np.ceil(margin * share * sample.size)), sample.size)
+    return max(0.0, float(np.partition(sample, sample.size - above)[sample.size - above]))
+
+
+def _entries_above(ranked: Tensor, threshold: float, sparse: bool) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the entries of a tile above a threshold; ``sparse``: few are expected, look at groups first."""
+    width = ranked.shape[1]
+    if not sparse:
+        flat = _flatnonzero(ranked > threshold)
+        return flat // width, flat % width
+    groups = width // GROUP
+    found = _flatnonzero(ranked.view(-1, GROUP, groups).amax(1) > threshold)
+    first = found + (found // groups) * (width - groups)
+    flat = (first.unsqueeze(1) + torch.arange(0, width, groups)).view(-1)
+    flat = flat[_flatnonzero(ranked.view(-1).take(flat) > threshold)]
+    return flat // width, flat % width
+
+
+def _largest(candidates: _Candidates, wanted: int, encoder: Encoder) -> Entries:
+    """The ``wanted`` largest candidates in row order."""
+    batch, d_sae = encoder.x.shape[0], encoder.W_enc.shape[1]
+    ranked = candidates.ranked
+    excess = ranked.shape[0] - wanted
+    if excess > 0:
+        edge = float(np.partition(ranked.numpy(), excess)[excess])
+        keep = ranked >= edge
+        surplus = int(keep.sum()) - wanted
+        if surplus > 0:
+            tied = _flatnonzero(ranked == edge)
+            position = candidates.rows[tied] * d_sae + candidates.latents[tied]
+            keep[tied[position.argsort(descending=True)[:surplus]]] = False
+        candidates = candidates.at(_flatnonzero(keep))
+    return _in_row_order(candidates, batch, d_sae)
+
+
+def _in_row_order(candidates: _Candidates, batch: int, d_sae: int) -> Entries:
+    order = stable_order(candidates.rows, batch)
+    crow = row_pointers(candidates.rows, batch)
+    return Entries(Layout(crow, candidates.latents[order], d_sae), candidates.pre[order])
+
+
+def _largest_k_of_rows(values: Tensor, k: int) -> Tensor | None:
+    """Flat positions of the k largest entries of each row, row by row, ``[rows · k]``; None where ties make them more."""
+    rows, width = values.shape
+    edge = np.partition(values.numpy(), width - k, axis=1)[:, width - k : width - k + 1]
+    flat = _flatnonzero(values >= torch.from_numpy(edge))
+    return flat if flat.shape[0] == rows * k else None
+
+
+def _take(tile: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return tile.view(-1).take(rows * tile.shape[1] + columns)
+
+
+def _global_rows(local: Tensor, rows: slice) -> Tensor:
+    first, count = rows.start, rows.step
+    return local * int(count) + int(first)
+
+
+def _flatnonzero(mask: Tensor) -> Tensor:
+    """Flat positions where a mask holds; NumPy's search is several times faster than PyTorch's."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
