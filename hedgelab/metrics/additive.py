@@ -1,8 +1,11 @@
 """The base of every metric here: float64 sums that add up over batches and over ranks."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -22,6 +25,7 @@ class AdditiveMetric(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.result_shapes: list[torch.Size] = []
 
     def add_sum(self, name: str, *shape: int) -> None:
         """Declare a state: zeros of the given shape, summed over ranks."""
@@ -31,3 +35,21 @@ class AdditiveMetric(Metric):
         """Add the sums of a batch to the states of those names, in place: some are large."""
         for name, amount in amounts.items():
             getattr(self, name).add_(amount)
+
+    def _wrap_compute(self, compute: Callable[[], Any]) -> Callable[[], Any]:
+        """Undo torchmetrics' squeezing of one-element results, which takes an SAE of one latent its dimension."""
+
+        def recording() -> Any:
+            value = compute()
+            self.result_shapes = []
+            apply_to_collection(value, Tensor, lambda tensor: self.result_shapes.append(tensor.shape))
+            return value
+
+        squeezing = super()._wrap_compute(wraps(compute)(recording))
+
+        @wraps(compute)
+        def restored() -> Any:
+            value, shapes = squeezing(), iter(self.result_shapes)
+            return apply_to_collection(value, Tensor, lambda tensor: tensor.reshape(next(shapes)))
+
+        return restored
