@@ -15,6 +15,7 @@ from hedgelab.data.toy.firing import Firing, check_probability
 from hedgelab.errors import UserError
 
 _EXCLUSIVE_SLACK = 1e-9  # so that ten children of .1 are not refused for rounding
+_MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def parse_tree(raw: object, path: str = "tree") -> TreeNode:
     """
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping with keys such as 'probability', got {_describe(raw)}")
+    if path.count(".children[") > _MAX_DEPTH:  # YAML aliases can close a circle
+        raise UserError(f"tree: nested deeper than {_MAX_DEPTH} levels; does an alias refer to a node above it?")
     for key in raw:
         if key not in _KEYS:
             near = difflib.get_close_matches(str(key), _KEYS, n=1)
@@ -141,7 +144,7 @@ class TreeFiring(Firing):
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Firing patterns, bool ``[count, n]``, parents before children."""
-        uniform = torch.rand(self._flat[-1].slot + 1, count, generator=generator)
+        uniform = torch.rand(1 + max(row.slot for row in self._flat), count, generator=generator)
         active = torch.empty(len(self._flat), count, dtype=torch.bool)
         for i, row in enumerate(self._flat):
             draw = uniform[row.slot]
@@ -155,8 +158,10 @@ class TreeFiring(Firing):
     def pattern_probabilities(self) -> Tensor:
         """Probability of each pattern, ``[2**n]``."""
         table = torch.zeros(2**self.n, dtype=torch.float64)
-        patterns, _ = _subtree_patterns(self.root, 0)
-        table[list(patterns)] = torch.tensor(list(patterns.values()), dtype=torch.float64)
+        patterns, _ = _firing_patterns(self.root, 0)
+        for mask, probability in patterns.items():
+            table[mask] = self.root.probability * probability
+        table[0] += 1 - self.root.probability
         return table
 
     def rates(self) -> Tensor:
@@ -205,35 +210,20 @@ def _flatten(root: TreeNode) -> list[_Row]:
     return rows
 
 
-def _subtree_patterns(node: TreeNode, first_bit: int) -> tuple[dict[int, float], int]:
-    """Patterns of a node's subtree given that its parent fires, as bit masks, and the next free bit."""
-    bit = first_bit + node.is_read_out
-    branches: list[dict[int, float]] = []
+def _firing_patterns(node: TreeNode, first_bit: int) -> tuple[dict[int, float], int]:
+    """Patterns of a node's subtree given that the node fires, as bit masks, and the next free bit."""
+    own, bit = (1 << first_bit, first_bit + 1) if node.is_read_out else (0, first_bit)
+    below = {0: 1.0}
+    if node.mutually_exclusive_children:
+        silent = 1 - sum(child.probability for child in node.children)
+        below = {0: silent} if silent > _EXCLUSIVE_SLACK else {}
     for child in node.children:
-        branch, bit = _subtree_patterns(child, bit)
-        branches.append(branch)
-    below = _one_of(branches, node.children) if node.mutually_exclusive_children else _all_of(branches)
-    own = (1 << first_bit) if node.is_read_out else 0
-    patterns = {own | mask: node.probability * probability for mask, probability in below.items()}
-    patterns[0] = patterns.get(0, 0.0) + 1 - node.probability
-    return patterns, bit
-
-
-def _all_of(branches: list[dict[int, float]]) -> dict[int, float]:
-    """Joint patterns of independent branches."""
-    joint = {0: 1.0}
-    for branch in branches:
-        joint = {mask | more: p * q for mask, p in joint.items() for more, q in branch.items()}
-    return joint
-
-
-def _one_of(branches: list[dict[int, float]], children: tuple[TreeNode, ...]) -> dict[int, float]:
-    """Patterns of mutually exclusive branches: a mixture, silent where no child fires."""
-    mixture = {0: max(0.0, 1 - sum(child.probability for child in children))}
-    for branch, child in zip(branches, children, strict=True):
-        for mask, probability in branch.items():
-            fires = probability - (1 - child.probability) * (
-                mask == 0
-            )  # without the share in which the child is silent
-            mixture[mask] = mixture.get(mask, 0.0) + fires
-    return mixture
+        branch, bit = _firing_patterns(child, bit)
+        fires = {mask: child.probability * p for mask, p in branch.items()}
+        if node.mutually_exclusive_children:
+            for mask, p in fires.items():
+                below[mask] = below.get(mask, 0.0) + p
+        else:
+            fires[0] = fires.get(0, 0.0) + 1 - child.probability
+            below = {mask | more: p * q for mask, p in below.items() for more, q in fires.items()}
+    return {own | mask: p for mask, p in below.items()}, bit
