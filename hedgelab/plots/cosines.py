@@ -71,10 +71,11 @@ def decoder_bias(projections: ArrayLike, norm: float) -> Figure:
     axes.margins(y=0.18)
     if named:
         axes.set_xticks(range(n), [f"f{j}" for j in range(n)])
+        decimals = 2 if np.abs(values).max() >= 0.1 else 3
         for j, value in enumerate(values) if n <= 16 else ():
             offset, side = (3, "bottom") if value >= 0 else (-3, "top")
             axes.annotate(
-                _number(value), (j, value), (0, offset), textcoords="offset points",
+                _number(value, decimals), (j, value), (0, offset), textcoords="offset points",
                 ha="center", va=side, fontsize=8, color=INK,
             )  # fmt: skip
     else:
@@ -131,8 +132,8 @@ def _strongest_of_blocks(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
     return cosines
 
 
-def _number(value: float) -> str:
-    return f"{value:.2f}".replace("-0.00", "0.00")
+def _number(value: float, decimals: int = 2) -> str:
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: no "-0.00"
 
 
 def _print_values(axes: Axes, cosines: NDArray[np.float64]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from hedgelab.plots.style import INK, MUTED, PALETTE, new_figure, tidy
@@ -34,6 +35,7 @@ def firing_density(rates: ArrayLike) -> Figure:
         ticks = np.arange(np.ceil(low), 1)
         axes.set_xticks(ticks, [f"$10^{{{int(tick)}}}$" if tick else "1" for tick in ticks])
         axes.set_xlim(low, 0.06)
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     else:
         axes.set_xticks([])
         axes.set_yticks([])

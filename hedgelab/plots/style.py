@@ -32,9 +32,3 @@ def tidy(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", grid: 
     if grid:
         axes.grid(axis="y", color=FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
-
-
-def legend(axes: Axes, outside: bool = False) -> None:
-    """A frameless legend, inside where it hides least or to the right of the axes."""
-    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if outside else {"loc": "best"}
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, **place)

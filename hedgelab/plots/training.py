@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from hedgelab.plots.style import FAINT, INK, MUTED, PALETTE, legend, new_figure, tidy
+from hedgelab.plots.style import FAINT, INK, MUTED, PALETTE, new_figure, tidy
 
 _MOST_PANELS = 4
 _MOST_COLORED = len(PALETTE)
@@ -25,15 +25,16 @@ def loss_terms(terms: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Fi
     axes = figure.subplots()
     colors = iter(PALETTE * (len(terms) // len(PALETTE) + 1))
     for name, (steps, values) in terms.items():
-        total = name == "loss"
-        color = INK if total else next(colors)
-        axes.plot(steps, values, color=color, linewidth=1.6 if total else 1.1, label=f"{name} (sum)" if total else name)
+        if name == "loss":  # a broad band behind, or it would hide the term that dominates it
+            axes.plot(steps, values, color=FAINT, linewidth=5, solid_capstyle="round", label="loss (sum)", zorder=1)
+        else:
+            axes.plot(steps, values, color=next(colors), linewidth=1.3, label=name, zorder=2)
     everything = np.concatenate([np.asarray(values, dtype=float) for _, values in terms.values()])
     everything = everything[np.isfinite(everything)]
     if everything.size and everything.min() > 0 and everything.max() > 10 * everything.min():
         axes.set_yscale("log")
     tidy(axes, "", "training step", "loss (mean over a logging interval)")
-    legend(axes, outside=True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, labelcolor=INK)
     return figure
 
 

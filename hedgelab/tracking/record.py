@@ -61,9 +61,9 @@ class RunRecord(L.Callback):
         if self._losses_before is not None:
             self._tracker.losses.load_state_dict(self._losses_before)
         self._tracker.log_tags(provenance_tags(trainer.world_size))
-        seconds = getattr(_datamodule(trainer), "seconds_per_batch", None)
-        if isinstance(seconds, float):
-            self._tracker.log_metrics({"data/seconds_per_batch": seconds}, trainer.global_step)
+        measure = getattr(_datamodule(trainer), "measure_batch_seconds", None)
+        if measure is not None:
+            self._tracker.log_metrics({"data/seconds_per_batch": measure()}, trainer.global_step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock, and the history of the cosines."""
@@ -99,7 +99,7 @@ class RunRecord(L.Callback):
         """Keeps the firing rates that the validation pass has measured, before the SAE forgets them."""
         metrics = getattr(pl_module, "_metrics", None)
         if metrics is not None and not trainer.sanity_checking:
-            self._firing_rates = metrics.firing.compute().rates  # on every rank: it is summed over them
+            self._firing_rates = metrics.firing.compute().rates.reshape(-1)  # on every rank: it is summed over them
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the SAE, its final cosines and the figures."""
@@ -171,7 +171,7 @@ class RunRecord(L.Callback):
                 for name in names
             }
             tracker.log_figure(loss_terms(terms), "figures/loss_terms.png")
-        if self._firing_rates is not None:
+        if self._firing_rates is not None and len(self._firing_rates) > _MOST_LATENTS_LOGGED:
             tracker.log_figure(firing_density(self._firing_rates.cpu()), "figures/firing_density.png")
 
 
