@@ -149,4 +149,4 @@ def recovery_summary(
         results["absorption"] = scores.excess.nanmean()
         results["absorption_missed"] = scores.missed.nanmean()
         results["absorption_encoder"] = parent_encoder_components(reads, tracked.latent, parents).nanmean()
-    return {name: value.double() for name, value in results.items()}
+    return results

@@ -135,6 +135,19 @@ def test_metrics_pickle_clone_reset_and_leave_no_state_dict():
     assert whole.half().explained_variance.total.dtype == torch.float64
 
 
+def test_autocast_leaves_counts_and_cosines_exact():
+    toy = Toy()
+    batch = toy.batch(0, 1500)
+    results = []
+    for enabled in (False, True):
+        metrics = SAEMetrics(D_IN, D_SAE, toy.directions)
+        x_hat, codes = toy(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            metrics.update(batch, x_hat, codes)
+            results.append(metrics.compute(toy.W_enc, toy.W_dec))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
+
+
 def test_every_metric_declares_what_torchmetrics_asks():
     for metric, _ in every_metric(Toy()).values():
         assert metric.full_state_update is False
@@ -149,7 +162,7 @@ def test_without_known_features_only_the_plain_metrics():
     metrics.update(Batch(batch.x), *toy(batch))
     results = metrics.compute(toy.W_enc, toy.W_dec)
     assert set(results) == {"explained_variance", "mse", "shrinkage", "l0", "dead_latents", "dead_fraction"}
-    assert all(value.ndim == 0 and value.is_floating_point() for value in results.values())
+    assert all(value.shape == () and value.dtype == torch.float64 for value in results.values())
 
 
 def test_features_must_travel_where_directions_are_known():
@@ -188,6 +201,7 @@ def test_a_hedging_sae_is_caught_with_its_sign():
     """One latent, encoder and decoder at the angle of the closed form (f2 component .2434)."""
     latent = torch.tensor([[(1 - 0.2434**2) ** 0.5, 0.2434, 0]])
     results = constructed(latent.T, 2 * latent)
+    assert all(value.shape == () and value.dtype == torch.float64 for value in results.values())
     for name in ("hedging/decoder", "hedging/decoder_signed", "hedging/encoder", "hedging/encoder_signed"):
         assert results[name].item() == pytest.approx(0.2434, abs=1e-6)
     assert results["tracked_features"].item() == 1

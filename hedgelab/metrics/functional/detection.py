@@ -56,12 +56,12 @@ def co_firing(codes: Codes, features: Tensor, weight: Tensor | None = None) -> T
     present = (features > 0).to(dtype)
     rows, latents = _fired(codes)
     if latents.shape[0] > SPARSE_BELOW * codes.batch_size * codes.d_sae:
-        firing = (codes.to_dense() > 0).to(dtype)
-        return (firing if weight is None else firing * weight.to(dtype)[:, None]).T @ present
+        firing = (codes.to_dense() > 0).to(dtype).T
+        return _product(firing if weight is None else firing * weight.to(dtype), present)
     amounts = torch.ones_like(latents, dtype=dtype) if weight is None else weight.to(dtype)[rows]
     shape = (codes.d_sae, codes.batch_size)
     firing = torch.sparse_coo_tensor(torch.stack([latents, rows]), amounts, shape, check_invariants=False)
-    return firing @ present
+    return _product(firing, present)
 
 
 def detection_scores(counts: CoFiring, feature: Tensor) -> DetectionScores:
@@ -88,3 +88,9 @@ def _fired(codes: Codes) -> tuple[Tensor, Tensor]:
         return rows, columns
     fired = codes.values > 0
     return codes.rows()[fired], codes.latents[fired]
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product in the precision of its factors: under autocast counts would come out rounded to 8 bits."""
+    with torch.autocast(right.device.type, enabled=False):
+        return left @ right

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hedgelab.metrics.functional.accumulate import at_least_float32
 from hedgelab.metrics.functional.recovery import Matching, decoder_cosines, encoder_cosines, match_features
 
 TRACKING_COSINE = 0.6
@@ -44,7 +43,7 @@ class HedgingScores(NamedTuple):
 
 
 def decoder_coordinates(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
-    """Coordinates of the unit decoder rows along the unit features, ``[d_sae, n]``.
+    """Coordinates of the unit decoder rows along the unit features, ``[d_sae, n]`` float64.
 
     Least squares (``pinv``) when n ≤ d_in, plain cosines otherwise; see the module.
 
@@ -55,9 +54,9 @@ def decoder_coordinates(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
     n, d_in = feature_directions.shape
     if n > d_in:
         return decoder_cosines(W_dec, feature_directions)
-    rows = normalize(at_least_float32(W_dec), dim=1)
-    inverse: Tensor = torch.linalg.pinv(normalize(feature_directions.detach().double(), dim=1))
-    return rows @ inverse.to(rows.dtype)
+    inverse = torch.linalg.pinv(normalize(feature_directions.detach().double(), dim=1))
+    coordinates: Tensor = normalize(W_dec.detach().double(), dim=1) @ inverse
+    return coordinates
 
 
 def encoder_coordinates(W_enc: Tensor, feature_directions: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hedgelab.metrics.functional.accumulate import at_least_float32
-
 
 class BestMatches(NamedTuple):
     """The strongest counterpart of each latent and of each feature, by absolute cosine.
@@ -43,19 +41,18 @@ class Matching(NamedTuple):
 
 
 def decoder_cosines(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
-    """Cosine of each decoder row with each feature, ``[d_sae, n]``; 0 for a zero row.
+    """Cosine of each decoder row with each feature, ``[d_sae, n]`` float64; 0 for a zero row.
 
     Args:
         W_dec: Folded decoder, ``[d_sae, d_in]``.
         feature_directions: True directions, ``[n, d_in]``.
     """
-    rows, directions = at_least_float32(W_dec), at_least_float32(feature_directions)
-    dtype = torch.promote_types(rows.dtype, directions.dtype)
-    return normalize(rows.to(dtype), dim=1) @ normalize(directions.to(dtype), dim=1).T
+    # float64: neither TF32 nor autocast touches it
+    return normalize(W_dec.detach().double(), dim=1) @ normalize(feature_directions.detach().double(), dim=1).T
 
 
 def encoder_cosines(W_enc: Tensor, feature_directions: Tensor) -> Tensor:
-    """Cosine of each encoder column with each feature, ``[d_sae, n]``; 0 for a zero column.
+    """Cosine of each encoder column with each feature, ``[d_sae, n]`` float64; 0 for a zero column.
 
     Args:
         W_enc: Folded encoder, ``[d_in, d_sae]``.
@@ -129,4 +126,4 @@ def uniqueness(cosines: Tensor) -> Tensor:
     """
     best = cosines.abs().argmax(1)
     distinct = torch.bincount(best, minlength=cosines.shape[1]) > 0
-    return distinct.sum() / cosines.shape[0]
+    return distinct.sum().double() / cosines.shape[0]
