@@ -1,0 +1,94 @@
+"""A language model small enough to build for each test session, saved like any other."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from hedgelab.data.llm import LLMDataModule, TextFiles
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """Build a tokenizer of 60 words, with or without a BOS token before every text."""
+    pytest.importorskip("transformers")
+
+    def make(with_bos: bool):
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", "<chat>", *WORDS])}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        if with_bos:
+            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        )
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<chat>"]})
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_tokenizer, tmp_path_factory) -> str:
+    """Folder of a random Llama: 3 blocks, 32 wide."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(with_bos=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> list[str]:
+    """A text file and a compressed JSON-lines file, about 4 000 words in documents of 50."""
+    folder: Path = tmp_path_factory.mktemp("text")
+    documents = [" ".join(WORDS[(7 * i + i * i * j + j) % len(WORDS)] for j in range(50)) for i in range(80)]
+    (folder / "first.txt").write_text(documents[0])
+    with gzip.open(folder / "rest.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents[1:])
+    return [str(folder / "first.txt"), str(folder / "rest.jsonl.gz")]
+
+
+@pytest.fixture(scope="session")
+def make_data(tiny_model, tiny_text, tmp_path_factory):
+    """Build a DataModule over the tiny model and text."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def make(**options) -> LLMDataModule:
+        defaults = {
+            "model": tiny_model,
+            "layer": 1,
+            "text": TextFiles(tiny_text),
+            "context_length": 16,
+            "contexts_per_block": 20,
+            "contexts_at_once": 8,
+            "batch_size": 32,
+            "seed": 0,
+            "normalisation": "none",
+            "max_norm_ratio": None,
+            "device": "cpu",
+            "cache_dir": str(cache),
+        }
+        return LLMDataModule(**(defaults | options))
+
+    return make

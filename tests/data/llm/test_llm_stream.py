@@ -1,0 +1,110 @@
+import threading
+
+import pytest
+import torch
+
+from hedgelab.data.llm.harvest import Harvester
+from hedgelab.data.llm.stream import BlockStream
+from hedgelab.errors import UserError
+
+
+class Counting(torch.nn.Module):
+    """Stands in for a cut model: activation [token, token + 0.5], so that rows tell where they come from."""
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.threads = set()
+
+    def forward(self, tokens):
+        self.threads.add(threading.current_thread().name)
+        return torch.stack([tokens.float(), tokens + 0.5], dim=-1)
+
+
+def make_stream(n=20, usable=None, **options):
+    tokens = torch.arange(n * 10, dtype=torch.int32).view(n, 10) + 1000
+    usable = torch.ones(n, 10, dtype=torch.bool) if usable is None else usable
+    defaults = {"contexts_per_block": 6, "batch_size": 8, "max_norm_ratio": None, "seed": 0, "name": "train"}
+    return BlockStream(Harvester(Counting(), contexts_at_once=4), tokens, usable, **(defaults | options))
+
+
+def test_blocks_are_whole_batches_of_distinct_usable_rows():
+    usable = torch.ones(20, 10, dtype=torch.bool)
+    usable[:, 0] = False
+    usable[3:5] = False
+    stream = make_stream(usable=usable)
+    assert stream.batches_per_block == (4 * 9) // 8  # the poorest six contexts, two of them empty
+    for number in range(7):
+        rows = stream.block(number).rows
+        tokens = rows[:, 0].long() - 1000
+        assert rows.shape == (stream.batches_per_block * 8, 2)
+        assert len(tokens.unique()) == len(tokens)
+        assert usable.flatten()[tokens].all()
+        assert set((tokens // 10).tolist()) <= set(stream.context_numbers(number).tolist())
+        assert not torch.equal(tokens, tokens.sort().values)
+
+
+def test_an_epoch_meets_each_context_once_and_the_next_in_another_order():
+    stream = make_stream(n=18)
+    epochs = [torch.cat([stream.context_numbers(3 * epoch + i) for i in range(3)]) for epoch in range(3)]
+    for order in epochs:
+        assert order.sort().values.tolist() == list(range(18))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(stream.block(0).rows, make_stream(n=18, seed=1).block(0).rows)
+
+
+def test_batches_do_not_depend_on_what_was_asked_before():
+    in_order = [make_stream().batch(i) for i in range(40)]
+    stream = make_stream()
+    for i in (39, 0, 17, 3, 38, 0, 20):
+        stream.prefetch(i, 40)
+        torch.testing.assert_close(stream.batch(i), in_order[i], rtol=0, atol=0)
+    assert len(stream._blocks) == 2
+
+
+def test_outliers_are_dropped_by_their_ratio_to_the_median():
+    stream = make_stream(max_norm_ratio=3.0, batch_size=10)
+    stream._tokens[:, 7] = 100_000
+    stream._tokens[::6, 7] = 1_000
+    block = stream.block(0)
+    chosen = stream.context_numbers(0)
+    assert len(block.norms) == 60
+    assert (block.norms > 50_000).sum() == (stream._tokens[chosen, 7] == 100_000).sum() > 0
+    assert block.rows.max() < 50_000
+    stream = make_stream(max_norm_ratio=3.0)
+    stream._tokens[:, 5:9] = 100_000
+    with pytest.raises(
+        UserError, match=r"data\.max_norm_ratio: 3\.0 leaves 36 of a block's 60 rows where 56 are needed"
+    ):
+        stream.block(0)
+
+
+def test_too_few_rows_for_a_batch():
+    with pytest.raises(UserError, match=r"data\.contexts_per_block: 6 of the 20 train contexts have 60 usable"):
+        make_stream(batch_size=64)
+
+
+def test_rows_can_be_trained_on_and_come_from_one_thread():
+    stream = make_stream()
+    weight = torch.ones(2, 1, requires_grad=True)
+    (stream.batch(0) @ weight).sum().backward()
+    stream.prefetch(0, 100)
+    stream.block(1)
+    assert weight.grad is not None
+    assert len(stream._harvester._model.threads) == 1
+    assert threading.current_thread().name not in stream._harvester._model.threads
+
+
+def test_prefetching_stops_where_the_batches_stop_and_closing_ends_it():
+    stream = make_stream()
+    per_block = stream.batches_per_block
+    stream.batch(0)
+    stream.prefetch(0, per_block)
+    assert list(stream._blocks) == [0]
+    stream.prefetch(0, per_block + 1)
+    assert list(stream._blocks) == [0, 1]
+    before = stream.batch(per_block)
+    stream._harvester.close()
+    stream.forget()
+    assert stream._harvester._worker is None
+    torch.testing.assert_close(stream.batch(per_block), before, rtol=0, atol=0)
