@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,25 +189,21 @@ class _Row:
 
 def _flatten(root: TreeNode) -> list[_Row]:
     rows: list[_Row] = []
-    slots = 0
+    slots = itertools.count()
 
     def visit(node: TreeNode, parent: int | None, slot: int, low: float) -> None:
-        nonlocal slots
+        index = len(rows)
         rows.append(_Row(node, parent, slot, low))
-        me = len(rows) - 1
-        low = 0.0
-        if node.mutually_exclusive_children:
-            shared, slots = slots, slots + 1
+        shared = next(slots) if node.mutually_exclusive_children else None
+        reached = 0.0
         for child in node.children:
-            if node.mutually_exclusive_children:
-                visit(child, me, shared, low)
-                low += child.probability
+            if shared is None:
+                visit(child, index, next(slots), 0.0)
             else:
-                own, slots = slots, slots + 1
-                visit(child, me, own, 0.0)
+                visit(child, index, shared, reached)
+                reached += child.probability
 
-    slots = 1
-    visit(root, None, 0, 0.0)
+    visit(root, None, next(slots), 0.0)
     return rows
 
 

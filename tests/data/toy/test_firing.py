@@ -89,7 +89,7 @@ def test_table_over_several_parents():
         assert float(probabilities[case & states[:, 3]].sum() / probabilities[case].sum()) == pytest.approx(expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_random_tables(data):
     features = [data.draw(probability)]
@@ -179,7 +179,7 @@ def test_modifiers_apply_in_order():
     assert not bool(on_then_off.sample(1000, generator(0))[:, 1].any())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(probability, min_size=4, max_size=4),
     st.lists(

@@ -146,7 +146,7 @@ def test_cost_is_measured_without_moving_the_stream():
 
 
 def test_large_batches_get_small_blocks_and_chunks():
-    small, large = hierarchical(), ToyDataModule(CopulaFiring(2000), 256, 1024, seed=0)
+    small, large = hierarchical(), ToyDataModule(CopulaFiring(500), 512, 4096, seed=0)
     assert (small.block_batches, small.chunk_steps) == (64, 100)
     assert large.block_batches == 1
     assert large.chunk_steps < 10
@@ -208,7 +208,7 @@ def test_yaml_with_short_class_names():
     parser = jsonargparse.ArgumentParser(parser_mode="omegaconf+", exit_on_error=False)
     parser.add_subclass_arguments(ActivationDataModule, "data")
     config = parser.parse_string(CONFIG)
-    data = parser.instantiate_classes(config).data
+    data = parser.instantiate(config).data
     assert isinstance(data, ToyDataModule)
     expected = ConditionalFiring([0.25, {"f0": 0.2, "not f0": 0.1}, {"f0 and not f1": 0.5, "otherwise": 0}])
     assert torch.equal(data.firing.base.pattern_probabilities(), expected.pattern_probabilities())
