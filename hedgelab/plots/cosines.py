@@ -139,6 +139,6 @@ def _number(value: float, decimals: int = 2) -> str:
 def _print_values(axes: Axes, cosines: NDArray[np.float64]) -> None:
     size = 9.0 if max(cosines.shape) <= 8 else 6.5 if max(cosines.shape) <= 20 else 5.0
     for (i, j), value in np.ndenumerate(cosines):
-        axes.text(
-            j, i, _number(value), ha="center", va="center", fontsize=size, color="white" if abs(value) > 0.6 else INK
-        )
+        color = "white" if abs(value) > 0.6 else INK
+        cell = axes.text(j, i, _number(value), ha="center", va="center", fontsize=size, color=color)
+        cell.set_in_layout(False)  # it lies within the axes; measuring hundreds of texts takes a second

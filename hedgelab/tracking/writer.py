@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from hedgelab.tracking.spool import Metrics, Operation, Point, Spool
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+_logger = logging.getLogger(__name__)
 _MAX_POINTS_PER_CALL = 1000
 _SAMPLE_SECONDS = 10.0
 _RETRY_SECONDS = 15.0
@@ -138,8 +139,9 @@ class RunWriter:
         if not self._warned:
             self._warned = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(
-                f"the tracking store does not take what is sent ({reason}); training goes on, and what is unsent "
-                f"waits in {self._spool.path} to be tried again",
-                stacklevel=2,
+            _logger.warning(
+                "the tracking store does not take what is sent (%s); training goes on, and what is unsent waits in %s "
+                "to be tried again",
+                reason,
+                self._spool.path,
             )

@@ -1,0 +1,101 @@
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hedgelab.errors import UserError
+from hedgelab.tracking import store
+
+
+def test_uri_comes_from_the_environment_else_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert store.tracking_uri() == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert store.tracking_uri() == "http://tracker:5000"
+
+
+def test_everything_lies_beside_the_database(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert store.runs_dir("sqlite:///kept/mlflow.db") == tmp_path / "kept"
+    assert store.runs_dir("http://tracker:5000") == tmp_path / "runs"
+    assert store.artifact_location("sqlite:///kept/mlflow.db", "a/b") == (tmp_path / "kept/artifacts/a_b").as_uri()
+    assert store.artifact_location("http://tracker:5000", "a") is None
+
+
+def test_existing_store_opens_with_a_relative_uri(uri):
+    client = store.ensure_store("sqlite:///runs/mlflow.db")
+    assert [experiment.name for experiment in client.search_experiments()] == ["Default"]
+
+
+def test_importing_the_store_needs_neither_torch_nor_mlflow():
+    code = (
+        "import sys, hedgelab.tracking, hedgelab.tracking.store, hedgelab.tracking.runs; "
+        "print({'torch', 'mlflow', 'lightning'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db", "nonsense://x"])
+def test_unusable_store_is_one_line_with_the_fix_and_quick(uri):
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: cannot use the store .*; .*unset it") as error:
+        store.ensure_store(uri)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - start < 5
+
+
+def test_damaged_database_is_a_user_error(tmp_path):
+    database = tmp_path / "mlflow.db"
+    database.write_text("not a database")
+    with pytest.raises(UserError, match="check the file"):
+        store.ensure_store(f"sqlite:///{database}")
+
+
+def test_existing_database_is_left_alone_and_starts_no_process(uri):
+    before = len(store._creators)
+    store.prepare_store_in_background(uri)
+    store.prepare_store_in_background("http://tracker:5000")
+    assert len(store._creators) == before
+
+
+def test_interrupted_creation_leaves_nothing_behind(tmp_path, monkeypatch):
+    from mlflow.store.tracking import sqlalchemy_store
+
+    def fail(uri, root):
+        sqlite3.connect(uri.removeprefix("sqlite:///")).execute("create table half (x)")
+        raise RuntimeError("stopped half-way")
+
+    monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        store.create_database(tmp_path / "mlflow.db")
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+
+
+@pytest.mark.slow
+def test_three_processes_at_once_on_an_absent_store(tmp_path):
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    code = (
+        "import sys; from hedgelab.tracking.store import ensure_store; "
+        "print([e.name for e in ensure_store(sys.argv[1]).search_experiments()])"
+    )
+    racers = [
+        subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    results = [(*racer.communicate(timeout=120), racer.returncode) for racer in racers]
+    assert [(out.strip(), code) for out, _, code in results] == [("['Default']", 0)] * 3, results
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
+@pytest.mark.slow
+def test_background_creation_is_waited_for(tmp_path):
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    start = time.monotonic()
+    store.prepare_store_in_background(uri)
+    assert time.monotonic() - start < 0.5
+    assert len(store.ensure_store(uri).search_experiments()) == 1
+    assert store._creators.pop().wait(timeout=60) == 0
