@@ -38,7 +38,7 @@ def explained_variance_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = 
         return VarianceSums(zero, zero, zero, zero, count.new_zeros(x.shape[1]))
     shift = x.mean(0)
     centred = x - shift
-    offset = weighted_sum(centred, weight) / count
+    offset = centred.mean(0).double() if weight is None else weighted_sum(centred, weight) / count  # rounding, weights
     mean = shift.double() + offset
     within = weighted_sum(centred.square_().sum(1), weight) - count * offset.square().sum()
     residual = weighted_sum((x - x_hat).square_().sum(1), weight)
