@@ -1,0 +1,80 @@
+"""The front door: the first word picks a command, whose module is imported only then; help and version need no torch."""
+
+from __future__ import annotations
+
+import contextvars
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
+
+from hedgelab import __version__
+from hedgelab.cli.errors import guarded
+from hedgelab.cli.nearest import nearest
+from hedgelab.errors import UserError
+
+
+class Command(NamedTuple):
+    """Where a command lives (``module.run(command, words) -> exit code``) and what it does, in a line."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "fit": Command("fit", "train an SAE as a config says, and track the run"),
+    "validate": Command("fit", "measure an SAE on the validation batches (--ckpt_path)"),
+    "test": Command("fit", "measure an SAE on the test batches (--ckpt_path)"),
+    "runs": Command("runs", "list tracked runs with their key numbers"),
+    "ui": Command("ui", "open the MLflow UI on the tracked runs"),
+}
+
+
+def overview() -> str:
+    """What ``hedgelab --help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hedgelab COMMAND [options]",
+            "",
+            "Find, measure and fix feature hedging in sparse autoencoders.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "start here:",
+            "  hedgelab fit --config configs/toy/hierarchical.yaml",
+            "  hedgelab ui",
+            "",
+            "'hedgelab COMMAND --help' lists a command's options; HEDGELAB_DEBUG=1 shows tracebacks of user errors.",
+        ]
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0 done, 2 the user's mistake, 130 interrupted, 1 a bug.
+
+    Args:
+        args: The words after ``hedgelab``; None takes them from the command line.
+    """
+    words = sys.argv[1:] if args is None else list(args)
+    # A context of its own: jsonargparse leaves context variables behind when parsing fails.
+    return contextvars.copy_context().run(guarded, lambda: dispatch(words))
+
+
+def dispatch(words: list[str]) -> int:
+    """Import the command that the first word names, and run it on the other words."""
+    name, rest = (words[0], words[1:]) if words else ("--help", [])
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"hedgelab {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = nearest(name, COMMANDS)
+        hint = f"did you mean '{near}'?" if near else "see 'hedgelab --help'"
+        raise UserError(f"unknown command '{name}': expected one of {', '.join(COMMANDS)}; {hint}")
+    run: Callable[[str, list[str]], int] = import_module(f"hedgelab.cli.{COMMANDS[name].module}").run
+    return run(name, rest)

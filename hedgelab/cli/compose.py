@@ -1,0 +1,130 @@
+"""What the user wrote, config files and command line laid over one another, before any class has seen it.
+
+LightningCLI composes for itself; this plain tree is what mistakes are looked up in, with the key that the user wrote.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hedgelab.cli.nearest import nearest
+from hedgelab.errors import UserError
+
+Tree = dict[str, Any]
+_FLAGS = ("help", "print_config")
+
+
+def config_files(words: list[str]) -> list[Path]:
+    """The files named by ``--config``, in order."""
+    return [Path(value) for key, value in _options(words) if key in ("config", "c") and value]
+
+
+def compose(words: list[str], defaults: Tree | None = None) -> Tree:
+    """Everything that the command line says, as one tree: later files and options over earlier ones, all over defaults.
+
+    Raises:
+        UserError: A missing or unreadable file, invalid YAML, or a word that is neither option nor value.
+    """
+    tree: Tree = copy.deepcopy(defaults or {})
+    for key, value in _options(words):
+        if key in ("config", "c"):
+            if not value:
+                raise UserError("--config: expected a file, got nothing")
+            _overlay(tree, _load(Path(value)))
+        elif key.split(".")[0] not in _FLAGS:
+            _overlay_option(tree, key.split("."), value)
+    return tree
+
+
+def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Pairs of dotted key and text; None where an option has no value."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            raise UserError(f"unexpected argument '{word}': options look like --key=value or --key value")
+        key, equals, value = word.lstrip("-").partition("=")
+        if equals:
+            yield key, value
+        else:
+            yield key, rest.pop(0) if rest and not rest[0].startswith("--") else None
+
+
+def _load(path: Path) -> Tree:
+    """One config file."""
+    if not path.is_file():
+        candidates = {file.name: file for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
+        near = nearest(path.name, candidates)
+        hint = f"; did you mean '{candidates[near]}'?" if near else ""
+        raise UserError(f"--config: no such file '{path}'{hint}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"--config: invalid YAML in '{path}'{where}: {error.problem or error.context}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config: cannot read '{path}': {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config: '{path}' must hold a mapping of keys at its top, got a {type(content).__name__}")
+    return content
+
+
+def _overlay(tree: Tree, layer: Tree) -> None:
+    """Lay ``layer`` over ``tree``; another class than before starts with no arguments."""
+    for key, value in layer.items():
+        below = tree.get(key)
+        if isinstance(below, str) and isinstance(value, dict) and "class_path" not in value:
+            below = tree[key] = {"class_path": below}
+        if isinstance(value, dict) and isinstance(below, dict):
+            if value.get("class_path", below.get("class_path")) != below.get("class_path"):
+                below.clear()
+            _overlay(below, value)
+        else:
+            tree[key] = value
+
+
+def _overlay_option(tree: Tree, path: list[str], text: str | None) -> None:
+    """Lay one ``--a.b.c=text`` over ``tree``: classes are named in full, their arguments with or without init_args."""
+    try:
+        value = yaml.safe_load(text) if isinstance(text, str) else text
+    except yaml.YAMLError:
+        value = text
+    *parents, last = [key for key in path if key != "init_args"]
+    for key in parents:
+        tree = _child(_arguments(tree), key)
+    name = last.removesuffix("+")
+    if name == "class_path":
+        _overlay(tree, {name: value} if tree.get(name) == value else {name: value, "init_args": {}})
+        return
+    tree = _arguments(tree)
+    below = tree.get(name)
+    if name != last:
+        tree[name] = [*(below if isinstance(below, list) else []), *(value if isinstance(value, list) else [value])]
+    elif isinstance(value, str) and isinstance(below, dict) and "class_path" in below:
+        _overlay(tree, {name: {"class_path": value}})
+    else:
+        tree[name] = value
+
+
+def _arguments(node: Tree) -> Tree:
+    """Where the arguments of a node are written: beside its class path, under init_args; else the node itself."""
+    return node.setdefault("init_args", {}) if "class_path" in node else node
+
+
+def _child(node: Tree, key: str) -> Tree:
+    """The node under a key, made if need be; of a list its last item, as jsonargparse has it."""
+    child = node.get(key)
+    if isinstance(child, list) and child:
+        item = child[-1] = {"class_path": child[-1]} if isinstance(child[-1], str) else child[-1]
+        return item if isinstance(item, dict) else {}
+    if not isinstance(child, dict):
+        child = node[key] = {"class_path": child} if isinstance(child, str) else {}
+    return child

@@ -1,0 +1,114 @@
+"""One line for everything that can be wrong with a config: refused, unresolvable, overridden in vain, impossible."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
+from hedgelab.cli.compose import Tree
+from hedgelab.cli.diagnose import Walk
+from hedgelab.cli.errors import one_line
+from hedgelab.cli.nearest import nearest
+from hedgelab.cli.signatures import Parameter
+from hedgelab.errors import UserError
+
+
+def explain_parsing(error: Exception, tree: Tree, walk: Walk) -> str:
+    """Why a config was refused: the first mistake that the walk met, else the parser's own words."""
+    if isinstance(error, OmegaConfBaseException):
+        return _explain_interpolation(error, tree)
+    return walk.first or one_line(str(error))
+
+
+def explain_construction(error: UserError, walk: Walk) -> str:
+    """A mistake found by a class as it was made, with the full key of that class in front.
+
+    Classes name their arguments as if they stood where they usually do (``model.d_sae``); inside another class the key
+    is longer (``model.inner.d_sae``).
+    """
+    message = one_line(str(error))
+    places = next((walk.classes[cls] for cls in _makers(error) if cls in walk.classes), [])
+    named, colon, rest = message.partition(":")
+    is_key = bool(colon) and re.fullmatch(r"[\w.\[\]]+", named) is not None
+    if len(places) != 1 or not is_key or named.startswith(places[0]):
+        return message
+    return f"{_join(places[0], named)}:{rest}"
+
+
+def resolve(tree: Tree) -> Tree:
+    """The tree with its interpolations resolved; as it is where they cannot be."""
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException:
+        return tree
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def top_level(names: Iterable[str], types: Mapping[str, Any]) -> dict[str, Parameter]:
+    """What may stand at the top of a config; keys without a known type are left to the parser."""
+    required = {"model", "data"}
+    return {name: Parameter(types.get(name, Any), name in required) for name in [*names, *required]}
+
+
+def _explain_interpolation(error: OmegaConfBaseException, tree: Tree) -> str:
+    """A ``${...}`` that leads nowhere, with what was written and the nearest key there is."""
+    full = re.sub(r"^(fit|validate|test)\.", "", str(error.full_key or "config"))
+    path = [part for part in re.split(r"[.\[\]]+", full) if part]
+    key = full.replace(".init_args", "")
+    written = _look_up(tree, path)
+    shown = f" '{written}'" if isinstance(written, str) else ""
+    if not isinstance(error, InterpolationKeyError):
+        return f"{key}: cannot resolve{shown}: {one_line(str(error).splitlines()[0])}"
+    wanted = re.search(r"\$\{([\w.\[\]]+)\}", shown)
+    near = nearest(wanted[1], _paths(tree)) if wanted else None
+    return f"{key}: cannot resolve{shown}: no such key; " + (
+        f"did you mean '${{{near}}}'?" if near else "a key is written in full from the top, with init_args"
+    )
+
+
+def _makers(error: BaseException) -> Iterator[type]:
+    """Classes whose methods an exception passed through, the one that raised it first."""
+    frames = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        frames.append(traceback.tb_frame)
+        traceback = traceback.tb_next
+    for frame in reversed(frames):
+        if "self" in frame.f_locals:
+            yield type(frame.f_locals["self"])
+
+
+def _join(place: str, named: str) -> str:
+    """The key of a class and the key that it named, the part that both say said once.
+
+    >>> _join("model.inner.init", "model.init.noise"), _join("model", "d_sae"), _join("model.inner", "model.k")
+    ('model.inner.init.noise', 'model.d_sae', 'model.inner.k')
+    """
+    outer, inner = place.split("."), named.split(".")
+    if inner[0] == outer[0]:
+        inner = inner[1:]
+    overlap = next((n for n in range(len(inner), 0, -1) if outer[-n:] == inner[:n]), 0)
+    return ".".join(outer + inner[overlap:])
+
+
+def _look_up(tree: Any, path: list[str]) -> Any:
+    for part in path:
+        if isinstance(tree, dict):
+            tree = tree.get(part)
+        elif isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
+            tree = tree[int(part)]
+        else:
+            return None
+    return tree
+
+
+def _paths(tree: Tree, prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")

@@ -1,0 +1,202 @@
+"""The stock LightningCLI, set up for SAEs: defaults, links, the run's name, its saved config."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from omegaconf.errors import OmegaConfBaseException
+
+import hedgelab.data.llm
+import hedgelab.data.toy
+import hedgelab.saes  # noqa: F401
+from hedgelab.cli.checkpoint import RunCheckpoint
+from hedgelab.cli.compose import Tree, compose, config_files
+from hedgelab.cli.diagnose import Walk
+from hedgelab.cli.errors import one_line, user_error
+from hedgelab.cli.explain import explain_construction, explain_parsing, resolve, top_level
+from hedgelab.cli.summary import summary
+from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.errors import UserError
+from hedgelab.saes import SAE
+from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
+
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${…} across config files
+LINKED = frozenset({"model.d_in"})
+SUBCOMMANDS = ("fit", "validate", "test")
+CALLBACKS = {"record": RunRecord, "progress": StepProgressBar, "checkpoint": RunCheckpoint}
+SWITCHES = {"progress": "enable_progress_bar", "checkpoint": "enable_checkpointing"}
+TRACKER = f"{MLflowTracker.__module__}.{MLflowTracker.__name__}"
+TYPES = {
+    "model": SAE,
+    "data": ActivationDataModule,
+    "trainer": L.Trainer,
+    "seed_everything": bool | int,
+    "name": str | None,
+    "experiment": str | None,
+    "ckpt_path": str | None,
+    **CALLBACKS,
+}
+TRAINER_DEFAULTS = {
+    "logger": {"class_path": TRACKER},
+    "devices": 1,
+    "log_every_n_steps": 100,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": True,
+}
+CHECKPOINT_DEFAULTS = {
+    "checkpoint.save_last": True,
+    "checkpoint.save_top_k": 0,
+    "checkpoint.every_n_train_steps": 1000,
+    "checkpoint.save_on_exception": True,
+}
+
+
+class OneLineParser(LightningArgumentParser):
+    """Raises what it refuses as a UserError, instead of printing usage and leaving."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Refuse the command line; parsers inside parsers report to theirs."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise UserError(one_line(message)) from ex
+
+
+class ConfigRecord(SaveConfigCallback):
+    """Puts the resolved config into the run: as ``config.yaml``, as flat parameters, as a hash."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Called once, on rank zero."""
+        text = self.parser.dump(self.config, skip_none=False)
+        resolved = yaml.safe_load(text)
+        resolved.pop("config", None)
+        for logger in trainer.loggers:
+            if isinstance(logger, MLflowTracker):
+                logger.log_config(text)
+                logger.log_hyperparams(resolved)
+
+
+class HedgelabCLI(LightningCLI):
+    """``fit``, ``validate`` and ``test`` of any SAE on any activations."""
+
+    def __init__(self, command: str, words: list[str]) -> None:
+        self.command, self.words = command, words
+        parser: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
+        super().__init__(
+            model_class=SAE,
+            datamodule_class=ActivationDataModule,
+            save_config_callback=ConfigRecord,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "hedgelab", **parser, **dict.fromkeys(SUBCOMMANDS, parser)},
+            parser_class=OneLineParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=[command, *words],
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands, with the arguments that the CLI fills in itself."""
+        stock = LightningCLI.subcommands()
+        return {name: stock[name] for name in SUBCOMMANDS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Name and experiment of the run, the callbacks that every run has, and the link from data to model."""
+        parser.add_argument("--name", type=str | None, help="Name of the run; the config file's by default.")
+        parser.add_argument("--experiment", type=str | None, help="MLflow experiment that the run belongs to.")
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.set_defaults(CHECKPOINT_DEFAULTS)
+        parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; what is refused, or would silently be ignored, is explained in one line with its full key."""
+        try:
+            self.config = parser.parse_args([self.command, *self.words])
+        except (UserError, OmegaConfBaseException) as error:
+            raise UserError(explain_parsing(error, self.tree(), self.walk())) from error
+        written = self.tree().get("model")
+        if isinstance(written, dict) and "d_in" in (written.get("init_args") or written):
+            raise UserError("model.d_in: is taken from the data (data.d_in) and cannot be set; remove it")
+
+    def tree(self) -> Tree:
+        """What the user wrote, over the classes that stand there by default."""
+        return compose(self.words, {"trainer": {"logger": {"class_path": TRACKER}}})
+
+    def walk(self) -> Walk:
+        """A walk over what the user wrote, for explaining mistakes."""
+        names = vars(self._parser(self.command).get_defaults())
+        return Walk(resolve(self.tree()), top_level(names, TYPES), LINKED)
+
+    def before_instantiate_classes(self) -> None:
+        """Check the checkpoint, name the run, and leave out what the trainer is told to do without."""
+        config = self.config[self.command]
+        check_checkpoint(self.command, config.get("ckpt_path"))
+        config.name = config.name or "+".join(file.stem for file in config_files(self.words)) or None
+        logger = config.trainer.logger
+        if isinstance(logger, Namespace) and logger.class_path == TRACKER:
+            logger.init_args.run_name = logger.init_args.run_name or config.name
+            logger.init_args.experiment = config.experiment or logger.init_args.experiment
+        for callback, switch in SWITCHES.items():
+            if config.trainer[switch] is False:
+                self._parser(self.command).callback_keys.remove(callback)
+
+    def instantiate_classes(self) -> None:
+        """Make data, model and trainer; what a class finds impossible is told with the full key."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            mistake = user_error(error)
+            if not isinstance(mistake, UserError):
+                raise
+            raise UserError(explain_construction(mistake, self.walk())) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the trainer; Lightning says most impossible values with a ValueError."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {one_line(str(error))}") from error
+
+
+def check_checkpoint(command: str, path: str | None) -> None:
+    """Find out early that there is no such checkpoint.
+
+    Raises:
+        UserError: The file is not there, or none is given to measure.
+    """
+    if path is None:
+        if command != "fit":
+            raise UserError(
+                f"ckpt_path: {command} measures a trained SAE: give --ckpt_path runs/checkpoints/.../last.ckpt"
+            )
+    elif not Path(path).is_file():
+        raise UserError(f"ckpt_path: no such file '{path}'; checkpoints are kept under runs/checkpoints/<run id>/")
+
+
+def run_lightning(command: str, words: list[str]) -> int:
+    """Parse, make everything, run, and say how it went."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning meets a newer torch
+    for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        cli = HedgelabCLI(command, words)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning leaves in its own way
+            raise KeyboardInterrupt from stop
+        raise
+    if cli.trainer.is_global_zero:
+        print(summary(cli.trainer))
+    return 0

@@ -1,0 +1,66 @@
+"""``hedgelab ui``: the MLflow UI on the store that runs are written to."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from contextlib import closing, suppress
+
+from hedgelab.cli.light import LightParser
+from hedgelab.errors import UserError
+from hedgelab.tracking.store import sqlite_file, tracking_uri
+
+
+def run(command: str, words: list[str]) -> int:
+    """Serve the UI until Ctrl-C; a store that is a server already has its own, whose address is printed.
+
+    Args:
+        command: ``ui``.
+        words: Its options.
+
+    Raises:
+        UserError: There are no runs yet, or the port is taken.
+    """
+    parser = LightParser(command, "Open the MLflow UI on the tracked runs.")
+    parser.add_argument("--port", type=int, default=5000, help="port to listen on")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback let others in")
+    options = parser.parse(words)
+    uri = tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        print(f"The MLflow UI is the tracking server itself: {uri}")
+        return 0
+    database = sqlite_file(uri)
+    if database is not None and not database.exists():
+        raise UserError(f"no runs yet in {database}; train one with 'hedgelab fit', or set MLFLOW_TRACKING_URI")
+    check_port(options.host, options.port)
+    print(
+        f"MLflow UI on {uri}\nopen http://{options.host}:{options.port}  (takes some seconds; Ctrl-C ends it)",
+        flush=True,
+    )
+    with suppress(KeyboardInterrupt):
+        return subprocess.run(server_command(uri, options.host, options.port), check=False).returncode
+    return 0
+
+
+def server_command(uri: str, host: str, port: int) -> list[str]:
+    """The command that serves the UI of a store."""
+    mlflow = [sys.executable, "-m", "mlflow", "ui", "--workers", "1"]
+    return [*mlflow, "--backend-store-uri", uri, "--host", host, "--port", str(port)]
+
+
+def check_port(host: str, port: int) -> None:
+    """See that an address can be listened on.
+
+    Raises:
+        UserError: It is taken, or no address of this machine.
+    """
+    if not 0 < port < 65536:
+        raise UserError(f"--port: expected a number from 1 to 65535, got {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with closing(socket.socket(family, kind, protocol)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(f"--port: cannot listen on {host}:{port} ({error.strerror}); try --port {port + 1}") from error
