@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
@@ -86,8 +87,10 @@ def _one_latent(axes: Axes, steps: Sequence[int], cosines: NDArray[np.float64]) 
 
 def _many_latents(axes: Axes, steps: Sequence[int], cosines: NDArray[np.float64]) -> None:
     best = np.abs(cosines[-1]).argmax(axis=1)
+    others = np.ones(cosines.shape[1:], dtype=bool)
+    others[np.arange(len(best)), best] = False
+    curves = [np.column_stack([steps, curve]) for curve in cosines[:, others].T]
+    axes.add_collection(LineCollection(curves, colors=FAINT, linewidths=0.5, zorder=1))
     for latent, feature in enumerate(best):
-        others = np.delete(cosines[:, latent], feature, axis=1)
-        axes.plot(steps, others, color=FAINT, linewidth=0.5, zorder=1)
         color = PALETTE[latent % len(PALETTE)]
         axes.plot(steps, cosines[:, latent, feature], color=color, linewidth=1.2, zorder=2)

@@ -72,6 +72,7 @@ def test_cosines_over_training_follow_every_pair(d_sae, n, panels):
     figure = cosines_over_training(range(5), cosines, -cosines)
     assert len(figure.axes) == panels
     drawn = [line.get_ydata() for axes in figure.axes for line in axes.lines if len(line.get_ydata()) == 5]
+    drawn += [path.vertices[:, 1] for axes in figure.axes for group in axes.collections for path in group.get_paths()]
     assert len(drawn) == 2 * d_sae * n
     assert sorted(line[0] for line in drawn) == pytest.approx(sorted(np.r_[cosines[0], -cosines[0]].ravel()))
 
