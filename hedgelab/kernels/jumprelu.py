@@ -10,6 +10,8 @@ from torch.autograd import Function
 class JumpReLU(Function):
     """``pre · 1[pre > threshold]``; the threshold's gradient is a rectangle-kernel estimate of the given bandwidth."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:  # noqa: D102
         return torch.where(pre > threshold, pre, 0.0)
@@ -23,12 +25,14 @@ class JumpReLU(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: D102
         pre, threshold = ctx.saved_tensors
         near = rectangle(pre, threshold, ctx.bandwidth)
-        grad_threshold = -(threshold / ctx.bandwidth) * (near * grad).sum(0)
+        grad_threshold = -(threshold / ctx.bandwidth) * (near * grad).sum_to_size(threshold.shape)
         return torch.where(pre > threshold, grad, 0.0), grad_threshold, None
 
 
 class StepFunction(Function):
     """``1[pre > threshold]``; no gradient to ``pre``, a rectangle-kernel estimate to the threshold."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:  # noqa: D102
@@ -43,7 +47,7 @@ class StepFunction(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # noqa: D102
         pre, threshold = ctx.saved_tensors
         near = rectangle(pre, threshold, ctx.bandwidth)
-        return None, -(near * grad).sum(0) / ctx.bandwidth, None
+        return None, -(near * grad).sum_to_size(threshold.shape) / ctx.bandwidth, None
 
 
 def rectangle(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -4,6 +4,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from hedgelab.kernels.layout import Layout, Transposed
 
@@ -14,12 +15,13 @@ with warnings.catch_warnings():  # PyTorch warns once a process that the layout 
 
 def gather_product(layout: Layout, values: Tensor, dense: Tensor, bias: Tensor | None = None) -> Tensor:
     """``codes @ dense (+ bias)``, ``[rows, d]``, of values ``[nnz]`` and ``dense [d_sae, d]``."""
-    shape = (layout.row_count, dense.shape[1])
-    out = dense.new_zeros(shape) if bias is None else bias.expand(shape).contiguous()
-    if not values.numel() or not out.numel():
-        return out
-    codes = _csr(layout.crow, layout.latents, values, (layout.row_count, layout.d_sae))
-    return torch.addmm(out, codes, dense.contiguous(), out=out)
+    if not values.numel() or not dense.shape[1]:
+        out = dense.new_zeros(layout.row_count, dense.shape[1])
+    else:  # faster than a CSR product, and it scales better with threads
+        out = embedding_bag(
+            layout.latents, dense, layout.crow, mode="sum", per_sample_weights=values, include_last_offset=True
+        )
+    return out if bias is None else out.add_(bias)
 
 
 def scatter_product(transposed: Transposed, values: Tensor, dense: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ def _entries_above(ranked: Tensor, threshold: float, sparse: bool) -> tuple[Tens
     found = _flatnonzero(ranked.view(-1, GROUP, groups).amax(1) > threshold)
     first = found + (found // groups) * (width - groups)
     flat = (first.unsqueeze(1) + torch.arange(0, width, groups)).view(-1)
-    flat = flat[_flatnonzero(ranked.view(-1).take(flat) > threshold)]
+    flat = flat[_flatnonzero(ranked.view(-1).index_select(0, flat) > threshold)]
     return flat // width, flat % width
 
 
@@ -251,7 +251,7 @@ def _largest_k_of_rows(values: Tensor, k: int) -> Tensor | None:
 
 
 def _take(tile: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return tile.view(-1).take(rows * tile.shape[1] + columns)
+    return tile.view(-1).index_select(0, rows * tile.shape[1] + columns)
 
 
 def _global_rows(local: Tensor, rows: slice) -> Tensor:

@@ -184,7 +184,7 @@ class DecodeLevels(Function):
             return (x_hat.to(W_dec.dtype),)
         split = layout.by_level(levels)
         deltas = gather_product(split, values.to(dtype)[split.order], W_dec.to(dtype))
-        running = deltas.view(len(levels), layout.row_count, -1)
+        running = deltas.view(len(levels), layout.row_count, W_dec.shape[1])
         running[0] += b_dec
         for level in range(1, len(levels)):
             running[level] += running[level - 1]

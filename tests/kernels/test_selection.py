@@ -1,0 +1,106 @@
+"""Exact selection from tiles: the same sets as full sorts, whatever the estimate of the threshold says."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hedgelab.kernels import selection
+from hedgelab.kernels.selection import Encoder, select_above, select_batch_topk, select_topk
+
+
+def encoder(batch: int, d_sae: int, dtype: torch.dtype = torch.float64, order: str = "shuffled") -> Encoder:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 6, generator=generator, dtype=torch.float64)
+    x *= torch.rand(batch, 1, generator=generator).double() * 9
+    if order == "sorted":
+        x = x[x.norm(dim=1).argsort()]
+    weights = torch.randn(6, d_sae, generator=generator, dtype=torch.float64)
+    bias = torch.randn(d_sae, generator=generator, dtype=torch.float64)
+    return Encoder(x.to(dtype), weights.to(dtype), bias.to(dtype), dtype)
+
+
+def whole(encoder: Encoder) -> Tensor:
+    return torch.addmm(encoder.b_enc, encoder.x, encoder.W_enc)
+
+
+def dense(entries: selection.Entries, d_sae: int) -> Tensor:
+    layout = entries.layout
+    filled = entries.pre.new_zeros(layout.row_count, d_sae)
+    return filled.index_put_((layout.rows, layout.latents), entries.pre)
+
+
+@pytest.mark.parametrize("d_sae", [300, 1027])
+@pytest.mark.parametrize("order", ["shuffled", "sorted"])
+@pytest.mark.parametrize("k", [1, 7, 200])
+def test_batch_selection_is_that_of_a_full_sort(d_sae, order, k):
+    e = encoder(1300, d_sae, order=order)
+    pre = whole(e)
+    edge = pre.flatten().sort(descending=True).values[k * 1300 - 1].clamp_min(0)
+    expected = torch.where((pre >= edge) & (pre > 0), pre, 0.0)
+    torch.testing.assert_close(dense(select_batch_topk(e, k, None), d_sae), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("estimate", "tries"), [(0.0, 1), (2.0, 1), (1e6, 3)])
+def test_a_wrong_threshold_costs_time_but_not_exactness(monkeypatch, estimate, tries):
+    """Too low: more candidates. Too high: again with a lower one, here the true one at the third attempt."""
+    e, calls = encoder(700, 520), []
+    honest = selection._estimated_threshold
+
+    def wrong(ranked: Tensor, share: float, margin: float) -> float:
+        calls.append(margin)
+        return estimate if len(calls) < 3 else honest(ranked, share, margin)
+
+    expected = dense(select_batch_topk(e, 9, None), 520)
+    monkeypatch.setattr(selection, "_estimated_threshold", wrong)
+    assert torch.equal(dense(select_batch_topk(e, 9, None), 520), expected)
+    assert len(calls) == tries
+    assert np.all(np.diff(calls) > 0)
+
+
+def test_fewer_positive_entries_than_wanted():
+    e = encoder(50, 64)
+    e = e._replace(b_enc=e.b_enc - 30)
+    kept = select_batch_topk(e, 20, None)
+    assert 0 < kept.pre.numel() < 20 * 50
+    torch.testing.assert_close(dense(kept, 64), whole(e).relu(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 5, 100])
+def test_row_selection_is_topk(k):
+    e, scale = encoder(1300, 1027), torch.rand(1027).double() + 0.5
+    for factor in (None, scale):
+        entries = select_topk(e, k, factor)
+        ranked = whole(e) if factor is None else whole(e) * factor
+        chosen = entries.layout.latents.view(-1, k).sort(dim=1).values
+        assert torch.equal(chosen, ranked.topk(k, dim=1).indices.sort(dim=1).values)
+
+
+def test_non_finite_pre_activations_do_not_crash():
+    """A diverged run must end in NaN losses, not in an index out of range."""
+    e = encoder(40, 301)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        e.x[3] = value
+        for entries in (select_topk(e, 4, None), select_batch_topk(e, 4, None)):
+            assert entries.layout.latents.max() < 301
+
+
+def test_a_transposed_layout_is_ordered_by_latent():
+    entries = select_above(encoder(60, 90), torch.tensor(1.0))
+    layout = entries.layout
+    ccol, rows, order = layout.transposed
+    latents = layout.latents[order]
+    assert (latents.diff() >= 0).all()
+    assert torch.equal(rows, layout.rows[order])
+    assert torch.equal(ccol.diff(), torch.bincount(layout.latents, minlength=90))
+    levels = layout.by_level([10, 40, 90])
+    assert levels.row_count == 180
+    assert torch.equal(levels.rows % 60, layout.rows[levels.order])
+    assert torch.equal(levels.transposed.rows % 60, rows)
+    assert layout.by_level([10, 40, 90]) is levels
+
+
+def test_wide_dictionaries_are_ordered_alike():
+    keys = torch.randint(0, 1 << 17, (5000,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(selection.stable_order(keys, 1 << 17), torch.argsort(keys, stable=True))
+    assert torch.equal(selection.stable_order(keys % 999, 999), torch.argsort(keys % 999, stable=True))

@@ -1,0 +1,266 @@
+"""The sparse CPU path against dense autograd: same codes, same reconstructions, same gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hedgelab.kernels import ops, reference, sparse
+from hedgelab.kernels.codes import Codes
+
+
+class Weights:
+    """Leaf parameters of an SAE, the encoder laid out like its transpose."""
+
+    def __init__(self, d_in: int, d_sae: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.W_enc = draw(d_sae, d_in).t().requires_grad_()
+        self.b_enc = (0.1 * draw(d_sae)).requires_grad_()
+        self.W_dec = draw(d_sae, d_in).requires_grad_()
+        self.b_dec = draw(d_in).requires_grad_()
+        self.log_threshold = (0.3 * draw(d_sae)).requires_grad_()
+
+    def encoder(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.W_enc, self.b_enc, self.b_dec
+
+    def gradients(self) -> list[Tensor]:
+        leaves = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.log_threshold)
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+
+Encode = Callable[..., tuple[Codes, Tensor]]
+
+
+def jumprelu(m, x: Tensor, w: Weights, k: int) -> tuple[Codes, Tensor]:
+    codes, rates = m.encode_jumprelu(x, *w.encoder(), w.log_threshold, 0.5)
+    return codes, (rates * torch.arange(len(rates))).sum()
+
+
+def scaled(w: Weights) -> Tensor:
+    return w.W_dec.detach().norm(dim=1)
+
+
+ENCODERS: dict[str, Encode] = {
+    "relu": lambda m, x, w, k: (m.encode_relu(x, *w.encoder()), 0.0),
+    "topk": lambda m, x, w, k: (m.encode_topk(x, *w.encoder(), k), 0.0),
+    "topk_norm_aware": lambda m, x, w, k: (m.encode_topk(x, *w.encoder(), k, scaled(w)), 0.0),
+    "batch_topk": lambda m, x, w, k: (m.encode_batch_topk(x, *w.encoder(), k), 0.0),
+    "batch_topk_norm_aware": lambda m, x, w, k: (m.encode_batch_topk(x, *w.encoder(), k, scaled(w)), 0.0),
+    "columns": lambda m, x, w, k: (m.encode_columns(x, *w.encoder(), torch.arange(w.W_enc.shape[1])[-k:], k), 0.0),
+    "threshold": lambda m, x, w, k: (m.encode_threshold(x, *w.encoder(), w.log_threshold.detach()), 0.0),
+    "negative_threshold": lambda m, x, w, k: (m.encode_threshold(x, *w.encoder(), torch.tensor(-0.5)), 0.0),
+    "jumprelu": jumprelu,
+}
+
+
+def run(m, name: str, x: Tensor, w: Weights, k: int, levels: list[int], detach: bool = False) -> list[Tensor]:
+    """Everything a step produces on a path: activations, reconstructions, gradients of the weights and of ``x``."""
+    x = x.detach().clone().requires_grad_()
+    codes, extra = ENCODERS[name](m, x, w, k)
+    x_hats = (
+        m.decode_levels(codes, w.W_dec, w.b_dec, levels, detach)
+        if len(levels) > 1
+        else [m.decode(codes, w.W_dec, w.b_dec)]
+    )
+    loss = sum((i + 1) * (x_hat - x.detach()).square().sum() for i, x_hat in enumerate(x_hats))
+    loss = loss + codes.sum_per_latent().dot(w.W_dec.norm(dim=1)) + extra
+    loss.backward()
+    return [codes.to_dense().detach(), *(x_hat.detach() for x_hat in x_hats), *w.gradients(), x.grad]
+
+
+def assert_same(name: str, batch: int, d_in: int, d_sae: int, k: int, levels: list[int], **options) -> None:
+    dtype = options.pop("dtype", torch.float64)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    x = torch.randn(batch, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dense = run(reference, name, x, Weights(d_in, d_sae, dtype), k, levels, **options)
+    fast = run(sparse, name, x, Weights(d_in, d_sae, dtype), k, levels, **options)
+    for expected, actual in zip(dense, fast, strict=True):
+        assert actual.shape == expected.shape
+        assert actual.dtype == expected.dtype
+        assert (actual - expected).norm() <= tolerance * expected.norm() + 1e-30
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("levels", [[203], [3, 50, 203]])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_equals_dense_autograd(name, levels, detach):
+    assert_same(name, 37, 12, 203, 5, levels, detach=detach)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_several_tiles_in_single_precision(name):
+    assert_same(name, 1100, 16, 520, 4, [520], dtype=torch.float32)
+
+
+@given(
+    name=st.sampled_from(sorted(ENCODERS)),
+    batch=st.integers(0, 40),
+    d_in=st.integers(1, 9),
+    d_sae=st.integers(1, 150),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape(name, batch, d_in, d_sae, data):
+    if batch == 0 and name == "jumprelu":
+        batch = 1  # a mean over no examples is NaN on every path
+    k = data.draw(st.integers(1, d_sae), label="k")
+    inner = data.draw(st.sets(st.integers(1, d_sae), max_size=3), label="levels")
+    assert_same(name, batch, d_in, d_sae, k, sorted({*inner, d_sae}))
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+@pytest.mark.parametrize("k", [1, 64])
+def test_k_one_and_k_all(name, k):
+    assert_same(name, 20, 6, 64, k, [64])
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+def test_tied_pre_activations_keep_as_many_and_as_large(name):
+    """Integer weights make masses of ties: the kept set is ambiguous, its values are not."""
+    x = torch.randint(-2, 3, (600, 3), generator=torch.Generator().manual_seed(0)).double()
+    w = Weights(3, 520)
+    with torch.no_grad():
+        w.W_enc.copy_(w.W_enc.round())
+        w.b_enc.zero_()
+        w.b_dec.zero_()
+    kept = [ENCODERS[name](m, x, w, 6)[0].to_dense().detach() for m in (reference, sparse)]
+    if name == "topk":
+        kept = [activations.sort(dim=1).values for activations in kept]
+    assert torch.equal(*(activations.flatten().sort().values for activations in kept))
+
+
+def test_ties_of_a_batch_go_to_the_lowest_row_then_latent():
+    x = torch.ones(3, 1, dtype=torch.float64)
+    W_enc = torch.tensor([[1.0, 3.0, 1.0, 1.0]], dtype=torch.float64)
+    codes = sparse.encode_batch_topk(x, W_enc, torch.zeros(4).double(), torch.zeros(1).double(), 2)
+    assert codes.to_dense().tolist() == [[1, 3, 1, 1], [0, 3, 0, 0], [0, 3, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "relu", "threshold", "jumprelu"])
+def test_rows_without_active_latents(name):
+    """Latents silent on all of the batch, and on single rows: zeros everywhere, no NaN."""
+    x = torch.randn(30, 5, dtype=torch.float64)
+    for silent in (slice(None), slice(10, 20)):
+        shifted = x.clone()
+        shifted[silent] -= 1e3
+        results = []
+        for m in (reference, sparse):
+            w = Weights(5, 70)
+            with torch.no_grad():
+                w.W_enc.abs_()
+            results.append(run(m, name, shifted, w, 3, [70]))
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_strides_of_inputs_do_not_matter_and_gradients_keep_the_weights_layout():
+    x, w = torch.randn(40, 12, dtype=torch.float64), Weights(6, 100)
+    strided = Weights(6, 100)
+    with torch.no_grad():
+        strided.W_enc = w.W_enc.detach().contiguous().requires_grad_()
+        strided.W_dec = w.W_dec.detach().t().contiguous().t().requires_grad_()
+    expected = run(sparse, "topk", x[:, ::2].contiguous(), w, 4, [10, 100])
+    actual = run(sparse, "topk", x[:, ::2], strided, 4, [10, 100])
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert w.W_enc.grad.stride() == w.W_enc.stride() == (1, 6)
+
+
+@pytest.mark.parametrize("levels", [[6], [2, 6], [2, 4]])
+def test_repeated_indices_add_up(levels):
+    crow, latents = torch.tensor([0, 3, 3, 5]), torch.tensor([1, 1, 4, 5, 5])
+    results = []
+    for m in (reference, sparse):
+        w = Weights(3, 6)
+        values = torch.arange(1.0, 6.0, dtype=torch.float64).requires_grad_()
+        x_hats = m.decode_levels(Codes.from_csr(crow, latents, values, 6), w.W_dec, w.b_dec, levels)
+        sum((x_hat**2).sum() for x_hat in x_hats).backward()
+        results.append([*x_hats, values.grad, w.W_dec.grad, w.b_dec.grad])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradients_by_finite_differences(detach):
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    w = Weights(3, 9)
+
+    def step(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, ...]:
+        codes = sparse.encode_topk(x, W_enc, b_enc, b_dec, 3)
+        return (
+            tuple(sparse.decode_levels(codes, W_dec, b_dec, [4, 9], detach))
+            if not detach
+            else (sparse.decode(codes, W_dec, b_dec),)
+        )
+
+    assert torch.autograd.gradcheck(step, (x, w.W_enc, w.b_enc, w.W_dec, w.b_dec))
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "relu"])
+def test_bf16_weights_and_autocast_work_in_single_precision_after_the_product(name):
+    x = torch.randn(24, 8, generator=torch.Generator().manual_seed(2))
+    for narrow in (Weights(8, 96, torch.bfloat16), Weights(8, 96, torch.float32)):
+        autocast = narrow.W_enc.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            codes, _ = ENCODERS[name](sparse, x.to(narrow.W_enc.dtype), narrow, 4)
+            x_hat = sparse.decode(codes, narrow.W_dec, narrow.b_dec)
+            loss = (x_hat.float() - x).square().sum()
+        loss.backward()
+        assert codes.values.dtype == torch.float32
+        assert x_hat.dtype == narrow.W_dec.dtype
+        wide = Weights(8, 96, torch.float32)
+        with torch.no_grad():
+            for a, b in zip((wide.W_dec, wide.b_dec), (narrow.W_dec, narrow.b_dec), strict=True):
+                a.copy_(b)
+        dense = reference.decode(Codes.from_dense(codes.to_dense().detach()), wide.W_dec, wide.b_dec)
+        torch.testing.assert_close(x_hat.float(), dense, rtol=1e-2, atol=1e-2)
+        for parameter in (narrow.W_enc, narrow.b_enc, narrow.W_dec, narrow.b_dec):
+            assert parameter.grad.dtype == parameter.dtype
+            assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("d_sae", "k", "dense"), [(64, 4, True), (1024, 4, False), (1024, 512, True)])
+def test_auto_goes_sparse_where_it_pays(d_sae, k, dense):
+    w, x = Weights(4, d_sae), torch.randn(8, 4, dtype=torch.float64)
+    assert ops.encode_topk(x, *w.encoder(), k).is_dense == dense
+    with ops.backend("sparse"):
+        assert not ops.encode_topk(x, *w.encoder(), k).is_dense
+    with ops.backend("dense"):
+        assert ops.encode_topk(x, *w.encoder(), k).is_dense
+
+
+def test_auto_compresses_relu_latents_only_when_few_fire():
+    w, x = Weights(4, 1024), torch.randn(64, 4, dtype=torch.float64)
+    assert ops.encode_relu(x, *w.encoder()).is_dense
+    with torch.no_grad():
+        w.b_enc.sub_(8.0)
+    assert not ops.encode_relu(x, *w.encoder()).is_dense
+
+
+@pytest.mark.parametrize("name", ["relu", "topk", "batch_topk", "threshold", "jumprelu"])
+def test_stacked_saes_vmap_over_the_dense_path(name):
+    """Many small SAEs trained as one: ``torch.func`` over the dense kernels equals a loop."""
+    x, stack = torch.randn(16, 5, dtype=torch.float64), [Weights(5, 7, seed=seed) for seed in range(3)]
+
+    def loss(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        if name == "jumprelu":
+            codes, rates = ops.encode_jumprelu(x, W_enc, b_enc, b_dec, torch.zeros_like(b_enc), 0.5)
+            return (ops.decode(codes, W_dec, b_dec) - x).square().sum() + rates.sum()
+        arguments = {"topk": (2,), "batch_topk": (2,), "threshold": (torch.tensor(0.1),)}.get(name, ())
+        codes = getattr(ops, f"encode_{name}")(x, W_enc, b_enc, b_dec, *arguments)
+        return (ops.decode(codes, W_dec, b_dec) - x).square().sum()
+
+    leaves = [torch.stack([getattr(w, leaf) for w in stack]).detach() for leaf in ("W_enc", "b_enc", "W_dec", "b_dec")]
+    gradients = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)))(*leaves)
+    for i in range(3):
+        one = [leaf[i].clone().requires_grad_() for leaf in leaves]
+        expected = torch.autograd.grad(loss(*one), one)
+        for a, b in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-10, atol=1e-10)
