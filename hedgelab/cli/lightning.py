@@ -30,10 +30,9 @@ from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${…} across config files
 LINKED = frozenset({"model.d_in"})
-SUBCOMMANDS = ("fit", "validate", "test")
 CALLBACKS = {"record": RunRecord, "progress": StepProgressBar, "checkpoint": RunCheckpoint}
 SWITCHES = {"progress": "enable_progress_bar", "checkpoint": "enable_checkpointing"}
-TRACKER = f"{MLflowTracker.__module__}.{MLflowTracker.__name__}"
+TRACKER = "hedgelab.tracking.MLflowTracker"
 TYPES = {
     "model": SAE,
     "data": ActivationDataModule,
@@ -98,7 +97,7 @@ class HedgelabCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            parser_kwargs={"prog": "hedgelab", **parser, **dict.fromkeys(SUBCOMMANDS, parser)},
+            parser_kwargs={"prog": "hedgelab", **parser, command: parser},
             parser_class=OneLineParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -106,11 +105,9 @@ class HedgelabCLI(LightningCLI):
             args=[command, *words],
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The subcommands, with the arguments that the CLI fills in itself."""
-        stock = LightningCLI.subcommands()
-        return {name: stock[name] for name in SUBCOMMANDS}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one subcommand that was asked for: each costs a parser of some hundred options."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Name and experiment of the run, the callbacks that every run has, and the link from data to model."""

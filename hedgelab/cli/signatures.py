@@ -48,8 +48,8 @@ def class_of(item: Any, annotation: Any) -> type | None:
     if not isinstance(path, str):
         return None
     known: dict[str, Any] = {cls.__name__: cls for base in admitted for cls in concrete(base)}
-    cls = known.get(path) or _import(path)
-    return cls if inspect.isclass(cls) and any(issubclass(cls, base) for base in admitted) else None
+    named = known.get(path) or _import(path)
+    return named if inspect.isclass(named) and any(issubclass(named, base) for base in admitted) else None
 
 
 def bases(annotation: Any) -> list[type]:
