@@ -1,0 +1,276 @@
+"""Selection of the largest pre-activations without sorting them.
+
+A row is cut into groups of latents. The k-th largest of the groups' maxima is a lower bound on the k-th largest
+pre-activation, and a tight one, since large pre-activations rarely share a group. One pass over memory finds the maxima;
+a second reads only the groups that reach the bound and hands on the few candidates above it, among which the exact set is
+chosen: larger values first, among equals the lowest position. Values that are not positive are never chosen, since ReLU
+would make them 0 anyway.
+"""
+
+# mypy: disallow-untyped-decorators=False
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hedgelab.kernels.triton.tiles import SELECTION, SelectionTile
+
+# Thresholds keep the sign, exponent and 7 bits of the mantissa; the bits below only shrink the candidates by a few percent.
+LOW_BIT = 16
+DIGITS = 4  # digits of 4 bits that make up bits 31 to 16
+POSITION = 0xFFFFFFFF
+
+
+class Selected(NamedTuple):
+    """Chosen entries of a ``[batch, d_sae]`` tensor as compressed sparse rows.
+
+    Attributes:
+        crow: ``[batch + 1]`` int64.
+        latents: ``[nnz]`` int64.
+        values: ``[nnz]``, what the tensor holds there; 0 where a row had too few positive values.
+    """
+
+    crow: Tensor
+    latents: Tensor
+    values: Tensor
+
+
+@triton.jit
+def _keys(row_ptr: "Any", scale_ptr: "Any", columns: "Any", mask: "Any", SCALED: tl.constexpr) -> "Any":
+    """Integers that order like the positive values they stand for; values at or below 0 give integers at or below 0."""
+    values = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        values *= tl.load(scale_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    return values.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _group_maxima(
+    pre_ptr: "Any",
+    scale_ptr: "Any",
+    maxima_ptr: "Any",
+    thresholds_ptr: "Any",
+    width: "Any",
+    k: "Any",
+    SCALED: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    STEPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """Maximum of each group of one row and, per row, the largest threshold that k groups reach, built bit by bit."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, GROUPS)
+    maxima = tl.zeros([GROUPS], tl.int32)
+    for start in tl.range(0, width, GROUPS, loop_unroll_factor=4):
+        columns = start + lanes
+        maxima = tl.maximum(maxima, _keys(pre_ptr + row * width, scale_ptr, columns, columns < width, SCALED))
+    tl.store(maxima_ptr + row * GROUPS + lanes, maxima)
+    if PER_ROW:
+        threshold = tl.full([], 0, tl.int32)
+        for step in tl.static_range(STEPS):
+            trial = threshold + (1 << (30 - step))
+            reached = tl.sum((maxima >= trial).to(tl.int32), axis=0)
+            threshold = tl.where(reached >= k, trial, threshold)
+        tl.store(thresholds_ptr + row, tl.maximum(threshold, 1))
+
+
+@triton.jit
+def _threshold_of_digits(counts_ptr: "Any", wanted: "Any", DIGIT: tl.constexpr) -> "Any":
+    """The threshold that the first ``DIGIT`` rounds of counting have settled."""
+    threshold = tl.full([], 0, tl.int32)
+    for digit in tl.static_range(DIGIT):
+        counts = tl.load(counts_ptr + digit * 16 + tl.arange(0, 16))
+        threshold += tl.sum((counts >= wanted).to(tl.int32), axis=0) << (28 - 4 * digit)
+    return threshold
+
+
+@triton.jit
+def _count_digit(
+    maxima_ptr: "Any", counts_ptr: "Any", size: "Any", wanted: "Any", DIGIT: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """Count the maxima that reach each value of the next digit of the threshold."""
+    threshold = _threshold_of_digits(counts_ptr, wanted, DIGIT)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keys = tl.load(maxima_ptr + index, mask=index < size, other=0)
+    for value in tl.static_range(1, 8 if DIGIT == 0 else 16):
+        reached = tl.sum((keys >= threshold + (value << (28 - 4 * DIGIT))).to(tl.int32), axis=0)
+        tl.atomic_add(counts_ptr + DIGIT * 16 + value, reached)
+
+
+@triton.jit
+def _settle_threshold(counts_ptr: "Any", threshold_ptr: "Any", wanted: "Any", DIGIT: tl.constexpr) -> None:
+    """Write the threshold that all rounds of counting have settled."""
+    tl.store(threshold_ptr, tl.maximum(_threshold_of_digits(counts_ptr, wanted, DIGIT), 1))
+
+
+@triton.jit
+def _candidates(
+    pre_ptr: "Any",
+    scale_ptr: "Any",
+    maxima_ptr: "Any",
+    thresholds_ptr: "Any",
+    threshold_stride: "Any",
+    counts_ptr: "Any",
+    offsets_ptr: "Any",
+    out_ptr: "Any",
+    width: "Any",
+    capacity: "Any",
+    SCALED: tl.constexpr,
+    EMIT: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """Count one row's entries at or above the threshold; with EMIT also write each as value and position in one integer."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, GROUPS)
+    threshold = tl.load(thresholds_ptr + row * threshold_stride)
+    live = tl.load(maxima_ptr + row * GROUPS + lanes) >= threshold
+    found = tl.zeros([GROUPS], tl.int32)
+    counters = counts_ptr + row + tl.zeros([GROUPS], tl.int32)
+    if EMIT:
+        offset = tl.load(offsets_ptr + row)
+    for start in tl.range(0, width, GROUPS, loop_unroll_factor=4):
+        columns = start + lanes
+        mask = live & (columns < width)
+        keys = _keys(pre_ptr + row * width, scale_ptr, columns, mask, SCALED)
+        hit = mask & (keys >= threshold)
+        if EMIT:
+            slot = tl.atomic_add(counters, 1, mask=hit, sem="relaxed")
+            packed = (keys.to(tl.int64) << 32) + (0xFFFFFFFF - (row * width + columns))
+            tl.store(out_ptr + offset + slot, packed, mask=hit & (slot < capacity))
+        else:
+            found += hit.to(tl.int32)
+    if not EMIT:
+        tl.store(counts_ptr + row, tl.sum(found, axis=0))
+
+
+def fits(pre: Tensor, k: int) -> bool:
+    """Whether the kernels can select k entries a row (TopK) or k a row on average (BatchTopK) of ``pre``."""
+    return (
+        bool(pre.numel())
+        and pre.numel() <= POSITION
+        and pre.dtype != torch.float64
+        and k <= _groups(pre, SELECTION) // 4
+    )
+
+
+def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Selected | None:
+    """The k largest positive entries of each row of ``pre · scale``; None where ties make candidates too many.
+
+    Args:
+        pre: ``[batch, d_sae]``, contiguous, single precision or less.
+        k: Entries a row, as far as :func:`fits` allows. Rows with fewer positive entries are filled with zeros, spread over
+            the latents so that no latent collects them.
+        scale: ``[d_sae]``, not negative; None for ones.
+        tile: Launch shape.
+    """
+    batch, width = pre.shape
+    maxima, thresholds = _maxima(pre, scale, k, tile, per_row=True)
+    capacity = triton.next_power_of_2(2 * k + 32)
+    counts = torch.zeros(batch, dtype=torch.int32, device=pre.device)
+    offsets = torch.arange(0, batch * capacity, capacity, device=pre.device)
+    packed = torch.zeros(batch, capacity, dtype=torch.long, device=pre.device)
+    _launch_candidates(pre, scale, maxima, thresholds, counts, offsets, packed, capacity, tile)
+    if bool((counts > capacity).any()):
+        return None
+    chosen = packed.topk(k, dim=1).values.flatten()
+    filler = torch.arange(batch * k, device=pre.device)
+    filled = chosen == 0
+    positions = torch.where(filled, filler % width, POSITION - (chosen & POSITION))
+    values = pre.view(-1)[positions].masked_fill_(filled, 0.0)
+    return Selected(torch.arange(0, batch * k + 1, k, device=pre.device), positions % width, values)
+
+
+def batch_top_k(pre: Tensor, count: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Selected:
+    """The ``count`` largest positive entries of ``pre · scale``, fewer where there are fewer; latents rise within a row.
+
+    Args:
+        pre: ``[batch, d_sae]``, contiguous, single precision or less.
+        count: Entries in all.
+        scale: ``[d_sae]``, not negative; None for ones.
+        tile: Launch shape.
+    """
+    batch, width = pre.shape
+    maxima, _ = _maxima(pre, scale, 1, tile, per_row=False)
+    threshold = _batch_threshold(maxima, count)
+    counts = torch.empty(batch, dtype=torch.int32, device=pre.device)
+    _launch_candidates(pre, scale, maxima, threshold, counts, None, None, 0, tile)
+    ends = counts.cumsum(0)
+    packed = torch.empty(int(ends[-1]), dtype=torch.long, device=pre.device)
+    starts = ends - counts
+    _launch_candidates(pre, scale, maxima, threshold, counts.zero_(), starts, packed, width, tile)
+    if len(packed) > count:
+        packed = packed.sort(descending=True).values[:count]
+    positions = (POSITION - (packed & POSITION)).sort().values
+    bounds = torch.arange(batch + 1, device=pre.device) * width
+    return Selected(torch.searchsorted(positions, bounds), positions % width, pre.view(-1)[positions])
+
+
+def _groups(pre: Tensor, tile: SelectionTile) -> int:
+    """Groups of a row: at least 8 latents each, or fewer groups than the tile asks for."""
+    return min(tile.groups, int(triton.next_power_of_2(triton.cdiv(pre.shape[1], 8))))
+
+
+def _maxima(pre: Tensor, scale: Tensor | None, k: int, tile: SelectionTile, per_row: bool) -> tuple[Tensor, Tensor]:
+    batch, groups = pre.shape[0], _groups(pre, tile)
+    maxima = torch.empty(batch, groups, dtype=torch.int32, device=pre.device)
+    thresholds = torch.empty(batch, dtype=torch.int32, device=pre.device)
+    _group_maxima[(batch,)](
+        pre,
+        pre if scale is None else scale,
+        maxima,
+        thresholds,
+        pre.shape[1],
+        k,
+        SCALED=scale is not None,
+        PER_ROW=per_row,
+        STEPS=31 - LOW_BIT,
+        GROUPS=groups,
+        num_warps=tile.num_warps,
+    )
+    return maxima, thresholds
+
+
+def _batch_threshold(maxima: Tensor, count: int) -> Tensor:
+    """The largest threshold (to 16 bits) that ``count`` of the maxima reach, ``[1]`` int32."""
+    block = 4096
+    counts = torch.zeros(DIGITS, 16, dtype=torch.int32, device=maxima.device)
+    for digit in range(DIGITS):
+        _count_digit[(triton.cdiv(maxima.numel(), block),)](
+            maxima, counts, maxima.numel(), count, DIGIT=digit, BLOCK=block, num_warps=4
+        )
+    threshold = torch.empty(1, dtype=torch.int32, device=maxima.device)
+    _settle_threshold[(1,)](counts, threshold, count, DIGIT=DIGITS, num_warps=1)
+    return threshold
+
+
+def _launch_candidates(
+    pre: Tensor,
+    scale: Tensor | None,
+    maxima: Tensor,
+    thresholds: Tensor,
+    counts: Tensor,
+    offsets: Tensor | None,
+    out: Tensor | None,
+    capacity: int,
+    tile: SelectionTile,
+) -> None:
+    batch, groups = maxima.shape
+    _candidates[(batch,)](
+        pre,
+        pre if scale is None else scale,
+        maxima,
+        thresholds,
+        int(len(thresholds) > 1),
+        counts,
+        counts if offsets is None else offsets,
+        counts if out is None else out,
+        pre.shape[1],
+        capacity,
+        SCALED=scale is not None,
+        EMIT=out is not None,
+        GROUPS=groups,
+        num_warps=tile.num_warps,
+    )

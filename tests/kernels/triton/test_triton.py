@@ -1,0 +1,43 @@
+"""Runs ``triton_cases.py`` in a process of its own: Triton decides at import whether its kernels are interpreted."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hedgelab.kernels import triton as kernels
+
+CASES = Path(__file__).with_name("triton_cases.py")
+triton_missing = pytest.mark.skipif(importlib.util.find_spec("triton.language") is None, reason="Triton is missing")
+
+
+def run_cases(**environment: str) -> str:
+    """Run all cases; the output, with a failure if any failed or none ran."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", str(CASES)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@triton_missing
+def test_kernels_in_the_cpu_interpreter() -> None:
+    assert " passed" in run_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.gpu
+@triton_missing
+def test_kernels_on_the_gpu() -> None:
+    assert torch.cuda.is_available(), "the gpu marker asks for a CUDA device"
+    assert " passed" in run_cases(TRITON_INTERPRET="0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_gpu_or_interpreter_the_kernels_stand_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    kernels.available.cache_clear()
+    assert not kernels.available()
+    kernels.available.cache_clear()

@@ -1,0 +1,299 @@
+"""Cases for the Triton kernels, on the device at hand; ``test_triton.py`` runs them in a process of their own."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hedgelab.kernels import reference
+from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.triton import available, entry, selection
+from hedgelab.kernels.triton.decoding import decode_rows
+from hedgelab.kernels.triton.gradients import latent_gradients
+from hedgelab.kernels.triton.tiles import SelectionTile, Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(not available(), reason="Triton is missing, or there is neither GPU nor interpreter")
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+SHAPES = [  # d_in, d_sae, batch, k
+    pytest.param(20, 300, 9, 4, id="plain"),
+    pytest.param(17, 300, 5, 1, id="k=1"),
+    pytest.param(8, 24, 4, 24, id="k=d_sae"),
+    pytest.param(8, 300, 0, 3, id="empty-batch"),
+    pytest.param(8, 300, 1, 3, id="one-example"),
+    pytest.param(300, 40, 3, 2, id="two-tiles"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_for_recent_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 interprets scalars as arrays of one element, which NumPy 2.4 no longer takes for integers."""
+    if DEVICE == "cpu":
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def with_index(tensor: Any, scope: Any) -> None:
+            patch_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
+
+
+@pytest.fixture(autouse=True)
+def _always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small shapes would take the dense path."""
+    monkeypatch.setattr(entry, "DENSITY_16_BIT", 1.0)
+    monkeypatch.setattr(entry, "DENSITY_32_BIT", 1.0)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected."""
+    difference = torch.linalg.vector_norm(found.double() - expected.double())
+    return float(difference / torch.linalg.vector_norm(expected.double()).clamp_min(1e-30))
+
+
+def weights(d_in: int, d_sae: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """``W_enc`` (transposed in memory), ``b_enc``, ``W_dec``, ``b_dec``, all leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(*shape, generator=generator) for shape in ((d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,))]
+    scaled = [drawn[0].t() / d_in**0.5, 0.1 * drawn[1], drawn[2] / d_in**0.5, 0.1 * drawn[3]]
+    return [w.to(DEVICE, dtype).requires_grad_() for w in scaled]
+
+
+def examples(batch: int, d_in: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
+
+
+def check_step(path_codes: Codes, true_codes: Codes, leaves: list[Tensor], x: Tensor, dtype: torch.dtype) -> None:
+    """Same codes, same reconstruction and same gradients of a squared error plus an L1 term as the dense reference."""
+    tolerance = TOLERANCE[dtype]
+    W_dec, b_dec = leaves[2], leaves[3]
+    assert not path_codes.is_dense
+    assert relative(path_codes.to_dense(), true_codes.to_dense()) <= tolerance
+    losses = []
+    for decode, codes in ((entry.decode, path_codes), (reference.decode, true_codes)):
+        x_hat = decode(codes, W_dec, b_dec)
+        losses.append((x_hat - x.detach()).square().sum() + 0.3 * codes.sum_per_latent().sum())
+    assert relative(losses[0], losses[1]) <= tolerance
+    for found, expected in zip(gradients(losses[0], leaves), gradients(losses[1], leaves), strict=True):
+        assert relative(found, expected) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("d_in", "d_sae", "batch", "k"), SHAPES)
+@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+def test_a_k_sparse_step_equals_the_dense_reference(
+    kind: str, d_in: int, d_sae: int, batch: int, k: int, dtype: torch.dtype
+) -> None:
+    leaves, x = weights(d_in, d_sae, dtype), examples(batch, d_in, dtype)
+    W_enc, b_enc, _, b_dec = leaves
+    codes = getattr(entry, f"encode_{kind}")(x, W_enc, b_enc, b_dec, k)
+    expected = getattr(reference, f"encode_{kind}")(x, W_enc, b_enc, b_dec, k)
+    check_step(codes, expected, leaves, x, dtype)
+
+
+@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+def test_selection_by_scaled_pre_activations(kind: str) -> None:
+    leaves, x = weights(20, 300, torch.float32), examples(9, 20, torch.float32)
+    W_enc, b_enc, W_dec, b_dec = leaves
+    scale = W_dec.detach().norm(dim=1) * torch.linspace(0.1, 3, 300, device=DEVICE)
+    codes = getattr(entry, f"encode_{kind}")(x, W_enc, b_enc, b_dec, 4, scale)
+    expected = getattr(reference, f"encode_{kind}")(x, W_enc, b_enc, b_dec, 4, scale)
+    check_step(codes, expected, leaves, x, torch.float32)
+
+
+def test_gradient_of_the_activations_and_of_a_strided_input() -> None:
+    leaves = weights(20, 300, torch.float32)
+    x = examples(18, 20, torch.float32)[::2].requires_grad_()
+    W_enc, b_enc, _, b_dec = leaves
+    codes = entry.encode_topk(x, W_enc, b_enc, b_dec, 4)
+    expected = reference.encode_topk(x, W_enc, b_enc, b_dec, 4)
+    check_step(codes, expected, [*leaves, x], x, torch.float32)
+
+
+def test_encoder_gradient_lies_in_memory_like_the_encoder() -> None:
+    W_enc, b_enc, W_dec, b_dec = weights(20, 300, torch.float32)
+    x = examples(9, 20, torch.float32)
+    entry.decode(entry.encode_topk(x, W_enc, b_enc, b_dec, 4), W_dec, b_dec).sum().backward()
+    assert W_enc.grad is not None
+    assert W_enc.grad.stride() == W_enc.stride() == (1, 20)
+
+
+def test_a_dense_backward_pass_of_the_encoder_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves, x = weights(20, 300, torch.float32), examples(9, 20, torch.float32)
+    W_enc, b_enc, _, b_dec = leaves
+    monkeypatch.setattr(entry, "DENSITY_32_BIT", 0.0)
+    codes = entry.encode_topk(x, W_enc, b_enc, b_dec, 4)
+    check_step(codes, reference.encode_topk(x, W_enc, b_enc, b_dec, 4), leaves, x, torch.float32)
+
+
+@pytest.mark.parametrize("threshold", ["scalar", "by latent"])
+def test_relu_and_thresholds(threshold: str) -> None:
+    leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
+    W_enc, b_enc, _, b_dec = leaves
+    limit = torch.tensor(0.7, device=DEVICE) if threshold == "scalar" else torch.linspace(-1, 2, 64, device=DEVICE)
+    codes = entry.encode_threshold(x, W_enc, b_enc, b_dec, limit)
+    check_step(codes, reference.encode_threshold(x, W_enc, b_enc, b_dec, limit), leaves, x, torch.float32)
+    codes = entry.encode_relu(x, W_enc, b_enc, b_dec)
+    check_step(codes, reference.encode_relu(x, W_enc, b_enc, b_dec), leaves, x, torch.float32)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_jumprelu_with_its_straight_through_gradients(
+    weighted: bool, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry, "DENSITY_32_BIT", density)
+    dtype = torch.float32
+    leaves, x = weights(20, 64, dtype), examples(30, 20, dtype)
+    W_enc, b_enc, W_dec, b_dec = leaves
+    log_threshold = torch.full((64,), -0.5, device=DEVICE, requires_grad=True)
+    weight = torch.rand(30, device=DEVICE).softmax(0) if weighted else None
+    outcomes = []
+    for path in (entry, reference):
+        codes, rates = path.encode_jumprelu(x, W_enc, b_enc, b_dec, log_threshold, 0.8, weight)
+        x_hat = path.decode(codes, W_dec, b_dec)
+        loss = (x_hat - x).square().sum() + (rates * torch.arange(64, device=DEVICE)).sum()
+        outcomes.append([codes.to_dense(), rates, *gradients(loss, [*leaves, log_threshold])])
+    for found, expected in zip(*outcomes, strict=True):
+        assert relative(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("levels", [[300], [7, 100, 300], [1, 2, 150, 299]])
+def test_levels_in_one_pass(levels: list[int], detach: bool) -> None:
+    dtype = torch.float64
+    leaves, x = weights(20, 300, dtype), examples(9, 20, dtype)
+    W_enc, b_enc, W_dec, b_dec = leaves
+    outcomes = []
+    for path in (entry, reference):
+        codes = path.encode_batch_topk(x, W_enc, b_enc, b_dec, 6)
+        x_hats = path.decode_levels(codes, W_dec, b_dec, levels, detach)
+        loss = torch.stack([(level + 1) * (x_hat - x).square().sum() for level, x_hat in enumerate(x_hats)]).sum()
+        outcomes.append([*x_hats, *gradients(loss, leaves)])
+    for found, expected in zip(*outcomes, strict=True):
+        assert relative(found, expected) <= 1e-10
+
+
+def test_levels_left_out_of_the_loss() -> None:
+    leaves, x = weights(20, 300, torch.float32), examples(9, 20, torch.float32)
+    W_enc, b_enc, W_dec, b_dec = leaves
+    outcomes = []
+    for path in (entry, reference):
+        codes = path.encode_topk(x, W_enc, b_enc, b_dec, 4)
+        x_hats = path.decode_levels(codes, W_dec, b_dec, [30, 150, 300])
+        outcomes.append(gradients((x_hats[1] - x).square().sum(), leaves))
+    for found, expected in zip(*outcomes, strict=True):
+        assert relative(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 1, 1), Tile(16, 8, 2), Tile(64, 2, 1)], ids=str)
+def test_any_rows_repeated_indices_and_empty_rows(tile: Tile) -> None:
+    """A hand-made layout: an empty row, a latent twice in a row, a silent latent, a hot one, poisoned outputs."""
+    d_in, d_sae = 37, 6
+    crow = torch.tensor([0, 3, 3, 8, 21], device=DEVICE)
+    latents = torch.tensor([5, 1, 5, *[0, 1, 2, 3, 5], *[1] * 13], device=DEVICE)
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(21, generator=generator).to(DEVICE)
+    weight = torch.randn(d_sae, d_in, generator=generator).to(DEVICE)
+    source = torch.randn(1, 4, d_in, generator=generator).to(DEVICE)
+    codes = Codes.from_csr(crow, latents, values, d_sae)
+    dense = codes.to_dense()
+    assert codes.layout is not None
+    assert relative(decode_rows(codes.layout, values, weight, tile=tile)[0], dense @ weight) <= 1e-6
+    found = latent_gradients(codes.layout, values, source, torch.float32, None, weight, bias=True, tile=tile)
+    assert found.bias is not None
+    assert found.values is not None
+    assert relative(found.weight, dense.t() @ source[0]) <= 1e-6
+    assert relative(found.bias, dense.sum(0)) <= 1e-6
+    assert relative(found.values, (source[0] @ weight.t())[codes.rows(), latents]) <= 1e-6
+    assert not found.weight[4].any()
+
+
+def check_top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile | None = None) -> None:
+    """The largest positive entries of each row, lowest latent first among equals, whatever the launch shape."""
+    selected = selection.top_k(pre, k, scale, tile or SelectionTile(64, 1))
+    assert selected is not None
+    ranked = (pre if scale is None else pre.float() * scale).relu()
+    order = torch.argsort(ranked, dim=1, descending=True, stable=True)[:, :k]
+    expected = torch.zeros_like(pre).scatter_(1, order, (pre * (ranked > 0)).gather(1, order))
+    dense = Codes.from_csr(selected.crow, selected.latents, selected.values, pre.shape[1]).to_dense()
+    assert torch.equal(dense, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "k"), [(300, 5), (512, 1), (511, 16), (1000, 3)])
+def test_top_k_of_rows(width: int, k: int, dtype: torch.dtype) -> None:
+    pre = torch.randn(7, width, generator=torch.Generator().manual_seed(width)).to(DEVICE, dtype)
+    check_top_k(pre, k)
+    check_top_k(pre, k, torch.linspace(0, 2, width, device=DEVICE))
+
+
+def test_top_k_among_ties_and_rows_with_little_to_choose() -> None:
+    pre = torch.full((6, 320), -1.0, device=DEVICE)
+    pre[1] = 0.0
+    pre[2, 7] = 0.5
+    pre[3, ::9] = 2.0  # 36 equal entries for 8 places
+    pre[4, ::64] = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0], device=DEVICE)  # all in one group
+    pre[5, 10:14] = torch.tensor([1e-30, 1e30, 1.0, float("inf")], device=DEVICE)
+    check_top_k(pre, 8)
+
+
+def test_top_k_hands_masses_of_ties_back() -> None:
+    assert selection.top_k(torch.ones(3, 320, device=DEVICE), 8) is None
+    ones = torch.ones(3, 1, device=DEVICE)
+    leaves = [torch.ones(1, 320, device=DEVICE), torch.zeros(320, device=DEVICE), torch.zeros(1, device=DEVICE)]
+    codes = entry.encode_topk(ones, *leaves, 8)
+    assert codes.active_per_example().tolist() == [8, 8, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 30, 700])
+@pytest.mark.parametrize("kind", ["normal", "skewed", "ties", "few positive"])
+def test_batch_top_k_is_the_set_a_full_sort_keeps(kind: str, count: int, dtype: torch.dtype) -> None:
+    pre = torch.randn(9, 320, generator=torch.Generator().manual_seed(count)).to(DEVICE)
+    if kind == "skewed":
+        pre[2] += 4
+    elif kind == "ties":
+        pre = (2 * pre).round()
+    elif kind == "few positive":
+        pre -= 2.5
+    pre = pre.to(dtype)
+    selected = selection.batch_top_k(pre, count, None, SelectionTile(64, 1))
+    flat = pre.flatten().relu()
+    kept = torch.argsort(flat, descending=True, stable=True)[:count]
+    expected = torch.zeros_like(flat).scatter_(0, kept, flat[kept]).view_as(pre)
+    dense = Codes.from_csr(selected.crow, selected.latents, selected.values, 320).to_dense()
+    assert torch.equal(dense, expected)
+    assert all((selected.latents[a:b].diff() > 0).all() for a, b in pairwise(selected.crow.tolist()))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="bf16 products are a matter of the GPU")
+@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+def test_bf16_autocast_stays_near_float64(kind: str) -> None:
+    """Codes are compared through their own selection: rounding may swap entries that are nearly equal."""
+    d_in, d_sae, batch, k = 256, 8192, 64, 8
+    leaves = weights(d_in, d_sae, torch.float32)
+    W_enc, b_enc, W_dec, b_dec = leaves
+    x = examples(batch, d_in, torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        codes = getattr(entry, f"encode_{kind}")(x, W_enc, b_enc, b_dec, k)
+        x_hat = entry.decode(codes, W_dec, b_dec)
+        loss = (x_hat.float() - x.float()).square().sum()
+    assert x_hat.dtype == torch.float32
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    pre = (x.double() - exact[3]) @ exact[0] + exact[1]
+    dense = torch.where(codes.to_dense() > 0, pre, 0.0)
+    exact_loss = (dense @ exact[2] + exact[3] - x.double()).square().sum()
+    assert relative(codes.to_dense(), dense) <= 1e-2
+    assert relative(loss, exact_loss) <= 1e-2
+    for found, expected in zip(gradients(loss, leaves), gradients(exact_loss, exact), strict=True):
+        assert relative(found, expected) <= 1e-2
