@@ -53,8 +53,10 @@ class Initialization:
         """Encoder and decoder rows at the first ``d_sae`` true features plus noise, each ``[min(d_sae, n), d_in]``."""
         rng = generator(resolve_seed(self.seed), "feature noise")
         start = directions[:d_sae].cpu()
-        encoder, decoder = (start + self.noise * torch.randn(start.shape, generator=rng) for _ in range(2))
-        return encoder, decoder
+        decoder = start + self.noise * torch.randn(start.shape, generator=rng)
+        if self.encoder == "transpose":
+            return decoder.clone(), decoder
+        return start + self.noise * torch.randn(start.shape, generator=rng), decoder
 
     def decoder_bias(self, x: Tensor) -> Tensor:
         """Decoder bias ``[d_in]`` from the first batch ``[batch, d_in]``."""

@@ -146,7 +146,7 @@ def test_geometric_median_resists_outliers_and_is_stationary():
 
 def test_weights_start_at_the_features_plus_noise():
     features = torch.eye(8)[:4]
-    sae = VanillaSAE(8, 3, 0.1, init=Initialization(at_features=True, noise=0.25))
+    sae = VanillaSAE(8, 3, 0.1, init=Initialization(at_features=True, noise=0.25, encoder="random"))
     sae.initialize(Batch(x_batch()), features)
     noise = torch.stack([sae.W_dec.detach() - features[:3], sae.W_enc.detach().t() - features[:3]])
     assert 0.1 < noise.std() < 0.4
