@@ -38,7 +38,7 @@ def _decode(
     start = tl.load(crow_ptr + row)
     stop = tl.load(crow_ptr + row + 1)
     lanes = tl.arange(0, ENTRIES)
-    total = tl.zeros([BLOCK], ACC)
+    total = tl.full([BLOCK], 0, ACC)
     if BIAS:
         total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(ACC)
     low = tl.full([], 0, tl.int64)

@@ -62,8 +62,8 @@ def _latent_gradients(
         level += (latent >= tl.load(stops_ptr + outer)).to(tl.int64)
     reconstructed = level < LEVELS  # latents beyond the last level take part in no reconstruction
     lanes = tl.arange(0, ENTRIES)
-    total = tl.zeros([BLOCK], ACC)
-    bias = tl.zeros([ENTRIES], ACC)
+    total = tl.full([BLOCK], 0, ACC)
+    bias = tl.full([ENTRIES], 0, ACC)
     if DOTS:
         weight = tl.load(weight_ptr + latent * width + columns, mask=inside & (start < stop), other=0.0).to(ACC)
     for entry in range(start, stop, ENTRIES):

@@ -63,7 +63,7 @@ def _group_maxima(
     """Maximum of each group of one row and, per row, the largest threshold that k groups reach, built bit by bit."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, GROUPS)
-    maxima = tl.zeros([GROUPS], tl.int32)
+    maxima = tl.full([GROUPS], 0, tl.int32)
     for start in tl.range(0, width, GROUPS, loop_unroll_factor=4):
         columns = start + lanes
         maxima = tl.maximum(maxima, _keys(pre_ptr + row * width, scale_ptr, columns, columns < width, SCALED))
@@ -127,8 +127,8 @@ def _candidates(
     lanes = tl.arange(0, GROUPS)
     threshold = tl.load(thresholds_ptr + row * threshold_stride)
     live = tl.load(maxima_ptr + row * GROUPS + lanes) >= threshold
-    found = tl.zeros([GROUPS], tl.int32)
-    counters = counts_ptr + row + tl.zeros([GROUPS], tl.int32)
+    found = tl.full([GROUPS], 0, tl.int32)
+    counters = counts_ptr + row + tl.full([GROUPS], 0, tl.int32)
     if EMIT:
         offset = tl.load(offsets_ptr + row)
     for start in tl.range(0, width, GROUPS, loop_unroll_factor=4):
@@ -209,8 +209,8 @@ def batch_top_k(pre: Tensor, count: int, scale: Tensor | None = None, tile: Sele
 
 
 def _groups(pre: Tensor, tile: SelectionTile) -> int:
-    """Groups of a row: at least 8 latents each, or fewer groups than the tile asks for."""
-    return min(tile.groups, int(triton.next_power_of_2(triton.cdiv(pre.shape[1], 8))))
+    """Groups of a row: at least 4 latents each, or fewer groups than the tile asks for."""
+    return min(tile.groups, int(triton.next_power_of_2(triton.cdiv(pre.shape[1], 4))))
 
 
 def _maxima(pre: Tensor, scale: Tensor | None, k: int, tile: SelectionTile, per_row: bool) -> tuple[Tensor, Tensor]:

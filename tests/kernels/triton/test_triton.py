@@ -15,22 +15,29 @@ CASES = Path(__file__).with_name("triton_cases.py")
 triton_missing = pytest.mark.skipif(importlib.util.find_spec("triton.language") is None, reason="Triton is missing")
 
 
-def run_cases(**environment: str) -> str:
-    """Run all cases; the output, with a failure if any failed or none ran."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", str(CASES)]
+def run_cases(*options: str, **environment: str) -> str:
+    """Run cases; the output, with a failure if any failed or none ran."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *options, str(CASES)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     return done.stdout
 
 
 @triton_missing
-def test_kernels_in_the_cpu_interpreter() -> None:
+def test_kernels_of_a_step_in_the_cpu_interpreter() -> None:
+    few = "plain-dtype0 or any_rows or lies_in_memory"
+    assert " passed" in run_cases("-k", few, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.slow
+@triton_missing
+def test_all_cases_in_the_cpu_interpreter() -> None:
     assert " passed" in run_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu
 @triton_missing
-def test_kernels_on_the_gpu() -> None:
+def test_all_cases_on_the_gpu() -> None:
     assert torch.cuda.is_available(), "the gpu marker asks for a CUDA device"
     assert " passed" in run_cases(TRITON_INTERPRET="0")
 

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.skipif(not available(), reason="Triton is missing, or t
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = [  # d_in, d_sae, batch, k
-    pytest.param(20, 300, 9, 4, id="plain"),
-    pytest.param(17, 300, 5, 1, id="k=1"),
-    pytest.param(8, 24, 4, 24, id="k=d_sae"),
-    pytest.param(8, 300, 0, 3, id="empty-batch"),
-    pytest.param(8, 300, 1, 3, id="one-example"),
-    pytest.param(300, 40, 3, 2, id="two-tiles"),
+    pytest.param(20, 64, 9, 4, id="plain"),
+    pytest.param(17, 40, 5, 1, id="k=1"),
+    pytest.param(8, 12, 4, 12, id="k=d_sae"),
+    pytest.param(8, 40, 0, 2, id="empty-batch"),
+    pytest.param(8, 40, 1, 2, id="one-example"),
+    pytest.param(300, 20, 3, 1, id="two-tiles"),
 ]
 
 
@@ -102,16 +102,16 @@ def test_a_k_sparse_step_equals_the_dense_reference(
 
 @pytest.mark.parametrize("kind", ["topk", "batch_topk"])
 def test_selection_by_scaled_pre_activations(kind: str) -> None:
-    leaves, x = weights(20, 300, torch.float32), examples(9, 20, torch.float32)
+    leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, W_dec, b_dec = leaves
-    scale = W_dec.detach().norm(dim=1) * torch.linspace(0.1, 3, 300, device=DEVICE)
+    scale = W_dec.detach().norm(dim=1) * torch.linspace(0.1, 3, 64, device=DEVICE)
     codes = getattr(entry, f"encode_{kind}")(x, W_enc, b_enc, b_dec, 4, scale)
     expected = getattr(reference, f"encode_{kind}")(x, W_enc, b_enc, b_dec, 4, scale)
     check_step(codes, expected, leaves, x, torch.float32)
 
 
 def test_gradient_of_the_activations_and_of_a_strided_input() -> None:
-    leaves = weights(20, 300, torch.float32)
+    leaves = weights(20, 64, torch.float32)
     x = examples(18, 20, torch.float32)[::2].requires_grad_()
     W_enc, b_enc, _, b_dec = leaves
     codes = entry.encode_topk(x, W_enc, b_enc, b_dec, 4)
@@ -120,7 +120,7 @@ def test_gradient_of_the_activations_and_of_a_strided_input() -> None:
 
 
 def test_encoder_gradient_lies_in_memory_like_the_encoder() -> None:
-    W_enc, b_enc, W_dec, b_dec = weights(20, 300, torch.float32)
+    W_enc, b_enc, W_dec, b_dec = weights(20, 64, torch.float32)
     x = examples(9, 20, torch.float32)
     entry.decode(entry.encode_topk(x, W_enc, b_enc, b_dec, 4), W_dec, b_dec).sum().backward()
     assert W_enc.grad is not None
@@ -128,7 +128,7 @@ def test_encoder_gradient_lies_in_memory_like_the_encoder() -> None:
 
 
 def test_a_dense_backward_pass_of_the_encoder_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    leaves, x = weights(20, 300, torch.float32), examples(9, 20, torch.float32)
+    leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, _, b_dec = leaves
     monkeypatch.setattr(entry, "DENSITY_32_BIT", 0.0)
     codes = entry.encode_topk(x, W_enc, b_enc, b_dec, 4)
@@ -137,9 +137,9 @@ def test_a_dense_backward_pass_of_the_encoder_agrees(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("threshold", ["scalar", "by latent"])
 def test_relu_and_thresholds(threshold: str) -> None:
-    leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
+    leaves, x = weights(20, 24, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, _, b_dec = leaves
-    limit = torch.tensor(0.7, device=DEVICE) if threshold == "scalar" else torch.linspace(-1, 2, 64, device=DEVICE)
+    limit = torch.tensor(0.7, device=DEVICE) if threshold == "scalar" else torch.linspace(-1, 2, 24, device=DEVICE)
     codes = entry.encode_threshold(x, W_enc, b_enc, b_dec, limit)
     check_step(codes, reference.encode_threshold(x, W_enc, b_enc, b_dec, limit), leaves, x, torch.float32)
     codes = entry.encode_relu(x, W_enc, b_enc, b_dec)
@@ -153,25 +153,25 @@ def test_jumprelu_with_its_straight_through_gradients(
 ) -> None:
     monkeypatch.setattr(entry, "DENSITY_32_BIT", density)
     dtype = torch.float32
-    leaves, x = weights(20, 64, dtype), examples(30, 20, dtype)
+    leaves, x = weights(20, 24, dtype), examples(30, 20, dtype)
     W_enc, b_enc, W_dec, b_dec = leaves
-    log_threshold = torch.full((64,), -0.5, device=DEVICE, requires_grad=True)
+    log_threshold = torch.full((24,), -0.5, device=DEVICE, requires_grad=True)
     weight = torch.rand(30, device=DEVICE).softmax(0) if weighted else None
     outcomes = []
     for path in (entry, reference):
         codes, rates = path.encode_jumprelu(x, W_enc, b_enc, b_dec, log_threshold, 0.8, weight)
         x_hat = path.decode(codes, W_dec, b_dec)
-        loss = (x_hat - x).square().sum() + (rates * torch.arange(64, device=DEVICE)).sum()
+        loss = (x_hat - x).square().sum() + (rates * torch.arange(24, device=DEVICE)).sum()
         outcomes.append([codes.to_dense(), rates, *gradients(loss, [*leaves, log_threshold])])
     for found, expected in zip(*outcomes, strict=True):
         assert relative(found, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("detach", [False, True])
-@pytest.mark.parametrize("levels", [[300], [7, 100, 300], [1, 2, 150, 299]])
+@pytest.mark.parametrize("levels", [[64], [7, 30, 64], [1, 2, 40, 63]])
 def test_levels_in_one_pass(levels: list[int], detach: bool) -> None:
     dtype = torch.float64
-    leaves, x = weights(20, 300, dtype), examples(9, 20, dtype)
+    leaves, x = weights(20, 64, dtype), examples(9, 20, dtype)
     W_enc, b_enc, W_dec, b_dec = leaves
     outcomes = []
     for path in (entry, reference):
@@ -184,12 +184,12 @@ def test_levels_in_one_pass(levels: list[int], detach: bool) -> None:
 
 
 def test_levels_left_out_of_the_loss() -> None:
-    leaves, x = weights(20, 300, torch.float32), examples(9, 20, torch.float32)
+    leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, W_dec, b_dec = leaves
     outcomes = []
     for path in (entry, reference):
         codes = path.encode_topk(x, W_enc, b_enc, b_dec, 4)
-        x_hats = path.decode_levels(codes, W_dec, b_dec, [30, 150, 300])
+        x_hats = path.decode_levels(codes, W_dec, b_dec, [6, 30, 64])
         outcomes.append(gradients((x_hats[1] - x).square().sum(), leaves))
     for found, expected in zip(*outcomes, strict=True):
         assert relative(found, expected) <= 1e-5
