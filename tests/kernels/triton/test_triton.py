@@ -12,7 +12,17 @@ import torch
 from hedgelab.kernels import triton as kernels
 
 CASES = Path(__file__).with_name("triton_cases.py")
-triton_missing = pytest.mark.skipif(importlib.util.find_spec("triton.language") is None, reason="Triton is missing")
+
+
+def has_triton() -> bool:
+    """Whether Triton itself is installed; a folder of that name is not enough."""
+    try:
+        return importlib.util.find_spec("triton.language") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+triton_missing = pytest.mark.skipif(not has_triton(), reason="Triton is missing")
 
 
 def run_cases(*options: str, **environment: str) -> str:
@@ -25,7 +35,7 @@ def run_cases(*options: str, **environment: str) -> str:
 
 @triton_missing
 def test_kernels_of_a_step_in_the_cpu_interpreter() -> None:
-    few = "plain-dtype0 or any_rows or lies_in_memory"
+    few = "(a_k_sparse and plain-dtype0) or any_rows"
     assert " passed" in run_cases("-k", few, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
