@@ -66,7 +66,7 @@ class LLMDataModule(ActivationDataModule):
         text: TextSource | None = None,
         context_length: int = 256,
         contexts_per_block: int = 64,
-        contexts_at_once: int = 16,
+        contexts_at_once: int = 8,
         batch_size: int = 1024,
         skip_first: int = 1,
         max_norm_ratio: float | None = 10.0,

@@ -1,11 +1,11 @@
-"""Running a cut model over contexts, in a thread of its own, so that the next activations grow while an SAE trains."""
+"""Running a cut model over contexts, in threads of its own, so that the next activations grow while an SAE trains."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from threading import Event
+from threading import Barrier, Event
 from typing import TypeVar
 
 import torch
@@ -20,8 +20,9 @@ T = TypeVar("T")
 class Harvester:
     """Runs a cut model over contexts and keeps the activations that count.
 
-    All of it happens in one background thread, also when the caller waits for the result: so the arithmetic is the
-    same to the last bit whether a block was prefetched or not.
+    On a CPU each forward pass has one thread, and as many passes run side by side as PyTorch was given threads: nothing
+    waits at barriers when the cores are shared with training, and the activations are the same to the last bit with
+    any number of threads, prefetched or not. A GPU has one pass at a time.
 
     Args:
         model: The model, cut at its hook, on the device where it is to run.
@@ -35,11 +36,14 @@ class Harvester:
     def __init__(self, model: CutModel, contexts_at_once: int) -> None:
         self._model, self._contexts_at_once = model, contexts_at_once
         self._device = next(model.parameters()).device
-        self._worker: ThreadPoolExecutor | None = None
+        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
         self._interrupted = Event()
         self.tokens, self.seconds = 0, 0.0
 
-    @torch.no_grad()  # inference mode's tensors could not be used in the SAE's backward pass
+    def submit(self, work: Callable[[int], T], number: int) -> Future[T]:
+        """Do ``work(number)`` in the background, after what was submitted before."""
+        return self._running()[0].submit(work, number)
+
     def rows(self, tokens: Tensor, usable: Tensor) -> Tensor:
         """Activations at the usable positions of some contexts, context by context.
 
@@ -54,34 +58,52 @@ class Harvester:
             CancelledError: ``close`` was called meanwhile.
         """
         start = time.perf_counter()
-        kept = []
-        parts = zip(*(torch.split(whole, self._contexts_at_once) for whole in (tokens, usable)), strict=True)
+        parts = [torch.split(whole, self._contexts_at_once) for whole in (tokens, usable)]
         # Only the first call has nothing else on the screen that moves.
         with tqdm(total=tokens.numel(), desc="First activations", unit=" tokens", disable=self.tokens > 0) as progress:
-            for some, mask in parts:
-                if self._interrupted.is_set():
-                    raise CancelledError
-                with torch.inference_mode():
-                    output = self._model(some.long().to(self._device))
-                kept.append(output[mask.to(self._device)])
-                progress.update(some.numel())
-        rows = torch.cat(kept)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            kept = []
+            for part, rows in zip(parts[0], self._running()[1].map(self._forward, *parts), strict=True):
+                kept.append(rows)
+                progress.update(part.numel())
         self.tokens += tokens.numel()
         self.seconds += time.perf_counter() - start
+        return torch.cat(kept)
+
+    @torch.no_grad()  # inference mode's own tensors could not be used in the SAE's backward pass
+    def _forward(self, tokens: Tensor, usable: Tensor) -> Tensor:
+        if self._interrupted.is_set():
+            raise CancelledError
+        with torch.inference_mode():
+            output = self._model(tokens.long().to(self._device))
+        rows: Tensor = output[usable.to(self._device)]
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return rows
 
-    def submit(self, work: Callable[[int], T], number: int) -> Future[T]:
-        """Do ``work(number)`` in the background, after what was submitted before."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hedgelab-llm")
-        return self._worker.submit(work, number)
+    def _running(self) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
+        """The thread that works off what was submitted, and those of the forward passes."""
+        if self._pools is None:
+            passes = 1 if self._device.type == "cuda" else torch.get_num_threads()
+            self._pools = ThreadPoolExecutor(1, "hedgelab-blocks"), _single_threaded_pool(passes)
+        return self._pools
 
     def close(self) -> None:
         """End the work in progress at its next forward pass and drop what waits; usable again afterwards."""
-        if self._worker is not None:
+        if self._pools is not None:
             self._interrupted.set()
-            self._worker.shutdown(cancel_futures=True)
+            for pool in self._pools:
+                pool.shutdown(cancel_futures=True)
             self._interrupted.clear()
-            self._worker = None
+            self._pools = None
+
+
+def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
+    """Worker threads in which PyTorch uses one thread each; the calling thread keeps its number."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "hedgelab-forward", initializer=torch.set_num_threads, initargs=(1,))
+    ready = Barrier(workers + 1)
+    for _ in range(workers):
+        pool.submit(ready.wait)
+    ready.wait()
+    torch.set_num_threads(threads)  # the workers' call has also changed what later threads start with
+    return pool

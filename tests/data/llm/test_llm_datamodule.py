@@ -100,7 +100,7 @@ def test_training_in_two_parts_sees_what_training_at_once_sees(make_data, tmp_pa
     _, second = fit(resumed, 30, ckpt_path=str(tmp_path / "half.ckpt"))
     assert len(whole.seen) == 30
     torch.testing.assert_close(torch.stack(first.seen + second.seen), torch.stack(whole.seen), rtol=0, atol=0)
-    assert resumed.harvester._worker is None  # nothing is left running
+    assert resumed.harvester._pools is None  # nothing is left running
 
 
 def test_normalisation(make_data):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from hedgelab.data.llm.harvest import Harvester
+from hedgelab.data.llm.hook import CutModel
+from hedgelab.data.llm.model import ModelFiles
 from hedgelab.data.llm.stream import BlockStream
 from hedgelab.errors import UserError
 
@@ -84,15 +86,15 @@ def test_too_few_rows_for_a_batch():
         make_stream(batch_size=64)
 
 
-def test_rows_can_be_trained_on_and_come_from_one_thread():
+def test_rows_can_be_trained_on_and_come_from_the_background():
     stream = make_stream()
     weight = torch.ones(2, 1, requires_grad=True)
     (stream.batch(0) @ weight).sum().backward()
     stream.prefetch(0, 100)
     stream.block(1)
     assert weight.grad is not None
-    assert len(stream._harvester._model.threads) == 1
-    assert threading.current_thread().name not in stream._harvester._model.threads
+    assert stream._harvester._model.threads
+    assert all(name.startswith("hedgelab-forward") for name in stream._harvester._model.threads)
 
 
 def test_prefetching_stops_where_the_batches_stop_and_closing_ends_it():
@@ -106,5 +108,22 @@ def test_prefetching_stops_where_the_batches_stop_and_closing_ends_it():
     before = stream.batch(per_block)
     stream._harvester.close()
     stream.forget()
-    assert stream._harvester._worker is None
+    assert stream._harvester._pools is None
     torch.testing.assert_close(stream.batch(per_block), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_do_not_depend_on_the_number_of_threads(tiny_model, threads):
+    before = torch.get_num_threads()
+    tokens = torch.arange(4 * 16).view(4, 16) % 60 + 4
+    expected = CutModel(ModelFiles(tiny_model).causal_lm(), "model.layers.1")
+    try:
+        torch.set_num_threads(threads)
+        harvester = Harvester(CutModel(ModelFiles(tiny_model).causal_lm(), "model.layers.1"), contexts_at_once=1)
+        rows = harvester.rows(tokens, torch.ones(4, 16, dtype=torch.bool))
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(1)
+        one_by_one = torch.cat([expected(context[None])[0] for context in tokens])
+        torch.testing.assert_close(rows, one_by_one, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(before)
