@@ -186,6 +186,7 @@ def check_checkpoint(command: str, path: str | None) -> None:
 def run_lightning(command: str, words: list[str]) -> int:
     """Parse, make everything, run, and say how it went."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning meets a newer torch
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")  # saved between steps
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # every run has a folder of its own
     warnings.filterwarnings("ignore", message="`max_epochs` was not set")  # the DataModule says it better
     for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):

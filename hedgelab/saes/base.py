@@ -134,7 +134,10 @@ class SAE(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """The optimiser, fused unless told otherwise, and the schedule."""
-        optimizer = self.optimizer(self.parameters())
+        try:
+            optimizer = self.optimizer(self.parameters())
+        except ValueError as error:
+            raise UserError(f"model.optimizer: {error}") from error
         for group in optimizer.param_groups:
             if "fused" in group and group["fused"] is None and not group.get("foreach"):
                 group["fused"] = True
