@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hedgelab.kernels import reference, sparse
+from hedgelab.kernels import dense, reference, sparse
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.selection import sampled_density
 
@@ -39,7 +39,7 @@ def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes
     """Codes of a ReLU SAE."""
     path = _path(W_enc, 0)
     if path is sparse and _many_above(x, W_enc, b_enc, b_dec, 0.0):
-        path = reference
+        path = _dense_path(x, W_enc)
     codes: Codes = path.encode_relu(x, W_enc, b_enc, b_dec)
     return codes
 
@@ -99,7 +99,7 @@ def encode_jumprelu(
     """
     path = _path(W_enc, 0)
     if path is sparse and _many_above(x, W_enc, b_enc, b_dec, log_threshold.detach().exp() - bandwidth / 2):
-        path = reference
+        path = _dense_path(x, W_enc)
     result: tuple[Codes, Tensor] = path.encode_jumprelu(x, W_enc, b_enc, b_dec, log_threshold, bandwidth, weight)
     return result
 
@@ -134,6 +134,12 @@ def _decoder_path(codes: Codes, W_dec: Tensor) -> Any:
     if codes.is_dense or _backend == "dense":
         return reference
     return (_triton() or reference) if W_dec.is_cuda else sparse
+
+
+def _dense_path(x: Tensor, W_enc: Tensor) -> Any:
+    """The module for many active latents; mixed types and autocast are left to autograd."""
+    plain = x.dtype == W_enc.dtype and not torch.is_autocast_enabled(x.device.type)
+    return dense if plain else reference
 
 
 @cache

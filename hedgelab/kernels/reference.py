@@ -81,7 +81,11 @@ def encode_jumprelu(
 
     Both carry straight-through gradients to ``log_threshold`` (Rajamanoharan et al. 2024, section 3).
     """
-    pre = pre_activations(x, W_enc, b_enc, b_dec)
+    return jumprelu_codes(pre_activations(x, W_enc, b_enc, b_dec), log_threshold, bandwidth, weight)
+
+
+def jumprelu_codes(pre: Tensor, log_threshold: Tensor, bandwidth: float, weight: Tensor | None) -> tuple[Codes, Tensor]:
+    """What :func:`encode_jumprelu` makes of pre-activations ``[batch, d_sae]``."""
     threshold = log_threshold.exp()
     activations: Tensor = JumpReLU.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
     fired: Tensor = StepFunction.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]

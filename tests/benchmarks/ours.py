@@ -41,6 +41,8 @@ def build(task: Task) -> Step:
         result = sae.loss(Batch(x))
         optimizer.zero_grad()
         result.total.backward()
+        if task.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), task.clip_norm)
         optimizer.step()
         sae.after_step(result)
         sae.set_steps_done(sae.steps_done + 1)

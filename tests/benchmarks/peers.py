@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -44,6 +46,7 @@ def saelens(task: Task) -> Step:
         total_training_samples=task.steps * task.batch,
         train_batch_size_samples=task.batch,
         lr=task.lr,
+        lr_end=task.lr,
         device=task.device,
         autocast=task.autocast,
         logger=LoggingConfig(log_to_wandb=False),
@@ -69,6 +72,9 @@ def saelens(task: Task) -> Step:
 
 def dictionary_learning(task: Task) -> Step:
     """``Trainer.update``; it clips gradients at norm 1 and keeps decoder rows at norm 1, as always there."""
+    nnsight = ModuleType("nnsight")  # its activation buffer's, which no training step touches
+    nnsight.LanguageModel = nnsight.save = object
+    sys.modules.setdefault("nnsight", nnsight)
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer

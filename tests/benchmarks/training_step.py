@@ -32,6 +32,7 @@ SHAPES = {
     "gemma": {"d_in": 2304, "d_sae": 65536, "k": 25, "batch": 4096, "autocast": True},
 }
 COEFFICIENTS = {"vanilla": 1.0, "jumprelu": 0.1}
+CLIPS = {"saelens": 1.0, "dictionary_learning": 1.0}  # these always clip gradients; beside them we do, too
 WARM_UP = 3
 
 
@@ -91,7 +92,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         make_batches(data, int(shape["d_in"]), int(shape["batch"]), options.batches)
         task = {
             "library": options.peer or "", "sae": options.sae, "autocast": False, **shape,
-            "levels": [d_sae // 64, d_sae // 16, d_sae // 4, d_sae], "lr": 3e-4,
+            "levels": [d_sae // 64, d_sae // 16, d_sae // 4, d_sae], "lr": 3e-4, "clip_norm": CLIPS.get(options.peer),
             "sparsity_coefficient": COEFFICIENTS.get(options.sae, 0.0), "threads": options.threads,
             "device": "cuda" if options.shape == "gemma" else "cpu", "data": str(data), "steps": total,
         }  # fmt: skip

@@ -36,6 +36,7 @@ class Task:
     batch: int
     levels: list[int]
     lr: float
+    clip_norm: float | None
     sparsity_coefficient: float
     threads: int
     device: str

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hedgelab.kernels import ops, reference, sparse
+from hedgelab.kernels import dense, ops, reference, sparse
 from hedgelab.kernels.codes import Codes
 
 
@@ -226,10 +226,24 @@ def test_bf16_weights_and_autocast_work_in_single_precision_after_the_product(na
             assert parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("d_sae", "k", "dense"), [(64, 4, True), (1024, 4, False), (1024, 512, True)])
-def test_auto_goes_sparse_where_it_pays(d_sae, k, dense):
+@pytest.mark.parametrize("name", ["relu", "jumprelu"])
+def test_lean_dense_path_equals_autograd(name):
+    x = torch.randn(37, 12, dtype=torch.float64)
+    results = []
+    for m in (reference, dense):
+        w, leaf = Weights(12, 203), x.clone().requires_grad_()
+        codes, extra = ENCODERS[name](m, leaf, w, 0)
+        (reference.decode(codes, w.W_dec, w.b_dec).square().sum() + extra).backward()
+        results.append([codes.to_dense().detach(), leaf.grad, *w.gradients()])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert w.W_enc.grad.stride() == w.W_enc.stride()
+
+
+@pytest.mark.parametrize(("d_sae", "k", "is_dense"), [(64, 4, True), (1024, 4, False), (1024, 512, True)])
+def test_auto_goes_sparse_where_it_pays(d_sae, k, is_dense):
     w, x = Weights(4, d_sae), torch.randn(8, 4, dtype=torch.float64)
-    assert ops.encode_topk(x, *w.encoder(), k).is_dense == dense
+    assert ops.encode_topk(x, *w.encoder(), k).is_dense == is_dense
     with ops.backend("sparse"):
         assert not ops.encode_topk(x, *w.encoder(), k).is_dense
     with ops.backend("dense"):
