@@ -55,6 +55,14 @@ class ActivationDataModule(L.LightningDataModule, ABC):
     def batch(self, stage: Stage, index: int) -> Batch:
         """Global batch number ``index`` of a stage, ``[batch_size, d_in]``; the same whenever and wherever asked for."""
 
+    def describe(self) -> dict[str, float]:
+        """Numbers about the data that a run should show from its start."""
+        return {}
+
+    def throughput(self) -> dict[str, float]:
+        """How fast the data has been made so far; asked for when training ends."""
+        return {}
+
     def batches(self, stage: Stage, start: int, stop: int) -> Iterator[Batch]:
         """This rank's slices of global batches ``start`` … ``stop - 1``; override to prefetch."""
         for index in range(start, stop):

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from hedgelab.batch import Batch
+from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.tracking.history import ThinnedSeries
 from hedgelab.tracking.logger import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
@@ -61,9 +62,9 @@ class RunRecord(L.Callback):
         if self._losses_before is not None:
             self._tracker.losses.load_state_dict(self._losses_before)
         self._tracker.log_tags(provenance_tags(trainer.world_size))
-        measure = getattr(_datamodule(trainer), "measure_batch_seconds", None)
-        if measure is not None:
-            self._tracker.log_metrics({"data/seconds_per_batch": measure()}, trainer.global_step)
+        data = _datamodule(trainer)
+        if isinstance(data, ActivationDataModule):
+            self._tracker.log_metrics(data.describe(), trainer.global_step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock, and the history of the cosines."""
@@ -91,9 +92,14 @@ class RunRecord(L.Callback):
             self._log_throughput(self._tracker, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reports the throughput of the last, shorter interval."""
-        if self._tracker is not None and trainer.global_step > self._logged_at:
+        """Reports the throughput of the last, shorter interval, and of the data."""
+        if self._tracker is None:
+            return
+        if trainer.global_step > self._logged_at:
             self._log_throughput(self._tracker, trainer.global_step)
+        data = _datamodule(trainer)
+        if isinstance(data, ActivationDataModule):
+            self._tracker.log_metrics(data.throughput(), trainer.global_step)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the firing rates that the validation pass has measured, before the SAE forgets them."""

@@ -182,6 +182,14 @@ class LLMDataModule(ActivationDataModule):
             return None
         return self.stream("train").block(0).rows.double().mean(dim=0).float()
 
+    def describe(self) -> dict[str, float]:
+        """Percentiles of the activation norms (see :meth:`norm_percentiles`)."""
+        return {f"data/norm/{name}": value for name, value in self.norm_percentiles().items()}
+
+    def throughput(self) -> dict[str, float]:
+        """Tokens a second of the language model."""
+        return {"data/tokens_per_s": self.tokens_per_second}
+
     def norm_percentiles(self) -> dict[str, float]:
         """Percentiles of the norm over the first block of training activations, outliers included, not normalised.
 

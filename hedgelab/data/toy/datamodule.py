@@ -112,6 +112,10 @@ class ToyDataModule(ActivationDataModule):
             cached = self._blocks[stage] = (number, self._draw_block(stage, number))
         return cached[1][place]
 
+    def describe(self) -> dict[str, float]:
+        """Cost of generating one training batch, in seconds."""
+        return {"data/seconds_per_batch": self.measure_batch_seconds()}
+
     def measure_batch_seconds(self, repeats: int = 5) -> float:
         """Median cost of generating one training batch in sequence, in seconds; leaves the stream as it is."""
         if self._population is not None:
