@@ -96,16 +96,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "sparsity_coefficient": COEFFICIENTS.get(options.sae, 0.0), "threads": options.threads,
             "device": "cuda" if options.shape == "gemma" else "cpu", "data": str(data), "steps": total,
         }  # fmt: skip
+        encoder = Worker(sys.executable, "worker.py", task)
         ours = Worker(sys.executable, "ours.py", task)
         peer = Worker(options.peer_python, "peers.py", task) if options.peer else None
     times: dict[str, list[float]] = {"encoder": [], "ours": [], "peer": []}
     for turn in range(total):
-        seconds = {"encoder": ours.ask("encoder", turn)["seconds"], "ours": ours.ask("step", turn)["seconds"]}
+        seconds = {"encoder": encoder.ask("step", turn)["seconds"], "ours": ours.ask("step", turn)["seconds"]}
         if peer is not None:
             seconds["peer"] = peer.ask("step", turn)["seconds"]
         if turn >= WARM_UP:
             for name, value in seconds.items():
                 times[name].append(value)
+    encoder.close()
     result = summarize(times, int(shape["batch"]))
     for side, prefix in ((ours, ""), (peer, "peer_")):
         if side is None:

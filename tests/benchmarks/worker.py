@@ -69,7 +69,6 @@ def serve(build: Callable[[Task], Step]) -> None:
     memory = Memory(task.device)
     step = build(task)
     synchronize = torch.cuda.synchronize if task.device == "cuda" else lambda: None
-    weights = task.initial_rows().to(task.device)
 
     def timed(work: Callable[[], object]) -> float:
         synchronize()
@@ -84,10 +83,6 @@ def serve(build: Callable[[Task], Step]) -> None:
             case "step":
                 with torch.autocast(task.device, torch.bfloat16, enabled=task.autocast):
                     return {"seconds": timed(lambda: step.take(x))}
-            case "encoder":
-                bias = torch.zeros(task.d_sae, device=task.device)
-                with torch.autocast(task.device, torch.bfloat16, enabled=task.autocast), torch.no_grad():
-                    return {"seconds": timed(lambda: torch.addmm(bias, x, weights.t()))}
             case "finish":
                 peak = memory.peak_bytes()
                 with torch.no_grad():
@@ -126,3 +121,18 @@ def _status(key: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     line = next(line for line in status.read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024
+
+
+def bare_encoder(task: Task) -> Step:
+    """The encoder's product and nothing else, in a process of its own so that its output counts as nobody's memory."""
+    weights, bias = task.initial_rows().to(task.device), torch.zeros(task.d_sae, device=task.device)
+
+    def product(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.addmm(bias, x, weights.t())
+
+    return Step(product, lambda x: x, {})
+
+
+if __name__ == "__main__":
+    serve(bare_encoder)
