@@ -4,6 +4,7 @@ from hedgelab.saes.base import SAE
 from hedgelab.saes.batch_topk import BatchTopKSAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.fold import FoldedWeights, fold
+from hedgelab.saes.group import SAEGroup
 from hedgelab.saes.initialization import Initialization
 from hedgelab.saes.io import load_sae, save_sae, weights_sha256
 from hedgelab.saes.jumprelu import JumpReLUSAE
@@ -11,6 +12,7 @@ from hedgelab.saes.losses import LossTerms
 from hedgelab.saes.matryoshka import MatryoshkaSAE
 from hedgelab.saes.topk import TopKSAE
 from hedgelab.saes.vanilla import VanillaSAE
+from hedgelab.saes.widen import duplicate, fresh, widen
 
 __all__ = [
     "SAE",
@@ -21,10 +23,14 @@ __all__ = [
     "JumpReLUSAE",
     "LossTerms",
     "MatryoshkaSAE",
+    "SAEGroup",
     "TopKSAE",
     "VanillaSAE",
+    "duplicate",
     "fold",
+    "fresh",
     "load_sae",
     "save_sae",
     "weights_sha256",
+    "widen",
 ]

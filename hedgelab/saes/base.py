@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -57,6 +58,7 @@ class SAE(L.LightningModule, ABC):
         lr_scheduler: Makes the schedule, stepped once an optimiser step; None for a constant learning rate.
         gradient_clip_norm: Largest norm of the gradient; None for no clipping.
         steps_done: Optimiser steps taken so far; warm-ups read it.
+        initialized: Whether the weights come from data or from training already, so that a fit goes on from them.
     """
 
     d_in: int
@@ -77,6 +79,7 @@ class SAE(L.LightningModule, ABC):
         super().__init__()
         self.automatic_optimization = False
         self.steps_done = 0
+        self.initialized = False
         self._metrics: SAEMetrics | None = None
         self._window: list[dict[str, Tensor]] = []
 
@@ -151,17 +154,27 @@ class SAE(L.LightningModule, ABC):
     def on_fit_start(self) -> None:
         """Initialise from data at the first step of a run; a resumed run has its weights already."""
         if self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
-            data = getattr(self.trainer, "datamodule", None)
-            if data is None:
-                raise UserError("data: fit needs a hedgelab DataModule")
-            self.initialize(data.batch("train", 0).to(self.device), data.feature_directions)
+            self.initialize_from(getattr(self.trainer, "datamodule", None), self.device)
+
+    def initialize_from(self, data: Any, device: torch.device) -> None:
+        """Initialise from the first training batch, unless that was done or the SAE was loaded.
+
+        Args:
+            data: A hedgelab DataModule.
+            device: Where the SAE is.
+
+        Raises:
+            UserError: There is no such DataModule.
+        """
+        if data is None:
+            raise UserError("data: fit needs a hedgelab DataModule")
+        if not self.initialized:
+            self.initialize(data.batch("train", 0).to(device), data.feature_directions)
+            self.initialized = True
 
     def on_train_start(self) -> None:
         """Let validation intervals count optimiser steps, whatever the chunk."""
-        interval = self.trainer.val_check_interval
-        if isinstance(interval, int):
-            chunk_steps = getattr(self.trainer.train_dataloader, "chunk_steps", 1)
-            self.trainer.val_check_batch = max(1, interval // chunk_steps)
+        count_steps_for_validation(self.trainer)
 
     def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
         """Take one optimiser step for each batch of the chunk."""
@@ -170,31 +183,38 @@ class SAE(L.LightningModule, ABC):
         for batch in chunk:
             self.set_steps_done(step)
             result = self.loss(batch)
-            optimizer.zero_grad()  # type: ignore[union-attr]
-            self.manual_backward(result.total)
-            if self.gradient_clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip_norm)
-            self.before_optimizer_step()
+            self.zero_grad()
+            backward(self, result.total)
+            self.adjust_gradients()
             optimizer.step()  # type: ignore[union-attr]
             if schedule is not None:
                 schedule.step()  # type: ignore[union-attr]
-            self.after_step(result)
+            self.finish_step(result)
             step += 1
-            self._window.append({name: term.detach() for name, term in result.terms.items()})
         self.set_steps_done(step)
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step == self.trainer.max_steps or (every and step % every == 0):
-            self._report_training(step)
+        if is_logged(self.trainer, step):
+            self.report(self.training_means(), step)
 
-    def _report_training(self, step: int) -> None:
-        """Log each term's mean over the steps since the last report."""
+    def adjust_gradients(self) -> None:
+        """Clip gradients where asked for, and whatever else this kind of SAE does to them."""
+        if self.gradient_clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip_norm)
+        self.before_optimizer_step()
+
+    def finish_step(self, result: LossTerms) -> None:
+        """Advance what counts steps, and remember the loss terms until they are reported."""
+        self.after_step(result)
+        self._window.append({name: term.detach() for name, term in result.terms.items()})
+
+    def training_means(self) -> dict[str, float]:
+        """Each loss term's mean over the steps since the last call, and their sum, named ``train/...``."""
         names = list(dict.fromkeys(name for terms in self._window for name in terms))
         sums = [torch.stack([terms[name].float() for terms in self._window if name in terms]).sum() for name in names]
         means = (torch.stack(sums) / len(self._window)).tolist()
         self._window.clear()
         values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
         values["train/loss"] = sum(values.values())
-        self.report(values, step)
+        return values
 
     def report(self, values: dict[str, float], step: int) -> None:
         """Send numbers to the loggers at an optimiser step, and to callbacks and the progress bar."""
@@ -204,24 +224,38 @@ class SAE(L.LightningModule, ABC):
 
     # -- measuring ---------------------------------------------------------------------------------
 
-    def on_validation_start(self) -> None:
+    def start_measuring(self, feature_directions: Tensor | None, device: torch.device) -> None:
         """Start from empty metrics."""
         from hedgelab.metrics.evaluation import SAEMetrics  # late: torchmetrics is slow to import
 
-        data = getattr(self.trainer, "datamodule", None)
-        directions = None if data is None else data.feature_directions
-        self._metrics = SAEMetrics(self.d_in, self.d_sae, directions).to(self.device)
+        self._metrics = SAEMetrics(self.d_in, self.d_sae, feature_directions).to(device)
 
-    def validation_step(self, chunk: list[Batch], batch_idx: int) -> None:
-        """Measure a chunk of validation batches."""
+    def measure(self, chunk: list[Batch]) -> None:
+        """Add a chunk of batches to the metrics."""
         assert self._metrics is not None
         for batch in chunk:
             codes = self.encode(batch.x)
             self._metrics.update(batch, self.decode(codes), codes)
 
+    def measurements(self, stage: str) -> dict[str, float]:
+        """The metrics of everything measured, named ``<stage>/...``; they start again from nothing."""
+        assert self._metrics is not None
+        folded = self.folded()
+        values = self._metrics.compute(folded.W_enc, folded.W_dec)
+        self._metrics.reset()
+        return {f"{stage}/{name}": float(value) for name, value in values.items()}
+
+    def on_validation_start(self) -> None:
+        """Start from empty metrics."""
+        self.start_measuring(known_directions(self.trainer), self.device)
+
+    def validation_step(self, chunk: list[Batch], batch_idx: int) -> None:
+        """Measure a chunk of validation batches."""
+        self.measure(chunk)
+
     def on_validation_epoch_end(self) -> None:
         """Report the metrics of the validation pass."""
-        self._report_metrics("val")
+        self.report(self.measurements("val"), self.trainer.global_step)
 
     def on_test_start(self) -> None:
         """Start from empty metrics."""
@@ -229,18 +263,43 @@ class SAE(L.LightningModule, ABC):
 
     def test_step(self, chunk: list[Batch], batch_idx: int) -> None:
         """Measure a chunk of test batches."""
-        self.validation_step(chunk, batch_idx)
+        self.measure(chunk)
 
     def on_test_epoch_end(self) -> None:
         """Report the metrics of the test pass."""
-        self._report_metrics("test")
+        self.report(self.measurements("test"), self.trainer.global_step)
 
-    def _report_metrics(self, stage: str) -> None:
-        assert self._metrics is not None
-        folded = self.folded()
-        values = self._metrics.compute(folded.W_enc, folded.W_dec)
-        self.report({f"{stage}/{name}": float(value) for name, value in values.items()}, self.trainer.global_step)
-        self._metrics.reset()
+
+def is_logged(trainer: L.Trainer, step: int) -> bool:
+    """Whether training reports at this step: at every logging interval and at the end."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return step == trainer.max_steps or bool(every and step % every == 0)
+
+
+def count_steps_for_validation(trainer: L.Trainer) -> None:
+    """Let a validation interval count optimiser steps, whatever the chunk."""
+    interval = trainer.val_check_interval
+    if isinstance(interval, int):
+        trainer.val_check_batch = max(1, interval // getattr(trainer.train_dataloader, "chunk_steps", 1))
+
+
+def known_directions(trainer: L.Trainer) -> Tensor | None:
+    """True directions of the trainer's data, ``[n, d_in]``; None where they are unknown."""
+    directions: Tensor | None = getattr(getattr(trainer, "datamodule", None), "feature_directions", None)
+    return directions
+
+
+def backward(module: L.LightningModule, loss: Tensor) -> None:
+    """Backpropagate by way of the strategy, or directly where the strategy would only add hooks that nothing listens to.
+
+    On one device without a gradient scaler the detour costs a tiny toy a tenth of its step and changes no number.
+    """
+    trainer = module.trainer
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if isinstance(trainer.strategy, SingleDeviceStrategy) and not scaled:
+        loss.backward()  # type: ignore[no-untyped-call]
+    else:
+        module.manual_backward(loss)
 
 
 def init_parameters(cls: type) -> set[str]:

@@ -49,6 +49,7 @@ def load_sae(folder: str | Path) -> SAE:
     if problems.missing_keys or problems.unexpected_keys:
         wrong = ", ".join([*problems.missing_keys, *problems.unexpected_keys])
         raise UserError(f"{folder / WEIGHTS}: does not fit {config.get('class')}: check {wrong}")
+    sae.initialized = True
     return sae
 
 

@@ -1,0 +1,91 @@
+"""New SAEs like old ones: with other random weights, or with new latents appended."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from hedgelab.errors import UserError
+from hedgelab.saes.base import SAE
+from hedgelab.saes.flat import FlatSAE
+from hedgelab.saes.initialization import random_directions
+from hedgelab.saes.io import build_sae
+from hedgelab.saes.matryoshka import MatryoshkaSAE
+from hedgelab.seeding import generator
+
+
+def flat_part(sae: SAE) -> FlatSAE:
+    """The SAE that holds the weights: a matryoshka's inner one, else the SAE itself."""
+    flat = sae.inner if isinstance(sae, MatryoshkaSAE) else sae
+    assert isinstance(flat, FlatSAE)
+    return flat
+
+
+def fresh(sae: SAE, seed: int) -> SAE:
+    """An untrained SAE of the same kind, trained in the same way, its random weights drawn from ``seed``."""
+    made = _alike(sae, n_new=0)
+    flat = flat_part(made)
+    flat.init = replace(flat.init, seed=seed)
+    encoder, decoder = flat.init.random_weights(flat.d_in, flat.d_sae)
+    with torch.no_grad():
+        flat.W_enc.copy_(encoder.t())
+        flat.W_dec.copy_(decoder)
+    return made.to(sae.W_dec)
+
+
+def duplicate(sae: SAE) -> SAE:
+    """An SAE with the same weights, buffers and way of training, that shares no memory with the first."""
+    made = _alike(sae, n_new=0).to(sae.W_dec)
+    made.load_state_dict(sae.state_dict())
+    made.initialized = sae.initialized
+    return made
+
+
+def widen(sae: SAE, n_new: int, norm: float = 0.1, seed: int = 0) -> SAE:
+    """An SAE of the same kind with new latents appended (SPEC section 5); the old one is left as it is.
+
+    New latents start at random unit directions times ``norm`` in the decoder, the same in the encoder, encoder bias 0;
+    JumpReLU thresholds at the configured start, dead-latent clocks at 0. In a matryoshka SAE they join the last level.
+
+    Args:
+        sae: Any SAE; optimiser and schedules are taken over, optimiser states are not.
+        n_new: Number of new latents.
+        norm: Decoder norm of the new latents.
+        seed: Seed of the new directions.
+
+    Raises:
+        UserError: Fewer than one new latent, or a norm not above 0.
+    """
+    if n_new < 1:
+        raise UserError(f"hedge.n_new: must be at least 1, got {n_new}")
+    if norm <= 0:
+        raise UserError(f"hedge.new_norm: must be above 0, got {norm}")
+    wide = _alike(sae, n_new).to(sae.W_dec)
+    old = sae.state_dict()
+    directions = random_directions(n_new, sae.d_in, generator(seed, "new latents")) * norm
+    with torch.no_grad():
+        for name, value in wide.state_dict().items():
+            value[tuple(slice(0, size) for size in old[name].shape)].copy_(old[name])
+        wide.W_dec[sae.d_sae :] = directions.to(wide.W_dec)
+        wide.W_enc[:, sae.d_sae :] = directions.t().to(wide.W_enc)
+    wide.initialized = True
+    return wide
+
+
+def _alike(sae: SAE, n_new: int) -> SAE:
+    """An SAE of the same architecture with ``n_new`` more latents, and the same initialisation and training."""
+    config = sae.config()
+    if isinstance(sae, MatryoshkaSAE):
+        config["inner"]["d_sae"] += n_new
+        config["levels"] = [*sae.levels[:-1], sae.levels[-1] + n_new]
+    else:
+        config["d_sae"] += n_new
+    made = build_sae(config)
+    parts = [(sae, made)] if made is flat_part(made) else [(sae, made), (flat_part(sae), flat_part(made))]
+    for source, target in parts:
+        target.optimizer = source.optimizer
+        target.lr_scheduler = source.lr_scheduler
+        target.gradient_clip_norm = source.gradient_clip_norm
+    flat_part(made).init = flat_part(sae).init
+    return made
