@@ -75,6 +75,9 @@ class SAE(L.LightningModule, ABC):
         {"self", "init", "optimizer", "lr_scheduler", "gradient_clip_norm", "kwargs"}
     )
 
+    per_member: ClassVar[tuple[str, ...]] = ()
+    """Attributes, numbers or lists of them, that enter the loss as factors only: members of an ensemble may differ in them."""
+
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -137,13 +140,7 @@ class SAE(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """The optimiser, fused unless told otherwise, and the schedule."""
-        try:
-            optimizer = self.optimizer(self.parameters())
-        except ValueError as error:
-            raise UserError(f"model.optimizer: {error}") from error
-        for group in optimizer.param_groups:
-            if "fused" in group and group["fused"] is None and not group.get("foreach"):
-                group["fused"] = True
+        optimizer = make_optimizer(self.optimizer, self.parameters())
         if self.lr_scheduler is None:
             return optimizer
         return {
@@ -300,6 +297,22 @@ def backward(module: L.LightningModule, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
     else:
         module.manual_backward(loss)
+
+
+def make_optimizer(factory: OptimizerFactory, parameters: Iterable[Any]) -> Optimizer:
+    """The optimiser of some parameters, fused unless told otherwise.
+
+    Raises:
+        UserError: It refuses its arguments.
+    """
+    try:
+        optimizer = factory(parameters)
+    except ValueError as error:
+        raise UserError(f"model.optimizer: {error}") from error
+    for group in optimizer.param_groups:
+        if "fused" in group and group["fused"] is None and not group.get("foreach"):
+            group["fused"] = True
+    return optimizer
 
 
 def init_parameters(cls: type) -> set[str]:

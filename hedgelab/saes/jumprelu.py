@@ -34,6 +34,7 @@ class JumpReLUSAE(FlatSAE):
     """
 
     penalty_name = "l0_penalty"
+    per_member = ("l0_coefficient",)
 
     def __init__(
         self,

@@ -35,7 +35,12 @@ class MatryoshkaSAE(SAE):
 
     Raises:
         UserError: Levels that do not rise to ``d_sae``, a negative β, or a β together with ``detached``.
+
+    Attributes:
+        level_weights: Weight of each level's loss, innermost first; set from β, free to be set otherwise.
     """
+
+    per_member = ("level_weights",)
 
     def __init__(
         self,
@@ -60,6 +65,7 @@ class MatryoshkaSAE(SAE):
             raise UserError(f"model.beta: has no meaning with model.detached: true, got {beta}")
         self.levels = list(levels)
         self.beta = beta
+        self.level_weights = level_weights(len(levels), beta)
         self.detached = detached
         self.auxiliary_per_level = auxiliary_per_level
         self.optimizer = self.inner.optimizer
@@ -91,12 +97,6 @@ class MatryoshkaSAE(SAE):
         """The inner SAE's, ``[d_sae]`` bool."""
         return self.inner.dead_latents
 
-    def level_weights(self) -> list[float]:
-        """Weight of each level's loss, innermost first."""
-        count = len(self.levels)
-        share = 1 / count if self.beta > 1 else 1.0
-        return [share * self.beta ** (count - 1 - level) for level in range(count)]
-
     def level_slices(self) -> list[slice]:
         """Each level's own new latents."""
         return [slice(a, b) for a, b in pairwise([0, *self.levels])]
@@ -110,8 +110,8 @@ class MatryoshkaSAE(SAE):
         codes, penalty = self.inner.activate(batch)
         x_hats = ops.decode_levels(codes, self.W_dec, self.b_dec, self.levels, self.detached)
         terms: dict[str, Tensor] = {}
-        for weight, latents, x_hat in zip(self.level_weights(), self.level_slices(), x_hats, strict=True):
-            if not weight:
+        for weight, latents, x_hat in zip(self.level_weights, self.level_slices(), x_hats, strict=True):
+            if isinstance(weight, float) and not weight:
                 continue
             terms[f"mse/level{latents.stop}"] = weight * squared_error(x_hat, batch.x, batch.weight)
             if penalty is not None:
@@ -143,3 +143,13 @@ class MatryoshkaSAE(SAE):
     def after_step(self, result: LossTerms) -> None:
         """The inner SAE's."""
         self.inner.after_step(result)
+
+
+def level_weights(count: int, beta: float) -> list[float]:
+    """``beta^(count - ℓ)`` for level ℓ = 1 … count, divided by the number of levels for β > 1 (SPEC section 3).
+
+    >>> level_weights(3, 0.5), level_weights(2, 4.0)
+    ([0.25, 0.5, 1.0], [2.0, 0.5])
+    """
+    share = 1 / count if beta > 1 else 1.0
+    return [share * beta ** (count - 1 - level) for level in range(count)]

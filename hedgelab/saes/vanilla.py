@@ -31,6 +31,7 @@ class VanillaSAE(FlatSAE):
     """
 
     penalty_name = "l1"
+    per_member = ("l1_coefficient",)
 
     def __init__(
         self,

@@ -1,0 +1,253 @@
+"""Many SAEs trained at once: their weights stacked, their common code mapped over members by ``torch.func``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from hedgelab.batch import Batch
+from hedgelab.errors import UserError
+from hedgelab.kernels import ops
+from hedgelab.kernels.codes import Codes
+from hedgelab.saes.base import SAE, make_optimizer
+from hedgelab.saes.fold import FoldedWeights, fold
+from hedgelab.saes.losses import LossTerms
+from hedgelab.saes.matryoshka import MatryoshkaSAE
+
+_SILENT = -1.0
+"""Encoder bias of padding: with weights of zero it never fires and never feels a gradient."""
+
+
+class EnsembleSAE:
+    """SAEs of one architecture that train side by side, each as if alone.
+
+    Members may differ in weights (seeds), in the numbers that their class names in ``per_member`` (λ, level weights and thus
+    β), in the batches that they see, and flat SAEs in width: narrower ones are padded with latents that never fire. All
+    else must agree. Each step runs the members' own ``loss`` once, mapped over the stacked weights, and one (fused) optimiser
+    step; optimisers that treat every entry by itself, as Adam does, then leave each member where training alone would.
+    Parameters that do not require a gradient stay as they are.
+
+    Args:
+        members: The SAEs, initialised; one that appears several times counts several times. They are not changed.
+
+    Raises:
+        UserError: No members, members that differ in more than that, or training that cannot be mapped (clipping, projection of
+            the decoder, revival of dead latents).
+    """
+
+    def __init__(self, members: Sequence[SAE]) -> None:
+        if not members:
+            raise UserError("ensemble: needs at least one member")
+        self.members = list(members)
+        distinct = list({id(member): member for member in members}.values())
+        for member in distinct:
+            _check(member, members[0])
+        widest = max(distinct, key=lambda member: member.d_sae)
+        self._template = _Template(copy.deepcopy(widest))
+        self._names = _per_member_names(widest)
+        self.hyperparameters = {
+            name: torch.tensor([_get(member, name) for member in members], dtype=widest.W_dec.dtype) for name in self._names
+        }
+        """Numbers in which members may differ, ``[members]`` or ``[members, levels]`` each."""
+        self.parameters = _stack(members, distinct, dict(self._template.named_parameters()), SAE.named_parameters)
+        """Stacked weights by name, ``[members, ...]``; padded where a member is narrower than the widest."""
+        self._buffers = _stack(members, distinct, dict(self._template.named_buffers()), SAE.named_buffers)
+        self.steps_done = 0
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Loss of each member, ``[members]``, on a batch that all share or that has a leading dimension of members."""
+        return self._run(batch)[0]
+
+    def fit(
+        self, batches: Batch | Callable[[int], Batch], steps: int, report: Callable[[int], None] | None = None
+    ) -> None:
+        """Take optimiser steps with the first member's optimiser and schedule.
+
+        Args:
+            batches: The batch of every step, or a function from the number of a step to its batch; shared, or with a leading
+                dimension of members (see :func:`stack_batches`).
+            steps: Number of steps.
+            report: Called after each step with the number of steps done.
+        """
+        trained = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+        first = self.members[0]
+        optimizer = make_optimizer(first.optimizer, trained)
+        schedule = None if first.lr_scheduler is None else first.lr_scheduler(optimizer)
+        for _ in range(steps):
+            losses, values = self._run(batches(self.steps_done) if callable(batches) else batches)
+            gradients = torch.autograd.grad(losses.sum(), trained)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            self._advance(values)
+            self.steps_done += 1
+            if report is not None:
+                report(self.steps_done)
+
+    def folded(self) -> FoldedWeights:
+        """Detached stacked weights with decoder norms folded in, each ``[members, ...]``; padding has decoder rows of zero."""
+        weights = {name.rpartition(".")[2]: value.detach() for name, value in self.parameters.items()}
+        folded: tuple[Tensor, ...] = vmap(fold)(weights["W_enc"], weights["b_enc"], weights["W_dec"], weights["b_dec"])
+        return FoldedWeights(*folded)
+
+    @torch.no_grad()
+    def member(self, index: int) -> SAE:
+        """An SAE of its own with the weights that member ``index`` has now."""
+        sae = copy.deepcopy(self.members[index])
+        for stacked, own in (
+            (self.parameters, dict(sae.named_parameters())),
+            (self._buffers, dict(sae.named_buffers())),
+        ):
+            for name, value in own.items():
+                value.copy_(stacked[f"sae.{name}"][index][tuple(map(slice, value.shape))])
+        sae.set_steps_done(sae.steps_done + self.steps_done)
+        return sae
+
+    def _run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses ``[members]`` and activations ``[members, batch, d_sae]``."""
+        self._template.sae.set_steps_done(self.members[0].steps_done + self.steps_done)
+        in_dims = (0, 0, 0, _member_dim(batch.x, 2), _member_dim(batch.weight, 1))
+        with ops.backend("dense"):
+            result: tuple[Tensor, Tensor] = vmap(self._loss, in_dims)(
+                self.parameters, self._buffers, self.hyperparameters, batch.x, batch.weight
+            )
+        return result
+
+    def _loss(
+        self,
+        parameters: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        hyperparameters: dict[str, Tensor],
+        x: Tensor,
+        weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and activations of one member."""
+        for name, value in hyperparameters.items():
+            _set(self._template.sae, name, value)
+        result: LossTerms = functional_call(self._template, (parameters, buffers), (Batch(x, None, weight),))
+        return result.total, result.codes.values.detach()
+
+    @torch.no_grad()
+    def _advance(self, values: Tensor) -> None:
+        """What members count after a step (dead-latent clocks, thresholds), where they count anything."""
+        if self._buffers:
+            vmap(self._after_step)(self.parameters, self._buffers, values)
+
+    def _after_step(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], values: Tensor) -> Tensor:
+        """One member's; buffers change in place."""
+        functional_call(self._template, (parameters, buffers), (values,))
+        return values.new_zeros(())
+
+
+class _Template(nn.Module):
+    """The code that all members share, as ``functional_call`` wants it: one ``forward`` for both things a step does."""
+
+    def __init__(self, sae: SAE) -> None:
+        super().__init__()
+        self.sae = sae
+
+    def forward(self, given: Batch | Tensor) -> LossTerms | None:
+        """The loss of a batch; or, given activations, what follows the optimiser's step."""
+        if isinstance(given, Batch):
+            return self.sae.loss(given)
+        self.sae.after_step(LossTerms({}, Codes.from_dense(given), given))
+        return None
+
+
+def stack_batches(batches: Sequence[Batch]) -> Batch:
+    """One batch with a leading dimension of members; populations of different size are padded with states of weight 0.
+
+    Raises:
+        UserError: Batches of different size without weights.
+    """
+    size = max(batch.x.shape[0] for batch in batches)
+    weighted = [batch.weight is not None for batch in batches]
+    if any(weighted) != all(weighted) or (not all(weighted) and any(batch.x.shape[0] != size for batch in batches)):
+        raise UserError("ensemble: batches without weights must be of the same size")
+    x = torch.stack([_grow(batch.x, (size, batch.x.shape[1])) for batch in batches])
+    weights = [_grow(batch.weight, (size,)) for batch in batches if batch.weight is not None]
+    return Batch(x, None, torch.stack(weights) if weights else None)
+
+
+def _check(member: SAE, first: SAE) -> None:
+    """Refuse what cannot train beside the first member."""
+    if _architecture(member) != _architecture(first):
+        raise UserError(
+            f"ensemble: members must agree in all but {', '.join(_per_member_names(first))} and the width of flat SAEs, "
+            f"got {_architecture(first)} and {_architecture(member)}"
+        )
+    flat = member.inner if isinstance(member, MatryoshkaSAE) else member
+    for name in ("gradient_clip_norm", "normalize_decoder", "auxiliary_coefficient"):
+        if getattr(flat, name, None):
+            raise UserError(f"model.{name}: cannot be used in an ensemble, switch it off")
+
+
+def _architecture(sae: SAE) -> dict[str, Any]:
+    """What members must agree in."""
+    config = sae.config()
+    inner = config.pop("inner", None)
+    if isinstance(sae, MatryoshkaSAE):
+        config["inner"] = _architecture(sae.inner) | {"d_sae": sae.d_sae, "levels": inner and sae.levels}
+    for name in (*type(sae).per_member, "beta", "d_sae"):
+        config.pop(name, None)
+    return config
+
+
+def _per_member_names(sae: SAE) -> list[str]:
+    """Dotted names of the attributes in which members may differ."""
+    inner = [f"inner.{name}" for name in _per_member_names(sae.inner)] if isinstance(sae, MatryoshkaSAE) else []
+    return [*type(sae).per_member, *inner]
+
+
+def _get(sae: SAE, name: str) -> Any:
+    for part in name.split("."):
+        sae = getattr(sae, part)
+    return sae
+
+
+def _set(sae: SAE, name: str, value: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(_get(sae, owner) if owner else sae, attribute, value)
+
+
+def _stack(
+    members: Sequence[SAE],
+    distinct: Sequence[SAE],
+    widest: dict[str, Tensor],
+    named: Callable[[SAE], Any],
+) -> dict[str, Tensor]:
+    """Tensors of all members stacked under the template's names, padded to the widest member's shapes."""
+    places = {id(member): place for place, member in enumerate(distinct)}
+    index = torch.tensor([places[id(member)] for member in members])
+    own = [dict(named(member)) for member in distinct]
+    stacked = {}
+    for name, like in widest.items():
+        short = name.removeprefix("sae.")
+        fill = _SILENT if name.endswith("b_enc") else 0.0
+        tensor = torch.stack([_grow(tensors[short].detach(), like.shape, fill) for tensors in own])[index]
+        stacked[name] = tensor.requires_grad_(all(tensors[short].requires_grad for tensors in own))
+    return stacked
+
+
+def _grow(tensor: Tensor, shape: Sequence[int], fill: float = 0.0) -> Tensor:
+    """The tensor, filled up at the end of each dimension."""
+    if tensor.shape == torch.Size(shape):
+        return tensor
+    grown = tensor.new_full(tuple(shape), fill)
+    grown[tuple(map(slice, tensor.shape))] = tensor
+    return grown
+
+
+def _member_dim(tensor: Tensor | None, dimensions: int) -> int | None:
+    """0 where a tensor has a leading dimension of members, None where all share it."""
+    return 0 if tensor is not None and tensor.ndim > dimensions else None
