@@ -1,6 +1,7 @@
 """What SAEs are measured by: torchmetrics classes; the pure functions are in :mod:`hedgelab.metrics.functional`."""
 
 from hedgelab.metrics.evaluation import SAEMetrics, recovery_summary
+from hedgelab.metrics.hedging_degree import HedgingDegree
 from hedgelab.metrics.reconstruction import ExplainedVariance, MeanSquaredError, Shrinkage
 from hedgelab.metrics.sparsity import L0, DeadLatents, FiringDensity
 from hedgelab.metrics.toys import Absorption, FeatureDetection, FeatureHierarchy
@@ -13,6 +14,7 @@ __all__ = [
     "FeatureDetection",
     "FeatureHierarchy",
     "FiringDensity",
+    "HedgingDegree",
     "MeanSquaredError",
     "SAEMetrics",
     "Shrinkage",

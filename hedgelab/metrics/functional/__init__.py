@@ -16,6 +16,7 @@ from hedgelab.metrics.functional.hedging import (
     hedging,
     tracked_features,
 )
+from hedgelab.metrics.functional.hedging_degree import DegreeScores, hedging_degree
 from hedgelab.metrics.functional.reconstruction import explained_variance, mean_squared_error, shrinkage
 from hedgelab.metrics.functional.recovery import (
     BestMatches,
@@ -44,6 +45,7 @@ __all__ = [
     "AbsorptionScores",
     "BestMatches",
     "CoFiring",
+    "DegreeScores",
     "DensityHistogram",
     "DetectionScores",
     "HedgingScores",
@@ -62,6 +64,7 @@ __all__ = [
     "explained_variance",
     "firing_rates",
     "hedging",
+    "hedging_degree",
     "infer_parents",
     "l0",
     "match_features",

@@ -1,0 +1,90 @@
+"""The hedging degree, with what it needs to know of activations gathered from batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hedgelab.kernels.codes import Codes
+from hedgelab.metrics.additive import AdditiveMetric
+from hedgelab.metrics.functional.hedging_degree import DRAWS, DegreeScores, hedging_degree
+
+
+class HedgingDegree(AdditiveMetric):
+    """How much an SAE hedges, from its continuations with and without new latents; see :func:`.functional.hedging_degree`.
+
+    Batches settle which latents live and the activations' covariance; the degree itself needs only the decoders.
+
+    Args:
+        control: Decoder of the control, ``[W, d_in]``.
+        extended: Decoder of the extended SAE, ``[W + N, d_in]``, the old latents first.
+        reordered: Decoder of a control that saw the same data in another order, ``[W, d_in]``.
+        foreign: Other seeds' new decoder rows, ``[N, d_in]`` each.
+        draws: Random subspaces a baseline is averaged over.
+        seed: Seed of the draws.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+    """
+
+    higher_is_better = False
+    control: Tensor
+    extended: Tensor
+    reordered: Tensor | None
+    foreign: Tensor | None
+    weight: Tensor
+    total: Tensor
+    products: Tensor
+    control_fired: Tensor
+    extended_fired: Tensor
+
+    def __init__(
+        self,
+        control: Tensor,
+        extended: Tensor,
+        reordered: Tensor | None = None,
+        foreign: list[Tensor] | None = None,
+        draws: int = DRAWS,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, decoder in (("control", control), ("extended", extended), ("reordered", reordered)):
+            self.register_buffer(name, None if decoder is None else decoder.detach(), persistent=False)
+        self.register_buffer("foreign", torch.stack(foreign).detach() if foreign else None, persistent=False)
+        self.draws, self.seed = draws, seed
+        d_in = control.shape[1]
+        self.add_sum("weight")
+        self.add_sum("total", d_in)
+        self.add_sum("products", d_in, d_in)
+        self.add_sum("control_fired", control.shape[0])
+        self.add_sum("extended_fired", extended.shape[0])
+
+    def update(self, x: Tensor, control: Codes, extended: Codes, weight: Tensor | None = None) -> None:
+        """Add a batch; ``x``: ``[batch, d_in]``, with the codes of both SAEs, ``weight``: ``[batch]``."""
+        rows = x.double()
+        weighted = rows if weight is None else rows * weight.double()[:, None]
+        self.add_to(
+            weight=rows.new_tensor(len(rows)) if weight is None else weight.double().sum(),
+            total=weighted.sum(0),
+            products=rows.t() @ weighted,
+            control_fired=control.firing_counts(),
+            extended_fired=extended.firing_counts(),
+        )
+
+    def compute(self) -> DegreeScores:
+        """The degree with its controls, over everything seen; without batches all latents count as live."""
+        seen = bool(self.weight > 0)
+        width = self.control.shape[0]
+        mean = self.total / self.weight
+        return hedging_degree(
+            self.control,
+            self.extended,
+            live=(self.control_fired > 0) & (self.extended_fired[:width] > 0) if seen else None,
+            live_new=self.extended_fired[width:] > 0 if seen else None,
+            covariance=self.products / self.weight - mean.outer(mean) if seen else None,
+            foreign=None if self.foreign is None else list(self.foreign),
+            reordered=self.reordered,
+            draws=self.draws,
+            seed=self.seed,
+        )
