@@ -25,6 +25,7 @@ COMMANDS = {
     "fit": Command("fit", "train an SAE as a config says, and track the run"),
     "validate": Command("fit", "measure an SAE on the validation batches (--ckpt_path)"),
     "test": Command("fit", "measure an SAE on the test batches (--ckpt_path)"),
+    "phase": Command("phase", "map hedging of toy SAEs over two axes, beside the closed forms"),
     "runs": Command("runs", "list tracked runs with their key numbers"),
     "ui": Command("ui", "open the MLflow UI on the tracked runs"),
 }

@@ -51,7 +51,8 @@ class EnsembleSAE:
         self._template = _Template(copy.deepcopy(widest))
         self._names = _per_member_names(widest)
         self.hyperparameters = {
-            name: torch.tensor([_get(member, name) for member in members], dtype=widest.W_dec.dtype) for name in self._names
+            name: torch.tensor([_get(member, name) for member in members], dtype=widest.W_dec.dtype)
+            for name in self._names
         }
         """Numbers in which members may differ, ``[members]`` or ``[members, levels]`` each."""
         self.parameters = _stack(members, distinct, dict(self._template.named_parameters()), SAE.named_parameters)
@@ -65,6 +66,11 @@ class EnsembleSAE:
     def losses(self, batch: Batch) -> Tensor:
         """Loss of each member, ``[members]``, on a batch that all share or that has a leading dimension of members."""
         return self._run(batch)[0]
+
+    @torch.no_grad()
+    def activations(self, batch: Batch) -> Tensor:
+        """Activations of each member as training sees them, ``[members, batch, d_sae]``."""
+        return self._run(batch)[1]
 
     def fit(
         self, batches: Batch | Callable[[int], Batch], steps: int, report: Callable[[int], None] | None = None

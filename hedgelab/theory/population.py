@@ -36,7 +36,8 @@ class Population:
         if batch.weight is None:
             raise UserError("data.sampling: closed forms need the whole population, set it to 'population'")
         possible = batch.weight > 0
-        return cls(batch.x[possible].double().numpy(), batch.weight[possible].double().numpy())
+        weight = batch.weight[possible].double()
+        return cls(batch.x[possible].double().numpy(), (weight / weight.sum()).numpy())
 
     @classmethod
     def of_pair(cls, rate: float, given: float, otherwise: float) -> Population:
@@ -62,7 +63,7 @@ class Population:
     @cached_property
     def mean(self) -> Array:
         """``[d_in]``."""
-        return _array(self.probabilities @ self.states)
+        return as_array(self.probabilities @ self.states)
 
     @cached_property
     def covariance(self) -> Array:
@@ -73,8 +74,9 @@ class Population:
 def scatter(states: Array, probabilities: Array) -> Array:
     """Covariance of states whose probabilities need not sum to 1, times their sum, ``[d_in, d_in]``."""
     deviations = states - probabilities @ states / probabilities.sum()
-    return _array(deviations.T @ (probabilities[:, None] * deviations))
+    return as_array(deviations.T @ (probabilities[:, None] * deviations))
 
 
-def _array(values: ArrayLike) -> Array:
+def as_array(values: ArrayLike) -> Array:
+    """Float64, whatever it was."""
     return np.asarray(values, dtype=np.float64)

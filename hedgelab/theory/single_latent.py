@@ -48,12 +48,13 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy.optimize import brentq, linprog, minimize_scalar
+from scipy.optimize import linprog
 
 from hedgelab.errors import UserError
-from hedgelab.theory.population import Array, Population, scatter
+from hedgelab.theory.population import Array, Population, as_array, scatter
 
 _MOST_STATES = 12
+_MOST_ITERATIONS = 200
 _TOLERANCE = 1e-9
 
 
@@ -78,10 +79,11 @@ class SingleLatentMinimum:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """What the module's derivation needs of an active set A: ``P``, ``m_A``, ``Δ`` and ``M_A``."""
+    """What the module's derivation needs of an active set A: ``P``, ``Q``, ``m_A``, ``Δ`` and ``M_A``."""
 
     active: np.ndarray
     rate: float
+    silence: float
     mean: Array
     shift: Array
     matrix: Array
@@ -90,11 +92,11 @@ class Split:
     def of(cls, population: Population, active: np.ndarray) -> Split:
         """Split a population; neither part may be empty."""
         states, p = population.states, population.probabilities
-        rate = float(p[active].sum())
+        rate, silence = float(p[active].sum()), float(p[~active].sum())
         mean = p[active] @ states[active] / rate
-        shift = mean - p[~active] @ states[~active] / (1 - rate)
+        shift = mean - p[~active] @ states[~active] / silence
         within = scatter(states[active], p[active]) / rate
-        return cls(active, rate, mean, shift, within + (1 - rate) * np.outer(shift, shift))
+        return cls(active, rate, silence, mean, shift, within + silence * np.outer(shift, shift))
 
 
 def principal_component(population: Population) -> tuple[Array, float]:
@@ -135,13 +137,12 @@ def minimum(population: Population, active: np.ndarray, l1_coefficient: float = 
     direction = sphere_maximum(split.matrix, l1_coefficient / 2 * split.shift)
     if direction is None:
         return None
-    silence = 1 - split.rate
-    size = float(direction @ split.shift) - l1_coefficient / (2 * silence)
+    size = float(direction @ split.shift) - l1_coefficient / (2 * split.silence)
     pre = size + (population.states - split.mean) @ direction
     if (pre[active] < -_TOLERANCE).any() or not _can_be_silenced(population.states, active, pre):
         return None
     gain = direction @ split.matrix @ direction - l1_coefficient * direction @ split.shift
-    loss = np.trace(population.covariance) - split.rate * (gain + l1_coefficient**2 / (4 * silence))
+    loss = np.trace(population.covariance) - split.rate * (gain + l1_coefficient**2 / (4 * split.silence))
     b_dec = population.mean - split.rate * size * direction
     return SingleLatentMinimum(active, direction, b_dec, np.where(active, pre, 0.0), float(loss))
 
@@ -180,7 +181,7 @@ def sphere_maximum(matrix: Array, pull: Array) -> Array | None:
 
     In M's eigenbasis ``d_i = g_i / (μ_i - ν)`` with ``Σ d_i² = 1``. Of the secular equation's roots the maximum on the side of
     ``g·d > 0`` is the largest one between the two top eigenvalues. ``Σ d_i²`` is convex there and at least 1 at
-    ``ν = μ_top - g_top``, which brackets it.
+    ``ν = μ_top - g_top``, so Newton's iteration descends from there to that root, or shows that there is none.
 
     Args:
         matrix: M, symmetric, ``[d, d]``.
@@ -195,23 +196,21 @@ def sphere_maximum(matrix: Array, pull: Array) -> Array | None:
         return top * np.sign(top[np.abs(top).argmax()])
     vectors[:, -1] *= 1.0 if vectors[:, -1] @ pull >= 0 else -1.0
     g = vectors.T @ pull
-    high, low = values[-1] - g[-1], values[-2] if len(values) > 1 else -np.inf
-
-    def excess(multiplier: float) -> float:
-        return float(((g / (values - multiplier)) ** 2).sum()) - 1
-
-    if g[-1] <= 0 or high <= low:
+    if g[-1] <= 1e-12 * np.linalg.norm(g):
         return None
-    relevant = np.abs(g[:-1]) > 1e-15
-    if not relevant.any():
-        return vectors[:, -1]
-    width = high - low
-    lowest = float(minimize_scalar(excess, bounds=(low + 1e-12 * width, high), method="bounded").x)
-    if excess(lowest) > 0:
-        return None
-    multiplier = high if excess(high) <= 0 else brentq(excess, lowest, high, xtol=1e-15, rtol=1e-14)
-    direction: Array = vectors @ (g / (values - multiplier))
-    return direction / np.linalg.norm(direction)
+    multiplier = values[-1] - g[-1]
+    for _ in range(_MOST_ITERATIONS):
+        if len(values) > 1 and multiplier <= values[-2]:
+            return None
+        coordinates = g / (values - multiplier)
+        excess = float(coordinates @ coordinates) - 1
+        if excess < 1e-14:
+            break
+        slope = 2 * float(coordinates @ (coordinates / (values - multiplier)))
+        if slope <= 0:
+            return None
+        multiplier -= excess / slope
+    return as_array(vectors @ coordinates / np.linalg.norm(coordinates))
 
 
 def _subsets(count: int) -> Iterator[np.ndarray]:

@@ -13,12 +13,14 @@ from hedgelab.data.toy.modifiers import (
     ParentChild,
     Suppression,
 )
+from hedgelab.data.toy.pair import CorrelatedPair
 from hedgelab.data.toy.tree import TreeFiring
 
 __all__ = [
     "ConditionalFiring",
     "Cooccurrence",
     "CopulaFiring",
+    "CorrelatedPair",
     "Firing",
     "IndependentFiring",
     "ModifiedFiring",

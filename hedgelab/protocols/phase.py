@@ -1,0 +1,239 @@
+"""Phase diagrams: a quantity of trained SAEs over two axes, from the exact population, beside what theory says."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hedgelab.batch import Batch
+from hedgelab.data.toy import ToyDataModule
+from hedgelab.errors import UserError
+from hedgelab.metrics.functional import mcc
+from hedgelab.saes.base import SAE
+from hedgelab.saes.ensemble import EnsembleSAE, stack_batches
+from hedgelab.saes.vanilla import VanillaSAE
+from hedgelab.theory import Population, minima
+
+Array = NDArray[np.float64]
+Quantity = Literal["hedging", "encoder", "absorption", "mcc", "loss_gap"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a phase diagram.
+
+    Attributes:
+        key: Config key, or keys, that take the axis's value, written in full, list items by number
+            (``data.init_args.firing.init_args.features.1.f0``).
+        low: First value.
+        high: Last value.
+        points: Number of values.
+        label: What the axis is called in figure and table.
+        logarithmic: Space the values evenly in their logarithm.
+    """
+
+    key: str | list[str]
+    low: float
+    high: float
+    points: int
+    label: str
+    logarithmic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.points < 2:
+            raise UserError(f"axes.points: must be at least 2, got {self.points}")
+        if not self.low < self.high:
+            raise UserError(f"axes.high: must be above low = {self.low}, got {self.high}")
+        if self.logarithmic and self.low <= 0:
+            raise UserError(f"axes.low: must be above 0 on a logarithmic axis, got {self.low}")
+
+    def values(self) -> Array:
+        """``[points]``."""
+        space = np.geomspace if self.logarithmic else np.linspace
+        return np.asarray(space(self.low, self.high, self.points), dtype=np.float64)
+
+
+class Cell(NamedTuple):
+    """What is trained at one point of the diagram.
+
+    Attributes:
+        data: The toy, in population mode.
+        members: An initialised SAE for each seed.
+    """
+
+    data: ToyDataModule
+    members: list[SAE]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is looked at: a latent, its own feature, and the feature that it may mix in, all counted from 0."""
+
+    latent: int = 0
+    own: int = 0
+    other: int = 1
+
+
+class PhaseResult(NamedTuple):
+    """What came out, in the order of the cells.
+
+    Attributes:
+        values: Each quantity, and ``loss``, by name: ``[cells, seeds]``.
+        steps_per_second: Optimiser steps of all SAEs together, per second of training.
+    """
+
+    values: dict[str, Array]
+    steps_per_second: float
+
+    def deepest(self, name: str) -> Array:
+        """A quantity of the seed with the least loss of each cell, ``[cells]``."""
+        best = self.values["loss"].argmin(1)
+        return np.asarray(np.take_along_axis(self.values[name], best[:, None], 1)[:, 0])
+
+
+def run_phase(
+    cells: Sequence[Cell],
+    steps: int,
+    quantities: Sequence[Quantity],
+    target: Target,
+    report: Callable[[int], None] | None = None,
+) -> PhaseResult:
+    """Train every seed of every cell at once on its exact population, and measure.
+
+    Args:
+        cells: The points of the diagram.
+        steps: Optimiser steps.
+        quantities: ``hedging`` and ``encoder``: component of the latent's unit decoder row and encoder column along the other
+            feature, signed so that its own counts as positive; ``absorption``: P(latent silent | both features) less P(latent
+            silent | own feature alone); ``mcc``; ``loss_gap``: what the loss would lose if the decoder were kept at the true
+            features (positive: the true dictionary is worse).
+        target: The latent and the two features.
+        report: Called after each step with the number of steps done, ``loss_gap``'s second training included.
+    """
+    members = [member for cell in cells for member in cell.members]
+    seeds = len(cells[0].members)
+    batches = [cell.data.batch("train", 0) for cell in cells]
+    batch = stack_batches([one for one in batches for _ in range(seeds)])
+    features = stack_batches([Batch(one.features, None, one.weight) for one in batches for _ in range(seeds)]).x
+    directions = torch.stack([cell.data.feature_directions for cell in cells for _ in range(seeds)])
+    ensemble = EnsembleSAE(members)
+    seconds = _timed(lambda: ensemble.fit(batch, steps, report))
+    with torch.no_grad():
+        losses, activations = ensemble.losses(batch), ensemble.activations(batch)
+    measured = {"loss": losses}
+    decoder, encoder = _components(ensemble, directions)
+    sign = decoder[:, target.latent, target.own].sign()
+    for name in quantities:
+        match name:
+            case "hedging":
+                measured[name] = decoder[:, target.latent, target.other] * sign
+            case "encoder":
+                measured[name] = encoder[:, target.latent, target.other] * sign
+            case "absorption":
+                measured[name] = _absorption(activations[:, :, target.latent], features, batch.weight, target)
+            case "mcc":
+                measured[name] = torch.stack([mcc(cosines) for cosines in decoder])
+            case "loss_gap":
+                true = EnsembleSAE(_at_true_features(cells))
+                seconds += _timed(lambda: true.fit(batch, steps, report and (lambda done: report(steps + done))))
+                measured[name] = true.losses(batch).detach() - losses
+    runs = len(members) * steps * (2 if "loss_gap" in quantities else 1)
+    values = {name: value.double().reshape(len(cells), seeds).numpy() for name, value in measured.items()}
+    return PhaseResult(values, runs / seconds)
+
+
+class Theory(NamedTuple):
+    """The closed forms beside a diagram.
+
+    Attributes:
+        deepest: Hedging component of the deepest minimum whose latent tracks its own feature, ``[cells]``; NaN without one.
+        distance: Of each measured hedging component to that of the nearest minimum, ``[cells, seeds]``.
+    """
+
+    deepest: Array
+    distance: Array
+
+
+def theory_of(cells: Sequence[Cell], hedging: Array, target: Target) -> Theory:
+    """What the closed forms of a single latent say about each cell.
+
+    Args:
+        cells: The points of the diagram, of single-latent vanilla SAEs on orthonormal features.
+        hedging: Measured components, ``[cells, seeds]``.
+        target: The latent and the two features.
+
+    Raises:
+        UserError: SAEs or features that the closed forms do not cover.
+    """
+    deepest, distance = np.full(len(cells), np.nan), np.full(hedging.shape, np.nan)
+    for i, (cell, measured) in enumerate(zip(cells, hedging, strict=True)):
+        sae, directions, batch = cell.members[0], cell.data.feature_directions, cell.data.batch("train", 0)
+        if not isinstance(sae, VanillaSAE) or sae.d_sae != 1:
+            raise UserError("theory: closed forms are known for VanillaSAE with d_sae: 1, set theory: false")
+        if not torch.allclose(directions @ directions.T, torch.eye(len(directions)).to(directions), atol=1e-5):
+            raise UserError("theory: closed forms need orthonormal features, set theory: false")
+        population = Population.from_batch(Batch(batch.features, None, batch.weight))  # type: ignore[arg-type]
+        found = [
+            (one.direction[target.own], one.direction[target.other]) for one in minima(population, sae.l1_coefficient)
+        ]
+        if found:
+            components = np.array([other * np.sign(own) for own, other in found])
+            distance[i] = np.abs(measured[:, None] - components).min(1)
+        tracking = [other for own, other in found if own > abs(other)]
+        if tracking:
+            deepest[i] = tracking[0]
+    return Theory(deepest, distance)
+
+
+def _components(ensemble: EnsembleSAE, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines of decoder rows and encoder columns with the features, ``[members, d_sae, n]``."""
+    folded = ensemble.folded()
+    decoder = normalize(folded.W_dec, dim=2) @ directions.mT
+    encoder = normalize(folded.W_enc.mT, dim=2) @ directions.mT
+    return decoder, encoder
+
+
+def _absorption(activations: Tensor, features: Tensor, weight: Tensor | None, target: Target) -> Tensor:
+    """P(silent | both features) - P(silent | own feature alone), ``[members]``; 0 where one of them never happens."""
+    assert weight is not None
+    own, other, silent = features[..., target.own] > 0, features[..., target.other] > 0, activations <= 0
+
+    def share_silent(where: Tensor) -> Tensor:
+        return (weight * (where & silent)).sum(1) / (weight * where).sum(1)
+
+    return (share_silent(own & other) - share_silent(own & ~other)).nan_to_num(0.0)
+
+
+def _at_true_features(cells: Sequence[Cell]) -> list[SAE]:
+    """Copies of all members with the decoder fixed at the true features."""
+    copies: dict[tuple[int, bytes], SAE] = {}
+    result = []
+    for cell in cells:
+        directions = cell.data.feature_directions
+        for member in cell.members:
+            key = (id(member), directions.numpy().tobytes())
+            if key not in copies:
+                sae = copies[key] = copy.deepcopy(member)
+                if sae.d_sae > len(directions):
+                    raise UserError(f"quantities: loss_gap needs d_sae of at most the {len(directions)} features")
+                with torch.no_grad():
+                    sae.W_dec.copy_(directions[: sae.d_sae])
+                    sae.W_enc.copy_(directions[: sae.d_sae].T)
+                sae.W_dec.requires_grad_(False)
+            result.append(copies[key])
+    return result
+
+
+def _timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
