@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hedgelab.kernels import dense, reference, sparse
 from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.errors import LevelErrors, squared_error
 from hedgelab.kernels.selection import sampled_density
 
 Backend = Literal["auto", "dense", "sparse"]
@@ -119,6 +120,28 @@ def decode_levels(
     """
     x_hats: list[Tensor] = _decoder_path(codes, W_dec).decode_levels(codes, W_dec, b_dec, levels, detach)
     return x_hats
+
+
+def level_errors(
+    codes: Codes,
+    x: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    levels: Sequence[int],
+    detach: bool = False,
+    weight: Tensor | None = None,
+) -> LevelErrors:
+    """Squared error of each level's reconstruction of ``x [batch, d_in]``, and the errors; levels as :func:`decode_levels`'.
+
+    The squared error is summed over ``d_in`` and averaged over the batch, or over ``weight [batch]`` (population mode).
+    """
+    path = _decoder_path(codes, W_dec)
+    if path is sparse:
+        return sparse.level_errors(codes, x, W_dec, b_dec, levels, detach, weight)
+    if path is reference:
+        return reference.level_errors(codes, x, W_dec, b_dec, levels, detach, weight)
+    pairs = [squared_error(x_hat, x, weight) for x_hat in path.decode_levels(codes, W_dec, b_dec, levels, detach)]
+    return LevelErrors([loss for loss, _ in pairs], [error for _, error in pairs])
 
 
 def _path(W_enc: Tensor, k: int) -> Any:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.errors import LevelErrors, squared_error
 from hedgelab.kernels.jumprelu import JumpReLU, StepFunction
 
 
@@ -96,6 +97,23 @@ def jumprelu_codes(pre: Tensor, log_threshold: Tensor, bandwidth: float, weight:
 def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """``a W_dec + b_dec``, ``[batch, d_in]``."""
     return torch.addmm(b_dec, codes.to_dense(), W_dec)
+
+
+def level_errors(
+    codes: Codes,
+    x: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    levels: Sequence[int],
+    detach: bool = False,
+    weight: Tensor | None = None,
+) -> LevelErrors:
+    """Squared error of each level's reconstruction of ``x [batch, d_in]``, and the errors; levels as :func:`decode_levels`'."""
+    if len(levels) == 1:
+        loss, error = squared_error(decode(codes, W_dec, b_dec), x, weight)
+        return LevelErrors([loss], [error])
+    pairs = [squared_error(x_hat, x, weight) for x_hat in decode_levels(codes, W_dec, b_dec, levels, detach)]
+    return LevelErrors([loss for loss, _ in pairs], [error for _, error in pairs])
 
 
 def decode_levels(

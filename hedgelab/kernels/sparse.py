@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from hedgelab.kernels import reference
 from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.errors import LevelErrors, SparseLevelErrors
 from hedgelab.kernels.jumprelu import JumpReLU, StepFunction
 from hedgelab.kernels.layout import Layout
 from hedgelab.kernels.products import gather_product, sampled_product, scatter_product
@@ -113,6 +114,23 @@ def decode_levels(
     if levels[-1] < codes.d_sae:
         codes = codes.prefix(levels[-1])
     return list(_decode(codes, W_dec, b_dec, tuple(levels), detach))
+
+
+def level_errors(
+    codes: Codes,
+    x: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    levels: Sequence[int],
+    detach: bool = False,
+    weight: Tensor | None = None,
+) -> LevelErrors:
+    """As :func:`reference.level_errors`; decode and error are one kernel."""
+    if codes.layout is None or levels[-1] < codes.d_sae:
+        return reference.level_errors(codes, x, W_dec, b_dec, levels, detach, weight)
+    args = (codes.values, x, W_dec, b_dec, codes.layout, tuple(levels), detach, weight)
+    losses, errors = SparseLevelErrors.apply(*args)  # type: ignore[no-untyped-call]
+    return LevelErrors(losses.unbind(), errors.unbind())
 
 
 def encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Encoder:

@@ -10,9 +10,10 @@ from torch.optim import Adam
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
+from hedgelab.kernels import ops
 from hedgelab.saes.base import SAE, Activation, OptimizerFactory, SchedulerFactory
 from hedgelab.saes.initialization import Initialization
-from hedgelab.saes.losses import LossTerms, squared_error
+from hedgelab.saes.losses import LossTerms
 
 
 class FlatSAE(SAE):
@@ -66,21 +67,21 @@ class FlatSAE(SAE):
     def activate(self, batch: Batch) -> Activation:
         """Latents as training sees them, with the cost of their activity."""
 
-    def auxiliary_loss(self, batch: Batch, x_hat: Tensor, among: slice | None = None) -> Tensor | None:
-        """What revives dead latents (those ``among`` the given ones); None where there is nothing to revive."""
+    def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | None = None) -> Tensor | None:
+        """What revives dead latents (``among`` the given ones) from ``error = x_hat - x``; None if there is nothing to do."""
         return None
 
     def loss(self, batch: Batch) -> LossTerms:
         """Squared error, the sparsity penalty where there is one, and the auxiliary loss where latents are dead."""
         codes, penalty = self.activate(batch)
-        x_hat = self.decode(codes)
-        terms = {"mse": squared_error(x_hat, batch.x, batch.weight)}
+        (mse,), (error,) = ops.level_errors(codes, batch.x, self.W_dec, self.b_dec, (self.d_sae,), weight=batch.weight)
+        terms = {"mse": mse}
         if penalty is not None:
             terms[self.penalty_name] = penalty.sum()
-        auxiliary = self.auxiliary_loss(batch, x_hat)
+        auxiliary = self.auxiliary_loss(batch, error)
         if auxiliary is not None:
             terms["auxiliary"] = auxiliary
-        return LossTerms(terms, codes, x_hat)
+        return LossTerms(terms, codes, error)
 
     @torch.no_grad()
     def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.saes.flat import FlatSAE
-from hedgelab.saes.losses import LossTerms, squared_error
+from hedgelab.saes.losses import LossTerms
 
 
 class KSparseSAE(FlatSAE):
@@ -64,7 +64,7 @@ class KSparseSAE(FlatSAE):
         """What pre-activations are multiplied by for the selection, ``[d_sae]``; None for nothing."""
         return self.W_dec.detach().norm(dim=1) if self.norm_aware_selection else None
 
-    def auxiliary_loss(self, batch: Batch, x_hat: Tensor, among: slice | None = None) -> Tensor | None:
+    def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | None = None) -> Tensor | None:
         """The top ``d_in // 2`` dead latents predict the residual (Gao et al. 2024, appendix A.2; scaled as in SPEC §2).
 
         The residual is detached: the auxiliary loss moves dead latents only. ``among`` restricts it to a level's latents.
@@ -78,9 +78,9 @@ class KSparseSAE(FlatSAE):
             return None
         k_aux = max(1, self.d_in // 2)
         codes = ops.encode_columns(batch.x, self.W_enc, self.b_enc, self.b_dec, columns, min(k_aux, len(columns)))
-        prediction = ops.decode(codes, self.W_dec, torch.zeros_like(self.b_dec))
-        error = squared_error(prediction, (batch.x - x_hat).detach(), batch.weight)
-        return self.auxiliary_coefficient * min(1.0, len(columns) / k_aux) * error
+        no_bias = torch.zeros_like(self.b_dec)
+        (missed,), _ = ops.level_errors(codes, -error, self.W_dec, no_bias, (self.d_sae,), weight=batch.weight)
+        return self.auxiliary_coefficient * min(1.0, len(columns) / k_aux) * missed
 
     @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:

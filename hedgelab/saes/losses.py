@@ -1,4 +1,4 @@
-"""What a training step computes: the squared error and the named terms of a loss."""
+"""What a training step computes: the named terms of a loss, and small helpers of theirs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class LossTerms:
     Attributes:
         terms: Scalars that already carry their coefficients; the loss is their sum.
         codes: The selected latents of the batch.
-        x_hat: Reconstruction, ``[batch, d_in]``.
+        error: ``x_hat - x`` of the whole SAE, detached, ``[batch, d_in]``.
     """
 
     terms: dict[str, Tensor]
     codes: Codes
-    x_hat: Tensor
+    error: Tensor
 
     @cached_property
     def total(self) -> Tensor:
@@ -32,17 +32,6 @@ class LossTerms:
         for term in rest:
             first = first + term
         return first
-
-
-def squared_error(x_hat: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Squared error summed over ``d_in`` and averaged over the batch, or over ``weight [batch]`` (population mode).
-
-    Differences are taken in at least single precision, so bf16 reconstructions lose nothing more here.
-    """
-    error = (x_hat - x).square() if x_hat.dtype == x.dtype and x.itemsize >= 4 else (x_hat.float() - x.float()).square()
-    if weight is not None:
-        return weight @ error.sum(1)
-    return error.sum() / x.shape[0]
 
 
 def warmed_up(coefficient: float, step: int, warmup_steps: int, start: float = 0.0) -> float:

@@ -14,7 +14,7 @@ from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
-from hedgelab.saes.losses import LossTerms, squared_error
+from hedgelab.saes.losses import LossTerms
 
 
 class MatryoshkaSAE(SAE):
@@ -108,23 +108,25 @@ class MatryoshkaSAE(SAE):
     def loss(self, batch: Batch) -> LossTerms:
         """Every level's weighted squared error and penalty, and the auxiliary loss."""
         codes, penalty = self.inner.activate(batch)
-        x_hats = ops.decode_levels(codes, self.W_dec, self.b_dec, self.levels, self.detached)
+        losses, errors = ops.level_errors(
+            codes, batch.x, self.W_dec, self.b_dec, self.levels, self.detached, batch.weight
+        )
         terms: dict[str, Tensor] = {}
-        for weight, latents, x_hat in zip(self.level_weights, self.level_slices(), x_hats, strict=True):
+        for weight, latents, mse in zip(self.level_weights, self.level_slices(), losses, strict=True):
             if isinstance(weight, float) and not weight:
                 continue
-            terms[f"mse/level{latents.stop}"] = weight * squared_error(x_hat, batch.x, batch.weight)
+            terms[f"mse/level{latents.stop}"] = weight * mse
             if penalty is not None:
                 paid = penalty[latents] if self.detached else penalty[: latents.stop]
                 terms[f"{self.inner.penalty_name}/level{latents.stop}"] = weight * paid.sum()
         if self.auxiliary_per_level:
-            for latents, x_hat in zip(self.level_slices(), x_hats, strict=True):
-                auxiliary = self.inner.auxiliary_loss(batch, x_hat, latents)
+            for latents, error in zip(self.level_slices(), errors, strict=True):
+                auxiliary = self.inner.auxiliary_loss(batch, error, latents)
                 if auxiliary is not None:
                     terms[f"auxiliary/level{latents.stop}"] = auxiliary
-        elif (auxiliary := self.inner.auxiliary_loss(batch, x_hats[-1])) is not None:
+        elif (auxiliary := self.inner.auxiliary_loss(batch, errors[-1])) is not None:
             terms["auxiliary"] = auxiliary
-        return LossTerms(terms, codes, x_hats[-1])
+        return LossTerms(terms, codes, errors[-1])
 
     def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
         """Initialise the inner SAE."""

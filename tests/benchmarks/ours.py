@@ -38,8 +38,8 @@ def build(task: Task) -> Step:
     optimizer = torch.optim.Adam(sae.parameters(), lr=task.lr, fused=True)
 
     def take(x: Tensor) -> None:
-        optimizer.zero_grad()  # first: gradients and the encoder's tile are then never held at once
         result = sae.loss(Batch(x))
+        sae.zero_grad()
         result.total.backward()
         if task.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), task.clip_norm)
@@ -48,7 +48,7 @@ def build(task: Task) -> Step:
         sae.set_steps_done(sae.steps_done + 1)
 
     versions = {"hedgelab": version("hedgelab"), "torch": torch.__version__}
-    return Step(take, lambda x: sae.loss(Batch(x)).x_hat, versions)
+    return Step(take, lambda x: sae.loss(Batch(x)).error + x, versions)
 
 
 if __name__ == "__main__":
