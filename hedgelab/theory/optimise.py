@@ -32,7 +32,7 @@ class Minimum(NamedTuple):
 
 
 def minimise(
-    sae: SAE, batch: Batch, descent_steps: int = 500, learning_rate: float = 3e-3, iterations: int = 2000
+    sae: SAE, batch: Batch, descent_steps: int = 1000, learning_rate: float = 1e-3, iterations: int = 2000
 ) -> Minimum:
     """Train an SAE, in place, to a minimum of its loss on one batch: Adam into the basin, then L-BFGS down to its floor.
 
