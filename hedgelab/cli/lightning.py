@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,15 @@ class ConfigRecord(SaveConfigCallback):
 
 
 class HedgelabCLI(LightningCLI):
-    """``fit``, ``validate`` and ``test`` of any SAE on any activations."""
+    """``fit``, ``validate`` and ``test`` of any SAE on any activations.
+
+    Attributes:
+        trainer_type: The trainer, whose methods are the commands.
+        types: What may stand at the top of a config.
+    """
+
+    trainer_type: type[L.Trainer] = L.Trainer
+    types: Mapping[str, Any] = TYPES
 
     def __init__(self, command: str, words: list[str]) -> None:
         self.command, self.words = command, words
@@ -93,6 +102,7 @@ class HedgelabCLI(LightningCLI):
         super().__init__(
             model_class=SAE,
             datamodule_class=ActivationDataModule,
+            trainer_class=self.trainer_type,
             save_config_callback=ConfigRecord,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults=TRAINER_DEFAULTS,
@@ -135,7 +145,7 @@ class HedgelabCLI(LightningCLI):
     def walk(self) -> Walk:
         """A walk over what the user wrote, for explaining mistakes."""
         names = vars(self._parser(self.command).get_defaults())
-        return Walk(resolve(self.tree()), top_level(names, TYPES), LINKED)
+        return Walk(resolve(self.tree()), top_level(names, self.types), LINKED)
 
     def before_instantiate_classes(self) -> None:
         """Check the checkpoint, name the run, and leave out what the trainer is told to do without."""
@@ -175,7 +185,7 @@ def check_checkpoint(command: str, path: str | None) -> None:
         UserError: The file is not there, or none is given to measure.
     """
     if path is None:
-        if command != "fit":
+        if command in ("validate", "test"):
             raise UserError(
                 f"ckpt_path: {command} measures a trained SAE: give --ckpt_path runs/checkpoints/.../last.ckpt"
             )
@@ -185,6 +195,14 @@ def check_checkpoint(command: str, path: str | None) -> None:
 
 def run_lightning(command: str, words: list[str]) -> int:
     """Parse, make everything, run, and say how it went."""
+    cli = run_cli(HedgelabCLI, command, words)
+    if cli.trainer.is_global_zero:
+        print(summary(cli.trainer))
+    return 0
+
+
+def run_cli(cli: type[HedgelabCLI], command: str, words: list[str]) -> HedgelabCLI:
+    """Run a command of a CLI, quiet about what is by design."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning meets a newer torch
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")  # saved between steps
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # every run has a folder of its own
@@ -192,11 +210,8 @@ def run_lightning(command: str, words: list[str]) -> int:
     for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        cli = HedgelabCLI(command, words)
+        return cli(command, words)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning leaves in its own way
             raise KeyboardInterrupt from stop
         raise
-    if cli.trainer.is_global_zero:
-        print(summary(cli.trainer))
-    return 0

@@ -2,6 +2,15 @@
 
 from hedgelab.plots.cosines import cosine_heatmaps, decoder_bias
 from hedgelab.plots.density import firing_density
+from hedgelab.plots.hedging import degree_and_baselines, projection_of_latents
 from hedgelab.plots.training import cosines_over_training, loss_terms
 
-__all__ = ["cosine_heatmaps", "cosines_over_training", "decoder_bias", "firing_density", "loss_terms"]
+__all__ = [
+    "cosine_heatmaps",
+    "cosines_over_training",
+    "decoder_bias",
+    "degree_and_baselines",
+    "firing_density",
+    "loss_terms",
+    "projection_of_latents",
+]

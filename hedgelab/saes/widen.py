@@ -82,10 +82,15 @@ def _alike(sae: SAE, n_new: int) -> SAE:
     else:
         config["d_sae"] += n_new
     made = build_sae(config)
-    parts = [(sae, made)] if made is flat_part(made) else [(sae, made), (flat_part(sae), flat_part(made))]
-    for source, target in parts:
+    train_like(made, sae)
+    flat_part(made).init = flat_part(sae).init
+    return made
+
+
+def train_like(sae: SAE, other: SAE) -> None:
+    """Give an SAE the optimiser, schedule and clipping of another of its kind."""
+    parts = {id(target): (target, source) for target, source in ((sae, other), (flat_part(sae), flat_part(other)))}
+    for target, source in parts.values():
         target.optimizer = source.optimizer
         target.lr_scheduler = source.lr_scheduler
         target.gradient_clip_norm = source.gradient_clip_norm
-    flat_part(made).init = flat_part(sae).init
-    return made

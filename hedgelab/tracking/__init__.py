@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hedgelab.tracking.logger import MLflowTracker
     from hedgelab.tracking.progress import StepProgressBar
-    from hedgelab.tracking.record import RunRecord
+    from hedgelab.tracking.record import MemberRecord, RunRecord
 
-_HOMES = {"MLflowTracker": "logger", "RunRecord": "record", "StepProgressBar": "progress"}
-__all__ = ["MLflowTracker", "RunRecord", "StepProgressBar"]
+_HOMES = {"MLflowTracker": "logger", "MemberRecord": "record", "RunRecord": "record", "StepProgressBar": "progress"}
+__all__ = ["MLflowTracker", "MemberRecord", "RunRecord", "StepProgressBar"]
 
 
 def __getattr__(name: str) -> Any:

@@ -172,6 +172,11 @@ class MLflowTracker(Logger):
             figure.savefig(file)
             self.log_artifact(file, None if target.parent == Path() else str(target.parent))
 
+    def child(self, run_name: str, tags: dict[str, str]) -> MLflowTracker:
+        """A logger of a new run below this one, in the same experiment."""
+        below = {"mlflow.parentRunId": self.run_id or "", **tags}
+        return MLflowTracker(self._experiment, run_name, below, uri=self._uri, buffer_points=self._buffer_points)
+
     @rank_zero_only
     def save(self) -> None:
         """Writes everything that waits."""

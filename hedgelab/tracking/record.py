@@ -56,7 +56,7 @@ class RunRecord(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Says where the run comes from."""
-        self._tracker = next((logger for logger in trainer.loggers if isinstance(logger, MLflowTracker)), None)
+        self._tracker = self.tracker_of(trainer)
         if self._tracker is None:
             return
         if self._losses_before is not None:
@@ -69,7 +69,7 @@ class RunRecord(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock, and the history of the cosines."""
         self._samples, self._since, self._logged_at = 0, time.perf_counter(), trainer.global_step
-        self._follow_cosines(trainer, pl_module)
+        self._follow_cosines(trainer, self.sae_of(pl_module))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops the clock: throughput is that of training."""
@@ -86,7 +86,7 @@ class RunRecord(L.Callback):
         if self._tracker is None:
             return
         self._samples += sum(len(part.x) for part in batch) * trainer.world_size
-        self._follow_cosines(trainer, pl_module)
+        self._follow_cosines(trainer, self.sae_of(pl_module))
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step - self._logged_at >= every:
             self._log_throughput(self._tracker, trainer.global_step)
@@ -103,14 +103,22 @@ class RunRecord(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the firing rates that the validation pass has measured, before the SAE forgets them."""
-        metrics = getattr(pl_module, "_metrics", None)
+        metrics = getattr(self.sae_of(pl_module), "_metrics", None)
         if metrics is not None and not trainer.sanity_checking:
             self._firing_rates = metrics.firing.compute().rates.reshape(-1)  # on every rank: it is summed over them
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the SAE, its final cosines and the figures."""
         if self._tracker is not None:
-            self._finish(self._tracker, trainer, pl_module)
+            self._finish(self._tracker, trainer, self.sae_of(pl_module))
+
+    def tracker_of(self, trainer: L.Trainer) -> MLflowTracker | None:
+        """The tracker that is filled; None where there is none."""
+        return next((logger for logger in trainer.loggers if isinstance(logger, MLflowTracker)), None)
+
+    def sae_of(self, module: Any) -> Any:
+        """The SAE that is recorded."""
+        return module
 
     def state_dict(self) -> dict[str, Any]:
         """History so far, so that the figures of a resumed run show all of it; and the run, to be resumed."""
@@ -179,6 +187,32 @@ class RunRecord(L.Callback):
             tracker.log_figure(loss_terms(terms), "figures/loss_terms.png")
         if self._firing_rates is not None and len(self._firing_rates) > _MOST_LATENTS_LOGGED:
             tracker.log_figure(firing_density(self._firing_rates.cpu()), "figures/firing_density.png")
+
+
+class MemberRecord(RunRecord):
+    """Records one member of an :class:`~hedgelab.saes.SAEGroup` in a run of its own.
+
+    Args:
+        member: Name of the member.
+        tracker: Its run.
+    """
+
+    def __init__(self, member: str, tracker: MLflowTracker) -> None:
+        super().__init__()
+        self.member, self.own_tracker = member, tracker
+
+    @property
+    def state_key(self) -> str:
+        """Each member's state has a name of its own in a checkpoint."""
+        return f"{type(self).__qualname__}[{self.member}]"
+
+    def tracker_of(self, trainer: L.Trainer) -> MLflowTracker | None:
+        """The member's own."""
+        return self.own_tracker
+
+    def sae_of(self, module: Any) -> Any:
+        """The member."""
+        return module.members[self.member]
 
 
 def _datamodule(trainer: L.Trainer) -> Any:

@@ -13,6 +13,7 @@ from hedgelab.tracking.store import ensure_store, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
 
 _KEY_NUMBERS = {
     "explained_variance": "expl. var.",
@@ -62,7 +63,7 @@ def list_runs(
 
     Args:
         experiment: Name of the experiment; None for all.
-        last: Only the newest one.
+        last: Only the newest one that is not part of another.
         limit: Most runs listed.
         uri: Tracking URI; None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``.
 
@@ -79,8 +80,25 @@ def list_runs(
         if experiment not in names.values():
             raise UserError(f"--experiment: no '{experiment}' in the store; it has {', '.join(sorted(names.values()))}")
         names = {key: name for key, name in names.items() if name == experiment}
-    found = client.search_runs(list(names), max_results=1 if last else limit, order_by=["attributes.start_time DESC"])
+    if last:
+        return [_summary(run, names) for run in _newest_of_its_own(client, list(names))]
+    found = client.search_runs(list(names), max_results=limit, order_by=["attributes.start_time DESC"])
     return [_summary(run, names) for run in found]
+
+
+def _newest_of_its_own(client: MlflowClient, experiments: list[str]) -> list[Run]:
+    """The newest run that stands below no other, as a list of one; empty where there is none."""
+    token = None
+    while True:
+        page = client.search_runs(
+            experiments, order_by=["attributes.start_time DESC"], max_results=100, page_token=token
+        )
+        for run in page:
+            if "mlflow.parentRunId" not in run.data.tags:
+                return [run]
+        token = page.token
+        if not token:
+            return []
 
 
 def as_json(runs: list[RunSummary]) -> str:

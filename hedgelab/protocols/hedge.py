@@ -1,0 +1,202 @@
+"""The hedging degree of an SAE, from its training to the number (SPEC section 5).
+
+Phase one trains the *initial* SAE on the stream's first T batches. Phase two goes on from it on the next T batches, three
+times, each with a fresh optimiser, all as one group: the *control* unchanged; the *extended* SAE with new latents
+appended; and a control that sees the batches *reordered*, whose motion is noise. Several seeds (of the weights and of the
+new latents) share the stream and train as one group too; each one's new latents are the others' foreign baseline.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import PolynomialLR
+
+from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.errors import UserError
+from hedgelab.metrics.functional.hedging_degree import DRAWS, DegreeScores
+from hedgelab.metrics.hedging_degree import HedgingDegree
+from hedgelab.protocols.phase_data import PhaseData
+from hedgelab.protocols.training_phases import Phase, PhaseRunner
+from hedgelab.saes import SAE, JumpReLUSAE, VanillaSAE, duplicate, fresh, widen
+from hedgelab.saes.widen import flat_part, train_like
+from hedgelab.seeding import resolve_seed
+
+ROLES = ("control", "extended", "reordered")
+
+
+@dataclass(frozen=True)
+class HedgeOptions:
+    """How the hedging degree is measured.
+
+    Attributes:
+        n_new: Latents appended.
+        new_norm: Decoder norm at which they start.
+        seeds: How often all is repeated, with other weights and other new latents, on the same stream.
+        lr: Learning rate of the continuations; null keeps the optimiser's own.
+        lr_decay: Let the learning rate of the continuations fall linearly to zero, which takes most of the wobble of a
+            constant rate out of the comparison.
+        l1_restart: λ at which the warm-up of an L1 penalty begins again in the continuations (at most its full value).
+        draws: Random subspaces that each baseline is averaged over.
+    """
+
+    n_new: int = 64
+    new_norm: float = 0.1
+    seeds: int = 1
+    lr: float | None = None
+    lr_decay: bool = False
+    l1_restart: float = 10.0
+    draws: int = DRAWS
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("n_new", self.n_new, 1), ("seeds", self.seeds, 1), ("draws", self.draws, 2)):
+            if value < least:
+                raise UserError(f"hedge.{name}: must be at least {least}, got {value}")
+        if self.new_norm <= 0:
+            raise UserError(f"hedge.new_norm: must be above 0, got {self.new_norm}")
+        if self.lr is not None and self.lr <= 0:
+            raise UserError(f"hedge.lr: must be above 0, or null for the optimiser's own, got {self.lr}")
+        if self.l1_restart < 0:
+            raise UserError(f"hedge.l1_restart: must not be negative, got {self.l1_restart}")
+
+
+class Continuations(NamedTuple):
+    """What phase two makes of one initial SAE."""
+
+    control: SAE
+    extended: SAE
+    reordered: SAE
+
+
+class HedgeProtocol:
+    """Trains everything that the hedging degree needs, and measures it.
+
+    Args:
+        model: The SAE to be trained, as configured; serves as the pattern of all others and stays as it is.
+        data: Where activations come from; the stream's first ``2 * steps`` batches are trained on.
+        steps: Optimiser steps of each of the two phases.
+        options: How the degree is measured.
+        runner: Trains phases.
+        config: Plain values that, with steps and options, determine the outcome: the resolved config of model and data.
+
+    Raises:
+        UserError: More new latents than directions.
+    """
+
+    def __init__(
+        self,
+        model: SAE,
+        data: ActivationDataModule,
+        steps: int,
+        options: HedgeOptions,
+        runner: PhaseRunner,
+        config: Mapping[str, Any],
+    ) -> None:
+        if options.n_new >= data.d_in:
+            raise UserError(
+                f"hedge.n_new: must be below d_in = {data.d_in}, or they span everything, got {options.n_new}"
+            )
+        self.model, self.data, self.steps, self.options = model, data, steps, options
+        self.runner, self.config = runner, {**config, "steps": steps}
+        first = resolve_seed(flat_part(model).init.seed)
+        self.seeds = [first + repeat for repeat in range(options.seeds)]
+
+    def train(self) -> dict[int, Continuations]:
+        """Both phases, for every seed; what the store has already is taken from there."""
+        starts = {seed: self._initial(seed) for seed in self.seeds}
+        initial = self.runner.train(list(starts.values()), PhaseData(self.data, 0, self.steps))
+        for sae in initial.values():
+            train_like(sae, self.model)
+        phases = {
+            (seed, role): self._continuation(role, seed, start.id, initial[start.name])
+            for seed, start in starts.items()
+            for role in ROLES
+        }
+        reordered = [phase.name for (_, role), phase in phases.items() if role == "reordered"]
+        trained = self.runner.train(list(phases.values()), PhaseData(self.data, self.steps, self.steps, reordered))
+        return {
+            seed: Continuations(*(trained[phases[seed, role].name] for role in Continuations._fields))
+            for seed in self.seeds
+        }
+
+    @torch.no_grad()
+    def measure(self, trained: Mapping[int, Continuations]) -> dict[int, DegreeScores]:
+        """The degree of every seed with all controls; the validation batches tell which latents live."""
+        width = self.model.d_sae
+        new = {seed: saes.extended.W_dec[width:] for seed, saes in trained.items()}
+        metrics = {
+            seed: HedgingDegree(
+                saes.control.W_dec,
+                saes.extended.W_dec,
+                saes.reordered.W_dec,
+                [rows for other, rows in new.items() if other != seed],
+                draws=self.options.draws,
+                seed=seed,
+            )
+            for seed, saes in trained.items()
+        }
+        self.data.prepare_data()
+        self.data.setup("fit")
+        for index in range(self.data.val_batches):
+            x, _, weight = self.data.batch("val", index)
+            for seed, saes in trained.items():
+                metrics[seed].update(x, saes.control.encode(x), saes.extended.encode(x), weight)
+        return {seed: metric.compute() for seed, metric in metrics.items()}
+
+    def _initial(self, seed: int) -> Phase:
+        config = {**self.config, "phase": "initial", "seed": seed}
+        return Phase(f"initial/seed{seed}", config, partial(fresh, self.model, seed))
+
+    def _continuation(self, role: str, seed: int, initial_id: str, initial: SAE) -> Phase:
+        options = self.options
+        config: dict[str, Any] = {"phase": role, "seed": seed, "initial": initial_id, "steps": self.steps}
+        config |= {"lr": options.lr, "lr_decay": options.lr_decay, "l1_restart": options.l1_restart}
+        make: Callable[[], SAE] = partial(duplicate, initial)
+        if role == "extended":
+            config |= {"n_new": options.n_new, "new_norm": options.new_norm}
+            make = partial(widen, initial, options.n_new, options.new_norm, seed)
+        return Phase(f"{role}/seed{seed}", config, lambda: continued(make(), options, self.steps))
+
+
+def continued(sae: SAE, options: HedgeOptions, steps: int) -> SAE:
+    """Make an SAE that has been trained ready to be trained on: penalties as SPEC section 6 has them, learning rates."""
+    flat = flat_part(sae)
+    if isinstance(flat, VanillaSAE):
+        flat.l1_warmup_start = min(flat.l1_coefficient, options.l1_restart)
+    if isinstance(flat, JumpReLUSAE):
+        flat.l0_warmup_steps = 0
+    if options.lr is not None:
+        sae.optimizer = partial(_with_lr, sae.optimizer, options.lr)
+    if options.lr_decay:
+        sae.lr_scheduler = partial(PolynomialLR, total_iters=steps)
+    return sae
+
+
+def check_live(scores: Mapping[int, DegreeScores], n_new: int) -> None:
+    """Warn where fewer than half of the new latents fire.
+
+    Raises:
+        UserError: None fires at all, so that the degree says nothing.
+    """
+    for seed, result in scores.items():
+        live = int(result.live_new_latents)
+        if live == 0:
+            raise UserError(
+                f"hedge.new_norm: none of the {n_new} new latents ever fires (seed {seed}), so the degree says nothing; "
+                "raise it, or train longer, or with an auxiliary loss that revives them (model.dead_after_steps)"
+            )
+        if 2 * live < n_new:
+            warnings.warn(f"only {live} of {n_new} new latents fire (seed {seed}): the degree is too low", stacklevel=2)
+
+
+def _with_lr(optimizer: Callable[[Iterable[Any]], Optimizer], lr: float, parameters: Iterable[Any]) -> Optimizer:
+    made = optimizer(parameters)
+    for group in made.param_groups:
+        group["lr"] = lr
+    return made

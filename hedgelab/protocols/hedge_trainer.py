@@ -1,0 +1,97 @@
+"""The trainer behind ``hedgelab hedge``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+
+from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.errors import UserError
+from hedgelab.metrics.functional.hedging_degree import DegreeScores
+from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol, check_live
+from hedgelab.protocols.hedge_report import record
+from hedgelab.protocols.training_phases import PhaseRunner, trainer_factory
+from hedgelab.saes import SAE
+from hedgelab.tracking import MLflowTracker
+from hedgelab.tracking.provenance import provenance_tags
+
+
+class HedgeTrainer(L.Trainer):
+    """A trainer that can also measure the hedging degree; ``max_steps`` are the steps of each of its two phases.
+
+    Takes Trainer's arguments. Every phase gets a trainer with the same ones, but for loggers and callbacks. Its
+    :class:`~hedgelab.tracking.MLflowTracker`, if it has one, becomes the parent of the phases' runs.
+
+    Attributes:
+        outcome_config: Plain values that determine what training gives; phases found in the store with the same ones
+            are not trained again. None trains all.
+        announce: Told what happens, in lines.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.settings = kwargs
+        self.outcome_config: Mapping[str, Any] | None = None
+        self.announce: Callable[[str], None] = lambda line: None
+
+    def measure_hedging(
+        self,
+        model: SAE,
+        datamodule: ActivationDataModule,
+        hedge: HedgeOptions = HedgeOptions(),  # noqa: B008 (frozen)
+    ) -> dict[int, DegreeScores]:
+        """Measure how much an SAE hedges: train it, widen it, train on with and without the new latents.
+
+        Args:
+            model: The SAE to be trained.
+            datamodule: Where activations come from.
+            hedge: How the hedging degree is measured.
+
+        Raises:
+            UserError: No number of steps, more new latents than directions, or no new latent that ever fires.
+        """
+        if self.max_steps < 1:
+            raise UserError("trainer.max_steps: must be set: it is the number of steps of each phase")
+        tracker = next((logger for logger in self.loggers if isinstance(logger, MLflowTracker)), None)
+        try:
+            scores = self._hedge(model, datamodule, hedge, tracker)
+        except BaseException:
+            if tracker is not None:
+                tracker.finalize("killed" if _interrupted() else "failed")
+            raise
+        if tracker is not None:
+            tracker.finalize("success")
+        return scores
+
+    hedge = measure_hedging  # the command's name, which the section of its options has as well
+
+    def _hedge(
+        self, model: SAE, data: ActivationDataModule, options: HedgeOptions, tracker: MLflowTracker | None
+    ) -> dict[int, DegreeScores]:
+        if tracker is not None:
+            tracker.log_tags({"protocol": "hedge", **provenance_tags(self.world_size)})
+        runner = PhaseRunner(trainer_factory(self.settings), tracker, self.outcome_config is not None, self.announce)
+        protocol = HedgeProtocol(model, data, self.max_steps, options, runner, self.outcome_config or {})
+        try:
+            trained = protocol.train()
+            self.announce("measuring")
+            scores = protocol.measure(trained)
+        finally:
+            data.teardown("fit")
+        if tracker is not None:
+            record(tracker, scores, 2 * self.max_steps)
+        check_live(scores, options.n_new)
+        return scores
+
+
+def _interrupted() -> bool:
+    """Whether the exception under way began as the user's interrupt; Lightning turns one into an exit."""
+    error: BaseException | None = sys.exception()
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
