@@ -51,7 +51,9 @@ def run_figures_command(words: list[str]) -> int:
     """Parse, train, draw, log, and say what came out."""
     parser = ArgumentParser(prog="hedgelab figures", exit_on_error=False)
     parser.add_argument("--config", action="config", help="Config file (YAML).")
-    parser.add_argument("--toys", type=list[str], default=[], help="Configs of `hedgelab fit`; trained on their populations.")
+    parser.add_argument(
+        "--toys", type=list[str], default=[], help="Configs of `hedgelab fit`; trained on their populations."
+    )
     parser.add_argument("--landscapes", type=list[tuple[float, float]], default=[], help="Pairs P(f0 alone), P(both).")
     parser.add_argument("--l1_coefficients", type=list[float], default=[0.0, 0.1], help="λ of the landscapes.")
     parser.add_argument("--norm", type=float, default=1.0, help="Exponent of the landscapes' penalty λ a^norm.")
@@ -91,7 +93,9 @@ def draw(config: Namespace, tracker: MLflowTracker) -> str:
         lines.append(f"  {name:<28} {shown}")
     if rows:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([["toy", "latent", "feature", "decoder", "encoder", "b_dec"], *rows])
+        csv.writer(text, lineterminator="\n").writerows(
+            [["toy", "latent", "feature", "decoder", "encoder", "b_dec"], *rows]
+        )
         tracker.log_text(text.getvalue(), "toys.csv")
     if config.landscapes:
         tracker.log_figure(landscapes(config), "figures/loss_landscapes.png")
@@ -147,7 +151,9 @@ def log_toy(tracker: MLflowTracker, toy: Toy, name: str) -> None:
     folded = toy.sae.folded()
     cosines = decoder_cosines(folded.W_dec, toy.directions), encoder_cosines(folded.W_enc, toy.directions)
     tracker.log_figure(cosine_heatmaps(*cosines), f"figures/{name}/cosines.png")
-    tracker.log_figure(decoder_bias(toy.directions @ folded.b_dec, float(folded.b_dec.norm())), f"figures/{name}/b_dec.png")
+    tracker.log_figure(
+        decoder_bias(toy.directions @ folded.b_dec, float(folded.b_dec.norm())), f"figures/{name}/b_dec.png"
+    )
 
 
 def landscapes(config: Namespace) -> Any:

@@ -94,7 +94,9 @@ def _with(section: Namespace, values: Values) -> Namespace:
         *parents, last = path.split(".")
         for part in [*parents, last]:
             if not _has(node, part):
-                raise UserError(f"axis key '{path}': the config has no '{part}' there; keys are written in full, with init_args")
+                raise UserError(
+                    f"axis key '{path}': the config has no '{part}' there; keys are written in full, with init_args"
+                )
             if part is not last:
                 node = node[int(part)] if isinstance(node, list) else node[part]
         node[int(last) if isinstance(node, list) else last] = value

@@ -65,7 +65,9 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--x", type=Axis, help="Horizontal axis.")
     parser.add_argument("--y", type=Axis, help="Vertical axis.")
     parser.add_argument("--quantities", type=list[Quantity], default=["hedging"], help="What is drawn, a figure each.")
-    parser.add_argument("--target", type=Target, default=Target(), help="The latent and the features that are looked at.")
+    parser.add_argument(
+        "--target", type=Target, default=Target(), help="The latent and the features that are looked at."
+    )
     parser.add_argument("--seeds", type=int, default=3, help="SAEs a point; the one with the least loss is drawn.")
     parser.add_argument("--steps", type=int, default=2000, help="Optimiser steps.")
     parser.add_argument("--theory", type=bool, default=False, help="Draw the closed form of a single latent.")
@@ -123,7 +125,9 @@ def work(config: Namespace, tracker: MLflowTracker) -> str:
         tracker.log_figure(figure, f"figures/{name}.png")
     count = result.values["loss"].size
     lines = [f"run {tracker.run_id}: {count} SAEs, {config.steps} steps each"]
-    return "\n".join([*lines, *(f"  {name:<26} {value:.5g}" for name, value in numbers.items()), "look at it: hedgelab ui"])
+    return "\n".join(
+        [*lines, *(f"  {name:<26} {value:.5g}" for name, value in numbers.items()), "look at it: hedgelab ui"]
+    )
 
 
 def key_numbers(result: PhaseResult, theory: Theory | None) -> dict[str, float]:

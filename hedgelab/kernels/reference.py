@@ -45,14 +45,13 @@ def encode_batch_topk(
     """
     activations = pre_activations(x, W_enc, b_enc, b_dec).relu()
     ranked = (activations if selection_scale is None else activations * selection_scale).detach().flatten()
+    none = torch.zeros_like(ranked, dtype=torch.bool)
     if weight is None:
-        indices = ranked.topk(k * x.shape[0]).indices
+        kept = none.scatter(0, ranked.topk(k * x.shape[0]).indices, True)
     else:
         order = ranked.argsort(descending=True, stable=True)
         mass = weight.repeat_interleave(activations.shape[1])[order].cumsum(0)
-        indices = order[mass <= k * (1 + 1e-9)]
-    kept = torch.zeros_like(ranked, dtype=torch.bool)
-    kept[indices] = True
+        kept = none.scatter(0, order, mass <= k * (1 + 1e-9))
     return Codes.from_dense(torch.where(kept.view_as(activations), activations, 0.0))
 
 

@@ -24,9 +24,7 @@ from hedgelab.errors import UserError
 from hedgelab.theory.population import Array
 
 
-def tied_loss(
-    t: ArrayLike, p_first: float, p_both: float, l1_coefficient: float = 0.0, norm: float = 1.0
-) -> Array:
+def tied_loss(t: ArrayLike, p_first: float, p_both: float, l1_coefficient: float = 0.0, norm: float = 1.0) -> Array:
     """Expected loss of the tied latent at mixture t.
 
     Args:
@@ -66,7 +64,11 @@ def best_mixture(p_first: float, p_both: float, l1_coefficient: float = 0.0, nor
     start = int(tied_loss(grid, p_first, p_both, l1_coefficient, norm).argmin())
     low, high = grid[max(0, start - 1)], grid[min(200, start + 1)]
     found = minimize_scalar(
-        tied_loss, bounds=(low, high), args=(p_first, p_both, l1_coefficient, norm), method="bounded", options={"xatol": 1e-10}
+        tied_loss,
+        bounds=(low, high),
+        args=(p_first, p_both, l1_coefficient, norm),
+        method="bounded",
+        options={"xatol": 1e-10},
     )
     return float(min((low, high, found.x), key=lambda t: tied_loss(t, p_first, p_both, l1_coefficient, norm)))
 

@@ -122,7 +122,9 @@ def pair_component(rate: float, given: float, otherwise: float) -> float:
     second = rate * given + (1 - rate) * otherwise
     covariance = rate * (given - second)
     difference = rate * (1 - rate) - second * (1 - second)
-    return float(np.sin(np.arctan2(2 * covariance, difference) / 2)) if abs(covariance) > 1e-15 else float(difference < 0)
+    return (
+        float(np.sin(np.arctan2(2 * covariance, difference) / 2)) if abs(covariance) > 1e-15 else float(difference < 0)
+    )
 
 
 def minimum(population: Population, active: np.ndarray, l1_coefficient: float = 0.0) -> SingleLatentMinimum | None:
@@ -155,12 +157,16 @@ def minima(population: Population, l1_coefficient: float = 0.0) -> list[SingleLa
     """
     count = len(population.probabilities)
     if count > _MOST_STATES:
-        raise UserError(f"population: {count} states have too many active sets, at most {_MOST_STATES} states are possible")
+        raise UserError(
+            f"population: {count} states have too many active sets, at most {_MOST_STATES} states are possible"
+        )
     found = (minimum(population, active, l1_coefficient) for active in _subsets(count))
     return sorted((one for one in found if one is not None), key=lambda one: one.loss)
 
 
-def hedging_pull(population: Population, active: np.ndarray, own: int, other: int, l1_coefficient: float = 0.0) -> float:
+def hedging_pull(
+    population: Population, active: np.ndarray, own: int, other: int, l1_coefficient: float = 0.0
+) -> float:
     """How fast the loss falls as a clean latent tilts toward another feature: ``P (2 M_ij - λ Δ_j)``, per radian.
 
     Positive: positive hedging lowers the loss. The coordinates of the population must be the features.
