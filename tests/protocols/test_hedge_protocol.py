@@ -1,0 +1,180 @@
+"""The hedging degree from training to number: phases, seeds, continuations, what is recorded of them."""
+
+import functools
+
+import lightning as L
+import pytest
+import torch
+
+from hedgelab.data.toy import CopulaFiring, ToyDataModule
+from hedgelab.errors import UserError
+from hedgelab.metrics.functional import hedging_degree
+from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol, check_live, continued
+from hedgelab.protocols.hedge_report import latents_table, summary_numbers
+from hedgelab.protocols.hedge_trainer import HedgeTrainer
+from hedgelab.protocols.phase_data import PhaseData
+from hedgelab.protocols.training_phases import Phase, PhaseRunner, trainer_factory
+from hedgelab.saes import (
+    BatchTopKSAE,
+    Initialization,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    TopKSAE,
+    VanillaSAE,
+    duplicate,
+    fresh,
+    widen,
+)
+from hedgelab.saes.io import same_weights
+
+D_IN, D_SAE, STEPS = 12, 6, 15
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+BATCH_TOPK = functools.partial(BatchTopKSAE, d_sae=D_SAE, k=2, dead_after_steps=5, init=Initialization(b_dec="mean"))
+MAKERS = {
+    "vanilla": functools.partial(VanillaSAE, d_sae=D_SAE, l1_coefficient=1e-2, l1_warmup_steps=5),
+    "topk": functools.partial(TopKSAE, d_sae=D_SAE, k=2),
+    "batch_topk": BATCH_TOPK,
+    "jumprelu": functools.partial(JumpReLUSAE, d_sae=D_SAE, l0_coefficient=1e-3),
+    "matryoshka": lambda d_in: MatryoshkaSAE(d_in, BATCH_TOPK, [2, D_SAE]),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def toy():
+    return ToyDataModule(CopulaFiring(12, strength=0.6, rank=2), d_in=D_IN, batch_size=32, val_batches=4, seed=0)
+
+
+def protocol(model, **options):
+    runner = PhaseRunner(trainer_factory({**QUIET, "max_steps": STEPS}))
+    return HedgeProtocol(model, toy(), STEPS, HedgeOptions(n_new=2, new_norm=1.0, **options), runner, {})
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_phase_is_what_it_would_be_alone(kind):
+    model = MAKERS[kind](D_IN)
+    trained = protocol(model, lr=1e-2).train()[0]
+
+    def alone(sae, start, **reordered):
+        trainer = L.Trainer(max_steps=STEPS, enable_checkpointing=False, **QUIET)
+        trainer.fit(sae, datamodule=PhaseData(toy(), start, STEPS, **reordered))
+        return sae
+
+    initial = alone(fresh(model, 0), 0)
+    options = HedgeOptions(lr=1e-2)
+    assert same_weights(trained.control, alone(continued(duplicate(initial), options, STEPS), STEPS))
+    assert same_weights(trained.extended, alone(continued(widen(initial, 2, 1.0, 0), options, STEPS), STEPS))
+    assert not same_weights(trained.control, trained.reordered)
+
+
+def test_scores_are_those_of_the_decoders_with_all_controls():
+    made = protocol(BATCH_TOPK(D_IN), seeds=2)
+    trained = made.train()
+    scores = made.measure(trained)
+    assert set(scores) == {0, 1}
+    control, extended, reordered = (sae.W_dec for sae in trained[0])
+    expected = hedging_degree(control, extended, reordered=reordered, foreign=[trained[1].extended.W_dec[D_SAE:]])
+    for name in ("degree", "projection", "baseline", "foreign_baseline", "noise_floor", "delta_norm"):
+        assert float(getattr(scores[0], name)) == pytest.approx(float(getattr(expected, name)), abs=1e-12)
+    assert scores[0].covariance_baseline > 0
+    assert scores[0].live_new_latents == 2
+
+
+def test_trainer_measures_and_repeats_itself():
+    def measure():
+        trainer = HedgeTrainer(max_steps=STEPS, **QUIET)
+        return trainer.hedge(TopKSAE(D_IN, D_SAE, k=2), toy(), HedgeOptions(n_new=2, new_norm=1.0))[0]
+
+    first, second = measure(), measure()
+    assert torch.equal(first.projections, second.projections)
+    assert 0 < first.projection < 1
+
+
+def test_phases_need_a_number_of_steps():
+    with pytest.raises(UserError, match=r"trainer\.max_steps"):
+        HedgeTrainer(**QUIET).hedge(TopKSAE(D_IN, D_SAE, k=2), toy(), HedgeOptions(n_new=2))
+
+
+def test_continued_l1_warms_up_from_where_the_spec_says():
+    def start(coefficient):
+        return continued(VanillaSAE(D_IN, D_SAE, coefficient, l1_warmup_steps=9), HedgeOptions(), STEPS).l1_warmup_start
+
+    assert [start(0.5), start(10.0), start(40.0)] == [0.5, 10.0, 10.0]
+    assert continued(JumpReLUSAE(D_IN, D_SAE, 1.0, l0_warmup_steps=9), HedgeOptions(), STEPS).l0_warmup_steps == 0
+
+
+def test_continuations_may_have_a_learning_rate_of_their_own_that_decays():
+    sae = continued(TopKSAE(D_IN, D_SAE, k=2), HedgeOptions(lr=0.5, lr_decay=True), 4)
+    made = sae.configure_optimizers()
+    rates = []
+    for _ in range(5):
+        rates.append(made["optimizer"].param_groups[0]["lr"])
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([0.5, 0.375, 0.25, 0.125, 0.0])
+
+
+def test_phase_ids_depend_on_what_determines_the_outcome():
+    def ids(**options):
+        made = protocol(TopKSAE(D_IN, D_SAE, k=2), **options)
+        return [made._continuation(role, 0, "abc", TopKSAE(D_IN, D_SAE, k=2)).id for role in ("control", "extended")]
+
+    assert ids() == ids()
+    assert ids()[0] != ids(lr=1e-3)[0]
+    assert Phase("a", {"x": 1, "y": 2}, lambda: None).id == Phase("b", {"y": 2, "x": 1}, lambda: None).id
+    assert Phase("a", {"x": 1}, lambda: None).id != Phase("a", {"x": 2}, lambda: None).id
+
+
+def fake_scores(live_new, n_new=4):
+    rng = torch.Generator().manual_seed(0)
+    control, extended = torch.randn(5, D_IN, generator=rng), torch.randn(5 + n_new, D_IN, generator=rng)
+    return hedging_degree(control, extended, live_new=torch.arange(n_new) < live_new)
+
+
+def test_dead_new_latents_are_said():
+    check_live({0: fake_scores(2)}, 4)
+    with pytest.warns(UserWarning, match="only 1 of 4"):
+        check_live({0: fake_scores(1)}, 4)
+    with pytest.raises(UserError, match=r"hedge\.new_norm: none of the 4 new latents"):
+        check_live({0: fake_scores(2), 1: fake_scores(0)}, 4)
+
+
+def test_numbers_have_means_and_spreads_over_seeds():
+    one, two = fake_scores(2), fake_scores(4)
+    alone = summary_numbers({0: one})
+    assert alone["hedging/live_new_latents"] == 2
+    assert not any("seed" in name for name in alone)
+    both = summary_numbers({0: one, 1: two})
+    assert both["hedging/live_new_latents"] == 3
+    assert both["hedging/live_new_latents_seed_std"] == pytest.approx(2**0.5)
+    assert both["hedging/seed1/live_new_latents"] == 4
+    lines = latents_table({0: one, 1: two}).splitlines()
+    assert lines[0] == "seed,latent,projection,delta_norm,cosine,live"
+    assert len(lines) == 1 + 2 * 5
+    assert lines[1].split(",")[2] == f"{float(one.projections[0]):.6g}"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        ({"n_new": 0}, "hedge.n_new"),
+        ({"new_norm": 0.0}, "hedge.new_norm"),
+        ({"seeds": 0}, "hedge.seeds"),
+        ({"lr": -1.0}, "hedge.lr"),
+        ({"l1_restart": -1.0}, "hedge.l1_restart"),
+        ({"draws": 1}, "hedge.draws"),
+    ],
+)
+def test_impossible_options_name_their_key(wrong, key):
+    with pytest.raises(UserError, match=key):
+        HedgeOptions(**wrong)
+
+
+def test_too_many_new_latents_are_refused_before_training():
+    with pytest.raises(UserError, match=r"hedge\.n_new: must be below d_in = 12"):
+        HedgeProtocol(
+            TopKSAE(D_IN, D_SAE, k=2), toy(), 1, HedgeOptions(n_new=D_IN), PhaseRunner(trainer_factory({})), {}
+        )
