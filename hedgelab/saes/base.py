@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -84,6 +84,7 @@ class SAE(L.LightningModule, ABC):
         self.steps_done = 0
         self.initialized = False
         self._metrics: SAEMetrics | None = None
+        self._aliases: list[tuple[nn.Parameter, nn.Parameter]] = []
         self._window: list[dict[str, Tensor]] = []
 
     # -- the interface -----------------------------------------------------------------------------
@@ -138,9 +139,23 @@ class SAE(L.LightningModule, ABC):
 
     # -- training ----------------------------------------------------------------------------------
 
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters as the optimiser gets them: each contiguous.
+
+        ``W_enc`` is the transpose of a contiguous tensor, which fused Adam would copy every step; the optimiser gets that
+        tensor, on the same memory, instead. :meth:`adjust_gradients` hands it the gradient.
+        """
+        self._aliases = [
+            (parameter, nn.Parameter(parameter.detach().t()))
+            for parameter in self.parameters()
+            if not parameter.is_contiguous() and parameter.dim() == 2 and parameter.t().is_contiguous()
+        ]
+        contiguous = {id(parameter): alias for parameter, alias in self._aliases}
+        return [contiguous.get(id(parameter), parameter) for parameter in self.parameters()]
+
     def configure_optimizers(self) -> Any:
         """The optimiser, fused unless told otherwise, and the schedule."""
-        optimizer = make_optimizer(self.optimizer, self.parameters())
+        optimizer = make_optimizer(self.optimizer, self.trainable())
         if self.lr_scheduler is None:
             return optimizer
         return {
@@ -193,10 +208,12 @@ class SAE(L.LightningModule, ABC):
             self.report(self.training_means(), step)
 
     def adjust_gradients(self) -> None:
-        """Clip gradients where asked for, and whatever else this kind of SAE does to them."""
+        """Clip gradients where asked for, whatever else this kind of SAE does to them, and hand them to the optimiser."""
         if self.gradient_clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip_norm)
         self.before_optimizer_step()
+        for parameter, alias in self._aliases:
+            alias.grad = None if parameter.grad is None else parameter.grad.t()
 
     def finish_step(self, result: LossTerms) -> None:
         """Advance what counts steps, and remember the loss terms until they are reported."""

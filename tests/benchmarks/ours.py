@@ -35,14 +35,15 @@ def build(task: Task) -> Step:
     with torch.no_grad():
         sae.W_dec.copy_(task.initial_rows())
         sae.W_enc.copy_(sae.W_dec.t())
-    optimizer = torch.optim.Adam(sae.parameters(), lr=task.lr, fused=True)
+    sae.gradient_clip_norm = task.clip_norm
+    sae.optimizer = lambda parameters: torch.optim.Adam(parameters, lr=task.lr, fused=True)
+    optimizer = sae.configure_optimizers()
 
     def take(x: Tensor) -> None:
         result = sae.loss(Batch(x))
         sae.zero_grad()
         result.total.backward()
-        if task.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), task.clip_norm)
+        sae.adjust_gradients()
         optimizer.step()
         sae.after_step(result)
         sae.set_steps_done(sae.steps_done + 1)

@@ -279,3 +279,17 @@ def test_encoder_memory_is_its_transpose():
     sae = TopKSAE(8, 16, k=3)
     assert sae.W_enc.shape == (8, 16)
     assert sae.W_enc.stride() == (1, 8)
+
+
+def test_the_optimiser_updates_the_encoder_in_place_without_a_copy():
+    sae, plain = TopKSAE(8, 16, k=3), TopKSAE(8, 16, k=3)
+    assert all(parameter.is_contiguous() for parameter in sae.trainable())
+    optimizer, reference = sae.configure_optimizers(), torch.optim.Adam(plain.parameters(), lr=3e-4)
+    for seed in range(3):
+        for model, adam in ((sae, optimizer), (plain, reference)):
+            model.zero_grad()
+            model.loss(Batch(x_batch(seed=seed))).total.backward()
+            model.adjust_gradients()
+            adam.step()
+    torch.testing.assert_close(sae.W_enc, plain.W_enc)
+    assert not torch.equal(sae.W_enc, TopKSAE(8, 16, k=3).W_enc)
