@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ _FLAGS = ("help", "print_config")
 def config_files(words: list[str]) -> list[Path]:
     """The files named by ``--config``, in order."""
     return [Path(value) for key, value in _options(words) if key in ("config", "c") and value]
+
+
+def opening_comment(files: list[Path]) -> str | None:
+    """What the last config file says about itself in its first lines; None if it says nothing."""
+    if not files:
+        return None
+    lines = takewhile(lambda line: line.startswith("#"), files[-1].read_text().splitlines())
+    return " ".join(line.lstrip("# ").rstrip() for line in lines) or None
 
 
 def compose(words: list[str], defaults: Tree | None = None) -> Tree:

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-import hedgelab.saes  # noqa: F401
+import hedgelab.saes
 from hedgelab.batch import Batch
 from hedgelab.cli.compose import Tree, compose, config_files
 from hedgelab.cli.errors import one_line

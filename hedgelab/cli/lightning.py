@@ -19,7 +19,7 @@ import hedgelab.data.llm
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
 from hedgelab.cli.checkpoint import RunCheckpoint
-from hedgelab.cli.compose import Tree, compose, config_files
+from hedgelab.cli.compose import Tree, compose, config_files, opening_comment
 from hedgelab.cli.diagnose import Walk
 from hedgelab.cli.errors import one_line, user_error
 from hedgelab.cli.explain import explain_construction, explain_parsing, resolve, top_level
@@ -156,6 +156,7 @@ class HedgelabCLI(LightningCLI):
         if isinstance(logger, Namespace) and logger.class_path == TRACKER:
             logger.init_args.run_name = logger.init_args.run_name or config.name
             logger.init_args.experiment = config.experiment or logger.init_args.experiment
+            logger.init_args.description = logger.init_args.description or opening_comment(config_files(self.words))
         for callback, switch in SWITCHES.items():
             if config.trainer[switch] is False:
                 self._parser(self.command).callback_keys.remove(callback)

@@ -44,7 +44,7 @@ class CellMaker:
     def _make_data(self, values: Values) -> ToyDataModule:
         if values not in self._data:
             section = _with(self.config.data, values)
-            data = self._parser.instantiate(Namespace(data=section)).data
+            data = self._parser.instantiate(Namespace(data=section)).data  # type: ignore[no-untyped-call]
             if not isinstance(data, ToyDataModule) or data.batch("train", 0).weight is None:
                 raise UserError("data: phase diagrams need a ToyDataModule with sampling: population")
             self._data[values] = data
@@ -60,7 +60,7 @@ class CellMaker:
         depends_on_data = id(data) if init.b_dec != "zeros" else None
         key = (values, seed, data.feature_directions.numpy().tobytes(), depends_on_data)
         if key not in self._saes:
-            sae = cast(SAE, self._parser.instantiate(Namespace(model=section)).model)
+            sae = cast(SAE, self._parser.instantiate(Namespace(model=section)).model)  # type: ignore[no-untyped-call]
             first = data.batch("train", 0)
             if first.x.dtype == torch.float64:
                 sae = sae.double()

@@ -19,10 +19,10 @@ from hedgelab.cli.compose import Tree, compose, config_files
 from hedgelab.cli.diagnose import Walk
 from hedgelab.cli.errors import one_line
 from hedgelab.cli.explain import resolve, top_level
+from hedgelab.cli.phase_cells import CellMaker
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.plots.phase import phase_diagram
-from hedgelab.cli.phase_cells import CellMaker
 from hedgelab.protocols.phase import Axis, PhaseResult, Quantity, Target, Theory, run_phase, theory_of
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
@@ -87,7 +87,14 @@ def parse(words: list[str], tree: Tree) -> Namespace:
     try:
         config = parser.parse_args(words)
     except Exception as error:
-        types: dict[str, Any] = {"model": SAE, "data": ActivationDataModule, "x": Axis, "y": Axis, "target": Target}
+        types: dict[str, Any] = {
+            "quantities": list[Quantity],
+            "model": SAE,
+            "data": ActivationDataModule,
+            "x": Axis,
+            "y": Axis,
+            "target": Target,
+        }
         walk = Walk(resolve(tree), top_level(vars(parser.get_defaults()), types), frozenset({"model.d_in"}))
         raise UserError(walk.first or one_line(str(error))) from error
     for key in ("data", "model", "x", "y"):

@@ -220,7 +220,11 @@ class MLflowTracker(Logger):
         if experiment is None:
             try:
                 location = artifact_location(self._uri, self._experiment)
-                experiment_id = client.create_experiment(self._experiment, artifact_location=location)
+                experiment_id = client.create_experiment(
+                    self._experiment,
+                    artifact_location=location,
+                    tags={"mlflow.experimentKind": "custom_model_development"},  # the UI's view of training runs
+                )
             except MlflowException:  # another process was quicker
                 experiment = client.get_experiment_by_name(self._experiment)
                 if experiment is None:
