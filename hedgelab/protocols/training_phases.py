@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import Logger
 
 from hedgelab import __version__
 from hedgelab.protocols.phase_data import PhaseData
@@ -74,20 +73,20 @@ class PhaseRunner:
         return {phase.name: found[phase.name] for phase in phases}
 
     def _fit(self, phases: Sequence[Phase], data: PhaseData) -> dict[str, SAE]:
-        trackers = {phase.name: self._start_run(phase) for phase in phases} if self.tracker is not None else {}
-        loggers: dict[str, Logger] = {name: tracker for name, tracker in trackers.items() if tracker is not None}
-        group = SAEGroup({phase.name: phase.start() for phase in phases}, loggers)
-        records = [MemberRecord(name, tracker) for name, tracker in trackers.items()]
-        trainer = self.trainer(logger=list(loggers.values()) or False, callbacks=records, enable_checkpointing=False)
-        trainer.fit(group, datamodule=data)
-        return group.saes()
-
-    def _start_run(self, phase: Phase) -> MLflowTracker:
-        assert self.tracker is not None
-        tracker = self.tracker.child(phase.name, {"phase": phase.name, "phase_id": phase.id})
-        tracker.log_hyperparams(dict(phase.config))
-        self._link(phase, tracker.run_id)
-        return tracker
+        saes = {phase.name: phase.start() for phase in phases}
+        trackers: dict[str, MLflowTracker] = {}
+        if self.tracker is not None:
+            trackers = {p.name: self.tracker.child(p.name, {"phase": p.name, "phase_id": p.id}) for p in phases}
+        trainer = self.trainer(
+            logger=list(trackers.values()) or False,
+            callbacks=[MemberRecord(name, tracker) for name, tracker in trackers.items()],
+            enable_checkpointing=False,
+        )
+        for phase in phases if trackers else []:  # from here on the trainer ends the runs, well or badly
+            trackers[phase.name].log_hyperparams(dict(phase.config))
+            self._link(phase, trackers[phase.name].run_id)
+        trainer.fit(SAEGroup(saes, trackers), datamodule=data)
+        return saes
 
     def _finished(self, phase: Phase) -> SAE | None:
         """The SAE of the phase's latest finished run whose weights are whole; None without one."""
