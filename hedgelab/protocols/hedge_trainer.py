@@ -9,9 +9,11 @@ from typing import Any
 import lightning as L
 
 from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.data.llm import LLMDataModule
 from hedgelab.errors import UserError
 from hedgelab.metrics.functional.hedging_degree import DegreeScores
-from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol, check_live
+from hedgelab.protocols.case_study import LLMProbe, report
+from hedgelab.protocols.hedge import Continuations, HedgeOptions, HedgeProtocol, check_live
 from hedgelab.protocols.hedge_report import record
 from hedgelab.protocols.training_phases import PhaseRunner, trainer_factory
 from hedgelab.saes import SAE
@@ -79,12 +81,21 @@ class HedgeTrainer(L.Trainer):
             trained = protocol.train()
             self.announce("measuring")
             scores = protocol.measure(trained)
+            if tracker is not None:
+                record(tracker, scores, 2 * self.max_steps)
+                if options.n_new == 1:
+                    _log_case_studies(tracker, trained, data)
         finally:
             data.teardown("fit")
-        if tracker is not None:
-            record(tracker, scores, 2 * self.max_steps)
         check_live(scores, options.n_new)
         return scores
+
+
+def _log_case_studies(tracker: MLflowTracker, trained: Mapping[int, Continuations], data: ActivationDataModule) -> None:
+    """A page for every seed: what its one new latent took from the old ones."""
+    probe = LLMProbe(data) if isinstance(data, LLMDataModule) else None
+    for seed, saes in trained.items():
+        tracker.log_text(report(saes.control, saes.extended, probe), f"case_study/seed{seed}.html")
 
 
 def _interrupted() -> bool:

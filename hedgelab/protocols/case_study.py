@@ -1,0 +1,193 @@
+"""What a single new latent took from the old ones: the report of a hedging degree with N = 1 (SPEC section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hedgelab.data.llm import LLMDataModule
+from hedgelab.saes import SAE
+
+_SHOWN_LATENTS = 8
+_SHOWN_TOKENS = 10
+_SHOWN_CONTEXTS = 5
+_READ_CONTEXTS = 128
+_AROUND = 12
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #22272e; max-width: 72em; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em; border-top: 1px solid #d9dde2; padding-top: 1em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .15em .9em .15em 0; text-align: right }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 2em } .quiet { color: #6b7480 }
+.text { font: 13px/1.6 ui-monospace, monospace; white-space: pre-wrap; margin: .3em 0 }
+.token { background: #f2f4f6; border-radius: 3px; padding: 0 .3em; margin-right: .3em; font-family: ui-monospace, monospace }
+"""
+
+
+class Snippet(NamedTuple):
+    """Text around a token on which a latent fires.
+
+    Attributes:
+        before: Text in front of it.
+        token: The token.
+        after: Text behind it.
+        activation: How strongly the latent fires there.
+    """
+
+    before: str
+    token: str
+    after: str
+    activation: float
+
+
+@dataclass(frozen=True)
+class MovedLatent:
+    """An old latent and how it moved when the new one came.
+
+    Attributes:
+        latent: Its number.
+        toward: Component of ``Δ_i`` along the new latent's direction, positive toward it.
+        cosine: Between its decoder rows in control and extended SAE.
+        before: Cosine with the new latent's row, in the control.
+        after: The same in the extended SAE.
+    """
+
+    latent: int
+    toward: float
+    cosine: float
+    before: float
+    after: float
+
+
+class TextProbe(Protocol):
+    """What tokens and texts have to do with directions and latents."""
+
+    def promoted(self, direction: Tensor) -> list[str]:
+        """Tokens whose logits a direction ``[d_in]`` raises most, the first most."""
+
+    def contexts(self, sae: SAE, latents: Sequence[int]) -> dict[int, list[Snippet]]:
+        """Where each of the latents fires most."""
+
+
+def most_moved(control: Tensor, extended: Tensor, count: int = _SHOWN_LATENTS) -> list[MovedLatent]:
+    """The old latents that moved furthest along the new one's direction, either way.
+
+    Args:
+        control: Decoder of the control, ``[W, d_in]``.
+        extended: Decoder of the extended SAE, ``[W + 1, d_in]``.
+        count: Most latents listed.
+    """
+    rows = normalize(extended.detach().double(), dim=1)
+    old, moved, new = normalize(control.detach().double(), dim=1), rows[:-1], rows[-1]
+    toward = (moved - old) @ new
+    return [
+        MovedLatent(i, float(toward[i]), float(old[i] @ moved[i]), float(old[i] @ new), float(moved[i] @ new))
+        for i in toward.abs().argsort(descending=True)[:count].tolist()
+    ]
+
+
+class LLMProbe:
+    """Reads directions through a language model's unembedding, and latents on evenly spaced contexts of its text.
+
+    Args:
+        data: Activations of the residual stream.
+    """
+
+    def __init__(self, data: LLMDataModule) -> None:
+        self._tokenizer = data.files.tokenizer()
+        model: Any = data.files.causal_lm(data.model_dtype, data.attention)
+        output = model.get_output_embeddings().weight.detach().float()
+        self._unembedding: Tensor | None = output if output.shape[1] == data.d_in else None
+        chosen = torch.linspace(0, len(data.contexts.tokens) - 1, min(_READ_CONTEXTS, len(data.contexts.tokens))).long()
+        self._tokens, usable = data.contexts.tokens[chosen], data.contexts.usable(data.skip_first)[chosen]
+        rows = data.harvester.rows(self._tokens, usable).float()
+        if data.activation_mean is not None:
+            rows = rows - data.activation_mean
+        self._x, self._places = rows * data.activation_scale, usable.nonzero()
+
+    def promoted(self, direction: Tensor) -> list[str]:
+        """Tokens whose logits a direction raises most; none where the hook is no residual stream."""
+        if self._unembedding is None:
+            return []
+        best = (self._unembedding @ direction.detach().to(self._unembedding)).topk(_SHOWN_TOKENS).indices
+        return [self._text(best[i : i + 1]) for i in range(len(best))]
+
+    @torch.no_grad()
+    def contexts(self, sae: SAE, latents: Sequence[int]) -> dict[int, list[Snippet]]:
+        """Where each of the latents fires most, at most once a context."""
+        parts = [sae.encode(x).to_dense()[:, list(latents)] for x in torch.split(self._x, 1024)]
+        activations = torch.cat(parts)
+        return {latent: list(self._strongest(activations[:, i])) for i, latent in enumerate(latents)}
+
+    def _strongest(self, activation: Tensor) -> Iterator[Snippet]:
+        seen: set[int] = set()
+        for row in activation.argsort(descending=True).tolist():
+            context, position = self._places[row].tolist()
+            if len(seen) == _SHOWN_CONTEXTS or activation[row] <= 0:
+                return
+            if context not in seen:
+                seen.add(context)
+                tokens = self._tokens[context]
+                before, after = tokens[max(0, position - _AROUND) : position], tokens[position + 1 :][:_AROUND]
+                token = tokens[position : position + 1]
+                yield Snippet(self._text(before), self._text(token), self._text(after), float(activation[row]))
+
+    def _text(self, tokens: Tensor) -> str:
+        return str(self._tokenizer.decode(tokens.tolist()))
+
+
+def report(control: SAE, extended: SAE, probe: TextProbe | None = None) -> str:
+    """The case study as one HTML page.
+
+    Args:
+        control: Trained on without a new latent.
+        extended: Trained on with one.
+        probe: Shows what directions and latents mean; None where activations are not those of a language model.
+    """
+    moved = most_moved(control.W_dec, extended.W_dec)
+    lines = [
+        f"<!doctype html><meta charset=utf-8><title>Case study</title><style>{_STYLE}</style>",
+        f"<h1>What one new latent took from {control.d_sae} old ones</h1>",
+        "<p>The old latents that moved most along the new latent's direction, once it was there to carry it. A cosine with "
+        "the new latent that shrinks is a hedged component that left.</p>",
+        "<table><tr><th>latent<th>motion along new<th>cosine with new, before<th>after<th>cosine before/after</tr>",
+        *(
+            f"<tr><td>{m.latent}<td>{m.toward:+.3f}<td>{m.before:+.3f}<td>{m.after:+.3f}<td>{m.cosine:.3f}</tr>"
+            for m in moved
+        ),
+        "</table>",
+    ]
+    if probe is not None:
+        new = control.d_sae
+        before = probe.contexts(control, [m.latent for m in moved])
+        after = probe.contexts(extended, [new, *(m.latent for m in moved)])
+        lines += [f"<h2>New latent {new}</h2>", _side(probe.promoted(extended.W_dec[new]), after[new])]
+        for m in moved:
+            sides = (
+                ("before (control)", control.W_dec[m.latent], before[m.latent]),
+                ("after (extended)", extended.W_dec[m.latent], after[m.latent]),
+            )
+            lines.append(f"<h2>Latent {m.latent}</h2><div class=two>")
+            lines += [f"<div><b>{name}</b>{_side(probe.promoted(row), found)}</div>" for name, row, found in sides]
+            lines.append("</div>")
+    return "\n".join(lines) + "\n"
+
+
+def _side(promoted: list[str], snippets: list[Snippet]) -> str:
+    """Promoted tokens and contexts of one latent in one SAE."""
+    tokens = "".join(f"<span class=token>{escape(token)}</span>" for token in promoted)
+    strongest = max((snippet.activation for snippet in snippets), default=1.0)
+    texts = "".join(
+        f"<div class=text>{escape(s.before)}"
+        f'<mark style="background:rgba(209,98,42,{0.2 + 0.6 * s.activation / strongest:.2f})">{escape(s.token)}</mark>'
+        f"{escape(s.after)} <span class=quiet>{s.activation:.2f}</span></div>"
+        for s in snippets
+    )
+    return (f"<p>promotes {tokens}</p>" if tokens else "") + (texts or "<p class=quiet>fires nowhere</p>")
