@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -113,8 +114,8 @@ def run_phase(
         cells: The points of the diagram.
         steps: Optimiser steps.
         quantities: ``hedging`` and ``encoder``: component of the latent's unit decoder row and encoder column along the other
-            feature, signed so that its own counts as positive; ``absorption``: P(latent silent | both features) less P(latent
-            silent | own feature alone); ``mcc``; ``loss_gap``: what the loss would lose if the decoder were kept at the true
+            feature, signed so that its own counts as positive; ``absorption``: share of the latent's activation on its
+            own feature that is lost where the other fires too (1: silent there); ``mcc``; ``loss_gap``: what the loss would lose if the decoder were kept at the true
             features (positive: the true dictionary is worse).
         target: The latent and the two features.
         report: Called after each step with the number of steps done, ``loss_gap``'s second training included.
@@ -123,10 +124,10 @@ def run_phase(
     seeds = len(cells[0].members)
     batches = [cell.data.batch("train", 0) for cell in cells]
     batch = stack_batches([one for one in batches for _ in range(seeds)])
-    features = stack_batches([Batch(one.features, None, one.weight) for one in batches for _ in range(seeds)]).x
+    features = stack_batches([_features_as_x(one) for one in batches for _ in range(seeds)]).x
     directions = torch.stack([cell.data.feature_directions for cell in cells for _ in range(seeds)])
     ensemble = EnsembleSAE(members)
-    seconds = _timed(lambda: ensemble.fit(batch, steps, report))
+    seconds = _timed(partial(ensemble.fit, batch, steps, report))
     with torch.no_grad():
         losses, activations = ensemble.losses(batch), ensemble.activations(batch)
     measured = {"loss": losses}
@@ -144,7 +145,8 @@ def run_phase(
                 measured[name] = torch.stack([mcc(cosines) for cosines in decoder])
             case "loss_gap":
                 true = EnsembleSAE(_at_true_features(cells))
-                seconds += _timed(lambda: true.fit(batch, steps, report and (lambda done: report(steps + done))))
+                later = None if report is None else partial(_report_later, report, steps)
+                seconds += _timed(partial(true.fit, batch, steps, later))
                 measured[name] = true.losses(batch).detach() - losses
     runs = len(members) * steps * (2 if "loss_gap" in quantities else 1)
     values = {name: value.double().reshape(len(cells), seeds).numpy() for name, value in measured.items()}
@@ -181,7 +183,7 @@ def theory_of(cells: Sequence[Cell], hedging: Array, target: Target) -> Theory:
             raise UserError("theory: closed forms are known for VanillaSAE with d_sae: 1, set theory: false")
         if not torch.allclose(directions @ directions.T, torch.eye(len(directions)).to(directions), atol=1e-5):
             raise UserError("theory: closed forms need orthonormal features, set theory: false")
-        population = Population.from_batch(Batch(batch.features, None, batch.weight))  # type: ignore[arg-type]
+        population = Population.from_batch(_features_as_x(batch))
         found = [
             (one.direction[target.own], one.direction[target.other]) for one in minima(population, sae.l1_coefficient)
         ]
@@ -203,14 +205,14 @@ def _components(ensemble: EnsembleSAE, directions: Tensor) -> tuple[Tensor, Tens
 
 
 def _absorption(activations: Tensor, features: Tensor, weight: Tensor | None, target: Target) -> Tensor:
-    """P(silent | both features) - P(silent | own feature alone), ``[members]``; 0 where one of them never happens."""
+    """Share of the activation on the own feature alone that is lost where the other fires too, ``[members]``."""
     assert weight is not None
-    own, other, silent = features[..., target.own] > 0, features[..., target.other] > 0, activations <= 0
+    own, other = features[..., target.own] > 0, features[..., target.other] > 0
 
-    def share_silent(where: Tensor) -> Tensor:
-        return (weight * (where & silent)).sum(1) / (weight * where).sum(1)
+    def mean_activation(where: Tensor) -> Tensor:
+        return (weight * where * activations).sum(1) / (weight * where).sum(1)
 
-    return (share_silent(own & other) - share_silent(own & ~other)).nan_to_num(0.0)
+    return 1 - mean_activation(own & other) / mean_activation(own & ~other)
 
 
 def _at_true_features(cells: Sequence[Cell]) -> list[SAE]:
@@ -233,7 +235,23 @@ def _at_true_features(cells: Sequence[Cell]) -> list[SAE]:
     return result
 
 
+def _features_as_x(batch: Batch) -> Batch:
+    """A toy's batch in feature coordinates."""
+    assert batch.features is not None
+    return Batch(batch.features, None, batch.weight)
+
+
+def _report_later(report: Callable[[int], None], before: int, done: int) -> None:
+    report(before + done)
+
+
 def _timed(work: Callable[[], None]) -> float:
+    """Seconds that it takes on one thread: such small tensors gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     start = time.perf_counter()
-    work()
+    try:
+        work()
+    finally:
+        torch.set_num_threads(threads)
     return time.perf_counter() - start

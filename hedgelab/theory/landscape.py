@@ -1,17 +1,18 @@
 r"""Loss landscapes of a tied latent between two features (SPEC section 4; the paper's theory figure).
 
-A latent without biases encodes and decodes along the unit vector ``d(t)`` in the direction of ``(1 - t) f0 + t f1`` (orthonormal
-features), ``d = (cos θ, sin θ)`` with ``tan θ = t / (1 - t)``. It sees f0 alone with probability ``p`` and both features with
-probability ``q``; its activation ``a = d·x`` costs ``λ a^r``. The squared error of a unit tied latent is ``‖x‖² - a²``:
+A latent without biases encodes and decodes along the unit vector ``d(t)`` in the direction of ``(1 - t) f0 + t f1``
+(orthonormal features), ``d = (cos θ, sin θ)`` with ``tan θ = t / (1 - t)``. It sees f0 alone with probability ``p`` and both
+features with probability ``q``; its activation ``a = d·x`` costs ``λ a^r``. The squared error of a unit tied latent is
+``‖x‖² - a²``:
 
     L(θ) = p (1 - cos²θ) + q (2 - (cos θ + sin θ)²) + λ (p cos^r θ + q (cos θ + sin θ)^r).
 
-*Minimum without penalty.* ``L = const - (p/2) cos 2θ - q sin 2θ``, so ``tan 2θ* = 2 q / p``: for every ``q > 0`` the latent mixes
-f1 in, more the more often they fire together. That is hedging: the squared error alone asks for it.
+*Minimum without penalty.* ``L = const - (p/2) cos 2θ - q sin 2θ``, so ``tan 2θ* = 2 q / p``: for every ``q > 0`` the latent
+mixes f1 in, more the more often they fire together. That is hedging: the squared error alone asks for it.
 
 *Condition.* ``dL/dθ(0) = q (λ r - 2)`` (cos changes at second order, ``cos + sin`` at first): hedging lowers the loss
-for every ``q > 0`` if and only if ``λ r < 2``. In sparse coding terms no sensible penalty prevents it: at λ r = 2 the penalty
-(r = 1: ``λ a`` against an error of ``a²``) costs as much as the latent is worth.
+for every ``q > 0`` if and only if ``λ r < 2``. No sensible penalty prevents it: at λ = 2 (r = 1) the activation on f0
+alone, which saves an error of ``a² = 1``, already costs twice that.
 """
 
 from __future__ import annotations

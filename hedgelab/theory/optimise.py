@@ -81,6 +81,6 @@ def _read(tensors: Sequence[Tensor]) -> Array:
 @torch.no_grad()
 def _write(parameters: Sequence[Tensor], weights: Array) -> None:
     """Put the entries of one vector into the parameters, whatever their layout in memory."""
-    pieces = torch.from_numpy(weights).split([parameter.numel() for parameter in parameters])
+    pieces = torch.split(torch.from_numpy(weights), [parameter.numel() for parameter in parameters])
     for parameter, piece in zip(parameters, pieces, strict=True):
         parameter.copy_(piece.view(parameter.shape))

@@ -7,8 +7,8 @@ silence, ``C`` the covariance of everything, and ``Δ = m_A - m_0``, the loss is
 
     L = Σ_{silent} p_s ‖x_s - b‖² + Σ_A p_s (‖x_s - b - a_s d‖² + λ a_s).
 
-*Shape.* On ``A`` the activation is affine in x: ``a_s = ā + w·(x_s - m_A)``, with ``ā`` (through ``b_enc``) and ``w`` free. Only
-``P (w·C_A w - 2 d·C_A w)`` depends on w, so ``w = d`` on the span of the active states: the encoder reads what the
+*Shape.* On ``A`` the activation is affine in x: ``a_s = ā + w·(x_s - m_A)``, with ``ā`` (through ``b_enc``) and ``w`` free.
+Only ``P (w·C_A w - 2 d·C_A w)`` depends on w, so ``w = d`` on the span of the active states: the encoder reads what the
 decoder writes. (Off that span w is free; that freedom is what can keep other states silent.)
 
 *Bias.* ``b`` serves silent and active states alike: ``∂L/∂b = 0`` gives ``b = m - P ā d``.
@@ -113,8 +113,8 @@ def principal_component(population: Population) -> tuple[Array, float]:
 def pair_component(rate: float, given: float, otherwise: float) -> float:
     """Feature 1's part in the top principal component of two features: the hedging component in the linear regime, λ → 0.
 
-    With variances ``v0, v1`` and covariance ``c`` the component is ``sin θ``, ``tan 2θ = 2c / (v0 - v1)``. Feature 1 is what the
-    latent tracks where ``v1 > v0``.
+    With variances ``v0, v1`` and covariance ``c`` the component is ``sin θ``, ``tan 2θ = 2c / (v0 - v1)``. Feature 1 is what
+    the latent tracks where ``v1 > v0``.
 
     >>> round(pair_component(0.25, 0.2, 0.0), 4), round(pair_component(0.25, 0.2, 0.1), 4), pair_component(0.25, 0.2, 0.2)
     (0.2434, 0.2219, 0.0)
@@ -199,7 +199,7 @@ def sphere_maximum(matrix: Array, pull: Array) -> Array | None:
     values, vectors = np.linalg.eigh(matrix)
     if np.linalg.norm(pull) < 1e-14:
         top = vectors[:, -1]
-        return top * np.sign(top[np.abs(top).argmax()])
+        return as_array(top * np.sign(top[np.abs(top).argmax()]))
     vectors[:, -1] *= 1.0 if vectors[:, -1] @ pull >= 0 else -1.0
     g = vectors.T @ pull
     if g[-1] <= 1e-12 * np.linalg.norm(g):

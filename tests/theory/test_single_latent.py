@@ -139,8 +139,8 @@ def test_more_features_than_two():
 
 
 def test_pull_has_the_sign_of_the_covariance_until_the_latent_dies():
-    for given, otherwise, sign in ((0.2, 0.1, 1), (0.1, 0.2, -1), (0.2, 0.2, 0)):
-        population = Population.of_pair(0.25, given, otherwise)
+    for with_f0, without_f0, sign in ((0.2, 0.1, 1), (0.1, 0.2, -1), (0.2, 0.2, 0)):
+        population = Population.of_pair(0.25, with_f0, without_f0)
         gated = active(population, (1, 1), (1, 0))
         assert np.sign(round(hedging_pull(population, gated, 0, 1), 12)) == sign
         assert hedging_pull(population, gated, 0, 1, 2 * 0.75) == pytest.approx(0, abs=1e-12)

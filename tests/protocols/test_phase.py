@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+
+from hedgelab.data.toy import ConditionalFiring, CorrelatedPair, ToyDataModule
+from hedgelab.errors import UserError
+from hedgelab.protocols.phase import Axis, Cell, Target, run_phase, theory_of
+from hedgelab.saes import Initialization, MatryoshkaSAE, VanillaSAE
+
+
+def toy(given, otherwise):
+    return ToyDataModule(
+        ConditionalFiring([0.25, {"f0": given, "not f0": otherwise}]), d_in=2, sampling="population", seed=0
+    )
+
+
+def sae(data, seed, l1=1e-3, d_sae=1):
+    init = Initialization(at_features=True, noise=0.1, seed=seed)
+    adam = lambda parameters: torch.optim.Adam(parameters, lr=1e-2)  # noqa: E731
+    decay = lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)  # noqa: E731
+    made = VanillaSAE(2, d_sae, l1_coefficient=l1, init=init, optimizer=adam, lr_scheduler=decay)
+    made.initialize(data.batch("train", 0), data.feature_directions)
+    return made
+
+
+def test_a_diagram_agrees_with_its_theory():
+    pairs = [(0.2, 0.0), (0.2, 0.1), (0.2, 0.2), (0.05, 0.2)]
+    cells = [Cell(data, [sae(data, seed) for seed in range(2)]) for data in (toy(*pair) for pair in pairs)]
+    seen = []
+    result = run_phase(cells, 1500, ["hedging", "encoder", "loss_gap", "mcc", "absorption"], Target(), seen.append)
+    assert seen == [*range(1, 3001)]
+    assert result.steps_per_second > 0
+    theory = theory_of(cells, result.values["hedging"], Target())
+    assert np.nanmax(theory.distance) < 1e-3
+    hedging = result.deepest("hedging")
+    assert hedging[0] == pytest.approx(0.2434, abs=1e-3)
+    assert hedging[2] == pytest.approx(0, abs=1e-3)
+    assert hedging[3] < -0.05
+    assert (np.sign(result.deepest("encoder"))[[0, 1, 3]] == [1, 1, -1]).all()
+    gap = result.deepest("loss_gap")
+    assert gap[2] == pytest.approx(0, abs=1e-6)
+    assert (gap[[0, 1, 3]] > 1e-4).all()
+    np.testing.assert_allclose(result.deepest("mcc"), np.sqrt(1 - hedging**2), atol=1e-4)
+
+
+def test_absorption_of_the_papers_toy():
+    data = toy(0.2, 0.0)
+    result = run_phase([Cell(data, [sae(data, 0, d_sae=2)])], 1500, ["absorption", "encoder"], Target())
+    assert result.values["absorption"][0, 0] == pytest.approx(1.0)
+    assert result.values["encoder"][0, 0] < -0.1
+
+
+def test_theory_refuses_what_it_does_not_know():
+    data = toy(0.2, 0.1)
+    wide = Cell(data, [sae(data, 0, d_sae=2)])
+    with pytest.raises(UserError, match="d_sae: 1"):
+        theory_of([wide], np.zeros((1, 1)), Target())
+    levels = MatryoshkaSAE(2, lambda d: VanillaSAE(d, 2, l1_coefficient=0.1), levels=[1, 2])
+    with pytest.raises(UserError, match="VanillaSAE"):
+        theory_of([Cell(data, [levels])], np.zeros((1, 1)), Target())
+
+
+def test_axes():
+    np.testing.assert_allclose(Axis("data.a", 1e-3, 1e-1, 3, "λ", logarithmic=True).values(), [1e-3, 1e-2, 1e-1])
+    for arguments, named in (((0, 1, 1), "points"), ((1, 0, 2), "high"), ((0, 1, 2), "low")):
+        with pytest.raises(UserError, match=f"axes.{named}"):
+            Axis("data.a", *arguments, "a", logarithmic=named == "low")
+
+
+def test_correlated_pair_has_its_rates_and_correlation():
+    for correlation in (-0.2, 0.0, 0.5):
+        states, p = CorrelatedPair([0.25, 0.2], correlation).enumerate()
+        z = states.double()
+        mean = p @ z
+        covariance = (z - mean).T @ ((z - mean) * p[:, None])
+        torch.testing.assert_close(mean, torch.tensor([0.25, 0.2], dtype=torch.float64))
+        found = covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt()
+        assert float(found) == pytest.approx(correlation, abs=1e-12)
+    with pytest.raises(UserError, match=r"correlation: .* between -0.2887 and 0.866"):
+        CorrelatedPair([0.25, 0.2], 0.95)
