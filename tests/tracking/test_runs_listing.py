@@ -37,6 +37,17 @@ def test_selection(runs):
         list_runs(experiment="c")
 
 
+def test_last_is_the_newest_run_that_is_not_part_of_another(runs):
+    parent = MLflowTracker("a", run_name="parent", uri=runs)
+    child = parent.child("part", {"kind": "test"})
+    for tracker in (parent, child):
+        tracker.log_metrics({"val/mcc": 1.0}, 1)
+        tracker.finalize("success")
+    assert child.name == "a"
+    assert {run.name for run in list_runs(limit=2)} == {"parent", "part"}
+    assert [run.name for run in list_runs(last=True)] == ["parent"]
+
+
 def test_json_is_strict(runs):
     document = json.loads(as_json(list_runs()), parse_constant=pytest.fail)
     assert document[0]["metrics"]["val/mcc"] is None
