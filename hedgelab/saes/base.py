@@ -153,6 +153,12 @@ class SAE(L.LightningModule, ABC):
         contiguous = {id(parameter): alias for parameter, alias in self._aliases}
         return [contiguous.get(id(parameter), parameter) for parameter in self.parameters()]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, the optimiser's among them."""
+        super().zero_grad(set_to_none)
+        for _, alias in self._aliases:
+            alias.grad = None
+
     def configure_optimizers(self) -> Any:
         """The optimiser, fused unless told otherwise, and the schedule."""
         optimizer = make_optimizer(self.optimizer, self.trainable())
@@ -194,8 +200,8 @@ class SAE(L.LightningModule, ABC):
         step = self.trainer.global_step
         for batch in chunk:
             self.set_steps_done(step)
+            self.zero_grad()  # first: the last step's gradients and this one's pre-activations are never held at once
             result = self.loss(batch)
-            self.zero_grad()
             backward(self, result.total)
             self.adjust_gradients()
             optimizer.step()  # type: ignore[union-attr]

@@ -156,7 +156,8 @@ class SAEGroup(L.LightningModule):
             for name, sae in saes.items():
                 sae.set_steps_done(step)
                 results[name] = sae.loss(batch.of(name) if isinstance(batch, StepBatches) else batch)
-            self.zero_grad()
+            for sae in saes.values():
+                sae.zero_grad()
             # One backward pass of the sum: members share no parameters, so each gets exactly its own gradients, and DDP
             # sees every parameter used.
             self.manual_backward(torch.stack([result.total for result in results.values()]).sum())
