@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class PhaseRunner:
         """The SAE of the phase's latest finished run whose weights are whole; None without one."""
         if self.tracker is None or not self.reuse:
             return None
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         client = self.tracker.experiment
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         runs = client.search_runs(

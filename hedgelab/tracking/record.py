@@ -43,6 +43,8 @@ class RunRecord(L.Callback):
     :class:`MLflowTracker` among the trainer's loggers it does nothing.
     """
 
+    draws_figures = True
+
     def __init__(self) -> None:
         super().__init__()
         self._tracker: MLflowTracker | None = None
@@ -152,8 +154,10 @@ class RunRecord(L.Callback):
             cosines = _cosines(sae, directions)
             if sae.d_sae <= _MOST_LATENTS_LOGGED:
                 tracker.log_metrics(_final_numbers(sae, cosines), step)
-            self._log_recovery_figures(tracker, sae, directions, cosines, step)
-        self._log_training_figures(tracker)
+            if self.draws_figures:
+                self._log_recovery_figures(tracker, sae, directions, cosines, step)
+        if self.draws_figures:
+            self._log_training_figures(tracker)
 
     def _log_recovery_figures(
         self, tracker: MLflowTracker, sae: Any, directions: Tensor, cosines: Cosines, step: int
@@ -190,12 +194,14 @@ class RunRecord(L.Callback):
 
 
 class MemberRecord(RunRecord):
-    """Records one member of an :class:`~hedgelab.saes.SAEGroup` in a run of its own.
+    """Records one member of an :class:`~hedgelab.saes.SAEGroup` in a run of its own, without figures: groups are large.
 
     Args:
         member: Name of the member.
         tracker: Its run.
     """
+
+    draws_figures = False
 
     def __init__(self, member: str, tracker: MLflowTracker) -> None:
         super().__init__()
