@@ -46,7 +46,7 @@ def phase_diagram(
     )
     tidy(axes, "", xlabel, ylabel, grid=False)
     legend = []
-    if np.nanmin(shown) < 0 < np.nanmax(shown):
+    if np.nanmin(shown) < -0.01 * size and np.nanmax(shown) > 0.01 * size:
         axes.contour(x, y, shown, levels=[0], colors=INK, linewidths=1.4)
         legend.append(Line2D([], [], color=INK, linewidth=1.4, label="zero, trained SAEs"))
     if theory is not None and np.isfinite(np.asarray(theory, dtype=float)).any():
@@ -55,7 +55,9 @@ def phase_diagram(
             x, y, np.asarray(theory, dtype=float), levels=levels, colors=_THEORY, linewidths=0.9, linestyles="dashed"
         )
         axes.clabel(lines, fontsize=7, fmt="%.2g")
-        legend.append(Line2D([], [], color=_THEORY, linewidth=0.9, linestyle="dashed", label="closed form"))
+        legend.append(
+            Line2D([], [], color=_THEORY, linewidth=0.9, linestyle="dashed", label="closed form of the deepest minimum")
+        )
     for set_scale, log in zip((axes.set_xscale, axes.set_yscale), logarithmic, strict=True):
         if log:
             set_scale("log")

@@ -210,7 +210,7 @@ def sphere_maximum(matrix: Array, pull: Array) -> Array | None:
             return None
         coordinates = g / (values - multiplier)
         excess = float(coordinates @ coordinates) - 1
-        if excess < 1e-14:
+        if excess < _TOLERANCE / 100:
             break
         slope = 2 * float(coordinates @ (coordinates / (values - multiplier)))
         if slope <= 0:
