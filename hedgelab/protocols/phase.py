@@ -114,9 +114,9 @@ def run_phase(
         cells: The points of the diagram.
         steps: Optimiser steps.
         quantities: ``hedging`` and ``encoder``: component of the latent's unit decoder row and encoder column along the other
-            feature, signed so that its own counts as positive; ``absorption``: share of the latent's activation on its
-            own feature that is lost where the other fires too (1: silent there); ``mcc``; ``loss_gap``: what the loss would lose if the decoder were kept at the true
-            features (positive: the true dictionary is worse).
+            feature, signed so that its own counts as positive; ``absorption``: share of the latent's activation on its own
+            feature that is lost where the other fires too (1: silent there); ``mcc``; ``loss_gap``: how much worse the loss
+            would be with the decoder kept at the true features.
         target: The latent and the two features.
         report: Called after each step with the number of steps done, ``loss_gap``'s second training included.
     """

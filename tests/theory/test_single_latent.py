@@ -44,7 +44,12 @@ def trained(pair, l1, start, d_in=2):
     with torch.no_grad():
         sae.W_enc += data.feature_directions.T @ torch.tensor(start, dtype=torch.float64)[:, None]
         sae.W_dec += torch.tensor(start, dtype=torch.float64) @ data.feature_directions
-    return minimise(sae, batch), (sae.folded().W_dec @ data.feature_directions.T)[0].numpy(), sae, data
+    return (
+        minimise(sae, batch, descent_steps=300, learning_rate=3e-3),
+        (sae.folded().W_dec @ data.feature_directions.T)[0].numpy(),
+        sae,
+        data,
+    )
 
 
 @pytest.mark.parametrize("name", PAIRS)
