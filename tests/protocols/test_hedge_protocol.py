@@ -40,8 +40,9 @@ MAKERS = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread_and_seed(monkeypatch):
     torch.set_num_threads(1)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
 
 def toy():

@@ -11,7 +11,8 @@ STEPS = 12
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
-def test_protocol_runs_the_model_once_for_all_continuations_and_shows_what_moved(make_data):
+def test_protocol_runs_the_model_once_for_all_continuations_and_shows_what_moved(make_data, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     data = make_data(normalisation="centred", val_batches=2)
     runner = PhaseRunner(trainer_factory({**QUIET, "max_steps": STEPS}))
     options = HedgeOptions(n_new=1, new_norm=1.0, seeds=2)
