@@ -26,6 +26,7 @@ from hedgelab.cli.explain import explain_construction, explain_parsing, resolve,
 from hedgelab.cli.summary import summary
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
+from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
 
@@ -196,6 +197,7 @@ def check_checkpoint(command: str, path: str | None) -> None:
 
 def run_lightning(command: str, words: list[str]) -> int:
     """Parse, make everything, run, and say how it went."""
+    keep_large_blocks()
     cli = run_cli(HedgelabCLI, command, words)
     if cli.trainer.is_global_zero:
         print(summary(cli.trainer))

@@ -6,16 +6,16 @@ from functools import cache
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-KEEP = 2**31 - 1  # the largest value mallopt takes
+LARGEST_KEPT = 32 * 2**20  # larger blocks are mapped one by one, which wastes nothing between them
+KEPT_IN_ALL = 2**31 - 1
 
 
 @cache
 def keep_large_blocks() -> bool:
-    """Let glibc reuse freed blocks of any size instead of returning them to the kernel; whether it could be done.
+    """Let glibc reuse freed blocks of up to 32 MiB instead of returning them to the kernel; whether it could be done.
 
-    By default glibc maps every block above 32 MiB anew and returns freed memory at the end of the heap, so each step pays
-    page faults for gradients that it has held before. Call once a process, before training. Elsewhere than on Linux with
-    glibc nothing is done. Memory once used stays with the process.
+    By default glibc returns freed memory at the end of the heap, so each step pays page faults for blocks that it has held
+    before. Call once a process, before training. Elsewhere than on Linux with glibc nothing is done.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -23,4 +23,4 @@ def keep_large_blocks() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, KEEP)) and bool(mallopt(M_TRIM_THRESHOLD, KEEP))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)) and bool(mallopt(M_TRIM_THRESHOLD, KEPT_IN_ALL))

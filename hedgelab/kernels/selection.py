@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hedgelab.kernels.layout import Layout, row_pointers, stable_order
 
-TILE_ROWS = 512  # fewer rows make the product slower, more make the tile larger: 64 MiB at d_sae 32768
+TILE_BYTES = 32 * 2**20  # a larger tile is mapped anew each step (see allocator), a smaller one slows the product down
+LEAST_ROWS = 512
 GROUP = 8
 SAMPLE_HITS = 256  # entries above the sought threshold in the sample that estimates it: 6 % standard error
 MARGIN = 1.3  # candidates sought, as a multiple of what is kept
@@ -49,13 +50,13 @@ class Encoder(NamedTuple):
     b_enc: Tensor
     dtype: torch.dtype
 
-    def tiles(self, rows: int = TILE_ROWS) -> Iterator[tuple[slice, Tensor]]:
+    def tiles(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Rows (as a strided slice) and pre-activations ``[rows, padded]`` of each tile, overwritten by the next.
 
         Columns from d_sae on, up to a multiple of ``GROUP``, are -inf.
         """
         batch, d_sae = self.x.shape[0], self.W_enc.shape[1]
-        count = -(-batch // rows)
+        count = -(-batch // (rows or max(LEAST_ROWS, TILE_BYTES // (self.dtype.itemsize * d_sae))))
         buffer = torch.empty(-(-batch // count) if count else 0, -(-d_sae // GROUP) * GROUP, dtype=self.dtype)
         buffer[:, d_sae:] = -torch.inf
         for start in range(count):

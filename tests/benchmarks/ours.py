@@ -30,7 +30,7 @@ def make_sae(task: Task) -> SAE:
 
 def build(task: Task) -> Step:
     """Loss, backward pass, fused Adam and the dead-latent clock, as training takes them."""
-    #keep_large_blocks()
+    keep_large_blocks()
     sae = make_sae(task).to(task.device)
     with torch.no_grad():
         sae.W_dec.copy_(task.initial_rows())
