@@ -18,7 +18,8 @@ from hedgelab.kernels.layout import Layout, row_pointers, stable_order
 
 TILE_BYTES = 32 * 2**20  # a larger tile is mapped anew each step (see allocator), a smaller one slows the product down
 LEAST_ROWS = 512
-GROUP = 8
+GROUP_BITS = 3
+GROUP = 1 << GROUP_BITS
 SAMPLE_HITS = 256  # entries above the sought threshold in the sample that estimates it: 6 % standard error
 MARGIN = 1.3  # candidates sought, as a multiple of what is kept
 
@@ -214,10 +215,12 @@ def _entries_above(ranked: Tensor, threshold: float, sparse: bool) -> tuple[Tens
         return flat // width, flat % width
     groups = width // GROUP
     found = _flatnonzero(ranked.view(-1, GROUP, groups).amax(1) > threshold)
-    first = found + (found // groups) * (width - groups)
-    flat = (first.unsqueeze(1) + torch.arange(0, width, groups)).view(-1)
-    flat = flat[_flatnonzero(ranked.view(-1).index_select(0, flat) > threshold)]
-    return flat // width, flat % width
+    rows = found // groups
+    first = found - rows * groups
+    inside = ((rows * width + first).unsqueeze(1) + torch.arange(0, width, groups)).view(-1)
+    hits = _flatnonzero(ranked.view(-1)[inside] > threshold)
+    group = hits >> GROUP_BITS  # shifts and masks: integer division is slow
+    return rows[group], first[group] + (hits & (GROUP - 1)) * groups
 
 
 def _largest(candidates: _Candidates, wanted: int, encoder: Encoder) -> Entries:

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.fit_overhead [--sae topk] [--steps 60] [--pairs 5] [--threads 2]
 
-Both train the same SAE at the small shape (d_in 576, d_sae 8192, k 32, batch 2048, fp32) on the same batches, taken from memory.
-They take turns; printed are the bare step's share of the fit's step, pair by pair, and its median.
+Both train the same SAE at the small shape (d_in 576, d_sae 8192, k 32, batch 2048, fp32) on the same batches, taken from
+memory. They take turns; printed are the bare step's share of the fit's step, pair by pair, and its median.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Every toy config shows what SPEC section 4 says it shows: the same config on the exact population, with a faster optimiser."""
+"""Every toy config shows what SPEC section 4 says it shows: the same config on the exact population, learning faster."""
 
 from pathlib import Path
 
