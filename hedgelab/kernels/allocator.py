@@ -15,7 +15,8 @@ def keep_large_blocks() -> bool:
     """Let glibc reuse freed blocks of up to 64 MiB instead of returning them to the kernel; whether it could be done.
 
     By default glibc maps blocks above 32 MiB anew each time, and returns freed memory at the end of the heap, so each step
-    pays page faults for blocks that it has held before. Call once a process, before training. Elsewhere than on Linux with glibc nothing is done.
+    pays page faults for blocks that it has held before. Call once a process, before training. Elsewhere than on Linux with
+    glibc nothing is done.
     """
     if not sys.platform.startswith("linux"):
         return False
