@@ -28,7 +28,7 @@ def alone(sae, batches):
     return sae
 
 
-def same(a, b):
+def assert_same(a, b):
     for (name, value), (_, other) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
         torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-5, msg=name, equal_nan=True)
 
@@ -66,7 +66,7 @@ def test_members_train_as_if_alone(kind, sampling):
     ensemble = EnsembleSAE([make(seed) for seed in range(3)])
     ensemble.fit(lambda step: stack_batches([toy.batch("train", step) for toy in toys]), STEPS)
     for seed, toy in enumerate(toys):
-        same(ensemble.member(seed), alone(make(seed), lambda step, toy=toy: toy.batch("train", step)))
+        assert_same(ensemble.member(seed), alone(make(seed), lambda step, toy=toy: toy.batch("train", step)))
 
 
 def test_shared_batches_and_folded_weights():
