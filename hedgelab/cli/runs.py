@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hedgelab.cli.light import LightParser
 from hedgelab.errors import UserError
-from hedgelab.tracking.runs import as_json, format_table, list_runs
+from hedgelab.tracking.listing import as_json, format_table
+from hedgelab.tracking.runs import list_runs
 
 
 def run(command: str, words: list[str]) -> int:

@@ -1,12 +1,12 @@
-"""Runs read back from the store: what ``hedgelab runs`` prints. Imports no torch."""
+"""Runs read back from the store: listed, and found by what the user calls them. Imports no torch."""
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgelab.errors import UserError
 from hedgelab.tracking.store import ensure_store, sqlite_file, tracking_uri
@@ -15,16 +15,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-_KEY_NUMBERS = {
-    "explained_variance": "expl. var.",
-    "l0": "L0",
-    "dead_latents": "dead",
-    "mcc": "MCC",
-    "hedging/decoder_signed": "hedging dec",
-    "hedging/encoder_signed": "hedging enc",
-    "absorption": "absorption",
-}
-_STAGES = ("test", "val")
+_HAS_SAE = "tags.weights_sha256 LIKE '%'"
+_SAE_FILE = "sae.json"
 
 
 @dataclass(frozen=True)
@@ -56,6 +48,91 @@ class RunSummary:
     artifact_uri: str
 
 
+class FoundSAE(NamedTuple):
+    """An SAE on disk.
+
+    Attributes:
+        folder: Holds ``sae.json`` and ``sae.safetensors``, and where known ``activations.json`` (what the SAE reads).
+        run: The run that it comes from; None for a folder of the user's.
+    """
+
+    folder: Path
+    run: RunSummary | None
+
+
+def resolve_run(word: str, with_sae: bool = False, uri: str | None = None) -> RunSummary:
+    """The run that a word on the command line means.
+
+    Args:
+        word: ``last`` (the newest run that is not part of another), a run id or its first characters as ``hedgelab runs``
+            shows them, or the name of a run; of several with one name, the newest.
+        with_sae: Look only among runs that kept an SAE.
+        uri: Tracking URI; None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``.
+
+    Raises:
+        UserError: There is no store or no such run, or the first characters fit several.
+    """
+    client, names = open_runs(uri)
+    wanted = _HAS_SAE if with_sae else ""
+    if word == "last":
+        found = _newest_of_its_own(client, list(names), wanted)
+    else:
+        by_name = f"attributes.run_name = '{word}'"
+        found = [] if "'" in word else _newest(client, names, _both(by_name, wanted), 1)
+        if not found and re.fullmatch(r"[0-9a-f]{4,32}", word):
+            found = _newest(client, names, _both(f"attributes.run_id LIKE '{word}%'", wanted), 5)
+    if len(found) > 1:
+        fits = ", ".join(run.info.run_id[:12] for run in found)
+        raise UserError(f"'{word}' is the beginning of several run ids ({fits}); give more characters")
+    if not found:
+        kind = "run that kept an SAE" if with_sae else "run"
+        raise UserError(f"no {kind} '{word}' in the store; give 'last', or a name or id that `hedgelab runs` lists")
+    return _summary(found[0], names)
+
+
+def resolve_sae(word: str, uri: str | None = None) -> FoundSAE:
+    """The SAE that a word on the command line means: a folder that holds one, or a run (see :func:`resolve_run`).
+
+    Raises:
+        UserError: The folder holds none, or there is no such run.
+    """
+    folder = Path(word)
+    for candidate in (folder, folder / "sae"):
+        if (candidate / _SAE_FILE).is_file():
+            return FoundSAE(candidate, None)
+    if folder.is_dir():
+        raise UserError(f"{folder}: holds no {_SAE_FILE}; expected a run's name or id, or a folder with an SAE")
+    run = resolve_run(word, with_sae=True, uri=uri)
+    return FoundSAE(artifact(run, "sae", uri), run)
+
+
+def artifact(run: RunSummary, path: str, uri: str | None = None) -> Path:
+    """A run's artifact on this machine: where it lies if it is here, else a copy.
+
+    Raises:
+        UserError: The run has no such artifact, or it cannot be had.
+    """
+    try:
+        return Path(ensure_store(uri).download_artifacts(run.run_id, path))
+    except Exception as error:  # every artifact store has errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"run {run.run_id[:8]} ({run.name}): cannot get its artifact '{path}' ({reason})") from error
+
+
+def open_runs(uri: str | None = None) -> tuple[MlflowClient, dict[str, str]]:
+    """A client of a store that exists, and the names of its experiments by id.
+
+    Raises:
+        UserError: There is no store, or it cannot be reached.
+    """
+    uri = uri or tracking_uri()
+    database = sqlite_file(uri)
+    if database is not None and not database.exists():
+        raise UserError(f"MLFLOW_TRACKING_URI: no store at {database}; start a run with `hedgelab fit`, or set it")
+    client = ensure_store(uri)
+    return client, {found.experiment_id: found.name for found in client.search_experiments()}
+
+
 def list_runs(
     experiment: str | None = None, last: bool = False, limit: int = 20, uri: str | None = None
 ) -> list[RunSummary]:
@@ -70,28 +147,35 @@ def list_runs(
     Raises:
         UserError: There is no store, it cannot be reached, or it has no such experiment.
     """
-    uri = uri or tracking_uri()
-    database = sqlite_file(uri)
-    if database is not None and not database.exists():
-        raise UserError(f"MLFLOW_TRACKING_URI: no store at {database}; start a run with `hedgelab fit`, or set it")
-    client = ensure_store(uri)
-    names = {found.experiment_id: found.name for found in client.search_experiments()}
+    client, names = open_runs(uri)
     if experiment is not None:
         if experiment not in names.values():
             raise UserError(f"--experiment: no '{experiment}' in the store; it has {', '.join(sorted(names.values()))}")
         names = {key: name for key, name in names.items() if name == experiment}
     if last:
         return [_summary(run, names) for run in _newest_of_its_own(client, list(names))]
-    found = client.search_runs(list(names), max_results=limit, order_by=["attributes.start_time DESC"])
-    return [_summary(run, names) for run in found]
+    return [_summary(run, names) for run in _newest(client, names, "", limit)]
 
 
-def _newest_of_its_own(client: MlflowClient, experiments: list[str]) -> list[Run]:
+def _newest(client: MlflowClient, experiments: dict[str, str], wanted: str, limit: int) -> list[Run]:
+    order = ["attributes.start_time DESC"]
+    return list(client.search_runs(list(experiments), filter_string=wanted, max_results=limit, order_by=order))
+
+
+def _both(first: str, second: str) -> str:
+    return f"{first} AND {second}" if second else first
+
+
+def _newest_of_its_own(client: MlflowClient, experiments: list[str], wanted: str = "") -> list[Run]:
     """The newest run that stands below no other, as a list of one; empty where there is none."""
     token = None
     while True:
         page = client.search_runs(
-            experiments, order_by=["attributes.start_time DESC"], max_results=100, page_token=token
+            experiments,
+            filter_string=wanted,
+            order_by=["attributes.start_time DESC"],
+            max_results=100,
+            page_token=token,
         )
         for run in page:
             if "mlflow.parentRunId" not in run.data.tags:
@@ -99,54 +183,6 @@ def _newest_of_its_own(client: MlflowClient, experiments: list[str]) -> list[Run
         token = page.token
         if not token:
             return []
-
-
-def as_json(runs: list[RunSummary]) -> str:
-    """One JSON document: an array of runs. Numbers that JSON has no word for become ``null``."""
-    documents = [asdict(run) for run in runs]
-    for document in documents:
-        document["metrics"] = {
-            key: value if math.isfinite(value) else None for key, value in document["metrics"].items()
-        }
-    return json.dumps(documents, indent=2, allow_nan=False)
-
-
-def format_table(runs: list[RunSummary]) -> str:
-    """A table of the runs with their key numbers, for the terminal; columns that no run fills are left out."""
-    rows = [_row(run) for run in runs]
-    columns = [column for column in (rows[0] if rows else ()) if any(row[column] for row in rows)]
-    if not rows:
-        return "no runs yet"
-    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
-    lines = [{column: column for column in columns}, *rows]
-    return "\n".join("  ".join(line[column].ljust(widths[column]) for column in columns).rstrip() for line in lines)
-
-
-def _row(run: RunSummary) -> dict[str, str]:
-    row = {
-        "run": run.name,
-        "id": run.run_id[:8],
-        "experiment": run.experiment,
-        "status": run.status.lower(),
-        "started": datetime.fromisoformat(run.start).astimezone().strftime("%Y-%m-%d %H:%M"),
-        "took": "" if run.duration_seconds is None else _duration(run.duration_seconds),
-    }
-    for metric, title in _KEY_NUMBERS.items():
-        values = (run.metrics.get(f"{stage}/{metric}") for stage in _STAGES)
-        row[title] = _number(next((value for value in values if value is not None), None))
-    return {**row, "samples/s": _number(run.metrics.get("samples/s"))}
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
 def _summary(run: Run, experiments: dict[str, str]) -> RunSummary:

@@ -4,7 +4,8 @@ import pytest
 
 from hedgelab.errors import UserError
 from hedgelab.tracking import MLflowTracker
-from hedgelab.tracking.runs import as_json, format_table, list_runs
+from hedgelab.tracking.listing import as_json, format_table
+from hedgelab.tracking.runs import artifact, list_runs, resolve_run, resolve_sae
 
 
 @pytest.fixture
@@ -70,3 +71,53 @@ def test_no_store_and_no_runs(uri, tmp_path):
     with pytest.raises(UserError, match=r"no store at .*hedgelab fit"):
         list_runs(uri=f"sqlite:///{tmp_path}/absent.db")
     assert not (tmp_path / "absent.db").exists()
+
+
+@pytest.fixture
+def kept(runs, tmp_path):
+    """A run that kept an SAE, with a part of it that did too, then a newer run that did not."""
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "sae.json").write_text("{}")
+    parent = MLflowTracker("a", run_name="trained", uri=runs)
+    for tracker in (parent, parent.child("part", {})):
+        tracker.log_artifact(tmp_path / "made", "sae")
+        tracker.log_tags({"weights_sha256": "0"})
+        tracker.finalize("success")
+    other = MLflowTracker("a", run_name="table", uri=runs)
+    other.log_metrics({"val/mcc": 1.0}, 1)
+    other.finalize("success")
+    return parent.run_id
+
+
+def test_a_run_by_any_of_its_names(kept):
+    assert resolve_run("last").name == "table"
+    assert resolve_run("last", with_sae=True).run_id == kept
+    for word in ("trained", kept, kept[:8]):
+        assert resolve_run(word).run_id == kept
+    with pytest.raises(UserError, match="no run 'nonsuch' in the store"):
+        resolve_run("nonsuch")
+    with pytest.raises(UserError, match="no run that kept an SAE 'table'"):
+        resolve_run("table", with_sae=True)
+    with pytest.raises(UserError, match=r"no run 'o\'neill'"):
+        resolve_run("o'neill")
+
+
+def test_the_newest_of_one_name(runs):
+    for value in (1.0, 2.0):
+        tracker = MLflowTracker("a", run_name="twice", uri=runs)
+        tracker.log_metrics({"val/mcc": value}, 1)
+        tracker.finalize("success")
+    assert resolve_run("twice").metrics["val/mcc"] == 2.0
+
+
+def test_an_sae_of_a_run_or_a_folder(kept, tmp_path):
+    found = resolve_sae(kept[:8])
+    assert (found.folder / "sae.json").read_text() == "{}"
+    assert found.run.run_id == kept
+    assert resolve_sae(str(tmp_path / "made")).folder == tmp_path / "made"
+    assert resolve_sae(str(tmp_path / "made")).run is None
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: holds no sae.json"):
+        resolve_sae(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="cannot get its artifact 'nothing'"):
+        artifact(found.run, "nothing")
