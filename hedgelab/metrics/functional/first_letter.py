@@ -1,0 +1,217 @@
+"""Absorption and splitting on the first-letter task.
+
+The task and the definition are those of Chanin et al. 2024 (*A is for Absorption*) in the form in which SAEBench measures it
+(Karvonen et al. 2025): projections onto the probe take the place of ablations, so that no model needs to run.
+
+For each letter: a dense probe on the activations knows which words start with it. Latents are ranked by an L1-penalised
+probe on all of them; k-sparse probes on the best 1, 2, … tell how many latents the letter is *split* into: as long as each
+adds .03 to the F1. Words that the dense probe gets right are *fully absorbed* when all split latents are silent while a latent
+along the probe carries at least .4 of the activation's projection on it; the *absorption fraction* counts partial absorption
+by at most three latents.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hedgelab.kernels.codes import Codes
+from hedgelab.metrics.functional.logistic import LinearProbe, f1_score, logistic_regression
+from hedgelab.metrics.functional.probing import columns, firing_magnitudes
+
+F1_JUMP = 0.03
+"""What a further latent must add to the F1 to count as a split."""
+MOST_SPLITS = 10
+MIN_PROBE_F1 = 0.6
+"""Letters whose dense probe is worse are left out."""
+ABSORBER_COSINE, FULL_ABSORBER_COSINE = 0.1, 0.025
+"""Cosine with the probe that absorbing latents need, for the fraction and for full absorption."""
+PROJECTION_SHARE = 0.4
+"""Share of the activation's projection that they must carry."""
+MOST_ABSORBERS = 3
+_L1, _L1_STEPS, _SILENT = 0.01, 300, 1e-8
+
+
+class FirstLetterScores(NamedTuple):
+    """Scores by letter, ``[letters]`` each, float64; NaN where the dense probe is too weak or finds no word.
+
+    Attributes:
+        full: Share of the words that the dense probe finds which are fully absorbed.
+        fraction: Mean absorption fraction over them.
+        splits: Number of latents that the letter is split into.
+        f1: F1 of the best single latent on the test words.
+        probe_f1: F1 of the dense probe on the test words; never NaN.
+    """
+
+    full: Tensor
+    fraction: Tensor
+    splits: Tensor
+    f1: Tensor
+    probe_f1: Tensor
+
+
+class WordAbsorption(NamedTuple):
+    """Absorption of single words.
+
+    Attributes:
+        full: Whether the word is fully absorbed, bool ``[words]``.
+        fraction: Absorption fraction, ``[words]``.
+    """
+
+    full: Tensor
+    fraction: Tensor
+
+
+def first_letter_scores(
+    train: Codes,
+    train_labels: Tensor,
+    test: Codes,
+    test_labels: Tensor,
+    test_x: Tensor,
+    probe: LinearProbe,
+    W_dec: Tensor,
+) -> FirstLetterScores:
+    """Absorption and splitting of every letter.
+
+    Args:
+        train: Codes of the training words.
+        train_labels: Their letters, bool ``[n, letters]``.
+        test: Codes of the test words.
+        test_labels: Their letters.
+        test_x: Their activations as the SAE reads them, ``[n, d_in]``.
+        probe: Dense probes of the letters on such activations.
+        W_dec: The SAE's decoder, ``[d_sae, d_in]``.
+    """
+    norms = W_dec.detach().double().norm(dim=1)
+    scale = firing_magnitudes(train)
+    ranked = l1_ranking(train, train_labels, scale)
+    found = probe.scores(test_x) > 0
+    letters = test_labels.shape[1]
+    scores = {name: torch.full((letters,), torch.nan, dtype=torch.float64) for name in FirstLetterScores._fields}
+    for letter in range(letters):
+        y, y_test = train_labels[:, letter], test_labels[:, letter]
+        scores["probe_f1"][letter] = probe_f1 = f1_score(found[:, letter], y_test)
+        words = (found[:, letter] & y_test).nonzero().squeeze(1)
+        if probe_f1 <= MIN_PROBE_F1 or not len(words):
+            continue
+        f1 = k_sparse_f1(train, y, test, y_test, ranked[letter], scale)
+        main = ranked[letter, : split_count(f1)]
+        absorption = word_absorption(
+            _rows(test, words) * norms, test_x[words].double(), probe.weight[letter], main, W_dec.detach().double()
+        )
+        scores["full"][letter] = absorption.full.double().mean()
+        scores["fraction"][letter] = absorption.fraction.mean()
+        scores["splits"][letter] = len(main)
+        scores["f1"][letter] = f1[0]
+    return FirstLetterScores(**scores)
+
+
+def word_absorption(activations: Tensor, x: Tensor, direction: Tensor, main: Tensor, W_dec: Tensor) -> WordAbsorption:
+    """Absorption of words that the dense probe finds.
+
+    Args:
+        activations: Latents in units of decoder norm (folded), ``[words, d_sae]``.
+        x: Activations of the model, ``[words, d_in]``.
+        direction: The probe's weight, ``[d_in]``.
+        main: The latents that the letter is split into, ``[splits]`` int64.
+        W_dec: Decoder, ``[d_sae, d_in]``.
+    """
+    direction = normalize(direction.double(), dim=0)
+    cosines = normalize(W_dec.double(), dim=1) @ direction
+    activations = activations.double()
+    on_probe = x.double() @ direction
+    projections = activations * cosines
+
+    best = projections.max(dim=1)
+    full = (
+        (activations[:, main] < _SILENT).all(1)
+        & (cosines[best.indices] >= FULL_ABSORBER_COSINE)
+        & (on_probe > 0)
+        & (best.values >= PROJECTION_SHARE * on_probe)
+    )
+
+    by_main = projections[:, main].sum(1)
+    absorbs = cosines >= ABSORBER_COSINE
+    absorbs[main] = False
+    rest = torch.where(absorbs, projections, 0.0).clamp_min(0)
+    by_absorbers = rest.topk(min(MOST_ABSORBERS, rest.shape[1]), dim=1).values.sum(1)
+    taken = torch.minimum(by_absorbers, on_probe - by_main)
+    fraction = torch.where(by_main <= 0, 1.0, taken / (taken + by_main)).clamp(0, 1)
+    none = (by_main >= on_probe) | (by_absorbers / on_probe < PROJECTION_SHARE)
+    return WordAbsorption(full, torch.where(none, 0.0, fraction))
+
+
+def split_count(f1: Tensor) -> int:
+    """How many latents a concept is split into, from the F1 of k-sparse probes for k = 1, 2, ….
+
+    >>> split_count(torch.tensor([.5, .6, .62, .9])), split_count(torch.tensor([.5, .52]))
+    (2, 1)
+    """
+    count = 1
+    while count < len(f1) and f1[count] > f1[count - 1] + F1_JUMP:
+        count += 1
+    return count
+
+
+def k_sparse_f1(train: Codes, y: Tensor, test: Codes, y_test: Tensor, ranked: Tensor, scale: Tensor) -> Tensor:
+    """F1 on the test words of class-balanced logistic regressions on the first 1, 2, … of ``ranked`` latents.
+
+    The latents are divided by ``scale [d_sae]``.
+    """
+    x, x_test = (columns(codes, ranked) / scale[ranked] for codes in (train, test))
+    scores: list[float] = []
+    for k in range(1, len(ranked) + 1):
+        probe = logistic_regression(x[:, :k], y)
+        scores.append(f1_score(probe.scores(x_test[:, :k])[:, 0] > 0, y_test))
+        if k > 1 and scores[-1] <= scores[-2] + F1_JUMP:
+            break
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def l1_ranking(codes: Codes, labels: Tensor, scale: Tensor, k: int = MOST_SPLITS) -> Tensor:
+    """The k latents of each class with the largest positive weight in an L1-penalised probe, ``[classes, k]``.
+
+    The loss is SAEBench's: mean over examples of the cross-entropy, positives weighing as much as the rest together, plus .01
+    times the L1 norm; minimised by accelerated proximal gradients (FISTA) on latents divided by ``scale [d_sae]``.
+    """
+    scaled = codes.scale((1 / scale).to(codes.values)).detach()
+    crow, latents, values = scaled.csr()
+    n, d_sae = codes.batch_size, codes.d_sae
+    matrix = torch.sparse_csr_tensor(crow, latents, values.float(), (n, d_sae), check_invariants=False)
+    transpose = matrix.t().to_sparse_csr()
+    target = labels.float()
+    sample = torch.where(labels, (n - target.sum(0)) / target.sum(0), 1.0) / n
+    lipschitz = _lipschitz(matrix, transpose, sample) + sample.sum(0) / 4  # of the latents and of the intercept
+    w, b = torch.zeros(d_sae, labels.shape[1]), torch.zeros(labels.shape[1])
+    ahead_w, ahead_b, t = w, b, 1.0
+    for _ in range(_L1_STEPS):
+        pull = sample * (torch.sigmoid(matrix @ ahead_w + ahead_b) - target)
+        moved = ahead_w - (transpose @ pull) / lipschitz
+        new_w = torch.sign(moved) * (moved.abs() - _L1 / lipschitz).clamp_min(0)
+        new_b = ahead_b - pull.sum(0) / lipschitz
+        following = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        ahead_w, ahead_b = new_w + (t - 1) / following * (new_w - w), new_b + (t - 1) / following * (new_b - b)
+        w, b, t = new_w, new_b, following
+    return w.T.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def _lipschitz(matrix: Tensor, transpose: Tensor, sample: Tensor) -> Tensor:
+    """Upper estimates of the largest curvature of each class's loss, ``[classes]``, by power iteration."""
+    v = torch.ones(matrix.shape[1], sample.shape[1])
+    for _ in range(20):
+        v = transpose @ (sample * (matrix @ normalize(v, dim=0)))
+    return v.norm(dim=0) * 1.1 / 4
+
+
+def _rows(codes: Codes, rows: Tensor) -> Tensor:
+    """Some rows, dense, ``[len(rows), d_sae]`` float64."""
+    if codes.crow is None or codes.latents is None:
+        return codes.values[rows].detach().double()
+    dense = torch.zeros(len(rows), codes.d_sae, dtype=torch.float64)
+    for place, row in enumerate(rows.tolist()):
+        entries = slice(int(codes.crow[row]), int(codes.crow[row + 1]))
+        dense[place, codes.latents[entries]] = codes.values[entries].detach().double()
+    return dense

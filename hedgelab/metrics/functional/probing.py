@@ -1,0 +1,117 @@
+"""k-sparse probing: how well a concept can be read from the k latents that know most of it (SPEC section 6).
+
+Latents are rescaled to a mean firing magnitude of 1 and ranked, for each class, by the absolute difference of their means
+between the class and the rest; a class-balanced logistic regression reads the top k (Gurnee et al. 2023; Gao et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hedgelab.kernels.codes import Codes
+from hedgelab.metrics.functional.logistic import f1_score, logistic_regression, roc_auc
+from hedgelab.seeding import generator
+
+PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
+"""Candidates for C; the one with the best AUC on a fifth of the training split is taken."""
+
+
+class ProbingScores(NamedTuple):
+    """What the probes reach on the test split, float64.
+
+    Attributes:
+        f1: ``[classes, len(ks)]``.
+        auc: ``[classes, len(ks)]``.
+        C: The penalties chosen, ``[classes, len(ks)]``.
+        latents: The latents of each class, best first, ``[classes, max(ks)]`` int64.
+    """
+
+    f1: Tensor
+    auc: Tensor
+    C: Tensor
+    latents: Tensor
+
+
+def firing_magnitudes(codes: Codes) -> Tensor:
+    """Mean activation of each latent where it fires, ``[d_sae]`` float64; 1 for latents that never do."""
+    fired = codes.firing_counts()
+    total = Codes(codes.d_sae, codes.values.detach().double(), codes.latents, codes.crow, codes.layout).sum_per_latent()
+    return torch.where(fired > 0, total / fired.clamp_min(1), 1.0)
+
+
+def class_means(codes: Codes, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean activations within each class and outside it, ``[classes, d_sae]`` float64; ``labels``: bool ``[n, classes]``."""
+    wide = Codes(codes.d_sae, codes.values.detach().double(), codes.latents, codes.crow, codes.layout)
+    everything = wide.sum_per_latent()
+    inside = torch.stack([wide.sum_per_latent(mask.double()) for mask in labels.T])
+    count = labels.sum(0).double()[:, None]
+    return inside / count, (everything - inside) / (labels.shape[0] - count)
+
+
+def columns(codes: Codes, latents: Tensor) -> Tensor:
+    """Activations of chosen latents ``[k]`` alone, ``[batch, k]`` float64."""
+    if codes.latents is None:
+        return codes.values[:, latents].detach().double()
+    place = torch.full((codes.d_sae,), -1, device=latents.device)
+    place[latents] = torch.arange(len(latents), device=latents.device)
+    entries = (place[codes.latents] >= 0).nonzero().squeeze(1)
+    dense = torch.zeros(codes.batch_size, len(latents), dtype=torch.float64, device=latents.device)
+    where = (codes.rows()[entries], place[codes.latents[entries]])
+    return dense.index_put(where, codes.values[entries].detach().double(), accumulate=True)
+
+
+def rank_latents(train: Codes, labels: Tensor, k: int) -> Tensor:
+    """The k latents of each class, best first, ``[classes, k]``; arguments as in :func:`k_sparse_probing`."""
+    inside, outside = class_means(train, labels)
+    difference = ((inside - outside) / firing_magnitudes(train)).abs()
+    return difference.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def k_sparse_probing(
+    train: Codes,
+    train_labels: Tensor,
+    test: Codes,
+    test_labels: Tensor,
+    ks: Sequence[int] = (1, 2, 5, 10),
+    seed: int = 0,
+) -> ProbingScores:
+    """Probe every class, one against the rest, with k latents.
+
+    Args:
+        train: Codes of the training split.
+        train_labels: Class memberships, bool ``[n, classes]``; every class needs members and others, some of each.
+        test: Codes of the test split.
+        test_labels: The same of it.
+        ks: Numbers of latents.
+        seed: Of the fifth of the training split by which C is chosen.
+    """
+    ks = [min(k, train.d_sae) for k in ks]
+    latents = rank_latents(train, train_labels, max(ks))
+    scale = firing_magnitudes(train)
+    held = torch.randperm(train.batch_size, generator=generator(seed, "probing split")) < train.batch_size // 5
+    f1, auc, chosen = (torch.full((len(latents), len(ks)), torch.nan, dtype=torch.float64) for _ in range(3))
+    for row, best in enumerate(latents):
+        x, x_test = (columns(codes, best) / scale[best] for codes in (train, test))
+        y, y_test = train_labels[:, row], test_labels[:, row]
+        for column, k in enumerate(ks):
+            C = _best_penalty(x[:, :k], y, held)
+            scores = logistic_regression(x[:, :k], y, C).scores(x_test[:, :k])[:, 0]
+            f1[row, column], auc[row, column] = f1_score(scores > 0, y_test), roc_auc(scores, y_test)
+            chosen[row, column] = C
+    return ProbingScores(f1, auc, chosen, latents)
+
+
+def _best_penalty(x: Tensor, y: Tensor, held: Tensor) -> float:
+    """The first of the penalties whose AUC on the held-out part is best."""
+    if not (y[held].any() and (~y[held]).any() and y[~held].any() and (~y[~held]).any()):
+        return 1.0
+
+    def tried() -> Iterator[tuple[float, float]]:
+        for C in PENALTIES:
+            yield roc_auc(logistic_regression(x[~held], y[~held], C).scores(x[held])[:, 0], y[held]), -C
+
+    return -max(tried())[1]
