@@ -17,6 +17,7 @@ from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles
 from hedgelab.data.llm.stream import BlockStream
 from hedgelab.data.llm.text import StandardLibraryText, TextSource
 from hedgelab.data.llm.tokens import Contexts, load_contexts
+from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
 
@@ -181,6 +182,33 @@ class LLMDataModule(ActivationDataModule):
         if self.normalisation != "centred":
             return None
         return self.stream("train").block(0).rows.double().mean(dim=0).float()
+
+    def source(self) -> ActivationSource:
+        """Model, hook, contexts, and the normalisation as measured."""
+        opening = set(self.contexts.tokens[:, 0].tolist())
+        return ActivationSource(
+            model=self.model,
+            hook=self.harvester.hook,
+            layer=None if self.hook else self.layer % self.files.config().get_text_config().num_hidden_layers,
+            context_length=self.context_length,
+            skip_first=self.skip_first,
+            opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),
+            text=self.text.fingerprint(),
+            normalisation=self.normalisation,
+            scale=self.activation_scale,
+            mean=None if self.activation_mean is None else tuple(self.activation_mean.tolist()),
+        )
+
+    def stage_contexts(self, stage: Stage) -> Contexts:
+        """The packed text of one stage."""
+        mine = self._split()[stage]
+        return Contexts(self.contexts.tokens[mine], self.contexts.special[mine])
+
+    @property
+    def hook_path(self) -> str:
+        """Path of the hooked module in the causal language model."""
+        n_layers = self.files.config().get_text_config().num_hidden_layers
+        return self.hook or block_path(self.files.skeleton(), n_layers, self.layer)
 
     def describe(self) -> dict[str, float]:
         """Percentiles of the activation norms (see :meth:`norm_percentiles`)."""
