@@ -1,0 +1,66 @@
+"""Where activations come from and how they were normalised, as it travels with an SAE (``activations.json``)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hedgelab.errors import UserError
+
+FILE = "activations.json"
+
+
+@dataclass(frozen=True)
+class ActivationSource:
+    """What an SAE reads: ``x = (activation - mean) · scale`` of a language model's hook.
+
+    Attributes:
+        model: Name of the model, as ``data.model`` took it.
+        hook: Path of the hooked module in the transformers model, such as ``model.layers.12``.
+        layer: The block whose residual stream it is, counted from zero; None for any other hook.
+        context_length: Tokens the model sees at a time.
+        skip_first: First positions of each context that were left out.
+        opens_with_bos: Whether each context begins with the tokenizer's BOS token; None where that is not known.
+        text: The text, in words.
+        normalisation: Name of the normalisation.
+        scale: Factor of the (centred) activations.
+        mean: What is subtracted first, ``d_in`` numbers; None for nothing.
+    """
+
+    model: str | None = None
+    hook: str | None = None
+    layer: int | None = None
+    context_length: int | None = None
+    skip_first: int = 0
+    opens_with_bos: bool | None = None
+    text: str | None = None
+    normalisation: str = "none"
+    scale: float = 1.0
+    mean: tuple[float, ...] | None = field(default=None, repr=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``activations.json`` into a folder."""
+        document = {key: list(value) if key == "mean" and value else value for key, value in asdict(self).items()}
+        (Path(folder) / FILE).write_text(json.dumps(document, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ActivationSource | None:
+        """Read it back from beside an SAE; None where nothing is known.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        path = Path(folder) / FILE
+        if not path.is_file():
+            return None
+        try:
+            document: dict[str, Any] = json.loads(path.read_text())
+            known = {key: value for key, value in document.items() if key in {one.name for one in fields(cls)}}
+            known["scale"] = float(known.get("scale", 1.0))
+            if known.get("mean") is not None:
+                known["mean"] = tuple(float(value) for value in known["mean"])
+            return cls(**known)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: damaged ({error})") from error
