@@ -1,0 +1,126 @@
+"""Run by an interpreter that has the other libraries: ``python peer.py jobs.json``; knows nothing of hedgelab.
+
+Each job names what to do, a folder, a file of activations ``x`` and a file for the answer: activations of the latents and
+reconstructions, as the library itself gives them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def answer(job, encode, decode):
+    x = load_file(job["x"])["x"]
+    with torch.no_grad():
+        acts = encode(x)
+        save_file({"acts": acts.contiguous(), "x_hat": decode(acts).contiguous()}, job["answer"])
+
+
+def load_saelens(job):
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(job["folder"])
+    answer(job, sae.encode, sae.decode)
+    metadata = sae.cfg.metadata
+    told = {"architecture": sae.cfg.architecture(), **{key: metadata[key] for key in job.get("metadata", [])}}
+    Path(job["answer"]).with_suffix(".json").write_text(json.dumps(told))
+
+
+def make_saelens(job):
+    from sae_lens.registry import get_sae_class, get_sae_training_class
+
+    getter = get_sae_training_class if job["training"] else get_sae_class
+    sae_class, config_class = getter(job["architecture"])
+    sae = sae_class(config_class(d_in=job["d_in"], d_sae=job["d_sae"], **job["arguments"]))
+    randomise(sae)
+    sae.save_model(job["folder"])
+    if job["training"]:  # what inference makes of it
+        sae.save_inference_model(job["folder"] + "_inference")
+        from sae_lens import SAE
+
+        sae = SAE.load_from_disk(job["folder"] + "_inference")
+    answer(job, sae.encode, sae.decode)
+
+
+def make_sparsify(job):
+    from sparsify import SparseCoder
+    from sparsify.config import SparseCoderConfig
+
+    coder = SparseCoder(job["d_in"], SparseCoderConfig(num_latents=job["d_sae"], **job["arguments"]))
+    randomise(coder)
+    coder.save_to_disk(job["folder"])
+    coder = SparseCoder.load_from_disk(job["folder"])
+
+    def encode(x):
+        top, latents, _ = coder.encode(x)
+        return torch.zeros(len(x), job["d_sae"]).scatter(1, latents, top)
+
+    answer(job, encode, lambda acts: acts @ coder.W_dec + coder.b_dec)
+    x = load_file(job["x"])["x"]
+    torch.testing.assert_close(load_file(job["answer"])["x_hat"], coder(x).sae_out)
+
+
+def make_dictionary_learning(job):
+    import dictionary_learning.dictionary as dictionaries
+    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK
+
+    own = {cls.__name__: cls for cls in (BatchTopKSAE, MatryoshkaBatchTopKSAE, AutoEncoderTopK)}
+    cls = own.get(job["dict_class"]) or getattr(dictionaries, job["dict_class"])
+    sae = cls(job["d_in"], job["d_sae"], **job["arguments"])
+    randomise(sae)
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True)
+    torch.save(sae.state_dict(), folder / "ae.pt")
+    trainer = {"dict_class": job["dict_class"], "lm_name": "some/model", "layer": 3, **job["arguments"]}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+    if job["dict_class"] == "AutoEncoder":
+        sae = cls.from_pretrained(folder / "ae.pt")
+    answer(job, sae.encode, sae.decode)
+
+
+def run_language_model(job):
+    """SAELens's own way from the metadata of a folder to a model, its hook, and the loss with the reconstruction put in."""
+    from sae_lens import SAE
+    from sae_lens.load_model import load_model
+
+    sae = SAE.load_from_disk(job["folder"])
+    metadata = sae.cfg.metadata
+    model = load_model(metadata.model_class_name, job["model"], "cpu", hook_names=[metadata.hook_name])
+    tokens = load_file(job["tokens"])["tokens"].long()
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=[metadata.hook_name])
+        x = cache[metadata.hook_name][:, metadata.seqpos_slice[0] :].flatten(0, 1).float()
+        acts = sae.encode(x)
+        x_hat = sae.decode(acts)
+    save_file({"x": x.contiguous(), "acts": acts.contiguous(), "x_hat": x_hat.contiguous()}, job["answer"])
+
+
+def randomise(module):
+    """Weights that hide nothing: biases away from zero, decoder rows of different norms, thresholds that matter."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if not value.is_floating_point():
+                continue
+            size = 0.3 if value.dim() == 2 else 0.2
+            noise = size * torch.randn(value.shape, generator=generator)
+            value.copy_(noise.abs() if "threshold" in name else noise)
+
+
+def main():
+    results = {}
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            globals()[job["do"]](job)
+            results[job["name"]] = "done"
+        except ImportError as error:
+            results[job["name"]] = f"missing: {error}"
+    sys.stdout.write("RESULTS " + json.dumps(results) + "\n")
+
+
+main()
