@@ -27,6 +27,7 @@ COMMANDS = {
     "test": Command("fit", "measure an SAE on the test batches (--ckpt_path)"),
     "phase": Command("phase", "map hedging of toy SAEs over two axes, beside the closed forms"),
     "hedge": Command("hedge", "measure how much an SAE hedges: train, widen, train on, compare"),
+    "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations"),
     "figures": Command("figures", "redraw the paper's toy and theory figures, without sampling noise"),
     "runs": Command("runs", "list tracked runs with their key numbers"),
     "ui": Command("ui", "open the MLflow UI on the tracked runs"),

@@ -22,7 +22,7 @@ _FLAGS = ("help", "print_config")
 
 def config_files(words: list[str]) -> list[Path]:
     """The files named by ``--config``, in order."""
-    return [Path(value) for key, value in _options(words) if key in ("config", "c") and value]
+    return [Path(value) for key, value in options_of(words) if key in ("config", "c") and value]
 
 
 def opening_comment(files: list[Path]) -> str | None:
@@ -40,17 +40,17 @@ def compose(words: list[str], defaults: Tree | None = None) -> Tree:
         UserError: A missing or unreadable file, invalid YAML, or a word that is neither option nor value.
     """
     tree: Tree = copy.deepcopy(defaults or {})
-    for key, value in _options(words):
+    for key, value in options_of(words):
         if key in ("config", "c"):
             if not value:
                 raise UserError("--config: expected a file, got nothing")
-            _overlay(tree, _load(Path(value)))
+            overlay(tree, load(Path(value)))
         elif key.split(".")[0] not in _FLAGS:
             _overlay_option(tree, key.split("."), value)
     return tree
 
 
-def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
+def options_of(words: list[str]) -> Iterator[tuple[str, str | None]]:
     """Pairs of dotted key and text; None where an option has no value."""
     rest = list(words)
     while rest:
@@ -64,7 +64,7 @@ def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
             yield key, rest.pop(0) if rest and not rest[0].startswith("--") else None
 
 
-def _load(path: Path) -> Tree:
+def load(path: Path) -> Tree:
     """One config file."""
     if not path.is_file():
         candidates = {file.name: file for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
@@ -86,7 +86,7 @@ def _load(path: Path) -> Tree:
     return content
 
 
-def _overlay(tree: Tree, layer: Tree) -> None:
+def overlay(tree: Tree, layer: Tree) -> None:
     """Lay ``layer`` over ``tree``; another class than before starts with no arguments."""
     for key, value in layer.items():
         below = tree.get(key)
@@ -95,30 +95,35 @@ def _overlay(tree: Tree, layer: Tree) -> None:
         if isinstance(value, dict) and isinstance(below, dict):
             if value.get("class_path", below.get("class_path")) != below.get("class_path"):
                 below.clear()
-            _overlay(below, value)
+            overlay(below, value)
         else:
             tree[key] = value
 
 
 def _overlay_option(tree: Tree, path: list[str], text: str | None) -> None:
-    """Lay one ``--a.b.c=text`` over ``tree``: classes are named in full, their arguments with or without init_args."""
+    """Lay one ``--a.b.c=text`` over ``tree``."""
     try:
         value = yaml.safe_load(text) if isinstance(text, str) else text
     except yaml.YAMLError:
         value = text
+    overlay_value(tree, path, value)
+
+
+def overlay_value(tree: Tree, path: list[str], value: Any) -> None:
+    """Lay a value over ``tree`` at a path of keys: classes are named in full, arguments with or without init_args."""
     *parents, last = [key for key in path if key != "init_args"]
     for key in parents:
         tree = _child(_arguments(tree), key)
     name = last.removesuffix("+")
     if name == "class_path":
-        _overlay(tree, {name: value} if tree.get(name) == value else {name: value, "init_args": {}})
+        overlay(tree, {name: value} if tree.get(name) == value else {name: value, "init_args": {}})
         return
     tree = _arguments(tree)
     below = tree.get(name)
     if name != last:
         tree[name] = [*(below if isinstance(below, list) else []), *(value if isinstance(value, list) else [value])]
     elif isinstance(value, str) and isinstance(below, dict) and "class_path" in below:
-        _overlay(tree, {name: {"class_path": value}})
+        overlay(tree, {name: {"class_path": value}})
     else:
         tree[name] = value
 

@@ -9,7 +9,7 @@ new latents) share the stream and train as one group too; each one's new latents
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from hedgelab.protocols.training_phases import Phase, PhaseRunner
 from hedgelab.saes import SAE, JumpReLUSAE, VanillaSAE, duplicate, fresh, widen
 from hedgelab.saes.widen import flat_part, train_like
 from hedgelab.seeding import resolve_seed
+from hedgelab.tracking import MLflowTracker
 
 ROLES = ("control", "extended", "reordered")
 
@@ -84,6 +85,9 @@ class HedgeProtocol:
         options: How the degree is measured.
         runner: Trains phases.
         config: Plain values that, with steps and options, determine the outcome: the resolved config of model and data.
+        seeds: The seeds, instead of as many as the options say from the model's own on.
+        tracker: The run below which the phases' runs stand; None is the runner's.
+        label: What the names of its phases begin with, where other protocols share the stream.
 
     Raises:
         UserError: More new latents than directions.
@@ -97,6 +101,9 @@ class HedgeProtocol:
         options: HedgeOptions,
         runner: PhaseRunner,
         config: Mapping[str, Any],
+        seeds: Sequence[int] | None = None,
+        tracker: MLflowTracker | None = None,
+        label: str = "",
     ) -> None:
         if options.n_new >= data.d_in:
             raise UserError(
@@ -105,32 +112,37 @@ class HedgeProtocol:
         self.model, self.data, self.steps, self.options = model, data, steps, options
         self.runner, self.config = runner, {**config, "steps": steps}
         first = resolve_seed(flat_part(model).init.seed)
-        self.seeds = [first + repeat for repeat in range(options.seeds)]
+        self.seeds = list(seeds or [first + repeat for repeat in range(options.seeds)])
+        self.tracker, self.label = tracker, label
 
     def train(self) -> dict[int, Continuations]:
         """Both phases, for every seed; what the store has already is taken from there."""
-        starts = {seed: self._initial(seed) for seed in self.seeds}
-        initial = self.runner.train(list(starts.values()), PhaseData(self.data, 0, self.steps))
-        for sae in initial.values():
-            train_like(sae, self.model)
-        phases = {
-            (seed, role): self._continuation(role, seed, start.id, initial[start.name])
+        return train_together([self])[0]
+
+    def initial_phases(self) -> dict[int, Phase]:
+        """Phase one, by seed."""
+        return {seed: self._initial(seed) for seed in self.seeds}
+
+    def continuation_phases(self, trained: Mapping[str, SAE]) -> dict[tuple[int, str], Phase]:
+        """Phase two, by seed and role, from what phase one has given by name."""
+        starts = self.initial_phases()
+        for start in starts.values():
+            train_like(trained[start.name], self.model)
+        return {
+            (seed, role): self._continuation(role, seed, start.id, trained[start.name])
             for seed, start in starts.items()
             for role in ROLES
         }
-        reordered = [phase.name for (_, role), phase in phases.items() if role == "reordered"]
-        trained = self.runner.train(list(phases.values()), PhaseData(self.data, self.steps, self.steps, reordered))
-        return {
-            seed: Continuations(*(trained[phases[seed, role].name] for role in Continuations._fields))
-            for seed in self.seeds
-        }
 
-    @torch.no_grad()
     def measure(self, trained: Mapping[int, Continuations]) -> dict[int, DegreeScores]:
         """The degree of every seed with all controls; the validation batches tell which latents live."""
+        return measure_together([self], [trained])[0]
+
+    def metrics(self, trained: Mapping[int, Continuations]) -> dict[int, HedgingDegree]:
+        """The metric of every seed, before it has seen activations."""
         width = self.model.d_sae
         new = {seed: saes.extended.W_dec[width:] for seed, saes in trained.items()}
-        metrics = {
+        return {
             seed: HedgingDegree(
                 saes.control.W_dec,
                 saes.extended.W_dec,
@@ -141,17 +153,10 @@ class HedgeProtocol:
             )
             for seed, saes in trained.items()
         }
-        self.data.prepare_data()
-        self.data.setup("fit")
-        for index in range(self.data.val_batches):
-            x, _, weight = self.data.batch("val", index)
-            for seed, saes in trained.items():
-                metrics[seed].update(x, saes.control.encode(x), saes.extended.encode(x), weight)
-        return {seed: metric.compute() for seed, metric in metrics.items()}
 
     def _initial(self, seed: int) -> Phase:
         config = {**self.config, "phase": "initial", "seed": seed}
-        return Phase(f"initial/seed{seed}", config, partial(fresh, self.model, seed))
+        return Phase(f"{self.label}initial/seed{seed}", config, partial(fresh, self.model, seed), self.tracker)
 
     def _continuation(self, role: str, seed: int, initial_id: str, initial: SAE) -> Phase:
         options = self.options
@@ -161,7 +166,46 @@ class HedgeProtocol:
         if role == "extended":
             config |= {"n_new": options.n_new, "new_norm": options.new_norm}
             make = partial(widen, initial, options.n_new, options.new_norm, seed)
-        return Phase(f"{role}/seed{seed}", config, lambda: continued(make(), options, self.steps))
+        name = f"{self.label}{role}/seed{seed}"
+        return Phase(name, config, lambda: continued(make(), options, self.steps), self.tracker)
+
+
+def train_together(protocols: Sequence[HedgeProtocol]) -> list[dict[int, Continuations]]:
+    """Both phases of several protocols with the same data, steps and runner, each phase of all of them as one group.
+
+    The activations are read once for all; each protocol gets what it would get alone.
+    """
+    data, steps, runner = protocols[0].data, protocols[0].steps, protocols[0].runner
+    starts = [phase for protocol in protocols for phase in protocol.initial_phases().values()]
+    initial = runner.train(starts, PhaseData(data, 0, steps))
+    phases = [protocol.continuation_phases(initial) for protocol in protocols]
+    reordered = [phase.name for own in phases for (_, role), phase in own.items() if role == "reordered"]
+    everything = [phase for own in phases for phase in own.values()]
+    trained = runner.train(everything, PhaseData(data, steps, steps, reordered))
+    return [
+        {
+            seed: Continuations(*(trained[own[seed, role].name] for role in Continuations._fields))
+            for seed in protocol.seeds
+        }
+        for protocol, own in zip(protocols, phases, strict=True)
+    ]
+
+
+@torch.no_grad()
+def measure_together(
+    protocols: Sequence[HedgeProtocol], trained: Sequence[Mapping[int, Continuations]]
+) -> list[dict[int, DegreeScores]]:
+    """The degrees of several protocols with the same data, whose validation batches are read once for all."""
+    metrics = [protocol.metrics(own) for protocol, own in zip(protocols, trained, strict=True)]
+    data = protocols[0].data
+    data.prepare_data()
+    data.setup("fit")
+    for index in range(data.val_batches):
+        x, _, weight = data.batch("val", index)
+        for own, degrees in zip(trained, metrics, strict=True):
+            for seed, saes in own.items():
+                degrees[seed].update(x, saes.control.encode(x), saes.extended.encode(x), weight)
+    return [{seed: degree.compute() for seed, degree in degrees.items()} for degrees in metrics]
 
 
 def continued(sae: SAE, options: HedgeOptions, steps: int) -> SAE:

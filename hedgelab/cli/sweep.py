@@ -1,0 +1,49 @@
+"""``hedgelab sweep``: a grid of fits or hedging degrees, packed onto shared activations, in one run tree."""
+
+from __future__ import annotations
+
+from hedgelab.tracking.store import prepare_store_in_background
+
+_HELP = """\
+usage: hedgelab sweep --config FILE [--list] [--KEY VALUE ...]
+
+Train every cell of a grid, and draw a metric against an axis. FILE is a config of `hedgelab fit` or `hedgelab hedge` with a
+section `sweep`:
+
+  sweep:
+    command: hedge                         # or fit (the default)
+    base: other.yaml                       # config, or list of them, that this file lies over; beside this file
+    lines:                                 # one curve each; may be left out
+      vanilla: {set: {model: {class_path: VanillaSAE, ...}}, axes: {model.l1_coefficient: [1, 2]}}
+    axes:                                  # every combination is a cell
+      model.d_sae: [64, 256, 1024]
+      seed: [0, 1, 2]                      # of the weights; such cells share their activations
+      pair: {zip: {model.k: [8, 16], model.optimizer.lr: [1e-3, 5e-4]}}
+      text: {brown: {data.text: {...}}, python: {data.text: {...}}}
+    pack: null                             # most cells that are trained together; null for all that share a stream
+    figure: {x: model.d_sae, y: [hedging/degree, control/explained_variance]}
+    executor: {class_path: LocalProcesses, init_args: {at_once: 2}}      # or InProcess (the default), or Slurm
+
+--list shows the cells, which share a stream and which are finished, and trains nothing. Any other option overrides the
+config of every cell, or the section itself (--sweep.pack 4). Finished cells are not trained again. Exit code 1: cells failed.
+"""
+
+
+def run(command: str, words: list[str]) -> int:
+    """Run a sweep.
+
+    Args:
+        command: ``sweep``.
+        words: Its options.
+
+    Raises:
+        UserError: Anything the user can mend.
+    """
+    if any(word in ("-h", "--help") for word in words):
+        print(_HELP, end="")
+        return 0
+    if "--list" not in words:
+        prepare_store_in_background()
+    from hedgelab.cli.sweep_run import run_sweep
+
+    return run_sweep(words)

@@ -1,0 +1,186 @@
+"""The cells of a sweep, parsed and checked: what is trained together, and under which stable id."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from hedgelab.cli.compose import Tree
+from hedgelab.cli.hedging import HedgeCLI, outcome_of
+from hedgelab.cli.lightning import HedgelabCLI, run_cli
+from hedgelab.cli.sweep_config import Sweep, with_seed
+from hedgelab.errors import UserError
+from hedgelab.protocols.hedge import HedgeProtocol
+from hedgelab.protocols.hedge_trainer import HedgeTrainer
+from hedgelab.protocols.sweep_axes import Cell
+from hedgelab.protocols.training_phases import PhaseRunner, stable_id, trainer_factory
+
+_OF_THE_RECORD = ("logger", "callbacks")
+
+
+class _Unrun(HedgelabCLI):
+    """Parses a config; makes what it names only when asked to, and runs nothing."""
+
+    trainer_type = HedgeTrainer
+    trainer: HedgeTrainer
+
+    def instantiate_classes(self) -> None:
+        """Not yet."""
+
+    def make(self) -> None:
+        """Make data, model and trainer."""
+        super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Never."""
+
+    def text(self) -> str:
+        """The whole config."""
+        text: str = self._parser(self.command).dump(self.config[self.command], skip_none=False)
+        return text
+
+    def resolved(self) -> dict[str, Any]:
+        """The same as plain values."""
+        values: dict[str, Any] = yaml.safe_load(self.text())
+        values.pop("config", None)
+        return values
+
+
+class FitCell(_Unrun):
+    """One cell of a sweep of fits."""
+
+
+class HedgeCell(_Unrun, HedgeCLI):
+    """One cell of a sweep of hedging degrees."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is trained as one member: a cell; for the hedging degree, the cells that differ in their seed only.
+
+    Attributes:
+        name: Its name.
+        id: Hash of all that determines its outcome; its finished run is known by it.
+        cells: Its cells.
+        tree: Its config.
+        stream: What its activations depend on; units with the same are trained together.
+        seeds: Seeds of a hedging degree; None leaves them to the config.
+        tracking: Experiment and URI of its runs.
+    """
+
+    name: str
+    id: str
+    cells: tuple[Cell, ...]
+    tree: Tree
+    stream: str
+    seeds: tuple[int, ...] | None
+    tracking: tuple[str, str | None]
+
+
+def parse_cell(command: str, tree: Tree) -> _Unrun:
+    """Parse one cell's config.
+
+    Raises:
+        UserError: A wrong key or value.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cell.yaml"
+        file.write_text(yaml.safe_dump(tree, sort_keys=False))
+        cell = run_cli(HedgeCell if command == "hedge" else FitCell, command, ["--config", str(file)])
+        assert isinstance(cell, _Unrun)
+        return cell
+
+
+def check_sweep(sweep: Sweep, construct: bool = True) -> list[Unit]:
+    """Parse every cell, and make each SAE once to find impossible values, before anything runs.
+
+    Raises:
+        UserError: The first mistake, with the cell's name.
+    """
+    units: list[Unit] = []
+    with tqdm(total=len(sweep.cells), desc="Checking cells", unit="cell", delay=1, leave=False) as bar:
+        for group in _groups(sweep):
+            try:
+                units += _units(sweep.options.command, group, construct)
+            except UserError as error:
+                raise UserError(f"cell '{group[0][0].group}': {error}") from error
+            bar.update(len(group))
+    ids: dict[str, str] = {}
+    for unit in units:
+        if (same := ids.setdefault(unit.id, unit.name)) != unit.name:
+            raise UserError(f"cell '{unit.name}': is the same experiment as cell '{same}'; remove one")
+    return units
+
+
+def packed(units: Sequence[Unit], most: int | None) -> list[list[Unit]]:
+    """Units that share a stream, at most so many together, in their order."""
+    streams: dict[str, list[Unit]] = {}
+    for unit in units:
+        streams.setdefault(unit.stream, []).append(unit)
+    return [
+        together[start : start + (most or len(together))]
+        for together in streams.values()
+        for start in range(0, len(together), most or len(together))
+    ]
+
+
+def _groups(sweep: Sweep) -> list[list[tuple[Cell, Tree]]]:
+    """Cells that differ in their seed only, together."""
+    groups: dict[str, list[tuple[Cell, Tree]]] = {}
+    for cell, tree in sweep.cells:
+        groups.setdefault(cell.group, []).append((cell, tree))
+    return list(groups.values())
+
+
+def _units(command: str, group: list[tuple[Cell, Tree]], construct: bool) -> list[Unit]:
+    """The units of cells that differ in their seed only; the first is made, to see whether that can be done."""
+    cells = tuple(cell for cell, _ in group)
+    if command == "hedge":
+        seeds = tuple(cell.seed for cell in cells if cell.seed is not None) or None
+        tree = {**group[0][1], "name": cells[0].group}
+        if seeds is not None:
+            tree = with_seed(tree, None)
+        parsed = parse_cell(command, tree)
+        if seeds is not None and parsed.config[command].hedge.seeds != 1:
+            raise UserError("hedge.seeds: seeds are an axis of the sweep already; leave it at 1")
+        if construct:
+            _make_once(parsed)
+        return [_unit(parsed, cells[0].group, cells, tree, seeds)]
+    units = []
+    for cell, plain in group:
+        tree = plain if cell.seed is None else with_seed(plain, cell.seed)
+        parsed = parse_cell(command, tree)
+        if construct and not units:
+            _make_once(parsed)
+        units.append(_unit(parsed, cell.name, (cell,), tree, None))
+    return units
+
+
+def _make_once(parsed: _Unrun) -> None:
+    parsed.make()
+    if parsed.trainer.max_steps < 1:
+        raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
+    if isinstance(parsed, HedgeCell):
+        options = parsed.config_init[parsed.command].hedge
+        HedgeProtocol(parsed.model, parsed.datamodule, 1, options, PhaseRunner(trainer_factory({})), {})
+
+
+def _unit(parsed: _Unrun, name: str, cells: tuple[Cell, ...], tree: Tree, seeds: tuple[int, ...] | None) -> Unit:
+    resolved = parsed.resolved()
+    trainer = {key: value for key, value in resolved["trainer"].items() if key not in _OF_THE_RECORD}
+    outcome = {"command": parsed.command, "steps": trainer["max_steps"], **outcome_of(resolved), "seeds": seeds}
+    stream = {"trainer": trainer, "data": resolved["data"], "seed_everything": resolved["seed_everything"]}
+    if isinstance(parsed, HedgeCell):
+        outcome["hedge"] = resolved["hedge"]
+    logger = resolved["trainer"]["logger"]
+    if not isinstance(logger, dict) or not str(logger.get("class_path", "")).endswith("MLflowTracker"):
+        raise UserError("trainer.logger: a sweep finds its cells in the tracking store; leave it at MLflowTracker")
+    tracking = logger["init_args"]["experiment"], logger["init_args"]["uri"]
+    return Unit(name, stable_id(outcome), cells, tree, json.dumps(stream, sort_keys=True, default=str), seeds, tracking)

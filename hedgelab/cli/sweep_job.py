@@ -1,0 +1,89 @@
+"""One job of a sweep, wherever it runs: makes its members from their configs and trains them together."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from hedgelab.cli.errors import one_line
+from hedgelab.cli.hedging import outcome_of
+from hedgelab.cli.sweep_cells import HedgeCell, Unit, parse_cell
+from hedgelab.errors import UserError
+from hedgelab.kernels.allocator import keep_large_blocks
+from hedgelab.protocols.sweep import CELL_TAG, Member, measure_hedging, train_fits
+from hedgelab.protocols.training_phases import trainer_factory
+from hedgelab.tracking import MLflowTracker
+
+
+@dataclass(frozen=True)
+class Job:
+    """Units that are trained together.
+
+    Attributes:
+        command: ``fit`` or ``hedge``.
+        units: What is trained.
+        parent: Id of the sweep's run.
+        uri: Tracking URI.
+        experiment: MLflow experiment.
+    """
+
+    command: str
+    units: tuple[Unit, ...]
+    parent: str
+    uri: str
+    experiment: str
+
+
+def do(job: Job) -> dict[str, str]:
+    """Train a job's units; why those failed that did, by name.
+
+    Where units that are trained together fail, each half of them is tried again, down to the ones that are to blame.
+    """
+    keep_large_blocks()
+    return _attempt(job, job.units)
+
+
+def _attempt(job: Job, units: Sequence[Unit]) -> dict[str, str]:
+    try:
+        return _train(job, units)
+    except Exception as error:
+        if len(units) == 1:
+            return {units[0].name: _reason(error)}
+        _announce(f"{len(units)} cells failed together ({_reason(error)}); trying half of them at a time")
+    half = len(units) // 2
+    return _attempt(job, units[:half]) | _attempt(job, units[half:])
+
+
+def _train(job: Job, units: Sequence[Unit]) -> dict[str, str]:
+    members = []
+    for unit in units:
+        cell = parse_cell(job.command, unit.tree)
+        cell.make()
+        if not members:
+            data, trainer = cell.datamodule, cell.trainer
+        tags = {"mlflow.parentRunId": job.parent, CELL_TAG: unit.id}
+        tracker = MLflowTracker(job.experiment, unit.name, tags, uri=job.uri)
+        resolved = cell.resolved()
+        options = cell.config_init[job.command].hedge if isinstance(cell, HedgeCell) else None
+        members.append(
+            Member(unit.name, cell.model, tracker, cell.text(), resolved, outcome_of(resolved), options, unit.seeds)
+        )
+    _announce(f"training {', '.join(unit.name for unit in units)}")
+    factory = trainer_factory(trainer.settings)
+    if job.command == "hedge":
+        return measure_hedging(members, data, factory, trainer.max_steps, _announce)
+    train_fits(members, data, factory)
+    return {}
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, UserError) or os.environ.get("HEDGELAB_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    text = one_line(str(error))
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+_announce = partial(print, "sweep:", flush=True)

@@ -1,0 +1,162 @@
+"""The work of ``hedgelab sweep``: check every cell, train what is not finished, draw, and tell what failed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from hedgelab.cli.compose import config_files, opening_comment
+from hedgelab.cli.sweep_cells import Unit, check_sweep, packed
+from hedgelab.cli.sweep_config import Sweep, read_sweep
+from hedgelab.cli.sweep_job import Job, do
+from hedgelab.protocols.sweep_axes import is_number
+from hedgelab.protocols.sweep_executors import InProcess, Outcome
+from hedgelab.protocols.sweep_report import (
+    DEFAULT_METRICS,
+    Row,
+    as_csv,
+    as_json,
+    figure,
+    finished_run,
+    rows_of,
+    summary,
+)
+from hedgelab.protocols.training_phases import stable_id
+from hedgelab.tracking import MLflowTracker
+from hedgelab.tracking.provenance import provenance_tags
+from hedgelab.tracking.store import ensure_store, tracking_uri
+
+FAILED = 1
+_SWEEP_TAG = "sweep"
+
+
+def run_sweep(words: list[str]) -> int:
+    """Run the whole; 1 where cells failed."""
+    listing = "--list" in words
+    words = [word for word in words if word != "--list"]
+    sweep = read_sweep(words)
+    units = check_sweep(sweep)
+    uri = units[0].tracking[1] or tracking_uri()
+    finished = {unit.id: run for unit in units if (run := finished_run(ensure_store(uri), unit.id)) is not None}
+    missing = [unit for unit in units if unit.id not in finished]
+    groups = packed(missing, sweep.options.pack)
+    if listing:
+        print("\n".join(listed(units, groups)))
+        return 0
+    tracker = _parent(sweep, units, uri, opening_comment(config_files(words)))
+    try:
+        if finished:
+            print(f"sweep: {len(finished)} of {len(units)} cells are finished already", flush=True)
+        failures = _train(sweep, groups, tracker, uri)
+        rows = _rows(units, uri, failures)
+        lines = _report(sweep, tracker, rows, failures, len(units))
+    except BaseException:
+        tracker.finalize("failed")
+        raise
+    tracker.finalize("failed" if failures else "success")
+    print("\n".join(lines))
+    for name, reason in failures.items():
+        print(f"hedgelab: cell '{name}' failed: {reason}", file=sys.stderr)
+    return FAILED if failures else 0
+
+
+def listed(units: Sequence[Unit], groups: Sequence[Sequence[Unit]]) -> list[str]:
+    """The cells with their ids and the job that each would run in."""
+    place = {unit.id: f"job {number}" for number, group in enumerate(groups, start=1) for unit in group}
+    width = max(len(unit.name) for unit in units)
+    lines = [f"{unit.id}  {unit.name:<{width}}  {place.get(unit.id, 'finished')}" for unit in units]
+    return [*lines, f"{len(units)} cells, {len(place)} to be trained in {len(groups)} jobs"]
+
+
+def _parent(sweep: Sweep, units: Sequence[Unit], uri: str, description: str | None) -> MLflowTracker:
+    """The sweep's run: the one that it has already, where it was run before."""
+    client = ensure_store(uri)
+    identity = stable_id({"name": sweep.name, "cells": [unit.id for unit in units]})
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    before = client.search_runs(experiments, f"tags.{_SWEEP_TAG} = '{identity}'", max_results=1)
+    experiment = units[0].tracking[0]
+    if before:
+        tracker = MLflowTracker(experiment, uri=uri, run_id=before[0].info.run_id)
+    else:
+        tracker = MLflowTracker(experiment, sweep.name, {_SWEEP_TAG: identity}, description, uri)
+    tracker.log_config(sweep.text)
+    tracker.log_tags({"protocol": f"sweep {sweep.options.command}", **provenance_tags(1)})
+    return tracker
+
+
+def _train(sweep: Sweep, groups: Sequence[Sequence[Unit]], tracker: MLflowTracker, uri: str) -> dict[str, str]:
+    """Run the jobs; why cells failed, by name."""
+    options, failures = sweep.options, {}
+    jobs = [Job(options.command, tuple(group), tracker.run_id or "", uri, tracker.name) for group in groups]
+    quiet = isinstance(options.executor, InProcess)  # where every job has a bar of its own
+    cells = sum(map(len, groups))
+    with tqdm(total=cells, desc="Cells", unit="cell", disable=not jobs or quiet, miniters=1) as bar:
+
+        def ended(outcome: Outcome) -> None:
+            units = groups[outcome.job]
+            failed = {unit.name: outcome.error for unit in units} if outcome.failures is None else outcome.failures
+            failures.update(failed)
+            bar.update(len(units))
+            bar.set_postfix(failed=len(failures))
+            if quiet:
+                done = sum(map(len, groups[: outcome.job + 1]))
+                print(f"sweep: {done} of {cells} cells done, {len(failures)} failed", flush=True)
+
+        options.executor.run(do, jobs, ended)
+    return failures
+
+
+def _rows(units: Sequence[Unit], uri: str, failures: dict[str, str]) -> list[Row]:
+    """What every finished cell gave; one without a finished run has failed."""
+    rows: list[Row] = []
+    client = ensure_store(uri)
+    for unit in units:
+        run = finished_run(client, unit.id)
+        if run is not None:
+            rows += rows_of(unit.cells[0], run)
+        else:
+            failures.setdefault(unit.name, "its run did not finish")
+    return rows
+
+
+def _report(
+    sweep: Sweep, tracker: MLflowTracker, rows: Sequence[Row], failures: dict[str, str], cells: int
+) -> list[str]:
+    """Log table, numbers and figure; what to tell the user."""
+    options = sweep.options.figure
+    metrics = options.y or DEFAULT_METRICS[sweep.options.command]
+    tracker.log_metrics({"cells": cells, "failed_cells": len(failures)}, 0)
+    tracker.log_text(as_json(rows, failures), "sweep.json")
+    lines = [f"run {tracker.run_id}: {cells - len(failures)} of {cells} cells"]
+    if not rows:
+        return lines
+    tracker.log_text(as_csv(rows), "sweep.csv")
+    drawn = figure(rows, options.x, metrics, sweep.name, options.log_x, options.log_y)
+    if drawn is not None:
+        tracker.log_figure(drawn, "figures/sweep.png")
+    lines += _table(rows, metrics[:4])
+    folder = tracker.experiment.get_run(tracker.run_id).info.artifact_uri
+    return [*lines, f"figure and table: {folder} (figures/sweep.png, sweep.csv, sweep.json)"]
+
+
+def _table(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
+    """Means over seeds with their spread, aligned."""
+    table = [["line", *dict.fromkeys(key.rsplit(".", 1)[-1] for row in rows for key in row.values), *metrics]]
+    axes = list(dict.fromkeys(key for row in rows for key in row.values))
+    for place in summary(rows):
+        shown = [str(place["line"]), *(_short(place.get(key, "")) for key in axes)]
+        for name in metrics:
+            found = place["metrics"].get(name)
+            spread = "" if found is None or found["std"] is None else f" ± {found['std']:.2g}"
+            shown.append("" if found is None else f"{found['mean']:.4g}{spread}")
+        table.append(shown)
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return [
+        "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table
+    ]
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if is_number(value) else str(value)

@@ -1,0 +1,109 @@
+"""What a sweep measured, against one of its axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hedgelab.plots.style import INK, MUTED, PALETTE, new_figure, tidy
+
+_COLUMNS = 4
+_MARKERS = "osD^vP*X"
+
+
+class Point(NamedTuple):
+    """One place on a curve.
+
+    Attributes:
+        x: Where it stands.
+        values: What was measured there, one value a seed.
+    """
+
+    x: float
+    values: Sequence[float]
+
+
+def sweep_panels(
+    panels: Mapping[str, Mapping[str, Sequence[Point]]],
+    xlabel: str,
+    title: str,
+    log: tuple[bool, bool] = (False, False),
+    names: Sequence[str] | None = None,
+) -> Figure:
+    """One panel a metric, one curve a line: the mean over seeds, its standard deviation as a band, seeds as dots.
+
+    Args:
+        panels: Points of every curve, by metric and line.
+        xlabel: Name of the axis.
+        title: Title of the figure.
+        log: Whether x and y are logarithmic.
+        names: Labels of x = 0, 1, …, where the axis is none of numbers.
+    """
+    columns = min(_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(0.6 + 3.1 * columns, 0.9 + 2.6 * rows, title)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    lines = list(dict.fromkeys(line for curves in panels.values() for line in curves))
+    for axes, (metric, curves) in zip(grid, panels.items(), strict=False):
+        for line, points in curves.items():
+            _curve(axes, points, lines.index(line))
+        _scales(axes, log, names, [point.x for points in curves.values() for point in points])
+        tidy(axes, metric, xlabel)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    if len(lines) > 1 or lines != [""]:
+        handles = [
+            grid[0].plot([], [], color=PALETTE[i % len(PALETTE)], marker=_MARKERS[i % len(_MARKERS)], markersize=4)[0]
+            for i in range(len(lines))
+        ]
+        figure.legend(
+            handles,
+            lines,
+            loc="outside lower center",
+            ncols=min(6, len(lines)),
+            frameon=False,
+            fontsize=9,
+            labelcolor=INK,
+        )
+    return figure
+
+
+def _curve(axes: Axes, points: Sequence[Point], number: int) -> None:
+    ordered = sorted(points, key=lambda point: point.x)
+    x = [point.x for point in ordered]
+    mean = np.array([np.mean(point.values) for point in ordered])
+    spread = np.array([np.std(point.values, ddof=1) if len(point.values) > 1 else 0.0 for point in ordered])
+    color = PALETTE[number % len(PALETTE)]
+    axes.plot(x, mean, color=color, marker=_MARKERS[number % len(_MARKERS)], markersize=4, linewidth=1.5, zorder=3)
+    if spread.any():
+        axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.18, linewidth=0)
+    for point in ordered:
+        if len(point.values) > 1:
+            axes.scatter(
+                [point.x] * len(point.values), point.values, s=6, color=color, alpha=0.6, linewidths=0, zorder=2
+            )
+
+
+def _scales(axes: Axes, log: tuple[bool, bool], names: Sequence[str] | None, x: Sequence[float]) -> None:
+    if log[0]:
+        axes.set_xscale("log")
+    if log[1]:
+        axes.set_yscale("log")
+    elif (
+        axes.get_ylim()[0]
+        < 0
+        <= min((line.get_ydata().min() for line in axes.lines if len(line.get_ydata())), default=0)
+    ):  # type: ignore[union-attr]
+        axes.set_ylim(bottom=0)  # a band that reaches below zero says nothing there
+    if names is not None:
+        axes.set_xticks(range(len(names)), list(names))
+        return
+    ticks = sorted(set(x))
+    if 1 < len(ticks) <= 8 and log[0]:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], color=MUTED)
+        axes.minorticks_off()

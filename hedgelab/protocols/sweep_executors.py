@@ -1,0 +1,193 @@
+"""Where the jobs of a sweep run: in this process, in processes of their own, or as a SLURM job array (submitit)."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hedgelab.errors import UserError
+
+_POLL_SECONDS = 0.5
+
+
+class Outcome(NamedTuple):
+    """How a job ended.
+
+    Attributes:
+        job: Its number.
+        failures: What went wrong with each cell that has no result, by the cell's name; None where the whole job died.
+        error: Why the whole job died.
+    """
+
+    job: int
+    failures: dict[str, str] | None
+    error: str = ""
+
+
+Work = Callable[[Any], dict[str, str]]
+"""Does a job and says which of its cells failed, with the reason of each; both travel to other processes."""
+
+
+class Executor(ABC):
+    """Runs jobs; one that dies does not stop the others."""
+
+    @abstractmethod
+    def run(self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None]) -> None:
+        """Do all jobs, in any order, and report each as it ends."""
+
+
+class InProcess(Executor):
+    """One job after another, in this process."""
+
+    def run(self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None]) -> None:
+        """Do all jobs in their order."""
+        for number, job in enumerate(jobs):
+            try:
+                outcome = Outcome(number, work(job))
+            except Exception as error:
+                outcome = Outcome(number, None, _line(error))
+            ended(outcome)
+
+
+class LocalProcesses(Executor):
+    """Every job in a process of its own on this machine, a bounded number at a time.
+
+    Args:
+        at_once: Most processes at a time.
+        gpus: GPUs to deal out, one a process; 0 leaves all visible to all.
+        folder: Where submitit keeps the processes' logs.
+
+    Raises:
+        UserError: A number that is too small.
+    """
+
+    def __init__(self, at_once: int = 2, gpus: int = 0, folder: str = "runs/sweeps") -> None:
+        if at_once < 1:
+            raise UserError(f"sweep.executor.at_once: must be at least 1, got {at_once}")
+        if gpus < 0:
+            raise UserError(f"sweep.executor.gpus: must not be negative, got {gpus}")
+        self.at_once, self.gpus, self.folder = at_once, gpus, folder
+
+    def run(self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None]) -> None:
+        """Keep ``at_once`` processes going until all jobs are done; an interrupt ends them."""
+        submitit = _submitit()
+        waiting = list(enumerate(jobs))
+        running: dict[int, tuple[int, Any]] = {}  # by slot
+        try:
+            while waiting or running:
+                for slot in range(self.at_once):
+                    if slot not in running and waiting:
+                        number, job = waiting.pop(0)
+                        executor = submitit.LocalExecutor(folder=Path(self.folder).absolute())
+                        visible = {"visible_gpus": (slot % self.gpus,)} if self.gpus else {}
+                        executor.update_parameters(timeout_min=60 * 24 * 365, **visible)
+                        running[slot] = number, executor.submit(work, job)
+                for slot, (number, submitted) in list(running.items()):
+                    if submitted.done():
+                        del running[slot]
+                        ended(_outcome(number, submitted))
+                time.sleep(_POLL_SECONDS)
+        except BaseException:
+            for _, submitted in running.values():
+                submitted.cancel()
+            raise
+
+
+class Slurm(Executor):
+    """Every job as a task of one SLURM job array.
+
+    Args:
+        partition: Partition; None is the cluster's default.
+        minutes: Time limit of each job.
+        gpus: GPUs of each job.
+        cpus: Processors of each job.
+        memory_gb: Memory of each job; None is the cluster's default.
+        at_once: Most jobs that run at a time.
+        extra: Further options of ``sbatch``, such as ``{account: name}``.
+        folder: Where submitit keeps scripts and logs; all nodes must see it, and the tracking store.
+
+    Raises:
+        UserError: A number that is too small.
+    """
+
+    def __init__(
+        self,
+        partition: str | None = None,
+        minutes: int = 60,
+        gpus: int = 0,
+        cpus: int = 1,
+        memory_gb: float | None = None,
+        at_once: int = 256,
+        extra: dict[str, Any] | None = None,
+        folder: str = "runs/sweeps",
+    ) -> None:
+        for name, value, least in (
+            ("minutes", minutes, 1),
+            ("gpus", gpus, 0),
+            ("cpus", cpus, 1),
+            ("at_once", at_once, 1),
+        ):
+            if value < least:
+                raise UserError(f"sweep.executor.{name}: must be at least {least}, got {value}")
+        self.partition, self.minutes, self.gpus, self.cpus = partition, minutes, gpus, cpus
+        self.memory_gb, self.at_once, self.extra, self.folder = memory_gb, at_once, extra or {}, folder
+
+    def parameters(self) -> dict[str, Any]:
+        """What submitit is told."""
+        given = {
+            "partition": self.partition,
+            "time": self.minutes,
+            "cpus_per_task": self.cpus,
+            "gpus_per_node": self.gpus or None,
+            "mem": f"{round(self.memory_gb * 1024)}M" if self.memory_gb else None,
+            "array_parallelism": self.at_once,
+            "additional_parameters": self.extra or None,
+        }
+        return {"ntasks_per_node": 1, **{key: value for key, value in given.items() if value is not None}}
+
+    def run(self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None]) -> None:
+        """Submit all jobs as one array and wait for them; an interrupt cancels them."""
+        submitit = _submitit()
+        try:
+            executor = submitit.SlurmExecutor(folder=Path(self.folder).absolute())
+        except RuntimeError as error:  # no srun
+            raise UserError(f"sweep.executor: Slurm is not to be had here ({error}); take LocalProcesses") from error
+        executor.update_parameters(job_name="hedgelab", **self.parameters())
+        submitted = executor.map_array(work, list(jobs))
+        waiting = dict(enumerate(submitted))
+        try:
+            while waiting:
+                for number, job in list(waiting.items()):
+                    if job.done():
+                        del waiting[number]
+                        ended(_outcome(number, job))
+                time.sleep(_POLL_SECONDS)
+        except BaseException:
+            for job in waiting.values():
+                job.cancel()
+            raise
+
+
+def _outcome(number: int, job: Any) -> Outcome:
+    """How a submitit job ended."""
+    try:
+        return Outcome(number, job.result())
+    except Exception as error:
+        return Outcome(number, None, f"{_line(error)}; log: {job.paths.stderr}")
+
+
+def _line(error: Exception) -> str:
+    """The last line of an exception that says something (submitit quotes whole tracebacks)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("sweep.executor: needs submitit: pip install 'hedgelab[sweep]', or take InProcess") from error
+    return submitit
