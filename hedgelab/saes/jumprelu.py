@@ -59,9 +59,13 @@ class JumpReLUSAE(FlatSAE):
         self.bandwidth = bandwidth
         self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(threshold)))
 
+    def thresholds(self) -> Tensor:
+        """θ, what pre-activations must exceed, ``[d_sae]``."""
+        return self.log_threshold.exp()
+
     def encode(self, x: Tensor) -> Codes:
         """``pre · 1[pre > θ]``."""
-        return ops.encode_threshold(x, self.W_enc, self.b_enc, self.b_dec, self.log_threshold.exp())
+        return ops.encode_threshold(x, self.W_enc, self.b_enc, self.b_dec, self.thresholds())
 
     def activate(self, batch: Batch) -> Activation:
         """JumpReLU latents and the cost of how often each fires, both with straight-through gradients to θ."""
