@@ -18,6 +18,8 @@ _logger = logging.getLogger(__name__)
 _MAX_POINTS_PER_CALL = 1000
 _SAMPLE_SECONDS = 10.0
 _RETRY_SECONDS = 15.0
+_in_turn = threading.BoundedSemaphore(4)
+"""A group has dozens of writers, more than a store's connection pool holds; SQLite takes one at a time anyway."""
 
 
 class RunWriter:
@@ -76,7 +78,7 @@ class RunWriter:
                 self._spool.append(operation)
                 return
             try:
-                operation.send(self._client, self._run_id)
+                self._send(operation)
             except Exception as error:
                 self._spool.append(operation)
                 self._note_failure(error)
@@ -130,9 +132,13 @@ class RunWriter:
 
     def _replay(self) -> None:
         try:
-            self._spool.replay(lambda operation: operation.send(self._client, self._run_id))
+            self._spool.replay(self._send)
         except Exception as error:
             self._note_failure(error)
+
+    def _send(self, operation: Operation) -> None:
+        with _in_turn:
+            operation.send(self._client, self._run_id)
 
     def _note_failure(self, error: Exception) -> None:
         self._retry_at = time.monotonic() + _RETRY_SECONDS
