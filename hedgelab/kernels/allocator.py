@@ -1,12 +1,17 @@
 """Keep large blocks of memory in the process: a training step allocates the same gradients again and again."""
 
 import ctypes
+import mmap
 import sys
 from functools import cache
 
+import torch
+from torch import Tensor
+
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-LARGEST_KEPT = 64 * 2**20  # larger blocks are mapped one by one, which wastes nothing between them
+SCRATCH_MAPPED_FROM = 64 * 2**20
+LARGEST_KEPT = SCRATCH_MAPPED_FROM + 2**20  # with room for alignment; larger blocks are mapped one by one, wasting nothing
 KEPT_IN_ALL = 2**31 - 1
 
 
@@ -25,3 +30,14 @@ def keep_large_blocks() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)) and bool(mallopt(M_TRIM_THRESHOLD, KEPT_IN_ALL))
+
+
+def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised working memory ``[rows, columns]`` that goes back to the kernel, when freed, from 64 MiB on.
+
+    Beside weights whose gradients are mapped one by one, as large a hole in the heap would only add to the peak.
+    """
+    size = rows * columns * dtype.itemsize
+    if size < SCRATCH_MAPPED_FROM:
+        return torch.empty(rows, columns, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(rows, columns)

@@ -67,6 +67,7 @@ class SparseLevelErrors(Function):
         ctx.layout, ctx.split, ctx.detach = layout, split, detach
         ctx.save_for_backward(values, W_dec, weight, errors)
         ctx.mark_non_differentiable(errors)
+        ctx.set_materialize_grads(False)  # else backward is given zeros as large as the errors
         if weight is None:
             losses = torch.stack([torch.dot(error, error) for error in errors.view(count, -1)]) / max(1, x.shape[0])
         else:
@@ -75,7 +76,9 @@ class SparseLevelErrors(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # noqa: D102
+        if grad is None:
+            return (None,) * 8
         values, W_dec, weight, errors = ctx.saved_tensors
         needs_values, needs_x, needs_W_dec, needs_b_dec, *_ = ctx.needs_input_grad
         count, batch, d_in = errors.shape

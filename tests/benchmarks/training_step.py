@@ -4,7 +4,7 @@
 
 A step is loss, backward pass, Adam and bookkeeping. Both sides start from the same weights, run in processes of their own, and
 take turns (encoder product, ours, peer, …) on the same batches; every ratio is within one turn. ``over_encoder`` is our step
-over the bare encoder product ``torch.addmm(b_enc, x, W_enc)``, the least that an exact step can cost. Peak memory is the
+over the bare encoder product ``torch.addmm(b_enc, x, W_enc, out=…)``, the least that an exact step can cost. Peak memory is the
 process's (on a GPU: the allocator's) beyond imports and data. ``loss`` is the squared error on one batch after all steps.
 """
 

@@ -124,12 +124,18 @@ def _status(key: str) -> int:
 
 
 def bare_encoder(task: Task) -> Step:
-    """The encoder's product and nothing else, in a process of its own so that its output counts as nobody's memory."""
+    """The encoder's product and nothing else, in a process of its own so that its output counts as nobody's memory.
+
+    Its output is allocated once: a new one each time costs page faults that no exact step must pay.
+    """
     weights, bias = task.initial_rows().to(task.device), torch.zeros(task.d_sae, device=task.device)
+    dtype = torch.bfloat16 if task.autocast else torch.float32
+    weights, bias = weights.to(dtype), bias.to(dtype)
+    out = torch.empty(task.batch, task.d_sae, device=task.device, dtype=dtype)
 
     def product(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.addmm(bias, x, weights.t())
+            return torch.addmm(bias, x.to(dtype), weights.t(), out=out)
 
     return Step(product, lambda x: x, {})
 

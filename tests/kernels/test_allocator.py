@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from hedgelab.kernels.allocator import scratch
 
 PROGRAM = """
 import ctypes, sys, torch
@@ -34,3 +37,10 @@ def test_blocks_up_to_the_limit_come_from_the_heap_and_larger_ones_are_mapped():
         pytest.skip("not glibc, or one too old to tell")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "1"]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2**14 - 1, 2**14])
+def test_scratch_can_be_written_whatever_its_size(rows):
+    block = scratch(rows, 1024, torch.float32)  # the largest is mapped
+    assert block.shape == (rows, 1024)
+    assert block.fill_(2.0).sum() == 2048.0 * rows
