@@ -29,6 +29,8 @@ COMMANDS = {
     "hedge": Command("hedge", "measure how much an SAE hedges: train, widen, train on, compare"),
     "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations"),
     "figures": Command("figures", "redraw the paper's toy and theory figures, without sampling noise"),
+    "export": Command("export", "write a run's SAE for other libraries (SAELens), or to the hub"),
+    "import": Command("importing", "read an SAE of SAELens, sparsify or dictionary_learning"),
     "runs": Command("runs", "list tracked runs with their key numbers"),
     "ui": Command("ui", "open the MLflow UI on the tracked runs"),
 }

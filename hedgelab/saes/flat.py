@@ -13,6 +13,7 @@ from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.saes.base import SAE, Activation, OptimizerFactory, SchedulerFactory
 from hedgelab.saes.initialization import Initialization
+from hedgelab.saes.io import load_sae
 from hedgelab.saes.losses import LossTerms
 
 
@@ -85,7 +86,13 @@ class FlatSAE(SAE):
 
     @torch.no_grad()
     def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
-        """Set ``b_dec`` from the first batch, and weights at the known features if the config asks for it."""
+        """Set ``b_dec`` from the first batch, and weights at the known features if the config asks for it.
+
+        Or take all weights, with thresholds and dead-latent clocks where both SAEs have them, from an SAE on disk.
+        """
+        if self.init.weights is not None:
+            self._start_from(self.init.weights)
+            return
         if self.init.at_features:
             if feature_directions is None:
                 raise UserError("model.init.at_features: needs data with known features; these activations have none")
@@ -95,6 +102,21 @@ class FlatSAE(SAE):
         if self.normalize_decoder:
             self._project_decoder()
         self.b_dec.copy_(self.init.decoder_bias(first.x))
+
+    def _start_from(self, folder: str) -> None:
+        """Take the weights of an SAE on disk.
+
+        Raises:
+            UserError: There is none, or it has other widths.
+        """
+        other = load_sae(folder)
+        if (other.d_in, other.d_sae) != (self.d_in, self.d_sae):
+            widths = f"d_in {other.d_in} and d_sae {other.d_sae}"
+            raise UserError(f"model.init.weights: {folder} has {widths}, the config {self.d_in} and {self.d_sae}")
+        given = {name.removeprefix("inner."): value for name, value in other.state_dict().items()}
+        for name, value in self.state_dict().items():
+            if name in given:
+                value.copy_(given[name])
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:

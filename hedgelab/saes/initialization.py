@@ -24,6 +24,7 @@ class Initialization:
         at_features: Start at the known features instead: encoder and decoder of latent i at feature i plus noise.
         noise: Standard deviation, per coordinate, of the noise added to the features.
         seed: Seed of the weights; None takes the run's ``seed_everything``.
+        weights: Folder of an SAE (a run's ``sae/``, or what ``hedgelab import`` wrote) to go on from; nothing else counts then.
     """
 
     decoder_norm: float = 1.0
@@ -32,12 +33,15 @@ class Initialization:
     at_features: bool = False
     noise: float = 0.0
     seed: int | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.decoder_norm <= 0:
             raise UserError(f"model.init.decoder_norm: must be above 0, got {self.decoder_norm}")
         if self.noise < 0:
             raise UserError(f"model.init.noise: must not be negative, got {self.noise}")
+        if self.weights is not None and self.at_features:
+            raise UserError("model.init.weights: are those of a trained SAE; remove model.init.at_features")
         if self.noise and not self.at_features:
             raise UserError("model.init.noise: is added to the true features, so it needs model.init.at_features: true")
 

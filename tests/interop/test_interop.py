@@ -2,13 +2,16 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hedgelab.data.source import ActivationSource
-from hedgelab.interop.dictionary_learning import import_dictionary_learning
+from hedgelab.errors import UserError
+from hedgelab.interop.dictionary_learning import import_dictionary_learning, read_pickled_tensors
+from hedgelab.interop.formats import format_of, import_folder
 from hedgelab.interop.saelens import export_saelens, import_saelens
 from hedgelab.interop.sparsify import import_sparsify
 from hedgelab.saes import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE, load_sae, save_sae
@@ -175,3 +178,96 @@ def test_an_import_is_an_sae_like_any_other(peers, tmp_path):
     again = load_sae(tmp_path / "sae")
     assert again.levels == [8, D_SAE]
     compare(copy.deepcopy(again), acts, x_hat)
+
+
+@pytest.mark.parametrize("reads", SOURCES)
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_export_comes_back_as_what_it_was(name, reads, tmp_path):
+    sae, source = trained(EXPORTED[name]), SOURCES[reads] or ActivationSource()
+    export_saelens(sae, tmp_path, SOURCES[reads])
+    again, told = import_saelens(tmp_path)
+    assert type(again) is type(sae)
+    mean = torch.zeros(D_IN) if source.mean is None else torch.tensor(source.mean)
+    with torch.no_grad():
+        codes, raw = sae.encode((activations() - mean) * source.scale), again.encode(activations())
+        norms = sae.W_dec.norm(dim=1) if name == "topk_norm_aware" else torch.ones(D_SAE)
+        torch.testing.assert_close(raw.to_dense(), codes.to_dense() * norms, atol=2e-5, rtol=1e-4)
+        x_hat = sae.decode(codes) / source.scale + mean
+        torch.testing.assert_close(again.decode(raw), x_hat, atol=2e-5 / source.scale, rtol=1e-4)
+    assert (told.hook, told.layer, told.scale) == (source.hook, source.layer, 1.0)
+
+
+def test_an_untrained_threshold_stays_unknown(tmp_path):
+    export_saelens(BatchTopKSAE(D_IN, D_SAE, k=5), tmp_path)
+    assert import_saelens(tmp_path)[0].threshold.isnan()
+
+
+def test_changed_thresholds_are_those_of_a_jumprelu(tmp_path):
+    export_saelens(trained(EXPORTED["batch"]), tmp_path)
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    tensors["threshold"][3] *= 2
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    sae, _ = import_saelens(tmp_path)
+    assert type(sae) is JumpReLUSAE
+    torch.testing.assert_close(sae.thresholds(), tensors["threshold"])
+
+
+def test_hooks_as_transformer_lens_names_them(tmp_path):
+    metadata = export_saelens(trained(EXPORTED["vanilla"]), tmp_path, SOURCES["scaled"], "transformer_lens")["metadata"]
+    assert (metadata["hook_name"], metadata["model_class_name"]) == ("blocks.7.hook_resid_post", "HookedTransformer")
+    elsewhere = replace(SOURCES["scaled"], hook="model.layers.7.mlp", layer=None)
+    with pytest.raises(UserError, match=r"no name for model.layers.7.mlp"):
+        export_saelens(trained(EXPORTED["vanilla"]), tmp_path, elsewhere, "transformer_lens")
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"architecture": "gated"}, {}, "architecture: hedgelab reads standard, topk"),
+        ({"normalize_activations": "layer_norm"}, {}, "normalize_activations: 'layer_norm'"),
+        ({}, {"W_dec": torch.zeros(3, D_IN)}, r"W_dec: expected \[40, 12\], got \[3, 12\]"),
+        ({}, {"b_dec": torch.full((D_IN,), torch.nan)}, "b_dec: holds values that are not finite"),
+        ({}, {"r_mag": torch.zeros(3)}, "holds r_mag, for which hedgelab has no place"),
+        ({}, {"scaling_factor": torch.full((D_SAE,), 2.0)}, "fine-tuned scaling factor"),
+        ({"architecture": "topk", "k": "many"}, {}, "k: expected a number, got 'many'"),
+        ({"architecture": "topk", "k": 400}, {}, "model.k: must lie between 1 and"),
+        ({"architecture": "jumprelu"}, {}, "lacks threshold"),
+        ({"metadata": 3}, {}, "damaged"),
+    ],
+)
+def test_what_hedgelab_cannot_read_is_refused_in_one_line(config, tensors, message, tmp_path):
+    export_saelens(trained(EXPORTED["vanilla"]), tmp_path)
+    written = json.loads((tmp_path / "cfg.json").read_text())
+    written["metadata"].pop("hedgelab")
+    (tmp_path / "cfg.json").write_text(json.dumps({**written, **config}))
+    kept = load_file(tmp_path / "sae_weights.safetensors")
+    save_file({**kept, **tensors}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(UserError, match=message) as refused:
+        import_saelens(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a stranger\\'s code ran')",))
+
+
+@pytest.mark.parametrize("content", [{"encoder.weight": Malicious()}, [torch.zeros(2)], {"k": 3}, b"no pickle"])
+def test_pickles_with_more_than_tensors_are_refused(content, tmp_path):
+    path = tmp_path / "ae.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match="refused"):
+        read_pickled_tensors(path)
+
+
+def test_folders_of_no_known_library(tmp_path):
+    with pytest.raises(UserError, match=r"holds no SAE of a known library; expected cfg.json and sae_weights"):
+        format_of(tmp_path)
+    export_saelens(trained(EXPORTED["vanilla"]), tmp_path)
+    assert format_of(tmp_path) == "saelens"
+    (tmp_path / "sae_weights.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="damaged"):
+        import_folder(tmp_path)

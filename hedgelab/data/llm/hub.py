@@ -64,22 +64,25 @@ def _require_hub(name: str) -> None:
     Raises:
         UserError: It does not, or may not be asked.
     """
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    problem = None
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        problem = "HF_HUB_OFFLINE is set"
-    else:
-        try:
-            urlopen(Request(endpoint, method="HEAD"), timeout=_REACH_SECONDS).close()
-        except HTTPError:
-            pass  # an answer
-        except (OSError, URLError) as error:
-            if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # the client may know more certificates
-                problem = f"{endpoint} cannot be reached"
-    if problem:
+    if problem := hub_problem():
         raise UserError(
             f"data.model: {name!r} is neither a local folder nor in the hub's local cache, and {problem}; {_OFFLINE}"
         )
+
+
+def hub_problem() -> str | None:
+    """Why the hub cannot be used from here; None where it answers."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    try:
+        urlopen(Request(endpoint, method="HEAD"), timeout=_REACH_SECONDS).close()
+    except HTTPError:
+        pass  # an answer
+    except (OSError, URLError) as error:
+        if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # the client may know more certificates
+            return f"{endpoint} cannot be reached"
+    return None
 
 
 def _first_line(error: Exception) -> str:

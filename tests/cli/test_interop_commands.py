@@ -1,0 +1,114 @@
+"""``hedgelab export`` and ``hedgelab import``, and training that goes on from an imported SAE."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from hedgelab.cli import main
+from hedgelab.data.source import ActivationSource
+from hedgelab.interop.saelens import export_saelens, import_saelens
+from hedgelab.saes import TopKSAE, load_sae, save_sae
+from hedgelab.saes.io import same_weights
+
+
+@pytest.fixture
+def folder(config, tmp_path):
+    """A folder with an SAE of the width of ``tiny.yaml``, and what it reads."""
+    save_sae(TopKSAE(6, 3, k=2), tmp_path / "kept")
+    ActivationSource(model="smollm2", hook="model.layers.5", layer=5, context_length=64, scale=0.5).save(
+        tmp_path / "kept"
+    )
+    return tmp_path / "kept"
+
+
+def test_there_and_back(folder, capsys):
+    assert main(["export", str(folder), "--to", "out"]) == 0
+    assert "topk, 6 × 3" in capsys.readouterr().out
+    _, source = import_saelens("out")
+    assert (source.model, source.hook, source.layer) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "model.layers.5", 5)
+    assert main(["import", "out", "--to", "back"]) == 0
+    printed = capsys.readouterr().out
+    assert "saelens → TopKSAE, 6 × 3, in back" in printed
+    config = yaml.safe_load(printed.split("config:\n")[1])
+    assert config["data"]["init_args"] == {
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "layer": 5,
+        "context_length": 64,
+        "normalisation": "none",
+    }
+    assert config["model"]["init_args"]["init"] == {"weights": "back"}
+    assert isinstance(load_sae("back"), TopKSAE)
+
+
+def test_nothing_is_overwritten(folder, tmp_path, capsys):
+    assert main(["export", str(folder), "--to", str(folder)]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert main(["import", "absent", "--to", str(tmp_path / "new")]) == 2
+    assert "'absent' is neither a folder nor an id of the hub" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_training_goes_on_from_an_imported_sae(folder, tmp_path, capsys):
+    words = ["fit", "--config", "tiny.yaml", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
+    words += ["--model.init_args.init.weights", str(folder)]
+    assert main([*words, "--trainer.max_steps", "1"]) == 0
+    save_sae(TopKSAE(6, 4, k=2), tmp_path / "wider")
+    assert main([*words[:-1], str(tmp_path / "wider")]) == 2
+    assert "has d_in 6 and d_sae 4, the config 6 and 3" in capsys.readouterr().err
+    assert main([*words[:-1], "nowhere"]) == 2
+    assert "nowhere: holds no sae.safetensors" in capsys.readouterr().err
+
+
+def test_initial_weights_are_those_on_disk(folder):
+    from hedgelab.batch import Batch
+    from hedgelab.saes import Initialization
+
+    sae = TopKSAE(6, 3, k=2, init=Initialization(weights=str(folder), seed=7))
+    assert not same_weights(sae, load_sae(folder))
+    sae.initialize(Batch(torch.ones(4, 6)), None)
+    assert same_weights(sae, load_sae(folder))
+
+
+def test_the_hub_out_of_reach(folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace())
+    assert main(["export", str(folder), "--to", "out", "--push", "me/mine"]) == 2
+    assert "http://127.0.0.1:9 cannot be reached" in capsys.readouterr().err
+    assert main(["import", "you/yours", "--to", "in"]) == 2
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_push_uploads_folder_and_card(folder, monkeypatch, capsys):
+    calls = []
+
+    class Api:
+        def __getattr__(self, name):
+            return lambda *args, **options: calls.append((name, args, options))
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=Api))
+    monkeypatch.setattr("hedgelab.interop.hub.hub_problem", lambda: None)
+    assert main(["export", str(folder), "--to", "out", "--push", "me/mine"]) == 0
+    assert "uploaded: https://huggingface.co/me/mine" in capsys.readouterr().out
+    assert [name for name, _, _ in calls] == ["create_repo", "upload_folder", "upload_file"]
+    assert calls[1][2]["path_in_repo"] == "out"
+    assert b'from_pretrained("me/mine", "out")' in calls[2][2]["path_or_fileobj"]
+
+
+def test_fetch_takes_a_folder_of_a_repository(folder, monkeypatch, tmp_path):
+    asked = {}
+
+    def snapshot_download(repository, allow_patterns):
+        asked.update(repository=repository, patterns=allow_patterns)
+        export_saelens(load_sae(folder), tmp_path / "hub" / "layer_5" / "width_3")
+        return str(tmp_path / "hub")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+    monkeypatch.setattr("hedgelab.interop.hub.hub_problem", lambda: None)
+    assert main(["import", "you/yours/layer_5/width_3", "--to", "in"]) == 0
+    assert asked["repository"] == "you/yours"
+    assert asked["patterns"][0] == "layer_5/width_3/*.json"
+    assert same_weights(load_sae("in"), load_sae(folder))
