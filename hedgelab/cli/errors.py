@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from hedgelab.errors import UserError
+from hedgelab.errors import Stopped, UserError
 
 MISTAKE, BUG, INTERRUPTED = 2, 1, 130
 
@@ -18,6 +18,8 @@ def guarded(run: Callable[[], int]) -> int:
         return run()
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
+    except Stopped as stop:
+        return _say(str(stop), int(stop.code or 0))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else _say(str(stop.code), BUG)
     except Exception as error:

@@ -39,17 +39,29 @@ class HedgeCLI(HedgelabCLI):
         text = parser.dump(config, skip_none=False)
         resolved = yaml.safe_load(text)
         resolved.pop("config", None)
-        outcome = {key: resolved.get(key) for key in _OF_THE_OUTCOME}
-        self.trainer.outcome_config = {**outcome, "precision": resolved["trainer"]["precision"]}
+        self.trainer.outcome_config = outcome_of(resolved)
+        self.resumption.begin(self.trainer)
         self.trainer.announce = lambda line: print(f"hedge: {line}", flush=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, MLflowTracker):
                 logger.log_config(text)
                 logger.log_hyperparams(resolved)
 
+    def after_hedge(self) -> None:
+        """The run is over; nothing is left to go on with."""
+        self.resumption.finish()
+
     def hedge(self, model: SAE, datamodule: Any, hedge: HedgeOptions) -> None:
         """Run the protocol and keep what it gives."""
         self.scores = self.trainer.hedge(model, datamodule, hedge)
+
+
+def outcome_of(resolved: dict[str, Any]) -> dict[str, Any]:
+    """What of a resolved config determines the outcome of training, the number of steps left out."""
+    return {
+        **{key: resolved.get(key) for key in _OF_THE_OUTCOME},
+        "precision": resolved["trainer"]["precision"],
+    }
 
 
 def run_hedge(command: str, words: list[str]) -> int:

@@ -18,11 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 import hedgelab.data.llm
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
-from hedgelab.cli.checkpoint import RunCheckpoint
+from hedgelab.checkpoints import RunCheckpoint, stop_at_once, use_verified_io
 from hedgelab.cli.compose import Tree, compose, config_files, opening_comment
 from hedgelab.cli.diagnose import Walk
 from hedgelab.cli.errors import one_line, user_error
 from hedgelab.cli.explain import explain_construction, explain_parsing, resolve, top_level
+from hedgelab.cli.resume import Resumption, bare_flag, with_slurm_left_alone
 from hedgelab.cli.summary import summary
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
@@ -43,8 +44,16 @@ TYPES = {
     "name": str | None,
     "experiment": str | None,
     "ckpt_path": str | None,
+    "resume": bool | str,
     **CALLBACKS,
 }
+RESUMABLE = ("fit", "hedge")
+RESUME_HELP = (
+    "Go on with the newest unfinished run of this very config (found by a hash of it in run.json beside the checkpoints, "
+    "runs/checkpoints/<run id>/), in the same MLflow run, from its last whole checkpoint: the result is that of a run never "
+    "stopped. Starts afresh, and says so, where there is none; does nothing where that run has finished: so a job that may "
+    "be requeued always passes it. --resume=ID takes the run of that id. --ckpt_path=last means the same."
+)
 TRAINER_DEFAULTS = {
     "logger": {"class_path": TRACKER},
     "devices": 1,
@@ -58,7 +67,6 @@ CHECKPOINT_DEFAULTS = {
     "checkpoint.save_last": True,
     "checkpoint.save_top_k": 0,
     "checkpoint.every_n_train_steps": 1000,
-    "checkpoint.save_on_exception": True,
 }
 
 
@@ -98,7 +106,8 @@ class HedgelabCLI(LightningCLI):
     types: Mapping[str, Any] = TYPES
 
     def __init__(self, command: str, words: list[str]) -> None:
-        self.command, self.words = command, words
+        self.command, self.words = command, bare_flag(words)
+        self.resumption = Resumption(command, self.resolved)
         parser: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
         super().__init__(
             model_class=SAE,
@@ -113,7 +122,7 @@ class HedgelabCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            args=[command, *words],
+            args=[command, *self.words],
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -124,6 +133,8 @@ class HedgelabCLI(LightningCLI):
         """Name and experiment of the run, the callbacks that every run has, and the link from data to model."""
         parser.add_argument("--name", type=str | None, help="Name of the run; the config file's by default.")
         parser.add_argument("--experiment", type=str | None, help="MLflow experiment that the run belongs to.")
+        if self.command in RESUMABLE:
+            parser.add_argument("--resume", type=bool | str, default=False, help=RESUME_HELP)
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         parser.set_defaults(CHECKPOINT_DEFAULTS)
@@ -143,6 +154,11 @@ class HedgelabCLI(LightningCLI):
         """What the user wrote, over the classes that stand there by default."""
         return compose(self.words, {"trainer": {"logger": {"class_path": TRACKER}}})
 
+    def resolved(self) -> dict[str, Any]:
+        """The whole config as plain values."""
+        values: dict[str, Any] = yaml.safe_load(self._parser(self.command).dump(self.config[self.command], skip_none=False))
+        return values
+
     def walk(self) -> Walk:
         """A walk over what the user wrote, for explaining mistakes."""
         names = vars(self._parser(self.command).get_defaults())
@@ -151,6 +167,7 @@ class HedgelabCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the checkpoint, name the run, and leave out what the trainer is told to do without."""
         config = self.config[self.command]
+        wanted = self.resumption.take(config)
         check_checkpoint(self.command, config.get("ckpt_path"))
         config.name = config.name or "+".join(file.stem for file in config_files(self.words)) or None
         logger = config.trainer.logger
@@ -161,6 +178,8 @@ class HedgelabCLI(LightningCLI):
         for callback, switch in SWITCHES.items():
             if config.trainer[switch] is False:
                 self._parser(self.command).callback_keys.remove(callback)
+        if self.command in RESUMABLE:
+            self.resumption.find(wanted)
 
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; what a class finds impossible is told with the full key."""
@@ -171,11 +190,22 @@ class HedgelabCLI(LightningCLI):
             if not isinstance(mistake, UserError):
                 raise
             raise UserError(explain_construction(mistake, self.walk())) from error
+        if (checkpoint := self.resumption.apply(self.trainer)) is not None:
+            self.config_init[self.command].ckpt_path = checkpoint
+
+    def after_fit(self) -> None:
+        """The run is over; nothing is left to go on with."""
+        self.resumption.finish()
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: LightningCLI would read a whole checkpoint here for hyper-parameters that hedgelab's never hold."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the trainer; Lightning says most impossible values with a ValueError."""
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**with_slurm_left_alone(kwargs, self.config_init[self.command].trainer))
+            use_verified_io(trainer)
+            return trainer
         except (ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {one_line(str(error))}") from error
 
@@ -191,7 +221,7 @@ def check_checkpoint(command: str, path: str | None) -> None:
             raise UserError(
                 f"ckpt_path: {command} measures a trained SAE: give --ckpt_path runs/checkpoints/.../last.ckpt"
             )
-    elif not Path(path).is_file():
+    elif not Path(path).exists():
         raise UserError(f"ckpt_path: no such file '{path}'; checkpoints are kept under runs/checkpoints/<run id>/")
 
 
@@ -209,11 +239,13 @@ def run_cli(cli: type[HedgelabCLI], command: str, words: list[str]) -> HedgelabC
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning meets a newer torch
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")  # saved between steps
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # every run has a folder of its own
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # not every node runs its jobs
     warnings.filterwarnings("ignore", message="`max_epochs` was not set")  # the DataModule says it better
     for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        return cli(command, words)
+        with stop_at_once():
+            return cli(command, words)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning leaves in its own way
             raise KeyboardInterrupt from stop

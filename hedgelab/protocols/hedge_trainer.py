@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
 
+from hedgelab.checkpoints.stopping import stopped
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
 from hedgelab.errors import UserError
@@ -62,7 +62,7 @@ class HedgeTrainer(L.Trainer):
             scores = self._hedge(model, datamodule, hedge, tracker)
         except BaseException:
             if tracker is not None:
-                tracker.finalize("killed" if _interrupted() else "failed")
+                tracker.finalize("killed" if stopped() else "failed")
             raise
         if tracker is not None:
             tracker.finalize("success")
@@ -84,25 +84,15 @@ class HedgeTrainer(L.Trainer):
             if tracker is not None:
                 record(tracker, scores, 2 * self.max_steps)
                 if options.n_new == 1:
-                    _log_case_studies(tracker, trained, data)
+                    log_case_studies(tracker, trained, data)
         finally:
             data.teardown("fit")
         check_live(scores, options.n_new)
         return scores
 
 
-def _log_case_studies(tracker: MLflowTracker, trained: Mapping[int, Continuations], data: ActivationDataModule) -> None:
+def log_case_studies(tracker: MLflowTracker, trained: Mapping[int, Continuations], data: ActivationDataModule) -> None:
     """A page for every seed: what its one new latent took from the old ones."""
     probe = LLMProbe(data) if isinstance(data, LLMDataModule) else None
     for seed, saes in trained.items():
         tracker.log_text(report(saes.control, saes.extended, probe), f"case_study/seed{seed}.html")
-
-
-def _interrupted() -> bool:
-    """Whether the exception under way began as the user's interrupt; Lightning turns one into an exit."""
-    error: BaseException | None = sys.exception()
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__context__
-    return False

@@ -21,9 +21,16 @@ class ThinnedSeries(Generic[T]):
         self.values: list[T] = []
         self._stride = 1
         self._offers = 0
+        self._offered = -1
 
     def offer(self, step: int, make: Callable[[], T]) -> None:
-        """Keeps ``make()`` for this step if its turn has come; it is not called otherwise."""
+        """Keeps ``make()`` for this step if its turn has come; it is not called otherwise.
+
+        A step that is no later than the last one offered (as a run that goes on offers them) is passed over.
+        """
+        if step <= self._offered:
+            return
+        self._offered = step
         if self._offers % self._stride == 0:
             self.steps.append(step)
             self.values.append(make())
@@ -34,9 +41,11 @@ class ThinnedSeries(Generic[T]):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain state for a checkpoint."""
-        return {"steps": self.steps, "values": self.values, "stride": self._stride, "offers": self._offers}
+        counts = {"stride": self._stride, "offers": self._offers, "offered": self._offered}
+        return {"steps": self.steps, "values": self.values, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
         self.steps, self.values = list(state["steps"]), list(state["values"])
         self._stride, self._offers = state["stride"], state["offers"]
+        self._offered = state["offered"]

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from hedgelab.errors import UserError
+from hedgelab.errors import Stopped, UserError
 from hedgelab.tracking.history import ThinnedSeries
 from hedgelab.tracking.params import MAX_VALUE, clean_key, flatten
 from hedgelab.tracking.spool import Artifact, Params, Spool, Status, Tags
@@ -48,6 +48,7 @@ class MLflowTracker(Logger):
         uri: Tracking URI; None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``.
         buffer_points: Metric points that are written together.
         run_id: Run to go on with; None starts one.
+        system_metrics: Whether the run shows what the machine is doing meanwhile.
 
     Raises:
         UserError: At first use: the store cannot be reached, the experiment is deleted, or there is no such run.
@@ -62,6 +63,7 @@ class MLflowTracker(Logger):
         uri: str | None = None,
         buffer_points: int = 500,
         run_id: str | None = None,
+        system_metrics: bool = True,
     ) -> None:
         super().__init__()
         if buffer_points < 1:
@@ -71,10 +73,13 @@ class MLflowTracker(Logger):
         self._uri = uri or tracking_uri()
         self._buffer_points = buffer_points
         self._run_id = run_id
+        self._system_metrics = system_metrics
         self._client: MlflowClient | None = None
         self._writer: RunWriter | None = None
         self._params: dict[str, str] = {}
         self._keys: dict[str, str] = {}
+        self._goes_on = False
+        self._logged_to: dict[str, int] = {}
         self.losses: ThinnedSeries[dict[str, float]] = ThinnedSeries(_KEPT_LOSSES)
         """What was logged as ``train/...``, thinned: the history behind the figure of loss terms."""
 
@@ -115,7 +120,10 @@ class MLflowTracker(Logger):
         values = {self._keys.get(key) or self._clean(key): float(value) for key, value in metrics.items()}
         if "train/loss" in values:
             self.losses.offer(step, lambda: {key: value for key, value in values.items() if key.startswith("train/")})
-        (self._writer or self._open()).add(values, step)
+        writer = self._writer or self._open()
+        if self._goes_on:
+            values = {key: value for key, value in values.items() if step > self._logged_to.get(key, -1)}
+        writer.add(values, step)
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -172,10 +180,23 @@ class MLflowTracker(Logger):
             figure.savefig(file)
             self.log_artifact(file, None if target.parent == Path() else str(target.parent))
 
-    def child(self, run_name: str, tags: dict[str, str]) -> MLflowTracker:
-        """A logger of a new run below this one, in the same experiment."""
+    def go_on_with(self, run_id: str) -> None:
+        """Log to a run that was cut short, and what it has already not again.
+
+        A run that goes on repeats the steps since its last checkpoint, with the same outcome; what was logged of them
+        before the end stays as it is.
+        """
+        self._run_id, self._goes_on = run_id, True
+
+    def child(self, run_name: str, tags: dict[str, str], run_id: str | None = None) -> MLflowTracker:
+        """A logger of a new run below this one, in the same experiment; or of one that was cut short, and goes on."""
         below = {"mlflow.parentRunId": self.run_id or "", **tags}
-        return MLflowTracker(self._experiment, run_name, below, uri=self._uri, buffer_points=self._buffer_points)
+        made = MLflowTracker(
+            self._experiment, run_name, below, uri=self._uri, buffer_points=self._buffer_points, system_metrics=False
+        )
+        if run_id is not None:
+            made.go_on_with(run_id)
+        return made
 
     @rank_zero_only
     def save(self) -> None:
@@ -188,7 +209,7 @@ class MLflowTracker(Logger):
         """Writes everything that waits and ends the run: FINISHED, FAILED, or KILLED where a signal stopped it."""
         if self._writer is None:
             return
-        killed = isinstance(sys.exception(), (KeyboardInterrupt, SIGTERMException))
+        killed = isinstance(sys.exception(), (KeyboardInterrupt, SIGTERMException, Stopped))
         final = "KILLED" if killed else {"success": "FINISHED", "failed": "FAILED"}.get(status, status.upper())
         self._writer.close()
         self._writer.deliver(Status(final, int(time.time() * 1000)))
@@ -208,7 +229,9 @@ class MLflowTracker(Logger):
             )
             self._run_id = run.info.run_id
             spool = Spool(runs_dir(self._uri) / "spool", self._run_id)
-            sampler = SystemSampler(run.info.start_time)
+            if self._goes_on:
+                self._logged_to = logged_steps(run, spool)
+            sampler = SystemSampler(run.info.start_time) if self._system_metrics else None
             self._writer = RunWriter(self._client, self._run_id, spool, self._buffer_points, sample=sampler)
             atexit.register(self._writer.close)  # for a process that ends without finalize
         return self._writer
@@ -255,3 +278,11 @@ class MLflowTracker(Logger):
         self._params = dict(run.data.params)
         client.update_run(run_id, status="RUNNING")
         return run
+
+
+def logged_steps(run: Run, spool: Spool) -> dict[str, int]:
+    """The last step at which each metric of a run was logged, whether the store has it or the spool still does."""
+    steps = {metric.key: int(metric.step) for metric in run.to_proto().data.metrics}
+    for key, step in spool.last_steps().items():
+        steps[key] = max(step, steps.get(key, -1))
+    return steps

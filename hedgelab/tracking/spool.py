@@ -130,15 +130,25 @@ class Spool:
         with self._lock:
             if isinstance(operation, Artifact):
                 operation = self._keep_file(operation)
+            self._drop_torn_line()
             with self.path.open("a") as file:
                 file.write(_encode(operation) + "\n")
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step of each metric that waits."""
+        steps: dict[str, int] = {}
+        for operation in self._decode(self._lines()) if self else ():
+            if isinstance(operation, Metrics):
+                for key, _, _, step in operation.metrics:
+                    steps[key] = max(step, steps.get(key, step))
+        return steps
 
     def replay(self, send: Callable[[Operation], None]) -> None:
         """Sends what waits, in order; what ``send`` refuses by raising, and all after it, stays."""
         if not self:
             return
         with self._lock:
-            lines = self.path.read_text().splitlines()
+            lines = self._lines()
             sent = 0
             try:
                 for operation in self._decode(lines):
@@ -153,6 +163,22 @@ class Spool:
         target.parent.mkdir(parents=True)
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
         return Artifact(f"{name}/{source.name}", artifact.artifact_path)
+
+    def _drop_torn_line(self) -> None:
+        """Remove an operation that was cut short, which the next one would run into."""
+        if not self.path.exists():
+            return
+        with self.path.open("r+b") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 1))
+            if file.read(1) not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+    def _lines(self) -> list[str]:
+        """The operations that wait; one cut short as its process was killed, always the last, is left out."""
+        whole, _, _ = self.path.read_text().rpartition("\n")
+        return whole.splitlines()
 
     def _decode(self, lines: list[str]) -> Iterator[Operation]:
         for line in lines:

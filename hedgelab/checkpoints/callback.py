@@ -1,0 +1,179 @@
+"""The callback that keeps the two newest checkpoints of a run, and answers signals between steps."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from hedgelab.checkpoints.files import LAST, NEXT, promote
+from hedgelab.checkpoints.folder import RunFolder, untracked_name
+from hedgelab.checkpoints.io import use_verified_io
+from hedgelab.checkpoints.stopping import StopFlag
+from hedgelab.errors import Stopped, UserError
+
+_logger = logging.getLogger(__name__)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt`` and, one interval older, ``previous.ckpt`` under ``runs/checkpoints/<run id>/``.
+
+    Written between chunks of steps, after the validation of that step where one was due, and when training ends: so a
+    run that goes on from one repeats nothing and leaves nothing out. SIGTERM, SIGUSR1 and Ctrl-C have one written and
+    end the run (:class:`~hedgelab.errors.Stopped`). What is logged up to a checkpoint is sent, or on the disk, before
+    it appears.
+
+    Takes ModelCheckpoint's arguments; ``dirpath`` replaces the folder. A disk that is full costs checkpoints, not the run.
+
+    Attributes:
+        folder: The run's folder; None before a fit.
+        facts: What the folder is to say about the run, so that ``--resume`` finds it; None to have only its path find it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.folder: RunFolder | None = None
+        self.facts: Callable[[], dict[str, Any]] | None = None
+        self._flag = StopFlag()
+        self._saving = False
+        self._saved_at = -1
+        self._warned = False
+
+    @property
+    def interval(self) -> dict[str, Any]:
+        """Arguments of another callback that saves as often."""
+        return {"save_last": self.save_last, "save_top_k": 0, "every_n_train_steps": self._every_n_train_steps}
+
+    # -- where -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Name the folder after the run, and claim it."""
+        use_verified_io(trainer)
+        if stage == "fit":
+            if self.dirpath is None:
+                self.dirpath = str(default_folder(trainer))
+            if trainer.is_global_zero:
+                self._claim(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def _claim(self, trainer: L.Trainer) -> None:
+        if self.folder is None:
+            path = Path(str(self.dirpath))
+            if (path / LAST).exists() and trainer.ckpt_path is None:
+                raise UserError(
+                    f"checkpoint.dirpath: '{path}' holds checkpoints of another run, which this one would replace; choose "
+                    "another folder, or go on with that run by --resume"
+                )
+            self.folder = RunFolder(path)
+            self.folder.claim()
+        if self.facts is not None:
+            run_id = None if trainer.logger is None else trainer.logger.version
+            self.folder.note(**self.facts(), run_id=run_id, finished=False)
+
+    # -- when --------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen to signals."""
+        super().on_train_start(trainer, pl_module)
+        self._saved_at = trainer.global_step
+        self._flag = StopFlag()
+        kill = getattr(trainer.strategy.launcher, "kill", None)
+        self._flag.install(lambda number: kill(number) if kill is not None else None)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Between two chunks: stop if asked to, and save where an interval has ended."""
+        step, every = trainer.global_step, self._every_n_train_steps
+        kept = self.save_last and not trainer.fast_dev_run
+        number = self._signal(trainer)
+        due = every >= 1 and step % every == 0
+        if kept and step > self._saved_at and (due or number is not None):
+            self._save(trainer)
+        if number is not None:
+            self._flag.remove()
+            raise Stopped(number, self._state(step))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last step too, after its validation."""
+        self._flag.remove()
+        if self.save_last and trainer.global_step > self._saved_at and not trainer.fast_dev_run:
+            self._save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Listen no longer; what is in the middle of a step is not worth saving."""
+        self._flag.remove()
+        super().on_exception(trainer, pl_module, exception)
+
+    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Not at the moments that Lightning chooses: some come before a validation that would then be left out."""
+
+    def _signal(self, trainer: L.Trainer) -> int | None:
+        """The signal that came, to any of the ranks."""
+        if trainer.world_size == 1:
+            return self._flag.number
+        if not trainer.strategy.reduce_boolean_decision(self._flag.number is not None, all=False):
+            return None
+        return self._flag.number or signal.SIGTERM
+
+    def _state(self, step: int) -> str:
+        if self._saved_at == step:
+            return f"after step {step}; saved in {self.last_model_path or self.dirpath}, go on with --resume"
+        return f"after step {step}, which could not be saved; --resume goes on from the checkpoint before it"
+
+    # -- how ---------------------------------------------------------------------------------------
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Make a new ``last.ckpt``; a disk that does not take it is told of, and training goes on."""
+        for logger in trainer.loggers:
+            logger.save()
+        folder = Path(str(self.dirpath))
+        self._saving = True
+        try:
+            trainer.save_checkpoint(folder / NEXT, weights_only=False)
+            if trainer.is_global_zero:
+                self.last_model_path = str(promote(folder))
+            self._saved_at = trainer.global_step
+            self._warned = False
+        except OSError as error:
+            if trainer.world_size > 1:
+                trainer.strategy.barrier("Trainer.save_checkpoint")  # the other ranks wait there
+            self._complain(trainer.global_step, error)
+        finally:
+            self._saving = False
+        self.last_model_path = str(folder / LAST)
+
+    def _complain(self, step: int, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            _logger.warning(
+                "no checkpoint could be written at step %d in %s (%s); training goes on, the one before it is kept",
+                step,
+                self.dirpath,
+                error.strerror or error,
+            )
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the chunk that is about to start as not begun (Lightning's counters would be one ahead for good)."""
+        if not self._saving:
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts["ready"] = counts["started"] = counts["processed"] = counts["completed"]
+        progress["is_last_batch"] = False
+
+
+def default_folder(trainer: L.Trainer) -> Path:
+    """Where a run's checkpoints go unless told otherwise: beside the store, in a folder named after the run."""
+    if trainer.logger is None:
+        return Path(trainer.default_root_dir) / "runs" / "checkpoints" / untracked_name()
+    root = Path(trainer.logger.save_dir or trainer.default_root_dir)
+    return root / "checkpoints" / str(trainer.logger.version)

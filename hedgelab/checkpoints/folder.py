@@ -1,0 +1,117 @@
+"""The folder of a run's checkpoints, and how a later command finds the run that it is to go on with.
+
+``runs/checkpoints/<run id>/`` holds ``last.ckpt``, ``previous.ckpt`` and ``run.json``: the command and config that the run
+came from (as a hash), whether it has finished, and for a protocol the runs of its unfinished phases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from hedgelab.checkpoints.files import write_atomically
+from hedgelab.errors import UserError
+
+_ABOUT = "run.json"
+
+
+class RunFolder:
+    """Checkpoints of one run, and what is known about it.
+
+    Args:
+        path: The folder; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: BaseFileLock | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What ``run.json`` says; nothing where it is missing or unreadable."""
+        try:
+            content = json.loads((self.path / _ABOUT).read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the MLflow run; None of an untracked one."""
+        found = self.about.get("run_id")
+        return found if isinstance(found, str) else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.about.get("finished") is True
+
+    @property
+    def members(self) -> dict[str, str | None]:
+        """Runs of SAEs that are trained as one group, by name; None as the id of an untracked one."""
+        found = self.about.get("members")
+        return found if isinstance(found, dict) else {}
+
+    def note(self, **facts: Any) -> None:
+        """Add to what is known about the run."""
+        text = json.dumps({"created": time.time(), **self.about, **facts}, indent=2, default=str) + "\n"
+        write_atomically(self.path / _ABOUT, lambda file: file.write(text.encode()))
+
+    def claim(self) -> None:
+        """Keep other processes from going on with this run as long as this one lives.
+
+        Raises:
+            UserError: Another process is at it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            name = self.about.get("name") or self.path.name
+            raise UserError(f"resume: another process is training run {name} ({self.path}) right now; wait for it, or end it")
+        except (OSError, NotImplementedError):  # a file system without locks
+            return
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let others have the run."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def part(self, names: list[str]) -> RunFolder:
+        """The folder of a part of this run (a group of phases), always the same one for the same names."""
+        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]
+        return RunFolder(self.path / f"part-{digest}")
+
+
+def identity(command: str, config: Mapping[str, Any]) -> str:
+    """What makes two command lines the same experiment: a hash of the command and of the config that matters."""
+    text = json.dumps([command, config], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def untracked_name() -> str:
+    """Name of the folder of a run that MLflow knows nothing about."""
+    return f"untracked-{uuid.uuid4().hex[:12]}"
+
+
+def runs_of(root: Path, wanted: str) -> list[RunFolder]:
+    """Runs that came from the same experiment, newest first.
+
+    Args:
+        root: Where checkpoints are kept: ``runs/checkpoints``, or one run's own folder.
+        wanted: The :func:`identity`.
+    """
+    folders = [RunFolder(root), *(RunFolder(path) for path in root.glob("*/"))] if root.is_dir() else []
+    found = [(folder.about, folder) for folder in folders]
+    matching = [(float(about.get("created", 0)), folder) for about, folder in found if about.get("identity") == wanted]
+    return [folder for _, folder in sorted(matching, key=lambda pair: pair[0], reverse=True)]

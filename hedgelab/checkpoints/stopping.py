@@ -1,0 +1,82 @@
+"""Signals that ask a run to stop: Ctrl-C, SIGTERM (preemption, a node that goes down), SIGUSR1 (a scheduler's warning).
+
+Between steps the run is stopped at once; within training a flag is raised, and looked at between chunks of steps, where a
+checkpoint can be written that loses nothing. Lightning's own handlers are not used: they act in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hedgelab.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Raised by a signal, looked at between steps. A second Ctrl-C stops at once.
+
+    Attributes:
+        number: The signal that came; None as long as none did.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def install(self, forward: Callable[[int], None] = lambda number: None) -> None:
+        """Listen from here on, in the main thread only (others cannot).
+
+        Args:
+            forward: Told of each signal, to pass it on to processes that this one started.
+        """
+
+        def listen(number: int, frame: Any) -> None:
+            if self.number is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if self.number is None:
+                self.number = number
+                forward(number)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (*SIGNALS, signal.SIGINT):
+                self._former[number] = signal.signal(number, listen)
+
+    def remove(self) -> None:
+        """Let the signals do what they did before."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._former.clear()
+
+
+@contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 raise :class:`~hedgelab.errors.Stopped`, so that runs are ended as killed instead of never."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def stopped(error: BaseException | None = None) -> bool:
+    """Whether an exception (by default the one under way) is, or came of, a signal that stopped the command."""
+    error = sys.exception() if error is None else error
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, Stopped)):
+            return True
+        error = error.__context__
+    return False

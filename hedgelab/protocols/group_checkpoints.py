@@ -1,0 +1,71 @@
+"""Checkpoints of SAEs that are trained together, found again by what is trained: a protocol goes on inside a phase."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning as L
+
+from hedgelab.checkpoints import RunCheckpoint, RunFolder, newest_whole
+
+_logger = logging.getLogger(__name__)
+
+
+class GroupCheckpoints:
+    """The checkpoints of one group of SAEs, in ``runs/checkpoints/group-<hash>/``; gone when its training has ended.
+
+    Args:
+        root: Where checkpoints are kept, ``runs/checkpoints``.
+        members: What is trained: stable ids by name.
+    """
+
+    def __init__(self, root: Path, members: Mapping[str, str]) -> None:
+        self.members = dict(members)
+        digest = hashlib.sha256(json.dumps(self.members, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = RunFolder(root / f"group-{digest}")
+
+    @classmethod
+    def unfinished(cls, root: Path, members: Mapping[str, str]) -> GroupCheckpoints | None:
+        """A group of some of these members whose training was cut short; None without one."""
+        for path in sorted(root.glob("group-*/")):
+            group = RunFolder(path).about.get("group")
+            if isinstance(group, dict) and group and group.items() <= members.items():
+                return cls(root, group)
+        return None
+
+    @property
+    def runs(self) -> dict[str, str]:
+        """The MLflow runs of the members, by name; nothing where training has not begun yet."""
+        return {name: run_id for name, run_id in self.folder.members.items() if run_id is not None}
+
+    def begin(self, trainer: L.Trainer, runs: Mapping[str, str | None]) -> Path | None:
+        """Let a trainer write its checkpoints here.
+
+        Args:
+            trainer: Has a :class:`~hedgelab.checkpoints.RunCheckpoint`; without one nothing is written.
+            runs: The MLflow runs of the members, by name.
+
+        Returns:
+            The checkpoint to go on from; None to start from the beginning.
+
+        Raises:
+            UserError: Another process trains the same SAEs right now.
+        """
+        callback = next((found for found in trainer.callbacks if isinstance(found, RunCheckpoint)), None)
+        if callback is None:
+            return None
+        if trainer.is_global_zero:
+            self.folder.claim()
+            self.folder.note(group=self.members, members=dict(runs))
+        callback.folder, callback.dirpath = self.folder, str(self.folder.path)
+        return newest_whole(self.folder.path, lambda line: _logger.warning("%s", line))
+
+    def end(self) -> None:
+        """Training has ended well, and what came of it is kept elsewhere."""
+        self.folder.release()
+        shutil.rmtree(self.folder.path, ignore_errors=True)
