@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from hedgelab.batch import Batch
+from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.seeding import resolve_seed
 
@@ -55,6 +57,10 @@ class ActivationDataModule(L.LightningDataModule, ABC):
     def batch(self, stage: Stage, index: int) -> Batch:
         """Global batch number ``index`` of a stage, ``[batch_size, d_in]``; the same whenever and wherever asked for."""
 
+    def source(self) -> ActivationSource | None:
+        """Where the activations come from and how they are normalised, to travel with the SAE; None for toys."""
+        return None
+
     def describe(self) -> dict[str, float]:
         """Numbers about the data that a run should show from its start."""
         return {}
@@ -69,15 +75,23 @@ class ActivationDataModule(L.LightningDataModule, ABC):
             yield self.slice_for_rank(self.batch(stage, index))
 
     def slice_for_rank(self, batch: Batch) -> Batch:
-        """The rows of a global batch that belong to this rank."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if world_size == 1:
+        """The rows of a global batch that belong to this rank; weights sum to 1 on average over the ranks.
+
+        Raises:
+            UserError: The batch cannot be split evenly. A weighted one always can: rows of weight 0 are added.
+        """
+        rank, count = (0, 1) if self.trainer is None else data_rank(self.trainer)
+        if count == 1:
             return batch
+        if batch.weight is not None:
+            batch = _padded(batch, -len(batch.x) % count)
         size = batch.x.shape[0]
-        if size % world_size:
-            raise UserError(f"data.batch_size: {size} cannot be split evenly over {world_size} ranks")
-        rows = slice(rank * size // world_size, (rank + 1) * size // world_size)
-        return Batch(batch.x[rows], *(None if part is None else part[rows] for part in batch[1:]))
+        if size % count:
+            raise UserError(f"data.batch_size: {size} cannot be split evenly over {count} ranks")
+        rows = slice(rank * size // count, (rank + 1) * size // count)
+        x, features, weight = (None if part is None else part[rows] for part in batch)
+        assert x is not None
+        return Batch(x, features, None if weight is None else weight * count)
 
     def train_dataloader(self) -> ChunkedStream:
         """The stream from the trainer's current step to its last."""
@@ -104,6 +118,23 @@ class ActivationDataModule(L.LightningDataModule, ABC):
             intervals.append(self.trainer.val_check_interval)
         intervals += [getattr(callback, "_every_n_train_steps", 0) for callback in self.trainer.checkpoint_callbacks]
         return max(d for d in range(1, self.chunk_steps + 1) if math.gcd(*intervals) % d == 0)
+
+
+def data_rank(trainer: L.Trainer) -> tuple[int, int]:
+    """Which part of each batch this process works on, and of how many; processes that share an SAE's latents share it."""
+    split: dict[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    return split.get("rank", 0), split.get("num_replicas", 1)
+
+
+def _padded(batch: Batch, count: int) -> Batch:
+    """The batch with its last row ``count`` times more, at weight 0."""
+    x, features, weight = (
+        None if part is None else torch.cat([part, part[-1:].expand(count, *part.shape[1:])]) for part in batch
+    )
+    assert x is not None
+    if weight is not None and count:
+        weight[-count:] = 0
+    return Batch(x, features, weight)
 
 
 class ChunkedStream:

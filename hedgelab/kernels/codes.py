@@ -122,6 +122,16 @@ class Codes:
         fired = torch.zeros(self.d_sae, dtype=torch.int8, device=self.values.device)
         return fired.scatter_reduce_(0, self.latents, (self.values > 0).to(torch.int8), "amax").bool()
 
+    def smallest_positive(self) -> Tensor:
+        """The smallest activation above 0, a scalar; infinite without one."""
+        if not self.values.numel():
+            return torch.full((), torch.inf, dtype=self.values.dtype, device=self.values.device)
+        return torch.where(self.values > 0, self.values, torch.inf).amin()
+
+    def gathered(self) -> Codes:
+        """Codes of all latents: these, where one process has them all."""
+        return self
+
     def active_per_example(self) -> Tensor:
         """L0 of each example, ``[batch]`` int64."""
         if self.crow is None:

@@ -4,20 +4,25 @@
 many. ReLU and JumpReLU latents, whose number is not bounded, are compressed where a sample of rows says that few fire.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
+from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from hedgelab.kernels import dense, reference, sparse
+from hedgelab.kernels.agreement import Share
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.errors import LevelErrors, squared_error
+from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.kernels.selection import sampled_density
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Backend = Literal["auto", "dense", "sparse"]
 _backend: Backend = "auto"
 
@@ -36,6 +41,21 @@ def backend(name: Backend) -> Iterator[None]:
         _backend = previous
 
 
+def _of_whole_or_split_weights(kernel: Callable[P, R]) -> Callable[P, R]:
+    """A kernel that leaves weights whose latents are split over processes (DTensors) to that of its name in ``sharded``."""
+
+    @wraps(kernel)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if any(getattr(value, "device_mesh", None) is not None for value in args):
+            sharded = import_module("hedgelab.kernels.sharded")  # late: DTensor is slow to import
+            result: R = getattr(sharded, kernel.__name__)(*args, **kwargs)
+            return result
+        return kernel(*args, **kwargs)
+
+    return run
+
+
+@_of_whole_or_split_weights
 def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes:
     """Codes of a ReLU SAE."""
     path = _path(W_enc, 0)
@@ -45,6 +65,7 @@ def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes
     return codes
 
 
+@_of_whole_or_split_weights
 def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, selection_scale: Tensor | None = None
 ) -> Codes:
@@ -53,6 +74,7 @@ def encode_topk(
     return codes
 
 
+@_of_whole_or_split_weights
 def encode_batch_topk(
     x: Tensor,
     W_enc: Tensor,
@@ -61,21 +83,40 @@ def encode_batch_topk(
     k: int,
     selection_scale: Tensor | None = None,
     weight: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Codes:
     """Codes of the k · batch largest of ``relu(pre)`` (times ``selection_scale [d_sae]``) over the batch.
 
     With ``weight`` (population mode) entries are kept, largest first, until their weight reaches k: L0 is k on average.
+    With ``ranks`` the batch is that of all of them; ``x`` is this rank's part, and so are the codes.
     """
-    codes: Codes = _path(W_enc, k).encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight)
+    share = Share.of_rows(ranks, x.shape[0], W_enc.shape[1]) if ranks.size > 1 else None
+    return encode_share_of_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight, share)
+
+
+def encode_share_of_batch_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    selection_scale: Tensor | None,
+    weight: Tensor | None,
+    share: Share | None,
+) -> Codes:
+    """The codes of :func:`encode_batch_topk` that lie in a part of a batch's pre-activations; weights are that part's."""
+    codes: Codes = _path(W_enc, k).encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight, share)
     return codes
 
 
+@_of_whole_or_split_weights
 def encode_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, columns: Tensor, k: int) -> Codes:
     """Codes of the k largest pre-activations of each example among the latents ``columns`` only, then ReLU."""
     codes: Codes = _path(W_enc, 0).encode_columns(x, W_enc, b_enc, b_dec, columns, k)
     return codes
 
 
+@_of_whole_or_split_weights
 def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> Codes:
     """Codes ``pre · 1[pre > threshold]`` for a given threshold (a scalar or ``[d_sae]``), no gradient to it."""
     path = _path(W_enc, 0)
@@ -85,6 +126,7 @@ def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, thr
     return codes
 
 
+@_of_whole_or_split_weights
 def encode_jumprelu(
     x: Tensor,
     W_enc: Tensor,
@@ -105,6 +147,7 @@ def encode_jumprelu(
     return result
 
 
+@_of_whole_or_split_weights
 def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """``a W_dec + b_dec``, ``[batch, d_in]``."""
     x_hat: Tensor = _decoder_path(codes, W_dec).decode(codes, W_dec, b_dec)
@@ -122,6 +165,7 @@ def decode_levels(
     return x_hats
 
 
+@_of_whole_or_split_weights
 def level_errors(
     codes: Codes,
     x: Tensor,
@@ -142,6 +186,12 @@ def level_errors(
         return reference.level_errors(codes, x, W_dec, b_dec, levels, detach, weight)
     pairs = [squared_error(x_hat, x, weight) for x_hat in path.decode_levels(codes, W_dec, b_dec, levels, detach)]
     return LevelErrors([loss for loss, _ in pairs], [error for _, error in pairs])
+
+
+@_of_whole_or_split_weights
+def total(values: Tensor, latents: slice = slice(None)) -> Tensor:
+    """Sum of some latents' values ``[d_sae]``, a scalar."""
+    return values[latents].sum()
 
 
 def _path(W_enc: Tensor, k: int) -> Any:

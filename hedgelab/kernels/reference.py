@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hedgelab.kernels.agreement import Share, among_largest
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.errors import LevelErrors, squared_error
 from hedgelab.kernels.jumprelu import JumpReLU, StepFunction
@@ -38,21 +39,42 @@ def encode_batch_topk(
     k: int,
     selection_scale: Tensor | None = None,
     weight: Tensor | None = None,
+    share: Share | None = None,
 ) -> Codes:
     """Codes of the k · batch largest of ``relu(pre)`` over the batch.
 
     With ``weight`` (population mode) entries are kept, largest first, until their weight reaches k: L0 is k on average.
+    With a ``share`` this is that part of a larger product, of whose batch the largest entries are kept; the codes are those
+    that lie in the part. Weights then sum to 1 on average over the parts.
     """
     activations = pre_activations(x, W_enc, b_enc, b_dec).relu()
     ranked = (activations if selection_scale is None else activations * selection_scale).detach().flatten()
-    none = torch.zeros_like(ranked, dtype=torch.bool)
-    if weight is None:
-        kept = none.scatter(0, ranked.topk(k * x.shape[0]).indices, True)
+    if weight is not None:
+        kept = _first_mass(ranked, weight, k, share)
+    elif share is not None:
+        rows, latents = torch.meshgrid(*(torch.arange(n, device=x.device) for n in activations.shape), indexing="ij")
+        positions = share.positions(rows, latents).flatten()
+        kept = among_largest(_at_least_single(ranked), positions, k * share.rows, share.ranks)
     else:
-        order = ranked.argsort(descending=True, stable=True)
-        mass = weight.repeat_interleave(activations.shape[1])[order].cumsum(0)
-        kept = none.scatter(0, order, mass <= k * (1 + 1e-9))
+        kept = torch.zeros_like(ranked, dtype=torch.bool).scatter(0, ranked.topk(k * x.shape[0]).indices, True)
     return Codes.from_dense(torch.where(kept.view_as(activations), activations, 0.0))
+
+
+def _first_mass(ranked: Tensor, weight: Tensor, k: int, share: Share | None) -> Tensor:
+    """Which entries, largest first, have a summed weight of at most k; ``ranked [batch · d_sae]``, ``weight [batch]``."""
+    mass = weight.repeat_interleave(ranked.shape[0] // weight.shape[0])
+    first, last = 0, ranked.shape[0]
+    if share is not None:
+        first = share.ranks.rank * last
+        parts = share.rows // weight.shape[0]  # of the batch; over these the weights sum to 1 on average
+        ranked, mass, last = share.ranks.cat(ranked), share.ranks.cat(mass) / parts, first + last
+    order = ranked.argsort(descending=True, stable=True)
+    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter(0, order, mass[order].cumsum(0) <= k * (1 + 1e-9))
+    return kept[first:last]
+
+
+def _at_least_single(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def encode_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, columns: Tensor, k: int) -> Codes:

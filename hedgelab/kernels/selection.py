@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hedgelab.kernels.agreement import Share, among_largest
+from hedgelab.kernels.allocator import scratch
 from hedgelab.kernels.layout import Layout, row_pointers, stable_order
 
 TILE_BYTES = 32 * 2**20  # a larger tile is mapped anew each step (see allocator), a smaller one slows the product down
@@ -58,7 +60,7 @@ class Encoder(NamedTuple):
         """
         batch, d_sae = self.x.shape[0], self.W_enc.shape[1]
         count = -(-batch // (rows or max(LEAST_ROWS, TILE_BYTES // (self.dtype.itemsize * d_sae))))
-        buffer = torch.empty(-(-batch // count) if count else 0, -(-d_sae // GROUP) * GROUP, dtype=self.dtype)
+        buffer = scratch(-(-batch // count) if count else 0, -(-d_sae // GROUP) * GROUP, self.dtype)
         buffer[:, d_sae:] = -torch.inf
         for start in range(count):
             part = self.x[start::count]
@@ -103,19 +105,25 @@ def largest_columns(ranked: Tensor, k: int, d_sae: int) -> Tensor:
     return ranked[:, :d_sae].topk(k, dim=1, sorted=False).indices
 
 
-def select_batch_topk(encoder: Encoder, k: int, scale: Tensor | None) -> Entries:
+def select_batch_topk(encoder: Encoder, k: int, scale: Tensor | None, share: Share | None = None) -> Entries:
     """The k · batch largest positive entries of the batch (all, if there are fewer), ranked by ``pre`` (times ``scale``).
+
+    With a ``share`` the encoder is that part of a larger one, of whose batch the largest entries are kept; returned are those
+    that lie in the part.
 
     Entries above a low threshold, estimated from the first tile, are collected from all tiles; the largest are then picked
     among them. Should they turn out too few, everything is done again with a lower threshold, down to 0: the result is
     that of a full sort. Of equal entries at the edge those with the lowest row, then latent, are kept.
     """
-    wanted = k * encoder.x.shape[0]
+    wanted = k * (encoder.x.shape[0] if share is None else share.rows)
     margin = MARGIN
     while True:
-        threshold, candidates = _candidates(encoder, k, scale, margin)
-        if candidates.ranked.shape[0] >= wanted or threshold <= 0:
-            return _largest(candidates, wanted, encoder)
+        threshold, candidates = _candidates(encoder, k, scale, margin, share)
+        found = candidates.ranked.shape[0]
+        if share is not None:
+            found = int(share.ranks.sum(torch.tensor(found)))
+        if found >= wanted or threshold <= 0:
+            return _largest(candidates, wanted, encoder, share)
         margin *= 4
 
 
@@ -184,16 +192,21 @@ class _Ranking:
         return ranked
 
 
-def _candidates(encoder: Encoder, k: int, scale: Tensor | None, margin: float) -> tuple[float, _Candidates]:
-    """The threshold used, and all entries above it."""
+def _candidates(
+    encoder: Encoder, k: int, scale: Tensor | None, margin: float, share: Share | None
+) -> tuple[float, _Candidates]:
+    """The threshold used, the lowest of all parts' estimates, and all entries above it."""
     d_sae = encoder.W_enc.shape[1]
+    density = k / (d_sae if share is None else share.d_sae)
     ranking, threshold = _Ranking(scale, d_sae), 0.0
     parts: list[_Candidates] = []
     for rows, tile in encoder.tiles():
         ranked = ranking(tile)
         if not parts:
-            threshold = _estimated_threshold(ranked, k / d_sae, margin)
-        local, columns = _entries_above(ranked, threshold, sparse=margin * k * GROUP < d_sae / 2)
+            threshold = _estimated_threshold(ranked, density, margin)
+            if share is not None:
+                threshold = float(share.ranks.min(torch.tensor(threshold, dtype=torch.float64)))
+        local, columns = _entries_above(ranked, threshold, sparse=margin * density * GROUP < 1 / 2)
         scaled = None if scale is None else _take(ranked, local, columns)
         parts.append(_Candidates(_global_rows(local, rows), columns, _take(tile, local, columns), scaled))
     return threshold, _Candidates.cat(parts, encoder.dtype)
@@ -223,12 +236,15 @@ def _entries_above(ranked: Tensor, threshold: float, sparse: bool) -> tuple[Tens
     return rows[group], first[group] + (hits & (GROUP - 1)) * groups
 
 
-def _largest(candidates: _Candidates, wanted: int, encoder: Encoder) -> Entries:
-    """The ``wanted`` largest candidates in row order."""
+def _largest(candidates: _Candidates, wanted: int, encoder: Encoder, share: Share | None) -> Entries:
+    """Those of the ``wanted`` largest candidates of all parts that lie in this one, in row order."""
     batch, d_sae = encoder.x.shape[0], encoder.W_enc.shape[1]
     ranked = candidates.ranked
     excess = ranked.shape[0] - wanted
-    if excess > 0:
+    if share is not None:
+        positions = share.positions(candidates.rows, candidates.latents)
+        candidates = candidates.at(_flatnonzero(among_largest(ranked, positions, wanted, share.ranks)))
+    elif excess > 0:
         edge = float(np.partition(ranked.numpy(), excess)[excess])
         keep = ranked >= edge
         surplus = int(keep.sum()) - wanted

@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from hedgelab.kernels import reference
+from hedgelab.kernels.agreement import Share
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.errors import LevelErrors, SparseLevelErrors
 from hedgelab.kernels.jumprelu import JumpReLU, StepFunction
@@ -46,12 +47,13 @@ def encode_batch_topk(
     k: int,
     selection_scale: Tensor | None = None,
     weight: Tensor | None = None,
+    share: Share | None = None,
 ) -> Codes:
     """As :func:`reference.encode_batch_topk`, which also serves ``weight``: populations are small."""
     if weight is not None:
-        return reference.encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight)
+        return reference.encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight, share)
     with torch.no_grad():
-        entries = select_batch_topk(encoder(x, W_enc, b_enc, b_dec), k, selection_scale)
+        entries = select_batch_topk(encoder(x, W_enc, b_enc, b_dec), k, selection_scale, share)
     return Codes.from_layout(entries.layout, _pre_activations(x, W_enc, b_enc, b_dec, entries))
 
 

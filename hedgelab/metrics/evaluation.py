@@ -1,9 +1,12 @@
 """Everything a validation pass of an SAE measures, behind one ``update`` and one ``compute``."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.metrics.functional.absorption import absorption_from_co_firing, parent_encoder_components
 from hedgelab.metrics.functional.detection import CoFiring, detection_scores
 from hedgelab.metrics.functional.hedging import (
@@ -43,28 +46,35 @@ class SAEMetrics(nn.Module):
         d_sae: Number of latents.
         feature_directions: True directions, ``[n, d_in]``; None where they are unknown.
         parents: Parent of each feature, ``[n]`` int64, -1 for none; None infers it from up to 4096 features' firing.
+        ranks: Those over which the batches are split, and so the sums.
     """
 
     feature_directions: Tensor | None
     parents: Tensor | None
 
     def __init__(
-        self, d_in: int, d_sae: int, feature_directions: Tensor | None = None, parents: Tensor | None = None
+        self,
+        d_in: int,
+        d_sae: int,
+        feature_directions: Tensor | None = None,
+        parents: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
-        self.explained_variance = ExplainedVariance(d_in)
-        self.mse = MeanSquaredError()
-        self.shrinkage = Shrinkage()
-        self.firing = FiringDensity(d_sae)
+        shared: dict[str, Any] = {"sync_on_compute": ranks.size > 1, "process_group": ranks.group}
+        self.explained_variance = ExplainedVariance(d_in, **shared)
+        self.mse = MeanSquaredError(**shared)
+        self.shrinkage = Shrinkage(**shared)
+        self.firing = FiringDensity(d_sae, **shared)
         self.register_buffer("feature_directions", feature_directions, persistent=False)
         self.register_buffer("parents", parents, persistent=False)
         self.detection: FeatureDetection | None = None
         self.hierarchy: FeatureHierarchy | None = None
         if feature_directions is not None:
             n = feature_directions.shape[0]
-            self.detection = FeatureDetection(d_sae, n)
+            self.detection = FeatureDetection(d_sae, n, **shared)
             if parents is None and n <= MOST_INFERRED:
-                self.hierarchy = FeatureHierarchy(n)
+                self.hierarchy = FeatureHierarchy(n, **shared)
 
     def update(self, batch: Batch, x_hat: Tensor, codes: Codes) -> None:
         """Add a batch, its reconstruction ``[batch, d_in]`` and its codes."""

@@ -19,14 +19,20 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.saes.fold import FoldedWeights, fold
 from hedgelab.saes.losses import LossTerms
+from hedgelab.saes.parallel import average_gradients, batch_ranks, is_split, split_latents, whole
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from hedgelab.metrics.evaluation import SAEMetrics
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+UNREPORTED = "hedgelab_unreported"
+"""Where a checkpoint keeps loss terms that have not been reported yet."""
 
 
 class Activation(NamedTuple):
@@ -58,6 +64,7 @@ class SAE(L.LightningModule, ABC):
         lr_scheduler: Makes the schedule, stepped once an optimiser step; None for a constant learning rate.
         gradient_clip_norm: Largest norm of the gradient; None for no clipping.
         steps_done: Optimiser steps taken so far; warm-ups read it.
+        ranks: Those over which each batch is split; every rank sees its own part, and the loss is the mean over ranks.
         initialized: Whether the weights come from data or from training already, so that a fit goes on from them.
     """
 
@@ -82,6 +89,7 @@ class SAE(L.LightningModule, ABC):
         super().__init__()
         self.automatic_optimization = False
         self.steps_done = 0
+        self.ranks: Ranks = ALONE
         self.initialized = False
         self._metrics: SAEMetrics | None = None
         self._aliases: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -121,13 +129,17 @@ class SAE(L.LightningModule, ABC):
         """Tell the SAE how many optimiser steps it has taken."""
         self.steps_done = steps
 
+    def join(self, ranks: Ranks) -> None:
+        """Tell the SAE over which ranks its batches are split from now on."""
+        self.ranks = ranks
+
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct ``x [batch, d_in]``."""
         return self.decode(self.encode(x))
 
     def folded(self) -> FoldedWeights:
         """Detached copies of the weights with decoder norms folded in."""
-        return fold(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        return fold(whole(self.W_enc), whole(self.b_enc), whole(self.W_dec), whole(self.b_dec))
 
     def config(self) -> dict[str, Any]:
         """Class name and architecture arguments as plain JSON values; :func:`hedgelab.saes.load_sae` reads it back.
@@ -148,7 +160,10 @@ class SAE(L.LightningModule, ABC):
         self._aliases = [
             (parameter, nn.Parameter(parameter.detach().t()))
             for parameter in self.parameters()
-            if not parameter.is_contiguous() and parameter.dim() == 2 and parameter.t().is_contiguous()
+            if parameter.dim() == 2
+            and not is_split(parameter)
+            and not parameter.is_contiguous()
+            and parameter.t().is_contiguous()
         ]
         contiguous = {id(parameter): alias for parameter, alias in self._aliases}
         return [contiguous.get(id(parameter), parameter) for parameter in self.parameters()]
@@ -168,6 +183,29 @@ class SAE(L.LightningModule, ABC):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
         }
+
+    def setup(self, stage: str) -> None:
+        """Find out over which ranks batches are split."""
+        self.join(batch_ranks(self.trainer))
+
+    def teardown(self, stage: str) -> None:
+        """Work alone again."""
+        self.join(ALONE)
+
+    def configure_model(self) -> None:
+        """Under the sharded strategy, leave each process its part of the latents, initialised before."""
+        if self.device_mesh is not None:
+            self.split_latents(self.device_mesh, self.trainer)
+
+    def split_latents(self, mesh: DeviceMesh, trainer: L.Trainer) -> None:
+        """Initialise from data where a fit begins, then keep this process's part of the latents only."""
+        if is_split(self.W_dec):
+            return
+        if trainer.state.fn == "fit" and trainer.ckpt_path is None:
+            self.initialize_from(getattr(trainer, "datamodule", None), self.device)
+        for module in self.modules():
+            if isinstance(module, SAE):
+                split_latents(module, mesh["tensor_parallel"])
 
     def on_fit_start(self) -> None:
         """Initialise from data at the first step of a run; a resumed run has its weights already."""
@@ -215,6 +253,7 @@ class SAE(L.LightningModule, ABC):
 
     def adjust_gradients(self) -> None:
         """Clip gradients where asked for, whatever else this kind of SAE does to them, and hand them to the optimiser."""
+        average_gradients(list(self.parameters()), self.ranks)
         if self.gradient_clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip_norm)
         self.before_optimizer_step()
@@ -227,14 +266,38 @@ class SAE(L.LightningModule, ABC):
         self._window.append({name: term.detach() for name, term in result.terms.items()})
 
     def training_means(self) -> dict[str, float]:
-        """Each loss term's mean over the steps since the last call, and their sum, named ``train/...``."""
+        """Each loss term's mean over the steps since the last call and over the ranks, and their sum, named ``train/...``."""
         names = list(dict.fromkeys(name for terms in self._window for name in terms))
         sums = [torch.stack([terms[name].float() for terms in self._window if name in terms]).sum() for name in names]
-        means = (torch.stack(sums) / len(self._window)).tolist()
+        means = (self.ranks.mean(torch.stack(sums)) / len(self._window)).tolist()
         self._window.clear()
         values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
         values["train/loss"] = sum(values.values())
         return values
+
+    def window_state(self) -> dict[str, Any]:
+        """The loss terms of the steps since the last report, for a checkpoint: means over the ranks."""
+        names = dict.fromkeys(name for terms in self._window for name in terms)
+        steps = {name: [i for i, terms in enumerate(self._window) if name in terms] for name in names}
+        values = {name: torch.stack([self._window[i][name] for i in at]) for name, at in steps.items()}
+        means = {name: self.ranks.mean(value) for name, value in values.items()}
+        return {"length": len(self._window), "steps": steps, "values": means}
+
+    def load_window_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, so that the next report is the mean over its whole interval."""
+        self._window = [{} for _ in range(state["length"])]
+        for name, at in state["steps"].items():
+            for i, value in zip(at, state["values"][name].to(self.W_dec.device), strict=True):
+                self._window[i][name] = value
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what has not been reported yet."""
+        checkpoint[UNREPORTED] = self.window_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what had not been reported yet."""
+        if UNREPORTED in checkpoint:
+            self.load_window_state(checkpoint[UNREPORTED])
 
     def report(self, values: dict[str, float], step: int) -> None:
         """Send numbers to the loggers at an optimiser step, and to callbacks and the progress bar."""
@@ -248,14 +311,22 @@ class SAE(L.LightningModule, ABC):
         """Start from empty metrics."""
         from hedgelab.metrics.evaluation import SAEMetrics  # late: torchmetrics is slow to import
 
-        self._metrics = SAEMetrics(self.d_in, self.d_sae, feature_directions).to(device)
+        self._metrics = SAEMetrics(self.d_in, self.d_sae, feature_directions, ranks=self.ranks).to(device)
+
+    @property
+    def firing_rates(self) -> Tensor | None:
+        """How often each latent fired on the examples measured so far, ``[d_sae]``; None where nothing is being measured.
+
+        Summed over the ranks, so ask on every rank.
+        """
+        return None if self._metrics is None else self._metrics.firing.compute().rates.reshape(-1)
 
     def measure(self, chunk: list[Batch]) -> None:
         """Add a chunk of batches to the metrics."""
         assert self._metrics is not None
         for batch in chunk:
             codes = self.encode(batch.x)
-            self._metrics.update(batch, self.decode(codes), codes)
+            self._metrics.update(batch, self.decode(codes), codes.gathered())
 
     def measurements(self, stage: str) -> dict[str, float]:
         """The metrics of everything measured, named ``<stage>/...``; they start again from nothing."""

@@ -33,27 +33,27 @@ class BatchTopKSAE(KSparseSAE):
         super().__init__(d_in, d_sae, k, **kwargs)
         self.register_buffer("threshold", torch.tensor(float("nan")))
 
+    def thresholds(self) -> Tensor:
+        """What pre-activations must exceed in inference: a scalar, or ``[d_sae]`` where the selection is norm-aware."""
+        threshold, scale = self.threshold.nan_to_num(0.0), self.selection_scale()
+        return threshold if scale is None else threshold / scale.clamp_min(1e-30)
+
     def encode(self, x: Tensor) -> Codes:
         """Latents above the learned threshold."""
-        threshold, scale = self.threshold.nan_to_num(0.0), self.selection_scale()
-        if scale is not None:
-            threshold = threshold / scale.clamp_min(1e-30)
-        return ops.encode_threshold(x, self.W_enc, self.b_enc, self.b_dec, threshold)
+        return ops.encode_threshold(x, self.W_enc, self.b_enc, self.b_dec, self.thresholds())
 
     def activate(self, batch: Batch) -> Activation:
-        """The k · batch largest latents of this batch; activity costs nothing."""
-        return Activation(
-            ops.encode_batch_topk(
-                batch.x, self.W_enc, self.b_enc, self.b_dec, self.k, self.selection_scale(), batch.weight
-            )
-        )
+        """The k · batch largest latents of the global batch; activity costs nothing."""
+        x, _, weight = batch
+        weights = (self.W_enc, self.b_enc, self.b_dec)
+        return Activation(ops.encode_batch_topk(x, *weights, self.k, self.selection_scale(), weight, self.ranks))
 
     @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:
         """Move the threshold toward this batch's smallest kept activation, and advance the dead-latent clock."""
         super().after_step(result)
         scale = self.selection_scale()
-        kept = (result.codes if scale is None else result.codes.scale(scale)).values
-        smallest = torch.where(kept > 0, kept, torch.inf).amin().to(self.threshold)
+        kept = result.codes if scale is None else result.codes.scale(scale)
+        smallest = self.ranks.min(kept.smallest_positive().to(self.threshold))
         moved = torch.where(self.threshold.isnan(), smallest, self.threshold.lerp(smallest, THRESHOLD_RATE))
         self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))

@@ -78,7 +78,7 @@ class FlatSAE(SAE):
         (mse,), (error,) = ops.level_errors(codes, batch.x, self.W_dec, self.b_dec, (self.d_sae,), weight=batch.weight)
         terms = {"mse": mse}
         if penalty is not None:
-            terms[self.penalty_name] = penalty.sum()
+            terms[self.penalty_name] = ops.total(penalty)
         auxiliary = self.auxiliary_loss(batch, error)
         if auxiliary is not None:
             terms["auxiliary"] = auxiliary

@@ -15,7 +15,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
-from hedgelab.saes.base import SAE, count_steps_for_validation, is_logged, known_directions
+from hedgelab.kernels.ranks import ALONE
+from hedgelab.saes.base import SAE, UNREPORTED, count_steps_for_validation, is_logged, known_directions
+from hedgelab.saes.parallel import batch_ranks
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,22 @@ class SAEGroup(L.LightningModule):
             optimizers[name] = made
         return MemberOptimizers(optimizers, schedules)
 
+    def setup(self, stage: str) -> None:
+        """Find out over which ranks batches are split."""
+        for sae in self.saes().values():
+            sae.join(batch_ranks(self.trainer))
+
+    def teardown(self, stage: str) -> None:
+        """Work alone again."""
+        for sae in self.saes().values():
+            sae.join(ALONE)
+
+    def configure_model(self) -> None:
+        """Under the sharded strategy, leave each process its part of every member's latents."""
+        if self.device_mesh is not None:
+            for sae in self.saes().values():
+                sae.split_latents(self.device_mesh, self.trainer)
+
     def on_fit_start(self) -> None:
         """Initialise from data the members that are not, at the first step of a run."""
         if self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
@@ -171,6 +189,16 @@ class SAEGroup(L.LightningModule):
             sae.set_steps_done(step)
         if is_logged(self.trainer, step):
             self.report({name: sae.training_means() for name, sae in saes.items()}, step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what has not been reported yet."""
+        checkpoint[UNREPORTED] = {name: sae.window_state() for name, sae in self.saes().items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what had not been reported yet."""
+        for name, state in checkpoint.get(UNREPORTED, {}).items():
+            if name in self.members:
+                self.saes()[name].load_window_state(state)
 
     def report(self, values: Mapping[str, dict[str, float]], step: int) -> None:
         """Send each member's numbers to its logger; callbacks and the progress bar get all, and the mean training loss."""

@@ -15,15 +15,21 @@ from safetensors.torch import load_file, save_file
 from hedgelab import __version__
 from hedgelab.errors import UserError
 from hedgelab.saes.base import SAE
+from hedgelab.saes.parallel import is_split, whole
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
 
 
 def save_sae(sae: SAE, folder: str | Path) -> None:
-    """Write ``sae.safetensors`` (weights and buffers) and ``sae.json`` (architecture) into a folder, made if missing."""
+    """Write ``sae.safetensors`` (weights and buffers) and ``sae.json`` (architecture) into a folder, made if missing.
+
+    Of an SAE whose latents are split over processes, all of them must call this; the process of rank 0 writes.
+    """
     folder = Path(folder)
+    tensors = {name: whole(value).cpu().contiguous() for name, value in sae.state_dict().items()}
+    if is_split(sae.W_dec) and torch.distributed.get_rank() != 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({"hedgelab": __version__, **sae.config()}, indent=2) + "\n")
 
@@ -73,6 +79,16 @@ def build_sae(config: dict[str, Any]) -> SAE:
 
 def _build_inner(config: dict[str, Any], d_in: int) -> SAE:
     return build_sae({**config, "d_in": d_in})
+
+
+def gathered(sae: SAE) -> SAE:
+    """The SAE, or where its latents are split over processes a whole copy of it; to be called on all processes."""
+    if not is_split(sae.W_dec):
+        return sae
+    copy = build_sae(sae.config())
+    copy.load_state_dict({name: whole(value).cpu() for name, value in sae.state_dict().items()})
+    copy.initialized = True
+    return copy
 
 
 def weights_sha256(folder: str | Path) -> str:

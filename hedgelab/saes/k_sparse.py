@@ -86,9 +86,5 @@ class KSparseSAE(FlatSAE):
     def after_step(self, result: LossTerms) -> None:
         """Advance the dead-latent clock: a latent that fired on any rank is alive."""
         super().after_step(result)
-        fired = result.codes.fired()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            count = fired.to(torch.uint8)
-            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
-            fired = count.bool()
+        fired = self.ranks.any(result.codes.fired())
         self.steps_since_fired.add_(1).masked_fill_(fired, 0)

@@ -12,6 +12,7 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.ranks import Ranks
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import LossTerms
@@ -117,8 +118,8 @@ class MatryoshkaSAE(SAE):
                 continue
             terms[f"mse/level{latents.stop}"] = weight * mse
             if penalty is not None:
-                paid = penalty[latents] if self.detached else penalty[: latents.stop]
-                terms[f"{self.inner.penalty_name}/level{latents.stop}"] = weight * paid.sum()
+                paid = ops.total(penalty, latents if self.detached else slice(latents.stop))
+                terms[f"{self.inner.penalty_name}/level{latents.stop}"] = weight * paid
         if self.auxiliary_per_level:
             for latents, error in zip(self.level_slices(), errors, strict=True):
                 auxiliary = self.inner.auxiliary_loss(batch, error, latents)
@@ -136,6 +137,11 @@ class MatryoshkaSAE(SAE):
         """Tell the inner SAE as well."""
         super().set_steps_done(steps)
         self.inner.set_steps_done(steps)
+
+    def join(self, ranks: Ranks) -> None:
+        """Tell the inner SAE as well."""
+        super().join(ranks)
+        self.inner.join(ranks)
 
     def before_optimizer_step(self) -> None:
         """The inner SAE's."""

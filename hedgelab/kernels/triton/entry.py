@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from hedgelab.kernels import reference
+from hedgelab.kernels.agreement import Share, among_largest
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.jumprelu import JumpReLU, StepFunction
 from hedgelab.kernels.layout import Layout, row_pointers
@@ -51,6 +52,9 @@ __all__ = [
 # order of magnitude faster than memory delivers scattered rows, float32 ones hardly faster.
 DENSITY_16_BIT = 1 / 600
 DENSITY_32_BIT = 1 / 50
+
+_SAMPLE = 1 << 16  # entries that estimate where a selection over several ranks ends
+_MARGIN = 1.3  # candidates sought, as a multiple of what is kept
 
 
 def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes:
@@ -92,16 +96,20 @@ def encode_batch_topk(
     k: int,
     selection_scale: Tensor | None = None,
     weight: Tensor | None = None,
+    share: Share | None = None,
 ) -> Codes:
     """Codes of the k · batch largest of ``relu(pre)`` over the batch; among equals the first in memory are kept.
 
-    With ``weight`` (population mode, small batches) the dense reference does the work.
+    With ``weight`` (population mode, small batches) the dense reference does the work. With a ``share`` this is that part of
+    a larger product.
     """
     if weight is not None:
-        return reference.encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight)
+        return reference.encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight, share)
     product = _product(x, W_enc, b_enc, b_dec)
     pre = product.pre.detach()
-    if selection.fits(pre, 1):
+    if share is not None:
+        selected = _in_share(pre, k, selection_scale, share)
+    elif selection.fits(pre, 1):
         selected = selection.batch_top_k(pre, k * len(x), selection_scale)
     else:
         width = pre.shape[1]
@@ -214,6 +222,24 @@ def _select(pre: Tensor, kept: Tensor) -> Selected | None:
         return None
     rows, latents = kept.nonzero(as_tuple=True)
     return Selected(row_pointers(rows, len(pre)), latents, pre[rows, latents])
+
+
+def _in_share(pre: Tensor, k: int, scale: Tensor | None, share: Share) -> Selected:
+    """Those of the k · batch largest positive entries of all parts that lie in this one."""
+    batch, width = pre.shape
+    ranked = _ranked(pre, scale).flatten()
+    ranked = ranked.to(torch.promote_types(ranked.dtype, torch.float32))
+    sample = ranked[:: max(1, ranked.numel() // _SAMPLE) | 1].sort(descending=True).values
+    above = min(int(_MARGIN * k / share.d_sae * len(sample)) + 1, len(sample) - 1)
+    threshold = share.ranks.min(sample[above].clamp_min(0.0))
+    wanted = k * share.rows
+    if int(share.ranks.sum((ranked > threshold).count_nonzero())) < wanted:
+        threshold = torch.zeros_like(threshold)
+    found = (ranked > threshold).nonzero().squeeze(1)
+    kept = among_largest(ranked[found], share.positions(found // width, found % width), wanted, share.ranks)
+    positions = found[kept]
+    crow = torch.searchsorted(positions, torch.arange(batch + 1, device=pre.device) * width)
+    return Selected(crow, positions % width, pre.flatten()[positions])
 
 
 def _ranked(pre: Tensor, scale: Tensor | None) -> Tensor:

@@ -1,0 +1,110 @@
+"""The largest entries of something that is spread over ranks, found without gathering it: ranks exchange counts.
+
+Positive floating-point numbers sort as their bit patterns do, so the edge of a selection is found digit by digit: each round
+every rank counts its entries by the next 11 bits, and the sum of the counts tells which digit the edge has. Three rounds do for
+single precision. The result is exact: what one rank would select that held all entries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hedgelab.kernels.ranks import Ranks
+
+DIGIT_BITS = 11
+_INTEGERS = {4: torch.int32, 8: torch.int64}
+
+
+class Share(NamedTuple):
+    """Which part of a global batch's pre-activations a rank has: some rows of it, all latents or some of them.
+
+    Attributes:
+        ranks: Those that hold the parts.
+        rows: Rows of the global batch.
+        d_sae: Latents of the whole SAE.
+        first_row: The first row of this rank's part.
+        first_latent: The first latent of this rank's part.
+    """
+
+    ranks: Ranks
+    rows: int
+    d_sae: int
+    first_row: int = 0
+    first_latent: int = 0
+
+    @classmethod
+    def of_rows(cls, ranks: Ranks, rows: int, d_sae: int) -> Share:
+        """All latents of ``rows`` rows, of which every rank has as many."""
+        return cls(ranks, rows * ranks.size, d_sae, first_row=rows * ranks.rank)
+
+    def positions(self, rows: Tensor, latents: Tensor) -> Tensor:
+        """Numbers of entries of this part, of which no other part's entry has one; row by row over the global batch."""
+        return (rows + self.first_row) * self.d_sae + (latents + self.first_latent)
+
+
+class Edge(NamedTuple):
+    """Where a selection ends.
+
+    Attributes:
+        value: The smallest value kept.
+        places: How many of the entries equal to it are kept, over all ranks.
+        ties: How many there are, over all ranks.
+    """
+
+    value: Tensor
+    places: int
+    ties: int
+
+
+def edge_of_largest(values: Tensor, wanted: int, ranks: Ranks) -> Edge | None:
+    """The edge of the ``wanted`` largest of all ranks' positive values ``[n]``; None where there are no more than those.
+
+    Args:
+        values: This rank's, of at least single precision; entries that are not positive do not count.
+        wanted: How many are sought over all ranks, at least 1.
+        ranks: Those among whom the values are spread.
+    """
+    integers = _INTEGERS[values.itemsize]
+    keys = values[values > 0].view(integers)
+    shift = 8 * values.itemsize - 1  # the sign is not looked at
+    prefix, places, ties = 0, wanted, 0
+    while shift:
+        digit = min(DIGIT_BITS, shift)
+        shift -= digit
+        digits = (keys >> shift) & ((1 << digit) - 1)
+        counts = ranks.sum(torch.bincount(digits, minlength=1 << digit))
+        at_least = counts.flip(0).cumsum(0).flip(0)
+        if not ties and int(at_least[0]) <= wanted:  # in the first round
+            return None
+        found = int((at_least >= places).count_nonzero()) - 1
+        ties = int(counts[found])
+        places -= int(at_least[found]) - ties
+        prefix = prefix << digit | found
+        keys = keys[digits == found]
+    value = torch.tensor([prefix], dtype=integers, device=values.device).view(values.dtype)
+    return Edge(value, places, ties)
+
+
+def among_largest(values: Tensor, positions: Tensor, wanted: int, ranks: Ranks) -> Tensor:
+    """Which of this rank's positive values are among the ``wanted`` largest of all ranks, ``[n]`` bool.
+
+    Args:
+        values: ``[n]``, of at least single precision.
+        positions: A number of each value that no other value of any rank has, ``[n]`` int64 (see :meth:`Share.positions`); of
+            values equal at the edge those with the lowest are kept.
+        wanted: How many are kept over all ranks, at least 1; all positive ones if there are fewer.
+        ranks: Those among whom the values are spread.
+    """
+    edge = edge_of_largest(values, wanted, ranks)
+    if edge is None:
+        return values > 0
+    if edge.places == edge.ties:
+        return values >= edge.value
+    tied = (values == edge.value).nonzero().squeeze(1)
+    last = ranks.cat(positions[tied]).sort().values[edge.places - 1]
+    keep = values > edge.value
+    keep[tied[positions[tied] <= last]] = True
+    return keep

@@ -1,0 +1,189 @@
+"""Fits on one rank and on several, and what is compared between them."""
+
+import functools
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+
+from hedgelab.batch import Batch
+from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.data.toy import ConditionalFiring, ToyDataModule
+from hedgelab.saes import (
+    BatchTopKSAE,
+    Initialization,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    SAEGroup,
+    TopKSAE,
+    VanillaSAE,
+)
+from hedgelab.saes.parallel import whole
+from hedgelab.seeding import generator
+
+FEATURES = [0.3, {"f0": 0.3, "not f0": 0.1}, 0.2, {"f2": 0.4, "otherwise": 0}, 0.15, 0.1]
+
+
+class Correlated(ActivationDataModule):
+    """Rows like a language model's: dense, a falling spectrum, a mean of their own, norms that vary."""
+
+    d_in = 24
+
+    def __init__(self, batch_size=64, dtype=torch.float32, **options):
+        super().__init__(batch_size, seed=0, val_batches=2, **options)
+        source = generator(0, "spectrum")
+        self.mixing = torch.linalg.qr(torch.randn(self.d_in, self.d_in, generator=source))[0]
+        self.mixing *= torch.arange(1, self.d_in + 1)[:, None] ** -0.7
+        self.mean, self.dtype = 0.3 * torch.randn(self.d_in, generator=source), dtype
+
+    def batch(self, stage, index):
+        source = generator(0, stage, index)
+        rows = torch.randn(self.batch_size, self.d_in, generator=source)
+        sizes = 1 + torch.rand(self.batch_size, 1, generator=source)
+        return Batch((sizes * rows @ self.mixing + self.mean).to(self.dtype))
+
+
+def toy(**options):
+    return ToyDataModule(ConditionalFiring(FEATURES), d_in=10, batch_size=64, seed=0, val_batches=2, **options)
+
+
+def population():
+    return toy(sampling="population")
+
+
+def make(kind, d_in, wide, seed=0):
+    """An SAE of every kind: some tens of latents, or so many that the sparse kernels run."""
+    d_sae = 640 if wide else 12
+    init = Initialization(seed=seed, b_dec="mean")
+    k_sparse = {"d_sae": d_sae, "k": 4 if wide else 2, "dead_after_steps": 15, "init": init}
+    levels = [d_sae // 8, d_sae // 3, d_sae]
+    match kind:
+        case "vanilla":
+            return VanillaSAE(d_in, d_sae, 0.01, l1_warmup_steps=30, init=init)
+        case "clipped":
+            return VanillaSAE(d_in, d_sae, 0.01, init=init, gradient_clip_norm=0.1, normalize_decoder=True)
+        case "topk":
+            return TopKSAE(d_in, **k_sparse)
+        case "batch_topk":
+            return BatchTopKSAE(d_in, **k_sparse)
+        case "norm_aware":
+            return BatchTopKSAE(d_in, **k_sparse, norm_aware_selection=True)
+        case "jumprelu":
+            return JumpReLUSAE(d_in, d_sae, l0_coefficient=0.01, threshold=0.05, init=init)
+        case "matryoshka":
+            inner = functools.partial(BatchTopKSAE, **k_sparse)
+            return MatryoshkaSAE(d_in, inner, levels, beta=0.25, auxiliary_per_level=True)
+        case "matryoshka_one_auxiliary":
+            return MatryoshkaSAE(d_in, functools.partial(TopKSAE, **k_sparse), levels, beta=2.0)
+        case "detached":
+            inner = functools.partial(VanillaSAE, d_sae=d_sae, l1_coefficient=0.01, init=init)
+            return MatryoshkaSAE(d_in, inner, levels, detached=True)
+    raise ValueError(kind)
+
+
+KINDS = (
+    "vanilla",
+    "clipped",
+    "topk",
+    "batch_topk",
+    "norm_aware",
+    "jumprelu",
+    "matryoshka",
+    "matryoshka_one_auxiliary",
+    "detached",
+)
+
+
+class Recorder(Logger):
+    """Keeps every number of every step."""
+
+    name, version = "recorder", "0"
+
+    def __init__(self):
+        super().__init__()
+        self.history = []
+
+    def log_metrics(self, metrics, step=None):
+        self.history.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+class Keep(L.Callback):
+    """Each rank writes what it has seen and what it holds in the end."""
+
+    def __init__(self, folder, recorder):
+        self.folder, self.recorder = folder, recorder
+
+    def on_fit_end(self, trainer, module):
+        weights = {name: whole(value).clone() for name, value in module.state_dict().items()}
+        torch.save((self.recorder.history, weights), self.folder / f"rank{trainer.global_rank}.pt")
+
+
+@dataclass
+class Outcome:
+    """What a fit gave: numbers by step and name, weights by name."""
+
+    numbers: dict
+    weights: dict
+
+    @classmethod
+    def read(cls, file):
+        history, weights = torch.load(file, weights_only=True)
+        return cls({(step, name): value for step, values in history for name, value in values.items()}, weights)
+
+    def losses(self):
+        return {key: value for key, value in self.numbers.items() if key[1].split("/")[-1] == "loss"}
+
+    def decoders(self):
+        return {name: value for name, value in self.weights.items() if name.endswith("W_dec")}
+
+
+def group(kinds, d_in, wide):
+    return SAEGroup({kind: make(kind, d_in, wide) for kind in kinds})
+
+
+def fit(module, data, folder, ranks=1, steps=200, **trainer):
+    """Train on some ranks; the outcome of each, where this process started them all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    recorder = Recorder()
+    settings = {
+        "strategy": "ddp_fork" if ranks > 1 else "auto",
+        "devices": ranks,
+        "accelerator": "cpu",
+        "max_steps": steps,
+        "log_every_n_steps": 1,
+        "logger": recorder,
+        "callbacks": [Keep(folder, recorder)],
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    } | trainer
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        L.Trainer(**settings).fit(module, datamodule=data)
+    if "LOCAL_RANK" in os.environ:
+        return []
+    return [Outcome.read(folder / f"rank{rank}.pt") for rank in range(ranks)]
+
+
+def worst_difference(one, other):
+    """Largest relative difference of losses, smallest cosine of decoder rows."""
+    assert one.numbers.keys() == other.numbers.keys()
+    losses, others = one.losses(), other.losses()
+    assert losses
+    relative = max(abs(others[key] - loss) / abs(loss) for key, loss in losses.items())
+    cosines = [
+        torch.cosine_similarity(rows.double(), other.weights[name].double()).min()
+        for name, rows in one.decoders().items()
+    ]
+    return relative, float(min(cosines))
