@@ -28,9 +28,12 @@ COMMANDS = {
     "phase": Command("phase", "map hedging of toy SAEs over two axes, beside the closed forms"),
     "hedge": Command("hedge", "measure how much an SAE hedges: train, widen, train on, compare"),
     "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations"),
+    "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more"),
     "figures": Command("figures", "redraw the paper's toy and theory figures, without sampling noise"),
     "export": Command("export", "write a run's SAE for other libraries (SAELens), or to the hub"),
     "import": Command("importing", "read an SAE of SAELens, sparsify or dictionary_learning"),
+    "compare": Command("compare", "set runs side by side: what differs, metrics, curves"),
+    "report": Command("report", "build one HTML file about an experiment: tables, figures, configs"),
     "runs": Command("runs", "list tracked runs with their key numbers"),
     "ui": Command("ui", "open the MLflow UI on the tracked runs"),
 }

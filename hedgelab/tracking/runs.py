@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _HAS_SAE = "tags.weights_sha256 LIKE '%'"
 _SAE_FILE = "sae.json"
+REPORT_TAG = "hedgelab.report"
+"""Tag of the run that holds an experiment's report; it is no run of anything."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class RunSummary:
         tags: Tags, MLflow's own (``mlflow.…``) left out.
         metrics: Last value of each metric.
         artifact_uri: Where its artifacts are.
+        description: What it says about itself; None if nothing.
+        parent: Id of the run that it is part of; None for none.
     """
 
     name: str
@@ -46,6 +50,8 @@ class RunSummary:
     tags: dict[str, str]
     metrics: dict[str, float]
     artifact_uri: str
+    description: str | None = None
+    parent: str | None = None
 
 
 class FoundSAE(NamedTuple):
@@ -104,6 +110,18 @@ def resolve_sae(word: str, uri: str | None = None) -> FoundSAE:
         raise UserError(f"{folder}: holds no {_SAE_FILE}; expected a run's name or id, or a folder with an SAE")
     run = resolve_run(word, with_sae=True, uri=uri)
     return FoundSAE(artifact(run, "sae", uri), run)
+
+
+def children_with_sae(run: RunSummary, uri: str | None = None) -> list[RunSummary]:
+    """The finished runs right below a run that kept an SAE, in the order in which they began."""
+    client, names = open_runs(uri)
+    wanted = f"tags.mlflow.parentRunId = '{run.run_id}' and attributes.status = 'FINISHED' and {_HAS_SAE}"
+    found, token = [], None
+    while True:
+        page = client.search_runs(list(names), wanted, order_by=["attributes.start_time ASC"], page_token=token)
+        found += [_summary(one, names) for one in page]
+        if not (token := page.token):
+            return found
 
 
 def artifact(run: RunSummary, path: str, uri: str | None = None) -> Path:
@@ -178,7 +196,7 @@ def _newest_of_its_own(client: MlflowClient, experiments: list[str], wanted: str
             page_token=token,
         )
         for run in page:
-            if "mlflow.parentRunId" not in run.data.tags:
+            if not {"mlflow.parentRunId", REPORT_TAG} & set(run.data.tags):
                 return [run]
         token = page.token
         if not token:
@@ -199,4 +217,6 @@ def _summary(run: Run, experiments: dict[str, str]) -> RunSummary:
         tags={key: value for key, value in sorted(data.tags.items()) if not key.startswith("mlflow.")},
         metrics=dict(sorted(metrics.items())),
         artifact_uri=info.artifact_uri,
+        description=data.tags.get("mlflow.note.content"),
+        parent=data.tags.get("mlflow.parentRunId"),
     )

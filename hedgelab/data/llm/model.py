@@ -36,6 +36,11 @@ class ModelFiles:
         self._is_local = self._gguf is not None or folder.is_dir()
         self._location = str(folder) if self._is_local else name
 
+    @property
+    def location(self) -> str:
+        """What transformers loads: a folder (that of a GGUF file as converted, once it is), or an id on the hub."""
+        return self._location
+
     def prepare(self) -> None:
         """Convert a GGUF file that has not been converted yet."""
         if self._gguf:

@@ -53,6 +53,11 @@ class SplicedModel:
         return logits
 
     @torch.inference_mode()
+    def activations(self, tokens: Tensor) -> Tensor:
+        """Hooked activations ``[n, length, width]`` of token ids ``[n, length]``; nothing behind the hook runs."""
+        return self._run_to_hook(tokens.long().to(self.device))
+
+    @torch.inference_mode()
     def last_activations(self, prefix: Tensor, last: Tensor) -> Tensor:
         """Hooked activations at one last token behind a common prefix, ``[n, width]``.
 
@@ -74,7 +79,7 @@ class SplicedModel:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    def _run_to_hook(self, tokens: Tensor, cache: Any) -> Tensor:
+    def _run_to_hook(self, tokens: Tensor, cache: Any = None) -> Tensor:
         caught: list[Tensor] = []
 
         def hook(module: nn.Module, args: object, output: Any) -> None:
@@ -83,7 +88,7 @@ class SplicedModel:
 
         handle = self._hooked.register_forward_hook(hook)
         try:
-            self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            self.model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
         except _ReachedError:
             pass
         finally:

@@ -58,7 +58,7 @@ class SCRScores(NamedTuple):
     """Spurious correlation removal.
 
     Attributes:
-        score: ``(A_ablated - A_biased) / (A_clean - A_biased)`` in the direction in which the bias hurts more, ``[len(counts)]``.
+        score: ``(A_ablated - A_biased) / (A_clean - A_biased)`` where the bias hurts more, ``[len(counts)]``.
         both: The same for the label and for the spurious concept as the one to predict, ``[2, len(counts)]``.
         biased: Accuracy of the biased probe on each concept, ``[2]``.
         clean: Accuracy of each concept's own probe, ``[2]``.
@@ -104,17 +104,18 @@ def targeted_probe_perturbation(
     return TPPScores(*result)
 
 
-def biased_probes(x: Tensor, label: Tensor, spurious: Tensor) -> BiasedProbes:
+def biased_probes(x: Tensor, label: Tensor, spurious: Tensor, C: float = 1.0) -> BiasedProbes:
     """Train the probes of a removal task on equally many texts of all four kinds.
 
     Args:
         x: Mean activations, ``[texts, d_in]``.
         label: The concept that should be predicted, bool ``[texts]``.
         spurious: The concept that goes along with it, bool ``[texts]``.
+        C: Inverse strength of the L2 penalty.
     """
     together = label == spurious
     return BiasedProbes(
-        linear_probes(x[together], label[together, None]), linear_probes(x, torch.stack([label, spurious], dim=1))
+        linear_probes(x[together], label[together, None], C), linear_probes(x, torch.stack([label, spurious], dim=1), C)
     )
 
 

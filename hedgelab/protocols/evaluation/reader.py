@@ -1,0 +1,148 @@
+"""Activations for evaluations: read once from the language model, for all SAEs, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from hedgelab.data.llm import LLMDataModule
+from hedgelab.data.llm.letters import LabelledWords
+from hedgelab.data.llm.splice import SplicedModel
+from hedgelab.data.source import ActivationSource
+
+_FORMAT = 1  # of kept activations; a new number leaves older ones aside
+_WORDS_AT_ONCE = 128
+_CONTEXTS_PER_PART = 64
+
+
+class Rows(NamedTuple):
+    """Activations as an SAE reads them.
+
+    Attributes:
+        x: ``[rows, d_in]``, float32.
+        kept: Which of the usable positions they come from: bool ``[usable]``, outliers of the norm left out.
+    """
+
+    x: Tensor
+    kept: Tensor
+
+
+class ModelReader:
+    """A language model at work for evaluations.
+
+    Every set of activations is kept under ``<cache_dir>/evaluation`` in parts of 64 contexts, so that an interrupted
+    evaluation goes on where it was, and the next SAE needs no language model.
+
+    Args:
+        data: Says model, hook, text and what counts as an outlier.
+        known: How activations were normalised for the SAEs; None measures it anew on the data.
+    """
+
+    def __init__(self, data: LLMDataModule, known: ActivationSource | None = None) -> None:
+        self.data, self._known = data, known
+        data.files.prepare()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.data.files.tokenizer()
+
+    @cached_property
+    def spliced(self) -> SplicedModel:
+        """The whole model."""
+        model = self.data.files.causal_lm(self.data.model_dtype, self.data.attention)
+        return SplicedModel(model.to(self.data.device), self.data.hook_path)
+
+    def rows(self, name: str, tokens: Tensor, usable: Tensor) -> Rows:
+        """Activations at the usable positions of contexts, in reading order.
+
+        Args:
+            name: What they are for, shown beside the progress.
+            tokens: ``[n, length]``.
+            usable: bool ``[n, length]``.
+        """
+        parts = list(zip(torch.split(tokens, _CONTEXTS_PER_PART), torch.split(usable, _CONTEXTS_PER_PART), strict=True))
+        raw = torch.cat(
+            [
+                self._kept(
+                    (part, mask), lambda part=part, mask=mask: self.data.harvester.rows(part, mask).float().cpu()
+                )
+                for part, mask in tqdm(parts, f"Activations for {name}", unit="part", delay=1)
+            ]
+        )
+        return self._usual(raw)
+
+    def _harvest(self, tokens: Tensor, usable: Tensor) -> Tensor:
+        return self.data.harvester.rows(tokens, usable).float().cpu()
+
+    def word_rows(self, words: LabelledWords) -> Rows:
+        """Activations at words behind their common prompt."""
+
+        def run() -> Tensor:
+            parts = torch.split(words.words, _WORDS_AT_ONCE)
+            shown = tqdm(parts, "Activations for first letters", unit="part", delay=1)
+            return torch.cat([self.spliced.last_activations(words.prefix, part).float().cpu() for part in shown])
+
+        return self._usual(self._kept((words.prefix, words.words), run))
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Activations of the model as the SAE reads them."""
+        x = raw if self._mean is None else raw - self._mean.to(raw)
+        return x * self._scale
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Activations as the SAE writes them, as the model's."""
+        raw = x / self._scale
+        return raw if self._mean is None else raw + self._mean.to(raw)
+
+    def close(self) -> None:
+        """End the background work."""
+        self.data.teardown("fit")
+
+    def _usual(self, raw: Tensor) -> Rows:
+        """Drop outliers of the norm, as in training."""
+        norms = raw.norm(dim=-1)
+        ratio = self.data.max_norm_ratio
+        kept = torch.ones_like(norms, dtype=torch.bool) if ratio is None else norms <= ratio * norms.median()
+        return Rows(self.normalise(raw[kept]), kept)
+
+    @cached_property
+    def _mean(self) -> Tensor | None:
+        if self._known is None:
+            return self.data.activation_mean
+        return None if self._known.mean is None else torch.tensor(self._known.mean)
+
+    @cached_property
+    def _scale(self) -> float:
+        return self.data.activation_scale if self._known is None else self._known.scale
+
+    def _kept(self, of: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A tensor from disk, or made now and kept there; known by the model, the hook and ``of``."""
+        digest = hashlib.sha256(repr((_FORMAT, self._model)).encode())
+        for part in of:
+            digest.update(
+                part.numpy().tobytes() + str(part.shape).encode() if isinstance(part, Tensor) else repr(part).encode()
+            )
+        file = Path(self.data.cache_dir) / "evaluation" / f"{digest.hexdigest()[:20]}.safetensors"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(".unfinished")
+            save_file({"x": make().contiguous()}, unfinished)
+            unfinished.rename(file)
+        return load_file(file)["x"]
+
+    @cached_property
+    def _model(self) -> tuple[str, ...]:
+        """Tells models apart."""
+        data = self.data
+        hook = data.hook or f"layer {data.layer}"
+        return (data.files.name, data.files.config().to_json_string(), data.files.tokenizer_fingerprint(), hook,
+                data.model_dtype, data.attention)  # fmt: skip

@@ -1,0 +1,160 @@
+"""Labelled text: which token gets which label, what is split how, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from hedgelab.data.llm.classified import ClassifiedTexts, Property
+from hedgelab.data.llm.labelled import TaggedWords
+from hedgelab.data.llm.letters import FirstLetters
+from hedgelab.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_tokenizer):
+    return make_tokenizer(with_bos=False)
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory):
+    """Documents of words; even words are tagged `nn`, odd ones `vb`, multiples of five `nn-tl`."""
+    folder = tmp_path_factory.mktemp("tagged")
+    with (folder / "text.jsonl").open("w") as text, (folder / "tags.jsonl").open("w") as tags:
+        for doc in range(24):
+            numbers = [(7 * doc + 3 * i) % 60 for i in range(30)]
+            words = [f"w{n}" for n in numbers]
+            text.write(json.dumps({"doc": f"d{doc}", "text": " ".join(words), "kind": "abc"[doc % 3]}) + "\n")
+            starts = [sum(len(w) + 1 for w in words[:i]) for i in range(30)]
+            offsets = [[s, s + len(w)] for s, w in zip(starts, words, strict=True)]
+            names = ["nn-tl" if n % 5 == 0 else "nn" if n % 2 == 0 else "vb" for n in numbers]
+            for part in (slice(0, 15), slice(15, 30)):
+                line = {"doc": f"d{doc}", "words": words[part], "tags": names[part], "offsets": offsets[part]}
+                tags.write(json.dumps(line) + "\n")
+    return folder
+
+
+def words(folder, **options):
+    defaults = {
+        "text": str(folder / "text.jsonl"),
+        "tags": str(folder / "tags.jsonl"),
+        "classes": {"NN": ["nn(-tl)?"], "VB": ["vb"]},
+        "contexts": 9,
+        "context_length": 20,
+    }
+    return TaggedWords(**(defaults | options))
+
+
+def test_every_word_gets_its_label_at_its_token(tagged, tokenizer):
+    data = words(tagged).load(tokenizer)
+    assert data.tokens.shape == (9, 20)
+    assert data.classes == ["NN", "VB"]
+    for (context, position), (nn, vb) in zip(data.positions.tolist(), data.labels.tolist(), strict=True):
+        number = int(tokenizer.decode([data.tokens[context, position]]).removeprefix("w"))
+        assert nn == (number % 5 == 0 or number % 2 == 0)
+        assert vb == (not nn)
+    assert len(data.positions) == 9 * 20
+
+
+def test_documents_are_never_split(tagged, tokenizer):
+    data = words(tagged).load(tokenizer)
+    for context in range(9):
+        assert data.test[data.positions[:, 0] == context].unique().tolist() == [context % 3 == 0]
+
+
+def test_a_bos_token_moves_positions(tagged, make_tokenizer):
+    tokenizer = make_tokenizer(with_bos=True)
+    data = words(tagged).load(tokenizer)
+    assert (data.tokens[:, 0] == 0).all()
+    assert data.positions[:, 1].min() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": {}}, r"words\.classes: names no class"),
+        ({"classes": {"NN": ["("]}}, r"words\.classes\.NN: '\(' is no regular expression"),
+        ({"classes": {"NN": ["xx"]}}, r"words\.classes\.NN: fits too few"),
+        ({"text": "nowhere.jsonl"}, r"words\.text: there is no file 'nowhere\.jsonl'"),
+    ],
+)
+def test_mistakes_are_named(tagged, tokenizer, options, message):
+    with pytest.raises(UserError, match=message):
+        words(tagged, **options).load(tokenizer)
+
+
+def test_lines_without_the_keys_are_named(tmp_path, tokenizer):
+    (tmp_path / "text.jsonl").write_text('{"doc": 1, "text": "w1"}\nnonsense\n')
+    with pytest.raises(UserError, match=r"words\.text: line 2 of .* is no JSON object with the keys doc, text"):
+        words(tmp_path).load(tokenizer)
+
+
+def test_pieces_of_text_are_balanced_and_never_share_a_document(tagged, tokenizer):
+    kinds = Property({"first": ["a"], "others": ["b", "c"]}, column="kind")
+    data = ClassifiedTexts(str(tagged / "text.jsonl"), kinds, per_class=18, length=5).load(tokenizer)
+    assert data.classes == ["first", "others"]
+    assert data.tokens.shape[1] == 5
+    assert (data.labels.sum(1) == 1).all()
+    for part in (data.test, ~data.test):
+        first, others = data.labels[part].sum(0).tolist()
+        assert first == others >= 5
+
+
+def test_properties_by_words():
+    he_or_she = Property({"he": ["he", "his"], "she": ["she"]})
+    assert he_or_she.of({}, "And He went.") == 0
+    assert he_or_she.of({}, "she") == 1
+    assert he_or_she.of({}, "he and she") is None
+    assert he_or_she.of({}, "the shed") is None
+
+
+def test_removal_needs_two_by_two_classes():
+    two, three = Property({"a": ["x"], "b": ["y"]}), Property({"a": ["x"], "b": ["y"], "c": ["z"]})
+    with pytest.raises(UserError, match="needs two classes"):
+        ClassifiedTexts("text.jsonl", three, two)
+    with pytest.raises(UserError, match="at least two classes"):
+        Property({"a": ["x"]})
+
+
+class Vocabulary:
+    """A tokenizer of words with a leading space, as byte-level tokenizers write them."""
+
+    def __init__(self, n=400):
+        self.tokens = ["<s>", "Ġ1st", "the", "Ġx"] + [
+            f"Ġ{chr(97 + i % 4)}{chr(97 + i % 7)}{'q' * (i // 28)}" for i in range(n)
+        ]
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.tokens[i] for i in ids]
+
+    def __call__(self, text, add_special_tokens):
+        self.prompt = text
+        return {"input_ids": [0, 1, 2]}
+
+
+def test_words_of_the_vocabulary_by_first_letter():
+    vocabulary = Vocabulary()
+    data = FirstLetters(words=300, examples=3).load(vocabulary)
+    assert data.letters == ["a", "b", "c", "d"]
+    assert len(data.words) == 300
+    for word, row in zip(data.words.tolist(), data.labels.tolist(), strict=True):
+        assert data.letters[row.index(True)] == vocabulary.tokens[word][1]
+    assert data.test.float().mean().item() == pytest.approx(1 / 3, abs=0.01)
+    lines = vocabulary.prompt.strip("\n").split("\n")
+    assert len(lines) == 3
+    for line in lines:
+        shown, _, letter = line.strip().partition(" has the first letter: ")
+        assert letter == shown[0].upper()
+        assert shown not in [vocabulary.tokens[i][1:] for i in data.words.tolist()]
+    again = FirstLetters(words=300, examples=3).load(Vocabulary())
+    assert torch.equal(again.words, data.words)
+
+
+def test_a_template_without_a_word_and_a_vocabulary_without_words():
+    with pytest.raises(UserError, match=r"letters\.template: must contain \{word\}"):
+        FirstLetters(template="spell it")
+    with pytest.raises(UserError, match="too few single-token words"):
+        FirstLetters().load(Vocabulary(10))
