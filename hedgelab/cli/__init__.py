@@ -15,26 +15,29 @@ from hedgelab.errors import UserError
 
 
 class Command(NamedTuple):
-    """Where a command lives (``module.run(command, words) -> exit code``) and what it does, in a line."""
+    """Where a command lives (``module.run(command, words) -> exit code``), what it does, in a line, and how it is called."""
 
     module: str
     summary: str
+    usage: str = ""
 
 
 COMMANDS = {
-    "fit": Command("fit", "train an SAE as a config says, and track the run"),
-    "validate": Command("fit", "measure an SAE on the validation batches (--ckpt_path)"),
-    "test": Command("fit", "measure an SAE on the test batches (--ckpt_path)"),
-    "phase": Command("phase", "map hedging of toy SAEs over two axes, beside the closed forms"),
-    "hedge": Command("hedge", "measure how much an SAE hedges: train, widen, train on, compare"),
-    "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations"),
-    "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more"),
-    "figures": Command("figures", "redraw the paper's toy and theory figures, without sampling noise"),
-    "export": Command("export", "write a run's SAE for other libraries (SAELens), or to the hub"),
-    "import": Command("importing", "read an SAE of SAELens, sparsify or dictionary_learning"),
-    "compare": Command("compare", "set runs side by side: what differs, metrics, curves"),
-    "report": Command("report", "build one HTML file about an experiment: tables, figures, configs"),
-    "runs": Command("runs", "list tracked runs with their key numbers"),
+    "fit": Command("fit", "train an SAE as a config says, and track the run", "--config F"),
+    "validate": Command("fit", "measure an SAE on the validation batches (--ckpt_path)", "--config F --ckpt_path C"),
+    "test": Command("fit", "measure an SAE on the test batches (--ckpt_path)", "--config F --ckpt_path C"),
+    "phase": Command("phase", "map hedging of toy SAEs over two axes, beside the closed forms", "--config F"),
+    "hedge": Command("hedge", "measure how much an SAE hedges: train, widen, train on, compare", "--config F"),
+    "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations", "--config F"),
+    "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more", "RUN"),
+    "figures": Command("figures", "redraw the paper's toy and theory figures, without sampling noise", "--config F"),
+    "export": Command("export", "write a run's SAE for other libraries (SAELens), or to the hub", "RUN --to DIR"),
+    "import": Command("importing", "read an SAE of SAELens, sparsify or dictionary_learning", "DIR --to DIR"),
+    "compare": Command("compare", "set runs side by side: what differs, metrics, curves", "RUN RUN"),
+    "report": Command(
+        "report", "build one HTML file about an experiment: tables, figures, configs", "--experiment NAME"
+    ),
+    "runs": Command("runs", "list tracked runs with their key numbers", "[--last] [--json]"),
     "ui": Command("ui", "open the MLflow UI on the tracked runs"),
 }
 

@@ -49,21 +49,23 @@ def _row(run: RunSummary) -> dict[str, str]:
         "experiment": run.experiment,
         "status": run.status.lower(),
         "started": datetime.fromisoformat(run.start).astimezone().strftime("%Y-%m-%d %H:%M"),
-        "took": "" if run.duration_seconds is None else _duration(run.duration_seconds),
+        "took": "" if run.duration_seconds is None else duration(run.duration_seconds),
     }
     for metric, title in _KEY_NUMBERS.items():
         values = (run.metrics.get(f"{stage}/{metric}") for stage in _STAGES)
-        row[title] = _number(next((value for value in values if value is not None), None))
-    return {**row, "samples/s": _number(run.metrics.get("samples/s"))}
+        row[title] = number(next((value for value in values if value is not None), None))
+    return {**row, "samples/s": number(run.metrics.get("samples/s"))}
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A number to three digits; empty for none."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in its two largest units."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

@@ -1,0 +1,99 @@
+"""Several runs side by side: the parameters that differ, and the metrics. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hedgelab.tracking.glossary import title, worth_showing
+from hedgelab.tracking.listing import number
+from hedgelab.tracking.runs import RunSummary
+from hedgelab.tracking.store import ensure_store
+
+# Neither what is compared nor what made the difference: the run's own name, and how it was watched.
+_NOISE = re.compile(r"^(name|experiment|ckpt_path|config|record|progress|checkpoint|trainer\.logger)(\.|$)")
+
+
+class Comparison(NamedTuple):
+    """A table of runs.
+
+    Attributes:
+        runs: Its columns.
+        params: Values of each parameter that differs, by key.
+        metrics: Last values of each metric, by key; None where a run has none.
+    """
+
+    runs: Sequence[RunSummary]
+    params: dict[str, list[str]]
+    metrics: dict[str, list[float | None]]
+
+
+def compare(runs: Sequence[RunSummary], metrics: Sequence[str] | None = None) -> Comparison:
+    """Set runs side by side.
+
+    Args:
+        runs: The runs.
+        metrics: What to show; None takes what the glossary puts first.
+    """
+    keys = sorted({key for run in runs for key in run.params if not _NOISE.match(key)})
+    params = {key: [short_value(run.params.get(key)) for run in runs] for key in keys}
+    params = {key: values for key, values in params.items() if len(set(values)) > 1}
+    everything = {key: value for run in runs for key, value in run.metrics.items()}
+    shown = worth_showing(everything) if metrics is None else list(metrics)
+    return Comparison(runs, params, {key: [run.metrics.get(key) for run in runs] for key in shown})
+
+
+def short_value(value: str | None) -> str:
+    """A parameter as tables show it: classes without their module, long lists cut.
+
+    >>> short_value("hedgelab.saes.topk.TopKSAE"), short_value("0.001"), short_value(None)
+    ('TopKSAE', '0.001', '-')
+    """
+    if value is None:
+        return "-"
+    if re.fullmatch(r"[a-zA-Z_]\w*(\.\w+)+\.[A-Z]\w*", value):
+        return value.rpartition(".")[2]
+    return value if len(value) <= 40 else f"{value[:37]}..."
+
+
+def as_text(table: Comparison) -> str:
+    """The table for a terminal: a column for each run."""
+    head = [["", *labels(table.runs)], ["run id", *(run.run_id[:8] for run in table.runs)]]
+    head += [["status", *(run.status.lower() for run in table.runs)]]
+    params = [[key, *values] for key, values in table.params.items()]
+    metrics = [[f"{title(key)}  ({key})", *map(number, values)] for key, values in table.metrics.items()]
+    rows = [*head, [], *params, [], *metrics] if params else [*head, [], *metrics]
+    widths = [max(len(row[column]) for row in rows if row) for column in range(len(table.runs) + 1)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def labels(runs: Sequence[RunSummary]) -> list[str]:
+    """Names of runs, told apart by their ids where several have one."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else f"{run.name} {run.run_id[:4]}" for run in runs]
+
+
+def curves(
+    runs: Sequence[RunSummary], metrics: Sequence[str], uri: str | None = None
+) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """Steps and values over training of each metric, by metric and by the runs' labels; only what has two points or more."""
+    client = ensure_store(uri)
+    found: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+    for key in metrics:
+        for label, run in zip(labels(runs), runs, strict=True):
+            if key not in run.metrics:
+                continue
+            points = {point.step: point.value for point in client.get_metric_history(run.run_id, key)}
+            if len(points) > 1:
+                steps = sorted(points)
+                found.setdefault(key, {})[label] = (steps, [points[step] for step in steps])
+    return found
+
+
+def curve_metrics(runs: Sequence[RunSummary], most: int = 6) -> list[str]:
+    """The metrics whose curves are drawn: the loss, then what tables show."""
+    everything = {key: value for run in runs for key, value in run.metrics.items()}
+    first = ["train/loss"] if "train/loss" in everything else []
+    return [*first, *worth_showing(everything)][:most]
