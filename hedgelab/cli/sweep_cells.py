@@ -26,8 +26,13 @@ _OF_THE_RECORD = ("logger", "callbacks")
 
 
 class _Unrun(HedgelabCLI):
-    """Parses a config; makes what it names only when asked to, and runs nothing."""
+    """Parses a config; makes what it names only when asked to, and runs nothing.
 
+    Attributes:
+        folder: Where its config is, which mistakes are looked up in; gone when the cell is.
+    """
+
+    folder: tempfile.TemporaryDirectory[str]
     trainer_type = HedgeTrainer
     trainer: HedgeTrainer
 
@@ -90,12 +95,13 @@ def parse_cell(command: str, tree: Tree) -> _Unrun:
     Raises:
         UserError: A wrong key or value.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "cell.yaml"
-        file.write_text(yaml.safe_dump(tree, sort_keys=False))
-        cell = run_cli(HedgeCell if command == "hedge" else FitCell, command, ["--config", str(file)])
-        assert isinstance(cell, _Unrun)
-        return cell
+    folder = tempfile.TemporaryDirectory()
+    file = Path(folder.name) / "cell.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    cell = run_cli(HedgeCell if command == "hedge" else FitCell, command, ["--config", str(file)])
+    assert isinstance(cell, _Unrun)
+    cell.folder = folder
+    return cell
 
 
 def check_sweep(sweep: Sweep, construct: bool = True) -> list[Unit]:
@@ -179,6 +185,10 @@ def _unit(parsed: _Unrun, name: str, cells: tuple[Cell, ...], tree: Tree, seeds:
     stream = {"trainer": trainer, "data": resolved["data"], "seed_everything": resolved["seed_everything"]}
     if isinstance(parsed, HedgeCell):
         outcome["hedge"] = resolved["hedge"]
+    if resolved.get("ckpt_path") or resolved.get("resume"):
+        raise UserError(
+            "ckpt_path: cells of a sweep start afresh, and go on by themselves where one was interrupted; remove it"
+        )
     logger = resolved["trainer"]["logger"]
     if not isinstance(logger, dict) or not str(logger.get("class_path", "")).endswith("MLflowTracker"):
         raise UserError("trainer.logger: a sweep finds its cells in the tracking store; leave it at MLflowTracker")

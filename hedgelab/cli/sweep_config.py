@@ -10,8 +10,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from hedgelab.cli.compose import Tree, config_files, load, options_of, overlay, overlay_value
-from hedgelab.cli.diagnose import Walk
+from hedgelab.cli.diagnose import Walk, show
 from hedgelab.cli.errors import one_line
+from hedgelab.cli.nearest import suggest
 from hedgelab.cli.signatures import Parameter
 from hedgelab.errors import UserError
 from hedgelab.protocols.sweep_axes import SEED, Cell, Line, axis_keys, expand
@@ -98,7 +99,7 @@ def read_sweep(words: list[str]) -> Sweep:
             continue
         value = _value(text)
         if path[0] == "sweep":
-            overlay_value(written, path, value)
+            overlay_value(written, _section_path(path), value)
         else:
             overrides.append((path, value))
     section = written.pop("sweep", None)
@@ -121,16 +122,39 @@ def read_sweep(words: list[str]) -> Sweep:
 
 def _options(section: Tree) -> SweepOptions:
     """The section, checked."""
+    section = dict(section)
+    lines, axes = _lines(section.pop("lines", None) or {}), section.pop("axes", None) or {}
+    if not isinstance(axes, dict):
+        raise UserError(f"sweep.axes: expected dotted keys with their values, got {show(axes)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SweepOptions, "sweep")
     try:
-        parsed = parser.instantiate_classes(parser.parse_object({"sweep": section})).sweep
-        lines = {name: line if isinstance(line, Line) else Line(**vars(line)) for name, line in parsed.lines.items()}
-        figure = parsed.figure if isinstance(parsed.figure, FigureOptions) else FigureOptions(**vars(parsed.figure))
-        return SweepOptions(**{**vars(parsed), "lines": lines, "figure": figure})
+        parsed = vars(parser.instantiate_classes(parser.parse_object({"sweep": section})).sweep)
     except (ArgumentError, TypeError) as error:
         walk = Walk({"sweep": section}, {"sweep": Parameter(SweepOptions)})
-        raise UserError(walk.first or one_line(str(error))) from error
+        line = (walk.first or one_line(str(error))).replace("expected one of command", "expected one of axes, lines, command")
+        raise UserError(line) from error
+    if not isinstance(figure := parsed["figure"], FigureOptions):
+        figure = FigureOptions(**vars(figure))
+    return SweepOptions(**{**parsed, "lines": lines, "axes": axes, "figure": figure})
+
+
+def _lines(written: Any) -> dict[str, Line]:
+    """The lines, which no signature describes: their names are free."""
+    if not isinstance(written, dict):
+        raise UserError(f"sweep.lines: expected names with what each sets, got {show(written)}")
+    lines = {}
+    for name, line in written.items():
+        content = line or {}
+        if not isinstance(content, dict):
+            raise UserError(f"sweep.lines.{name}: expected a mapping with 'set' and 'axes', got {show(line)}")
+        for key, value in content.items():
+            if key not in ("set", "axes"):
+                raise UserError(f"sweep.lines.{name}.{key}: unknown key; {suggest(str(key), ['set', 'axes'])}")
+            if not isinstance(value, dict):
+                raise UserError(f"sweep.lines.{name}.{key}: expected a mapping of dotted keys, got {show(value)}")
+        lines[str(name)] = Line(**content)
+    return lines
 
 
 def _tree(base: Tree, cell: Cell, overrides: list[tuple[list[str], Any]]) -> Tree:
@@ -161,6 +185,12 @@ def _refuse_overridden_axes(options: SweepOptions, overrides: list[tuple[list[st
     for path, _ in overrides:
         if key := axes.get(_plain(path)):
             raise UserError(f"{'.'.join(path)}: is an axis; set its values instead (--sweep.axes.{key} '[...]')")
+
+
+def _section_path(path: list[str]) -> list[str]:
+    """A path into the section: axes and what lines set are named by whole dotted keys."""
+    keys = 2 if path[1:2] == ["axes"] else 4 if path[1:2] == ["lines"] else len(path)
+    return path if len(path) <= keys else [*path[:keys], ".".join(path[keys:])]
 
 
 def _plain(path: list[str]) -> tuple[str, ...]:

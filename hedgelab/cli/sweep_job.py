@@ -6,7 +6,6 @@ import os
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from hedgelab.cli.errors import one_line
 from hedgelab.cli.hedging import outcome_of
@@ -16,6 +15,8 @@ from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.protocols.sweep import CELL_TAG, Member, measure_hedging, train_fits
 from hedgelab.protocols.training_phases import trainer_factory
 from hedgelab.tracking import MLflowTracker
+
+_MOST_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,21 @@ def _train(job: Job, units: Sequence[Unit]) -> dict[str, str]:
         if not members:
             data, trainer = cell.datamodule, cell.trainer
         tags = {"mlflow.parentRunId": job.parent, CELL_TAG: unit.id}
-        tracker = MLflowTracker(job.experiment, unit.name, tags, uri=job.uri)
+        tracker = MLflowTracker(job.experiment, unit.name, tags, uri=job.uri, system_metrics=not members)
         resolved = cell.resolved()
         options = cell.config_init[job.command].hedge if isinstance(cell, HedgeCell) else None
         members.append(
-            Member(unit.name, cell.model, tracker, cell.text(), resolved, outcome_of(resolved), options, unit.seeds)
+            Member(
+                unit.name,
+                unit.id,
+                cell.model,
+                tracker,
+                cell.text(),
+                resolved,
+                outcome_of(resolved),
+                options,
+                unit.seeds,
+            )
         )
     _announce(f"training {', '.join(unit.name for unit in units)}")
     factory = trainer_factory(trainer.settings)
@@ -86,4 +97,8 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
-_announce = partial(print, "sweep:", flush=True)
+def _announce(line: str) -> None:
+    """Say what happens, of long lists of names the first only."""
+    names = line.split(", ")
+    shown = ", ".join(names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], f"… ({len(names)} in all)"])
+    print(f"sweep: {shown}", flush=True)

@@ -173,15 +173,19 @@ class HedgeProtocol:
 def train_together(protocols: Sequence[HedgeProtocol]) -> list[dict[int, Continuations]]:
     """Both phases of several protocols with the same data, steps and runner, each phase of all of them as one group.
 
-    The activations are read once for all; each protocol gets what it would get alone.
+    The activations are read once for all, and what several protocols have in common (the same SAE and its controls, where
+    only the new latents differ) is trained once; each protocol gets what it would get alone.
     """
     data, steps, runner = protocols[0].data, protocols[0].steps, protocols[0].runner
     starts = [phase for protocol in protocols for phase in protocol.initial_phases().values()]
-    initial = runner.train(starts, PhaseData(data, 0, steps))
+    initial = _train_each_once(runner, starts, lambda _: PhaseData(data, 0, steps))
     phases = [protocol.continuation_phases(initial) for protocol in protocols]
-    reordered = [phase.name for own in phases for (_, role), phase in own.items() if role == "reordered"]
-    everything = [phase for own in phases for phase in own.values()]
-    trained = runner.train(everything, PhaseData(data, steps, steps, reordered))
+    reordered = {phase.name for own in phases for (_, role), phase in own.items() if role == "reordered"}
+    trained = _train_each_once(
+        runner,
+        [phase for own in phases for phase in own.values()],
+        lambda names: PhaseData(data, steps, steps, [name for name in names if name in reordered]),
+    )
     return [
         {
             seed: Continuations(*(trained[own[seed, role].name] for role in Continuations._fields))
@@ -189,6 +193,21 @@ def train_together(protocols: Sequence[HedgeProtocol]) -> list[dict[int, Continu
         }
         for protocol, own in zip(protocols, phases, strict=True)
     ]
+
+
+def _train_each_once(
+    runner: PhaseRunner, phases: Sequence[Phase], data: Callable[[list[str]], PhaseData]
+) -> dict[str, SAE]:
+    """The SAE of every phase, by name; ``data`` is told the names of those that are trained."""
+    first: dict[str, Phase] = {}
+    for phase in phases:
+        first.setdefault(phase.id, phase)
+    trained = runner.train(list(first.values()), data([phase.name for phase in first.values()]))
+    for phase in phases:
+        if phase.name not in trained:
+            trained[phase.name] = trained[first[phase.id].name]
+            runner.share(phase, first[phase.id])
+    return trained
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What one job of a sweep does: train the members that share a stream, as one group, each recorded in a run of its own."""
+"""One job of a sweep: the members that share a stream are trained as one group, each recorded in a run of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol, check_live, measure_together, train_together
 from hedgelab.protocols.hedge_report import record
+from hedgelab.protocols.hedge_trainer import log_case_studies
 from hedgelab.protocols.training_phases import PhaseRunner, TrainerFactory, fit_group
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
@@ -26,6 +27,7 @@ class Member:
 
     Attributes:
         name: Its cell's.
+        id: Its cell's stable id.
         model: The SAE.
         tracker: Its run.
         text: Its whole config.
@@ -36,6 +38,7 @@ class Member:
     """
 
     name: str
+    id: str
     model: SAE
     tracker: MLflowTracker
     text: str
@@ -58,7 +61,8 @@ def train_fits(members: Sequence[Member], data: ActivationDataModule, trainer: T
             member.begin()
 
     saes = {member.name: member.model for member in members}
-    fit_group(trainer, saes, {member.name: member.tracker for member in members}, data, begin)
+    trackers = {member.name: member.tracker for member in members}
+    fit_group(trainer, saes, trackers, data, begin, {member.name: member.id for member in members})
 
 
 def measure_hedging(
@@ -83,6 +87,9 @@ def measure_hedging(
             trained = train_together(protocols)
             announce(f"measuring {', '.join(member.name for member in members)}")
             scores = measure_together(protocols, trained)
+            for member, protocol, own in zip(members, protocols, trained, strict=True):
+                if protocol.options.n_new == 1:
+                    log_case_studies(member.tracker, own, data)
         finally:
             data.teardown("fit")
     except BaseException:
@@ -90,11 +97,11 @@ def measure_hedging(
             member.tracker.finalize("failed")
         raise
     failures: dict[str, str] = {}
-    for member, protocol, own in zip(members, protocols, scores, strict=True):
-        record(member.tracker, own, 2 * steps)
+    for member, protocol, degrees in zip(members, protocols, scores, strict=True):
+        record(member.tracker, degrees, 2 * steps)
         member.tracker.log_metrics(_quality(protocol, runner, member.tracker), 2 * steps)
         try:
-            check_live(own, protocol.options.n_new)
+            check_live(degrees, protocol.options.n_new)
         except UserError as error:
             failures[member.name] = str(error)
         member.tracker.finalize("failed" if member.name in failures else "success")

@@ -57,7 +57,7 @@ class LocalProcesses(Executor):
 
     Args:
         at_once: Most processes at a time.
-        gpus: GPUs to deal out, one a process; 0 leaves all visible to all.
+        gpus: GPUs of this machine to deal out, one a process; with 0 processes see none.
         folder: Where submitit keeps the processes' logs.
 
     Raises:
@@ -82,7 +82,7 @@ class LocalProcesses(Executor):
                     if slot not in running and waiting:
                         number, job = waiting.pop(0)
                         executor = submitit.LocalExecutor(folder=Path(self.folder).absolute())
-                        visible = {"visible_gpus": (slot % self.gpus,)} if self.gpus else {}
+                        visible = {"gpus_per_node": 1, "visible_gpus": (slot % self.gpus,)} if self.gpus else {}
                         executor.update_parameters(timeout_min=60 * 24 * 365, **visible)
                         running[slot] = number, executor.submit(work, job)
                 for slot, (number, submitted) in list(running.items()):
@@ -96,8 +96,23 @@ class LocalProcesses(Executor):
             raise
 
 
+class Requeueable:
+    """Work that SLURM may preempt or time out: submitit submits it again, and it goes on where it stopped."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __call__(self, job: Any) -> dict[str, str]:
+        """Do it."""
+        return self.work(job)
+
+    def checkpoint(self, job: Any) -> Any:
+        """What to submit again."""
+        return _submitit().helpers.DelayedSubmission(self, job)
+
+
 class Slurm(Executor):
-    """Every job as a task of one SLURM job array.
+    """Every job as a task of one SLURM job array; preempted ones are submitted again and go on.
 
     Args:
         partition: Partition; None is the cluster's default.
@@ -156,7 +171,7 @@ class Slurm(Executor):
         except RuntimeError as error:  # no srun
             raise UserError(f"sweep.executor: Slurm is not to be had here ({error}); take LocalProcesses") from error
         executor.update_parameters(job_name="hedgelab", **self.parameters())
-        submitted = executor.map_array(work, list(jobs))
+        submitted = executor.map_array(Requeueable(work), list(jobs))
         waiting = dict(enumerate(submitted))
         try:
             while waiting:
