@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from hedgelab.batch import Batch
-from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.data.datamodule import ActivationDataModule, data_rank
+from hedgelab.data.source import ActivationSource
 from hedgelab.tracking.history import ThinnedSeries
 from hedgelab.tracking.logger import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
@@ -65,7 +66,7 @@ class RunRecord(L.Callback):
             self._tracker.losses.load_state_dict(self._losses_before)
         self._tracker.log_tags(provenance_tags(trainer.world_size))
         data = _datamodule(trainer)
-        if isinstance(data, ActivationDataModule):
+        if isinstance(data, ActivationDataModule) and trainer.ckpt_path is None:
             self._tracker.log_metrics(data.describe(), trainer.global_step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,10 +88,10 @@ class RunRecord(L.Callback):
         """Counts a chunk's samples, and reports throughput when a logging interval is over."""
         if self._tracker is None:
             return
-        self._samples += sum(len(part.x) for part in batch) * trainer.world_size
+        self._samples += sum(len(part.x) for part in batch) * data_rank(trainer)[1]
         self._follow_cosines(trainer, self.sae_of(pl_module))
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step - self._logged_at >= every:
+        if every and trainer.global_step // every > self._logged_at // every:
             self._log_throughput(self._tracker, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,14 +106,15 @@ class RunRecord(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the firing rates that the validation pass has measured, before the SAE forgets them."""
-        metrics = getattr(self.sae_of(pl_module), "_metrics", None)
-        if metrics is not None and not trainer.sanity_checking:
-            self._firing_rates = metrics.firing.compute().rates.reshape(-1)  # on every rank: it is summed over them
+        if not trainer.sanity_checking:
+            self._firing_rates = self.sae_of(pl_module).firing_rates
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the SAE, its final cosines and the figures."""
         if self._tracker is not None:
-            self._finish(self._tracker, trainer, self.sae_of(pl_module))
+            from hedgelab.saes.io import gathered
+
+            self._finish(self._tracker, trainer, gathered(self.sae_of(pl_module)))
 
     def tracker_of(self, trainer: L.Trainer) -> MLflowTracker | None:
         """The tracker that is filled; None where there is none."""
@@ -128,13 +130,14 @@ class RunRecord(L.Callback):
         run_id = None if self._tracker is None else self._tracker.run_id
         cosines = self._cosines.state_dict()
         cosines["values"] = [tuple(pair) for pair in cosines["values"]]
-        return {"cosines": cosines, "losses": losses, "run_id": run_id}
+        return {"cosines": cosines, "losses": losses, "run_id": run_id, "firing_rates": self._firing_rates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
         cosines = state_dict["cosines"]
         self._cosines.load_state_dict({**cosines, "values": [Cosines(*pair) for pair in cosines["values"]]})
         self._losses_before = state_dict["losses"]
+        self._firing_rates = state_dict.get("firing_rates")
 
     def _log_throughput(self, tracker: MLflowTracker, step: int) -> None:
         now = time.perf_counter()
@@ -149,7 +152,8 @@ class RunRecord(L.Callback):
     @rank_zero_only
     def _finish(self, tracker: MLflowTracker, trainer: L.Trainer, sae: Any) -> None:
         step, directions = trainer.global_step, _directions(trainer)
-        _log_weights(tracker, sae)
+        data = _datamodule(trainer)
+        _log_weights(tracker, sae, data.source() if isinstance(data, ActivationDataModule) else None)
         if directions is not None:
             cosines = _cosines(sae, directions)
             if sae.d_sae <= _MOST_LATENTS_LOGGED:
@@ -233,10 +237,11 @@ def _directions(trainer: L.Trainer) -> Tensor | None:
 @torch.no_grad()
 def _cosines(sae: SAE, directions: Tensor) -> Cosines:
     from hedgelab.metrics.functional.recovery import decoder_cosines, encoder_cosines
+    from hedgelab.saes.parallel import whole
 
     directions = directions.to(sae.W_dec.device)
-    decoder = decoder_cosines(sae.W_dec.detach(), directions)
-    encoder = encoder_cosines(sae.W_enc.detach(), directions)
+    decoder = decoder_cosines(whole(sae.W_dec), directions)
+    encoder = encoder_cosines(whole(sae.W_enc), directions)
     return Cosines(decoder.float().cpu(), encoder.float().cpu())
 
 
@@ -248,11 +253,13 @@ def _final_numbers(sae: SAE, cosines: Cosines) -> dict[str, float]:
     return numbers
 
 
-def _log_weights(tracker: MLflowTracker, sae: SAE) -> None:
+def _log_weights(tracker: MLflowTracker, sae: SAE, source: ActivationSource | None) -> None:
     from hedgelab.saes import save_sae, weights_sha256
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "sae"
         save_sae(sae, folder)
+        if source is not None:
+            source.save(folder)
         tracker.log_artifact(folder, "sae")
         tracker.log_tags({"weights_sha256": weights_sha256(folder)})
