@@ -241,6 +241,7 @@ def run_cli(cli: type[HedgelabCLI], command: str, words: list[str]) -> HedgelabC
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # every run has a folder of its own
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # not every node runs its jobs
     warnings.filterwarnings("ignore", message="`max_epochs` was not set")  # the DataModule says it better
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")  # ranks have agreed on every number
     for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:

@@ -150,7 +150,8 @@ def group(kinds, d_in, wide):
 
 def fit(module, data, folder, ranks=1, steps=200, **trainer):
     """Train on some ranks; the outcome of each, where this process started them all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     recorder = Recorder()
     settings = {

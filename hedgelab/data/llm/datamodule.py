@@ -127,7 +127,7 @@ class LLMDataModule(ActivationDataModule):
         model = self.files.causal_lm(self.model_dtype, self.attention)
         n_layers = self.files.config().get_text_config().num_hidden_layers
         hook = self.hook or block_path(model, n_layers, self.layer)
-        return Harvester(CutModel(model, hook).to(self.device), self.contexts_at_once)
+        return Harvester(CutModel(model, hook).to(self._own_device()), self.contexts_at_once)
 
     def prepare_data(self) -> None:
         """Convert the model and tokenise the text where that has not been done; on one rank only."""
@@ -248,6 +248,12 @@ class LLMDataModule(ActivationDataModule):
             self.harvester.close()
             for stream in self._streams.values():
                 stream.forget()
+
+    def _own_device(self) -> torch.device:
+        """Where the model runs: of several GPUs this rank's own, unless the config names one."""
+        own = None if self.trainer is None else self.trainer.strategy.root_device
+        unnumbered = self.device.type == "cuda" and self.device.index is None
+        return own if own is not None and unnumbered and own.type == "cuda" else self.device
 
     def _split(self) -> dict[Stage, Tensor]:
         """Which contexts belong to which stage: the last of them in an order that never depends on the seed are held out."""

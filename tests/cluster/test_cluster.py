@@ -1,0 +1,122 @@
+"""The shipped batch scripts on a real SLURM: two tasks train, are preempted, are requeued, and end as if undisturbed."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPTS = Path(__file__).parents[2] / "configs" / "cluster"
+CONFIG = """\
+# Two ranks on a CPU.
+seed_everything: 3
+trainer: {max_steps: 3000, accelerator: cpu, log_every_n_steps: 50, enable_progress_bar: false}
+checkpoint: {every_n_train_steps: 500}
+data:
+  class_path: ToyDataModule
+  init_args:
+    d_in: 24
+    batch_size: 64
+    val_batches: 2
+    chunk_steps: 10
+    firing: {class_path: IndependentFiring, init_args: {probabilities: [0.1, 0.2, 0.3, 0.2, 0.1, 0.05]}}
+model:
+  class_path: MatryoshkaSAE
+  init_args:
+    levels: [4, 16]
+    beta: 0.5
+    auxiliary_per_level: true
+    inner: {class_path: BatchTopKSAE, init_args: {d_sae: 16, k: 2, dead_after_steps: 100}}
+"""
+VARIANTS = {
+    "srun": ("srun.sbatch", ["--ntasks-per-node=2"], {}),
+    "torchrun": ("torchrun.sbatch", ["--cpus-per-task=2"], {"PROCESSES_PER_NODE": "2"}),
+}
+
+
+def submit(cluster, variant, folder):
+    script, options, environment = VARIANTS[variant]
+    folder.mkdir()
+    (folder / "toy.yaml").write_text(CONFIG)
+    one_cpu = [] if variant == "torchrun" else ["--cpus-per-task=1"]
+    words = [*one_cpu, *options, "--gpus-per-node=0", "--time=30", SCRIPTS / script, "--config", "toy.yaml"]
+    return cluster.submit(*words, cwd=folder, **environment)
+
+
+def output(folder):
+    return "\n".join(file.read_text() for file in folder.glob("*.log"))
+
+
+def runs(cluster, folder):
+    listing = cluster.run("hedgelab", "runs", "--json", cwd=folder)
+    return json.loads(listing)
+
+
+def steps_reached(folder):
+    """The step of the newest checkpoint; 0 without one."""
+    return len(list(folder.glob("runs/checkpoints/*/*.ckpt")))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory):
+    """The weights of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    job = submit(cluster, "srun", folder)
+    state = cluster.wait(job, ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+    assert state["JobState"] == "COMPLETED", output(folder)
+    (run,) = runs(cluster, folder)
+    return run
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_preempted_and_requeued(cluster, undisturbed, variant, tmp_path):
+    folder = tmp_path / "run"
+    job = submit(cluster, variant, folder)
+    end = time.monotonic() + 300
+    while not steps_reached(folder) and time.monotonic() < end:
+        time.sleep(0.05)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    state = cluster.wait(job, ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+    assert state["JobState"] == "COMPLETED", output(folder)
+    assert state["Restarts"] == "1", output(folder)
+    assert "stopped by SIGUSR1" in output(folder)
+    assert "goes on from" in output(folder)
+    (run,) = runs(cluster, folder)
+    assert run["weights_sha256"] == undisturbed["weights_sha256"]
+
+
+SWEEP = """\
+# Three widths of a toy SAE, as one job array.
+sweep:
+  axes: {model.d_sae: [2, 4, 8]}
+  pack: 1
+  executor: {class_path: Slurm, init_args: {minutes: 30, at_once: 2}}
+seed_everything: 0
+trainer: {max_steps: 200, accelerator: cpu, enable_progress_bar: false}
+data:
+  class_path: ToyDataModule
+  init_args:
+    d_in: 8
+    batch_size: 32
+    val_batches: 2
+    firing: {class_path: IndependentFiring, init_args: {probabilities: [0.1, 0.2, 0.3]}}
+model:
+  class_path: TopKSAE
+  init_args: {k: 1}
+"""
+
+
+def test_a_sweep_goes_out_as_an_array_and_comes_back_as_one_tree(cluster, tmp_path):
+    pytest.importorskip("submitit", reason="needs submitit")
+    (tmp_path / "widths.yaml").write_text(SWEEP)
+    said = cluster.run("hedgelab", "sweep", "--config", "widths.yaml", cwd=tmp_path)
+    assert "3 of 3 cells" in said
+    found = runs(cluster, tmp_path)
+    (parent,) = [run for run in found if "sweep" in run["tags"]]
+    cells = [run for run in found if run["tags"].get("mlflow.parentRunId") == parent["run_id"]]
+    assert len(cells) == 3
+    assert {run["status"] for run in [parent, *cells]} == {"FINISHED"}
+    assert len({run["tags"]["slurm.job_id"] for run in cells}) == 3
+    assert "slurm.job_id" not in parent["tags"]

@@ -1,0 +1,171 @@
+"""Kernels on split weights and split batches give, part by part, what the same kernels give on the whole."""
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from hedgelab.kernels import ops
+from hedgelab.kernels.agreement import Share, among_largest, edge_of_largest
+from hedgelab.kernels.ranks import ALONE, Ranks
+
+D_IN, D_SAE, BATCH, K = 12, 640, 64, 5
+
+
+def weights(dtype=torch.float64, d_sae=D_SAE):
+    torch.manual_seed(0)
+    shapes = {"x": (BATCH, D_IN), "W_enc": (d_sae, D_IN), "b_enc": (d_sae,), "W_dec": (d_sae, D_IN), "b_dec": (D_IN,)}
+    made = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    return made | {"W_enc": made["W_enc"].t(), "b_enc": 0.1 * made["b_enc"]}
+
+
+def spread(made, mesh):
+    """The weights as DTensors with gradients."""
+    placements = {"W_enc": Shard(1), "b_enc": Shard(0), "W_dec": Shard(0), "b_dec": Replicate()}
+    rank, count = mesh.get_local_rank(), mesh.size()
+    split = {"x": made["x"]}
+    for name, placement in placements.items():
+        own = made[name].chunk(count, placement.dim)[rank] if placement.is_shard() else made[name]
+        split[name] = DTensor.from_local(own.clone(), mesh, [placement], run_check=False).requires_grad_()
+    return split
+
+
+def encode(kind, w, weight=None):
+    args = (w["x"], w["W_enc"], w["b_enc"], w["b_dec"])
+    scale = w["W_dec"].detach().norm(dim=1)
+    match kind:
+        case "relu":
+            return ops.encode_relu(*args), None
+        case "topk":
+            return ops.encode_topk(*args, K), None
+        case "scaled_topk":
+            return ops.encode_topk(*args, K, scale), None
+        case "batch_topk":
+            return ops.encode_batch_topk(*args, K, None, weight), None
+        case "scaled_batch_topk":
+            return ops.encode_batch_topk(*args, K, scale, weight), None
+        case "columns":
+            return ops.encode_columns(*args, torch.arange(7, D_SAE // 3, 5), K), None
+        case "threshold":
+            return ops.encode_threshold(*args, torch.tensor(3.0, dtype=torch.float64)), None
+        case "jumprelu":
+            log_threshold = torch.zeros_like(w["b_enc"].detach()).requires_grad_()
+            return ops.encode_jumprelu(*args, log_threshold, 0.1)
+    raise ValueError(kind)
+
+
+KINDS = ("relu", "topk", "scaled_topk", "batch_topk", "scaled_batch_topk", "columns", "threshold", "jumprelu")
+
+
+def outcome(kind, w, backend, detach, weight=None):
+    with ops.backend(backend):
+        codes, rates = encode(kind, w, weight)
+        errors = ops.level_errors(codes, w["x"], w["W_dec"], w["b_dec"], (100, 400, D_SAE), detach, weight)
+        loss = torch.stack(list(errors.losses)) @ torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+        penalty = codes.sum_per_latent(weight) * w["W_dec"].norm(dim=1)
+        loss = loss + ops.total(penalty) + 2 * ops.total(penalty, slice(100)) + ops.total(penalty, slice(100, 400))
+        loss = loss if rates is None else loss + ops.total(rates)
+        loss.backward()
+        return {
+            "codes": codes.gathered().to_dense().detach(),
+            "fired": codes.fired(),
+            "smallest": codes.smallest_positive(),
+            "reconstruction": ops.decode(codes, w["W_dec"], w["b_dec"]).detach(),
+            "loss": loss.detach(),
+            **{f"error{level}": error for level, error in enumerate(errors.errors)},
+            **{name: w[name].grad for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
+        }
+
+
+def gloo(rank):
+    dist.init_process_group("gloo")
+    return rank
+
+
+def check_split_latents(rank):
+    gloo(rank)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    population = torch.rand(BATCH, dtype=torch.float64).softmax(0)
+    for kind in KINDS:
+        for backend in ("dense", "sparse"):
+            for detach in (False, True):
+                for weight in (None, population):
+                    made = weights()
+                    whole = {name: value.requires_grad_(name != "x") for name, value in made.items()}
+                    expected = outcome(kind, whole, backend, detach, weight)
+                    found = outcome(
+                        kind, spread({n: v.detach() for n, v in made.items()}, mesh), backend, detach, weight
+                    )
+                    for name, value in expected.items():
+                        own = found[name].full_tensor() if isinstance(found[name], DTensor) else found[name]
+                        own = torch.zeros_like(value) if own is None else own
+                        torch.testing.assert_close(own, value, msg=lambda m: f"{kind} {backend} {detach} {name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_split_latents(on_ranks, count):
+    on_ranks(count, check_split_latents)
+
+
+def check_split_batch(rank, ties):
+    gloo(rank)
+    ranks = Ranks.of(None)
+    for backend in ("dense", "sparse"):
+        for scaled in (False, True):
+            w = weights()
+            if ties:  # the same few examples again and again, as in toys
+                w["x"] = w["x"][torch.arange(BATCH) % 5]
+            scale = w["W_dec"].norm(dim=1) if scaled else None
+            parameters = (w["W_enc"], w["b_enc"], w["b_dec"])
+            mine = slice(rank * BATCH // ranks.size, (rank + 1) * BATCH // ranks.size)
+            with ops.backend(backend):
+                whole = ops.encode_batch_topk(w["x"], *parameters, K, scale).to_dense()
+                part = ops.encode_batch_topk(w["x"][mine], *parameters, K, scale, None, ranks).to_dense()
+            found = ranks.cat(part)
+            assert int((found > 0).sum()) == K * BATCH
+            if ties:  # which of equals a single rank's dense path keeps is not said; what they sum to is
+                found, whole = found.sum(0), whole.sum(0)
+            torch.testing.assert_close(found, whole)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_batch_topk_of_a_split_batch(on_ranks, ties):
+    on_ranks(4, check_split_batch, ties)
+
+
+def check_agreement(rank, dtype):
+    gloo(rank)
+    ranks = Ranks.of(None)
+    torch.manual_seed(1)
+    for size in (1, 7, 1000):
+        whole = torch.randn(ranks.size * size, dtype=dtype) * 10.0 ** torch.randint(-30, 30, (ranks.size * size,))
+        whole[::3] = whole[0].abs()  # many equal ones
+        positions = torch.randperm(len(whole))
+        mine = slice(rank * size, (rank + 1) * size)
+        for wanted in (1, size // 2 + 1, ranks.size * size // 3, ranks.size * size):
+            order = sorted(range(len(whole)), key=lambda i: (-float(whole[i]), int(positions[i])))
+            expected = {i for i in order[:wanted] if whole[i] > 0}
+            kept = among_largest(whole[mine], positions[mine], wanted, ranks)
+            assert {rank * size + int(i) for i in kept.nonzero()} == {
+                i for i in expected if mine.start <= i < mine.stop
+            }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_among_largest_is_exact_ties_and_all(on_ranks, dtype):
+    on_ranks(3, check_agreement, dtype)
+
+
+def test_the_edge_alone():
+    values = torch.tensor([3.0, 1.0, 2.0, 2.0, -5.0, 0.0])
+    assert edge_of_largest(values, 4, ALONE) is None
+    edge = edge_of_largest(values, 2, ALONE)
+    assert (float(edge.value), edge.places, edge.ties) == (2.0, 1, 2)
+
+
+def test_positions_differ_between_parts():
+    rows, latents = (grid.flatten() for grid in torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij"))
+    parts = [Share(ALONE, 4, 6, row, latent) for row in (0, 2) for latent in (0, 3)]
+    numbers = torch.cat([part.positions(rows, latents) for part in parts])
+    assert numbers.sort().values.tolist() == list(range(24))
