@@ -1,0 +1,118 @@
+"""The real SAEBench on hedgelab's SAEs, its results in their runs.
+
+SAEBench needs NumPy 1 and other versions than hedgelab does, so it runs in a Python of its own: SAEs are handed over as
+SAELens folders, results come back as the JSON files that it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hedgelab.data.llm.hub import hub_problem
+from hedgelab.data.source import ActivationSource
+from hedgelab.errors import UserError
+from hedgelab.interop.saelens import export_saelens
+from hedgelab.saes import load_sae
+from hedgelab.tracking.runs import FoundSAE
+from hedgelab.tracking.store import ensure_store
+
+PYTHON = "SAEBENCH_PYTHON"
+"""Environment variable with the path of a Python that has sae-bench."""
+EVALUATIONS = ("absorption", "sparse_probing", "scr", "tpp")
+_WORKER = Path(__file__).with_name("saebench_worker.py")
+
+
+def run_saebench(found: Sequence[FoundSAE], say: Callable[[str], None]) -> int:
+    """Run SAEBench on SAEs and put the scores into their runs as ``saebench/<evaluation>/...``.
+
+    Args:
+        found: The SAEs; each needs a run and a known source of activations.
+        say: Told what happens, in lines.
+
+    Raises:
+        UserError: SAEBench, its data, or what it must know of an SAE is not to be had; or it failed.
+    """
+    python = os.environ.get(PYTHON) or sys.executable
+    _check_package(python)
+    if problem := hub_problem():
+        raise UserError(f"--suite saebench: its data sets are on the Hugging Face hub, which cannot be had ({problem})")
+    sources = [_source(one) for one in found]
+    models = sorted({str(source.model) for source in sources})
+    if len(models) > 1:
+        raise UserError(f"--suite saebench: runs on one language model at a time, got {', '.join(models)}")
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = []
+        for number, (one, source) in enumerate(zip(found, sources, strict=True)):
+            target = Path(folder) / f"sae{number}"
+            export_saelens(load_sae(one.folder), target, source, "transformer_lens")
+            pairs.append(f"sae{number}={target}")
+        results = Path(folder) / "results"
+        command = [python, str(_WORKER), models[0].rsplit("/", 1)[-1], ",".join(EVALUATIONS), str(results), *pairs]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise UserError(f"--suite saebench: SAEBench failed: {lines[-1]}")
+        for number, one in enumerate(found):
+            metrics = dict(read_results(results, f"sae{number}"))
+            _record(one, metrics, results, f"sae{number}")
+            say(f"saebench: {len(metrics)} scores of {one.run.name if one.run else one.folder}")
+    return 0
+
+
+def read_results(folder: Path, name: str) -> Iterator[tuple[str, float]]:
+    """Scores of one SAE from SAEBench's result files, named ``saebench/<evaluation>/<score>``."""
+    for file in sorted(folder.rglob("*_eval_results.json")):
+        if re.match(rf"{re.escape(name)}_", file.name):
+            document = json.loads(file.read_text())
+            evaluation = str(document.get("eval_type_id", file.parent.name))
+            for scores in document.get("eval_result_metrics", {}).values():
+                yield from _numbers(f"saebench/{evaluation}", scores)
+
+
+def _numbers(prefix: str, scores: Any) -> Iterator[tuple[str, float]]:
+    for key, value in scores.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:  # -1 means: not measured
+            yield f"{prefix}/{key}", float(value)
+
+
+def _record(one: FoundSAE, metrics: dict[str, float], results: Path, name: str) -> None:
+    from mlflow.entities import Metric
+
+    assert one.run is not None
+    client, now = ensure_store(), int(time.time() * 1000)
+    client.log_batch(one.run.run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+    for file in results.rglob(f"{name}_*_eval_results.json"):
+        client.log_artifact(one.run.run_id, str(file), f"evaluation/saebench/{file.parent.name}")
+
+
+def _source(one: FoundSAE) -> ActivationSource:
+    if one.run is None:
+        raise UserError(f"--suite saebench: {one.folder} has no run to put scores into; name a run")
+    source = ActivationSource.load(one.folder)
+    if source is None or source.model is None:
+        raise UserError(f"--suite saebench: run {one.run.name} does not say which language model it reads")
+    return source
+
+
+def _check_package(python: str) -> None:
+    """Raise a UserError unless that Python has what SAEBench needs."""
+    names = ("sae_bench", "sae_lens", "transformer_lens")
+    probe = f"import importlib.util as u; print(*[n for n in {names} if not u.find_spec(n)])"
+    try:
+        done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{PYTHON}: cannot run {python} ({error})") from error
+    if missing := done.stdout.split():
+        raise UserError(
+            f"--suite saebench: {', '.join(missing)} not installed; install sae-bench in an environment of its own (it needs "
+            f"NumPy 1) and set {PYTHON} to its python"
+        )

@@ -1,0 +1,126 @@
+"""The adapter to SAEBench, with a package of the same calls in its place: hand-over, results, one clear line otherwise."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+from hedgelab.data.source import ActivationSource
+from hedgelab.errors import UserError
+from hedgelab.interop import saebench
+from hedgelab.saes import TopKSAE, VanillaSAE, save_sae
+from hedgelab.tracking import MLflowTracker
+from hedgelab.tracking.runs import resolve_run, resolve_sae
+
+_EVALUATION = """
+import json, os
+class {config}:
+    def __init__(self, **settings):
+        self.settings = settings
+def run_eval(config, saes, device, output, force, **more):
+    name = {name}
+    folder = os.path.join(output, name) if name in ("scr", "tpp") else output
+    os.makedirs(folder, exist_ok=True)
+    for label, sae in saes:
+        path = os.path.join(folder, label + "_custom_sae_eval_results.json")
+        scores = {{"score": float(sae.d_sae), "none": -1, "model": config.settings["model_name"]}}
+        json.dump({{"eval_type_id": name, "eval_result_metrics": {{"mean": scores}}}}, open(path, "w"))
+"""
+_SAE_LENS = """
+import json, os
+class SAE:
+    @classmethod
+    def load_from_disk(cls, folder, device):
+        sae = cls()
+        config = json.load(open(os.path.join(folder, "cfg.json")))
+        sae.d_sae, sae.kind = config["d_sae"], config["architecture"]
+        sae.cfg = type("Config", (), {"architecture": staticmethod(lambda: sae.kind)})
+        return sae
+    def fold_W_dec_norm(self):
+        assert self.kind != "topk"
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A folder with packages that are called as sae_bench and sae_lens are."""
+    root = tmp_path / "site"
+    for module, config, name in (
+        ("absorption", "AbsorptionEvalConfig", "'absorption'"),
+        ("sparse_probing", "SparseProbingEvalConfig", "'sparse_probing'"),
+        ("scr_and_tpp", "ScrAndTppEvalConfig", "'scr' if config.settings['perform_scr'] else 'tpp'"),
+    ):
+        folder = root / "sae_bench" / "evals" / module
+        folder.mkdir(parents=True)
+        (folder / "main.py").write_text(_EVALUATION.format(config=config, name=name))
+    for name, text in (("sae_lens", _SAE_LENS), ("transformer_lens", "")):
+        (root / name).mkdir()
+        (root / name / "__init__.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.setenv(saebench.PYTHON, sys.executable)
+    monkeypatch.setattr(saebench, "hub_problem", lambda: None)
+    return root
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Make a run that keeps an SAE."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def make(name, sae, source):
+        tracker = MLflowTracker(run_name=name)
+        folder = tmp_path / name / "sae"
+        save_sae(sae, folder)
+        if source is not None:
+            source.save(folder)
+        tracker.log_artifact(folder, "sae")
+        tracker.log_tags({"weights_sha256": name})
+        tracker.finalize("success")
+        return resolve_sae(tracker.run_id)
+
+    return make
+
+
+SOURCE = ActivationSource(model="org/gemma-2-2b", hook="model.layers.2", layer=2)
+
+
+@pytest.mark.slow
+def test_scores_come_back_into_each_run(package, run):
+    torch.manual_seed(0)
+    found = [run("one", TopKSAE(6, 8, 2), SOURCE), run("two", VanillaSAE(6, 12, 0.1), SOURCE)]
+    said = []
+    assert saebench.run_saebench(found, said.append) == 0
+    for one, d_sae in zip(found, (8, 12), strict=True):
+        metrics = resolve_run(one.run.run_id).metrics
+        names = {f"saebench/{name}/score" for name in saebench.EVALUATIONS}
+        assert {key for key in metrics if key.startswith("saebench")} == names
+        assert {metrics[name] for name in names} == {d_sae}
+    assert len(said) == 2
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_one_line(package, run, monkeypatch):
+    found = [run("one", TopKSAE(6, 8, 2), SOURCE)]
+    with pytest.raises(UserError, match="does not say which language model"):
+        saebench.run_saebench([run("other", TopKSAE(6, 8, 2), None)], print)
+    with pytest.raises(UserError, match="one language model at a time"):
+        saebench.run_saebench([*found, run("b", TopKSAE(6, 8, 2), ActivationSource(model="c", layer=1))], print)
+    monkeypatch.setattr(saebench, "hub_problem", lambda: "no route")
+    with pytest.raises(UserError, match=r"on the Hugging Face hub, which cannot be had \(no route\)"):
+        saebench.run_saebench(found, print)
+    monkeypatch.setenv("PYTHONPATH", os.devnull)
+    with pytest.raises(UserError, match=r"sae_bench.* not installed; install sae-bench in an environment of its own"):
+        saebench.run_saebench(found, print)
+    monkeypatch.setenv(saebench.PYTHON, "no-such-python")
+    with pytest.raises(UserError, match="SAEBENCH_PYTHON: cannot run no-such-python"):
+        saebench.run_saebench(found, print)
+
+
+def test_only_measured_scores_are_read(tmp_path):
+    (tmp_path / "sae0_x_eval_results.json").write_text(
+        '{"eval_type_id": "scr", "eval_result_metrics": {"a": {"x": 0.5, "y": -1, "z": "text"}, "b": {"w": 2}}}'
+    )
+    (tmp_path / "sae01_x_eval_results.json").write_text('{"eval_result_metrics": {"a": {"x": 9}}}')
+    assert dict(saebench.read_results(tmp_path, "sae0")) == {"saebench/scr/x": 0.5, "saebench/scr/w": 2.0}
