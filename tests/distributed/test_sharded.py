@@ -131,3 +131,17 @@ def uneven(rank):
 
 def test_latents_must_be_split_evenly(on_ranks):
     on_ranks(2, uneven)
+
+
+def train_group(rank, folder):
+    data = fits.toy()
+    group = fits.group(["vanilla", "matryoshka"], data.d_in, False)
+    fits.fit(group, data, folder, 1, 30, strategy="sharded", devices=2)
+
+
+@pytest.mark.slow
+def test_a_group(on_ranks, tmp_path):
+    data = fits.toy()
+    one = fits.fit(fits.group(["vanilla", "matryoshka"], data.d_in, False), data, tmp_path / "one", 1, 30)[0]
+    on_ranks(2, train_group, tmp_path / "many")
+    check(one, [fits.Outcome.read(tmp_path / "many" / f"rank{rank}.pt") for rank in range(2)])
