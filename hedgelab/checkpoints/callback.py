@@ -53,16 +53,20 @@ class RunCheckpoint(ModelCheckpoint):
     # -- where -------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Name the folder after the run, and claim it."""
+        """Name the folder after the run."""
         use_verified_io(trainer)
-        if stage == "fit":
-            if self.dirpath is None:
-                self.dirpath = str(default_folder(trainer))
-            if trainer.is_global_zero:
-                self._claim(trainer)
+        if stage == "fit" and self.dirpath is None:
+            self.dirpath = str(default_folder(trainer))
         super().setup(trainer, pl_module, stage)
 
-    def _claim(self, trainer: L.Trainer) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Claim the folder, and say in it what the run is.
+
+        Raises:
+            UserError: It holds another run's checkpoints, or another process is training this run.
+        """
+        if not trainer.is_global_zero:
+            return
         if self.folder is None:
             path = Path(str(self.dirpath))
             if (path / LAST).exists() and trainer.ckpt_path is None:
@@ -110,6 +114,15 @@ class RunCheckpoint(ModelCheckpoint):
         """Listen no longer; what is in the middle of a step is not worth saving."""
         self._flag.remove()
         super().on_exception(trainer, pl_module, exception)
+        self._release()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let others have the run."""
+        self._release()
+
+    def _release(self) -> None:
+        if self.folder is not None:
+            self.folder.release()
 
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Not at the moments that Lightning chooses: some come before a validation that would then be left out."""

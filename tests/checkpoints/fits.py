@@ -16,7 +16,7 @@ from hedgelab.saes.io import save_sae
 from hedgelab.tracking import MLflowTracker, RunRecord
 from hedgelab.tracking.store import tracking_uri
 
-STEPS, EVERY, CHUNK, LOG, VALIDATE = 240, 4, 2, 6, 60
+STEPS, LONG, EVERY, CHUNK, LOG, VALIDATE = 72, 300, 4, 2, 6, 24
 
 
 def data():
@@ -31,9 +31,9 @@ def sae(seed=0):
     return BatchTopKSAE(8, 5, k=2, dead_after_steps=7, init=init, optimizer=adam, lr_scheduler=schedule)
 
 
-def settings(callback):
+def settings(callback, steps=STEPS):
     return {
-        "max_steps": STEPS,
+        "max_steps": steps,
         "log_every_n_steps": LOG,
         "val_check_interval": VALIDATE,
         "check_val_every_n_epoch": None,
@@ -51,7 +51,7 @@ def toy(folder, tracked=True):
     found = next(iter(runs_of(root, "toy")), None)
     callback = RunCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=EVERY)
     callback.facts = lambda: {"identity": "toy"}
-    tracker = MLflowTracker(uri=tracking_uri()) if tracked else False
+    tracker = MLflowTracker(run_name="toy", uri=tracking_uri()) if tracked else False
     checkpoint = None
     if found is not None:
         callback.folder, callback.dirpath = found, str(found.path)
@@ -60,7 +60,7 @@ def toy(folder, tracked=True):
             tracker.go_on_with(found.run_id)
         checkpoint = newest_whole(found.path, print)
     record = [RunRecord()] if tracked else []
-    trainer = L.Trainer(**{**settings(callback), "callbacks": [*record, callback]}, logger=tracker, default_root_dir=folder)
+    trainer = L.Trainer(**{**settings(callback, LONG), "callbacks": [*record, callback]}, logger=tracker, default_root_dir=folder)
     model = sae()
     trainer.fit(model, datamodule=data(), ckpt_path=None if checkpoint is None else str(checkpoint))
     save_sae(model, Path(folder) / "result")
@@ -70,7 +70,7 @@ def group(folder):
     """Two phases, the first of two SAEs, the second going on from one of them."""
     tracker = MLflowTracker(uri=tracking_uri())
     callback = RunCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=EVERY)
-    runner = PhaseRunner(trainer_factory(settings(callback)), tracker, announce=partial(print, flush=True))
+    runner = PhaseRunner(trainer_factory(settings(callback, LONG)), tracker, announce=partial(print, flush=True))
     first = [
         Phase("vanilla", {"kind": "vanilla"}, lambda: VanillaSAE(8, 3, 0.01, l1_warmup_steps=50)),
         Phase("topk", {"kind": "topk"}, lambda: TopKSAE(8, 5, k=2, dead_after_steps=5)),
