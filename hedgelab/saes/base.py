@@ -296,6 +296,7 @@ class SAE(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what had not been reported yet."""
+        self.initialized = True
         if UNREPORTED in checkpoint:
             self.load_window_state(checkpoint[UNREPORTED])
 

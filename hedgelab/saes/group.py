@@ -196,6 +196,8 @@ class SAEGroup(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what had not been reported yet."""
+        for sae in self.saes().values():
+            sae.initialized = True
         for name, state in checkpoint.get(UNREPORTED, {}).items():
             if name in self.members:
                 self.saes()[name].load_window_state(state)
