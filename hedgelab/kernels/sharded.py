@@ -25,7 +25,7 @@ from hedgelab.kernels.agreement import Share
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.errors import LevelErrors, squared_error
 from hedgelab.kernels.layout import row_pointers
-from hedgelab.kernels.ranks import Ranks
+from hedgelab.kernels.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def encode_batch_topk(
     b_enc: Tensor,
     b_dec: Tensor,
     k: int,
-    selection_scale: Tensor | None,
-    weight: Tensor | None,
-    ranks: Ranks,
+    selection_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Codes:
     """As :func:`ops.encode_batch_topk`; ``ranks`` are those among whom rows are split, as ever."""
     part = _Part.of(W_enc, b_enc, b_dec)
@@ -174,7 +174,7 @@ def level_errors(
     return LevelErrors([loss for loss, _ in pairs], [error for _, error in pairs])
 
 
-def total(values: Tensor, latents: slice) -> Tensor:
+def total(values: Tensor, latents: slice = slice(None)) -> Tensor:
     """As :func:`ops.total`."""
     own, ranks = _own(values), Ranks.of(_mesh(values).get_group())
     first = ranks.rank * own.shape[0]
