@@ -15,8 +15,8 @@ from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 
 _SHOWN = (
-    "degree", "live_degree", "covariance_degree", "foreign_degree", "projection", "baseline", "baseline_std", "noise_floor",
-    "delta_norm", "live_new_latents",
+    "residual_hedging", "degree", "live_degree", "covariance_degree", "foreign_degree", "projection", "baseline",
+    "baseline_std", "noise_floor", "delta_norm", "live_new_latents",
 )  # fmt: skip
 _OF_THE_OUTCOME = ("model", "data", "seed_everything")
 

@@ -3,6 +3,7 @@
 from hedgelab.metrics.evaluation import SAEMetrics, recovery_summary
 from hedgelab.metrics.hedging_degree import HedgingDegree
 from hedgelab.metrics.reconstruction import ExplainedVariance, MeanSquaredError, Shrinkage
+from hedgelab.metrics.residual_hedging import ResidualHedgingMetric
 from hedgelab.metrics.sparsity import L0, DeadLatents, FiringDensity
 from hedgelab.metrics.toys import Absorption, FeatureDetection, FeatureHierarchy
 
@@ -16,6 +17,7 @@ __all__ = [
     "FiringDensity",
     "HedgingDegree",
     "MeanSquaredError",
+    "ResidualHedgingMetric",
     "SAEMetrics",
     "Shrinkage",
     "recovery_summary",

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import PolynomialLR
 
@@ -22,6 +23,7 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.metrics.functional.hedging_degree import DRAWS, DegreeScores
 from hedgelab.metrics.hedging_degree import HedgingDegree
+from hedgelab.metrics.residual_hedging import ROWS, ResidualHedgingMetric
 from hedgelab.protocols.phase_data import PhaseData
 from hedgelab.protocols.training_phases import Phase, PhaseRunner
 from hedgelab.saes import SAE, JumpReLUSAE, VanillaSAE, duplicate, fresh, widen
@@ -219,12 +221,30 @@ def measure_together(
     data = protocols[0].data
     data.prepare_data()
     data.setup("fit")
+    kept: list[Tensor] = []
     for index in range(data.val_batches):
         x, _, weight = data.batch("val", index)
+        if weight is None and sum(map(len, kept)) < ROWS:
+            kept.append(x)
         for own, degrees in zip(trained, metrics, strict=True):
             for seed, saes in own.items():
                 degrees[seed].update(x, saes.control.encode(x), saes.extended.encode(x), weight)
-    return [{seed: degree.compute() for seed, degree in degrees.items()} for degrees in metrics]
+    return [
+        {seed: _with_residual_hedging(degree.compute(), own[seed].control, kept) for seed, degree in degrees.items()}
+        for own, degrees in zip(trained, metrics, strict=True)
+    ]
+
+
+def _with_residual_hedging(scores: DegreeScores, control: SAE, kept: Sequence[Tensor]) -> DegreeScores:
+    """The scores with the control's residual hedging; one SAE at a time, for the codes are held dense."""
+    if not kept:
+        return scores
+    metric = ResidualHedgingMetric(control.W_dec).to(control.W_dec.device)
+    for x in kept:
+        codes = control.encode(x)
+        metric.update(x, control.decode(codes), codes)
+    result = metric.compute()
+    return scores._replace(residual_hedging=result.hedging, residual_hedging_std=result.std)
 
 
 def continued(sae: SAE, options: HedgeOptions, steps: int) -> SAE:

@@ -93,6 +93,10 @@ GLOSSARY = {
     "hedging/delta_norm": Term("movement", "", "", "‖Δ‖: how far old decoder rows moved, mean"),
     "hedging/mean_cosine": Term("old with old", "", "", "cosine of old rows in control and extended SAE, mean"),
     "hedging/rank": Term("rank", "", "", "dimension of the span of the new latents"),
+    "hedging/residual_hedging": Term(
+        "residual hedging", "", "lower", "norm of hedged components, from the spread of errors where a latent fires; 0: none"
+    ),
+    "hedging/residual_hedging_std": Term("its std. error", "", "", "standard error of residual hedging over examples"),
     "hedging/live_latents": Term("live old", "latents", "", "old latents that fire in both SAEs"),
     "hedging/live_new_latents": Term(
         "live new", "latents", "higher", "new latents that fire; without them a degree says nothing"
@@ -168,7 +172,7 @@ def title(metric: str) -> str:
     return known.title + (f", {number[0]}" if number else "")
 
 
-def worth_showing(metrics: dict[str, float], most: int = 20) -> list[str]:
+def worth_showing(metrics: dict[str, float], most: int = 12) -> list[str]:
     """The metrics that tables show: best known first, one stage each, without losses, single latents and the machine."""
     found: dict[str, str] = {}
     for name in sorted(metrics, key=lambda one: (not one.startswith(STAGES), one)):

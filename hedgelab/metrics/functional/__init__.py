@@ -30,6 +30,7 @@ from hedgelab.metrics.functional.recovery import (
     mean_max_cosine,
     uniqueness,
 )
+from hedgelab.metrics.functional.residual_hedging import ResidualHedging, residual_hedging
 from hedgelab.metrics.functional.sparsity import (
     LOG_DENSITY_EDGES,
     DensityHistogram,
@@ -50,6 +51,7 @@ __all__ = [
     "DetectionScores",
     "HedgingScores",
     "Matching",
+    "ResidualHedging",
     "absorption",
     "absorption_from_co_firing",
     "best_matches",
@@ -73,6 +75,7 @@ __all__ = [
     "mean_max_cosine",
     "mean_squared_error",
     "parent_encoder_components",
+    "residual_hedging",
     "shrinkage",
     "tracked_features",
     "uniqueness",

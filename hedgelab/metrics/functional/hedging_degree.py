@@ -50,6 +50,9 @@ class DegreeScores(NamedTuple):
         delta_norms: ``‖Δ_i‖`` of each, ``[W]``.
         cosines: Cosine of each, ``[W]``.
         live: Which old latents fire in both, ``[W]`` bool.
+        residual_hedging: Hedging of the control as its errors' spread shows it, mean over latents; of another kind than all the
+            above, see :mod:`.residual_hedging`. NaN unless added.
+        residual_hedging_std: Its standard error.
     """
 
     degree: Tensor
@@ -72,6 +75,8 @@ class DegreeScores(NamedTuple):
     delta_norms: Tensor
     cosines: Tensor
     live: Tensor
+    residual_hedging: Tensor = torch.tensor(torch.nan)
+    residual_hedging_std: Tensor = torch.tensor(torch.nan)
 
     def scalars(self) -> dict[str, float]:
         """Every number that is there, by name."""
