@@ -44,7 +44,7 @@ class TaggedWords:
     Attributes:
         text: JSON-lines file (or .gz) with documents: keys ``doc`` and ``text``.
         tags: JSON-lines file (or .gz) with keys ``doc``, ``tags`` and ``offsets``: begin and end of each tagged word in the
-            document's text. A document may have many lines.
+            document's text, counted from the character ``start`` where a line has that key. A document may have many lines.
         classes: Name of each class, and regular expressions of which its tags match one in full.
         contexts: Documents read, the first ``context_length`` tokens of each; a third of them for testing.
         context_length: Tokens of each.
@@ -89,6 +89,8 @@ class TaggedWords:
             torch.tensor(test, dtype=torch.bool),
             list(self.classes),
         )
+        if len(set(positions)) < len(positions):
+            raise UserError(f"words.tags: {self.tags} tags some word twice; are offsets counted from another place?")
         _check_classes(result.labels, result.test, result.classes, "words.classes")
         return result
 
@@ -96,7 +98,7 @@ class TaggedWords:
         tagged: dict[str, list[tuple[int, str]]] = {}
         for line in json_lines(self.tags, "words.tags", ("doc", "tags", "offsets")):
             if str(line["doc"]) in names:
-                ends = (int(end) for _, end in line["offsets"])
+                ends = (int(line.get("start", 0)) + int(end) for _, end in line["offsets"])
                 tagged.setdefault(str(line["doc"]), []).extend(zip(ends, line["tags"], strict=True))
         if not tagged:
             raise UserError(f"words.tags: {self.tags} tags no document of {self.text}; both need the same keys `doc`")

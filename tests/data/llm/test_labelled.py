@@ -29,7 +29,9 @@ def tagged(tmp_path_factory):
             offsets = [[s, s + len(w)] for s, w in zip(starts, words, strict=True)]
             names = ["nn-tl" if n % 5 == 0 else "nn" if n % 2 == 0 else "vb" for n in numbers]
             for part in (slice(0, 15), slice(15, 30)):
-                line = {"doc": f"d{doc}", "words": words[part], "tags": names[part], "offsets": offsets[part]}
+                start = offsets[part][0][0]  # offsets of a line may be counted from a place in the text
+                counted = [[a - start, b - start] for a, b in offsets[part]]
+                line = {"doc": f"d{doc}", "start": start, "tags": names[part], "offsets": counted}
                 tags.write(json.dumps(line) + "\n")
     return folder
 
@@ -81,6 +83,13 @@ def test_a_bos_token_moves_positions(tagged, make_tokenizer):
 def test_mistakes_are_named(tagged, tokenizer, options, message):
     with pytest.raises(UserError, match=message):
         words(tagged, **options).load(tokenizer)
+
+
+def test_offsets_from_the_wrong_place_are_refused(tagged, tokenizer, tmp_path):
+    lines = [json.loads(line) for line in (tagged / "tags.jsonl").read_text().splitlines()]
+    (tmp_path / "tags.jsonl").write_text("".join(json.dumps({**line, "start": 0}) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"words\.tags: .* tags some word twice"):
+        words(tagged, tags=str(tmp_path / "tags.jsonl"), context_length=30).load(tokenizer)
 
 
 def test_lines_without_the_keys_are_named(tmp_path, tokenizer):
