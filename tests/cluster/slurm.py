@@ -137,7 +137,7 @@ class Cluster:
             text=True,
             cwd=cwd,
             env={**self.environment, **environment},
-            timeout=300,
+            timeout=3000,
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(map(str, words))}: {done.stderr.strip()}\n{self.logs()}")
@@ -151,7 +151,7 @@ class Cluster:
         """What SLURM knows about a job: ``JobState``, ``Restarts``, ``ExitCode`` and so on."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", str(number))))
 
-    def wait(self, number: int, states: tuple[str, ...], seconds: float = 600) -> dict[str, str]:
+    def wait(self, number: int, states: tuple[str, ...], seconds: float = 3000) -> dict[str, str]:
         """Wait until a job is in one of the states."""
         _wait_until(lambda: self.job(number)["JobState"] in states, f"job {number}", self.logs, seconds)
         return self.job(number)
@@ -172,7 +172,7 @@ class Cluster:
             )
 
 
-def _wait_until(condition, what, logs=lambda: "", seconds=300, error=True) -> None:
+def _wait_until(condition, what, logs=lambda: "", seconds=900, error=True) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

@@ -1,6 +1,7 @@
 """The shipped batch scripts on a real SLURM: two tasks train, are preempted, are requeued, and end as if undisturbed."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -36,6 +37,9 @@ VARIANTS = {
 }
 
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+
 def submit(cluster, variant, folder):
     script, options, environment = VARIANTS[variant]
     folder.mkdir()
@@ -46,6 +50,7 @@ def submit(cluster, variant, folder):
 
 
 def output(folder):
+    """What the job has printed."""
     return "\n".join(file.read_text() for file in folder.glob("*.log"))
 
 
@@ -54,17 +59,12 @@ def runs(cluster, folder):
     return json.loads(listing)
 
 
-def steps_reached(folder):
-    """The step of the newest checkpoint; 0 without one."""
-    return len(list(folder.glob("runs/checkpoints/*/*.ckpt")))
-
-
 @pytest.fixture(scope="module")
 def undisturbed(cluster, tmp_path_factory):
     """The weights of a run that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     job = submit(cluster, "srun", folder)
-    state = cluster.wait(job, ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+    state = cluster.wait(job, ENDED)
     assert state["JobState"] == "COMPLETED", output(folder)
     (run,) = runs(cluster, folder)
     return run
@@ -74,17 +74,20 @@ def undisturbed(cluster, tmp_path_factory):
 def test_preempted_and_requeued(cluster, undisturbed, variant, tmp_path):
     folder = tmp_path / "run"
     job = submit(cluster, variant, folder)
-    end = time.monotonic() + 300
-    while not steps_reached(folder) and time.monotonic() < end:
+    end = time.monotonic() + 1500
+    while not list(folder.glob("runs/checkpoints/*/last.ckpt")) and time.monotonic() < end:
         time.sleep(0.05)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))
-    state = cluster.wait(job, ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+    state = cluster.wait(job, ENDED)
     assert state["JobState"] == "COMPLETED", output(folder)
     assert state["Restarts"] == "1", output(folder)
-    assert "stopped by SIGUSR1" in output(folder)
-    assert "goes on from" in output(folder)
+    stop = re.search(r"stopped by SIGUSR1 after step (\d+); saved", output(folder))
+    assert stop, output(folder)
+    assert 500 <= int(stop[1]) < 3000
+    assert re.search(r"goes on from \S+last\.ckpt", output(folder))
     (run,) = runs(cluster, folder)
-    assert run["weights_sha256"] == undisturbed["weights_sha256"]
+    assert run["status"] == "FINISHED"
+    assert run["tags"]["weights_sha256"] == undisturbed["tags"]["weights_sha256"]
 
 
 SWEEP = """\

@@ -138,6 +138,29 @@ def test_batch_topk_of_a_split_batch(on_ranks, ties):
     on_ranks(4, check_split_batch, ties)
 
 
+def check_triton_share(rank):
+    from hedgelab.kernels.triton.entry import _in_share
+
+    gloo(rank)
+    torch.manual_seed(2)
+    pre = torch.randn(BATCH, D_SAE)
+    whole = torch.zeros(BATCH * D_SAE, dtype=torch.bool).index_fill(0, pre.flatten().topk(K * BATCH).indices, True)
+    rows, latents = (
+        slice(rank // 2 * BATCH // 2, (rank // 2 + 1) * BATCH // 2),
+        slice(rank % 2 * 320, rank % 2 * 320 + 320),
+    )
+    share = Share(Ranks.of(None), BATCH, D_SAE, rows.start, latents.start)
+    crow, columns, values = _in_share(pre[rows, latents].contiguous(), K, None, share)
+    found = torch.sparse_csr_tensor(crow, columns, values, (BATCH // 2, 320)).to_dense()
+    assert torch.equal(found, pre[rows, latents] * whole.view_as(pre)[rows, latents])
+
+
+def test_the_selection_of_the_triton_path(on_ranks):
+    """On CPU tensors: it needs no kernel of its own."""
+    pytest.importorskip("triton", reason="needs triton")
+    on_ranks(4, check_triton_share)
+
+
 def check_agreement(rank, dtype):
     gloo(rank)
     ranks = Ranks.of(None)
