@@ -111,7 +111,7 @@ def check_sweep(sweep: Sweep, construct: bool = True) -> list[Unit]:
         UserError: The first mistake, with the cell's name.
     """
     units: list[Unit] = []
-    with tqdm(total=len(sweep.cells), desc="Checking cells", unit="cell", delay=1, leave=False) as bar:
+    with tqdm(total=len(sweep.cells), desc="Checking cells", unit="cell", delay=1, leave=False, disable=None) as bar:
         for group in _groups(sweep):
             try:
                 units += _units(sweep.options.command, group, construct)
@@ -159,7 +159,7 @@ def _units(command: str, group: list[tuple[Cell, Tree]], construct: bool) -> lis
         if construct:
             _make_once(parsed)
         return [_unit(parsed, cells[0].group, cells, tree, seeds)]
-    units = []
+    units: list[Unit] = []
     for cell, plain in group:
         tree = plain if cell.seed is None else with_seed(plain, cell.seed)
         parsed = parse_cell(command, tree)

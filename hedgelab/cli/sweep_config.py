@@ -107,8 +107,8 @@ def read_sweep(words: list[str]) -> Sweep:
         raise UserError(f"sweep: '{files[-1]}' has no such section; see `hedgelab sweep --help`")
     options = _options(section)
     base: Tree = {}
-    for name in [options.base] if isinstance(options.base, str) else options.base or []:
-        overlay(base, load(files[-1].parent / name))
+    for below in [options.base] if isinstance(options.base, str) else options.base or []:
+        overlay(base, load(files[-1].parent / below))
     base.pop("sweep", None)
     overlay(base, written)
     _refuse_overridden_axes(options, overrides)
@@ -132,7 +132,9 @@ def _options(section: Tree) -> SweepOptions:
         parsed = vars(parser.instantiate_classes(parser.parse_object({"sweep": section})).sweep)
     except (ArgumentError, TypeError) as error:
         walk = Walk({"sweep": section}, {"sweep": Parameter(SweepOptions)})
-        line = (walk.first or one_line(str(error))).replace("expected one of command", "expected one of axes, lines, command")
+        line = (walk.first or one_line(str(error))).replace(
+            "expected one of command", "expected one of axes, lines, command"
+        )
         raise UserError(line) from error
     if not isinstance(figure := parsed["figure"], FigureOptions):
         figure = FigureOptions(**vars(figure))

@@ -59,7 +59,7 @@ def _attempt(job: Job, units: Sequence[Unit]) -> dict[str, str]:
 
 
 def _train(job: Job, units: Sequence[Unit]) -> dict[str, str]:
-    members = []
+    members: list[Member] = []
     for unit in units:
         cell = parse_cell(job.command, unit.tree)
         cell.make()

@@ -52,7 +52,7 @@ def sweep_panels(
     for axes, (metric, curves) in zip(grid, panels.items(), strict=False):
         for line, points in curves.items():
             _curve(axes, points, lines.index(line))
-        _scales(axes, log, names, [point.x for points in curves.values() for point in points])
+        _scales(axes, log, names, [point for points in curves.values() for point in points])
         tidy(axes, metric, xlabel)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
@@ -89,21 +89,17 @@ def _curve(axes: Axes, points: Sequence[Point], number: int) -> None:
             )
 
 
-def _scales(axes: Axes, log: tuple[bool, bool], names: Sequence[str] | None, x: Sequence[float]) -> None:
+def _scales(axes: Axes, log: tuple[bool, bool], names: Sequence[str] | None, points: Sequence[Point]) -> None:
     if log[0]:
         axes.set_xscale("log")
     if log[1]:
         axes.set_yscale("log")
-    elif (
-        axes.get_ylim()[0]
-        < 0
-        <= min((line.get_ydata().min() for line in axes.lines if len(line.get_ydata())), default=0)
-    ):  # type: ignore[union-attr]
+    elif axes.get_ylim()[0] < 0 <= min(min(point.values) for point in points):
         axes.set_ylim(bottom=0)  # a band that reaches below zero says nothing there
     if names is not None:
         axes.set_xticks(range(len(names)), list(names))
         return
-    ticks = sorted(set(x))
+    ticks = sorted({point.x for point in points})
     if 1 < len(ticks) <= 8 and log[0]:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], color=MUTED)
         axes.minorticks_off()

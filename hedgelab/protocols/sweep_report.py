@@ -75,9 +75,6 @@ def rows_of(cell: Cell, run: Run) -> list[Row]:
 
 def summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Mean, standard deviation (None of one seed) and number of seeds of every metric, for each place in the sweep."""
-    places: dict[str, list[Row]] = {}
-    for row in rows:
-        places.setdefault(json.dumps([row.line, row.values], default=str), []).append(row)
     return [
         {
             "line": own[0].line,
@@ -87,7 +84,7 @@ def summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
                 name: _spread([row.metrics[name] for row in own if name in row.metrics]) for name in _names(own)
             },
         }
-        for own in places.values()
+        for own in _places(rows)
     ]
 
 
@@ -138,10 +135,10 @@ def figure(
         log_x: Whether x is logarithmic; None decides by the values.
         log_y: Whether y is logarithmic.
     """
-    x = x or default_axis(rows)
+    x = x or default_axis(rows) or ""
     panels: dict[str, dict[str, list[Point]]] = {}
     names = _categories(rows, x)
-    for place in _places(rows, x):
+    for place in _places(rows):
         at = _position(place, x, names)
         if at is None:
             continue
@@ -155,7 +152,7 @@ def figure(
     positions = [point.x for curves in ordered.values() for points in curves.values() for point in points]
     if log_x is None:
         log_x = names is None and min(positions) > 0 and max(positions) >= 20 * min(positions)
-    return sweep_panels(ordered, (x or "").rsplit(".", 1)[-1], title, (log_x, log_y), names)
+    return sweep_panels(ordered, x.rsplit(".", 1)[-1], title, (log_x, log_y), names)
 
 
 def default_axis(rows: Sequence[Row]) -> str | None:
@@ -168,7 +165,7 @@ def default_axis(rows: Sequence[Row]) -> str | None:
     return axes[0] if axes else None
 
 
-def _places(rows: Sequence[Row], x: str | None) -> list[list[Row]]:
+def _places(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows that differ in their seed only, together."""
     places: dict[str, list[Row]] = {}
     for row in rows:
@@ -176,10 +173,10 @@ def _places(rows: Sequence[Row], x: str | None) -> list[list[Row]]:
     return list(places.values())
 
 
-def _position(place: Sequence[Row], x: str | None, names: Sequence[str] | None) -> float | None:
+def _position(place: Sequence[Row], x: str, names: Sequence[str] | None) -> float | None:
     """Where a place stands on x; None where it does not."""
     first = place[0]
-    if x is None:
+    if not x:
         return 0.0
     if x in first.values:
         return float(names.index(_cell_text(first.values[x])) if names is not None else first.values[x])
@@ -187,15 +184,15 @@ def _position(place: Sequence[Row], x: str | None, names: Sequence[str] | None) 
     return statistics.fmean(measured) if measured else None
 
 
-def _categories(rows: Sequence[Row], x: str | None) -> list[str] | None:
+def _categories(rows: Sequence[Row], x: str) -> list[str] | None:
     """The labels of an axis that is none of numbers."""
     values = [row.values[x] for row in rows if x in row.values]
     return None if all(map(is_number, values)) else list(dict.fromkeys(map(_cell_text, values)))
 
 
-def _label(row: Row, x: str | None, rows: Sequence[Row]) -> str:
+def _label(row: Row, x: str, rows: Sequence[Row]) -> str:
     """Name of the curve that a row belongs to; a measured x has a curve a line."""
-    measured = x is not None and not any(x in other.values for other in rows)
+    measured = not any(x in other.values for other in rows)
     others = {} if measured else {key: value for key, value in row.values.items() if key != x}
     parts = [f"{key.rsplit('.', 1)[-1]} {_cell_text(value)}" for key, value in others.items()]
     return ", ".join([row.line, *parts] if row.line else parts)

@@ -69,7 +69,7 @@ def sae_of(client, run, tmp_path):
 )
 def test_mistakes_take_one_line_with_cell_and_key(sweep, capsys, tmp_path, options, message):
     assert main([*sweep, *options]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("\r")]
+    (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "runs" / "artifacts").exists()
 

@@ -1,0 +1,87 @@
+"""Table, spreads and figure of a sweep, from numbers made up for it."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+
+from hedgelab.protocols.sweep_axes import Cell
+from hedgelab.protocols.sweep_report import Row, as_csv, as_json, default_axis, figure, rows_of, summary
+
+
+class Run:
+    """What is read of an MLflow run."""
+
+    def __init__(self, metrics):
+        self.data = type("Data", (), {"metrics": metrics})()
+        self.info = type("Info", (), {"run_id": "r"})()
+
+
+def row(line, width, seed, degree, **others):
+    return Row(line, {"model.d_sae": width}, seed, f"{line}{width}", {"hedging/degree": degree, **others})
+
+
+ROWS = [row(line, width, seed, 1 / width + 0.01 * seed) for line in "ab" for width in (4, 64, 512) for seed in range(3)]
+
+
+def test_spreads_are_those_of_the_seeds():
+    first = summary(ROWS)[0]
+    assert (first["line"], first["model.d_sae"], first["seeds"]) == ("a", 4, 3)
+    assert first["metrics"]["hedging/degree"]["mean"] == pytest.approx(0.26)
+    assert first["metrics"]["hedging/degree"]["std"] == pytest.approx(0.01)
+    assert summary(ROWS[:1])[0]["metrics"]["hedging/degree"] == {"mean": 0.25, "std": None, "n": 1}
+
+
+def test_the_table_has_a_line_a_row():
+    table = list(csv.DictReader(io.StringIO(as_csv([*ROWS, row("a", 8, 0, 0.5, extra=1.0)]))))
+    assert len(table) == len(ROWS) + 1
+    assert [table[0][key] for key in ("line", "model.d_sae", "seed", "run", "extra")] == ["a", "4", "0", "a4", ""]
+    assert table[-1]["extra"] == "1"
+    document = json.loads(as_json(ROWS, {"a": "boom"}))
+    assert document["failures"] == {"a": "boom"}
+    assert len(document["rows"]) == 18
+    assert len(document["summary"]) == 6
+
+
+def test_seeds_of_a_run_are_told_apart():
+    cell = Cell("x/seed=3", "x", {"model.k": 2, "seed": 3}, {}, {"model.k": 2})
+    metrics = {"hedging/degree": 0.2, "hedging/seed3/degree": 0.1, "hedging/seed4/degree": 0.3, "system/cpu": 1.0}
+    assert [(own.seed, own.metrics) for own in rows_of(cell, Run(metrics))] == [
+        (3, {"hedging/degree": 0.1}),
+        (4, {"hedging/degree": 0.3}),
+    ]
+    (alone,) = rows_of(cell, Run({"val/mse": 0.2, "system/cpu": 1.0}))
+    assert (alone.seed, alone.values, alone.metrics) == (3, {"model.k": 2}, {"val/mse": 0.2})
+
+
+def test_the_figure_has_a_panel_a_metric_and_a_curve_a_line():
+    drawn = figure(ROWS, None, ["hedging/degree", "absent"], "title")
+    (panel,) = [axes for axes in drawn.axes if axes.get_visible()]
+    assert panel.get_title() == "hedging/degree"
+    assert panel.get_xscale() == "log"  # from 4 to 512
+    curves = [line for line in panel.lines if len(line.get_xdata())]
+    assert len(curves) == 2
+    assert list(curves[0].get_xdata()) == [4, 64, 512]
+    assert list(curves[0].get_ydata()) == pytest.approx([1 / width + 0.01 for width in (4, 64, 512)])
+    assert [text.get_text() for text in drawn.legends[0].texts] == ["a", "b"]
+
+
+def test_a_measured_axis_takes_its_means():
+    rows = [row("a", width, seed, 0.1, l0=width + seed) for width in (4, 8) for seed in (0, 2)]
+    drawn = figure(rows, "l0", ["hedging/degree"], "title")
+    assert list(drawn.axes[0].lines[0].get_xdata()) == [5, 9]
+
+
+def test_names_stand_on_an_axis_in_their_order():
+    rows = [Row("", {"text": name, "k": k}, None, "r", {"val/mse": k}) for name in ("z", "a") for k in (1, 2)]
+    assert default_axis(rows) == "k"
+    drawn = figure(rows, "text", ["val/mse"], "title")
+    assert [tick.get_text() for tick in drawn.axes[0].get_xticklabels()] == ["z", "a"]
+    assert [text.get_text() for text in drawn.legends[0].texts] == ["k 1", "k 2"]
+
+
+def test_nothing_to_draw_draws_nothing():
+    assert figure(ROWS, None, ["absent"], "title") is None
+    assert figure([Row("", {}, None, "r", {"val/mse": math.pi})], None, ["val/mse"], "title") is not None
