@@ -23,7 +23,9 @@ def overlaid_curves(curves: Mapping[str, Mapping[str, Curve]], titles: Mapping[s
     runs = list(dict.fromkeys(label for lines in curves.values() for label in lines))
     columns = min(_COLUMNS, len(curves))
     rows = -(-len(curves) // columns)
-    figure = new_figure(3.4 * columns + 0.4, 2.5 * rows + 0.8, heading)
+    legend_columns = 2 * columns if columns > 1 else 1
+    legend_rows = -(-len(runs) // legend_columns) if 1 < len(runs) <= len(PALETTE) else 0
+    figure = new_figure(max(4.6, 3.4 * columns + 0.4), 2.5 * rows + 0.6 + 0.22 * legend_rows, heading)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(curves) :]:
         axes.set_axis_off()
@@ -38,7 +40,7 @@ def overlaid_curves(curves: Mapping[str, Mapping[str, Curve]], titles: Mapping[s
     if 1 < len(runs) <= len(PALETTE):
         handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(runs)), frameon=False,
+            handles.values(), handles.keys(), loc="outside lower center", ncols=legend_columns, frameon=False,
             fontsize=8, labelcolor=INK,
         )  # fmt: skip
     return figure

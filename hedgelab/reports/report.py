@@ -14,7 +14,7 @@ from hedgelab.reports import page
 from hedgelab.tracking.comparison import Comparison, compare, curve_metrics, curves, labels
 from hedgelab.tracking.glossary import bare, term, title
 from hedgelab.tracking.listing import duration, number
-from hedgelab.tracking.runs import REPORT_TAG, RunSummary, list_runs, open_runs
+from hedgelab.tracking.runs import REPORT_TAG, RunSummary, artifact, list_runs, open_runs
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -57,7 +57,7 @@ def build(experiment: str, limit: int = 100, address: str | None = None, uri: st
             "<h2>Over training</h2>",
             page.image(curves_png(drawn), "metrics over training steps, a line for each run"),
         ]
-    body += ["<h2>Each run</h2>", *(article(client, run, links[run.run_id]) for run in runs)]
+    body += ["<h2>Each run</h2>", *(article(client, run, links[run.run_id], uri) for run in runs)]
     body += ["<h2>What the numbers mean</h2>", glossary(runs)]
     return page.document(f"{experiment}: report", body)
 
@@ -102,7 +102,7 @@ def meaning(metric: str) -> str:
     return metric if known is None else f"{metric}: {known.meaning}"
 
 
-def article(client: MlflowClient, run: RunSummary, address: str | None) -> str:
+def article(client: MlflowClient, run: RunSummary, address: str | None, uri: str | None) -> str:
     """One run: description, numbers, figures, config, provenance."""
     parts = [f'<article id="{run.run_id}"><h3>{escape(run.name)}</h3>']
     commit = run.tags.get("git_commit", "")[:10]
@@ -119,7 +119,7 @@ def article(client: MlflowClient, run: RunSummary, address: str | None) -> str:
         parts.append(
             page.table([escape(title(key)) for key in shown], [[number(values[0]) for values in shown.values()]], 0)
         )
-    for path, content in artifacts(client, run.run_id):
+    for path, content in artifacts(client, run, uri):
         if path.endswith(".png"):
             parts.append(page.image(content, Path(path).stem.replace("_", " ")))
         else:
@@ -129,12 +129,12 @@ def article(client: MlflowClient, run: RunSummary, address: str | None) -> str:
     return "\n".join([*parts, "</article>"])
 
 
-def artifacts(client: MlflowClient, run_id: str) -> list[tuple[str, bytes]]:
+def artifacts(client: MlflowClient, run: RunSummary, uri: str | None) -> list[tuple[str, bytes]]:
     """The figures and the config of a run, by path; those that cannot be had are left out."""
     found: list[tuple[str, bytes]] = []
-    for path, size in _listed(client, run_id, None):
+    for path, size in _listed(client, run.run_id, None):
         if (path.endswith(".png") and size <= _MOST_BYTES) or path == "config.yaml":
-            found.append((path, Path(client.download_artifacts(run_id, path)).read_bytes()))
+            found.append((path, artifact(run, path, uri).read_bytes()))
     return sorted(found, key=lambda one: (not one[0].endswith(".png"), one[0]))
 
 

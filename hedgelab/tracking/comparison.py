@@ -76,12 +76,14 @@ def labels(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def curves(
-    runs: Sequence[RunSummary], metrics: Sequence[str], uri: str | None = None
+    runs: Sequence[RunSummary], metrics: Sequence[str], uri: str | None = None, most: int = 6
 ) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """Steps and values over training of each metric, by metric and by the runs' labels; only what has two points or more."""
+    """Steps and values over training, by metric and by the runs' labels; the first ``most`` with two points or more."""
     client = ensure_store(uri)
     found: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for key in metrics:
+        if len(found) == most:
+            break
         for label, run in zip(labels(runs), runs, strict=True):
             if key not in run.metrics:
                 continue
@@ -92,8 +94,11 @@ def curves(
     return found
 
 
-def curve_metrics(runs: Sequence[RunSummary], most: int = 6) -> list[str]:
-    """The metrics whose curves are drawn: the loss, then what tables show."""
+def curve_metrics(runs: Sequence[RunSummary]) -> list[str]:
+    """The metrics whose curves may be drawn: the loss, then what tables show, then the loss's terms."""
     everything = {key: value for run in runs for key, value in run.metrics.items()}
+    terms = [
+        key for key in sorted(everything) if key.startswith("train/") and "/level" not in key and key != "train/loss"
+    ]
     first = ["train/loss"] if "train/loss" in everything else []
-    return [*first, *worth_showing(everything)][:most]
+    return [*first, *worth_showing(everything), *terms]

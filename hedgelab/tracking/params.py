@@ -11,6 +11,7 @@ from typing import Any
 
 MAX_VALUE = 6000  # MLflow's limit for a parameter value
 _MAX_KEY = 250
+_HOUSEKEEPING = frozenset({"config", "name", "experiment", "ckpt_path", "resume", "record", "progress", "checkpoint"})
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 
@@ -42,6 +43,28 @@ def flatten(params: Mapping[str, Any] | Namespace, prefix: str = "") -> dict[str
         else:
             flat[clean_key(name)] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat
+
+
+def searchable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a resolved config is worth searching and comparing runs by; all of it is in the artifact ``config.yaml``.
+
+    Left out: the run's name and how it was watched, which differ between any two runs, and what is not set.
+
+    >>> searchable({"name": "x", "trainer": {"max_steps": 3, "logger": {"uri": "y"}, "profiler": None}, "checkpoint": {"a": 1}})
+    {'trainer': {'max_steps': 3}}
+    """
+    kept = {key: value for key, value in config.items() if key not in _HOUSEKEEPING and value is not None}
+    found: dict[str, Any] = {}
+    for key, value in kept.items():
+        inner = {name: one for name, one in value.items() if name != "logger"} if key == "trainer" else value
+        found[key] = _without_nothing(inner)
+    return found
+
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nothing(one) for key, one in value.items() if one is not None}
+    return value
 
 
 def _items(params: Mapping[str, Any] | Namespace) -> list[tuple[str, Any]]:

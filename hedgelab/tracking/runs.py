@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -130,6 +131,7 @@ def artifact(run: RunSummary, path: str, uri: str | None = None) -> Path:
     Raises:
         UserError: The run has no such artifact, or it cannot be had.
     """
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar a file says nothing
     try:
         return Path(ensure_store(uri).download_artifacts(run.run_id, path))
     except Exception as error:  # every artifact store has errors of its own

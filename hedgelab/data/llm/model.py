@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from hedgelab.data.llm.cache_identity import files_fingerprint
 from hedgelab.data.llm.conversion import convert, converted_folder, find_gguf
 from hedgelab.data.llm.hub import load, transformers
 
@@ -66,6 +67,13 @@ class ModelFiles:
         for file in sorted(Path(self._location).glob("*token*")) + sorted(Path(self._location).glob("vocab*")):
             digest.update(file.name.encode() + file.read_bytes())
         return f"tokenizer {digest.hexdigest()}"
+
+    def fingerprint(self) -> str:
+        """A string that changes whenever the weights do."""
+        self.prepare()
+        if not self._is_local:
+            return f"hub {self.name} at {getattr(self.config(), '_commit_hash', None)}"
+        return f"weights {files_fingerprint(Path(self._location))}"
 
     def causal_lm(self, dtype: ModelDtype = "float32", attention: Attention = "sdpa") -> nn.Module:
         """The whole causal language model: on the CPU, frozen, in evaluation mode."""
