@@ -13,6 +13,7 @@ from hedgelab.protocols.hedge_report import summary_numbers
 from hedgelab.protocols.hedge_trainer import HedgeTrainer
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
+from hedgelab.tracking.params import searchable
 
 _SHOWN = (
     "residual_hedging", "degree", "live_degree", "covariance_degree", "foreign_degree", "projection", "baseline",
@@ -45,7 +46,7 @@ class HedgeCLI(HedgelabCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, MLflowTracker):
                 logger.log_config(text)
-                logger.log_hyperparams(resolved)
+                logger.log_hyperparams(searchable(resolved))
 
     def after_hedge(self) -> None:
         """The run is over; nothing is left to go on with."""

@@ -30,6 +30,7 @@ from hedgelab.errors import UserError
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
+from hedgelab.tracking.params import searchable
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${…} across config files
 LINKED = frozenset({"model.d_in"})
@@ -91,7 +92,7 @@ class ConfigRecord(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, MLflowTracker):
                 logger.log_config(text)
-                logger.log_hyperparams(resolved)
+                logger.log_hyperparams(searchable(resolved))
 
 
 class HedgelabCLI(LightningCLI):
