@@ -29,6 +29,7 @@ COMMANDS = {
     "phase": Command("phase", "map hedging of toy SAEs over two axes, beside the closed forms", "--config F"),
     "hedge": Command("hedge", "measure how much an SAE hedges: train, widen, train on, compare", "--config F"),
     "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations", "--config F"),
+    "cache": Command("cache", "write a language model's activations to disk, for all later runs"),
     "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more", "RUN"),
     "figures": Command("figures", "redraw the paper's toy and theory figures, without sampling noise", "--config F"),
     "export": Command("export", "write a run's SAE for other libraries (SAELens), or to the hub", "RUN --to DIR"),
@@ -38,6 +39,7 @@ COMMANDS = {
         "report", "build one HTML file about an experiment: tables, figures, configs", "--experiment NAME"
     ),
     "runs": Command("runs", "list tracked runs with their key numbers", "[--last] [--json]"),
+    "sync": Command("sync", "send to the tracking store what an outage kept from it"),
     "ui": Command("ui", "open the MLflow UI on the tracked runs"),
 }
 

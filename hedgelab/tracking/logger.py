@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import getpass
 import hashlib
 import sys
 import tempfile
@@ -20,15 +19,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from hedgelab.errors import Stopped, UserError
 from hedgelab.tracking.history import ThinnedSeries
+from hedgelab.tracking.opening import OnUnreachable, RunToOpen, logged_steps, open_run
 from hedgelab.tracking.params import MAX_VALUE, clean_key, flatten
 from hedgelab.tracking.spool import Artifact, Params, Spool, Status, Tags
-from hedgelab.tracking.store import artifact_location, ensure_store, runs_dir, tracking_uri
+from hedgelab.tracking.store import INTENDED, runs_dir, tracking_uri, without_credentials
 from hedgelab.tracking.system import SystemSampler
 from hedgelab.tracking.writer import RunWriter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 _KEPT_LOSSES = 1000
@@ -48,6 +47,9 @@ class MLflowTracker(Logger):
         uri: Tracking URI; None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``.
         buffer_points: Metric points that are written together.
         run_id: Run to go on with; None starts one.
+        on_unreachable: What to do where a tracking server cannot be reached at the start: ``fail``, or ``local`` to go on in
+            the store ``runs/mlflow.db``, from which ``hedgelab sync`` sends the run later. (A server that dies later stops
+            nothing either way.)
         system_metrics: Whether the run shows what the machine is doing meanwhile.
 
     Raises:
@@ -63,6 +65,7 @@ class MLflowTracker(Logger):
         uri: str | None = None,
         buffer_points: int = 500,
         run_id: str | None = None,
+        on_unreachable: OnUnreachable = "fail",
         system_metrics: bool = True,
     ) -> None:
         super().__init__()
@@ -78,7 +81,7 @@ class MLflowTracker(Logger):
         self._writer: RunWriter | None = None
         self._params: dict[str, str] = {}
         self._keys: dict[str, str] = {}
-        self._goes_on = False
+        self._goes_on, self._on_unreachable = False, on_unreachable
         self._logged_to: dict[str, int] = {}
         self.losses: ThinnedSeries[dict[str, float]] = ThinnedSeries(_KEPT_LOSSES)
         """What was logged as ``train/...``, thinned: the history behind the figure of loss terms."""
@@ -191,28 +194,40 @@ class MLflowTracker(Logger):
     def child(self, run_name: str, tags: dict[str, str], run_id: str | None = None) -> MLflowTracker:
         """A logger of a new run below this one, in the same experiment; or of one that was cut short, and goes on."""
         below = {"mlflow.parentRunId": self.run_id or "", **tags}
+        if INTENDED in self._tags:
+            below[INTENDED] = self._tags[INTENDED]
         made = MLflowTracker(
-            self._experiment, run_name, below, uri=self._uri, buffer_points=self._buffer_points, system_metrics=False
-        )
+            self._experiment, run_name, below, uri=self._uri, buffer_points=self._buffer_points, system_metrics=False,
+            on_unreachable=self._on_unreachable,
+        )  # fmt: skip
         if run_id is not None:
             made.go_on_with(run_id)
         return made
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes everything that waits."""
+        """Writes everything that waits, to the store or to the disk."""
         if self._writer is not None:
-            self._writer.flush()
+            self._writer.settle()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes everything that waits and ends the run: FINISHED, FAILED, or KILLED where a signal stopped it."""
+        """Writes everything that waits and ends the run: FINISHED, FAILED, or KILLED where a signal stopped it.
+
+        Raises:
+            UserError: Neither the store nor the disk has taken all of it.
+        """
         if self._writer is None:
             return
         killed = isinstance(sys.exception(), (KeyboardInterrupt, SIGTERMException, Stopped))
         final = "KILLED" if killed else {"success": "FINISHED", "failed": "FAILED"}.get(status, status.upper())
         self._writer.close()
         self._writer.deliver(Status(final, int(time.time() * 1000)))
+        if (unkept := self._writer.unkept) is not None and sys.exception() is None:
+            raise UserError(
+                f"trainer.logger: {unkept} of run {self._run_id} are lost: neither {without_credentials(self._uri)} nor the "
+                "disk takes them; free some space, then --resume logs them again"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Travels to another process as a logger of the same run, without client and thread."""
@@ -223,66 +238,19 @@ class MLflowTracker(Logger):
 
     def _open(self) -> RunWriter:
         if self._writer is None:
-            self._client = ensure_store(self._uri)
-            run = (
-                self._start_run(self._client) if self._run_id is None else self._resume_run(self._client, self._run_id)
+            wanted = RunToOpen(self._experiment, self._run_name, self._description, self._tags, self._run_id)
+            opened = open_run(wanted, self._uri, self._goes_on, self._on_unreachable)
+            self._client, self._uri, self._run_id = opened.client, opened.uri, opened.run_id
+            self._tags = {**self._tags, **opened.tags}
+            spool = Spool(runs_dir(self._uri) / "spool", self._run_id, without_credentials(self._uri))
+            run = opened.run
+            if wanted.run_id is not None and run is not None:
+                self._params = dict(run.data.params)
+                self._logged_to = logged_steps(run, spool) if self._goes_on else {}
+            started = int(time.time() * 1000) if run is None else run.info.start_time
+            sampler = SystemSampler(started) if self._system_metrics else None
+            self._writer = RunWriter(
+                self._client, self._run_id, spool, self._buffer_points, sample=sampler, repeats=run is None
             )
-            self._run_id = run.info.run_id
-            spool = Spool(runs_dir(self._uri) / "spool", self._run_id)
-            if self._goes_on:
-                self._logged_to = logged_steps(run, spool)
-            sampler = SystemSampler(run.info.start_time) if self._system_metrics else None
-            self._writer = RunWriter(self._client, self._run_id, spool, self._buffer_points, sample=sampler)
             atexit.register(self._writer.close)  # for a process that ends without finalize
         return self._writer
-
-    def _start_run(self, client: MlflowClient) -> Run:
-        from mlflow.exceptions import MlflowException
-
-        experiment = client.get_experiment_by_name(self._experiment)
-        if experiment is None:
-            try:
-                location = artifact_location(self._uri, self._experiment)
-                experiment_id = client.create_experiment(
-                    self._experiment,
-                    artifact_location=location,
-                    tags={"mlflow.experimentKind": "custom_model_development"},  # the UI's view of training runs
-                )
-            except MlflowException:  # another process was quicker
-                experiment = client.get_experiment_by_name(self._experiment)
-                if experiment is None:
-                    raise
-        if experiment is not None:
-            if experiment.lifecycle_stage != "active":
-                raise UserError(
-                    f"trainer.logger.experiment: '{self._experiment}' is deleted in {self._uri}; restore it, or take "
-                    "another name"
-                )
-            experiment_id = experiment.experiment_id
-        tags = {
-            "mlflow.user": getpass.getuser(),
-            "mlflow.source.name": Path(sys.argv[0]).name,
-            "mlflow.source.type": "LOCAL",
-        }
-        if self._description is not None:
-            tags["mlflow.note.content"] = self._description
-        return client.create_run(experiment_id, run_name=self._run_name, tags=tags | self._tags)
-
-    def _resume_run(self, client: MlflowClient, run_id: str) -> Run:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            raise UserError(f"trainer.logger.run_id: no run '{run_id}' in {self._uri}; see `hedgelab runs`") from error
-        self._params = dict(run.data.params)
-        client.update_run(run_id, status="RUNNING")
-        return run
-
-
-def logged_steps(run: Run, spool: Spool) -> dict[str, int]:
-    """The last step at which each metric of a run was logged, whether the store has it or the spool still does."""
-    steps = {metric.key: int(metric.step) for metric in run.to_proto().data.metrics}
-    for key, step in spool.last_steps().items():
-        steps[key] = max(step, steps.get(key, -1))
-    return steps

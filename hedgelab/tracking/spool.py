@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from filelock import FileLock
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 Point = tuple[str, float, int, int]
@@ -33,16 +34,28 @@ Point = tuple[str, float, int, int]
 
 @dataclass(frozen=True)
 class Metrics:
-    """Points of metrics; at most 1000, MLflow's limit for one call."""
+    """Points of metrics; at most 1000, MLflow's limit for one call.
+
+    Attributes:
+        metrics: The points.
+        repeated: They may be repetitions, by a run that went on without knowing how far the store had got: those no
+            later than what the store has are not sent.
+    """
 
     op: ClassVar[str] = "metrics"
     metrics: list[Point]
+    repeated: bool = False
 
     def send(self, client: MlflowClient, run_id: str) -> None:
         """Writes all points in one call."""
         from mlflow.entities import Metric
 
-        client.log_batch(run_id, metrics=[Metric(*point) for point in self.metrics])
+        points = self.metrics
+        if self.repeated:
+            known = last_steps(client.get_run(run_id))
+            points = [point for point in points if point[3] > known.get(point[0], -1)]
+        if points:
+            client.log_batch(run_id, metrics=[Metric(*point) for point in points])
 
 
 @dataclass(frozen=True)
@@ -114,15 +127,23 @@ class Spool:
     Args:
         folder: The spool folder, ``runs/spool``.
         run_id: MLflow's id of the run.
+        store: Tracking URI of the store that the operations wait for, without credentials; None where unknown.
     """
 
-    def __init__(self, folder: Path, run_id: str) -> None:
+    def __init__(self, folder: Path, run_id: str, store: str | None = None) -> None:
+        self.run_id, self._store = run_id, store
+        self._about = folder / f"{run_id}.store"
         self.path = folder / f"{run_id}.jsonl"
         self.files = folder / run_id
         self._lock = FileLock(folder / f".{run_id}.lock")
 
     def __bool__(self) -> bool:
         return self.path.exists()
+
+    @property
+    def uri(self) -> str | None:
+        """The store that the operations wait for; None where unknown."""
+        return self._about.read_text().strip() if self._about.exists() else None
 
     def append(self, operation: Operation) -> None:
         """Keeps an operation, and a copy of the file it speaks of."""
@@ -131,6 +152,8 @@ class Spool:
             if isinstance(operation, Artifact):
                 operation = self._keep_file(operation)
             self._drop_torn_line()
+            if self._store is not None and not self._about.exists():
+                self._about.write_text(self._store)
             with self.path.open("a") as file:
                 file.write(_encode(operation) + "\n")
 
@@ -148,14 +171,15 @@ class Spool:
         if not self:
             return
         with self._lock:
-            lines = self._lines()
+            lines = self._lines() if self else []  # another process may have sent them meanwhile
             sent = 0
             try:
                 for operation in self._decode(lines):
                     send(operation)
                     sent += 1
             finally:
-                self._drop(lines[sent:])
+                if self:
+                    self._drop(lines[sent:])
 
     def _keep_file(self, artifact: Artifact) -> Artifact:
         source, name = Path(artifact.source), uuid.uuid4().hex
@@ -197,7 +221,18 @@ class Spool:
             partial.replace(self.path)
         else:
             self.path.unlink()
+            self._about.unlink(missing_ok=True)
             shutil.rmtree(self.files, ignore_errors=True)
+
+
+def spools(folder: Path) -> list[Spool]:
+    """What waits in a spool folder, the longest waiting first."""
+    return [Spool(folder, path.stem) for path in sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_ctime)]
+
+
+def last_steps(run: Run) -> dict[str, int]:
+    """The last step of each metric that the store has of a run."""
+    return {metric.key: int(metric.step) for metric in run.to_proto().data.metrics}
 
 
 def _encode(operation: Operation) -> str:

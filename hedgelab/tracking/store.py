@@ -32,12 +32,31 @@ _HTTP_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
+INTENDED = "hedgelab.intended_for"
+"""Tag of a run in the local store: the server that could not be reached when it began."""
 _creators: list[subprocess.Popen[bytes]] = []
 
 
 def tracking_uri() -> str:
     """``MLFLOW_TRACKING_URI`` where set, else an SQLite file ``runs/mlflow.db`` in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Path.cwd() / 'runs' / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or local_uri()
+
+
+def local_uri() -> str:
+    """The store in the working directory, whatever ``MLFLOW_TRACKING_URI`` says."""
+    return f"{_SQLITE}{Path.cwd() / 'runs' / 'mlflow.db'}"
+
+
+def without_credentials(uri: str) -> str:
+    """A tracking URI as it may be shown and written down."""
+    parts = urlparse(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
+def same_store(uri: str, other: str) -> bool:
+    """Whether two tracking URIs lead to the same store."""
+    first, second = (without_credentials(one).rstrip("/") for one in (uri, other))
+    return first == second or (sqlite_file(first) is not None and sqlite_file(first) == sqlite_file(second))
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -83,10 +102,21 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
         client.search_experiments(max_results=1)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fix = "check the file and its folder" if database else "start the server"
-        message = f"MLFLOW_TRACKING_URI: cannot use the store {uri} ({reason}); {fix}, or unset it for runs/mlflow.db"
-        raise UserError(message) from error
+        raise UserError(unusable(uri, reason)) from error
     return client
+
+
+def unusable(uri: str, reason: str) -> str:
+    """Why a store cannot be used, and what to do, in a line."""
+    head = f"MLFLOW_TRACKING_URI: cannot use the store {without_credentials(uri)} ({reason})"
+    if sqlite_file(uri) is None:
+        return (
+            f"{head}; start the server, or unset it for runs/mlflow.db, or train with trainer.logger.on_unreachable=local "
+            "and send the runs later with `hedgelab sync`"
+        )
+    if "locked" in reason:
+        return f"{head}; another process holds it: end that one, set it to another store, or unset it for runs/mlflow.db"
+    return f"{head}; check the file and its folder, or unset it for runs/mlflow.db"
 
 
 def create_database(database: Path) -> None:
