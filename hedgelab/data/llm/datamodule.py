@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, Stage
+from hedgelab.data.llm.cache_files import ActivationCache
+from hedgelab.data.llm.cache_identity import check_identity
+from hedgelab.data.llm.cached_rows import CachedRows
 from hedgelab.data.llm.harvest import Harvester
 from hedgelab.data.llm.hook import CutModel, block_path, check_layer
+from hedgelab.data.llm.measured import Measured, Normalisation, measure
 from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles
+from hedgelab.data.llm.row_sources import LiveRows, RowSource, shared_by_ranks
 from hedgelab.data.llm.stream import BlockStream
 from hedgelab.data.llm.text import StandardLibraryText, TextSource
 from hedgelab.data.llm.tokens import Contexts, load_contexts
@@ -21,17 +26,15 @@ from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
 
-Normalisation = Literal["none", "unit_norm", "centred"]
-
-_PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
-
 
 class LLMDataModule(ActivationDataModule):
     """Activations of a language model at one hook, over packed contexts of text.
 
     The model is cut at the hook, and runs in the background while the SAE trains on the block before. Nothing is
     needed from a model hub with the defaults: a small model that comes from PyPI, and the text of Python's own
-    documentation.
+    documentation. With a ``cache`` that ``hedgelab cache`` has written the model does not run at all; the batches are
+    those of the live stream, to the last bit where the model gives the same bits twice. Of several ranks each runs the
+    model over its part of every block.
 
     Args:
         model: ``smollm2`` (extra ``hedgelab[smollm2]``), a ``.gguf`` file, a local folder, or a Hugging Face hub id.
@@ -39,6 +42,7 @@ class LLMDataModule(ActivationDataModule):
         hook: Path of a module whose output to take instead, such as ``model.layers.12.mlp``.
         text: The text; None is the standard library's documentation, about 530k tokens.
         context_length: Tokens the model sees at a time.
+        max_contexts: Contexts of the text to use at most, the first ones; None uses all. Needed for texts without end.
         contexts_per_block: Contexts whose activations are shuffled together.
         contexts_at_once: Contexts of one forward pass.
         batch_size: Activations a step, over all ranks together.
@@ -48,15 +52,18 @@ class LLMDataModule(ActivationDataModule):
             measured on the first block of training activations.
         held_out: Share of the contexts kept for validation and test, half each.
         model_dtype: Number format in which the model runs; batches are float32.
+        storage_dtype: Number format to which activations are rounded, in a cache and live; None leaves the model's.
         attention: Attention implementation of transformers.
+        compile: Run the model's blocks through ``torch.compile``; pays for long runs on a GPU.
         device: Where the model runs; ``auto`` is a GPU if there is one.
         seed: Seed of the order of the training data; None takes the run's. Validation and test never depend on it.
         val_batches: Batches of a validation or test pass.
         chunk_steps: Most training steps that travel together.
+        cache: Folder of an activation cache to read instead of running the model; see ``hedgelab cache``.
         cache_dir: Folder for converted models and tokenised text.
 
     Raises:
-        UserError: An impossible value, or a model or text that cannot be had.
+        UserError: An impossible value, a cache that is damaged or of other activations, or a model or text that cannot be had.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class LLMDataModule(ActivationDataModule):
         hook: str | None = None,
         text: TextSource | None = None,
         context_length: int = 256,
+        max_contexts: int | None = None,
         contexts_per_block: int = 64,
         contexts_at_once: int = 8,
         batch_size: int = 1024,
@@ -74,17 +82,20 @@ class LLMDataModule(ActivationDataModule):
         normalisation: Normalisation = "unit_norm",
         held_out: float = 0.1,
         model_dtype: ModelDtype = "float32",
+        storage_dtype: ModelDtype | None = None,
         attention: Attention = "sdpa",
+        compile: bool = False,
         device: str = "auto",
         seed: int | None = None,
         val_batches: int = 8,
         chunk_steps: int = 1,
+        cache: str | None = None,
         cache_dir: str = "runs/cache",
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, val_batches=val_batches, chunk_steps=chunk_steps)
         counts = {"contexts_per_block": contexts_per_block, "contexts_at_once": contexts_at_once}
-        for name, value in counts.items():
-            if value < 1:
+        for name, value in {**counts, "max_contexts": max_contexts}.items():
+            if value is not None and value < 1:
                 raise UserError(f"data.{name}: must be at least 1, got {value}")
         if not 0 <= skip_first < context_length:
             raise UserError(f"data.skip_first: must be from 0 to data.context_length - 1, got {skip_first}")
@@ -97,9 +108,10 @@ class LLMDataModule(ActivationDataModule):
         self.context_length, self.skip_first, self.held_out = context_length, skip_first, held_out
         self.contexts_per_block, self.contexts_at_once = contexts_per_block, contexts_at_once
         self.max_norm_ratio, self.normalisation = max_norm_ratio, normalisation
-        self.model_dtype, self.attention = model_dtype, attention
+        self.model_dtype, self.attention, self.compile = model_dtype, attention, compile
+        self.storage_dtype: ModelDtype = storage_dtype or model_dtype
         self.device = _device(device)
-        self.cache_dir = cache_dir
+        self.cache, self.cache_dir, self.max_contexts = cache, cache_dir, max_contexts
         self._streams: dict[Stage, BlockStream] = {}
 
     @cached_property
@@ -119,15 +131,44 @@ class LLMDataModule(ActivationDataModule):
     @cached_property
     def contexts(self) -> Contexts:
         """The packed text, all stages together."""
-        return load_contexts(self.text, self.files, self.context_length, self.cache_dir)
+        return load_contexts(self.text, self.files, self.context_length, self.cache_dir, self.max_contexts)
 
     @cached_property
     def harvester(self) -> Harvester:
         """The cut model at work."""
         model = self.files.causal_lm(self.model_dtype, self.attention)
         n_layers = self.files.config().get_text_config().num_hidden_layers
-        hook = self.hook or block_path(model, n_layers, self.layer)
-        return Harvester(CutModel(model, hook).to(self._own_device()), self.contexts_at_once)
+        cut = CutModel(model, self.hook or block_path(model, n_layers, self.layer)).to(self._own_device())
+        if self.compile:
+            cut.compile_blocks()
+        return Harvester(cut, self.contexts_at_once, getattr(torch, self.storage_dtype))
+
+    @cached_property
+    def cached(self) -> CachedRows | None:
+        """The cache that is read, checked; None where the model runs."""
+        if self.cache is None:
+            return None
+        files = ActivationCache.open(self.cache)
+        check_identity(files.folder, files.manifest["activations"], self.identity())
+        files.check_dtype(self.storage_dtype)
+        files.check_coverage(len(self.contexts.tokens))
+        return CachedRows(files, getattr(torch, self.storage_dtype), self._own_device())
+
+    @cached_property
+    def rows(self) -> RowSource:
+        """Gives activations by the numbers of contexts; ranks that train together make it together."""
+        return self.cached or shared_by_ranks(LiveRows(self.harvester, self.contexts.tokens))
+
+    def identity(self) -> dict[str, Any]:
+        """What raw activations depend on, by config key."""
+        return {
+            "model": self.files.fingerprint(),
+            "hook": self.hook_path,
+            "context_length": self.context_length,
+            "text": f"{self.text.fingerprint()}; {self.files.tokenizer_fingerprint()}",
+            "model_dtype": self.model_dtype,
+            "attention": self.attention,
+        }
 
     def prepare_data(self) -> None:
         """Convert the model and tokenise the text where that has not been done; on one rank only."""
@@ -136,7 +177,7 @@ class LLMDataModule(ActivationDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the model and run the first block, so that whatever is wrong shows before training starts."""
-        _ = self.activation_scale, self.activation_mean
+        _ = self.rows, self.measured
 
     def batch(self, stage: Stage, index: int) -> Batch:
         """Global batch number ``index``, ``[batch_size, d_in]``, float32; passes over the text repeat without end."""
@@ -157,8 +198,8 @@ class LLMDataModule(ActivationDataModule):
         if stage not in self._streams:
             mine = self._split()[stage]
             self._streams[stage] = BlockStream(
-                self.harvester,
-                self.contexts.tokens[mine],
+                self.rows,
+                mine,
                 self.contexts.usable(self.skip_first)[mine],
                 contexts_per_block=self.contexts_per_block,
                 batch_size=self.batch_size,
@@ -169,26 +210,26 @@ class LLMDataModule(ActivationDataModule):
         return self._streams[stage]
 
     @cached_property
+    def measured(self) -> Measured:
+        """Norms and normalisation, of the first block of training activations."""
+        return measure(self.stream("train").block(0), self.normalisation, self.max_norm_ratio)
+
+    @property
     def activation_scale(self) -> float:
         """What (centred) activations are multiplied by: 1 / root mean squared norm, or 1."""
-        if self.normalisation != "unit_norm":
-            return 1.0
-        rows = self.stream("train").block(0).rows.double()
-        return float(rows.square().sum(dim=-1).mean().rsqrt())
+        return 1.0 if self.normalisation == "none" else self.measured.scale
 
-    @cached_property
+    @property
     def activation_mean(self) -> Tensor | None:
         """What is subtracted from activations first, ``[d_in]``; None for nothing."""
-        if self.normalisation != "centred":
-            return None
-        return self.stream("train").block(0).rows.double().mean(dim=0).float()
+        return None if self.normalisation == "none" else self.measured.mean
 
     def source(self) -> ActivationSource:
         """Model, hook, contexts, and the normalisation as measured."""
         opening = set(self.contexts.tokens[:, 0].tolist())
         return ActivationSource(
             model=self.model,
-            hook=self.harvester.hook,
+            hook=self.hook_path,
             layer=None if self.hook else self.layer % self.files.config().get_text_config().num_hidden_layers,
             context_length=self.context_length,
             skip_first=self.skip_first,
@@ -204,7 +245,7 @@ class LLMDataModule(ActivationDataModule):
         mine = self._split()[stage]
         return Contexts(self.contexts.tokens[mine], self.contexts.special[mine])
 
-    @property
+    @cached_property
     def hook_path(self) -> str:
         """Path of the hooked module in the causal language model."""
         n_layers = self.files.config().get_text_config().num_hidden_layers
@@ -219,21 +260,14 @@ class LLMDataModule(ActivationDataModule):
         return {"data/tokens_per_s": self.tokens_per_second}
 
     def norm_percentiles(self) -> dict[str, float]:
-        """Percentiles of the norm over the first block of training activations, outliers included, not normalised.
-
-        Returns:
-            ``p0``, ``p0.1``, ``p1``, ``p50``, ``p99``, ``p99.9``, ``p100``, and ``dropped``: the share of outliers.
-        """
-        norms = self.stream("train").block(0).norms
-        values = torch.quantile(norms, torch.tensor(_PERCENTILES) / 100)
-        limit = float("inf") if self.max_norm_ratio is None else self.max_norm_ratio * norms.median()
-        named = {f"p{p:g}": value for p, value in zip(_PERCENTILES, values.tolist(), strict=True)}
-        return named | {"dropped": (norms > limit).float().mean().item()}
+        """Percentiles of the norm over the first block of training activations; see :class:`Measured`."""
+        return self.measured.norms
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second of the language model so far, while it shared the machine with training; 0 before it ran."""
-        return self.harvester.tokens / self.harvester.seconds if self.harvester.seconds else 0.0
+        """Tokens a second of the language model, or of its cache, so far, while it shared the machine with training."""
+        worked = self.cached or self.__dict__.get("harvester")
+        return worked.tokens / worked.seconds if worked is not None and worked.seconds else 0.0
 
     def teardown(self, stage: str) -> None:
         """End the background work."""
@@ -244,10 +278,14 @@ class LLMDataModule(ActivationDataModule):
         self._close()
 
     def _close(self) -> None:
-        if "harvester" in self.__dict__:
-            self.harvester.close()
-            for stream in self._streams.values():
-                stream.forget()
+        for worked in (self.__dict__.get("harvester"), self.__dict__.get("cached")):
+            if worked is not None:
+                worked.close()
+        for stream in self._streams.values():
+            stream.forget()
+        # Ranks need not go on together from here; streams made later ask anew who shares their work.
+        self._streams.clear()
+        self.__dict__.pop("rows", None)
 
     def _own_device(self) -> torch.device:
         """Where the model runs: of several GPUs this rank's own, unless the config names one."""

@@ -27,14 +27,15 @@ class Harvester:
     Args:
         model: The model, cut at its hook, on the device where it is to run.
         contexts_at_once: Contexts of one forward pass.
+        dtype: Number format of the rows; None leaves the model's.
 
     Attributes:
         tokens: Tokens run through the model so far.
         seconds: What that took.
     """
 
-    def __init__(self, model: CutModel, contexts_at_once: int) -> None:
-        self._model, self._contexts_at_once = model, contexts_at_once
+    def __init__(self, model: CutModel, contexts_at_once: int, dtype: torch.dtype | None = None) -> None:
+        self._model, self._contexts_at_once, self._dtype = model, contexts_at_once, dtype
         self._device = next(model.parameters()).device
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
         self._interrupted = Event()
@@ -49,15 +50,16 @@ class Harvester:
         """Do ``work(number)`` in the background, after what was submitted before."""
         return self._running()[0].submit(work, number)
 
-    def rows(self, tokens: Tensor, usable: Tensor) -> Tensor:
+    def rows(self, tokens: Tensor, usable: Tensor, told: Callable[[int], object] | None = None) -> Tensor:
         """Activations at the usable positions of some contexts, context by context.
 
         Args:
             tokens: ``[n, length]``.
             usable: Positions to keep, ``[n, length]``.
+            told: Is told of every forward pass's number of tokens, in place of a progress bar.
 
         Returns:
-            ``[rows, d_in]`` on the model's device, in the model's dtype.
+            ``[rows, d_in]`` on the model's device.
 
         Raises:
             CancelledError: ``close`` was called meanwhile.
@@ -65,11 +67,12 @@ class Harvester:
         start = time.perf_counter()
         parts = [torch.split(whole, self._contexts_at_once) for whole in (tokens, usable)]
         # Only the first call has nothing else on the screen that moves.
-        with tqdm(total=tokens.numel(), desc="First activations", unit=" tokens", disable=self.tokens > 0) as progress:
+        quiet = self.tokens > 0 or told is not None
+        with tqdm(total=tokens.numel(), desc="First activations", unit=" tokens", disable=quiet) as progress:
             kept = []
             for part, rows in zip(parts[0], self._running()[1].map(self._forward, *parts), strict=True):
                 kept.append(rows)
-                progress.update(part.numel())
+                (told or progress.update)(part.numel())
         self.tokens += tokens.numel()
         self.seconds += time.perf_counter() - start
         return torch.cat(kept)
@@ -80,7 +83,7 @@ class Harvester:
             raise CancelledError
         with torch.inference_mode():
             output = self._model(tokens.long().to(self._device))
-        rows: Tensor = output[usable.to(self._device)]
+        rows: Tensor = output[usable.to(self._device)].to(self._dtype or output.dtype)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return rows

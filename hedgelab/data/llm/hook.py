@@ -8,6 +8,7 @@ language model, such as ``model.layers.12.mlp``; its output is taken.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,18 @@ class CutModel(nn.Module):
         hooked.register_forward_hook(_stop)
         base = getattr(model, "base_model", model)  # without the head, unless the hook is there
         self.body = base if any(module is hooked for module in base.modules()) else model
+        self._before = list(_blocks_before(paths, hook))
+        self._hooked = hooked
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Run the blocks through ``torch.compile``; what leads to a hook inside the last one stays as it is.
+
+        Args:
+            backend: Of ``torch.compile``.
+        """
+        for block in [*self._before, self._hooked]:
+            # The hook that ends the forward pass stays outside: it is an exception.
+            block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Hooked activations of contexts, each attending to itself alone.
@@ -116,3 +129,12 @@ def _drop_later_siblings(modules: dict[str, nn.Module], hook: str) -> None:
         blocks = modules[".".join(parts[:depth])]
         if isinstance(blocks, nn.ModuleList):
             del blocks[int(parts[depth]) + 1 :]
+
+
+def _blocks_before(modules: dict[str, nn.Module], hook: str) -> Iterator[nn.Module]:
+    """The blocks in front of the hook's own, of every list of blocks that the hook lies in."""
+    parts = hook.split(".")
+    for depth in range(1, len(parts)):
+        blocks = modules[".".join(parts[:depth])]
+        if isinstance(blocks, nn.ModuleList):
+            yield from list(blocks)[: int(parts[depth])]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.data.llm.harvest import Harvester
+from hedgelab.data.llm.row_sources import RowSource
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
 
@@ -38,8 +38,8 @@ class BlockStream:
     The last two blocks are kept.
 
     Args:
-        harvester: Turns contexts into rows.
-        tokens: The text, ``[n, length]``.
+        source: Turns contexts into rows.
+        numbers: The contexts, by their numbers in the source, ``[n]``.
         usable: Positions that count, ``[n, length]``.
         contexts_per_block: Contexts a block; lowered to ``n``.
         batch_size: Rows a batch.
@@ -53,8 +53,8 @@ class BlockStream:
 
     def __init__(
         self,
-        harvester: Harvester,
-        tokens: Tensor,
+        source: RowSource,
+        numbers: Tensor,
         usable: Tensor,
         *,
         contexts_per_block: int,
@@ -63,20 +63,20 @@ class BlockStream:
         seed: int,
         name: str,
     ) -> None:
-        self._harvester, self._tokens, self._usable = harvester, tokens, usable
+        self._source, self._numbers, self._usable = source, numbers, usable
         self._batch_size, self._max_norm_ratio = batch_size, max_norm_ratio
         self._seed, self._name = seed, name
-        self.contexts_per_block = min(contexts_per_block, len(tokens))
+        self.contexts_per_block = min(contexts_per_block, len(numbers))
         poorest = int(usable.sum(dim=1).sort().values[: self.contexts_per_block].sum())
         room = 0.0 if max_norm_ratio is None else _ROOM_FOR_OUTLIERS
         self.batches_per_block = int(poorest * (1 - room)) // batch_size
         if self.batches_per_block == 0:
             raise UserError(
-                f"data.contexts_per_block: {self.contexts_per_block} of the {len(tokens)} {name} contexts have {poorest} "
+                f"data.contexts_per_block: {self.contexts_per_block} of the {len(numbers)} {name} contexts have {poorest} "
                 f"usable tokens or a few more, too few for a batch of {batch_size}; give more contexts a block, more "
                 "text, or a smaller data.batch_size"
             )
-        self._blocks_per_epoch = len(tokens) // self.contexts_per_block
+        self._blocks_per_epoch = len(numbers) // self.contexts_per_block
         self._blocks: OrderedDict[int, Future[Block]] = OrderedDict()
 
     def batch(self, index: int) -> Tensor:
@@ -101,12 +101,12 @@ class BlockStream:
     def context_numbers(self, number: int) -> Tensor:
         """Which contexts block ``number`` is made of, ``[contexts_per_block]``."""
         epoch, position = divmod(number, self._blocks_per_epoch)
-        order = torch.randperm(len(self._tokens), generator=generator(self._seed, self._name, "epoch", epoch))
+        order = torch.randperm(len(self._numbers), generator=generator(self._seed, self._name, "epoch", epoch))
         return order[position * self.contexts_per_block : (position + 1) * self.contexts_per_block]
 
     def _request(self, number: int) -> Future[Block]:
         if number not in self._blocks:
-            self._blocks[number] = self._harvester.submit(self._compute, number)
+            self._blocks[number] = self._source.submit(self._compute, number)
             while len(self._blocks) > _KEPT_BLOCKS:
                 self._blocks.popitem(last=False)[1].cancel()
         self._blocks.move_to_end(number)
@@ -114,7 +114,7 @@ class BlockStream:
 
     def _compute(self, number: int) -> Block:
         chosen = self.context_numbers(number)
-        rows = self._harvester.rows(self._tokens[chosen], self._usable[chosen])
+        rows = self._source.rows(self._numbers[chosen], self._usable[chosen])
         norms = rows.float().norm(dim=-1)
         if self._max_norm_ratio is not None:
             rows = rows[norms <= self._max_norm_ratio * norms.median()]

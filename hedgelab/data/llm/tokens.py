@@ -41,7 +41,9 @@ class Contexts(NamedTuple):
         return keep
 
 
-def load_contexts(text: TextSource, files: ModelFiles, length: int, cache_dir: str | Path = "runs/cache") -> Contexts:
+def load_contexts(
+    text: TextSource, files: ModelFiles, length: int, cache_dir: str | Path = "runs/cache", most: int | None = None
+) -> Contexts:
     """The packed contexts of a text; tokenised on first use and read from the cache afterwards.
 
     Args:
@@ -49,24 +51,26 @@ def load_contexts(text: TextSource, files: ModelFiles, length: int, cache_dir: s
         files: The model whose tokenizer to use.
         length: Tokens a context.
         cache_dir: Folder for tokenised text.
+        most: Contexts to make at most, the first ones; None for all.
 
     Raises:
         UserError: The text does not fill a single context.
     """
-    key = repr((_FORMAT, text.fingerprint(), files.tokenizer_fingerprint(), length))
+    limit = () if most is None else (most,)
+    key = repr((_FORMAT, text.fingerprint(), files.tokenizer_fingerprint(), length, *limit))
     path = Path(cache_dir) / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.is_file():
-                contexts = pack(text.documents(), files.tokenizer(), length)
+                contexts = pack(text.documents(), files.tokenizer(), length, most)
                 unfinished = path.with_suffix(f".{os.getpid()}")
                 save_file(contexts._asdict(), unfinished, metadata={"key": key})
                 unfinished.rename(path)
     return Contexts(**load_file(path))
 
 
-def pack(documents: Iterator[str], tokenizer: Any, length: int) -> Contexts:
+def pack(documents: Iterator[str], tokenizer: Any, length: int, most: int | None = None) -> Contexts:
     """Tokenise documents, join them with a separator and cut the result to contexts; an incomplete last one is dropped.
 
     Where the tokenizer itself starts every text with its BOS token, as models trained that way need, each context
@@ -76,14 +80,16 @@ def pack(documents: Iterator[str], tokenizer: Any, length: int) -> Contexts:
         documents: The documents.
         tokenizer: A transformers tokenizer.
         length: Tokens a context.
+        most: Contexts to make at most; documents behind them are not read. None for all.
 
     Raises:
         UserError: The documents do not fill a single context.
     """
     opening, separator = _boundaries(tokenizer)
     body = length - len(opening)
-    ids = torch.cat([torch.empty(0, dtype=torch.int32), *_tokenise(documents, tokenizer, separator)])
-    n = len(ids) // body
+    enough = None if most is None else most * body
+    ids = torch.cat([torch.empty(0, dtype=torch.int32), *_tokenise(documents, tokenizer, separator, enough)])
+    n = len(ids) // body if most is None else min(len(ids) // body, most)
     if n == 0:
         raise UserError(f"data.text: holds {len(ids)} tokens, too few for one context of data.context_length {length}")
     tokens = ids[: n * body].view(n, body)
@@ -93,16 +99,18 @@ def pack(documents: Iterator[str], tokenizer: Any, length: int) -> Contexts:
     return Contexts(tokens.contiguous(), special)
 
 
-def _tokenise(documents: Iterator[str], tokenizer: Any, separator: list[int]) -> Iterator[Tensor]:
-    """Token ids of some documents at a time, the separator after each."""
+def _tokenise(documents: Iterator[str], tokenizer: Any, separator: list[int], enough: int | None) -> Iterator[Tensor]:
+    """Token ids of some documents at a time, the separator after each, until there are enough."""
     documents = iter(documents)
+    made = 0
     with tqdm(desc="Tokenising text (once)", unit=" tokens", unit_scale=True) as progress:
-        while some := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+        while (enough is None or made < enough) and (some := list(islice(documents, _DOCUMENTS_AT_ONCE))):
             encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
             ids = torch.tensor(
                 list(chain.from_iterable(document + separator for document in encoded)), dtype=torch.int32
             )
             progress.update(len(ids))
+            made += len(ids)
             yield ids
 
 

@@ -4,7 +4,9 @@ import gzip
 import json
 from pathlib import Path
 
+import lightning as L
 import pytest
+import torch
 
 from hedgelab.data.llm import LLMDataModule, TextFiles
 
@@ -38,8 +40,6 @@ def make_tokenizer():
 def tiny_model(make_tokenizer, tmp_path_factory) -> str:
     """Folder of a random Llama: 3 blocks, 32 wide."""
     transformers = pytest.importorskip("transformers")
-    import torch
-
     folder = tmp_path_factory.mktemp("tiny")
     config = transformers.LlamaConfig(
         hidden_size=32,
@@ -92,3 +92,41 @@ def make_data(tiny_model, tiny_text, tmp_path_factory):
         return LLMDataModule(**(defaults | options))
 
     return make
+
+
+class Recorder(L.LightningModule):
+    """Keeps what it is given; one optimiser step a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, chunk, _):
+        for batch in chunk:
+            self.seen.append(batch.x)
+            self.optimizers().step()
+
+    def validation_step(self, chunk, _):
+        self.seen.extend(batch.x for batch in chunk)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.fixture(scope="session")
+def fit():
+    """Train nothing on a DataModule; the trainer, and the model that keeps what it saw."""
+    return _fit
+
+
+def _fit(data, max_steps, **options):
+    model = Recorder()
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = L.Trainer(
+        max_steps=max_steps, accelerator="cpu", enable_checkpointing=False, num_sanity_val_steps=0,
+        limit_val_batches=0, **quiet,
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data, **options)
+    return trainer, model

@@ -1,41 +1,8 @@
-import lightning as L
 import pytest
 import torch
 
 from hedgelab.data.llm.model import ModelFiles
 from hedgelab.errors import UserError
-
-
-class Recorder(L.LightningModule):
-    """Keeps what it is given; one optimiser step a batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def training_step(self, chunk, _):
-        for batch in chunk:
-            self.seen.append(batch.x)
-            self.optimizers().step()
-
-    def validation_step(self, chunk, _):
-        self.seen.extend(batch.x for batch in chunk)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-def fit(data, max_steps, **options):
-    model = Recorder()
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    trainer = L.Trainer(
-        max_steps=max_steps, accelerator="cpu", enable_checkpointing=False, num_sanity_val_steps=0,
-        limit_val_batches=0, **quiet,
-    )  # fmt: skip
-    trainer.fit(model, datamodule=data, **options)
-    return trainer, model
 
 
 def test_width_is_known_without_weights(make_data, monkeypatch):
@@ -50,7 +17,7 @@ def test_rows_are_the_models_hidden_states(make_data, tiny_model):
     data = make_data()
     whole = ModelFiles(tiny_model).causal_lm()
     chosen = data.stream("train").context_numbers(0)
-    tokens, usable = data.stream("train")._tokens[chosen], data.contexts.usable(1)
+    tokens, usable = data.contexts.tokens[data._split()["train"]][chosen], data.contexts.usable(1)
     states = whole(input_ids=tokens.long(), output_hidden_states=True).hidden_states[2]
     mine = data._split()["train"][chosen]
     candidates = states[usable[mine]]
@@ -92,7 +59,7 @@ def test_prefetched_equals_direct(make_data):
         torch.testing.assert_close(batch.x, direct.batch("train", index).x, rtol=0, atol=0)
 
 
-def test_training_in_two_parts_sees_what_training_at_once_sees(make_data, tmp_path):
+def test_training_in_two_parts_sees_what_training_at_once_sees(make_data, fit, tmp_path):
     _, whole = fit(make_data(), 30)
     trainer, first = fit(make_data(), 11)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
