@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from hedgelab.checkpoints.stopping import stopped
 from hedgelab.data.datamodule import ActivationDataModule
@@ -53,10 +54,12 @@ class HedgeTrainer(L.Trainer):
             hedge: How the hedging degree is measured.
 
         Raises:
-            UserError: No number of steps, more new latents than directions, or no new latent that ever fires.
+            UserError: No number of steps, a strategy that splits latents, more new latents than directions, or no new latent that ever fires.
         """
         if self.max_steps < 1:
             raise UserError("trainer.max_steps: must be set: it is the number of steps of each phase")
+        if isinstance(self.strategy, ModelParallelStrategy):
+            raise UserError("trainer.strategy: hedge compares whole SAEs, which sharded does not leave; take auto or ddp")
         tracker = next((logger for logger in self.loggers if isinstance(logger, MLflowTracker)), None)
         try:
             scores = self._hedge(model, datamodule, hedge, tracker)

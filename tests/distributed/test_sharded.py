@@ -145,3 +145,12 @@ def test_a_group(on_ranks, tmp_path):
     one = fits.fit(fits.group(["vanilla", "matryoshka"], data.d_in, False), data, tmp_path / "one", 1, 30)[0]
     on_ranks(2, train_group, tmp_path / "many")
     check(one, [fits.Outcome.read(tmp_path / "many" / f"rank{rank}.pt") for rank in range(2)])
+
+
+def test_the_hedging_degree_needs_whole_saes():
+    from hedgelab.errors import UserError
+    from hedgelab.protocols.hedge_trainer import HedgeTrainer
+
+    trainer = HedgeTrainer(strategy="sharded", devices=2, accelerator="cpu", max_steps=2, logger=False)
+    with pytest.raises(UserError, match=r"trainer\.strategy: hedge compares whole SAEs"):
+        trainer.measure_hedging(fits.make("vanilla", 10, False), fits.toy())
