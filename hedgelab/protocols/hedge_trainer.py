@@ -54,7 +54,8 @@ class HedgeTrainer(L.Trainer):
             hedge: How the hedging degree is measured.
 
         Raises:
-            UserError: No number of steps, a strategy that splits latents, more new latents than directions, or no new latent that ever fires.
+            UserError: No number of steps, a strategy that splits latents, more new latents than directions, or no new latent
+                that ever fires.
         """
         if self.max_steps < 1:
             raise UserError("trainer.max_steps: must be set: it is the number of steps of each phase")
