@@ -32,7 +32,7 @@ ABSORBER_COSINE, FULL_ABSORBER_COSINE = 0.1, 0.025
 PROJECTION_SHARE = 0.4
 """Share of the activation's projection that they must carry."""
 MOST_ABSORBERS = 3
-_L1, _L1_STEPS, _SILENT = 0.01, 300, 1e-8
+_L1, _L1_STEPS, _SETTLED, _SILENT = 0.01, 400, 1e-4, 1e-8
 
 
 class FirstLetterScores(NamedTuple):
@@ -194,7 +194,10 @@ def l1_ranking(codes: Codes, labels: Tensor, scale: Tensor, k: int = MOST_SPLITS
         new_b = ahead_b - pull.sum(0) / lipschitz
         following = (1 + (1 + 4 * t * t) ** 0.5) / 2
         ahead_w, ahead_b = new_w + (t - 1) / following * (new_w - w), new_b + (t - 1) / following * (new_b - b)
+        settled = (new_w - w).abs().max() < _SETTLED * new_w.abs().max()
         w, b, t = new_w, new_b, following
+        if settled:
+            break
     return w.T.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,9 +72,7 @@ class ModelReader:
         parts = list(zip(torch.split(tokens, _CONTEXTS_PER_PART), torch.split(usable, _CONTEXTS_PER_PART), strict=True))
         raw = torch.cat(
             [
-                self._kept(
-                    (part, mask), lambda part=part, mask=mask: self.data.harvester.rows(part, mask).float().cpu()
-                )
+                self._kept((part, mask), partial(self._harvest, part, mask))
                 for part, mask in tqdm(parts, f"Activations for {name}", unit="part", delay=1)
             ]
         )
