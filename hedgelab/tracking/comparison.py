@@ -91,6 +91,8 @@ def curves(
             if len(points) > 1:
                 steps = sorted(points)
                 found.setdefault(key, {})[label] = (steps, [points[step] for step in steps])
+        if len({value for _, values in found.get(key, {}).values() for value in values}) == 1:
+            del found[key]  # a level line shows nothing that the table does not
     return found
 
 

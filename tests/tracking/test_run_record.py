@@ -10,7 +10,8 @@ from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.metrics.functional.recovery import decoder_cosines, encoder_cosines
 from hedgelab.saes import VanillaSAE, load_sae, weights_sha256
 from hedgelab.tracking import MLflowTracker, RunRecord
-from hedgelab.tracking.runs import as_json, list_runs
+from hedgelab.tracking.listing import as_json
+from hedgelab.tracking.runs import list_runs
 
 
 def fit(uri, max_steps, run_id=None, checkpoint=None, d_sae=2):
