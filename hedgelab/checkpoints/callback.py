@@ -143,7 +143,13 @@ class RunCheckpoint(ModelCheckpoint):
     # -- how ---------------------------------------------------------------------------------------
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Make a new ``last.ckpt``; a disk that does not take it is told of, and training goes on."""
+        """Make a new ``last.ckpt``; a disk that does not take it is told of, and training goes on.
+
+        Raises:
+            UserError: The module finds something in it that no checkpoint should hold, such as NaN.
+        """
+        if (check := getattr(trainer.lightning_module, "check_finite", None)) is not None:
+            check(trainer.global_step)
         for logger in trainer.loggers:
             logger.save()
         folder = Path(str(self.dirpath))

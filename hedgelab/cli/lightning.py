@@ -29,12 +29,13 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.saes import SAE
+from hedgelab.saes.guard import FiniteGuard
 from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
 from hedgelab.tracking.params import searchable
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${…} across config files
 LINKED = frozenset({"model.d_in"})
-CALLBACKS = {"record": RunRecord, "progress": StepProgressBar, "checkpoint": RunCheckpoint}
+CALLBACKS = {"guard": FiniteGuard, "record": RunRecord, "progress": StepProgressBar, "checkpoint": RunCheckpoint}
 SWITCHES = {"progress": "enable_progress_bar", "checkpoint": "enable_checkpointing"}
 TRACKER = "hedgelab.tracking.MLflowTracker"
 TYPES = {

@@ -20,6 +20,7 @@ from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import ALONE, Ranks
+from hedgelab.saes import guard
 from hedgelab.saes.fold import FoldedWeights, fold
 from hedgelab.saes.losses import LossTerms
 from hedgelab.saes.parallel import average_gradients, batch_ranks, is_split, split_latents, whole
@@ -65,6 +66,8 @@ class SAE(L.LightningModule, ABC):
         gradient_clip_norm: Largest norm of the gradient; None for no clipping.
         steps_done: Optimiser steps taken so far; warm-ups read it.
         ranks: Those over which each batch is split; every rank sees its own part, and the loss is the mean over ranks.
+        on_nonfinite: What happens to a batch whose loss is NaN or infinite (see :class:`~hedgelab.saes.guard.FiniteGuard`).
+        skipped_batches: Batches that were passed over so far.
         initialized: Whether the weights come from data or from training already, so that a fit goes on from them.
     """
 
@@ -89,6 +92,8 @@ class SAE(L.LightningModule, ABC):
         super().__init__()
         self.automatic_optimization = False
         self.steps_done = 0
+        self.skipped_batches = 0
+        self.on_nonfinite: guard.OnNonfinite = "stop"
         self.ranks: Ranks = ALONE
         self.initialized = False
         self._metrics: SAEMetrics | None = None
@@ -240,16 +245,44 @@ class SAE(L.LightningModule, ABC):
             self.set_steps_done(step)
             self.zero_grad()  # first: the last step's gradients and this one's pre-activations are never held at once
             result = self.loss(batch)
-            backward(self, result.total)
-            self.adjust_gradients()
-            optimizer.step()  # type: ignore[union-attr]
+            good = self.on_nonfinite == "stop" or guard.is_finite(result.total, self.ranks)
+            if good:
+                backward(self, result.total)
+                self.adjust_gradients()
+            optimizer.step()  # type: ignore[union-attr]  # without gradients it only counts
             if schedule is not None:
                 schedule.step()  # type: ignore[union-attr]
-            self.finish_step(result)
+            if good:
+                self.finish_step(result)
+            else:
+                self.skip_step()
             step += 1
         self.set_steps_done(step)
         if is_logged(self.trainer, step):
+            self.check_window(step)
             self.report(self.training_means(), step)
+
+    def check_window(self, step: int, member: str | None = None) -> None:
+        """See that no loss term since the last report is NaN or infinite.
+
+        Raises:
+            UserError: One is; says step, term and batch.
+        """
+        guard.check_window(self._window, step, self.ranks, self._trainer, member)
+
+    def check_finite(self, step: int) -> None:
+        """See that everything a checkpoint would hold is finite.
+
+        Raises:
+            UserError: It is not.
+        """
+        self.check_window(step)
+        guard.check_parameters(self, step)
+
+    def skip_step(self) -> None:
+        """Count a batch that was passed over."""
+        self.skipped_batches += 1
+        self._window.append({})
 
     def adjust_gradients(self) -> None:
         """Clip gradients where asked for, whatever else this kind of SAE does to them, and hand them to the optimiser."""
@@ -266,14 +299,22 @@ class SAE(L.LightningModule, ABC):
         self._window.append({name: term.detach() for name, term in result.terms.items()})
 
     def training_means(self) -> dict[str, float]:
-        """Each loss term's mean over the steps since the last call and over the ranks, and their sum, named ``train/...``."""
+        """Each loss term's mean over the steps since the last call and over the ranks, and their sum, named ``train/...``.
+
+        Batches that were passed over count in no mean; where that may happen, ``train/skipped_batches`` says how often.
+        """
+        skipped = {"train/skipped_batches": float(self.skipped_batches)} if self.on_nonfinite == "skip" else {}
+        taken = sum(1 for terms in self._window if terms)
+        if not taken:
+            self._window.clear()
+            return skipped
         names = list(dict.fromkeys(name for terms in self._window for name in terms))
         sums = [torch.stack([terms[name].float() for terms in self._window if name in terms]).sum() for name in names]
-        means = (self.ranks.mean(torch.stack(sums)) / len(self._window)).tolist()
+        means = (self.ranks.mean(torch.stack(sums)) / taken).tolist()
         self._window.clear()
         values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
         values["train/loss"] = sum(values.values())
-        return values
+        return values | skipped
 
     def window_state(self) -> dict[str, Any]:
         """The loss terms of the steps since the last report, for a checkpoint: means over the ranks."""
@@ -281,10 +322,11 @@ class SAE(L.LightningModule, ABC):
         steps = {name: [i for i, terms in enumerate(self._window) if name in terms] for name in names}
         values = {name: torch.stack([self._window[i][name] for i in at]) for name, at in steps.items()}
         means = {name: self.ranks.mean(value) for name, value in values.items()}
-        return {"length": len(self._window), "steps": steps, "values": means}
+        return {"length": len(self._window), "steps": steps, "values": means, "skipped": self.skipped_batches}
 
     def load_window_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint, so that the next report is the mean over its whole interval."""
+        self.skipped_batches = state["skipped"]
         self._window = [{} for _ in range(state["length"])]
         for name, at in state["steps"].items():
             for i, value in zip(at, state["values"][name].to(self.W_dec.device), strict=True):
@@ -338,7 +380,9 @@ class SAE(L.LightningModule, ABC):
         return {f"{stage}/{name}": float(value) for name, value in values.items()}
 
     def on_validation_start(self) -> None:
-        """Start from empty metrics."""
+        """Start from empty metrics; in a fit, see first that there is something to measure."""
+        if self.trainer.state.fn == "fit":
+            guard.check_parameters(self, self.trainer.global_step)
         self.start_measuring(known_directions(self.trainer), self.device)
 
     def validation_step(self, chunk: list[Batch], batch_idx: int) -> None:

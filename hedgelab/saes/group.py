@@ -17,6 +17,7 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels.ranks import ALONE
 from hedgelab.saes.base import SAE, UNREPORTED, count_steps_for_validation, is_logged, known_directions
+from hedgelab.saes.guard import check_parameters, is_finite
 from hedgelab.saes.parallel import batch_ranks
 
 
@@ -176,19 +177,40 @@ class SAEGroup(L.LightningModule):
                 results[name] = sae.loss(batch.of(name) if isinstance(batch, StepBatches) else batch)
             for sae in saes.values():
                 sae.zero_grad()
+            good = {name for name, sae in saes.items() if sae.on_nonfinite == "stop" or is_finite(results[name].total, sae.ranks)}
             # One backward pass of the sum: members share no parameters, so each gets exactly its own gradients, and DDP
             # sees every parameter used.
-            self.manual_backward(torch.stack([result.total for result in results.values()]).sum())
-            for sae in saes.values():
-                sae.adjust_gradients()
+            if good:
+                self.manual_backward(torch.stack([results[name].total for name in saes if name in good]).sum())
+            for name in saes:
+                if name in good:
+                    saes[name].adjust_gradients()
             optimizer.step()  # type: ignore[union-attr]
             for name, sae in saes.items():
-                sae.finish_step(results[name])
+                if name in good:
+                    sae.finish_step(results[name])
+                else:
+                    sae.skip_step()
             step += 1
         for sae in saes.values():
             sae.set_steps_done(step)
         if is_logged(self.trainer, step):
+            self._check_windows(step)
             self.report({name: sae.training_means() for name, sae in saes.items()}, step)
+
+    def check_finite(self, step: int) -> None:
+        """See that everything a checkpoint would hold is finite.
+
+        Raises:
+            UserError: It is not; names the member.
+        """
+        self._check_windows(step)
+        for name, sae in self.saes().items():
+            check_parameters(sae, step, name)
+
+    def _check_windows(self, step: int) -> None:
+        for name, sae in self.saes().items():
+            sae.check_window(step, name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what has not been reported yet."""
@@ -218,8 +240,10 @@ class SAEGroup(L.LightningModule):
     # -- measuring ---------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Start from empty metrics."""
-        for sae in self.saes().values():
+        """Start from empty metrics; in a fit, see first that there is something to measure."""
+        for name, sae in self.saes().items():
+            if self.trainer.state.fn == "fit":
+                check_parameters(sae, self.trainer.global_step, name)
             sae.start_measuring(known_directions(self.trainer), self.device)
 
     def validation_step(self, chunk: list[Batch], batch_idx: int) -> None:
