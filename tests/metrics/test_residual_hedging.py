@@ -9,7 +9,7 @@ import torch
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import ResidualHedgingMetric
-from hedgelab.metrics.functional.residual_hedging import residual_hedging, signed_root
+from hedgelab.metrics.functional.residual_hedging import influence, residual_hedging, signed_root
 
 D_IN = 12
 ROWS = 6000
@@ -43,23 +43,36 @@ def one_latent(present, absent, **options):
     return x, error, codes, W_dec
 
 
-def test_closed_form_of_a_hedging_latent():
-    present, absent = [0.3, 0.25, 0.05], [0.05, 0.05, 0.25]
-    x, error, codes, W_dec = one_latent(present, absent, rows=12000)
-    result = residual_hedging(x, error, codes, W_dec)
-    p, q = np.array(present), np.array(absent)
-    expected = np.linalg.norm(p * (1 - p) - q * (1 - q)) / (1 + np.sum((p - q) ** 2))
-    true = np.linalg.norm(p - q) / math.sqrt(1 + np.sum((p - q) ** 2))
-    assert float(result.hedging) == pytest.approx(expected, abs=0.02)
-    assert expected < true < 1.6 * expected  # the price of p (1 - p) for p
+def test_rare_features_give_the_true_hedging():
+    present, absent = [0.12, 0.1, 0.02] + [0.05] * 4, [0.02, 0.02, 0.1] + [0.05] * 4
+    result = residual_hedging(*one_latent(present, absent, rows=16000, rate=0.4))
+    hedged = np.linalg.norm(np.array(present) - np.array(absent))
+    assert float(result.hedging) == pytest.approx(hedged / math.sqrt(1 + hedged**2), abs=0.03)
+    assert float(result.magnitude) == pytest.approx(1, abs=0.05)
     assert 0 < float(result.std) < 0.03
     assert float(result.measured) == 1
 
 
-def test_rare_features_are_measured_as_they_are():
-    present, absent = [0.1, 0.1], [0.02, 0.02]
-    result = residual_hedging(*one_latent(present, absent, rows=16000, rate=0.5))
-    assert float(result.hedging) == pytest.approx(0.08 * math.sqrt(2), abs=0.02)
+def test_closed_form_of_a_parent_that_hedges_children():
+    rate, children, others = 0.3, [0.4, 0.35], [0.08] * 6
+    result = residual_hedging(*one_latent(children + others, [0.0, 0.0, *others], rows=16000, rate=rate))
+    p, q = np.array(children), np.array(others)
+    along_row = np.concatenate([p, 0 * q]) / math.sqrt(1 + (p**2).sum())
+    gram = np.eye(8) - np.outer(along_row, along_row)  # of the features, off the decoder row
+
+    def squared_norm(amounts, power):
+        return amounts @ gram**power @ amounts
+
+    variances = np.concatenate([rate * p * (1 - p), q * (1 - q)])
+    thirds = np.concatenate([rate * p * (1 - p) * (1 - 2 * p), q * (1 - q) * (1 - 2 * q)])
+    cubed = np.trace(np.linalg.matrix_power(gram * variances, 3))
+    m = math.sqrt((squared_norm(thirds, 3) + 4 * cubed) / squared_norm(variances, 2))
+    given = np.concatenate([p * (1 - p), 0 * q])
+    second = math.sqrt(squared_norm(given, 2))
+    third = math.sqrt(squared_norm(given * (1 - 2 * np.concatenate([p, q])), 3))
+    expected = second / (m * (1 + third / second / m) / 2) / math.sqrt(1 + (p**2).sum())
+    assert float(result.hedging) == pytest.approx(expected, abs=0.03)
+    assert expected == pytest.approx(np.linalg.norm(p) / math.sqrt(1 + (p**2).sum()), rel=0.15)
 
 
 def test_nothing_where_features_are_independent():
@@ -82,20 +95,57 @@ def test_agrees_with_explicit_matrices():
     error, x = (torch.randn(n, D_IN, generator=rng, dtype=torch.float64) for _ in range(2))
     error = error * (0.5 + codes[:, :1])
     W_dec = torch.nn.functional.normalize(torch.randn(width, D_IN, generator=rng, dtype=torch.float64), dim=1)
-    c, e = codes.numpy(), (error - error.mean(0)).float().double().numpy()
-    matrices = np.zeros((blocks, width, D_IN, D_IN))
+    c, d = codes.numpy(), W_dec.numpy()
+    e = (error - error.mean(0)).numpy() @ (np.eye(D_IN) - np.linalg.pinv(d) @ d)
+    centred = c - c.mean(0)
+    shrinkage = width / (width + n)
+    covariance = centred.T @ centred / n
+    covariance = (1 - shrinkage) * covariance + shrinkage * np.diag(np.diag(covariance))
+    inverse = np.linalg.inv(covariance)
+    seconds, thirds = np.zeros((blocks, width, D_IN, D_IN)), np.zeros((blocks, width, D_IN, D_IN, D_IN))
+    plain = []
     for b in range(blocks):
         part = slice(b * n // blocks, (b + 1) * n // blocks)
-        for i in range(width):
-            deviation = c[part, i] - c[part, i].mean()
-            matrices[b, i] = np.einsum("t,tk,tl->kl", deviation, e[part], e[part]) / (len(deviation) * c[:, i].var())
-    pairs = [(matrices[a] * matrices[b]).sum((1, 2)) for a in range(blocks) for b in range(a + 1, blocks)]
-    rows = ((c - c.mean(0)).T @ x.numpy()) / (n * c.var(0))[:, None]
-    size = (c**2).mean(0) / c.mean(0) * np.abs((rows * W_dec.numpy()).sum(1))
-    square = np.mean(pairs, 0) / size**2
+        g = (c[part] - c[part].mean(0)) @ inverse * blocks / n
+        seconds[b] = np.einsum("ti,tk,tl->ikl", g, e[part], e[part])
+        thirds[b] = np.einsum("ti,tk,tl,tm->iklm", g, e[part], e[part], e[part])
+        size = n // blocks
+        moments = np.einsum("tk,tl->kl", e[part], e[part]) / size, np.einsum("tk,tl,tm->klm", *[e[part]] * 3) / size
+        plain.append(moments)
+    pairs = [(a, b) for a in range(blocks) for b in range(a + 1, blocks)]
+    second = np.mean([(seconds[a] * seconds[b]).sum((1, 2)) for a, b in pairs], 0)
+    third = np.mean([(thirds[a] * thirds[b]).sum((1, 2, 3)) for a, b in pairs], 0)
+    of_all = [np.mean([(plain[a][k] * plain[b][k]).sum() for a, b in pairs]) for k in range(2)]
+    spread = e.T @ e / n
+    v = np.trace(spread @ spread @ spread) / np.trace(spread @ spread)
+    m = math.sqrt(max(of_all[1] / of_all[0], 0) + 4 * v)
+    rate = np.clip((1 - np.sqrt(np.maximum(third, 0) / np.abs(second)) / m) / 2, 0, 0.5)
+    rows = np.abs(((centred @ inverse / n).T @ x.numpy() * d).sum(1))
+    expected = np.sign(second) * np.sqrt(np.abs(second)) / ((1 - rate) * m) / rows
     result = residual_hedging(x, error, codes, W_dec)
-    assert result.latents.numpy() == pytest.approx(np.sign(square) * np.sqrt(np.abs(square)), rel=1e-4)
+    assert result.latents.numpy() == pytest.approx(expected, rel=1e-3)
     assert float(result.hedging) == pytest.approx(float(result.latents.mean()))
+    assert float(result.magnitude) == pytest.approx(m, rel=1e-4)
+
+
+def test_errors_of_tracked_features_do_not_count():
+    x, error, codes, W_dec = one_latent([0.2] * 4, [0.2] * 4, rows=3000)
+    missed = error + codes * torch.randn(len(x), 1, generator=torch.Generator().manual_seed(1)).double() @ W_dec
+    clean, disturbed = (residual_hedging(x, rows, codes, W_dec) for rows in (error, missed))
+    assert float(disturbed.hedging) == pytest.approx(float(clean.hedging), abs=1e-4)
+
+
+def test_influence_gives_regression_coefficients():
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.rand(400, 3, generator=rng, dtype=torch.float64) @ torch.rand(
+        3, 3, generator=rng, dtype=torch.float64
+    )
+    y = codes @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    shrunk = influence(codes).t() @ y
+    covariance = torch.cov(codes.t(), correction=0)
+    between = (1 - 3 / 403) * covariance + 3 / 403 * covariance.diagonal().diag()
+    exact = torch.linalg.solve(between, covariance @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    assert shrunk.tolist() == pytest.approx(exact.tolist(), rel=1e-8)
 
 
 def test_latents_that_hardly_fire_are_left_out():
