@@ -1,0 +1,48 @@
+"""Training on a language model's activations: live or from disk, on one rank or several, the same."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hedgelab.data.llm.cache_writing import write_cache
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "distributed"))
+
+import fits
+
+KINDS = ["vanilla", "batch_topk", "matryoshka"]
+
+
+@pytest.fixture(scope="module")
+def cache(make_data, tmp_path_factory):
+    """A complete cache of the tiny model's activations."""
+    pytest.importorskip("zarr")
+    folder = tmp_path_factory.mktemp("activations") / "cache"
+    data = make_data()
+    write_cache(data, str(folder), shard=32)
+    data.teardown("fit")
+    return str(folder)
+
+
+def outcomes(make_data, cache, ranks, steps, folder):
+    """What one rank gets from the live stream, and what several get from it and from the cache."""
+    runs = []
+    for name, count, options in (("one", 1, {}), ("live", ranks, {}), ("cached", ranks, {"cache": cache})):
+        data = make_data(normalisation="unit_norm", val_batches=2, **options)
+        runs.append(fits.fit(fits.group(KINDS, data.d_in, True), data, folder / name, count, steps)[0])
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("ranks", "steps"),
+    [(2, 30), pytest.param(2, 200, marks=pytest.mark.slow), pytest.param(4, 200, marks=pytest.mark.slow)],
+)
+def test_ranks_train_as_one_does(make_data, cache, ranks, steps, tmp_path):
+    one, live, cached = outcomes(make_data, cache, ranks, steps, tmp_path)
+    assert live.numbers == cached.numbers
+    assert all(torch.equal(cached.weights[name], value) for name, value in live.weights.items())
+    relative, cosine = fits.worst_difference(one, live)
+    assert relative < 1e-6
+    assert cosine > 0.99999
