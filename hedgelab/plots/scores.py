@@ -62,8 +62,6 @@ def scores_against(axis: str, panels: Sequence[Panel], title: str, columns: int 
         axes.title.set_fontsize(9)
     for axes in grid[len(panels) :]:
         axes.axis("off")
-    figure.text(
-        0.995, 0.004, "mean ± standard deviation over seeds; dots are seeds; ↑ higher is better, ↓ lower", ha="right",
-        va="bottom", fontsize=7, color=MUTED,
-    )  # fmt: skip
+    note = "mean ± standard deviation over seeds; dots are seeds; ↑ higher is better, ↓ lower"
+    figure.supxlabel(note, fontsize=7, color=MUTED, x=0.99, ha="right")
     return figure

@@ -1,0 +1,78 @@
+"""Figures of evaluations, and the choice of what several SAEs are drawn against."""
+
+import math
+
+import numpy as np
+import pytest
+
+from hedgelab.plots.evaluation import (
+    absorption_by_letter,
+    cosine_distribution,
+    losses_spliced,
+    probing_by_class,
+    scores_by_count,
+)
+from hedgelab.protocols.evaluation.across import Axis, Row, as_csv, figure, find_axis, means, rows_of
+
+LOSSES = {
+    "cross_entropy": 3.0, "cross_entropy_sae": 3.4, "cross_entropy_zero": 9.0, "cross_entropy_mean": 7.0, "kl_sae": 0.4,
+    "kl_zero": 6.0, "kl_mean": 4.0, "recovered": 0.93, "kl_recovered": 0.94,
+}  # fmt: skip
+
+
+def texts(made):
+    return [axes.get_title() for axes in made.axes]
+
+
+def test_figures_of_one_sae():
+    bars = probing_by_class(["A", "B"], [1, 5], np.array([[0.2, 0.4], [0.6, 0.8]])).axes[0].patches
+    assert sorted(round(bar.get_height(), 6) for bar in bars) == [0.2, 0.4, 0.6, 0.8]
+    letters = absorption_by_letter(["a", "q"], [0.1, math.nan], [0.2, math.nan]).axes[0]
+    assert [text.get_text() for text in letters.texts] == ["–"]
+    assert texts(losses_spliced(LOSSES)) == [
+        "recovered of what zeros lose: 93.0%",
+        "recovered of what zeros lose: 94.0%",
+    ]
+    lines = scores_by_count([2, 5], {"score": [0.1, 0.3], "other": [0.0, 0.2]}, "T", "y").axes[0].get_lines()
+    assert list(lines[0].get_ydata()) == [0.1, 0.3]
+    assert texts(cosine_distribution(np.ones(200), [0.1, 0.95], 0.9))[1] == "1 of 2 above 0.9"
+
+
+PARAMS = {
+    f"{beta}/{seed}": {"model.beta": beta, "model.init.seed": seed, "name": f"{beta}/{seed}", "model.k": "5"}
+    for beta in ("0", "0.5")
+    for seed in ("0", "1")
+}
+
+
+def test_the_axis_is_the_number_in_which_runs_differ():
+    axis = find_axis(PARAMS)
+    assert (axis.key, axis.label) == ("model.beta", "beta")
+    assert axis.places == {"0/0": 0, "0/1": 0, "0.5/0": 0.5, "0.5/1": 0.5}
+    assert find_axis(PARAMS, "beta").key == "model.beta"
+    assert find_axis(PARAMS, "k") is None
+    assert find_axis({"a": {"x": "one"}, "b": {"x": "two"}}) is None
+    kinds = {f"{kind}{k}": {"kind": kind, "k": k} for kind in ("topk", "relu") for k in ("1", "2")}
+    assert find_axis(kinds).lines == {"topk1": "topk", "topk2": "topk", "relu1": "relu", "relu2": "relu"}
+
+
+def test_scores_are_averaged_over_seeds():
+    axis = find_axis(PARAMS)
+    results = {
+        name: {"absorption/full": place + 0.1 * int(name[-1]), "tpp/n10": 1.0} for name, place in axis.places.items()
+    }
+    rows = rows_of(axis, results)
+    drawn = figure(axis, rows, "T")
+    assert texts(drawn)[:2] == ["full absorption ↓", "TPP, 10 latents ↑"]
+    assert list(drawn.axes[0].get_lines()[0].get_ydata()) == pytest.approx([0.05, 0.55])
+    table = means(axis, rows)
+    assert table[1].split()[:5] == ["absorption/full", "0.050", "±0.071", "0.550", "±0.071"]
+    lines = as_csv(axis, rows).splitlines()
+    assert lines[0] == "sae,line,beta,absorption/full,tpp/n10"
+    assert lines[1] == "0/0,,0,0,1"
+
+
+def test_a_score_that_some_lack_is_drawn_for_the_others():
+    rows = [Row("a", 0.0, "", {"absorption/full": 0.1}), Row("b", 1.0, "", {})]
+    drawn = figure(Axis("x", {}, {}), rows, "T")
+    assert list(drawn.axes[0].get_lines()[0].get_ydata()) == [0.1]
