@@ -104,10 +104,10 @@ class ClassifiedTexts:
         if len(combinations) < expected or min(per.values()) < 5:
             raise UserError(f"texts.label: too few pieces of text of some class in {self.text}: {dict(counts)}")
         tokens, labels, test = [], [], []
-        for (is_test, kind), found in sorted(kinds.items()):
+        for (is_test, combination), found in sorted(kinds.items()):
             for ids, _ in spread(found, per[is_test]):
                 tokens.append(ids)
-                labels.append(self._row(kind))
+                labels.append(self._row(combination))
                 test.append(is_test)
         names = list(self.label.classes) if self.spurious is None else ["label", "spurious"]
         return LabelledTexts(torch.tensor(tokens), torch.tensor(labels), torch.tensor(test), names)

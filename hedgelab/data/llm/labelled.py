@@ -72,7 +72,10 @@ class TaggedWords:
         }
         tags = self._tagged(set(documents))
         patterns = [re.compile("|".join(f"(?:{p})" for p in ps)) for ps in self.classes.values()]
-        contexts, positions, labels, test = [], [], [], []
+        contexts: list[list[int]] = []
+        positions: list[tuple[int, int]] = []
+        labels: list[list[bool]] = []
+        test: list[bool] = []
         seen: set[tuple[int, int]] = set()
         twice = 0
         usable = [name for name in documents if name in tags]
