@@ -206,7 +206,8 @@ def _lipschitz(matrix: Tensor, transpose: Tensor, sample: Tensor) -> Tensor:
     v = torch.ones(matrix.shape[1], sample.shape[1])
     for _ in range(20):
         v = transpose @ (sample * (matrix @ normalize(v, dim=0)))
-    return v.norm(dim=0) * 1.1 / 4
+    largest: Tensor = v.norm(dim=0) * (1.1 / 4)
+    return largest
 
 
 def _rows(codes: Codes, rows: Tensor) -> Tensor:

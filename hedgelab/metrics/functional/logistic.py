@@ -113,7 +113,7 @@ def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = Tr
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve of scores ``[n]``: P(positive above negative), ties counting half; NaN with one class."""
-    values, inverse = scores.unique(return_inverse=True)
+    values, inverse = torch.unique(scores, return_inverse=True)
     positive = torch.bincount(inverse[labels], minlength=len(values)).double()
     negative = torch.bincount(inverse[~labels], minlength=len(values)).double()
     below = negative.cumsum(0) - negative / 2
