@@ -209,10 +209,17 @@ def _evaluate_all(found: Sequence[_Found], options: EvaluationOptions, overrides
         ]
         check_widths(subjects, data)
         try:
-            results |= evaluate(subjects, make_suites(names, options, data, members[0].source), options, _say)
+            suites = make_suites(names, options, data, members[0].source)
+            results |= evaluate(subjects, suites, options, _say, _without_places(overrides))
         finally:
             data.teardown("fit")
     return results
+
+
+def _without_places(overrides: Tree) -> Tree:
+    """Overrides of data that can change a score: where files are kept and what computes them cannot."""
+    plain = overrides.get("init_args", overrides)
+    return {key: value for key, value in plain.items() if key not in ("cache_dir", "device", "contexts_at_once")}
 
 
 def _data_tree(one: _Found, overrides: Tree) -> Tree:

@@ -78,7 +78,8 @@ class LossSuite(Suite):
         reader = self._reader
 
         def reconstruct(rows: Tensor) -> Tensor:
-            return reader.restore(sae(reader.normalise(rows.float())))
+            x = reader.normalise(rows.float())
+            return reader.restore(sae(x.to(sae.W_dec.device)).to(rows.device))
 
         return reconstruct
 

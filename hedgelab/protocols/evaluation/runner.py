@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hedgelab import __version__
 from hedgelab.data.datamodule import ActivationDataModule
@@ -70,14 +71,15 @@ def make_suites(
     return [made[name]() for name in names]
 
 
-def fingerprint(suite: str, options: EvaluationOptions) -> str:
-    """Changes with whatever a suite's scores depend on beside SAE and data."""
+def fingerprint(suite: str, options: EvaluationOptions, overrides: Mapping[str, Any] | None = None) -> str:
+    """Changes with whatever a suite's scores depend on beside the SAE and its own data; ``overrides``: of that data."""
     of = {
         "density": ["rows"], "geometry": ["rows"], "probing": ["words", "ks"], "absorption": ["letters"],
         "loss_recovered": ["loss_contexts"], "tpp": ["topics", "silenced"], "scr": ["removal", "silenced"],
     }  # fmt: skip
     values = asdict(options)
-    text = json.dumps([__version__, {key: values[key] for key in of[suite]}], sort_keys=True)
+    parts = [__version__, {key: values[key] for key in of[suite]}, *([overrides] if overrides else [])]
+    text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -86,11 +88,12 @@ def evaluate(
     suites: Sequence[Suite],
     options: EvaluationOptions,
     announce: Callable[[str], None],
+    overrides: Mapping[str, Any] | None = None,
     uri: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score every SAE by every suite; each result is in the SAE's run as soon as it is there.
 
-    A suite that was run on an SAE before, with the same options, is not run again.
+    A suite that was run on an SAE before, with the same options and overrides of its data, is not run again.
 
     Returns:
         The metrics of each SAE, by its name.
@@ -98,7 +101,7 @@ def evaluate(
     results: dict[str, dict[str, float]] = {subject.name: {} for subject in subjects}
     by_name = {subject.name: subject for subject in subjects}
     for suite in suites:
-        mark = fingerprint(suite.name, options)
+        mark = fingerprint(suite.name, options, overrides)
         missing = {s.name: s.sae for s in subjects if s.done.get(suite.name) != mark}
         for subject in subjects:
             if subject.name not in missing:
