@@ -79,7 +79,7 @@ class ResidualHedging(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """Squared norms for each pair of blocks: of ``S_i`` and ``T_i``, ``[pairs, W]``; of the whole error's moments, ``[pairs]``."""
+    """Squared norms for each pair of blocks: of ``S_i``, ``T_i``, ``[pairs, W]``; of the whole error's moments, ``[pairs]``."""
 
     second: Tensor
     third: Tensor
