@@ -95,7 +95,7 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Between two chunks: stop if asked to, and save where an interval has ended."""
         step, every = trainer.global_step, self._every_n_train_steps
-        kept = self.save_last and not trainer.fast_dev_run
+        kept = self.save_last and not _is_trial(trainer)
         number = self._signal(trainer)
         due = every >= 1 and step % every == 0
         if kept and step > self._saved_at and (due or number is not None):
@@ -107,7 +107,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step too, after its validation."""
         self._flag.remove()
-        if self.save_last and trainer.global_step > self._saved_at and not trainer.fast_dev_run:
+        if self.save_last and trainer.global_step > self._saved_at and not _is_trial(trainer):
             self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -178,9 +178,7 @@ class RunCheckpoint(ModelCheckpoint):
                 error.strerror or error,
             )
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Count the chunk that is about to start as not begun (Lightning's counters would be one ahead for good)."""
         if not self._saving:
             return
@@ -188,6 +186,11 @@ class RunCheckpoint(ModelCheckpoint):
         for counts in (progress["total"], progress["current"]):
             counts["ready"] = counts["started"] = counts["processed"] = counts["completed"]
         progress["is_last_batch"] = False
+
+
+def _is_trial(trainer: L.Trainer) -> bool:
+    """Whether the trainer only tries a few steps."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def default_folder(trainer: L.Trainer) -> Path:

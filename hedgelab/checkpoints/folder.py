@@ -76,7 +76,9 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout:
             name = self.about.get("name") or self.path.name
-            raise UserError(f"resume: another process is training run {name} ({self.path}) right now; wait for it, or end it")
+            raise UserError(
+                f"resume: another process is training run {name} ({self.path}) right now; wait for it, or end it"
+            ) from None
         except (OSError, NotImplementedError):  # a file system without locks
             return
         self._lock = lock

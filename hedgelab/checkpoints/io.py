@@ -42,9 +42,13 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # whatever a hostile or foreign file provokes
             reason = " ".join(str(error).split(".")[0].split()) or type(error).__name__
-            raise UserError(f"ckpt_path: '{path}' holds more than tensors and plain values ({reason}); refused") from error
+            raise UserError(
+                f"ckpt_path: '{path}' holds more than tensors and plain values ({reason}); refused"
+            ) from error
         if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "loops"} <= checkpoint.keys():
-            raise UserError(f"ckpt_path: '{path}' is no checkpoint of a fit; expected runs/checkpoints/<run id>/last.ckpt")
+            raise UserError(
+                f"ckpt_path: '{path}' is no checkpoint of a fit; expected runs/checkpoints/<run id>/last.ckpt"
+            )
         return checkpoint
 
 

@@ -25,6 +25,15 @@ def config_files(words: list[str]) -> list[Path]:
     return [Path(value) for key, value in options_of(words) if key in ("config", "c") and value]
 
 
+def without_configs(words: list[str]) -> list[str]:
+    """What the command line says itself, as words again."""
+    return [
+        f"--{key}" if value is None else f"--{key}={value}"
+        for key, value in options_of(words)
+        if key not in ("config", "c")
+    ]
+
+
 def opening_comment(files: list[Path]) -> str | None:
     """What the last config file says about itself in its first lines; None if it says nothing."""
     if not files:

@@ -19,12 +19,13 @@ import hedgelab.data.llm
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
 from hedgelab.checkpoints import RunCheckpoint, stop_at_once, use_verified_io
-from hedgelab.cli.compose import Tree, compose, config_files, opening_comment
+from hedgelab.cli.compose import Tree, compose, config_files, opening_comment, without_configs
 from hedgelab.cli.diagnose import Walk
 from hedgelab.cli.errors import one_line, user_error
 from hedgelab.cli.explain import explain_construction, explain_parsing, resolve, top_level
 from hedgelab.cli.resume import Resumption, bare_flag, with_slurm_left_alone
 from hedgelab.cli.summary import summary
+from hedgelab.cli.writing import check_folders
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.kernels.allocator import keep_large_blocks
@@ -158,7 +159,9 @@ class HedgelabCLI(LightningCLI):
 
     def resolved(self) -> dict[str, Any]:
         """The whole config as plain values."""
-        values: dict[str, Any] = yaml.safe_load(self._parser(self.command).dump(self.config[self.command], skip_none=False))
+        values: dict[str, Any] = yaml.safe_load(
+            self._parser(self.command).dump(self.config[self.command], skip_none=False)
+        )
         return values
 
     def walk(self) -> Walk:
@@ -169,6 +172,7 @@ class HedgelabCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the checkpoint, name the run, and leave out what the trainer is told to do without."""
         config = self.config[self.command]
+        check_folders(config.as_dict(), compose(without_configs(self.words)))
         wanted = self.resumption.take(config)
         check_checkpoint(self.command, config.get("ckpt_path"))
         config.name = config.name or "+".join(file.stem for file in config_files(self.words)) or None
@@ -205,7 +209,9 @@ class HedgelabCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the trainer; Lightning says most impossible values with a ValueError."""
         try:
-            trainer = super().instantiate_trainer(**with_slurm_left_alone(kwargs, self.config_init[self.command].trainer))
+            trainer = super().instantiate_trainer(
+                **with_slurm_left_alone(kwargs, self.config_init[self.command].trainer)
+            )
             use_verified_io(trainer)
             return trainer
         except (ValueError, MisconfigurationException) as error:

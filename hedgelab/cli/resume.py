@@ -10,7 +10,8 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from hedgelab.checkpoints import RunCheckpoint, RunFolder, newest_whole
@@ -68,7 +69,9 @@ class Resumption:
         if config.trainer.enable_checkpointing is False:
             raise UserError("resume: needs checkpoints, which trainer.enable_checkpointing=false switches off")
         if self.command == "hedge" and config.trainer.logger is False:
-            raise UserError("resume: hedge finds its phases in the tracking store, which trainer.logger=false switches off")
+            raise UserError(
+                "resume: hedge finds its phases in the tracking store, which trainer.logger=false switches off"
+            )
         config.resume = False
         return wanted
 
@@ -91,15 +94,19 @@ class Resumption:
             say(f"resume: no earlier run of this config in {root}; starting afresh")
             return
         if folder.finished:
-            say(f"resume: run {folder.path.name} has finished; nothing is left to do (leave out --resume to train again)")
+            say(
+                f"resume: run {folder.path.name} has finished; nothing is left to do (leave out --resume to train again)"
+            )
             raise SystemExit(0)
-        if rank_zero_only.rank == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0:
             folder.claim()
         self.folder = folder
 
     def apply(self, trainer: L.Trainer) -> str | None:
         """Let a trainer go on with the run that was found; the path of the checkpoint, None to start from the beginning."""
-        self._callback = next((found for found in trainer.callbacks if isinstance(found, RunCheckpoint)), None)
+        self._callback = next(
+            (found for found in trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)), None
+        )
         if self._callback is not None:
             self._callback.facts, self._callback.folder = self.facts, self.folder
         if self.folder is None:

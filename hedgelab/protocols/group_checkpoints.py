@@ -56,7 +56,7 @@ class GroupCheckpoints:
         Raises:
             UserError: Another process trains the same SAEs right now.
         """
-        callback = next((found for found in trainer.callbacks if isinstance(found, RunCheckpoint)), None)
+        callback = next((found for found in trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)), None)
         if callback is None:
             return None
         if trainer.is_global_zero:

@@ -60,7 +60,9 @@ class HedgeTrainer(L.Trainer):
         if self.max_steps < 1:
             raise UserError("trainer.max_steps: must be set: it is the number of steps of each phase")
         if isinstance(self.strategy, ModelParallelStrategy):
-            raise UserError("trainer.strategy: hedge compares whole SAEs, which sharded does not leave; take auto or ddp")
+            raise UserError(
+                "trainer.strategy: hedge compares whole SAEs, which sharded does not leave; take auto or ddp"
+            )
         tracker = next((logger for logger in self.loggers if isinstance(logger, MLflowTracker)), None)
         try:
             scores = self._hedge(model, datamodule, hedge, tracker)

@@ -337,7 +337,13 @@ class SAE(L.LightningModule, ABC):
         checkpoint[UNREPORTED] = self.window_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what had not been reported yet."""
+        """Take up what had not been reported yet, if it is a checkpoint of such an SAE.
+
+        Raises:
+            UserError: It is of another.
+        """
+        if self.device_mesh is None:
+            guard.check_fits(self, checkpoint["state_dict"])
         self.initialized = True
         if UNREPORTED in checkpoint:
             self.load_window_state(checkpoint[UNREPORTED])

@@ -17,7 +17,7 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels.ranks import ALONE
 from hedgelab.saes.base import SAE, UNREPORTED, count_steps_for_validation, is_logged, known_directions
-from hedgelab.saes.guard import check_parameters, is_finite
+from hedgelab.saes.guard import check_fits, check_parameters, is_finite
 from hedgelab.saes.parallel import batch_ranks
 
 
@@ -177,7 +177,11 @@ class SAEGroup(L.LightningModule):
                 results[name] = sae.loss(batch.of(name) if isinstance(batch, StepBatches) else batch)
             for sae in saes.values():
                 sae.zero_grad()
-            good = {name for name, sae in saes.items() if sae.on_nonfinite == "stop" or is_finite(results[name].total, sae.ranks)}
+            good = {
+                name
+                for name, sae in saes.items()
+                if sae.on_nonfinite == "stop" or is_finite(results[name].total, sae.ranks)
+            }
             # One backward pass of the sum: members share no parameters, so each gets exactly its own gradients, and DDP
             # sees every parameter used.
             if good:
@@ -217,7 +221,13 @@ class SAEGroup(L.LightningModule):
         checkpoint[UNREPORTED] = {name: sae.window_state() for name, sae in self.saes().items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what had not been reported yet."""
+        """Take up what had not been reported yet, if it is a checkpoint of such SAEs.
+
+        Raises:
+            UserError: It is of another.
+        """
+        if self.device_mesh is None:
+            check_fits(self, checkpoint["state_dict"])
         for sae in self.saes().values():
             sae.initialized = True
         for name, state in checkpoint.get(UNREPORTED, {}).items():

@@ -35,8 +35,10 @@ class FiniteGuard(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Tell the SAE, or every member of a group."""
+        from hedgelab.saes.base import SAE  # late: it imports this module
+
         for module in pl_module.modules():
-            if hasattr(module, "on_nonfinite"):
+            if isinstance(module, SAE):
                 module.on_nonfinite = self.on_nonfinite
 
 
@@ -88,6 +90,22 @@ def check_parameters(module: torch.nn.Module, step: int, member: str | None = No
             raise UserError(
                 f"model.{name}{whose}: holds NaN or infinity after step {step}; the checkpoint before it is kept; lower the "
                 "learning rate or set model.gradient_clip_norm"
+            )
+
+
+def check_fits(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """See that a checkpoint is of an SAE like the one that is to take it up.
+
+    Raises:
+        UserError: It is not; names the first weight that differs.
+    """
+    own = module.state_dict()
+    for name in [*own, *(name for name in state if name not in own)]:
+        here, there = (tuple(part[name].shape) if name in part else None for part in (own, state))
+        if here != there:
+            shown = ["none" if shape is None else "×".join(map(str, shape)) or "a number" for shape in (there, here)]
+            raise UserError(
+                f"ckpt_path: the checkpoint is of another SAE: its {name} is {shown[0]}, the config's {shown[1]}"
             )
 
 

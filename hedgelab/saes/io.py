@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hedgelab import __version__
 from hedgelab.errors import UserError
-from hedgelab.saes.base import SAE
+from hedgelab.saes.base import SAE, init_parameters
 from hedgelab.saes.parallel import is_split, whole
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
@@ -45,13 +45,20 @@ def load_sae(folder: str | Path) -> SAE:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: holds no {name}; expected a folder written by save_sae")
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-    except (ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged SAE ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG}: damaged SAE (expected a mapping, got a {type(config).__name__})")
     config.pop("hedgelab", None)
+    _check_size(config, tensors, folder)
     sae = build_sae(config)
-    problems = sae.load_state_dict(tensors, strict=False)
+    try:
+        problems = sae.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # shapes that differ
+        reason = " ".join(str(error).split()).partition(": ")[2]
+        raise UserError(f"{folder / WEIGHTS}: does not fit {config.get('class')}: {reason}") from error
     if problems.missing_keys or problems.unexpected_keys:
         wrong = ", ".join([*problems.missing_keys, *problems.unexpected_keys])
         raise UserError(f"{folder / WEIGHTS}: does not fit {config.get('class')}: check {wrong}")
@@ -68,13 +75,32 @@ def build_sae(config: dict[str, Any]) -> SAE:
     cls = getattr(saes, name, None) if isinstance(name, str) and name in saes.__all__ else None
     if not (isinstance(cls, type) and issubclass(cls, SAE)):
         raise UserError(f"sae.json: class: must be an SAE of hedgelab, got {name!r}")
+    if unknown := arguments.keys() - (init_parameters(cls) - cls.not_architecture):
+        raise UserError(f"sae.json: {min(unknown)}: unknown key of {name}")
     if isinstance(arguments.get("inner"), dict):
         inner = arguments["inner"]
         arguments["inner"] = functools.partial(_build_inner, inner)
     try:
         return cls(**arguments)
-    except TypeError as error:
-        raise UserError(f"sae.json: {error}") from error
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"sae.json: cannot be made into a {name} ({' '.join(str(error).split())})") from error
+
+
+def _check_size(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """See that the architecture has the weights' size before anything of that size is made.
+
+    Raises:
+        UserError: It has not.
+    """
+    inner = config["inner"] if isinstance(config.get("inner"), dict) else config
+    said = (inner.get("d_sae"), config.get("d_in"))
+    found = next((tuple(value.shape) for name, value in tensors.items() if name.rpartition(".")[2] == "W_dec"), None)
+    if found is None:
+        raise UserError(f"{folder / WEIGHTS}: holds no W_dec; expected the weights of an SAE")
+    if said != found:
+        raise UserError(f"{folder / CONFIG}: d_sae and d_in are {said}, but W_dec in {WEIGHTS} is {found}")
 
 
 def _build_inner(config: dict[str, Any], d_in: int) -> SAE:

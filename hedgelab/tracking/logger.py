@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from hedgelab.errors import Stopped, UserError
 from hedgelab.tracking.history import ThinnedSeries
 from hedgelab.tracking.opening import OnUnreachable, RunToOpen, logged_steps, open_run
-from hedgelab.tracking.params import MAX_VALUE, clean_key, flatten
+from hedgelab.tracking.params import MAX_VALUE, clean_key, file_name, flatten
 from hedgelab.tracking.spool import Artifact, Params, Spool, Status, Tags
 from hedgelab.tracking.store import INTENDED, runs_dir, tracking_uri, without_credentials
 from hedgelab.tracking.system import SystemSampler
@@ -139,8 +139,9 @@ class MLflowTracker(Logger):
         flat = flatten(params)
         for key, value in flat.items():
             if len(value) > MAX_VALUE:
-                self.log_text(value, f"params/{key}.txt")
-                flat[key] = f"see artifact params/{key}.txt, sha256 {hashlib.sha256(value.encode()).hexdigest()}"
+                file = f"params/{file_name(key)}.txt"
+                self.log_text(value, file)
+                flat[key] = f"see artifact {file}, sha256 {hashlib.sha256(value.encode()).hexdigest()}"
         fresh = {key: value for key, value in flat.items() if key not in self._params}
         changed = {key: value for key, value in flat.items() if self._params.get(key, value) != value}
         self._params |= fresh

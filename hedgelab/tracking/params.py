@@ -27,6 +27,15 @@ def clean_key(key: str) -> str:
     return key
 
 
+def file_name(key: str) -> str:
+    """A key as the name of a file in the folder at hand, and in no other.
+
+    >>> file_name("data.text.paths"), file_name("data.../../up")
+    ('data.text.paths', 'data..._.._up')
+    """
+    return key.replace("/", "_").replace("\\", "_").replace("\0", "_")
+
+
 def flatten(params: Mapping[str, Any] | Namespace, prefix: str = "") -> dict[str, str]:
     """Flat text parameters: dots between nested keys, numbers for items of lists that hold mappings, JSON for the rest.
 

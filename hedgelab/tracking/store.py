@@ -74,7 +74,8 @@ def artifact_location(uri: str, experiment: str) -> str | None:
     """Artifact folder of an experiment in an SQLite store; None leaves the choice to the server."""
     if sqlite_file(uri) is None:
         return None
-    return (runs_dir(uri) / "artifacts" / experiment.replace("/", "_")).as_uri()
+    name = experiment.replace("/", "_").replace("\\", "_")
+    return (runs_dir(uri) / "artifacts" / (name if name.strip(".") else name.replace(".", "_"))).as_uri()
 
 
 def ensure_store(uri: str | None = None) -> MlflowClient:
@@ -115,7 +116,9 @@ def unusable(uri: str, reason: str) -> str:
             "and send the runs later with `hedgelab sync`"
         )
     if "locked" in reason:
-        return f"{head}; another process holds it: end that one, set it to another store, or unset it for runs/mlflow.db"
+        return (
+            f"{head}; another process holds it: end that one, set it to another store, or unset it for runs/mlflow.db"
+        )
     return f"{head}; check the file and its folder, or unset it for runs/mlflow.db"
 
 

@@ -60,7 +60,9 @@ def toy(folder, tracked=True):
             tracker.go_on_with(found.run_id)
         checkpoint = newest_whole(found.path, print)
     record = [RunRecord()] if tracked else []
-    trainer = L.Trainer(**{**settings(callback, LONG), "callbacks": [*record, callback]}, logger=tracker, default_root_dir=folder)
+    trainer = L.Trainer(
+        **{**settings(callback, LONG), "callbacks": [*record, callback]}, logger=tracker, default_root_dir=folder
+    )
     model = sae()
     trainer.fit(model, datamodule=data(), ckpt_path=None if checkpoint is None else str(checkpoint))
     save_sae(model, Path(folder) / "result")

@@ -8,7 +8,16 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+
+WARM = (
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.tracking",
+    "hedgelab.cli.hedging",
+    "hedgelab.metrics.evaluation",
+    "hedgelab.plots",
+)
 
 
 class ForkServer:
@@ -70,16 +79,10 @@ def child(command):
 
 
 def serve():
-    import mlflow.store.tracking.sqlalchemy_store
-    import mlflow.tracking
     import torch
-    import torchmetrics
 
-    import hedgelab.cli.hedging
-    import hedgelab.cli.lightning
-    import hedgelab.metrics.evaluation
-    import hedgelab.plots  # noqa: F401
-
+    for module in WARM:
+        import_module(module)
     torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:

@@ -114,7 +114,9 @@ def test_promotion_never_leaves_the_folder_without_a_whole_last_one(tmp_path, mo
         with monkeypatch.context() as patch:
             link, replace = os.link, type(tmp_path).replace
             patch.setattr(os, "link", lambda *args, link=link, stop=stop: stop("link", link, *args))
-            patch.setattr(type(tmp_path), "replace", lambda *args, replace=replace, stop=stop: stop("replace", replace, *args))
+            patch.setattr(
+                type(tmp_path), "replace", lambda *args, replace=replace, stop=stop: stop("replace", replace, *args)
+            )
             with pytest.raises(KeyboardInterrupt):
                 promote(tmp_path)
         assert newest_whole(tmp_path, pytest.fail).name == LAST

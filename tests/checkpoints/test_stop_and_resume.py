@@ -140,7 +140,11 @@ def test_a_run_that_was_stopped_after_its_last_step_only_ends(whole, tmp_path):
 def test_groups_too(tmp_path):
     def members():
         return SAEGroup(
-            {"a": VanillaSAE(8, 3, 0.01, l1_warmup_steps=50), "b": fits.sae(1), "c": TopKSAE(8, 5, k=2, dead_after_steps=5)}
+            {
+                "a": VanillaSAE(8, 3, 0.01, l1_warmup_steps=50),
+                "b": fits.sae(1),
+                "c": TopKSAE(8, 5, k=2, dead_after_steps=5),
+            }
         )
 
     whole = fit(tmp_path / "whole", members())

@@ -57,7 +57,9 @@ class Reports(L.Callback):
 
 def fit(model, bad=None, guard=None, folder=None, steps=40, chunk=5, every=10, checkpoint=None, **data):
     reports = Reports()
-    saving = [RunCheckpoint(dirpath=str(folder), save_last=True, save_top_k=0, every_n_train_steps=every)] if folder else []
+    saving = (
+        [RunCheckpoint(dirpath=str(folder), save_last=True, save_top_k=0, every_n_train_steps=every)] if folder else []
+    )
     trainer = L.Trainer(
         max_steps=steps,
         log_every_n_steps=20,
@@ -77,7 +79,8 @@ def fit(model, bad=None, guard=None, folder=None, steps=40, chunk=5, every=10, c
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_bad_batch_stops_the_run_and_is_named(kind, value, tmp_path):
-    with pytest.raises(UserError, match=r"model: loss term '[\w/]+'.* is NaN or infinite at step 28 \(batch 27 of stage train") as error:
+    said = r"model: loss term '[\w/]+'.* is NaN or infinite at step 28 \(batch 27 of stage train"
+    with pytest.raises(UserError, match=said) as error:
         fit(MAKERS[kind](optimizer=SGD), {27: value}, folder=tmp_path)
     found = "holds 1 activations" if abs(value) != 3e38 else "activations are all finite"
     assert found in str(error.value)
@@ -99,7 +102,9 @@ def test_weights_that_overflow_in_the_last_step(tmp_path):
             if self.steps_done == 39:
                 self.W_dec.data[0, 0] = float("inf")
 
-    with pytest.raises(UserError, match=r"model\.W_dec: holds NaN or infinity after step 40; the checkpoint before it is kept"):
+    with pytest.raises(
+        UserError, match=r"model\.W_dec: holds NaN or infinity after step 40; the checkpoint before it is kept"
+    ):
         fit(Breaks(6, 4, 0.01, optimizer=SGD), folder=tmp_path)
     assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 30
 

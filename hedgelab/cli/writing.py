@@ -1,0 +1,61 @@
+"""Where a command may write: below the working folder and the store, and where the command line says, in so many words.
+
+A config may come from someone else. Folders that it names elsewhere are refused, unless the user repeats them on the
+command line, or lists the folder in the environment variable HEDGELAB_FOLDERS (separated by colons), as one does for a
+cluster's scratch disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hedgelab.errors import UserError
+from hedgelab.tracking.store import runs_dir, sqlite_file, tracking_uri
+
+ALLOWED = "HEDGELAB_FOLDERS"
+_WRITTEN_TO = {"dirpath", "default_root_dir", "cache_dir", "save_dir", "log_dir", "root_dir", "output_dir"}
+
+
+def check_folders(config: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """See that a config names no folder to write to outside those that are the user's choice.
+
+    Args:
+        config: The resolved config.
+        said: What the command line itself says, as a tree.
+
+    Raises:
+        UserError: It does.
+    """
+    own = set(_folders(said))
+    for key, folder in _folders(config):
+        if (key, folder) not in own and not _is_inside(folder):
+            raise UserError(
+                f"{key}: '{folder}' lies outside the working folder; a config may write there only if the command line says "
+                f"so too (--{key}={folder}), or the environment variable {ALLOWED} lists a folder above it"
+            )
+
+
+def _folders(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every folder that is written to, with its key, init_args left out."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            at = key if name == "init_args" else f"{key}.{name}".lstrip(".")
+            if name in _WRITTEN_TO and isinstance(value, str):
+                yield at, value
+            elif name == "uri" and isinstance(value, str) and (database := sqlite_file(value)) is not None:
+                yield at, str(database)
+            else:
+                yield from _folders(value, at)
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            yield from _folders(value, f"{key}[{number}]")
+
+
+def _is_inside(folder: str) -> bool:
+    """Whether a folder lies in one that may be written to, links followed."""
+    listed = [Path(name) for name in os.environ.get(ALLOWED, "").split(":") if name]
+    wanted = Path(folder).resolve()
+    return any(wanted.is_relative_to(root.resolve()) for root in (Path.cwd(), runs_dir(tracking_uri()), *listed))
