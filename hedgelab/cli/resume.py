@@ -176,7 +176,7 @@ def named(root: Path, run_id: str) -> RunFolder:
 
 def bare_flag(words: list[str]) -> list[str]:
     """The words with ``--resume`` alone written out, as a flag that may also have a value needs it."""
-    following = [*words[1:], "--"]
+    following = [*words, "--"][1:]
     return [
         "--resume=true" if word == "--resume" and after.startswith("-") else word
         for word, after in zip(words, following, strict=True)

@@ -72,3 +72,30 @@ def kill_after(server):
         return ended, bool(list((folder / "runs").rglob(".*.partial")))
 
     return act
+
+
+@pytest.fixture
+def kill_in_training(server):
+    """Starts a command in a folder and sends it a signal some seconds after its next checkpoint: how it ended.
+
+    A command that ends before is left alone.
+    """
+
+    def newest(folder):
+        return max((path.stat().st_mtime_ns for path in (folder / "runs").rglob("last.ckpt")), default=0)
+
+    def act(words, folder, seconds, number):
+        before = newest(folder)
+        pid = server.start(words, folder)
+        while newest(folder) == before and not ended(pid):
+            time.sleep(0.02)
+        time.sleep(seconds)
+        os.kill(pid, number)  # not waited for yet, so the id is still its own
+        return server.wait(pid)
+
+    return act
+
+
+def ended(pid):
+    """Whether a process has ended; its parent does not know yet."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
