@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.ranks import ALONE, Ranks
+from hedgelab.kernels.ranks import Ranks
 from hedgelab.metrics.functional.absorption import absorption_from_co_firing, parent_encoder_components
 from hedgelab.metrics.functional.detection import CoFiring, detection_scores
 from hedgelab.metrics.functional.hedging import (
@@ -46,7 +46,7 @@ class SAEMetrics(nn.Module):
         d_sae: Number of latents.
         feature_directions: True directions, ``[n, d_in]``; None where they are unknown.
         parents: Parent of each feature, ``[n]`` int64, -1 for none; None infers it from up to 4096 features' firing.
-        ranks: Those over which the batches are split, and so the sums.
+        ranks: Those over which the batches are split, and so the sums; None: all processes, where there are several.
     """
 
     feature_directions: Tensor | None
@@ -58,10 +58,12 @@ class SAEMetrics(nn.Module):
         d_sae: int,
         feature_directions: Tensor | None = None,
         parents: Tensor | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
-        shared: dict[str, Any] = {"sync_on_compute": ranks.size > 1, "process_group": ranks.group}
+        shared: dict[str, Any] = {}
+        if ranks is not None:
+            shared = {"sync_on_compute": ranks.size > 1, "process_group": ranks.group}
         self.explained_variance = ExplainedVariance(d_in, **shared)
         self.mse = MeanSquaredError(**shared)
         self.shrinkage = Shrinkage(**shared)
