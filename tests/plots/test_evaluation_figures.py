@@ -39,7 +39,13 @@ def test_figures_of_one_sae():
 
 
 PARAMS = {
-    f"{beta}/{seed}": {"model.beta": beta, "model.init.seed": seed, "name": f"{beta}/{seed}", "model.k": "5"}
+    f"{beta}/{seed}": {
+        "model.beta": beta,
+        "model.init.seed": seed,
+        "name": f"{beta}/{seed}",
+        "trainer.logger.run_name": f"{beta}/{seed}",
+        "model.k": "5",
+    }
     for beta in ("0", "0.5")
     for seed in ("0", "1")
 }
@@ -51,8 +57,8 @@ def test_the_axis_is_the_number_in_which_runs_differ():
     assert axis.places == {"0/0": 0, "0/1": 0, "0.5/0": 0.5, "0.5/1": 0.5}
     assert find_axis(PARAMS, "beta").key == "model.beta"
     assert find_axis(PARAMS, "k") is None
-    assert find_axis({"a": {"x": "one"}, "b": {"x": "two"}}) is None
-    kinds = {f"{kind}{k}": {"kind": kind, "k": k} for kind in ("topk", "relu") for k in ("1", "2")}
+    assert find_axis({"a": {"model.x": "one"}, "b": {"model.x": "two"}}) is None
+    kinds = {f"{kind}{k}": {"model.class_path": kind, "model.k": k} for kind in ("topk", "relu") for k in ("1", "2")}
     assert find_axis(kinds).lines == {"topk1": "topk", "topk2": "topk", "relu1": "relu", "relu2": "relu"}
 
 

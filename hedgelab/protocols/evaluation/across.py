@@ -30,6 +30,12 @@ _TITLES = {
 }
 _BY_COUNT = {"tpp/": ("TPP, {} latents", "higher"), "scr/": ("SCR, {} latents", "higher")}
 _SHOWN_COUNTS = (2, 10, 20)
+_DRAWN = (
+    "density/explained_variance", "density/dead_fraction", "loss_recovered/recovered", "geometry/mean_max_cosine",
+    "probing/f1_k1", "probing/f1_k5", "probing/f1_k10", "absorption/f1_k1",
+    "absorption/full", "absorption/split_latents", "tpp/n10", "scr/n20",
+)  # fmt: skip
+"""What has a panel, as long as one of them is known; the table has everything."""
 
 
 class Row(NamedTuple):
@@ -68,7 +74,7 @@ class Axis(NamedTuple):
 
 
 def find_axis(params: Mapping[str, Mapping[str, str]], key: str | None = None) -> Axis | None:
-    """The numeric parameter in which runs differ, seeds and names aside; None without one.
+    """The numeric parameter of data or model in which runs differ, seeds aside; None without one.
 
     Args:
         params: Parameters of the runs, by name.
@@ -76,7 +82,7 @@ def find_axis(params: Mapping[str, Mapping[str, str]], key: str | None = None) -
     """
     keys = sorted({name for own in params.values() for name in own})
     differing = [name for name in keys if len({own.get(name) for own in params.values()}) > 1]
-    differing = [name for name in differing if name.rsplit(".", 1)[-1] not in ("seed", "name", "seed_everything")]
+    differing = [name for name in differing if name.startswith(("data.", "model.")) and not name.endswith(".seed")]
     numeric = [name for name in differing if all(_number(own.get(name)) is not None for own in params.values())]
     if key is not None:
         numeric = [name for name in numeric if name == key or name.endswith(f".{key}")]
@@ -127,8 +133,9 @@ def shown_metrics(rows: Sequence[Row]) -> list[str]:
 
 def figure(axis: Axis, rows: Sequence[Row], title: str, metrics: Sequence[str] | None = None) -> Figure:
     """Each score against the axis."""
+    known = shown_metrics(rows)
     panels = []
-    for metric in metrics or shown_metrics(rows):
+    for metric in metrics or [name for name in _DRAWN if name in known] or known:
         curves: dict[str, dict[float, list[float]]] = {}
         for row in rows:
             if metric in row.metrics:
