@@ -117,8 +117,8 @@ def test_a_sweep_goes_out_as_an_array_and_comes_back_as_one_tree(cluster, tmp_pa
     said = cluster.run("hedgelab", "sweep", "--config", "widths.yaml", cwd=tmp_path)
     assert "3 of 3 cells" in said
     found = runs(cluster, tmp_path)
-    (parent,) = [run for run in found if "sweep" in run["tags"]]
-    cells = [run for run in found if run["tags"].get("mlflow.parentRunId") == parent["run_id"]]
+    (parent,) = [run for run in found if run["parent"] is None]
+    cells = [run for run in found if run["parent"] == parent["run_id"]]
     assert len(cells) == 3
     assert {run["status"] for run in [parent, *cells]} == {"FINISHED"}
     assert len({run["tags"]["slurm.job_id"] for run in cells}) == 3
