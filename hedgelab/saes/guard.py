@@ -62,9 +62,10 @@ def check_window(
     Raises:
         UserError: One is not; says step, term and batch.
     """
-    seen = {name: term for terms in window for name, term in terms.items()}
-    if not seen:
+    every = [term for terms in window for term in terms.values()]
+    if not every or math.isfinite(float(ranks.sum(torch.stack(every).sum()))):
         return
+    seen = {name: term for terms in window for name, term in terms.items()}
     names = list(seen)
     zero = torch.zeros((), device=seen[names[0]].device)
     values = torch.stack([torch.stack([terms.get(name, zero).float() for name in names]) for terms in window])
