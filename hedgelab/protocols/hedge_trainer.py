@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from hedgelab.checkpoints.stopping import stopped
 from hedgelab.data.datamodule import ActivationDataModule
@@ -16,7 +15,7 @@ from hedgelab.metrics.functional.hedging_degree import DegreeScores
 from hedgelab.protocols.case_study import LLMProbe, report
 from hedgelab.protocols.hedge import Continuations, HedgeOptions, HedgeProtocol, check_live
 from hedgelab.protocols.hedge_report import record
-from hedgelab.protocols.training_phases import PhaseRunner, trainer_factory
+from hedgelab.protocols.training_phases import PhaseRunner, check_one_process, trainer_factory
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
@@ -54,15 +53,12 @@ class HedgeTrainer(L.Trainer):
             hedge: How the hedging degree is measured.
 
         Raises:
-            UserError: No number of steps, a strategy that splits latents, more new latents than directions, or no new latent
+            UserError: No number of steps, several processes, more new latents than directions, or no new latent
                 that ever fires.
         """
         if self.max_steps < 1:
             raise UserError("trainer.max_steps: must be set: it is the number of steps of each phase")
-        if isinstance(self.strategy, ModelParallelStrategy):
-            raise UserError(
-                "trainer.strategy: hedge compares whole SAEs, which sharded does not leave; take auto or ddp"
-            )
+        check_one_process(self)
         tracker = next((logger for logger in self.loggers if isinstance(logger, MLflowTracker)), None)
         try:
             scores = self._hedge(model, datamodule, hedge, tracker)

@@ -17,6 +17,7 @@ import lightning as L
 from hedgelab import __version__
 from hedgelab.checkpoints import RunCheckpoint, use_verified_io
 from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.errors import UserError
 from hedgelab.protocols.group_checkpoints import GroupCheckpoints
 from hedgelab.saes import SAE, SAEGroup, load_sae, weights_sha256
 from hedgelab.tracking import MemberRecord, MLflowTracker, StepProgressBar
@@ -168,6 +169,9 @@ def fit_group(
         begin: Called when the trainer is there, which from then on ends the runs; they begin no earlier.
         ids: Stable ids of what is trained: a training of the same that was cut short is gone on with, in the same runs.
             None for one that cannot be gone on with; untracked ones cannot either.
+
+    Raises:
+        UserError: A trainer of several processes.
     """
     keys = {name: name.replace(".", "_") for name in saes}  # a module's name must not contain a dot
     if len(set(keys.values())) < len(keys):
@@ -182,6 +186,7 @@ def fit_group(
         callbacks=[MemberRecord(keys[name], tracker) for name, tracker in trackers.items()],
         enable_checkpointing=group is not None,
     )
+    check_one_process(made)
     begin()
     checkpoint = None if group is None else group.begin(made, {name: found.run_id for name, found in trackers.items()})
     loggers = {keys[name]: tracker for name, tracker in trackers.items()}
@@ -189,6 +194,19 @@ def fit_group(
     made.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
     if group is not None and made.is_global_zero:
         group.end()
+
+
+def check_one_process(trainer: L.Trainer) -> None:
+    """Refuse to train a protocol's phases on several ranks: which phases are found in the store is not agreed among them.
+
+    Raises:
+        UserError: There are several.
+    """
+    if trainer.world_size > 1:
+        raise UserError(
+            f"trainer.devices: hedge and sweep train each group of SAEs in one process, got {trainer.world_size}; set "
+            "trainer.devices: 1 and trainer.num_nodes: 1, and let a sweep's executor spread the jobs"
+        )
 
 
 def checkpoints_root(tracker: MLflowTracker) -> Path:

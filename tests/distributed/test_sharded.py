@@ -147,10 +147,11 @@ def test_a_group(on_ranks, tmp_path):
     check(one, [fits.Outcome.read(tmp_path / "many" / f"rank{rank}.pt") for rank in range(2)])
 
 
-def test_the_hedging_degree_needs_whole_saes():
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_the_hedging_degree_takes_one_process(strategy):
     from hedgelab.errors import UserError
     from hedgelab.protocols.hedge_trainer import HedgeTrainer
 
-    trainer = HedgeTrainer(strategy="sharded", devices=2, accelerator="cpu", max_steps=2, logger=False)
-    with pytest.raises(UserError, match=r"trainer\.strategy: hedge compares whole SAEs"):
+    trainer = HedgeTrainer(strategy=strategy, devices=2, accelerator="cpu", max_steps=2, logger=False)
+    with pytest.raises(UserError, match=r"trainer\.devices: hedge and sweep train each group of SAEs in one process"):
         trainer.measure_hedging(fits.make("vanilla", 10, False), fits.toy())
