@@ -78,6 +78,7 @@ class Unit:
         stream: What its activations depend on; units with the same are trained together.
         seeds: Seeds of a hedging degree; None leaves them to the config.
         tracking: Experiment and URI of its runs.
+        said: Options in which the user names folders to write to.
     """
 
     name: str
@@ -87,10 +88,11 @@ class Unit:
     stream: str
     seeds: tuple[int, ...] | None
     tracking: tuple[str, str | None]
+    said: tuple[str, ...] = ()
 
 
-def parse_cell(command: str, tree: Tree) -> _Unrun:
-    """Parse one cell's config.
+def parse_cell(command: str, tree: Tree, said: Sequence[str] = ()) -> _Unrun:
+    """Parse one cell's config; ``said`` are options in which the user names folders to write to.
 
     Raises:
         UserError: A wrong key or value.
@@ -98,7 +100,7 @@ def parse_cell(command: str, tree: Tree) -> _Unrun:
     folder = tempfile.TemporaryDirectory()
     file = Path(folder.name) / "cell.yaml"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
-    cell = run_cli(HedgeCell if command == "hedge" else FitCell, command, ["--config", str(file)])
+    cell = run_cli(HedgeCell if command == "hedge" else FitCell, command, ["--config", str(file), *said])
     assert isinstance(cell, _Unrun)
     cell.folder = folder
     return cell
@@ -114,7 +116,7 @@ def check_sweep(sweep: Sweep, construct: bool = True) -> list[Unit]:
     with tqdm(total=len(sweep.cells), desc="Checking cells", unit="cell", delay=1, leave=False, disable=None) as bar:
         for group in _groups(sweep):
             try:
-                units += _units(sweep.options.command, group, construct)
+                units += _units(sweep, group, construct)
             except UserError as error:
                 raise UserError(f"cell '{group[0][0].group}': {error}") from error
             bar.update(len(group))
@@ -145,27 +147,28 @@ def _groups(sweep: Sweep) -> list[list[tuple[Cell, Tree]]]:
     return list(groups.values())
 
 
-def _units(command: str, group: list[tuple[Cell, Tree]], construct: bool) -> list[Unit]:
+def _units(sweep: Sweep, group: list[tuple[Cell, Tree]], construct: bool) -> list[Unit]:
     """The units of cells that differ in their seed only; the first is made, to see whether that can be done."""
+    command, said = sweep.options.command, sweep.said
     cells = tuple(cell for cell, _ in group)
     if command == "hedge":
         seeds = tuple(cell.seed for cell in cells if cell.seed is not None) or None
         tree = {**group[0][1], "name": cells[0].group}
         if seeds is not None:
             tree = with_seed(tree, None)
-        parsed = parse_cell(command, tree)
+        parsed = parse_cell(command, tree, said)
         if seeds is not None and parsed.config[command].hedge.seeds != 1:
             raise UserError("hedge.seeds: seeds are an axis of the sweep already; leave it at 1")
         if construct:
             _make_once(parsed)
-        return [_unit(parsed, cells[0].group, cells, tree, seeds)]
+        return [_unit(parsed, cells[0].group, cells, tree, seeds, said)]
     units: list[Unit] = []
     for cell, plain in group:
         tree = plain if cell.seed is None else with_seed(plain, cell.seed)
-        parsed = parse_cell(command, tree)
+        parsed = parse_cell(command, tree, said)
         if construct and not units:
             _make_once(parsed)
-        units.append(_unit(parsed, cell.name, (cell,), tree, None))
+        units.append(_unit(parsed, cell.name, (cell,), tree, None, said))
     return units
 
 
@@ -178,7 +181,9 @@ def _make_once(parsed: _Unrun) -> None:
         HedgeProtocol(parsed.model, parsed.datamodule, 1, options, PhaseRunner(trainer_factory({})), {})
 
 
-def _unit(parsed: _Unrun, name: str, cells: tuple[Cell, ...], tree: Tree, seeds: tuple[int, ...] | None) -> Unit:
+def _unit(
+    parsed: _Unrun, name: str, cells: tuple[Cell, ...], tree: Tree, seeds: tuple[int, ...] | None, said: tuple[str, ...]
+) -> Unit:
     resolved = parsed.resolved()
     trainer = {key: value for key, value in resolved["trainer"].items() if key not in _OF_THE_RECORD}
     outcome = {"command": parsed.command, "steps": trainer["max_steps"], **outcome_of(resolved), "seeds": seeds}
@@ -193,4 +198,6 @@ def _unit(parsed: _Unrun, name: str, cells: tuple[Cell, ...], tree: Tree, seeds:
     if not isinstance(logger, dict) or not str(logger.get("class_path", "")).endswith("MLflowTracker"):
         raise UserError("trainer.logger: a sweep finds its cells in the tracking store; leave it at MLflowTracker")
     tracking = logger["init_args"]["experiment"], logger["init_args"]["uri"]
-    return Unit(name, stable_id(outcome), cells, tree, json.dumps(stream, sort_keys=True, default=str), seeds, tracking)
+    return Unit(
+        name, stable_id(outcome), cells, tree, json.dumps(stream, sort_keys=True, default=str), seeds, tracking, said
+    )

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from hedgelab.cli.compose import Tree, config_files, load, options_of, overlay, overlay_value
+from hedgelab.cli.compose import Tree, compose, config_files, load, options_of, overlay, overlay_value
 from hedgelab.cli.diagnose import Walk, show
 from hedgelab.cli.errors import one_line
 from hedgelab.cli.nearest import suggest
 from hedgelab.cli.signatures import Parameter
+from hedgelab.cli.writing import check_folders, names_folder
 from hedgelab.errors import UserError
 from hedgelab.protocols.sweep_axes import SEED, Cell, Line, axis_keys, expand
 from hedgelab.protocols.sweep_executors import Executor, InProcess
@@ -72,12 +73,14 @@ class Sweep:
         options: Its section.
         cells: Its cells, each with its whole config.
         text: Everything that was written, for the record.
+        said: The command line's options that name folders to write to: what a config alone may not do, the user may.
     """
 
     name: str
     options: SweepOptions
     cells: list[tuple[Cell, Tree]]
     text: str
+    said: tuple[str, ...] = ()
 
 
 def read_sweep(words: list[str]) -> Sweep:
@@ -93,11 +96,14 @@ def read_sweep(words: list[str]) -> Sweep:
     for file in files:
         overlay(written, load(file))
     overrides: list[tuple[list[str], Any]] = []
+    said = []
     for key, text in options_of(words):
         path = key.split(".")
         if key in ("config", "c"):
             continue
         value = _value(text)
+        if names_folder(key):
+            said.append(f"--{key}={text}")
         if path[0] == "sweep":
             overlay_value(written, _section_path(path), value)
         else:
@@ -105,6 +111,7 @@ def read_sweep(words: list[str]) -> Sweep:
     section = written.pop("sweep", None)
     if not isinstance(section, dict):
         raise UserError(f"sweep: '{files[-1]}' has no such section; see `hedgelab sweep --help`")
+    check_folders({"sweep": section}, compose(said))
     options = _options(section)
     base: Tree = {}
     for below in [options.base] if isinstance(options.base, str) else options.base or []:
@@ -117,7 +124,7 @@ def read_sweep(words: list[str]) -> Sweep:
     text = yaml.safe_dump(
         {"sweep": section, **base, "overrides": {".".join(p): v for p, v in overrides}}, sort_keys=False
     )
-    return Sweep(str(name or "+".join(file.stem for file in files)), options, cells, text)
+    return Sweep(str(name or "+".join(file.stem for file in files)), options, cells, text, tuple(said))
 
 
 def _options(section: Tree) -> SweepOptions:

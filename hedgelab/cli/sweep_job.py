@@ -61,7 +61,7 @@ def _attempt(job: Job, units: Sequence[Unit]) -> dict[str, str]:
 def _train(job: Job, units: Sequence[Unit]) -> dict[str, str]:
     members: list[Member] = []
     for unit in units:
-        cell = parse_cell(job.command, unit.tree)
+        cell = parse_cell(job.command, unit.tree, unit.said)
         cell.make()
         if not members:
             data, trainer = cell.datamodule, cell.trainer

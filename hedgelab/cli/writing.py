@@ -38,6 +38,11 @@ def check_folders(config: Mapping[str, Any], said: Mapping[str, Any]) -> None:
             )
 
 
+def names_folder(key: str) -> bool:
+    """Whether an option of this dotted key may name a folder that is written to."""
+    return key.rsplit(".", 1)[-1] in _WRITTEN_TO | {"uri"}
+
+
 def _folders(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Every folder that is written to, with its key, init_args left out."""
     if isinstance(tree, Mapping):

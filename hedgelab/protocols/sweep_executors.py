@@ -58,18 +58,18 @@ class LocalProcesses(Executor):
     Args:
         at_once: Most processes at a time.
         gpus: GPUs of this machine to deal out, one a process; with 0 processes see none.
-        folder: Where submitit keeps the processes' logs.
+        log_dir: Where submitit keeps the processes' logs.
 
     Raises:
         UserError: A number that is too small.
     """
 
-    def __init__(self, at_once: int = 2, gpus: int = 0, folder: str = "runs/sweeps") -> None:
+    def __init__(self, at_once: int = 2, gpus: int = 0, log_dir: str = "runs/sweeps") -> None:
         if at_once < 1:
             raise UserError(f"sweep.executor.at_once: must be at least 1, got {at_once}")
         if gpus < 0:
             raise UserError(f"sweep.executor.gpus: must not be negative, got {gpus}")
-        self.at_once, self.gpus, self.folder = at_once, gpus, folder
+        self.at_once, self.gpus, self.log_dir = at_once, gpus, log_dir
 
     def run(self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None]) -> None:
         """Keep ``at_once`` processes going until all jobs are done; an interrupt ends them."""
@@ -81,7 +81,7 @@ class LocalProcesses(Executor):
                 for slot in range(self.at_once):
                     if slot not in running and waiting:
                         number, job = waiting.pop(0)
-                        executor = submitit.LocalExecutor(folder=Path(self.folder).absolute())
+                        executor = submitit.LocalExecutor(folder=Path(self.log_dir).absolute())
                         visible = {"gpus_per_node": 1, "visible_gpus": (slot % self.gpus,)} if self.gpus else {}
                         executor.update_parameters(timeout_min=60 * 24 * 365, **visible)
                         running[slot] = number, executor.submit(work, job)
@@ -122,7 +122,7 @@ class Slurm(Executor):
         memory_gb: Memory of each job; None is the cluster's default.
         at_once: Most jobs that run at a time.
         extra: Further options of ``sbatch``, such as ``{account: name}``.
-        folder: Where submitit keeps scripts and logs; all nodes must see it, and the tracking store.
+        log_dir: Where submitit keeps scripts and logs; all nodes must see it, and the tracking store.
 
     Raises:
         UserError: A number that is too small.
@@ -137,7 +137,7 @@ class Slurm(Executor):
         memory_gb: float | None = None,
         at_once: int = 256,
         extra: dict[str, Any] | None = None,
-        folder: str = "runs/sweeps",
+        log_dir: str = "runs/sweeps",
     ) -> None:
         for name, value, least in (
             ("minutes", minutes, 1),
@@ -148,7 +148,7 @@ class Slurm(Executor):
             if value < least:
                 raise UserError(f"sweep.executor.{name}: must be at least {least}, got {value}")
         self.partition, self.minutes, self.gpus, self.cpus = partition, minutes, gpus, cpus
-        self.memory_gb, self.at_once, self.extra, self.folder = memory_gb, at_once, extra or {}, folder
+        self.memory_gb, self.at_once, self.extra, self.log_dir = memory_gb, at_once, extra or {}, log_dir
 
     def parameters(self) -> dict[str, Any]:
         """What submitit is told."""
@@ -167,7 +167,7 @@ class Slurm(Executor):
         """Submit all jobs as one array and wait for them; an interrupt cancels them."""
         submitit = _submitit()
         try:
-            executor = submitit.SlurmExecutor(folder=Path(self.folder).absolute())
+            executor = submitit.SlurmExecutor(folder=Path(self.log_dir).absolute())
         except RuntimeError as error:  # no srun
             raise UserError(f"sweep.executor: Slurm is not to be had here ({error}); take LocalProcesses") from error
         executor.update_parameters(job_name="hedgelab", **self.parameters())

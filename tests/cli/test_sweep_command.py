@@ -29,6 +29,9 @@ HEDGE = ["--sweep.command=hedge", "--hedge.n_new=2", "--hedge.new_norm=1", "--sw
 def sweep(config, tmp_path):
     """A sweep over the tiny config, in an empty working directory; its words."""
     (tmp_path / "sweep.yaml").write_text(SWEEP)
+    executor = "{class_path: LocalProcesses, init_args: {log_dir: /elsewhere}}"
+    (tmp_path / "logs.yaml").write_text(f"sweep: {{executor: {executor}}}")
+    (tmp_path / "root.yaml").write_text("trainer: {default_root_dir: /elsewhere}")
     return ["sweep", "--config=sweep.yaml"]
 
 
@@ -64,6 +67,11 @@ def sae_of(client, run, tmp_path):
         ),
         ([*HEDGE, "--hedge.n_new=6"], "cell 'TopK/d_sae=3': hedge.n_new: must be below d_in = 6"),
         ([*HEDGE, "--hedge.seeds=2"], "cell 'TopK/d_sae=3': hedge.seeds: seeds are an axis of the sweep already"),
+        (["--config=logs.yaml"], "sweep.executor.log_dir: '/elsewhere' lies outside the working folder"),
+        (
+            ["--config=root.yaml"],
+            "cell 'TopK/d_sae=3': trainer.default_root_dir: '/elsewhere' lies outside the working folder",
+        ),
         (["--sweep.base=tinny.yaml"], "no such file 'tinny.yaml'; did you mean 'tiny.yaml'?"),
     ],
 )
@@ -77,6 +85,12 @@ def test_mistakes_take_one_line_with_cell_and_key(sweep, capsys, tmp_path, optio
 def test_a_config_without_the_section_is_refused(sweep, capsys):
     assert main(["sweep", "--config=tiny.yaml"]) == 2
     assert "sweep: 'tiny.yaml' has no such section" in capsys.readouterr().err
+
+
+def test_folders_elsewhere_are_the_users_choice(sweep):
+    read = read_sweep([*sweep[1:], "--config=root.yaml", "--trainer.default_root_dir=/elsewhere"])
+    assert read.said == ("--trainer.default_root_dir=/elsewhere",)
+    assert {unit.said for unit in check_sweep(read)} == {read.said}
 
 
 def test_cells_with_the_same_stream_are_packed(sweep):
