@@ -170,13 +170,15 @@ class ActivationCache:
         Raises:
             OSError: The disk is full, or refuses otherwise; the shard then counts as not written.
         """
-        chosen = self.contexts_of(shard)
+        chosen, record = self.contexts_of(shard), self._record(shard)
+        if record is None or not self._path(shard).is_file() or self._path(shard).stat().st_size != record["bytes"]:
+            self._path(shard).unlink(missing_ok=True)  # zarr would add to what is there
         self._record_path(shard).unlink(missing_ok=True)
         for left in self._path(shard).parent.glob("*.partial"):  # of a process that was killed
             left.unlink(missing_ok=True)
         self._array[chosen.start : chosen.stop] = _to_disk(rows.cpu(), self.storage_dtype)
-        record = {"contexts": len(chosen), "bytes": self._path(shard).stat().st_size}
-        _write_text(self._record_path(shard), json.dumps(record))
+        written = {"contexts": len(chosen), "bytes": self._path(shard).stat().st_size}
+        _write_text(self._record_path(shard), json.dumps(written))
 
     def read(self, numbers: Tensor) -> Tensor:
         """Activations of some contexts, ``[n, context_length, d_in]``, in the number format on disk.

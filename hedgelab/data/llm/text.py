@@ -9,6 +9,7 @@ import io
 import json
 import platform
 import sysconfig
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from hedgelab.errors import UserError
 # Tests, bundled third-party code and what an operating system's package leaves out would make the text differ
 # between installations of the same Python.
 _EXCLUDED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
-_TEXT_KINDS = (".txt", ".jsonl")
+_TEXT_KINDS = (".txt", ".jsonl", ".parquet")
+_EXPECTED = "a .txt, .jsonl or .parquet file (or .gz of them)"
 
 
 class TextSource(ABC):
@@ -67,47 +69,75 @@ def _docstrings(path: Path) -> str:
 
 
 class TextFiles(TextSource):
-    """Local files: ``.txt`` (one document a file) and ``.jsonl`` (one a line), either of them also as ``.gz``.
+    """Local files: ``.txt`` (one document a file), ``.jsonl`` (one a line), ``.parquet`` (one a row); also as ``.gz``.
 
     Args:
         paths: The files, read in this order.
-        field: Key of the text in each line of a ``.jsonl`` file.
+        field: Key of the text in each line of a ``.jsonl`` file, column of it in a ``.parquet`` file.
 
     Raises:
-        UserError: A file that is missing or of another kind; while reading, a line without the text.
+        UserError: A file that is missing or of another kind; while reading, one that is damaged or lacks the text.
     """
 
     def __init__(self, paths: list[str], field: str = "text") -> None:
         if not paths:
-            raise UserError("data.text.paths: names no file; list at least one .txt or .jsonl file (or .gz of them)")
+            raise UserError(f"data.text.paths: names no file; list at least one {_EXPECTED[2:]}")
         for i, name in enumerate(paths):
             if _kind(Path(name)) not in _TEXT_KINDS:
-                raise UserError(f"data.text.paths[{i}]: expected a .txt or .jsonl file (or .gz of them), got {name!r}")
+                raise UserError(f"data.text.paths[{i}]: expected {_EXPECTED}, got {name!r}")
             if not Path(name).is_file():
                 raise UserError(f"data.text.paths[{i}]: there is no file {name!r}")
         self.paths = [Path(name) for name in paths]
         self.field = field
 
     def documents(self) -> Iterator[str]:
-        """Files in the given order, lines in the file's."""
+        """Files in the given order, lines or rows in the file's."""
         for path in self.paths:
-            with _open_text(path) as file:
-                if _kind(path) == ".txt":
-                    yield file.read()
-                else:
-                    yield from self._json_lines(path, file)
+            try:
+                yield from self._documents_of(path)
+            except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+                raise UserError(f"data.text.paths: cannot read {path}: {error}") from error
+
+    def _documents_of(self, path: Path) -> Iterator[str]:
+        if _kind(path) == ".parquet":
+            yield from self._parquet_rows(path)
+            return
+        with _open_text(path) as file:
+            if _kind(path) == ".txt":
+                yield file.read()
+            else:
+                yield from self._json_lines(path, file)
+
+    def _parquet_rows(self, path: Path) -> Iterator[str]:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as raw:
+                file = ParquetFile(io.BytesIO(raw.read()) if path.suffix == ".gz" else raw)
+                if self.field not in file.schema_arrow.names:
+                    raise UserError(
+                        f"data.text.paths: {path} has no column {self.field!r}; set data.text.field to one of "
+                        f"{', '.join(file.schema_arrow.names)}"
+                    )
+                for batch in file.iter_batches(columns=[self.field]):
+                    yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+        except pyarrow.ArrowException as error:
+            raise UserError(f"data.text.paths: cannot read {path}: {str(error).splitlines()[0]}") from error
 
     def _json_lines(self, path: Path, file: io.TextIOBase) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                yield str(json.loads(line)[self.field])
+                text = json.loads(line)[self.field]
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise UserError(
                     f"data.text.paths: line {number} of {path} is no JSON object with the key {self.field!r}; "
                     "set data.text.field to the key that holds the text"
                 ) from None
+            if text is not None:
+                yield str(text)
 
     def fingerprint(self) -> str:
         """The field and a digest of every file's contents."""

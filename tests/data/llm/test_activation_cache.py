@@ -42,13 +42,13 @@ def equal(one, other):
 
 def test_batches_are_those_of_the_live_stream(cached, make_data, monkeypatch):
     live, read = make_data(normalisation="unit_norm"), make_data(normalisation="unit_norm", cache=str(cached))
-    expected = {("train", index): live_batch for index, live_batch in enumerate(_batches(live, "train", 120))}
+    expected = {("train", index): live_batch for index, live_batch in enumerate(_batches(live, "train", 200))}
     for stage in ("val", "test"):
         expected[stage, 3] = live.batch(stage, 3)
     monkeypatch.setattr(type(read.files), "causal_lm", lambda *args: pytest.fail("loaded weights"))
     epoch = len(read._split()["train"]) // 20 * read.stream("train").batches_per_block
-    assert 2 * epoch < 120  # several passes over the text
-    for index in (0, 119, 7, epoch, 2 * epoch + 1):
+    assert 2 * epoch < 200  # several passes over the text
+    for index in (0, 199, 7, epoch, 2 * epoch + 1):
         equal(read.batch("train", index), expected["train", index])
     for stage in ("val", "test"):
         equal(read.batch(stage, 3), expected[stage, 3])
@@ -93,11 +93,11 @@ def test_narrow_formats(make_data, tmp_path, dtype):
 
 
 def test_training_resumed_in_the_middle(cached, make_data, fit, tmp_path):
-    _, live = fit(make_data(), 70)
+    _, live = fit(make_data(), 100)
     trainer, first = fit(make_data(cache=str(cached)), 33)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed = make_data(cache=str(cached))
-    _, second = fit(resumed, 70, ckpt_path=str(tmp_path / "half.ckpt"))
+    _, second = fit(resumed, 100, ckpt_path=str(tmp_path / "half.ckpt"))
     torch.testing.assert_close(torch.stack(first.seen + second.seen), torch.stack(live.seen), rtol=0, atol=0)
     assert resumed.cached._pool is None  # nothing is left running
 

@@ -122,3 +122,38 @@ def test_importing_needs_no_transformers(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     fresh = importlib.import_module("hedgelab.data.llm")
     assert fresh.LLMDataModule(model="no-such/model").batch_size > 0
+
+
+@pytest.mark.parametrize("hook", ["model.layers.1", "model.layers.1.mlp", "model.layers.1.self_attn"])
+def test_compiled_blocks_give_the_same(tiny_model, hook):
+    tokens = torch.arange(32).view(2, 16) + 4
+    plain, compiled = (CutModel(ModelFiles(tiny_model).causal_lm(), hook) for _ in range(2))
+    compiled.compile_blocks("aot_eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(tokens), plain(tokens), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn", "mlp.up_proj", "input_layernorm"])
+def test_hooks_inside_a_block(tiny_model, part):
+    caught = []
+    whole = ModelFiles(tiny_model).causal_lm()
+    module = whole.get_submodule(f"model.layers.1.{part}")
+    module.register_forward_hook(lambda module, args, output: caught.append(output))
+    tokens = torch.arange(32).view(2, 16) + 4
+    with torch.inference_mode():
+        whole(input_ids=tokens)
+        found = CutModel(ModelFiles(tiny_model).causal_lm(), f"model.layers.1.{part}")(tokens)
+    expected = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_fingerprints_tell_weights_apart(tiny_model, tmp_path):
+    import shutil
+
+    same = shutil.copytree(tiny_model, tmp_path / "same")
+    assert ModelFiles(str(same)).fingerprint() == ModelFiles(tiny_model).fingerprint()
+    weights = same / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert ModelFiles(str(same)).fingerprint() != ModelFiles(tiny_model).fingerprint()

@@ -1,6 +1,7 @@
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_fingerprint_follows_contents_and_field(tmp_path):
     [
         ([], r"data\.text\.paths: names no file"),
         (["there.txt", "missing.txt"], r"data\.text\.paths\[1\]: there is no file '.*missing\.txt'"),
-        (["there.pdf"], r"data\.text\.paths\[0\]: expected a \.txt or \.jsonl file"),
+        (["there.pdf"], r"data\.text\.paths\[0\]: expected a \.txt, \.jsonl or \.parquet file"),
     ],
 )
 def test_bad_paths_are_named(tmp_path, names, message):
@@ -73,3 +74,31 @@ def test_standard_library_is_long_and_the_same_each_time():
     first, second = (list(StandardLibraryText().documents()) for _ in range(2))
     assert first == second
     assert sum(map(len, first)) > 1_500_000
+
+
+def write_parquet(path, columns):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+def test_parquet_rows_in_order(tmp_path):
+    plain = write_parquet(tmp_path / "a.parquet", {"text": ["one", None, "two"], "n": [1, 2, 3]})
+    packed = tmp_path / "b.parquet.gz"
+    packed.write_bytes(gzip.compress(Path(plain).read_bytes()))
+    source = TextFiles([plain, str(packed)])
+    assert list(source.documents()) == ["one", "two", "one", "two"]
+    with pytest.raises(UserError, match=r"a\.parquet has no column 'body'; set data\.text\.field to one of text, n"):
+        list(TextFiles([plain], field="body").documents())
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.parquet", "latin.txt"])
+def test_damaged_files_are_named(tmp_path, name):
+    whole = {
+        "cut.jsonl.gz": gzip.compress(b'{"text": "some words"}\n' * 50)[:-12],
+        "cut.parquet": b"PAR1 and then nothing",
+        "latin.txt": "caf\xe9".encode("latin-1"),
+    }[name]
+    (tmp_path / name).write_bytes(whole)
+    with pytest.raises(UserError, match=rf"data\.text\.paths: cannot read .*{name}"):
+        list(TextFiles([str(tmp_path / name)]).documents())
