@@ -27,7 +27,9 @@ COMMANDS = {
     "validate": Command("fit", "measure an SAE on the validation batches (--ckpt_path)", "--config F --ckpt_path C"),
     "test": Command("fit", "measure an SAE on the test batches (--ckpt_path)", "--config F --ckpt_path C"),
     "phase": Command("phase", "map hedging of toy SAEs over two axes, beside the closed forms", "--config F"),
-    "balance": Command("balance", "find the weighting of matryoshka levels that leaves a hierarchy's parent clean", "--config F"),
+    "balance": Command(
+        "balance", "find the weighting of matryoshka levels that leaves a hierarchy's parent clean", "--config F"
+    ),
     "hedge": Command("hedge", "measure how much an SAE hedges: train, widen, train on, compare", "--config F"),
     "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations", "--config F"),
     "cache": Command("cache", "write a language model's activations to disk, for all later runs", "--config F"),

@@ -11,7 +11,8 @@ from torch import Tensor
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 SCRATCH_MAPPED_FROM = 64 * 2**20
-LARGEST_KEPT = SCRATCH_MAPPED_FROM + 2**20  # with room for alignment; larger blocks are mapped one by one, wasting nothing
+# With room for alignment; larger blocks are mapped one by one, which wastes nothing between them.
+LARGEST_KEPT = SCRATCH_MAPPED_FROM + 2**20
 KEPT_IN_ALL = 2**31 - 1
 
 

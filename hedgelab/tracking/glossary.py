@@ -94,7 +94,10 @@ GLOSSARY = {
     "hedging/mean_cosine": Term("old with old", "", "", "cosine of old rows in control and extended SAE, mean"),
     "hedging/rank": Term("rank", "", "", "dimension of the span of the new latents"),
     "hedging/residual_hedging": Term(
-        "residual hedging", "", "lower", "norm of hedged components, from the spread of errors where a latent fires; 0: none"
+        "residual hedging",
+        "",
+        "lower",
+        "norm of hedged components, from the spread of errors where a latent fires; 0: none",
     ),
     "hedging/residual_hedging_std": Term("its std. error", "", "", "standard error of residual hedging over examples"),
     "hedging/live_latents": Term("live old", "latents", "", "old latents that fire in both SAEs"),
