@@ -74,7 +74,7 @@ def _assign(axis_name: str, axis: Axis, value: float) -> Values:
     for key in keys:
         if key.partition(".")[0] not in ("data", "model"):
             raise UserError(f"{axis_name}.key: must start with 'data.' or 'model.', got '{key}'")
-    return tuple((key, float(value)) for key in keys)
+    return tuple((key, int(value) if axis.whole else float(value)) for key in keys)
 
 
 def _of(section: str, values: Values) -> Values:

@@ -6,7 +6,7 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -22,8 +22,9 @@ from hedgelab.cli.explain import resolve, top_level
 from hedgelab.cli.phase_cells import CellMaker
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
-from hedgelab.plots.phase import phase_diagram
-from hedgelab.protocols.phase import Axis, PhaseResult, Quantity, Target, Theory, run_phase, theory_of
+from hedgelab.plots.phase import Overlay, phase_diagram
+from hedgelab.protocols.phase import Axis, PhaseResult, Quantity, Target, run_phase
+from hedgelab.protocols.phase_theory import Theory, theory_of
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
@@ -32,6 +33,7 @@ set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${…} across
 _NAMES = {
     "hedging": "decoder component along feature {other}",
     "encoder": "encoder component along feature {other}",
+    "impurity": "decoder's part off feature {own}",
     "absorption": "absorption of feature {other}",
     "mcc": "MCC",
     "loss_gap": "loss with true decoder - loss",
@@ -71,6 +73,12 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="SAEs a point; the one with the least loss is drawn.")
     parser.add_argument("--steps", type=int, default=2000, help="Optimiser steps.")
     parser.add_argument("--theory", type=bool, default=False, help="Draw the closed form of a single latent.")
+    parser.add_argument(
+        "--log_members",
+        type=Literal["table", "runs"],
+        default="table",
+        help="Every SAE as a line of table.csv, or as a child run, too.",
+    )
     parser.add_argument("--seed_everything", type=int, default=0, help="Seed of the first SAE; later ones count up.")
     parser.add_argument("--name", type=str | None, help="Name of the run; the config file's by default.")
     parser.add_argument("--experiment", type=str, default="theory", help="MLflow experiment.")
@@ -119,11 +127,14 @@ def work(config: Namespace, tracker: MLflowTracker) -> str:
     theory = theory_of(cells, result.values["hedging"], target) if config.theory and "hedging" in quantities else None
     numbers = key_numbers(result, theory)
     tracker.log_metrics(numbers, config.steps)
-    tracker.log_text(table(x, y, result, theory), "table.csv")
+    members = rows(x, y, result, theory)
+    tracker.log_text(as_csv(members), "table.csv")
+    if config.log_members == "runs":
+        log_children(tracker, members, (x.label, y.label, "seed"), config.steps)
     shape = (y.points, x.points)
     for name in quantities:
-        overlay = theory.deepest.reshape(shape) if theory is not None and name == "hedging" else None
-        label = _NAMES[name].format(other=target.other)
+        label = _NAMES[name].format(own=target.own, other=target.other)
+        overlay = overlay_of(theory, result, shape) if theory is not None and name == "hedging" else None
         figure = phase_diagram(
             x.values(), y.values(), result.deepest(name).reshape(shape),
             f"{config.model.class_path.rpartition('.')[2]}: {label}", x.label, y.label, label,
@@ -137,6 +148,12 @@ def work(config: Namespace, tracker: MLflowTracker) -> str:
     )
 
 
+def overlay_of(theory: Theory, result: PhaseResult, shape: tuple[int, int]) -> Overlay:
+    """The closed form of the minimum that each drawn SAE is in, and whether it is a shallower one."""
+    drawn = (np.arange(len(theory.deepest)), result.values["loss"].argmin(1))
+    return Overlay(theory.nearest[drawn].reshape(shape), theory.shallower[drawn].reshape(shape))
+
+
 def key_numbers(result: PhaseResult, theory: Theory | None) -> dict[str, float]:
     """Metrics of the run."""
     numbers = {"sae_steps/s": result.steps_per_second}
@@ -146,21 +163,43 @@ def key_numbers(result: PhaseResult, theory: Theory | None) -> dict[str, float]:
     if theory is not None:
         known = theory.distance[np.isfinite(theory.distance)]
         numbers |= {f"theory/share_within_{limit}": float((known < limit).mean()) for limit in (1e-3, 1e-2)}
+        numbers["theory/share_in_deepest"] = 1 - float(theory.shallower[np.isfinite(theory.distance)].mean())
     return numbers
 
 
-def table(x: Axis, y: Axis, result: PhaseResult, theory: Theory | None) -> str:
-    """Every SAE as a line of CSV: where it stands, its seed's number, what was measured, what theory says."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    closed = [] if theory is None else ["closed_form", "distance_to_nearest_minimum"]
-    writer.writerow([x.label, y.label, "seed", *result.values, *closed])
+def rows(x: Axis, y: Axis, result: PhaseResult, theory: Theory | None) -> list[dict[str, float]]:
+    """Every SAE: where it stands, its seed's number, what was measured, what theory says."""
     places: Sequence[tuple[float, float]] = [(a, b) for b in y.values() for a in x.values()]
+    found = []
     for cell, (a, b) in enumerate(places):
         for seed in range(result.values["loss"].shape[1]):
-            numbers = [a, b, *(values[cell, seed] for values in result.values.values())]
+            row = {x.label: a, y.label: b, "seed": seed}
+            row |= {name: values[cell, seed] for name, values in result.values.items()}
             if theory is not None:
-                numbers += [theory.deepest[cell], theory.distance[cell, seed]]
-            shown = [f"{number:.7g}" for number in numbers]
-            writer.writerow([*shown[:2], seed, *shown[2:]])
+                row |= {
+                    "closed_form": theory.deepest[cell],
+                    "nearest_minimum": theory.nearest[cell, seed],
+                    "distance_to_nearest_minimum": theory.distance[cell, seed],
+                    "nearest_minimum_above_deepest": theory.depth[cell, seed],
+                }
+            found.append(row)
+    return found
+
+
+def as_csv(members: list[dict[str, float]]) -> str:
+    """Rows as a table."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(members[0])
+    writer.writerows([f"{value:.7g}" for value in member.values()] for member in members)
     return text.getvalue()
+
+
+def log_children(tracker: MLflowTracker, members: list[dict[str, float]], given: Sequence[str], step: int) -> None:
+    """Every SAE as a child run: what it was given as parameters, what came out as metrics."""
+    for number, member in enumerate(tqdm(members, "Child runs", unit="run", disable=not sys.stderr.isatty())):
+        child = tracker.child(f"{tracker.name}/{number}", {})
+        child.log_hyperparams({name: float(member[name]) for name in given})
+        known = {name: float(value) for name, value in member.items() if name not in given and np.isfinite(value)}
+        child.log_metrics(known, step)
+        child.finalize("success")

@@ -21,11 +21,9 @@ from hedgelab.errors import UserError
 from hedgelab.metrics.functional import mcc
 from hedgelab.saes.base import SAE
 from hedgelab.saes.ensemble import EnsembleSAE, stack_batches
-from hedgelab.saes.vanilla import VanillaSAE
-from hedgelab.theory import Population, minima
 
 Array = NDArray[np.float64]
-Quantity = Literal["hedging", "encoder", "absorption", "mcc", "loss_gap"]
+Quantity = Literal["hedging", "encoder", "impurity", "absorption", "mcc", "loss_gap"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Axis:
         points: Number of values.
         label: What the axis is called in figure and table.
         logarithmic: Space the values evenly in their logarithm.
+        whole: The values are whole numbers, as widths must be.
     """
 
     key: str | list[str]
@@ -48,6 +47,7 @@ class Axis:
     points: int
     label: str
     logarithmic: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.points < 2:
@@ -56,9 +56,14 @@ class Axis:
             raise UserError(f"axes.high: must be above low = {self.low}, got {self.high}")
         if self.logarithmic and self.low <= 0:
             raise UserError(f"axes.low: must be above 0 on a logarithmic axis, got {self.low}")
+        if self.whole and not np.allclose(self._spaced(), self._spaced().round()):
+            raise UserError(f"axes.points: {self.points} from {self.low:g} to {self.high:g} are not all whole numbers")
 
     def values(self) -> Array:
         """``[points]``."""
+        return self._spaced().round() if self.whole else self._spaced()
+
+    def _spaced(self) -> Array:
         space = np.geomspace if self.logarithmic else np.linspace
         return np.asarray(space(self.low, self.high, self.points), dtype=np.float64)
 
@@ -114,9 +119,10 @@ def run_phase(
         cells: The points of the diagram.
         steps: Optimiser steps.
         quantities: ``hedging`` and ``encoder``: component of the latent's unit decoder row and encoder column along the other
-            feature, signed so that its own counts as positive; ``absorption``: share of the latent's activation on its own
-            feature that is lost where the other fires too (1: silent there); ``mcc``; ``loss_gap``: how much worse the loss
-            would be with the decoder kept at the true features.
+            feature, signed so that its own counts as positive; ``impurity``: length of the decoder row's part off its own
+            feature, all others together; ``absorption``: share of the latent's activation on its own feature that is lost where
+            the other fires too (1: silent there); ``mcc``; ``loss_gap``: how much worse the loss would be with the decoder kept
+            at the true features.
         target: The latent and the two features.
         report: Called after each step with the number of steps done, ``loss_gap``'s second training included.
     """
@@ -124,7 +130,7 @@ def run_phase(
     seeds = len(cells[0].members)
     batches = [cell.data.batch("train", 0) for cell in cells]
     batch = stack_batches([one for one in batches for _ in range(seeds)])
-    features = stack_batches([_features_as_x(one) for one in batches for _ in range(seeds)]).x
+    features = stack_batches([features_as_x(one) for one in batches for _ in range(seeds)]).x
     directions = torch.stack([cell.data.feature_directions for cell in cells for _ in range(seeds)])
     ensemble = EnsembleSAE(members)
     seconds = _timed(partial(ensemble.fit, batch, steps, report))
@@ -139,10 +145,12 @@ def run_phase(
                 measured[name] = decoder[:, target.latent, target.other] * sign
             case "encoder":
                 measured[name] = encoder[:, target.latent, target.other] * sign
+            case "impurity":
+                measured[name] = (1 - decoder[:, target.latent, target.own].square()).clamp_min(0).sqrt()
             case "absorption":
                 measured[name] = _absorption(activations[:, :, target.latent], features, batch.weight, target)
             case "mcc":
-                measured[name] = torch.stack([mcc(cosines) for cosines in decoder])
+                measured[name] = torch.stack([mcc(own[: sae.d_sae]) for own, sae in zip(decoder, members, strict=True)])
             case "loss_gap":
                 true = EnsembleSAE(_at_true_features(cells))
                 later = None if report is None else partial(_report_later, report, steps)
@@ -151,49 +159,6 @@ def run_phase(
     runs = len(members) * steps * (2 if "loss_gap" in quantities else 1)
     values = {name: value.double().reshape(len(cells), seeds).numpy() for name, value in measured.items()}
     return PhaseResult(values, runs / seconds)
-
-
-class Theory(NamedTuple):
-    """The closed forms beside a diagram.
-
-    Attributes:
-        deepest: Hedging component of the deepest minimum whose latent tracks its own feature, ``[cells]``; NaN without one.
-        distance: Of each measured hedging component to that of the nearest minimum, ``[cells, seeds]``.
-    """
-
-    deepest: Array
-    distance: Array
-
-
-def theory_of(cells: Sequence[Cell], hedging: Array, target: Target) -> Theory:
-    """What the closed forms of a single latent say about each cell.
-
-    Args:
-        cells: The points of the diagram, of single-latent vanilla SAEs on orthonormal features.
-        hedging: Measured components, ``[cells, seeds]``.
-        target: The latent and the two features.
-
-    Raises:
-        UserError: SAEs or features that the closed forms do not cover.
-    """
-    deepest, distance = np.full(len(cells), np.nan), np.full(hedging.shape, np.nan)
-    for i, (cell, measured) in enumerate(zip(cells, hedging, strict=True)):
-        sae, directions, batch = cell.members[0], cell.data.feature_directions, cell.data.batch("train", 0)
-        if not isinstance(sae, VanillaSAE) or sae.d_sae != 1:
-            raise UserError("theory: closed forms are known for VanillaSAE with d_sae: 1, set theory: false")
-        if not torch.allclose(directions @ directions.T, torch.eye(len(directions)).to(directions), atol=1e-5):
-            raise UserError("theory: closed forms need orthonormal features, set theory: false")
-        population = Population.from_batch(_features_as_x(batch))
-        found = [
-            (one.direction[target.own], one.direction[target.other]) for one in minima(population, sae.l1_coefficient)
-        ]
-        if found:
-            components = np.array([other * np.sign(own) for own, other in found])
-            distance[i] = np.abs(measured[:, None] - components).min(1)
-        tracking = [other for own, other in found if own > abs(other)]
-        if tracking:
-            deepest[i] = tracking[0]
-    return Theory(deepest, distance)
 
 
 def _components(ensemble: EnsembleSAE, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +200,7 @@ def _at_true_features(cells: Sequence[Cell]) -> list[SAE]:
     return result
 
 
-def _features_as_x(batch: Batch) -> Batch:
+def features_as_x(batch: Batch) -> Batch:
     """A toy's batch in feature coordinates."""
     assert batch.features is not None
     return Batch(batch.features, None, batch.weight)

@@ -49,12 +49,13 @@ class EnsembleSAE:
             _check(member, members[0])
         widest = max(distinct, key=lambda member: member.d_sae)
         self._template = _Template(copy.deepcopy(widest))
-        self._names = _per_member_names(widest)
+        names = _per_member_names(widest)
+        self._names = [name for name in names if any(_get(member, name) != _get(widest, name) for member in distinct)]
         self.hyperparameters = {
             name: torch.tensor([_get(member, name) for member in members], dtype=widest.W_dec.dtype)
             for name in self._names
         }
-        """Numbers in which members may differ, ``[members]`` or ``[members, levels]`` each."""
+        """Numbers in which members differ, ``[members]`` or ``[members, levels]`` each."""
         self.parameters = _stack(members, distinct, dict(self._template.named_parameters()), SAE.named_parameters)
         """Stacked weights by name, ``[members, ...]``; padded where a member is narrower than the widest."""
         self._buffers = _stack(members, distinct, dict(self._template.named_buffers()), SAE.named_buffers)

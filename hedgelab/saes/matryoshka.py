@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.errors import LevelErrors
 from hedgelab.kernels.ranks import Ranks
+from hedgelab.saes.balance import asymmetry, outside_span
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import LossTerms
+from hedgelab.saes.parallel import is_split
 
 
 class MatryoshkaSAE(SAE):
@@ -25,6 +29,10 @@ class MatryoshkaSAE(SAE):
     ``w_ℓ = beta^(L - ℓ)``: 0 is the ordinary SAE, 1 the plain matryoshka SAE (Bussmann et al. 2025), values between balance
     hedging against absorption (Chanin et al. 2025, section 6). Above 1 the loss is divided by the number of levels.
 
+    Beyond the paper, and derived in :mod:`hedgelab.saes.balance`: with ``credit`` an inner level need not explain what outer
+    latents explain already, so its target is ``x - credit · (1 - P) (x̂_L - x̂_ℓ)``, where the outer levels' part is detached and
+    P projects on the span of the level's own decoder rows; with ``adaptive`` the inner levels' weights are found in training.
+
     Args:
         d_in: Width of the activations (linked from the data).
         inner: The SAE inside, with its width, activation, penalty, initialisation and optimiser.
@@ -33,15 +41,21 @@ class MatryoshkaSAE(SAE):
         detached: Inner levels feel no gradient from outer ones (the limit of a large β); each level then pays the penalty of
             its own new latents only.
         auxiliary_per_level: Dead latents of each level predict that level's residual, instead of all the last one's.
+        credit: Share of what outer latents explain outside a level's own span that the level is spared, 0 (plain) to 1.
+            A level of at least ``d_in`` latents spans everything, and stays plain.
+        adaptive: Let inner levels' weights move, from those of β, to where their latents neither hedge nor are absorbed on
+            average: logarithms are parameters whose gradient is the measured asymmetry. Meant for Adam, whose steps do not
+            depend on a gradient's scale.
 
     Raises:
-        UserError: Levels that do not rise to ``d_sae``, a negative β, or a β together with ``detached``.
+        UserError: Levels that do not rise to ``d_sae``, a negative β, a credit outside [0, 1], or ``detached`` together with a
+            β, a credit or ``adaptive``.
 
     Attributes:
         level_weights: Weight of each level's loss, innermost first; set from β, free to be set otherwise.
     """
 
-    per_member = ("level_weights",)
+    per_member = ("level_weights", "credit")
 
     def __init__(
         self,
@@ -51,6 +65,8 @@ class MatryoshkaSAE(SAE):
         beta: float = 1.0,
         detached: bool = False,
         auxiliary_per_level: bool = False,
+        credit: float = 0.0,
+        adaptive: bool = False,
     ) -> None:
         super().__init__()
         self.inner = inner(d_in)
@@ -64,11 +80,20 @@ class MatryoshkaSAE(SAE):
             raise UserError(f"model.beta: must be 0 or a finite positive number, got {beta}; see model.detached")
         if detached and beta != 1:
             raise UserError(f"model.beta: has no meaning with model.detached: true, got {beta}")
+        if not 0 <= credit <= 1:
+            raise UserError(f"model.credit: must lie between 0 and 1, got {credit}")
+        if detached and credit:
+            raise UserError(f"model.credit: has no meaning with model.detached: true, got {credit}")
+        if adaptive and (detached or not beta):
+            raise UserError("model.adaptive: needs a beta above 0 to start from, and detached: false")
         self.levels = list(levels)
         self.beta = beta
         self.level_weights = level_weights(len(levels), beta)
         self.detached = detached
         self.auxiliary_per_level = auxiliary_per_level
+        self.credit = float(credit)
+        self.adaptive = adaptive
+        self.log_factors = nn.Parameter(torch.zeros(len(levels) - 1)) if adaptive else None
         self.optimizer = self.inner.optimizer
         self.lr_scheduler = self.inner.lr_scheduler
         self.gradient_clip_norm = self.inner.gradient_clip_norm
@@ -109,11 +134,9 @@ class MatryoshkaSAE(SAE):
     def loss(self, batch: Batch) -> LossTerms:
         """Every level's weighted squared error and penalty, and the auxiliary loss."""
         codes, penalty = self.inner.activate(batch)
-        losses, errors = ops.level_errors(
-            codes, batch.x, self.W_dec, self.b_dec, self.levels, self.detached, batch.weight
-        )
-        terms: dict[str, Tensor] = {}
-        for weight, latents, mse in zip(self.level_weights, self.level_slices(), losses, strict=True):
+        losses, errors = self.level_errors(codes, batch)
+        terms = self.adaptation(codes, batch.weight)
+        for weight, latents, mse in zip(self.current_weights(), self.level_slices(), losses, strict=True):
             if isinstance(weight, float) and not weight:
                 continue
             terms[f"mse/level{latents.stop}"] = weight * mse
@@ -128,6 +151,52 @@ class MatryoshkaSAE(SAE):
         elif (auxiliary := self.inner.auxiliary_loss(batch, errors[-1])) is not None:
             terms["auxiliary"] = auxiliary
         return LossTerms(terms, codes, errors[-1])
+
+    def current_weights(self) -> list[Any]:
+        """Weight of each level's loss as of now, innermost first: numbers, or with ``adaptive`` scalar tensors."""
+        if self.log_factors is None:
+            return list(self.level_weights)
+        *inner, last = self.level_weights
+        return [*(w * f for w, f in zip(inner, self.log_factors.detach().exp(), strict=True)), last]
+
+    def adaptation(self, codes: Codes, weight: Tensor | None) -> dict[str, Tensor]:
+        """With ``adaptive``, a term of value 0 whose gradient moves each inner level's weight against its asymmetry."""
+        if self.log_factors is None:
+            return {}
+        if is_split(self.W_dec):
+            raise UserError("model.adaptive: cannot be used where latents are split over processes, switch it off")
+        inner = self.level_slices()[:-1]
+        signals = torch.stack([asymmetry(codes, latents, weight, self.ranks) for latents in inner]).to(self.log_factors)
+        return {"balance": ((self.log_factors - self.log_factors.detach()) * signals).sum()}
+
+    def training_means(self) -> dict[str, float]:
+        """Loss terms, and with ``adaptive`` the weights of inner levels as ``level_weight/...``."""
+        values = super().training_means()
+        if self.adaptive:
+            weights = zip(self.levels[:-1], self.current_weights()[:-1], strict=True)
+            values |= {f"level_weight/level{size}": float(weight) for size, weight in weights}
+        return values
+
+    def level_errors(self, codes: Codes, batch: Batch) -> LevelErrors:
+        """Squared error of each level, and the errors; those of inner levels after their credit."""
+        x, _, weight = batch
+        if isinstance(self.credit, float) and not self.credit:
+            return ops.level_errors(codes, x, self.W_dec, self.b_dec, self.levels, self.detached, weight)
+        weights = self.W_dec, self.b_dec
+        if is_split(self.W_dec):
+            raise UserError("model.credit: cannot be used where latents are split over processes, set it to 0")
+        with torch.no_grad():
+            errors = ops.level_errors(codes.detach(), x, *weights, self.levels, weight=weight).errors
+            spared = [
+                self.credit * outside_span(errors[-1] - error, self.W_dec[:size])
+                for size, error in zip(self.levels[:-1], errors[:-1], strict=True)
+            ]
+        parts = [(codes.prefix(size), x - part) for size, part in zip(self.levels[:-1], spared, strict=True)]
+        results = [
+            ops.level_errors(part, target, *weights, (self.d_sae,), weight=weight)
+            for part, target in [*parts, (codes, x)]
+        ]
+        return LevelErrors([result.losses[0] for result in results], [result.errors[0] for result in results])
 
     def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
         """Initialise the inner SAE."""

@@ -4,11 +4,12 @@ import csv
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from hedgelab.cli import main
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--x.points", "3", "--y.points", "2", "--steps", "20", "--seeds", "2"]
+SMALL = ["--x.points", "2", "--y.points", "3", "--steps", "20", "--seeds", "2"]
 
 
 @pytest.fixture
@@ -31,6 +32,24 @@ def test_every_phase_config_runs(config, store, capsys):
     assert list(store.rglob("*.png"))
 
 
+def test_members_as_child_runs(store, capsys):
+    words = ["--config", str(ROOT / "configs/theory/phase_correlation.yaml"), *SMALL, "--log_members", "runs"]
+    assert main(["phase", *words, "--seeds", "1"]) == 0
+    (table,) = store.rglob("table.csv")
+    rows = list(csv.DictReader(table.open()))
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("theory").experiment_id])
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    assert len(children) == len(rows) == 6
+    for number, row in enumerate(rows):
+        child = children[f"phase_correlation/{number}"]
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.info.status == "FINISHED"
+        assert child.data.metrics["loss"] == pytest.approx(float(row["loss"]), rel=1e-6)
+        assert len(child.data.params) == 3
+
+
 def test_figures_draw_toys_and_landscapes(store, capsys):
     words = ["figures", "--toys", '["configs/toy/hierarchical.yaml"]', "--landscapes", "[[0.3, 0.1]]"]
     assert main(words) == 0
@@ -47,6 +66,7 @@ def test_figures_draw_toys_and_landscapes(store, capsys):
         (["--x.key", "data.init_args.firing.init_args.features.7.f0"], "the config has no '7' there"),
         (["--x.key", "trainer.max_steps"], "x.key: must start with 'data.' or 'model.'"),
         (["--data.init_args.sampling", "samples"], "sampling: population"),
+        (["--x.whole", "true"], "are not all whole numbers"),
         (["--seeds", "0"], "seeds: must be at least 1"),
         (["--quantities", '["hedgin"]'], "quantities[0]: expected one of 'hedging'"),
     ],

@@ -4,8 +4,10 @@ import torch
 
 from hedgelab.data.toy import ConditionalFiring, CorrelatedPair, ToyDataModule
 from hedgelab.errors import UserError
-from hedgelab.protocols.phase import Axis, Cell, Target, run_phase, theory_of
+from hedgelab.protocols.phase import Axis, Cell, Target, features_as_x, run_phase
+from hedgelab.protocols.phase_theory import theory_of
 from hedgelab.saes import Initialization, MatryoshkaSAE, VanillaSAE
+from hedgelab.theory import Population, minima
 
 STEPS = 600
 
@@ -50,6 +52,32 @@ def test_absorption_of_the_papers_toy():
     result = run_phase([Cell(data, [sae(data, 0, l1=0.1, d_sae=2)])], STEPS, ["absorption", "encoder"], Target())
     assert result.values["absorption"][0, 0] == pytest.approx(1.0, abs=0.02)
     assert result.values["encoder"][0, 0] < -0.1
+
+
+def test_theory_names_the_minimum_that_each_sae_is_in():
+    data = toy(0.05, 0.2)
+    population = Population.from_batch(features_as_x(data.batch("train", 0)))
+    found = minima(population, 1e-3)
+    assert len(found) > 1
+    components = np.array([one.direction[1] * np.sign(one.direction[0]) for one in found])
+    cells = [Cell(data, [sae(data, 0)] * len(found))]
+    theory = theory_of(cells, components[None] + 1e-4, Target())
+    np.testing.assert_allclose(theory.nearest[0], components)
+    np.testing.assert_allclose(theory.distance[0], 1e-4)
+    assert theory.shallower[0].tolist() == [False] + [True] * (len(found) - 1)
+    np.testing.assert_allclose(theory.depth[0], [one.loss - found[0].loss for one in found])
+
+
+def test_widths_side_by_side_measure_as_alone():
+    data = toy(0.3, 0.1)
+    both = [sae(data, 0), sae(data, 0, d_sae=2)]
+    quantities = ["hedging", "impurity", "mcc"]
+    together = run_phase([Cell(data, [one]) for one in both], 50, quantities, Target()).values
+    for i, one in enumerate(both):
+        alone = run_phase([Cell(data, [one])], 50, quantities, Target()).values
+        for name in (*quantities, "loss"):
+            assert together[name][i, 0] == pytest.approx(alone[name][0, 0], abs=1e-5)
+    assert together["impurity"][0, 0] == pytest.approx(abs(together["hedging"][0, 0]), abs=1e-5)
 
 
 def test_theory_refuses_what_it_does_not_know():

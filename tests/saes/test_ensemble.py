@@ -37,9 +37,9 @@ def init(seed):
     return Initialization(seed=seed, decoder_norm=0.5)
 
 
-def matryoshka(seed, beta, detached=False):
+def matryoshka(seed, beta, **arguments):
     inner = functools.partial(VanillaSAE, d_sae=4, l1_coefficient=0.02 + 0.01 * seed, init=init(seed), **COMMON)
-    return MatryoshkaSAE(D_IN, lambda d_in: inner(d_in), levels=[1, 4], beta=beta, detached=detached)
+    return MatryoshkaSAE(D_IN, lambda d_in: inner(d_in), levels=[1, 4], beta=beta, **arguments)
 
 
 KINDS = {
@@ -52,6 +52,8 @@ KINDS = {
     "jumprelu": lambda seed: JumpReLUSAE(D_IN, 4, l0_coefficient=0.01 * seed, init=init(seed), **COMMON),
     "matryoshka": lambda seed: matryoshka(seed, (0.0, 0.25, 3.0)[seed]),
     "detached": lambda seed: matryoshka(seed, 1.0, detached=True),
+    "credit": lambda seed: matryoshka(seed, 0.5, credit=0.5 * seed),
+    "adaptive": lambda seed: matryoshka(seed, 0.5, adaptive=True),
 }
 
 

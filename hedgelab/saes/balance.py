@@ -1,0 +1,63 @@
+r"""What balances a matryoshka SAE's levels without ground truth: the credit of outer levels, and the asymmetry of inner ones.
+
+*Two diseases, one quantity.* Let an inner latent i (the parent) fire on its feature and be affine in what else is there, its
+encoder's part along child j being ``e_j``. Then ``E[a_i | i and j fire] - E[a_i | i fires, j does not] = e_j``: positive where
+the inner level hedges (its narrow reconstruction pays for the child), negative where the child's latent absorbs the parent.
+Summed over the children that have latents further out, and weighted by how often they fire,
+
+    s_i = Cov(a_i, n | i fires) P(i fires) / E[a_i | i fires],    n = number of outer latents that fire:
+
+no pairs need to be known, only sums over the batch. A level's weight raises hedging against absorption, so the weight whose
+``Σ_i s_i`` is zero balances the level as well as one number can.
+
+*Credit.* One number cannot serve children of different rates: hedging pulls with the child's rate, absorption with λ alone. But
+the pull to hedge is there only because the level's error contains ``f_j``, which child j's latent explains. Sparing the level
+what outer latents explain *outside the span of its own decoder rows* removes that pull for every child at once. Inside the span
+nothing is spared: where the child's latent writes the parent's direction as well (absorption), the level still has to
+explain all of it. So a clean parent is where the level's error is least whatever the rates; the penalty alone moves it,
+by O(λ).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.ranks import ALONE, Ranks
+
+
+def outside_span(vectors: Tensor, rows: Tensor) -> Tensor:
+    """The part of ``vectors [batch, d_in]`` orthogonal to all ``rows [m, d_in]``; zero for ``m ≥ d_in`` (rows span all)."""
+    if rows.shape[0] >= rows.shape[1]:
+        return torch.zeros_like(vectors)
+    with torch.autocast(vectors.device.type, enabled=False):
+        basis, _ = torch.linalg.qr(rows.to(vectors.dtype).T)
+        rest: Tensor = vectors - (vectors @ basis) @ basis.T
+    return rest
+
+
+@torch.no_grad()
+def asymmetry(codes: Codes, level: slice, weight: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
+    """How much more (hedging) or less (absorption) a level's own latents fire the more outer latents do: ``Σ_i s_i``, a scalar.
+
+    Args:
+        codes: Latents of a batch.
+        level: The level's own latents; those from its end on are the outer ones.
+        weight: Probabilities of the examples, ``[batch]``; None for equal ones.
+        ranks: Those over which the batch is split: its sums are taken over all of it.
+    """
+    codes = replace(
+        codes, values=codes.values.detach().double()
+    )  # a difference of products: single precision leaves noise
+    fires = replace(codes, values=(codes.values > 0).double())
+    if weight is None:
+        weight = codes.values.new_full((codes.batch_size,), 1 / codes.batch_size)
+    weight = weight.double()
+    outer = (codes.active_per_example() - codes.prefix(level.stop).active_per_example()).double()
+    sums = [part.sum_per_latent(by)[level] for part in (codes, fires) for by in (weight, weight * outer)]
+    size, size_with, rate, rate_with = ranks.mean(torch.stack(sums)).unbind()
+    zero = torch.zeros_like(size)
+    return torch.where(size > 0, (size_with * rate - size * rate_with) / size.clamp_min(1e-12), zero).sum()
