@@ -126,13 +126,14 @@ class TrialMaker:
             init_args["levels"] = sorted({max(1, width // 4), max(1, width // 2), width})
         if inner.get("k", 0) is None:
             firing = self.toy(next(iter(self.config.toys))).firing
+            assert isinstance(firing, CopulaFiring)
             inner["k"] = max(1, round(float(firing.rates().sort(descending=True).values[:width].sum())))
         return cast(SAE, self._instantiate("model", base, f"kinds.{kind}"))
 
     def _instantiate(self, name: str, section: dict[str, Any], key: str) -> Any:
         try:
             parsed = self._parser.parse_object({name: section})
-            return self._parser.instantiate(parsed)[name]  # type: ignore[no-untyped-call]
+            return self._parser.instantiate(parsed)[name]
         except UserError:
             raise
         except Exception as error:

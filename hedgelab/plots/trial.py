@@ -56,7 +56,10 @@ def hedging_over_width(curves: Mapping[str, Mapping[str, Mapping[int, Sequence[f
     for axes, (kind, by_toy) in zip(panels, curves.items(), strict=True):
         for color, (toy, by_width) in zip(PALETTE, by_toy.items(), strict=False):
             axes.plot(list(by_width), [np.mean(v) for v in by_width.values()], marker="o", ms=3, color=color, label=toy)
+        widths = sorted({width for by_width in by_toy.values() for width in by_width})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(widths, [str(width) for width in widths])
+        axes.minorticks_off()
         tidy(axes, kind, "width", "true hedging" if axes is panels[0] else "")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
@@ -66,7 +69,7 @@ def hedging_over_width(curves: Mapping[str, Mapping[str, Mapping[int, Sequence[f
 
 
 def hedging_of_levels(levels: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
-    """True hedging of each matryoshka level's own latents, innermost first: a panel a toy, a group of bars a width.
+    """True hedging of matryoshka levels' own latents, innermost first: a panel a toy, a group of bars a width.
 
     Args:
         levels: Mean over seeds by toy and width.
@@ -80,5 +83,8 @@ def hedging_of_levels(levels: Mapping[str, Mapping[int, Sequence[float]]]) -> Fi
                 axes.bar(place + 0.25 * (level - 1), value, 0.23, color=PALETTE[level], label=label, zorder=2)
         axes.set_xticks(range(len(by_width)), [str(width) for width in by_width])
         tidy(axes, toy, "width", "true hedging" if axes is panels[0] else "")
-    panels[-1].legend(frameon=False, fontsize=8, labelcolor=INK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8, labelcolor=INK
+    )
     return figure

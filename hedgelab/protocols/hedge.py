@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import PolynomialLR
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.metrics.functional.hedging_degree import DRAWS, DegreeScores
+from hedgelab.metrics.functional.residual_hedging import BLOCKS
 from hedgelab.metrics.hedging_degree import HedgingDegree
 from hedgelab.metrics.residual_hedging import ROWS, ResidualHedgingMetric
 from hedgelab.protocols.phase_data import PhaseData
@@ -236,8 +237,8 @@ def measure_together(
 
 
 def _with_residual_hedging(scores: DegreeScores, control: SAE, kept: Sequence[Tensor]) -> DegreeScores:
-    """The scores with the control's residual hedging; one SAE at a time, for the codes are held dense."""
-    if not kept:
+    """The scores with the control's residual hedging, given examples enough; one SAE at a time, for codes are held dense."""
+    if sum(map(len, kept)) < 2 * BLOCKS:
         return scores
     metric = ResidualHedgingMetric(control.W_dec).to(control.W_dec.device)
     for x in kept:

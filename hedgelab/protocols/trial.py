@@ -73,7 +73,7 @@ class TrialScore(NamedTuple):
         residual_std: Its standard error.
         degree: The hedging degree.
         tracked: Features that a latent tracks.
-        levels: True hedging of each matryoshka level's own latents, innermost first; empty for other SAEs.
+        levels: See :func:`level_hedging`; empty for SAEs without levels.
     """
 
     kind: str
@@ -186,7 +186,7 @@ def _score(
         control.W_dec, extended.W_dec, live=live & (fired_extended[:width] > 0), live_new=fired_extended[width:] > 0, seed=seed
     )  # fmt: skip
     residual = metric.compute()
-    levels = control.level_slices() if isinstance(control, MatryoshkaSAE) else []
+    levels = level_hedging(control, folded.W_dec, directions, live) if isinstance(control, MatryoshkaSAE) else ()
     return TrialScore(
         kind, width, toy, seed,
         true_hedging=float(true[live].mean()),
@@ -194,5 +194,25 @@ def _score(
         residual_std=float(residual.std),
         degree=float(degree.degree),
         tracked=int((tracked.feature >= 0).sum()),
-        levels=tuple(float(true[own][live[own]].mean()) for own in levels),
+        levels=levels,
     )  # fmt: skip
+
+
+def level_hedging(sae: MatryoshkaSAE, W_dec: Tensor, directions: Tensor, live: Tensor) -> tuple[float, ...]:
+    """True hedging of each level's own latents, innermost first: along features that no latent of *their prefix* tracks.
+
+    An inner level must reconstruct without the latents that come after it, so it hedges on features that those track.
+
+    Args:
+        sae: Whose levels.
+        W_dec: Its folded decoder, ``[d_sae, d_in]``.
+        directions: True directions, ``[n, d_in]``.
+        live: Latents that fire, ``[d_sae]`` bool.
+    """
+    coordinates, cosines = decoder_coordinates(W_dec, directions), decoder_cosines(W_dec, directions)
+    values = []
+    for own in sae.level_slices():
+        tracked = tracked_features(cosines[: own.stop], live[: own.stop])
+        true = hedging(coordinates[: own.stop], cosines[: own.stop], tracked, live[: own.stop]).norm
+        values.append(float(true[own][live[own]].mean()))
+    return tuple(values)

@@ -92,6 +92,8 @@ def test_trainer_measures_and_repeats_itself():
     first, second = measure(), measure()
     assert torch.equal(first.projections, second.projections)
     assert 0 < first.projection < 1
+    assert torch.equal(first.residual_hedging, second.residual_hedging)
+    assert first.scalars()["residual_hedging"] == first.residual_hedging  # not NaN
 
 
 def test_phases_need_a_number_of_steps():

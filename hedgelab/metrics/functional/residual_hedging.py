@@ -51,6 +51,7 @@ import torch
 from torch import Tensor
 
 from hedgelab.errors import UserError
+from hedgelab.metrics.functional.hedging_degree import orthonormal_basis
 
 BLOCKS = 4
 """Parts that examples are split into; errors are compared between different ones only."""
@@ -108,7 +109,7 @@ def residual_hedging(x: Tensor, error: Tensor, codes: Tensor, W_dec: Tensor, blo
     if size < 2:
         raise UserError(f"examples: need at least {2 * blocks} for {blocks} blocks, got {len(x)}")
     x, error, codes = (rows[: size * blocks] for rows in (x, error, codes))
-    measured = torch.stack([(part > 0).sum(0) >= FIRINGS for part in codes.split(size)]).all(0)
+    measured = torch.stack([(part > 0).sum(0) >= FIRINGS for part in torch.split(codes, size)]).all(0)
     codes, W_dec = codes[:, measured].double(), W_dec[measured].double()
     latents = torch.full(measured.shape, torch.nan, dtype=torch.float64, device=codes.device)
     nothing = latents.new_tensor(torch.nan)
@@ -121,7 +122,8 @@ def residual_hedging(x: Tensor, error: Tensor, codes: Tensor, W_dec: Tensor, blo
     weights = influence(codes)
     rows = (weights.t() @ x.double() * W_dec).sum(1).abs().clamp_min(1e-30)
     pairs = list(combinations(range(blocks), 2))
-    moments = _moments(error.float().split(size), [_centred(part) * blocks for part in weights.split(size)], pairs)
+    shares = [_centred(part) * blocks for part in torch.split(weights, size)]
+    moments = _moments(torch.split(error.float(), size), shares, pairs)
     variance = mean_variance(error)
     everything = list(range(len(pairs)))
     own, magnitude = _hedging(moments, everything, variance)
@@ -139,7 +141,7 @@ def outside(error: Tensor, W_dec: Tensor) -> Tensor:
     """Errors ``[examples, d_in]`` without their part in the span of rows ``[W, d_in]``; as they are where ``W > d_in``."""
     if len(W_dec) > W_dec.shape[1]:
         return error
-    basis = torch.linalg.qr(W_dec.t())[0]
+    basis = orthonormal_basis(W_dec)
     return error - (error @ basis) @ basis.t()
 
 

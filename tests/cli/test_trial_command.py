@@ -1,0 +1,47 @@
+"""``hedgelab trial`` end to end at a small size, with the shipped config."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from hedgelab.cli import main
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "toy" / "degree_trial.yaml")
+SMALL = ["--trial.widths", "[4]", "--trial.steps", "4", "--trial.continued_steps", "3", "--trial.seeds", "1"]
+SMALL += ["--trial.val_batches", "2", "--trial.n_new", "2", "--data.init_args.batch_size", "32"]
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_shipped_trial_runs_small(store, capsys):
+    assert main(["trial", "--config", CONFIG, *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert "30 SAEs" in printed
+    assert "residual hedging" in printed
+    (table,) = store.rglob("table.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 30
+    assert {row["kind"] for row in rows} == {"vanilla", "topk", "batch_topk", "jumprelu", "matryoshka"}
+    assert all(len(row["levels"].split()) == 3 * (row["kind"] == "matryoshka") for row in rows)
+    assert {path.name for path in store.rglob("*.png")} == {"against_truth.png", "widths.png", "levels.png"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trial.seeds", "0"], "trial.seeds: must be at least 1"),
+        (["--toys", "{plain: {strength: 2}}"], "strength"),
+        (["--kinds", "{topk: {class_path: TopKSAE, init_args: {k: 99}}}"], "k: must lie between 1 and d_sae = 4"),
+        (["--kinds", "{}"], "kinds: missing"),
+    ],
+)
+def test_mistakes_of_trial(words, message, store, capsys):
+    assert main(["trial", "--config", CONFIG, *SMALL, *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(store.rglob("table.csv"))
