@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from omegaconf.errors import OmegaConfBaseException
@@ -54,7 +55,7 @@ def _make(tree: Tree) -> LLMDataModule:
     except (Exception, OmegaConfBaseException) as error:
         raise UserError(explain_parsing(error, tree, walk)) from error
     try:
-        data: object = parser.instantiate(parsed).data
+        data: Any = parser.instantiate(parsed).data
     except Exception as error:
         mistake = user_error(error)
         text = explain_construction(mistake, walk) if isinstance(mistake, UserError) else one_line(str(error))
@@ -70,7 +71,7 @@ def _take_own_gpu(data: LLMDataModule) -> None:
     import torch
 
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    if local is not None and data.device.type == "cuda" and data.device.index is None:
+    if local is not None and str(data.device) == "cuda":
         data.device = torch.device("cuda", int(local) % torch.cuda.device_count())
 
 

@@ -46,7 +46,7 @@ class ActivationCache:
         self.contexts_per_shard: int = manifest["contexts_per_shard"]
         self.storage_dtype: str = manifest["storage_dtype"]
         self.shape: tuple[int, int] = (manifest["activations"]["context_length"], manifest["d_in"])
-        self._array = _zarr().open_array(folder / "activations", mode="r+")
+        self._array = _zarr().open_array(folder / "activations", mode="r+" if os.access(folder, os.W_OK) else "r")
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationCache:
