@@ -60,7 +60,7 @@ def child(command):
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.path.insert(0, str(Path(__file__).parent))
-    import fits
+    import checkpointed
 
     from hedgelab.cli import main
     from hedgelab.cli.errors import guarded
@@ -69,7 +69,7 @@ def child(command):
     try:
         match command["words"]:
             case ["fits", name]:
-                code = guarded(lambda: fits.run(name, command["cwd"]))
+                code = guarded(lambda: checkpointed.run(name, command["cwd"]))
             case words:
                 code = main(words)
     finally:

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-import fits
+import checkpointed
 
 from hedgelab.checkpoints import LAST, PREVIOUS, RunCheckpoint, newest_whole
 from hedgelab.errors import Stopped, UserError
@@ -54,13 +54,13 @@ class Scores(L.Callback):
 
 
 def fit(folder, module=None, checkpoint=None, callbacks=(), **changed):
-    saving = RunCheckpoint(dirpath=str(folder), save_last=True, save_top_k=0, every_n_train_steps=fits.EVERY)
+    saving = RunCheckpoint(dirpath=str(folder), save_last=True, save_top_k=0, every_n_train_steps=checkpointed.EVERY)
     scores = Scores()
-    options = {**fits.settings(saving), **changed, "callbacks": [*callbacks, scores, saving]}
+    options = {**checkpointed.settings(saving), **changed, "callbacks": [*callbacks, scores, saving]}
     trainer = L.Trainer(**options, logger=False)
-    module = module or fits.sae()
+    module = module or checkpointed.sae()
     try:
-        trainer.fit(module, datamodule=fits.data(), ckpt_path=checkpoint)
+        trainer.fit(module, datamodule=checkpointed.data(), ckpt_path=checkpoint)
     finally:
         fit.scores, fit.saving = scores.seen, saving
     return module
@@ -93,7 +93,7 @@ def test_signals_stop_between_steps_and_nothing_is_lost(whole, tmp_path, number,
 
 
 def test_a_signal_during_the_last_chunk_lets_the_fit_end(whole, tmp_path):
-    done = fit(tmp_path, callbacks=[Signal(signal.SIGTERM, fits.STEPS)])
+    done = fit(tmp_path, callbacks=[Signal(signal.SIGTERM, checkpointed.STEPS)])
     assert same_weights(whole[0], done)
 
 
@@ -142,7 +142,7 @@ def test_groups_too(tmp_path):
         return SAEGroup(
             {
                 "a": VanillaSAE(8, 3, 0.01, l1_warmup_steps=50),
-                "b": fits.sae(1),
+                "b": checkpointed.sae(1),
                 "c": TopKSAE(8, 5, k=2, dead_after_steps=5),
             }
         )
@@ -193,7 +193,7 @@ def test_a_signal_while_the_disk_is_full_says_what_is_left(tmp_path, monkeypatch
 def test_saving_as_often_as_possible_changes_nothing(whole, tmp_path):
     saving = partial(RunCheckpoint, save_last=True, save_top_k=0)
     often = saving(dirpath=str(tmp_path), every_n_train_steps=2)
-    trainer = L.Trainer(**fits.settings(often), logger=False)
-    module = fits.sae()
-    trainer.fit(module, datamodule=fits.data())
+    trainer = L.Trainer(**checkpointed.settings(often), logger=False)
+    module = checkpointed.sae()
+    trainer.fit(module, datamodule=checkpointed.data())
     assert same_weights(whole[0], module)

@@ -14,7 +14,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TRAINING = sorted(file for file in CONFIGS.rglob("*.yaml") if {"data", "sweep"} & set(yaml.safe_load(file.read_text())))
 OWN_COMMAND = {"theory", "paper"}  # run in tests of their own
 SWEEPS = [file for file in TRAINING if "sweep" in yaml.safe_load(file.read_text())]
-SINGLE = [file for file in TRAINING if file not in SWEEPS and file.parent.name not in OWN_COMMAND]
+SINGLE = [
+    file
+    for file in TRAINING
+    if file not in SWEEPS and file.parent.name not in OWN_COMMAND and "trial" not in yaml.safe_load(file.read_text())
+]
 
 
 def name_of(file):

@@ -218,7 +218,7 @@ def test_saved_saes_come_back_the_same(name, tmp_path):
         (lambda f: (f / "sae.json").unlink(), "sae.json"),
         (lambda f: (f / "sae.safetensors").write_bytes(b"junk"), "damaged"),
         (lambda f: (f / "sae.json").write_text("{"), "damaged"),
-        (lambda f: (f / "sae.json").write_text('{"class": "os.system"}'), "class"),
+        (lambda f: (f / "sae.json").write_text('{"class": "os.system", "d_in": 8, "d_sae": 16}'), "class"),
         (lambda f: (f / "sae.json").write_text(json.dumps({"class": "TopKSAE", "d_in": 8})), "d_sae"),
     ],
 )
