@@ -59,4 +59,6 @@ def test_residual_hedging_ranks_and_is_calibrated():
     scores = run_trial(toys, ["batch_topk"], make, options)
     assert agreement(scores, "residual_hedging") > 0.9
     for result in scores:
-        assert math.isclose(result.residual_hedging, result.true_hedging, rel_tol=0.3, abs_tol=0.04 + 3 * result.residual_std)
+        assert math.isclose(
+            result.residual_hedging, result.true_hedging, rel_tol=0.3, abs_tol=0.04 + 3 * result.residual_std
+        )
