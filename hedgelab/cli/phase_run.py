@@ -198,7 +198,7 @@ def as_csv(members: list[dict[str, float]]) -> str:
 def log_children(tracker: MLflowTracker, members: list[dict[str, float]], given: Sequence[str], step: int) -> None:
     """Every SAE as a child run: what it was given as parameters, what came out as metrics."""
     for number, member in enumerate(tqdm(members, "Child runs", unit="run", disable=not sys.stderr.isatty())):
-        child = tracker.child(f"{tracker.name}/{number}", {})
+        child = tracker.child(f"{tracker.run_name}/{number}", {})
         child.log_hyperparams({name: float(member[name]) for name in given})
         known = {name: float(value) for name, value in member.items() if name not in given and np.isfinite(value)}
         child.log_metrics(known, step)

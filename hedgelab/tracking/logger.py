@@ -92,6 +92,11 @@ class MLflowTracker(Logger):
         return self._experiment
 
     @property
+    def run_name(self) -> str | None:
+        """Name that the run was given; None where MLflow invents one."""
+        return self._run_name
+
+    @property
     def version(self) -> str | None:
         """Id of the run; None on other ranks than zero."""
         return self.run_id
