@@ -42,8 +42,9 @@ class Correlated(ActivationDataModule):
 
     def batch(self, stage, index):
         source = generator(0, stage, index)
-        rows = torch.randn(self.batch_size, self.d_in, generator=source)
-        sizes = 1 + torch.rand(self.batch_size, 1, generator=source)
+        single = {"generator": source, "dtype": torch.float32}  # whatever the default is while modules are made
+        rows = torch.randn(self.batch_size, self.d_in, **single)
+        sizes = 1 + torch.rand(self.batch_size, 1, **single)
         return Batch((sizes * rows @ self.mixing + self.mean).to(self.dtype))
 
 
@@ -79,6 +80,9 @@ def make(kind, d_in, wide, seed=0):
             return MatryoshkaSAE(d_in, inner, levels, beta=0.25, auxiliary_per_level=True)
         case "matryoshka_one_auxiliary":
             return MatryoshkaSAE(d_in, functools.partial(TopKSAE, **k_sparse), levels, beta=2.0)
+        case "adaptive":
+            inner = functools.partial(VanillaSAE, d_sae=d_sae, l1_coefficient=0.01, init=init)
+            return MatryoshkaSAE(d_in, inner, levels, beta=0.5, adaptive=True, credit=0.5)
         case "detached":
             inner = functools.partial(VanillaSAE, d_sae=d_sae, l1_coefficient=0.01, init=init)
             return MatryoshkaSAE(d_in, inner, levels, detached=True)

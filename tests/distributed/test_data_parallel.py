@@ -103,3 +103,12 @@ def test_measuring_is_the_same_on_any_number_of_ranks(stage, tmp_path):
     assert first.keys() == alone.keys()
     assert len(alone) > 10
     assert first == pytest.approx(alone, rel=1e-9, nan_ok=True)
+
+
+def test_levels_balanced_in_training(tmp_path):
+    """The asymmetry that moves the levels' weights is no mean over examples: it is taken of the whole batch's sums."""
+    one, many = one_and_many("toy", 2, tmp_path, ["adaptive"], 60)
+    check(one, many)
+    name = "members.adaptive.log_factors"
+    assert one.weights[name].abs().max() > 1e-3
+    torch.testing.assert_close(many[0].weights[name], one.weights[name])
