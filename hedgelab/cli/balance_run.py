@@ -27,7 +27,7 @@ from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${…} across config files
-_SHOWN = ("β = 1, plain matryoshka", "best β", "one weight a level", "credit, β = 1")
+_SHOWN = ("β = 1, plain matryoshka", "best β", "adaptive weights, one a level", "one weight a level", "credit, β = 1")
 
 
 def run_balance_command(words: list[str]) -> int:
@@ -156,7 +156,7 @@ def figure(balance: Balance, parent: int) -> Any:
     adaptive = {
         name: (float(scores.weights[0, 0]), float(scores.encoder_error[0]))
         for name, scores in balance.methods.items()
-        if name.startswith("adaptive")
+        if name.startswith("adaptive weights from")
     }
     first = next(iter(adaptive))
     shown = [name for name in _SHOWN if name in balance.methods]

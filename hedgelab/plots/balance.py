@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from hedgelab.plots.style import FAINT, INK, MUTED, PALETTE, new_figure, tidy
+from hedgelab.plots.style import INK, MUTED, PALETTE, new_figure, tidy
 
 
 def balance_figure(
@@ -31,7 +32,7 @@ def balance_figure(
     """
     x = np.asarray(betas, dtype=float)
     figure = new_figure(10.4, 4.4, title)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     for (name, values), colour in zip(curves.items(), PALETTE, strict=False):
         errors = np.asarray(values, dtype=float)
         left.plot(x, errors, color=colour, linewidth=1.8, label=name)
@@ -50,15 +51,15 @@ def balance_figure(
     tidy(
         left, "Distance of the parent's encoder from its feature", "weight of the innermost level (β)", "encoder error"
     )
-    left.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    left.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left")
     width = 0.8 / len(children)
     places = np.arange(len(components))
     for j, child in enumerate(children):
         heights = [float(np.asarray(values, dtype=float)[j]) for values in components.values()]
         right.bar(places + (j - (len(children) - 1) / 2) * width, heights, width, color=PALETTE[j], label=child)
     right.axhline(0, color=MUTED, linewidth=0.8)
-    right.set_xticks(places, [name.replace(", ", ",\n") for name in components])
+    right.set_xticks(places, ["\n".join(wrap(name, 11)) for name in components])
     tidy(right, "Its part along each child: above zero hedging, below absorption", "", "encoder cosine")
-    right.tick_params(axis="x", length=0, labelcolor=INK, color=FAINT)
+    right.tick_params(axis="x", length=0, labelcolor=INK, labelsize=7.5)
     right.legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure

@@ -81,7 +81,7 @@ def phase_diagram(
         if log:
             set_scale("log")
     if legend:
-        figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=INK)
+        figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
     bar = figure.colorbar(mesh, ax=axes, aspect=30)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, labelcolor=MUTED, length=0)

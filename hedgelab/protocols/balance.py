@@ -21,7 +21,7 @@ from hedgelab.saes.ensemble import EnsembleSAE
 
 Array = NDArray[np.float64]
 _ELITE = 8  # one in eight of a round leads to the next
-_FIRST_WEIGHTS = (0.005, 2.0)
+_FIRST_WEIGHTS = (0.02, 1.0)
 
 
 class Make(Protocol):
@@ -139,7 +139,7 @@ def find_balance(
         betas: Fixed β to try.
         steps: Optimiser steps of each SAE.
         search: How to look for one weight a level; None for not at all.
-        starts: β from which adaptive weights start, each an SAE of its own.
+        starts: β from which adaptive weights start, each an SAE of its own; the first for one weight a level, too.
         parent: Number of the parent's feature, and of its latent.
         report: Called after each step with the number of ensemble steps taken since its last call.
     """
@@ -161,6 +161,7 @@ def find_balance(
     }
     if search is not None:
         methods["one weight a level"] = _search(make, search, train)
+        methods["adaptive weights, one a level"] = train([make(levels=search.levels, beta=starts[0], adaptive=True)])
     adaptive = train([make(beta=beta, adaptive=True) for beta in starts])
     methods |= {f"adaptive weights from β = {start:g}": adaptive.at(i) for i, start in enumerate(starts)}
     credited = train([make(beta=beta, credit=1.0) for beta in grid])
@@ -172,7 +173,7 @@ def find_balance(
 
 def fits(search: WeightSearch | None) -> int:
     """How many ensembles :func:`find_balance` trains."""
-    return 7 + (search.rounds if search is not None else 0)
+    return 7 + (search.rounds + 1 if search is not None else 0)
 
 
 def score(ensemble: EnsembleSAE, batch: Batch, data: ToyDataModule, parent: int) -> Scores:

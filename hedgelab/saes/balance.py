@@ -8,7 +8,8 @@ Summed over the children that have latents further out, and weighted by how ofte
     s_i = Cov(a_i, n | i fires) P(i fires) / E[a_i | i fires],    n = number of outer latents that fire:
 
 no pairs need to be known, only sums over the batch. A level's weight raises hedging against absorption, so the weight whose
-``Σ_i s_i`` is zero balances the level as well as one number can.
+``Σ_i s_i`` is zero balances the level as well as one number can. With a level for each child, the most frequent first, each
+level's sum counts one child less than the next inner one's; they all vanish only where every ``e_j`` does.
 
 *Credit.* One number cannot serve children of different rates: hedging pulls with the child's rate, absorption with λ alone. But
 the pull to hedge is there only because the level's error contains ``f_j``, which child j's latent explains. Sparing the level
@@ -40,24 +41,23 @@ def outside_span(vectors: Tensor, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def asymmetry(codes: Codes, level: slice, weight: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
-    """How much more (hedging) or less (absorption) a level's own latents fire the more outer latents do: ``Σ_i s_i``, a scalar.
+def asymmetry(codes: Codes, size: int, weight: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
+    """How much more (hedging) or less (absorption) a level's latents fire the more outer latents do: ``Σ_i s_i``, a scalar.
 
     Args:
         codes: Latents of a batch.
-        level: The level's own latents; those from its end on are the outer ones.
+        size: The level's latents are the first ``size``; the others are the outer ones.
         weight: Probabilities of the examples, ``[batch]``; None for equal ones.
         ranks: Those over which the batch is split: its sums are taken over all of it.
     """
-    codes = replace(
-        codes, values=codes.values.detach().double()
-    )  # a difference of products: single precision leaves noise
+    values = codes.values.detach().double()  # what follows is a difference of products: single precision leaves noise
+    codes = replace(codes, values=values)
     fires = replace(codes, values=(codes.values > 0).double())
     if weight is None:
         weight = codes.values.new_full((codes.batch_size,), 1 / codes.batch_size)
     weight = weight.double()
-    outer = (codes.active_per_example() - codes.prefix(level.stop).active_per_example()).double()
-    sums = [part.sum_per_latent(by)[level] for part in (codes, fires) for by in (weight, weight * outer)]
-    size, size_with, rate, rate_with = ranks.mean(torch.stack(sums)).unbind()
-    zero = torch.zeros_like(size)
-    return torch.where(size > 0, (size_with * rate - size * rate_with) / size.clamp_min(1e-12), zero).sum()
+    outer = (codes.active_per_example() - codes.prefix(size).active_per_example()).double()
+    sums = [part.sum_per_latent(by)[:size] for part in (codes, fires) for by in (weight, weight * outer)]
+    mean, mean_with, rate, rate_with = ranks.mean(torch.stack(sums)).unbind()
+    covariance = (mean_with * rate - mean * rate_with) / mean.clamp_min(1e-12)
+    return torch.where(mean > 0, covariance, torch.zeros_like(mean)).sum()

@@ -165,9 +165,8 @@ class MatryoshkaSAE(SAE):
             return {}
         if is_split(self.W_dec):
             raise UserError("model.adaptive: cannot be used where latents are split over processes, switch it off")
-        inner = self.level_slices()[:-1]
-        signals = torch.stack([asymmetry(codes, latents, weight, self.ranks) for latents in inner]).to(self.log_factors)
-        return {"balance": ((self.log_factors - self.log_factors.detach()) * signals).sum()}
+        signals = torch.stack([asymmetry(codes, size, weight, self.ranks) for size in self.levels[:-1]])
+        return {"balance": ((self.log_factors - self.log_factors.detach()) * signals.to(self.log_factors)).sum()}
 
     def training_means(self) -> dict[str, float]:
         """Loss terms, and with ``adaptive`` the weights of inner levels as ``level_weight/...``."""

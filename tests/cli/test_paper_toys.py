@@ -33,7 +33,7 @@ def test_single_latents_are_at_their_closed_form(name):
     if SINGLE[name] is not None:
         assert decoder[0, 1] == pytest.approx(SINGLE[name], abs=1e-3)
     if name == "independent":
-        assert float(toy.directions[1] @ toy.sae.b_dec) == pytest.approx(0.2, abs=1e-3)
+        assert float(toy.directions[1] @ toy.sae.b_dec.detach()) == pytest.approx(0.2, abs=1e-3)
     if name == "anti_correlated":
         assert decoder[0, 1] < -0.1
     if name == "correlated_high_l1":
