@@ -207,7 +207,7 @@ class SAE(L.LightningModule, ABC):
         if is_split(self.W_dec):
             return
         if trainer.state.fn == "fit" and trainer.ckpt_path is None:
-            trainer.precision_plugin.convert_module(self)  # as for one process: initialised in the precision of training
+            trainer.precision_plugin.convert_module(self)  # initialised in the precision of training, as elsewhere
             self.initialize_from(getattr(trainer, "datamodule", None), self.device)
         for module in self.modules():
             if isinstance(module, SAE):
