@@ -102,7 +102,7 @@ def test_measuring_is_the_same_on_any_number_of_ranks(stage, tmp_path):
     assert str(first) == str(second)
     assert first.keys() == alone.keys()
     assert len(alone) > 10
-    assert first == pytest.approx(alone, rel=1e-9, nan_ok=True)
+    assert first == pytest.approx(alone, rel=1e-6, nan_ok=True)
 
 
 def test_levels_balanced_in_training(tmp_path):
