@@ -76,7 +76,7 @@ def build_sae(config: dict[str, Any]) -> SAE:
     if not (isinstance(cls, type) and issubclass(cls, SAE)):
         raise UserError(f"sae.json: class: must be an SAE of hedgelab, got {name!r}")
     if unknown := arguments.keys() - (init_parameters(cls) - cls.not_architecture):
-        raise UserError(f"sae.json: {min(unknown)}: unknown key of {name}")
+        raise UserError(f"sae.json: {min(unknown)!r}: unknown key of {name}")
     if isinstance(arguments.get("inner"), dict):
         inner = arguments["inner"]
         arguments["inner"] = functools.partial(_build_inner, inner)
