@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from hedgelab.kernels.layout import Layout
 from hedgelab.kernels.products import gather_product, sampled_product, scatter_product
+from hedgelab.kernels.ranks import Ranks
 
 
 class LevelErrors(NamedTuple):
@@ -42,6 +43,9 @@ class SparseLevelErrors(Function):
 
     Errors are accumulated from level to level as reconstructions would be; backward, level gradients are summed from the
     outermost inward. The first output holds the losses ``[levels]``, the second the errors ``[levels, batch, d_in]``.
+
+    Values and decoder may be a part of the latents, the ``ranks`` having the others: what each level adds is then summed over
+    them, and accumulated as one rank would.
     """
 
     @staticmethod
@@ -55,12 +59,13 @@ class SparseLevelErrors(Function):
         levels: tuple[int, ...],
         detach: bool,
         weight: Tensor | None,
+        ranks: Ranks,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(W_dec.dtype, torch.float32)
         values, count = values.to(dtype), len(levels)
         split = layout.by_level(levels) if count > 1 else None
         deltas = gather_product(split or layout, values[split.order] if split else values, W_dec.to(dtype))
-        errors = deltas.view(count, layout.row_count, W_dec.shape[1])
+        errors = ranks.sum(deltas).view(count, layout.row_count, W_dec.shape[1])
         errors[0].add_(b_dec).sub_(x)
         for level in range(1, count):
             errors[level].add_(errors[level - 1])
@@ -78,7 +83,7 @@ class SparseLevelErrors(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # noqa: D102
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         values, W_dec, weight, errors = ctx.saved_tensors
         needs_values, needs_x, needs_W_dec, needs_b_dec, *_ = ctx.needs_input_grad
         count, batch, d_in = errors.shape
@@ -102,4 +107,4 @@ class SparseLevelErrors(Function):
             grad_b_dec = upstream[0].sum(0).to(W_dec.dtype)
         if needs_x:
             grad_x = -(upstream.sum(0) if ctx.detach else upstream[0])
-        return grad_values, grad_x, grad_W_dec, grad_b_dec, None, None, None, None
+        return grad_values, grad_x, grad_W_dec, grad_b_dec, None, None, None, None, None

@@ -56,10 +56,10 @@ def _of_whole_or_split_weights(kernel: Callable[P, R]) -> Callable[P, R]:
 
 
 @_of_whole_or_split_weights
-def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes:
-    """Codes of a ReLU SAE."""
-    path = _path(W_enc, 0)
-    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, 0.0):
+def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, share: Share | None = None) -> Codes:
+    """Codes of a ReLU SAE. A ``share`` here and below: of which latents the weights are a part; all parts take one path."""
+    path = _path(W_enc, 0, share)
+    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, 0.0, share):
         path = _dense_path(x, W_enc)
     codes: Codes = path.encode_relu(x, W_enc, b_enc, b_dec)
     return codes
@@ -67,10 +67,16 @@ def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes
 
 @_of_whole_or_split_weights
 def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, selection_scale: Tensor | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    selection_scale: Tensor | None = None,
+    share: Share | None = None,
 ) -> Codes:
     """Codes of the k largest pre-activations (times ``selection_scale [d_sae]``) of each example, then ReLU."""
-    codes: Codes = _path(W_enc, k).encode_topk(x, W_enc, b_enc, b_dec, k, selection_scale)
+    codes: Codes = _path(W_enc, k, share).encode_topk(x, W_enc, b_enc, b_dec, k, selection_scale)
     return codes
 
 
@@ -105,22 +111,37 @@ def encode_share_of_batch_topk(
     share: Share | None,
 ) -> Codes:
     """The codes of :func:`encode_batch_topk` that lie in a part of a batch's pre-activations; weights are that part's."""
-    codes: Codes = _path(W_enc, k).encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight, share)
+    codes: Codes = _path(W_enc, k, share).encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight, share)
     return codes
 
 
 @_of_whole_or_split_weights
-def encode_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, columns: Tensor, k: int) -> Codes:
+def encode_columns(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    columns: Tensor,
+    k: int,
+    share: Share | None = None,
+) -> Codes:
     """Codes of the k largest pre-activations of each example among the latents ``columns`` only, then ReLU."""
-    codes: Codes = _path(W_enc, 0).encode_columns(x, W_enc, b_enc, b_dec, columns, k)
+    codes: Codes = _path(W_enc, 0, share).encode_columns(x, W_enc, b_enc, b_dec, columns, k)
     return codes
 
 
 @_of_whole_or_split_weights
-def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> Codes:
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    threshold: Tensor,
+    share: Share | None = None,
+) -> Codes:
     """Codes ``pre · 1[pre > threshold]`` for a given threshold (a scalar or ``[d_sae]``), no gradient to it."""
-    path = _path(W_enc, 0)
-    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, threshold):
+    path = _path(W_enc, 0, share)
+    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, threshold, share):
         path = reference
     codes: Codes = path.encode_threshold(x, W_enc, b_enc, b_dec, threshold)
     return codes
@@ -135,13 +156,14 @@ def encode_jumprelu(
     log_threshold: Tensor,
     bandwidth: float,
     weight: Tensor | None = None,
+    share: Share | None = None,
 ) -> tuple[Codes, Tensor]:
     """Codes of a JumpReLU SAE, and how often each latent fires on average over the batch, ``[d_sae]``.
 
     Both carry straight-through gradients to ``log_threshold`` (Rajamanoharan et al. 2024, section 3).
     """
-    path = _path(W_enc, 0)
-    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, log_threshold.detach().exp() - bandwidth / 2):
+    path = _path(W_enc, 0, share)
+    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, log_threshold.detach().exp() - bandwidth / 2, share):
         path = _dense_path(x, W_enc)
     result: tuple[Codes, Tensor] = path.encode_jumprelu(x, W_enc, b_enc, b_dec, log_threshold, bandwidth, weight)
     return result
@@ -150,7 +172,7 @@ def encode_jumprelu(
 @_of_whole_or_split_weights
 def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """``a W_dec + b_dec``, ``[batch, d_in]``."""
-    x_hat: Tensor = _decoder_path(codes, W_dec).decode(codes, W_dec, b_dec)
+    x_hat: Tensor = decoder_path(codes, W_dec).decode(codes, W_dec, b_dec)
     return x_hat
 
 
@@ -161,7 +183,7 @@ def decode_levels(
 
     With ``detach`` an inner level feels no gradient from outer ones; ``b_dec`` then learns from the innermost level alone.
     """
-    x_hats: list[Tensor] = _decoder_path(codes, W_dec).decode_levels(codes, W_dec, b_dec, levels, detach)
+    x_hats: list[Tensor] = decoder_path(codes, W_dec).decode_levels(codes, W_dec, b_dec, levels, detach)
     return x_hats
 
 
@@ -179,7 +201,7 @@ def level_errors(
 
     The squared error is summed over ``d_in`` and averaged over the batch, or over ``weight [batch]`` (population mode).
     """
-    path = _decoder_path(codes, W_dec)
+    path = decoder_path(codes, W_dec)
     if path is sparse:
         return sparse.level_errors(codes, x, W_dec, b_dec, levels, detach, weight)
     if path is reference:
@@ -194,15 +216,15 @@ def total(values: Tensor, latents: slice = slice(None)) -> Tensor:
     return values[latents].sum()
 
 
-def _path(W_enc: Tensor, k: int) -> Any:
-    """The module whose kernels run."""
-    d_sae = W_enc.shape[1]
+def _path(W_enc: Tensor, k: int, share: Share | None = None) -> Any:
+    """The module whose kernels run; parts of an SAE run those that the whole would, so that their rounding is the same."""
+    d_sae = W_enc.shape[1] if share is None else share.d_sae
     if _backend == "dense" or (_backend == "auto" and (d_sae < MIN_D_SAE or k > MAX_SHARE * d_sae)):
         return reference
     return (_triton() or reference) if W_enc.is_cuda else sparse
 
 
-def _decoder_path(codes: Codes, W_dec: Tensor) -> Any:
+def decoder_path(codes: Codes, W_dec: Tensor) -> Any:
     """The module that decodes: codes keep the layout of the path that made them."""
     if codes.is_dense or _backend == "dense":
         return reference
@@ -227,9 +249,14 @@ def _triton() -> ModuleType | None:
     return entry
 
 
-def _many_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor | float) -> bool:
-    """Whether ``auto`` expects too many entries above a threshold for the sparse path to pay."""
+def _many_above(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor | float, share: Share | None
+) -> bool:
+    """Whether ``auto`` expects too many entries above a threshold for the sparse path to pay; over all parts together."""
     if _backend == "sparse":
         return False
     with torch.no_grad():
-        return sampled_density(sparse.encoder(x, W_enc, b_enc, b_dec), threshold) > MAX_SHARE
+        density = sampled_density(sparse.encoder(x, W_enc, b_enc, b_dec), threshold)
+    if share is not None:
+        density = float(share.ranks.mean(torch.tensor(density, dtype=torch.float64)))
+    return density > MAX_SHARE

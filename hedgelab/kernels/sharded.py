@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from hedgelab.kernels import ops
+from hedgelab.kernels import ops, sparse
 from hedgelab.kernels.agreement import Share
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.errors import LevelErrors, squared_error
@@ -70,10 +71,11 @@ class ShardedCodes(Codes):
     def gathered(self) -> Codes:
         """Codes of all latents, the same on every process, without a gradient."""
         ranks = self.ranks
-        if self.layout is None:
+        if not ranks.any(torch.tensor(self.layout is not None, device=self.values.device)):
             return Codes.from_dense(ranks.stack(self.values.detach()).transpose(0, 1).flatten(1))
-        rows, latents = ranks.cat(self.layout.rows), ranks.cat(self.layout.latents + ranks.rank * self.d_sae)
-        values = ranks.cat(self.values.detach())
+        _, own, values = self.csr()  # each process chose its layout by how many of its own latents fire
+        rows, latents = ranks.cat(self.rows()), ranks.cat(own + ranks.rank * self.d_sae)
+        values = ranks.cat(values.detach())
         order = rows.argsort(stable=True)
         crow = row_pointers(rows, self.batch_size)
         return Codes.from_csr(crow, latents[order], values[order], self.d_sae * ranks.size)
@@ -82,7 +84,7 @@ class ShardedCodes(Codes):
 def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes:
     """As :func:`ops.encode_relu`."""
     part = _Part.of(W_enc, b_enc, b_dec)
-    return part.wrap(ops.encode_relu(x, *part.weights))
+    return part.wrap(ops.encode_relu(x, *part.weights, part.share(x)))
 
 
 def encode_topk(
@@ -91,7 +93,7 @@ def encode_topk(
     """As :func:`ops.encode_topk`: the largest of every process's k largest."""
     part = _Part.of(W_enc, b_enc, b_dec)
     scale = None if selection_scale is None else _own(selection_scale)
-    codes = ops.encode_topk(x, *part.weights, min(k, part.width), scale)
+    codes = ops.encode_topk(x, *part.weights, min(k, part.width), scale, part.share(x))
     return part.wrap(_largest_of_rows(codes, k, scale, part.ranks))
 
 
@@ -108,9 +110,10 @@ def encode_batch_topk(
     """As :func:`ops.encode_batch_topk`; ``ranks`` are those among whom rows are split, as ever."""
     part = _Part.of(W_enc, b_enc, b_dec)
     scale = None if selection_scale is None else _own(selection_scale)
-    rows, d_sae = x.shape[0], part.width * part.ranks.size
-    everyone = part.ranks if ranks.size == 1 else Ranks.of(None)
-    share = Share(everyone, rows * ranks.size, d_sae, rows * ranks.rank, part.first)
+    share = part.share(x)
+    if ranks.size > 1:
+        rows = x.shape[0]
+        share = share._replace(ranks=Ranks.of(None), rows=rows * ranks.size, first_row=rows * ranks.rank)
     return part.wrap(ops.encode_share_of_batch_topk(x, *part.weights, k, scale, weight, share))
 
 
@@ -119,7 +122,7 @@ def encode_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, colum
     part = _Part.of(W_enc, b_enc, b_dec)
     own = columns[(columns >= part.first) & (columns < part.first + part.width)] - part.first
     if len(own):
-        codes = ops.encode_columns(x, *part.weights, own, min(k, len(own)))
+        codes = ops.encode_columns(x, *part.weights, own, min(k, len(own)), part.share(x))
     else:
         nothing = part.weights[2][:0]  # of b_dec, so that its gradients are summed here too: the others wait for it
         codes = Codes.from_csr(columns.new_zeros(len(x) + 1), columns[:0], nothing, part.width)
@@ -129,7 +132,7 @@ def encode_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, colum
 def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> Codes:
     """As :func:`ops.encode_threshold`."""
     part = _Part.of(W_enc, b_enc, b_dec)
-    return part.wrap(ops.encode_threshold(x, *part.weights, _own(threshold)))
+    return part.wrap(ops.encode_threshold(x, *part.weights, _own(threshold), part.share(x)))
 
 
 def encode_jumprelu(
@@ -143,7 +146,7 @@ def encode_jumprelu(
 ) -> tuple[Codes, Tensor]:
     """As :func:`ops.encode_jumprelu`; the rates are a DTensor ``[d_sae]``."""
     part = _Part.of(W_enc, b_enc, b_dec)
-    codes, rates = ops.encode_jumprelu(x, *part.weights, _own(log_threshold), bandwidth, weight)
+    codes, rates = ops.encode_jumprelu(x, *part.weights, _own(log_threshold), bandwidth, weight, part.share(x))
     return part.wrap(codes), DTensor.from_local(rates, part.mesh, [Shard(0)], run_check=False)
 
 
@@ -163,15 +166,41 @@ def level_errors(
     detach: bool = False,
     weight: Tensor | None = None,
 ) -> LevelErrors:
-    """As :func:`ops.level_errors`; one exchange for all levels."""
-    own, bias, ranks = _own(W_dec), _own(b_dec), Ranks.of(_mesh(W_dec).get_group())
+    """As :func:`ops.level_errors`; one exchange for all levels.
+
+    Exchanged is what each level adds. The sums are accumulated as one process does, so that a row with a single latent has the
+    rounding errors of one process: where such a latent reconstructs as well as it can, they are all of its gradient.
+    """
+    own, bias, mesh = _own(W_dec), _own(b_dec), _mesh(W_dec)
+    ranks = Ranks.of(mesh.get_group())
     first, width = ranks.rank * own.shape[0], own.shape[0]
     own_levels = [min(max(level - first, 0), width) for level in levels]
-    partial = ops.decode_levels(_plain(codes), own, torch.zeros_like(bias), own_levels, detach)
-    x_hats = _sum(torch.stack(partial), _mesh(W_dec)).unbind()
-    biases = [bias.detach() if detach and level else bias for level in range(len(levels))]
-    pairs = [squared_error(x_hat + b, x, weight) for x_hat, b in zip(x_hats, biases, strict=True)]
-    return LevelErrors([loss for loss, _ in pairs], [error for _, error in pairs])
+    part = _plain(codes)
+    if part.layout is not None and own_levels[-1] < width:
+        part = part.prefix(own_levels[-1])
+    if ops.decoder_path(part, own) is sparse:
+        return sparse.level_errors(part, x, own, bias, own_levels, detach, weight, ranks)
+    added = _sum(_added_by_levels(part, own, own_levels), mesh)
+    losses, errors, running = [], [], bias.expand_as(x)
+    for level, delta in enumerate(added.unbind()):
+        running = (running.detach() if detach and level else running) + delta
+        loss, error = squared_error(running, x, weight)
+        losses.append(loss)
+        errors.append(error)
+    return LevelErrors(losses, errors)
+
+
+def _added_by_levels(codes: Codes, W_dec: Tensor, levels: Sequence[int]) -> Tensor:
+    """What the latents of each level alone reconstruct, ``[levels, batch, d_in]``."""
+    no_bias = W_dec.new_zeros(W_dec.shape[1])
+    if len(levels) == 1:
+        return ops.decode(codes, W_dec, no_bias).unsqueeze(0)
+    if codes.layout is None:
+        bounds = list(pairwise([0, *levels]))
+        return torch.stack([codes.values[:, start:stop] @ W_dec[start:stop] for start, stop in bounds])
+    split = codes.layout.by_level(levels)
+    rows = Codes.from_csr(split.crow, split.latents, codes.values[split.order], codes.d_sae)
+    return ops.decode(rows, W_dec, no_bias).view(len(levels), codes.batch_size, W_dec.shape[1])
 
 
 def total(values: Tensor, latents: slice = slice(None)) -> Tensor:
@@ -202,6 +231,10 @@ class _Part(NamedTuple):
     @property
     def first(self) -> int:
         return self.ranks.rank * self.width
+
+    def share(self, x: Tensor) -> Share:
+        """What it makes of a batch: all rows, some latents."""
+        return Share(self.ranks, x.shape[0], self.width * self.ranks.size, first_latent=self.first)
 
     def wrap(self, codes: Codes) -> ShardedCodes:
         return ShardedCodes.wrap(codes, self.mesh)

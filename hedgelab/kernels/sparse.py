@@ -21,6 +21,7 @@ from hedgelab.kernels.errors import LevelErrors, SparseLevelErrors
 from hedgelab.kernels.jumprelu import JumpReLU, StepFunction
 from hedgelab.kernels.layout import Layout
 from hedgelab.kernels.products import gather_product, sampled_product, scatter_product
+from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.kernels.selection import Encoder, Entries, select_above, select_batch_topk, select_topk
 
 
@@ -126,11 +127,13 @@ def level_errors(
     levels: Sequence[int],
     detach: bool = False,
     weight: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> LevelErrors:
-    """As :func:`reference.level_errors`; decode and error are one kernel."""
-    if codes.layout is None or levels[-1] < codes.d_sae:
+    """As :func:`reference.level_errors`; decode and error are one kernel, and ``ranks`` may share the latents."""
+    if ranks.size == 1 and (codes.layout is None or levels[-1] < codes.d_sae):
         return reference.level_errors(codes, x, W_dec, b_dec, levels, detach, weight)
-    args = (codes.values, x, W_dec, b_dec, codes.layout, tuple(levels), detach, weight)
+    assert codes.layout is not None
+    args = (codes.values, x, W_dec, b_dec, codes.layout, tuple(levels), detach, weight, ranks)
     losses, errors = SparseLevelErrors.apply(*args)  # type: ignore[no-untyped-call]
     return LevelErrors(losses.unbind(), errors.unbind())
 

@@ -8,7 +8,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hedgelab.kernels import ops
 from hedgelab.kernels.agreement import Share, among_largest, edge_of_largest
+from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import ALONE, Ranks
+from hedgelab.kernels.sharded import ShardedCodes
 
 D_IN, D_SAE, BATCH, K = 12, 640, 64, 5
 
@@ -110,6 +112,60 @@ def check_split_latents(rank):
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_split_latents(on_ranks, count):
     on_ranks(count, check_split_latents)
+
+
+def lone_latents(w, levels):
+    """Codes, errors and gradients where every row has one latent and can be no better: encoder gradients are rounding alone."""
+    codes = ops.encode_topk(w["x"], w["W_enc"], w["b_enc"], w["b_dec"], 1)
+    losses, errors = ops.level_errors(codes, w["x"], w["W_dec"], w["b_dec"], levels)
+    torch.stack(list(losses)).sum().backward()
+    return codes, torch.stack(list(errors)), {name: gradient(w[name]) for name in ("W_enc", "b_enc", "W_dec")}
+
+
+def check_lone_latents(rank):
+    """Bit for bit the numbers of one process, also on a part so narrow that it would take another path if it were alone."""
+    gloo(rank)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    made = weights(torch.float32)
+    made["W_dec"] = torch.nn.functional.normalize(made["W_dec"])
+    made |= {"W_enc": made["W_dec"].clone().t(), "b_enc": torch.zeros(D_SAE)}
+    for levels in ((D_SAE,), (100, 400, D_SAE)):
+        split = spread(made, mesh)
+        codes, errors, grads = lone_latents(split, levels)
+        assert not codes.is_dense
+        whole = {name: value.clone().requires_grad_() for name, value in made.items()}
+        _, expected, wanted = lone_latents(whole, levels)
+        assert torch.equal(errors, expected)
+        assert 0 < wanted["b_enc"].abs().max() < 1e-6
+        assert torch.equal(grads["b_enc"].full_tensor(), wanted["b_enc"])
+        for name, atol in (("W_enc", 1e-12), ("W_dec", 1e-6)):  # sums over rows, whose order is the sparse product's
+            torch.testing.assert_close(grads[name].full_tensor(), wanted[name], rtol=1e-6, atol=atol)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_row_with_one_latent_is_rounded_as_by_one_process(on_ranks, count):
+    on_ranks(count, check_lone_latents)
+
+
+def check_layouts(rank):
+    """Many latents of the first process fire, and few of the others; the parts of an SAE take one path all the same."""
+    gloo(rank)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    made = weights()
+    made["b_enc"] = torch.where(torch.arange(D_SAE) < D_SAE // dist.get_world_size(), 3.0, -9.0).double()
+    split = spread(made, mesh)
+    args = [split[name].detach() for name in ("x", "W_enc", "b_enc", "b_dec")]
+    whole = ops.encode_relu(*(made[name] for name in ("x", "W_enc", "b_enc", "b_dec")))
+    parts = ops.encode_relu(*args), ops.encode_threshold(*args, torch.tensor(0.0, dtype=torch.float64))
+    for part in parts:
+        torch.testing.assert_close(part.gathered().to_dense(), whole.to_dense())
+    assert parts[0].is_dense == whole.is_dense
+    mixed = parts[0] if rank else ShardedCodes.wrap(Codes.from_csr(*parts[0].csr(), parts[0].d_sae), mesh)
+    torch.testing.assert_close(mixed.gathered().to_dense(), whole.to_dense())
+
+
+def test_parts_of_one_sae_agree_on_a_layout(on_ranks):
+    on_ranks(2, check_layouts)
 
 
 def check_split_batch(rank, ties):
