@@ -1,7 +1,8 @@
 """The folder of a run's checkpoints, and how a later command finds the run that it is to go on with.
 
 ``runs/checkpoints/<run id>/`` holds ``last.ckpt``, ``previous.ckpt`` and ``run.json``: the command and config that the run
-came from (as a hash), whether it has finished, and for a protocol the runs of its unfinished phases.
+came from (and their hash), which keys of it the user wrote, whether it has finished, and for a protocol the runs of its
+unfinished phases.
 """
 
 from __future__ import annotations
@@ -106,6 +107,18 @@ def untracked_name() -> str:
     return f"untracked-{uuid.uuid4().hex[:12]}"
 
 
+def known_runs(root: Path) -> list[RunFolder]:
+    """All runs that have left a record, newest first.
+
+    Args:
+        root: Where checkpoints are kept: ``runs/checkpoints``, or one run's own folder.
+    """
+    folders = [RunFolder(root), *(RunFolder(path) for path in root.glob("*/"))] if root.is_dir() else []
+    found = [(folder.about.get("created"), folder) for folder in folders]
+    dated = [(float(created), folder) for created, folder in found if isinstance(created, (int, float))]
+    return [folder for _, folder in sorted(dated, key=lambda pair: pair[0], reverse=True)]
+
+
 def runs_of(root: Path, wanted: str) -> list[RunFolder]:
     """Runs that came from the same experiment, newest first.
 
@@ -113,7 +126,4 @@ def runs_of(root: Path, wanted: str) -> list[RunFolder]:
         root: Where checkpoints are kept: ``runs/checkpoints``, or one run's own folder.
         wanted: The :func:`identity`.
     """
-    folders = [RunFolder(root), *(RunFolder(path) for path in root.glob("*/"))] if root.is_dir() else []
-    found = [(folder.about, folder) for folder in folders]
-    matching = [(float(about.get("created", 0)), folder) for about, folder in found if about.get("identity") == wanted]
-    return [folder for _, folder in sorted(matching, key=lambda pair: pair[0], reverse=True)]
+    return [folder for folder in known_runs(root) if folder.about.get("identity") == wanted]

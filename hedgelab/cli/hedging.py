@@ -40,7 +40,7 @@ class HedgeCLI(HedgelabCLI):
         text = parser.dump(config, skip_none=False)
         resolved = yaml.safe_load(text)
         resolved.pop("config", None)
-        self.trainer.outcome_config = outcome_of(resolved)
+        self.trainer.outcome_config = self.resumption.outcome(outcome_of(resolved))
         self.resumption.begin(self.trainer)
         self.trainer.announce = lambda line: print(f"hedge: {line}", flush=True)
         for logger in self.trainer.loggers:

@@ -52,10 +52,12 @@ TYPES = {
 }
 RESUMABLE = ("fit", "hedge")
 RESUME_HELP = (
-    "Go on with the newest unfinished run of this very config (found by a hash of it in run.json beside the checkpoints, "
+    "Go on with the newest unfinished run of this very config (kept in run.json beside the checkpoints, "
     "runs/checkpoints/<run id>/), in the same MLflow run, from its last whole checkpoint: the result is that of a run never "
     "stopped. Starts afresh, and says so, where there is none; does nothing where that run has finished: so a job that may "
-    "be requeued always passes it. --resume=ID takes the run of that id. --ckpt_path=last means the same."
+    "be requeued always passes it. Keys that a newer release has added or dropped do not matter where they have their "
+    "defaults; where a default has changed, the run goes on with the former one, and says so. --resume=ID takes the run of "
+    "that id. --ckpt_path=last means the same."
 )
 TRAINER_DEFAULTS = {
     "logger": {"class_path": TRACKER},
@@ -103,14 +105,16 @@ class HedgelabCLI(LightningCLI):
     Attributes:
         trainer_type: The trainer, whose methods are the commands.
         types: What may stand at the top of a config.
+        written: What the user wrote of it.
     """
 
     trainer_type: type[L.Trainer] = L.Trainer
     types: Mapping[str, Any] = TYPES
+    written: Tree
 
     def __init__(self, command: str, words: list[str]) -> None:
         self.command, self.words = command, bare_flag(words)
-        self.resumption = Resumption(command, self.resolved)
+        self.resumption = Resumption(self)
         parser: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
         super().__init__(
             model_class=SAE,
@@ -149,8 +153,9 @@ class HedgelabCLI(LightningCLI):
             self.config = parser.parse_args([self.command, *self.words])
         except (UserError, OmegaConfBaseException) as error:
             raise UserError(explain_parsing(error, self.tree(), self.walk())) from error
-        written = self.tree().get("model")
-        if isinstance(written, dict) and "d_in" in (written.get("init_args") or written):
+        self.written = self.tree()
+        model = self.written.get("model")
+        if isinstance(model, dict) and "d_in" in (model.get("init_args") or model):
             raise UserError("model.d_in: is taken from the data (data.d_in) and cannot be set; remove it")
 
     def tree(self) -> Tree:
@@ -163,6 +168,19 @@ class HedgelabCLI(LightningCLI):
             self._parser(self.command).dump(self.config[self.command], skip_none=False)
         )
         return values
+
+    def reread(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A resolved config with what it lacks filled in by defaults."""
+        parser = self._parser(self.command)
+        values: dict[str, Any] = yaml.safe_load(parser.dump(parser.parse_object(dict(config)), skip_none=False))
+        return values
+
+    def adopt(self, sections: Mapping[str, Any]) -> None:
+        """Put other values in the place of the config's own."""
+        parser = self._parser(self.command)
+        config = parser.parse_object(dict(sections), self.config[self.command])
+        check_folders(config.as_dict(), compose(without_configs(self.words)))
+        self.config[self.command] = config
 
     def walk(self) -> Walk:
         """A walk over what the user wrote, for explaining mistakes."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 from jsonargparse import Namespace
@@ -14,13 +14,29 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from hedgelab import __version__
 from hedgelab.checkpoints import RunCheckpoint, RunFolder, newest_whole
-from hedgelab.checkpoints.folder import identity, runs_of
+from hedgelab.checkpoints.folder import identity, known_runs
+from hedgelab.checkpoints.matching import (
+    Comparison,
+    Difference,
+    Key,
+    at,
+    can_be_taken_over,
+    compare,
+    plain,
+    replaced,
+    show,
+    without,
+    written_keys,
+)
 from hedgelab.errors import UserError
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.store import runs_dir, tracking_uri
 
 _logger = logging.getLogger(__name__)
+_MOST_TOLD = 3
+_RELEASE = "hedgelab"
 _NO_MATTER = {"config", "ckpt_path", "resume", "record", "progress"}
 _NO_MATTER_OF_TRAINER = {
     "logger", "plugins", "strategy", "accelerator", "devices", "num_nodes", "profiler", "default_root_dir",
@@ -28,30 +44,67 @@ _NO_MATTER_OF_TRAINER = {
 }  # fmt: skip
 
 
+class Command(Protocol):
+    """What a resumption asks of the command line."""
+
+    @property
+    def command(self) -> str:
+        """Its first word."""
+
+    @property
+    def written(self) -> Mapping[str, Any]:
+        """What of the config the user wrote."""
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole config as plain values."""
+
+    def reread(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A resolved config with what it lacks filled in by defaults."""
+
+    def adopt(self, sections: Mapping[str, Any]) -> None:
+        """Put other values in the place of the config's own."""
+
+
 class Resumption:
     """What a command goes on with.
 
     Args:
-        command: The command.
-        resolve: The resolved config, asked for when the run begins.
+        cli: The command line.
 
     Attributes:
         folder: The run gone on with; None for a new run.
     """
 
-    def __init__(self, command: str, resolve: Callable[[], Mapping[str, Any]]) -> None:
-        self.command, self._resolve = command, resolve
+    def __init__(self, cli: Command) -> None:
+        self._cli = cli
         self.folder: RunFolder | None = None
+        self._same_experiment = True
+        self._outcome: dict[str, Any] = {}
         self._callback: RunCheckpoint | None = None
 
+    @property
+    def command(self) -> str:
+        """The command."""
+        return self._cli.command
+
     @cached_property
-    def _config(self) -> Mapping[str, Any]:
-        return self._resolve()
+    def _config(self) -> dict[str, Any]:
+        return {key: value for key, value in self._cli.resolved().items() if key != "config"}
+
+    @cached_property
+    def _written(self) -> list[str]:
+        """Keys that make the run another one than it would be by default: those that were written, and its name."""
+        written = what_matters(self._cli.written)
+        named = {"name": self._config["name"]} if self._config.get("name") else {}
+        return written_keys({**written, **named}, self._config)
 
     def facts(self) -> dict[str, Any]:
         """What the run's folder says about it."""
-        wanted = identity(self.command, what_matters(self._config))
-        return {"identity": wanted, "command": self.command, "name": self._config.get("name")}
+        config = what_matters(self._config)
+        return {
+            "identity": identity(self.command, config), "command": self.command, "name": self._config.get("name"),
+            _RELEASE: __version__, "config": config, "written": self._written,
+        }  # fmt: skip
 
     def take(self, config: Namespace) -> bool | str:
         """What is asked for; taken out of the config, which stays that of the run as it was first started.
@@ -88,19 +141,102 @@ class Resumption:
         if not wanted:
             return
         root = checkpoints_root(self._config)
-        of_this_config = runs_of(root, self.facts()["identity"])
-        folder = named(root, wanted) if isinstance(wanted, str) else next(iter(of_this_config), None)
-        if folder is None:
-            say(f"resume: no earlier run of this config in {root}; starting afresh")
+        chosen = self._named(root, wanted) if isinstance(wanted, str) else self._same(root)
+        if chosen is None:
             return
+        folder, found = chosen
         if folder.finished:
+            ended = "".join(f" (with {one.name}={show(one.then)}, then the default)" for one in found.changed)
             say(
-                f"resume: run {folder.path.name} has finished; nothing is left to do (leave out --resume to train again)"
+                f"resume: run {folder.path.name} has finished{ended}; nothing is left to do (leave out --resume to train "
+                "again)"
             )
             raise SystemExit(0)
+        self._take_over(folder, found.changed)
+        self._same_experiment = not found.conflicts
         if getattr(rank_zero_only, "rank", 0) == 0:
             folder.claim()
         self.folder = folder
+
+    def _named(self, root: Path, run_id: str) -> tuple[RunFolder, Comparison]:
+        """The run that the user names, whatever its config was."""
+        folder = named(root, run_id)
+        if (command := folder.about.get("command", self.command)) != self.command:
+            raise UserError(f"resume: run {folder.path.name} is one of `hedgelab {command}`, not of {self.command}")
+        found = self._compared(folder)
+        for one in found.conflicts:
+            say(f"resume: run {folder.path.name} was begun with {one.name}={show(one.then)}; now it is {show(one.now)}")
+        return folder, found
+
+    def _same(self, root: Path) -> tuple[RunFolder, Comparison] | None:
+        """The newest run of the same experiment: of the very config, else of one that is the same across releases."""
+        wanted = self.facts()["identity"]
+        runs = [folder for folder in known_runs(root) if folder.about.get("command") in (None, self.command)]
+        for folder in runs:
+            if folder.about.get("identity") == wanted:
+                return folder, Comparison([], [])
+        nearest: tuple[RunFolder, Comparison] | None = None
+        for folder in runs:
+            if not isinstance(folder.about.get("config"), dict):  # written before configs were kept
+                continue
+            found = self._compared(folder)
+            if not found.conflicts:
+                return folder, found
+            if nearest is None or len(found.conflicts) < len(nearest[1].conflicts):
+                nearest = folder, found
+        told = ""
+        if nearest is not None and len(nearest[1].conflicts) <= _MOST_TOLD:
+            told = f" (run {nearest[0].path.name} differs in {', '.join(one.shown for one in nearest[1].conflicts)})"
+        say(f"resume: no earlier run of this config in {root}{told}; starting afresh")
+        return None
+
+    def _compared(self, folder: RunFolder) -> Comparison:
+        """What separates the config of a run from today's."""
+        about = folder.about
+        then, written = about.get("config"), about.get("written")
+        if not isinstance(then, dict) or not isinstance(written, list):
+            return Comparison([], [])
+        now = plain(what_matters(self._config))
+        return compare(then, [str(key) for key in written], now, self._written, self._is_default)
+
+    def _is_default(self, key: Key) -> bool:
+        """Whether a key has the value that it would have had without being written."""
+        try:
+            return plain({"": at(self._cli.reread(without(self._config, key)), key)}) == plain(
+                {"": at(self._config, key)}
+            )
+        except UserError:  # it must be written
+            return False
+
+    def _take_over(self, folder: RunFolder, changed: Sequence[Difference]) -> None:
+        """Go on with the defaults that a run was begun with.
+
+        Raises:
+            UserError: One that cannot be put in the place of today's.
+        """
+        if not changed:
+            return
+        run = f"resume: run {folder.path.name} was begun"
+        for one in changed:
+            if not can_be_taken_over(one):
+                raise UserError(
+                    f"{run} when {one.name} was {show(one.then)} by default, now {show(one.now)}: write the former into the "
+                    "config to go on with it, the latter to train anew"
+                )
+        names = ", ".join(f"{one.name}={show(one.then)}" for one in changed)
+        try:
+            self._cli.adopt(replaced(self._config, changed))
+        except UserError as error:
+            raise UserError(
+                f"{run} with {names}, the default then, which this release refuses: go on with hedgelab "
+                f"{folder.about.get(_RELEASE, 'of then')}, or leave out --resume to train anew"
+            ) from error
+        del self._config
+        for one in changed:
+            say(
+                f"{run} when {one.name} was {show(one.then)} by default, now {show(one.now)}: it goes on with "
+                f"{show(one.then)} (write {one.name}: {show(one.now)} into the config to train anew with that)"
+            )
 
     def apply(self, trainer: L.Trainer) -> str | None:
         """Let a trainer go on with the run that was found; the path of the checkpoint, None to start from the beginning."""
@@ -121,6 +257,19 @@ class Resumption:
         say(f"resume: run {self.folder.path.name} goes on {start}")
         return None if checkpoint is None else str(checkpoint)
 
+    def outcome(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """By what the phases of a run are known: as the release said it with which the run was begun.
+
+        Args:
+            config: What of today's config determines the outcome of training.
+        """
+        today = plain({**config, _RELEASE: __version__})
+        then = None if self.folder is None or not self._same_experiment else self.folder.about.get("outcome")
+        self._outcome = then if isinstance(then, dict) else today
+        if self._outcome == today:
+            return config
+        return {key: value for key, value in self._outcome.items() if (key, value) != (_RELEASE, __version__)}
+
     def begin(self, trainer: L.Trainer) -> None:
         """Note that a run of several fits has begun, in a folder of its own."""
         tracker = next((logger for logger in trainer.loggers if isinstance(logger, MLflowTracker)), None)
@@ -129,7 +278,7 @@ class Resumption:
         if self.folder is None:
             self.folder = RunFolder(Path(tracker.save_dir) / "checkpoints" / str(tracker.run_id))
             self.folder.claim()
-        self.folder.note(**self.facts(), run_id=tracker.run_id, finished=False)
+        self.folder.note(**self.facts(), outcome=self._outcome, run_id=tracker.run_id, finished=False)
 
     def finish(self) -> None:
         """Note that the run is over."""

@@ -165,6 +165,7 @@ class HedgeProtocol:
         options = self.options
         config: dict[str, Any] = {"phase": role, "seed": seed, "initial": initial_id, "steps": self.steps}
         config |= {"lr": options.lr, "lr_decay": options.lr_decay, "l1_restart": options.l1_restart}
+        config |= {"hedgelab": self.config["hedgelab"]} if "hedgelab" in self.config else {}  # the release that began
         make: Callable[[], SAE] = partial(duplicate, initial)
         if role == "extended":
             config |= {"n_new": options.n_new, "new_norm": options.new_norm}

@@ -1,7 +1,8 @@
 """A warm parent that forks one process for every command line: a start costs milliseconds instead of seconds of imports.
 
 Run as a script. Reads one JSON object a line: ``{"words": [...], "cwd": ..., "env": {...}, "out": file}`` is answered by
-the process id of a child that runs ``hedgelab`` with these words; ``{"wait": pid}`` by how that child ended.
+the process id of a child that runs ``hedgelab`` with these words, as another release where ``env`` has a ``RELEASE``;
+``{"wait": pid}`` by how that child ended.
 """
 
 import json
@@ -59,7 +60,11 @@ def child(command):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(Path(__file__).parent), command["cwd"]]
+    if (release := command["env"].get("RELEASE")) is not None:
+        for name, module in sys.modules.items():
+            if name.partition(".")[0] == "hedgelab" and hasattr(module, "__version__"):
+                module.__version__ = release
     import checkpointed
 
     from hedgelab.cli import main
