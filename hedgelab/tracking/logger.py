@@ -227,8 +227,8 @@ class MLflowTracker(Logger):
             return
         killed = isinstance(sys.exception(), (KeyboardInterrupt, SIGTERMException, Stopped))
         final = "KILLED" if killed else {"success": "FINISHED", "failed": "FAILED"}.get(status, status.upper())
-        self._writer.close()
         self._writer.deliver(Status(final, int(time.time() * 1000)))
+        self._writer.close()
         if (unkept := self._writer.unkept) is not None and sys.exception() is None:
             raise UserError(
                 f"trainer.logger: {unkept} of run {self._run_id} are lost: neither {without_credentials(self._uri)} nor the "

@@ -9,7 +9,10 @@ A spool is one JSON-lines file per run, ``runs/spool/<run_id>.jsonl``, with the 
     {"op": "status", "status": "FINISHED", "end_time": timestamp_ms}
 
 Sending an operation twice does no harm (MLflow ignores a metric point that it has), so a line is only dropped after
-the store has taken it.
+the store has taken it. One that the store refuses for what it says, and always will, is set aside in
+``<run_id>.refused``, so that it keeps nothing else from being sent.
+
+A spool may come from elsewhere, with a folder of runs: artifacts are taken from its own folder only, links not followed.
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from filelock import FileLock
+
+from hedgelab.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -121,6 +127,10 @@ Operation = Metrics | Params | Tags | Artifact | Status
 _OPERATIONS: dict[str, type[Operation]] = {cls.op: cls for cls in (Metrics, Params, Tags, Artifact, Status)}
 
 
+class FilesLeftError(Exception):
+    """Files could not be uploaded, although the store took everything else."""
+
+
 class Spool:
     """The operations of one run that wait on disk.
 
@@ -135,7 +145,9 @@ class Spool:
         self._about = folder / f"{run_id}.store"
         self.path = folder / f"{run_id}.jsonl"
         self.files = folder / run_id
-        self._lock = FileLock(folder / f".{run_id}.lock")
+        self.refused = folder / f"{run_id}.refused"
+        self._lock = FileLock(folder / f".{run_id}.lock")  # held for moments
+        self._turn = FileLock(folder / f".{run_id}.sending.lock")  # held by whoever sends what waits
 
     def __bool__(self) -> bool:
         return self.path.exists()
@@ -145,8 +157,15 @@ class Spool:
         """The store that the operations wait for; None where unknown."""
         return self._about.read_text().strip() if self._about.exists() else None
 
-    def append(self, operation: Operation) -> None:
-        """Keeps an operation, and a copy of the file it speaks of."""
+    @property
+    def holds_only_files(self) -> bool:
+        """Whether nothing waits but files."""
+        with self._lock:
+            lines = self._lines() if self else []
+        return all(line.startswith('{"op": "artifact"') for line in lines)
+
+    def append(self, operation: Operation) -> str:
+        """Keeps an operation, and a copy of the file it speaks of; the line that was written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
             if isinstance(operation, Artifact):
@@ -154,8 +173,28 @@ class Spool:
             self._drop_torn_line()
             if self._store is not None and not self._about.exists():
                 self._about.write_text(self._store)
+            line = _encode(operation)
             with self.path.open("a") as file:
-                file.write(_encode(operation) + "\n")
+                file.write(line + "\n")
+        return line
+
+    def discard(self, line: str) -> None:
+        """Forgets an operation that was sent after all, unless it is being sent again by now."""
+        with suppress(TimeoutError), self._turn.acquire(timeout=0), self._lock:
+            if self and line in (lines := self._lines()):
+                lines.remove(line)
+                self._drop(lines)
+
+    def refuse(self, operation: Operation, error: Exception) -> str:
+        """Sets aside an operation that the store will never take; what is to be said of it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock, self.refused.open("a") as file:
+            if isinstance(operation, Artifact) and not Path(operation.source).is_relative_to(self.files):
+                operation = self._keep_file(operation)
+            file.write(_encode(operation) + "\n")
+        return (
+            f"the tracking store refuses {operation.op} ({reason_of(error)}); kept in {self.refused}, the rest is sent"
+        )
 
     def last_steps(self) -> dict[str, int]:
         """The last step of each metric that waits."""
@@ -166,20 +205,48 @@ class Spool:
                     steps[key] = max(step, steps.get(key, step))
         return steps
 
-    def replay(self, send: Callable[[Operation], None]) -> None:
-        """Sends what waits, in order; what ``send`` refuses by raising, and all after it, stays."""
+    def replay(self, send: Callable[[Operation], None], tell: Callable[[str], None] = lambda line: None) -> None:
+        """Sends what waits, in order; what ``send`` fails at by raising, and all after it, stays.
+
+        Files are a matter of their own: where they cannot be uploaded, as happens to those who may only log metrics, they
+        stay and the rest is sent.
+
+        Args:
+            send: Sends one operation.
+            tell: Told of each operation that is refused and set aside.
+
+        Raises:
+            UserError: A line is damaged.
+            FilesLeftError: All but files was sent.
+        """
         if not self:
             return
-        with self._lock:
-            lines = self._lines() if self else []  # another process may have sent them meanwhile
-            sent = 0
+        with self._turn:
+            with self._lock:
+                lines = self._lines() if self else []  # another process may have sent them meanwhile
+            done, kept, failure = 0, [], None
             try:
                 for operation in self._decode(lines):
-                    send(operation)
-                    sent += 1
+                    if isinstance(operation, Artifact) and failure is not None:
+                        kept.append(lines[done])
+                    else:
+                        try:
+                            send(operation)
+                        except Exception as error:
+                            if is_refusal(error):
+                                tell(self.refuse(operation, error))
+                            elif isinstance(operation, Artifact):
+                                failure = error
+                                kept.append(lines[done])
+                            else:
+                                raise
+                    done += 1
             finally:
-                if self:
-                    self._drop(lines[sent:])
+                with self._lock:
+                    if self:
+                        self._drop(kept + self._lines()[done:])
+        if failure is not None:
+            raise FilesLeftError(reason_of(failure)) from failure
 
     def _keep_file(self, artifact: Artifact) -> Artifact:
         source, name = Path(artifact.source), uuid.uuid4().hex
@@ -205,14 +272,34 @@ class Spool:
         return whole.splitlines()
 
     def _decode(self, lines: list[str]) -> Iterator[Operation]:
-        for line in lines:
-            fields = json.loads(line)
-            cls = _OPERATIONS[fields.pop("op")]
-            if cls is Artifact:
-                fields["source"] = str(self.files / fields["source"])
-            elif cls is Metrics:
-                fields["metrics"] = [(key, float(value), time, step) for key, value, time, step in fields["metrics"]]
-            yield cls(**fields)
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield self._operation(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                raise UserError(f"{self.path}, line {number}: damaged ({reason}); mend or delete it") from error
+
+    def _operation(self, fields: dict[str, Any]) -> Operation:
+        cls = _OPERATIONS[fields.pop("op")]
+        if cls is Artifact:
+            fields["source"] = str(self._own_file(fields["source"]))
+        elif cls is Metrics:
+            fields["metrics"] = [
+                (str(key), float(value), int(time), int(step)) for key, value, time, step in fields["metrics"]
+            ]
+        return cls(**fields)
+
+    def _own_file(self, name: str) -> Path:
+        """A file or folder that the spool has kept.
+
+        Raises:
+            UserError: It lies elsewhere, or leads there by a link.
+        """
+        path = self.files / name
+        inside = path.resolve().is_relative_to(self.files.resolve())
+        if not inside or any(one.is_symlink() for one in (path, *path.rglob("*"))):
+            raise UserError(f"'{name}' is no file that was kept here")
+        return path
 
     def _drop(self, remaining: list[str]) -> None:
         if remaining:
@@ -222,12 +309,23 @@ class Spool:
         else:
             self.path.unlink()
             self._about.unlink(missing_ok=True)
-            shutil.rmtree(self.files, ignore_errors=True)
+            if not self.refused.exists():
+                shutil.rmtree(self.files, ignore_errors=True)
 
 
 def spools(folder: Path) -> list[Spool]:
     """What waits in a spool folder, the longest waiting first."""
     return [Spool(folder, path.stem) for path in sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_ctime)]
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a store will never take an operation, for what it says; not where it only cannot now, or lacks the run."""
+    return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE" and "'active' state" not in str(error)
+
+
+def reason_of(error: Exception) -> str:
+    """An error of a store in a line, which may be a page of HTML."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def last_steps(run: Run) -> dict[str, int]:

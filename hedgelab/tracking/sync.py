@@ -11,8 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from hedgelab.errors import UserError
-from hedgelab.tracking.spool import Artifact, Metrics, Params, Status, Tags, spools
+from hedgelab.tracking.spool import Artifact, Metrics, Params, Status, Tags, reason_of, spools
 from hedgelab.tracking.store import INTENDED, ensure_store, local_uri, runs_dir, same_store, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
@@ -50,6 +52,17 @@ def sync(uri: str | None = None, announce: Callable[[str], None] = lambda line: 
     """
     uri = uri or tracking_uri()
     client = ensure_store(uri)
+    local = local_uri()
+    folder = runs_dir(local)
+    folder.mkdir(exist_ok=True)
+    try:
+        with FileLock(folder / ".sync.lock", timeout=0):
+            return _sync(client, uri, local, announce)
+    except Timeout:
+        raise UserError(f"sync: another `hedgelab sync` is at work in {folder}; wait for its end") from None
+
+
+def _sync(client: MlflowClient, uri: str, local: str, announce: Callable[[str], None]) -> Sent:
     sent = Sent([], [], [])
     for spool in spools(runs_dir(uri) / "spool"):
         if spool.uri is not None and not same_store(spool.uri, uri):
@@ -57,11 +70,13 @@ def sync(uri: str | None = None, announce: Callable[[str], None] = lambda line: 
             continue
         announce(f"unsent operations of run {spool.run_id}")
         try:
-            spool.replay(lambda operation, run_id=spool.run_id: operation.send(client, run_id))  # type: ignore[misc]
+            spool.replay(
+                lambda operation, run_id=spool.run_id: operation.send(client, run_id),  # type: ignore[misc]
+                sent.left.append,
+            )
             sent.spools.append(spool.run_id)
         except Exception as error:  # the store may take the next one
-            sent.left.append(f"{spool.path}: {_reason(error)}")
-    local = local_uri()
+            sent.left.append(f"{spool.path}: {reason_of(error)}")
     database = sqlite_file(local)
     if database is not None and database.exists() and not same_store(local, uri):
         _send_runs(ensure_store(local), client, uri, sent, announce)
@@ -80,7 +95,7 @@ def _send_runs(
         try:
             ids[run.info.run_id] = _send_run(local, remote, run, names[run.info.experiment_id], ids)
         except Exception as error:
-            sent.left.append(f"run {run.info.run_name} ({run.info.run_id[:8]}): {_reason(error)}")
+            sent.left.append(f"run {run.info.run_name} ({run.info.run_id[:8]}): {reason_of(error)}")
             continue
         if run.info.status != "RUNNING":  # one that still runs is sent again next time
             local.delete_tag(run.info.run_id, INTENDED)
@@ -128,9 +143,3 @@ def _its_copy(remote: MlflowClient, run: Run, experiment: str, tags: dict[str, s
     if earlier:
         return earlier[0]
     return remote.create_run(experiment_id, run.info.start_time, tags, run.info.run_name)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
