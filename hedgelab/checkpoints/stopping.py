@@ -21,6 +21,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopFlag:
     """Raised by a signal, looked at between steps. A second Ctrl-C stops at once.
 
+    SIGUSR2 counts where somebody listens to it already: submitit, which has a job that SLURM is about to end submitted again.
+
     Attributes:
         number: The signal that came; None as long as none did.
     """
@@ -44,7 +46,8 @@ class StopFlag:
                 forward(number)
 
         if threading.current_thread() is threading.main_thread():
-            for number in (*SIGNALS, signal.SIGINT):
+            awaited = signal.getsignal(signal.SIGUSR2) not in (signal.SIG_DFL, signal.SIG_IGN, None)
+            for number in (*SIGNALS, signal.SIGINT, *([signal.SIGUSR2] if awaited else [])):
                 self._former[number] = signal.signal(number, listen)
 
     def remove(self) -> None:

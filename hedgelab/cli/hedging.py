@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from hedgelab.cli.lightning import TYPES, HedgelabCLI, run_cli
+from hedgelab.cli.resume import say
 from hedgelab.metrics.functional.hedging_degree import DegreeScores
 from hedgelab.protocols.hedge import HedgeOptions
 from hedgelab.protocols.hedge_report import summary_numbers
@@ -42,7 +43,7 @@ class HedgeCLI(HedgelabCLI):
         resolved.pop("config", None)
         self.trainer.outcome_config = self.resumption.outcome(outcome_of(resolved))
         self.resumption.begin(self.trainer)
-        self.trainer.announce = lambda line: print(f"hedge: {line}", flush=True)
+        self.trainer.announce = lambda line: say(f"hedge: {line}")
         for logger in self.trainer.loggers:
             if isinstance(logger, MLflowTracker):
                 logger.log_config(text)

@@ -280,6 +280,7 @@ class Resumption:
             self.folder.claim()
         self.folder.note(**self.facts(), outcome=self._outcome, run_id=tracker.run_id, finished=False)
 
+    @rank_zero_only
     def finish(self) -> None:
         """Note that the run is over."""
         folder = self.folder or (None if self._callback is None else self._callback.folder)

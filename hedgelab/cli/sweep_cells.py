@@ -20,6 +20,7 @@ from hedgelab.errors import UserError
 from hedgelab.protocols.hedge import HedgeProtocol
 from hedgelab.protocols.hedge_trainer import HedgeTrainer
 from hedgelab.protocols.sweep_axes import Cell
+from hedgelab.protocols.sweep_executors import ONE_PROCESS, Processes
 from hedgelab.protocols.training_phases import PhaseRunner, stable_id, trainer_factory
 
 _OF_THE_RECORD = ("logger", "callbacks")
@@ -78,6 +79,7 @@ class Unit:
         stream: What its activations depend on; units with the same are trained together.
         seeds: Seeds of a hedging degree; None leaves them to the config.
         tracking: Experiment and URI of its runs.
+        processes: How many train it together.
         said: Options in which the user names folders to write to.
     """
 
@@ -88,6 +90,7 @@ class Unit:
     stream: str
     seeds: tuple[int, ...] | None
     tracking: tuple[str, str | None]
+    processes: Processes = ONE_PROCESS
     said: tuple[str, ...] = ()
 
 
@@ -124,6 +127,8 @@ def check_sweep(sweep: Sweep, construct: bool = True) -> list[Unit]:
     for unit in units:
         if (same := ids.setdefault(unit.id, unit.name)) != unit.name:
             raise UserError(f"cell '{unit.name}': is the same experiment as cell '{same}'; remove one")
+    if len({unit.processes for unit in units}) > 1:
+        raise UserError("trainer.devices: and trainer.num_nodes must be the same in all cells; split the sweep")
     return units
 
 
@@ -199,5 +204,22 @@ def _unit(
         raise UserError("trainer.logger: a sweep finds its cells in the tracking store; leave it at MLflowTracker")
     tracking = logger["init_args"]["experiment"], logger["init_args"]["uri"]
     return Unit(
-        name, stable_id(outcome), cells, tree, json.dumps(stream, sort_keys=True, default=str), seeds, tracking, said
-    )
+        name, stable_id(outcome), cells, tree, json.dumps(stream, sort_keys=True, default=str), seeds, tracking,
+        _processes(trainer), said,
+    )  # fmt: skip
+
+
+def _processes(trainer: dict[str, Any]) -> Processes:
+    """How many processes a trainer's section asks for.
+
+    Raises:
+        UserError: It leaves that to the machine.
+    """
+    devices, nodes = trainer["devices"], trainer["num_nodes"]
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 0
+    if count < 1:
+        raise UserError(
+            f"trainer.devices: a sweep starts its jobs' processes itself and must know how many; got {devices!r}, expected a "
+            "number"
+        )
+    return Processes(count, nodes)

@@ -12,8 +12,9 @@ from hedgelab.cli.hedging import outcome_of
 from hedgelab.cli.sweep_cells import HedgeCell, Unit, parse_cell
 from hedgelab.errors import UserError
 from hedgelab.kernels.allocator import keep_large_blocks
+from hedgelab.protocols.ranks import on_every_rank
 from hedgelab.protocols.sweep import CELL_TAG, Member, measure_hedging, train_fits
-from hedgelab.protocols.training_phases import trainer_factory
+from hedgelab.protocols.sweep_executors import ONE_PROCESS, Processes
 from hedgelab.tracking import MLflowTracker
 
 _MOST_NAMES = 4
@@ -29,6 +30,7 @@ class Job:
         parent: Id of the sweep's run.
         uri: Tracking URI.
         experiment: MLflow experiment.
+        processes: How many do the job together; each of them gets all of it.
     """
 
     command: str
@@ -36,12 +38,14 @@ class Job:
     parent: str
     uri: str
     experiment: str
+    processes: Processes = ONE_PROCESS
 
 
 def do(job: Job) -> dict[str, str]:
     """Train a job's units; why those failed that did, by name.
 
-    Where units that are trained together fail, each half of them is tried again, down to the ones that are to blame.
+    Where units that are trained together fail, each half of them is tried again, down to the ones that are to blame; but not
+    where several processes train them, for one may have failed while the others went on.
     """
     keep_large_blocks()
     return _attempt(job, job.units)
@@ -53,6 +57,9 @@ def _attempt(job: Job, units: Sequence[Unit]) -> dict[str, str]:
     except Exception as error:
         if len(units) == 1:
             return {units[0].name: _reason(error)}
+        if job.processes.several:
+            reason = f"{_reason(error)} (trained together with others; --sweep.pack 1 tells which is to blame)"
+            return {unit.name: reason for unit in units}
         _announce(f"{len(units)} cells failed together ({_reason(error)}); trying half of them at a time")
     half = len(units) // 2
     return _attempt(job, units[:half]) | _attempt(job, units[half:])
@@ -83,10 +90,10 @@ def _train(job: Job, units: Sequence[Unit]) -> dict[str, str]:
             )
         )
     _announce(f"training {', '.join(unit.name for unit in units)}")
-    factory = trainer_factory(trainer.settings)
+    factory = trainer.phase_trainer
     if job.command == "hedge":
-        return measure_hedging(members, data, factory, trainer.max_steps, _announce)
-    train_fits(members, data, factory)
+        return on_every_rank(trainer, lambda: measure_hedging(members, data, factory, trainer.max_steps, _announce))
+    on_every_rank(trainer, lambda: train_fits(members, data, factory))
     return {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,8 +12,9 @@ from hedgelab.cli.compose import config_files, opening_comment
 from hedgelab.cli.sweep_cells import Unit, check_sweep, packed
 from hedgelab.cli.sweep_config import Sweep, read_sweep
 from hedgelab.cli.sweep_job import Job, do
+from hedgelab.errors import UserError
 from hedgelab.protocols.sweep_axes import is_number
-from hedgelab.protocols.sweep_executors import InProcess, Outcome
+from hedgelab.protocols.sweep_executors import ONE_PROCESS, InProcess, Outcome
 from hedgelab.protocols.sweep_report import (
     DEFAULT_METRICS,
     Row,
@@ -34,6 +36,7 @@ _SWEEP_TAG = "sweep"
 
 def run_sweep(words: list[str]) -> int:
     """Run the whole; 1 where cells failed."""
+    _refuse_several()
     listing = "--list" in words
     words = [word for word in words if word != "--list"]
     sweep = read_sweep(words)
@@ -60,6 +63,20 @@ def run_sweep(words: list[str]) -> int:
     for name, reason in failures.items():
         print(f"hedgelab: cell '{name}' failed: {reason}", file=sys.stderr)
     return FAILED if failures else 0
+
+
+def _refuse_several() -> None:
+    """See that no launcher has started this command several times.
+
+    Raises:
+        UserError: One has.
+    """
+    counts = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    if any(count.isdecimal() and int(count) > 1 for count in counts):
+        raise UserError(
+            "sweep: was started in several processes (by torchrun or srun); start it once: it starts the trainer.devices "
+            "processes of each job itself"
+        )
 
 
 def listed(units: Sequence[Unit], groups: Sequence[Sequence[Unit]]) -> list[str]:
@@ -89,8 +106,12 @@ def _parent(sweep: Sweep, units: Sequence[Unit], uri: str, description: str | No
 def _train(sweep: Sweep, groups: Sequence[Sequence[Unit]], tracker: MLflowTracker, uri: str) -> dict[str, str]:
     """Run the jobs; why cells failed, by name."""
     options, failures = sweep.options, {}
-    jobs = [Job(options.command, tuple(group), tracker.run_id or "", uri, tracker.name) for group in groups]
-    quiet = isinstance(options.executor, InProcess)  # where every job has a bar of its own
+    jobs = [
+        Job(options.command, tuple(group), tracker.run_id or "", uri, tracker.name, group[0].processes)
+        for group in groups
+    ]
+    processes = jobs[0].processes if jobs else ONE_PROCESS
+    quiet = isinstance(options.executor, InProcess) and not processes.several  # where every job has a bar of its own
     cells = sum(map(len, groups))
     with tqdm(total=cells, desc="Cells", unit="cell", disable=not jobs or quiet, miniters=1) as bar:
 
@@ -104,7 +125,7 @@ def _train(sweep: Sweep, groups: Sequence[Sequence[Unit]], tracker: MLflowTracke
                 done = sum(map(len, groups[: outcome.job + 1]))
                 print(f"sweep: {done} of {cells} cells done, {len(failures)} failed", flush=True)
 
-        options.executor.run(do, jobs, ended)
+        options.executor.run(do, jobs, ended, processes)
     return failures
 
 

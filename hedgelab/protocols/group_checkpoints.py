@@ -44,7 +44,7 @@ class GroupCheckpoints:
         return {name: run_id for name, run_id in self.folder.members.items() if run_id is not None}
 
     def begin(self, trainer: L.Trainer, runs: Mapping[str, str | None]) -> Path | None:
-        """Let a trainer write its checkpoints here.
+        """Claim the folder, where a trainer writes checkpoints at all; on rank zero.
 
         Args:
             trainer: Has a :class:`~hedgelab.checkpoints.RunCheckpoint`; without one nothing is written.
@@ -56,16 +56,23 @@ class GroupCheckpoints:
         Raises:
             UserError: Another process trains the same SAEs right now.
         """
-        callback = next((found for found in trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)), None)
-        if callback is None:
+        if _checkpoint_of(trainer) is None:
             return None
-        if trainer.is_global_zero:
-            self.folder.claim()
-            self.folder.note(group=self.members, members=dict(runs))
-        callback.folder, callback.dirpath = self.folder, str(self.folder.path)
+        self.folder.claim()
+        self.folder.note(group=self.members, members=dict(runs))
         return newest_whole(self.folder.path, lambda line: _logger.warning("%s", line))
+
+    def use(self, trainer: L.Trainer) -> None:
+        """Let a trainer write its checkpoints here; on every rank."""
+        callback = _checkpoint_of(trainer)
+        if callback is not None:
+            callback.folder, callback.dirpath = self.folder, str(self.folder.path)
 
     def end(self) -> None:
         """Training has ended well, and what came of it is kept elsewhere."""
         self.folder.release()
         shutil.rmtree(self.folder.path, ignore_errors=True)
+
+
+def _checkpoint_of(trainer: L.Trainer) -> RunCheckpoint | None:
+    return next((found for found in trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)), None)

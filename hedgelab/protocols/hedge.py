@@ -26,6 +26,7 @@ from hedgelab.metrics.functional.residual_hedging import BLOCKS
 from hedgelab.metrics.hedging_degree import HedgingDegree
 from hedgelab.metrics.residual_hedging import ROWS, ResidualHedgingMetric
 from hedgelab.protocols.phase_data import PhaseData
+from hedgelab.protocols.ranks import decided_by_rank_zero
 from hedgelab.protocols.training_phases import Phase, PhaseRunner
 from hedgelab.saes import SAE, JumpReLUSAE, VanillaSAE, duplicate, fresh, widen
 from hedgelab.saes.widen import flat_part, train_like
@@ -153,6 +154,7 @@ class HedgeProtocol:
                 [rows for other, rows in new.items() if other != seed],
                 draws=self.options.draws,
                 seed=seed,
+                sync_on_compute=False,
             )
             for seed, saes in trained.items()
         }
@@ -218,10 +220,14 @@ def _train_each_once(
 def measure_together(
     protocols: Sequence[HedgeProtocol], trained: Sequence[Mapping[int, Continuations]]
 ) -> list[dict[int, DegreeScores]]:
-    """The degrees of several protocols with the same data, whose validation batches are read once for all."""
+    """The degrees of several protocols with the same data, whose validation batches are read once for all.
+
+    On several ranks each measures for itself, on whole batches (which a language model's ranks make together).
+    """
     metrics = [protocol.metrics(own) for protocol, own in zip(protocols, trained, strict=True)]
     data = protocols[0].data
-    data.prepare_data()
+    decided_by_rank_zero(data.prepare_data)
+    data.prepare_data()  # where ranks share no disk
     data.setup("fit")
     kept: list[Tensor] = []
     for index in range(data.val_batches):
@@ -241,7 +247,7 @@ def _with_residual_hedging(scores: DegreeScores, control: SAE, kept: Sequence[Te
     """The scores with the control's residual hedging, given examples enough; one SAE at a time, for codes are held dense."""
     if sum(map(len, kept)) < 2 * BLOCKS:
         return scores
-    metric = ResidualHedgingMetric(control.W_dec).to(control.W_dec.device)
+    metric = ResidualHedgingMetric(control.W_dec, sync_on_compute=False).to(control.W_dec.device)
     for x in kept:
         codes = control.encode(x)
         metric.update(x, control.decode(codes), codes)

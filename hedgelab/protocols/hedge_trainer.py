@@ -15,7 +15,8 @@ from hedgelab.metrics.functional.hedging_degree import DegreeScores
 from hedgelab.protocols.case_study import LLMProbe, report
 from hedgelab.protocols.hedge import Continuations, HedgeOptions, HedgeProtocol, check_live
 from hedgelab.protocols.hedge_report import record
-from hedgelab.protocols.training_phases import PhaseRunner, check_one_process, trainer_factory
+from hedgelab.protocols.ranks import on_every_rank
+from hedgelab.protocols.training_phases import PhaseRunner, trainer_factory
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
@@ -31,11 +32,12 @@ class HedgeTrainer(L.Trainer):
         outcome_config: Plain values that determine what training gives; phases found in the store with the same ones
             are not trained again. None trains all.
         announce: Told what happens, in lines.
+        phase_trainer: Makes the trainers of the phases.
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        self.phase_trainer = trainer_factory(kwargs)
         super().__init__(**kwargs)
-        self.settings = kwargs
         self.outcome_config: Mapping[str, Any] | None = None
         self.announce: Callable[[str], None] = lambda line: None
 
@@ -53,15 +55,13 @@ class HedgeTrainer(L.Trainer):
             hedge: How the hedging degree is measured.
 
         Raises:
-            UserError: No number of steps, several processes, more new latents than directions, or no new latent
-                that ever fires.
+            UserError: No number of steps, more new latents than directions, or no new latent that ever fires.
         """
         if self.max_steps < 1:
             raise UserError("trainer.max_steps: must be set: it is the number of steps of each phase")
-        check_one_process(self)
         tracker = next((logger for logger in self.loggers if isinstance(logger, MLflowTracker)), None)
         try:
-            scores = self._hedge(model, datamodule, hedge, tracker)
+            scores = on_every_rank(self, lambda: self._hedge(model, datamodule, hedge, tracker))
         except BaseException:
             if tracker is not None:
                 tracker.finalize("killed" if stopped() else "failed")
@@ -77,7 +77,7 @@ class HedgeTrainer(L.Trainer):
     ) -> dict[int, DegreeScores]:
         if tracker is not None:
             tracker.log_tags({"protocol": "hedge", **provenance_tags(self.world_size)})
-        runner = PhaseRunner(trainer_factory(self.settings), tracker, self.outcome_config is not None, self.announce)
+        runner = PhaseRunner(self.phase_trainer, tracker, self.outcome_config is not None, self.announce)
         protocol = HedgeProtocol(model, data, self.max_steps, options, runner, self.outcome_config or {})
         try:
             trained = protocol.train()

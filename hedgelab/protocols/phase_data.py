@@ -51,7 +51,8 @@ class PhaseData(ActivationDataModule):
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """The data's."""
+        """The data's, which from here on serves the same rank."""
+        self.data.trainer = self.trainer
         self.data.setup(stage)
 
     def on_exception(self, exception: BaseException) -> None:
@@ -68,8 +69,7 @@ class PhaseData(ActivationDataModule):
             yield from self._in_two_orders(start, stop)  # type: ignore[misc]
             return
         offset = self.start if stage == "train" else 0
-        for batch in self.data.batches(stage, start + offset, stop + offset):
-            yield self.slice_for_rank(batch)
+        yield from self.data.batches(stage, start + offset, stop + offset)
 
     def order(self, number: int) -> list[int]:
         """Which batch of window ``number`` comes when for reordered members, counted from the window's first."""
@@ -89,4 +89,4 @@ class PhaseData(ActivationDataModule):
         """This rank's slices of the phase's batches ``start`` … ``stop - 1``, without what training does not need."""
         batches = self.data.batches("train", start + self.start, stop + self.start)
         shown = tqdm(batches, "Activations", stop - start, delay=2, unit="batch", miniters=1, mininterval=1)
-        return [self.slice_for_rank(Batch(batch.x, None, batch.weight)) for batch in shown]
+        return [Batch(batch.x, None, batch.weight) for batch in shown]

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hedgelab.errors import UserError
+from hedgelab.errors import Stopped, UserError
 
 _POLL_SECONDS = 0.5
+
+
+class Processes(NamedTuple):
+    """How many processes do a job together.
+
+    Attributes:
+        per_node: On each node.
+        nodes: Nodes.
+    """
+
+    per_node: int = 1
+    nodes: int = 1
+
+    @property
+    def several(self) -> bool:
+        """Whether they are more than one."""
+        return self.per_node * self.nodes > 1
+
+
+ONE_PROCESS = Processes()
 
 
 class Outcome(NamedTuple):
@@ -28,22 +51,32 @@ class Outcome(NamedTuple):
 
 
 Work = Callable[[Any], dict[str, str]]
-"""Does a job and says which of its cells failed, with the reason of each; both travel to other processes."""
+"""Does a job and says which of its cells failed, with the reason of each; both travel to other processes.
+
+Where several processes do a job together each of them calls it, with the environment that a launcher would have left.
+"""
 
 
 class Executor(ABC):
     """Runs jobs; one that dies does not stop the others."""
 
     @abstractmethod
-    def run(self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None]) -> None:
-        """Do all jobs, in any order, and report each as it ends."""
+    def run(
+        self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None], processes: Processes = ONE_PROCESS
+    ) -> None:
+        """Do all jobs, in any order, each by so many processes, and report each as it ends."""
 
 
 class InProcess(Executor):
-    """One job after another, in this process."""
+    """One job after another, in this process; where several do a job together, in processes of their own."""
 
-    def run(self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None]) -> None:
+    def run(
+        self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None], processes: Processes = ONE_PROCESS
+    ) -> None:
         """Do all jobs in their order."""
+        if processes.several:
+            LocalProcesses(at_once=1, gpus=processes.per_node).run(work, jobs, ended, processes)
+            return
         for number, job in enumerate(jobs):
             try:
                 outcome = Outcome(number, work(job))
@@ -56,8 +89,8 @@ class LocalProcesses(Executor):
     """Every job in a process of its own on this machine, a bounded number at a time.
 
     Args:
-        at_once: Most processes at a time.
-        gpus: GPUs of this machine to deal out, one a process; with 0 processes see none.
+        at_once: Most jobs at a time.
+        gpus: GPUs of this machine to deal out, one to each process of a job; with 0 processes see none.
         log_dir: Where submitit keeps the processes' logs.
 
     Raises:
@@ -71,8 +104,19 @@ class LocalProcesses(Executor):
             raise UserError(f"sweep.executor.gpus: must not be negative, got {gpus}")
         self.at_once, self.gpus, self.log_dir = at_once, gpus, log_dir
 
-    def run(self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None]) -> None:
-        """Keep ``at_once`` processes going until all jobs are done; an interrupt ends them."""
+    def run(
+        self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None], processes: Processes = ONE_PROCESS
+    ) -> None:
+        """Keep ``at_once`` jobs going until all are done; an interrupt ends them.
+
+        Raises:
+            UserError: Several nodes, or fewer GPUs than one job's processes.
+        """
+        count = processes.per_node
+        if processes.nodes > 1:
+            raise UserError("trainer.num_nodes: a sweep reaches other nodes through SLURM; set sweep.executor to Slurm")
+        if 0 < self.gpus < count:
+            raise UserError(f"sweep.executor.gpus: {self.gpus} are too few for trainer.devices: {count}")
         submitit = _submitit()
         waiting = list(enumerate(jobs))
         running: dict[int, tuple[int, Any]] = {}  # by slot
@@ -82,9 +126,10 @@ class LocalProcesses(Executor):
                     if slot not in running and waiting:
                         number, job = waiting.pop(0)
                         executor = submitit.LocalExecutor(folder=Path(self.log_dir).absolute())
-                        visible = {"gpus_per_node": 1, "visible_gpus": (slot % self.gpus,)} if self.gpus else {}
-                        executor.update_parameters(timeout_min=60 * 24 * 365, **visible)
-                        running[slot] = number, executor.submit(work, job)
+                        executor.update_parameters(
+                            timeout_min=60 * 24 * 365, tasks_per_node=count, **self._visible(slot, count)
+                        )
+                        running[slot] = number, executor.submit(Rank(work, _free_port()) if count > 1 else work, job)
                 for slot, (number, submitted) in list(running.items()):
                     if submitted.done():
                         del running[slot]
@@ -95,6 +140,43 @@ class LocalProcesses(Executor):
                 submitted.cancel()
             raise
 
+    def _visible(self, slot: int, count: int) -> dict[str, Any]:
+        """The GPUs of a job, in submitit's words."""
+        if not self.gpus:
+            return {}
+        there = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        numbers = [int(name) for name in there if name.isdecimal()] or list(range(self.gpus))
+        chosen = tuple(numbers[(slot * count + i) % self.gpus % len(numbers)] for i in range(count))
+        return {"gpus_per_node": count, "visible_gpus": chosen}
+
+
+class Rank:
+    """Work that several local processes do together: tells each of them, in its environment, which one it is.
+
+    Args:
+        work: What they do.
+        port: Where they find each other.
+    """
+
+    def __init__(self, work: Work, port: int) -> None:
+        self.work, self.port = work, port
+
+    def __call__(self, job: Any) -> dict[str, str]:
+        """Do it."""
+        from lightning.pytorch.utilities import rank_zero_only
+
+        here = _submitit().JobEnvironment()
+        os.environ |= {
+            "LOCAL_RANK": str(here.local_rank),
+            "NODE_RANK": "0",
+            "WORLD_SIZE": str(here.num_tasks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port),
+        }
+        # Lightning has looked for it already, when it was imported.
+        rank_zero_only.rank = here.global_rank  # type: ignore[attr-defined]
+        return self.work(job)
+
 
 class Requeueable:
     """Work that SLURM may preempt or time out: submitit submits it again, and it goes on where it stopped."""
@@ -103,8 +185,14 @@ class Requeueable:
         self.work = work
 
     def __call__(self, job: Any) -> dict[str, str]:
-        """Do it."""
-        return self.work(job)
+        """Do it; what SLURM's warning has stopped between two steps is handed on to submitit then."""
+        submit_again = signal.getsignal(signal.SIGUSR2)
+        try:
+            return self.work(job)
+        except Stopped as stop:
+            if stop.number == signal.SIGUSR2 and callable(submit_again):
+                submit_again(stop.number, None)
+            raise
 
     def checkpoint(self, job: Any) -> Any:
         """What to submit again."""
@@ -150,9 +238,9 @@ class Slurm(Executor):
         self.partition, self.minutes, self.gpus, self.cpus = partition, minutes, gpus, cpus
         self.memory_gb, self.at_once, self.extra, self.log_dir = memory_gb, at_once, extra or {}, log_dir
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self, processes: Processes = ONE_PROCESS) -> dict[str, Any]:
         """What submitit is told."""
-        given = {
+        given: dict[str, Any] = {
             "partition": self.partition,
             "time": self.minutes,
             "cpus_per_task": self.cpus,
@@ -161,16 +249,21 @@ class Slurm(Executor):
             "array_parallelism": self.at_once,
             "additional_parameters": self.extra or None,
         }
-        return {"ntasks_per_node": 1, **{key: value for key, value in given.items() if value is not None}}
+        if processes.several:  # those that are left wait for one that died
+            given |= {"nodes": processes.nodes, "srun_args": ["--kill-on-bad-exit=1"]}
+        tasks = {"ntasks_per_node": processes.per_node}
+        return {**tasks, **{key: value for key, value in given.items() if value is not None}}
 
-    def run(self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None]) -> None:
+    def run(
+        self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None], processes: Processes = ONE_PROCESS
+    ) -> None:
         """Submit all jobs as one array and wait for them; an interrupt cancels them."""
         submitit = _submitit()
         try:
             executor = submitit.SlurmExecutor(folder=Path(self.log_dir).absolute())
         except RuntimeError as error:  # no srun
             raise UserError(f"sweep.executor: Slurm is not to be had here ({error}); take LocalProcesses") from error
-        executor.update_parameters(job_name="hedgelab", **self.parameters())
+        executor.update_parameters(job_name="hedgelab", **self.parameters(processes))
         submitted = executor.map_array(Requeueable(work), list(jobs))
         waiting = dict(enumerate(submitted))
         try:
@@ -189,15 +282,21 @@ class Slurm(Executor):
 def _outcome(number: int, job: Any) -> Outcome:
     """How a submitit job ended."""
     try:
-        return Outcome(number, job.result())
+        return Outcome(number, job.task(0).result())
     except Exception as error:
-        return Outcome(number, None, f"{_line(error)}; log: {job.paths.stderr}")
+        return Outcome(number, None, f"{_line(error)}; log: {job.task(0).paths.stderr}")
 
 
 def _line(error: Exception) -> str:
     """The last line of an exception that says something (submitit quotes whole tracebacks)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _submitit() -> Any:

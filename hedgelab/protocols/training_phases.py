@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import lightning as L
 from hedgelab import __version__
 from hedgelab.checkpoints import RunCheckpoint, use_verified_io
 from hedgelab.data.datamodule import ActivationDataModule
-from hedgelab.errors import UserError
 from hedgelab.protocols.group_checkpoints import GroupCheckpoints
+from hedgelab.protocols.ranks import decided_by_rank_zero, found_by_rank_zero
 from hedgelab.saes import SAE, SAEGroup, load_sae, weights_sha256
+from hedgelab.saes.io import gathered
 from hedgelab.tracking import MemberRecord, MLflowTracker, StepProgressBar
 
 TrainerFactory = Callable[..., L.Trainer]
@@ -73,8 +75,11 @@ class PhaseRunner:
 
     def train(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
         """The trained SAE of every phase, by name: from the store where it is there, else trained now."""
-        begun = self._begun(phases)
-        found = {p.name: sae for p in phases if p.name not in begun and (sae := self._finished(p)) is not None}
+        begun = decided_by_rank_zero(partial(self._begun, phases))
+        found: dict[str, SAE] = {}
+        for phase in phases:
+            if phase.name not in begun and (sae := found_by_rank_zero(partial(self._finished, phase))) is not None:
+                found[phase.name] = sae
         if begun:
             self.announce(f"going on with {', '.join(begun)}")
             found |= self._fit([phase for phase in phases if phase.name in begun], data)
@@ -106,8 +111,7 @@ class PhaseRunner:
                 trackers[phase.name].log_hyperparams(dict(phase.config))
                 self._link(phase, trackers[phase.name].run_id)
 
-        fit_group(self.trainer, saes, trackers, data, begin, ids)
-        return saes
+        return fit_group(self.trainer, saes, trackers, data, begin, ids)
 
     def share(self, phase: Phase, trained: Phase) -> None:
         """Let a phase have the run of another that is the same."""
@@ -158,20 +162,22 @@ def fit_group(
     data: ActivationDataModule,
     begin: Callable[[], None] = lambda: None,
     ids: Mapping[str, str] | None = None,
-) -> None:
+) -> dict[str, SAE]:
     """Train SAEs on one stream, each recorded in its own run, which ends with the training, well or badly.
+
+    On several ranks all of them call this, from within :func:`~hedgelab.protocols.ranks.on_every_rank`.
 
     Args:
         trainer: Makes the trainer.
-        saes: The SAEs, by name; trained in place.
+        saes: The SAEs, by name; trained in place, where ranks do not split their latents.
         trackers: Their runs, by the same names; empty for none.
         data: Where activations come from.
         begin: Called when the trainer is there, which from then on ends the runs; they begin no earlier.
         ids: Stable ids of what is trained: a training of the same that was cut short is gone on with, in the same runs.
             None for one that cannot be gone on with; untracked ones cannot either.
 
-    Raises:
-        UserError: A trainer of several processes.
+    Returns:
+        The trained SAEs, whole on every rank, by name.
     """
     keys = {name: name.replace(".", "_") for name in saes}  # a module's name must not contain a dot
     if len(set(keys.values())) < len(keys):
@@ -186,27 +192,18 @@ def fit_group(
         callbacks=[MemberRecord(keys[name], tracker) for name, tracker in trackers.items()],
         enable_checkpointing=group is not None,
     )
-    check_one_process(made)
     begin()
-    checkpoint = None if group is None else group.begin(made, {name: found.run_id for name, found in trackers.items()})
+    checkpoint = None
+    if group is not None:
+        runs = {name: tracker.run_id for name, tracker in trackers.items()}
+        checkpoint = decided_by_rank_zero(partial(group.begin, made, runs))
+        group.use(made)
     loggers = {keys[name]: tracker for name, tracker in trackers.items()}
     module = SAEGroup({keys[name]: sae for name, sae in saes.items()}, loggers)
     made.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
     if group is not None and made.is_global_zero:
         group.end()
-
-
-def check_one_process(trainer: L.Trainer) -> None:
-    """Refuse to train a protocol's phases on several ranks: which phases are found in the store is not agreed among them.
-
-    Raises:
-        UserError: There are several.
-    """
-    if trainer.world_size > 1:
-        raise UserError(
-            f"trainer.devices: hedge and sweep train each group of SAEs in one process, got {trainer.world_size}; set "
-            "trainer.devices: 1 and trainer.num_nodes: 1, and let a sweep's executor spread the jobs"
-        )
+    return {name: gathered(sae) for name, sae in saes.items()}
 
 
 def checkpoints_root(tracker: MLflowTracker) -> Path:
@@ -216,13 +213,17 @@ def checkpoints_root(tracker: MLflowTracker) -> Path:
 
 def trainer_factory(settings: Mapping[str, Any]) -> TrainerFactory:
     """Trainers with the given settings, a progress bar and (where wanted) checkpoints unless those say otherwise."""
+    settings = {
+        **settings,
+        "strategy": copy.deepcopy(settings.get("strategy", "auto")),
+    }  # one that no trainer has set up
     kept = next((found for found in settings.get("callbacks") or [] if isinstance(found, RunCheckpoint)), None)
 
     def make(*, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
         bars: list[L.Callback] = [StepProgressBar()] if settings.get("enable_progress_bar", True) else []
         wanted = options.get("enable_checkpointing", False) and kept is not None
         saving = [RunCheckpoint(**kept.interval)] if wanted and kept is not None else []
-        options["enable_checkpointing"] = bool(saving)
+        options |= {"enable_checkpointing": bool(saving), "strategy": copy.deepcopy(settings["strategy"])}
         trainer = L.Trainer(**{**settings, **options, "callbacks": [*bars, *callbacks, *saving]})
         use_verified_io(trainer)
         return trainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,13 @@ def gathered(sae: SAE) -> SAE:
     """The SAE, or where its latents are split over processes a whole copy of it; to be called on all processes."""
     if not is_split(sae.W_dec):
         return sae
-    copy = build_sae(sae.config())
-    copy.load_state_dict({name: whole(value).cpu() for name, value in sae.state_dict().items()})
+    return copy_of(sae.config(), {name: whole(value).cpu() for name, value in sae.state_dict().items()})
+
+
+def copy_of(config: dict[str, Any], state: Mapping[str, torch.Tensor]) -> SAE:
+    """The SAE that another's :meth:`SAE.config` and ``state_dict`` tell of, ready to measure or to train on."""
+    copy = build_sae(config)
+    copy.load_state_dict(state)
     copy.initialized = True
     return copy
 

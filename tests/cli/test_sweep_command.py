@@ -72,6 +72,14 @@ def sae_of(client, run, tmp_path):
             ["--config=root.yaml"],
             "cell 'TopK/d_sae=3': trainer.default_root_dir: '/elsewhere' lies outside the working folder",
         ),
+        (
+            ["--trainer.devices=auto"],
+            "trainer.devices: a sweep starts its jobs' processes itself and must know how many",
+        ),
+        (
+            ["--sweep.lines.vanilla.set.trainer.devices=2"],
+            "trainer.devices: and trainer.num_nodes must be the same in all",
+        ),
         (["--sweep.base=tinny.yaml"], "no such file 'tinny.yaml'; did you mean 'tiny.yaml'?"),
     ],
 )
@@ -85,6 +93,13 @@ def test_mistakes_take_one_line_with_cell_and_key(sweep, capsys, tmp_path, optio
 def test_a_config_without_the_section_is_refused(sweep, capsys):
     assert main(["sweep", "--config=tiny.yaml"]) == 2
     assert "sweep: 'tiny.yaml' has no such section" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_a_sweep_that_a_launcher_started_several_times_is_refused(sweep, capsys, monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    assert main(sweep) == 2
+    assert "sweep: was started in several processes" in capsys.readouterr().err
 
 
 def test_folders_elsewhere_are_the_users_choice(sweep):
@@ -212,6 +227,30 @@ def test_local_processes_do_the_same(sweep, capsys):
     assert main(["fit", "--config=tiny.yaml", "--model.init.seed=1", "--model.d_sae=4", "--name=alone"]) == 0
     _, runs = store()
     assert by_or_of(runs, "alone").data.tags["weights_sha256"] == cells["TopK/d_sae=4/seed=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["fit", "hedge"])
+def test_cells_that_train_on_two_ranks_give_the_same(command, sweep, capsys):
+    pytest.importorskip("submitit", reason="needs submitit")
+    words = [*sweep, *(HEDGE if command == "hedge" else []), "--sweep.axes.model.d_sae=[3]", "--trainer.max_steps=30"]
+    measured = {}
+    for devices in (2, 1):
+        assert main([*words, f"--trainer.devices={devices}", f"--experiment=ranks{devices}"]) == 0
+        _, runs = store()
+        cells = [run for run in runs if "sweep_cell" in run.data.tags and run.data.tags["world_size"] == str(devices)]
+        measured[devices] = {
+            run.info.run_name: {
+                name: value for name, value in run.data.metrics.items() if name.startswith(("val/", "hedging/"))
+            }
+            for run in cells
+        }
+        assert len(cells) == (2 if command == "hedge" else 4)
+        capsys.readouterr()
+    assert measured[2].keys() == measured[1].keys()
+    for name, numbers in measured[1].items():
+        assert len(numbers) > 5
+        assert measured[2][name] == pytest.approx(numbers, rel=1e-4, abs=1e-5, nan_ok=True)
 
 
 def by_or_of(runs, name):

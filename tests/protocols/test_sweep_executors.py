@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hedgelab.errors import UserError
-from hedgelab.protocols.sweep_executors import InProcess, LocalProcesses, Outcome, Slurm
+from hedgelab.protocols.sweep_executors import InProcess, LocalProcesses, Outcome, Processes, Slurm
 
 
 def work(job):
@@ -39,6 +39,68 @@ def test_slurm_gets_the_options_in_its_own_words(tmp_path):
     }  # fmt: skip
     bare = slurm._make_sbatch_string(command="x", folder=Path(tmp_path), map_count=1, **Slurm().parameters())
     assert not any(word in bare for word in ("--partition", "--gpus-per-node", "--mem="))
+
+
+def test_a_job_of_several_processes_is_a_job_of_several_tasks(tmp_path):
+    slurm = pytest.importorskip("submitit.slurm.slurm", reason="needs submitit")
+    parameters = Slurm(gpus=4).parameters(Processes(4, nodes=2))
+    script = slurm._make_sbatch_string(command="x", folder=Path(tmp_path), map_count=2, **parameters)
+    options = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")}
+    assert options >= {"ntasks-per-node=4", "nodes=2", "gpus-per-node=4", "array=0-1%2"}
+    assert "--kill-on-bad-exit=1" in script
+
+
+def who_am_i(job):
+    import os
+
+    from lightning.pytorch.utilities import rank_zero_only
+
+    names = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+    with Path(job, os.environ["LOCAL_RANK"]).open("w") as file:
+        file.write(" ".join([*(os.environ[name] for name in names), str(rank_zero_only.rank)]))
+    return {"rank": os.environ["LOCAL_RANK"]}
+
+
+def test_local_processes_know_which_they_are(tmp_path, monkeypatch):
+    """Rank zero tells how the job ended; in-process jobs of several processes get processes of their own as well."""
+    pytest.importorskip("submitit", reason="needs submitit")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the processes import this module
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    ended = []
+    InProcess().run(who_am_i, [str(tmp_path)], ended.append, Processes(2))
+    assert ended == [Outcome(0, {"rank": "0"})]
+    first, second = ((tmp_path / rank).read_text().split() for rank in "01")
+    port = first[4]
+    assert first == ["0", "0", "2", "127.0.0.1", port, "4,6", "0"]
+    assert second == ["1", "0", "2", "127.0.0.1", port, "4,6", "1"]
+
+
+def only_rank_zero_says_why(job):
+    import os
+
+    if os.environ["LOCAL_RANK"] == "1":
+        raise RuntimeError("boom")
+    return {"cell": "why"}
+
+
+def test_what_rank_zero_says_counts(tmp_path):
+    pytest.importorskip("submitit", reason="needs submitit")
+    ended = []
+    LocalProcesses(1, log_dir=str(tmp_path)).run(only_rank_zero_says_why, ["job"], ended.append, Processes(2))
+    assert ended == [Outcome(0, {"cell": "why"})]
+
+
+@pytest.mark.parametrize(
+    ("executor", "processes", "message"),
+    [
+        (LocalProcesses(), Processes(2, nodes=2), r"trainer\.num_nodes: .* set sweep\.executor to Slurm"),
+        (LocalProcesses(gpus=1), Processes(2), r"sweep\.executor\.gpus: 1 are too few for trainer\.devices: 2"),
+    ],
+)
+def test_too_many_processes_name_the_key(executor, processes, message):
+    with pytest.raises(UserError, match=message):
+        executor.run(work, ["fine"], pytest.fail, processes)
 
 
 @pytest.mark.parametrize(
