@@ -15,6 +15,7 @@ import yaml
 
 from hedgelab.cli.nearest import nearest
 from hedgelab.errors import UserError
+from hedgelab.plain_yaml import read_yaml
 
 Tree = dict[str, Any]
 _FLAGS = ("help", "print_config")
@@ -75,13 +76,13 @@ def options_of(words: list[str]) -> Iterator[tuple[str, str | None]]:
 
 def load(path: Path) -> Tree:
     """One config file."""
-    if not path.is_file():
-        candidates = {file.name: file for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
-        near = nearest(path.name, candidates)
-        hint = f"; did you mean '{candidates[near]}'?" if near else ""
-        raise UserError(f"--config: no such file '{path}'{hint}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            candidates = {file.name: file for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
+            near = nearest(path.name, candidates)
+            hint = f"; did you mean '{candidates[near]}'?" if near else ""
+            raise UserError(f"--config: no such file '{path}'{hint}")
+        content = read_yaml(path)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -17,6 +17,8 @@ from hedgelab.cli.compose import Tree
 from hedgelab.cli.nearest import suggest
 from hedgelab.cli.signatures import Parameter, bases, class_of, concrete, describe, parameters_of, supplied_by_caller
 
+_BEYOND = 2**63
+
 
 class Walk:
     """One walk over a config tree along the signatures of the classes it names.
@@ -29,6 +31,7 @@ class Walk:
     Attributes:
         wrong: A line about each wrong key or value, in the order of the tree.
         missing: A line about each required argument that is not there.
+        impossible: A line about each value that the parser takes and no class can use.
         classes: The keys under which each class was met.
     """
 
@@ -36,13 +39,14 @@ class Walk:
         self.provided = provided
         self.wrong: list[str] = []
         self.missing: list[str] = []
+        self.impossible: list[str] = []
         self.classes: dict[type, list[str]] = {}
         self._arguments(tree, "", parameters)
 
     @property
     def first(self) -> str | None:
         """The line to show; None where nothing wrong was met."""
-        return next(iter(self.wrong + self.missing), None)
+        return next(iter(self.wrong + self.missing + self.impossible), None)
 
     def _arguments(self, tree: Tree, prefix: str, parameters: dict[str, Parameter]) -> None:
         """The arguments of one class."""
@@ -51,7 +55,7 @@ class Walk:
             if key in self.provided:
                 self.wrong.append(f"{key}: is taken from the data and cannot be set; remove it")
             elif name not in parameters:
-                self.wrong.append(f"{key}: unknown key; {suggest(name, parameters)}")
+                self.wrong.append(f"{key}: unknown key; {suggest(str(name), parameters)}")
             else:
                 self._value(value, key, parameters[name].annotation)
         for name, parameter in parameters.items():
@@ -66,7 +70,11 @@ class Walk:
         nested = [(at, item) for at, item in _items(key, value) if _names_class(item, annotation)]
         for at, item in nested:
             self._class(item, at, annotation)
-        if not nested and not accepts(annotation, value):
+        if value is None and not _admits_none(annotation):
+            self.impossible.append(f"{key}: expected {describe(annotation)}, got null")
+        elif isinstance(value, int) and abs(value) >= _BEYOND:
+            self.impossible.append(f"{key}: expected a number of at most 64 bits, got {show(value)}")
+        elif not nested and not accepts(annotation, value):
             at, expected, got = _pinpoint(key, annotation, value)
             self.wrong.append(f"{at}: expected {describe(expected)}, got {show(got)}")
 
@@ -107,6 +115,12 @@ def accepts(annotation: Any, value: Any) -> bool:
     except ArgumentError:
         return False
     return True
+
+
+def _admits_none(annotation: Any) -> bool:
+    return annotation in (Any, inspect.Parameter.empty, None, type(None)) or any(
+        map(_admits_none, typing.get_args(annotation))
+    )
 
 
 def show(value: Any) -> str:

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 
 from hedgelab.errors import Stopped, UserError
 
-MISTAKE, BUG, INTERRUPTED = 2, 1, 130
+MISTAKE, BUG, INTERRUPTED, UNREAD = 2, 1, 130, 141
+_OF_THE_PLACE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.ELOOP,
+}  # fmt: skip
+_NO_MEMORY = re.compile(
+    r"can't allocate memory: you tried to allocate (?P<bytes>\d+ bytes)|out of memory\. Tried to allocate (?P<size>[\d.]+ \w+)"
+    r"|Storage size calculation overflowed"
+)
 
 
 def guarded(run: Callable[[], int]) -> int:
     """Run a command; turn whatever it raises into an exit code, and a user's mistake into one line on stderr."""
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read what is printed, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
     except Stopped as stop:
@@ -34,7 +49,31 @@ def user_error(error: BaseException) -> BaseException | None:
     kinds: tuple[type[BaseException], ...] = (UserError,)
     if lightning := sys.modules.get("lightning.fabric.utilities.exceptions"):  # raised only by what is loaded
         kinds += (lightning.MisconfigurationException,)
-    return next((cause for cause in causes(error) if isinstance(cause, kinds)), None)
+    chain = list(causes(error))
+    found = next((cause for cause in chain if isinstance(cause, kinds)), None)
+    return found or next((told for cause in chain if (told := _of_the_machine(cause)) is not None), None)
+
+
+def _of_the_machine(error: BaseException) -> UserError | None:
+    """What a machine without the memory, a place without the room or the rights, or the tracking store has refused."""
+    refused = _NO_MEMORY.search(str(error))
+    if refused or isinstance(error, MemoryError):
+        size = next(filter(None, refused.groups()), None) if refused else None
+        asked = f" ({size} at once)" if size else ""
+        return UserError(f"not enough memory{asked}: lower model.d_sae, data.batch_size, or what else makes it large")
+    if isinstance(error, OSError) and error.errno in _OF_THE_PLACE and error.filename is not None:
+        return UserError(f"'{error.filename}': {error.strerror}; name another file or folder, or mend this one")
+    mlflow = sys.modules.get("mlflow.exceptions")
+    if mlflow is not None and isinstance(error, mlflow.MlflowException):
+        from hedgelab.tracking.store import reason_of, tracking_uri, unusable
+
+        return UserError(unusable(tracking_uri(), reason_of(error)))
+    return None
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What an exception was raised from in the first place."""
+    return list(causes(error))[-1]
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

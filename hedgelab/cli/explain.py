@@ -24,14 +24,18 @@ def explain_parsing(error: Exception, tree: Tree, walk: Walk) -> str:
     return walk.first or one_line(str(error))
 
 
-def explain_construction(error: UserError, walk: Walk) -> str:
+def explain_construction(error: BaseException, walk: Walk) -> str:
     """A mistake found by a class as it was made, with the full key of that class in front.
 
     Classes name their arguments as if they stood where they usually do (``model.d_sae``); inside another class the key
-    is longer (``model.inner.d_sae``).
+    is longer (``model.inner.d_sae``). What a class did not foresee is told in the words of whatever refused.
     """
     message = one_line(str(error))
-    places = next((walk.classes[cls] for cls in _makers(error) if cls in walk.classes), [])
+    cls = next((cls for cls in _makers(error) if cls in walk.classes), None)
+    places = walk.classes[cls] if cls is not None else []
+    if not isinstance(error, UserError):
+        place = places[0] if len(places) == 1 else "config"
+        return f"{place}: cannot be made{f' into a {cls.__name__}' if cls else ''} ({type(error).__name__}: {message[-200:]})"
     named, colon, rest = message.partition(":")
     is_key = bool(colon) and re.fullmatch(r"[\w.\[\]]+", named) is not None
     if len(places) != 1 or not is_key or named.startswith(places[0]):

@@ -21,7 +21,7 @@ import hedgelab.saes  # noqa: F401
 from hedgelab.checkpoints import RunCheckpoint, stop_at_once, use_verified_io
 from hedgelab.cli.compose import Tree, compose, config_files, opening_comment, without_configs
 from hedgelab.cli.diagnose import Walk
-from hedgelab.cli.errors import one_line, user_error
+from hedgelab.cli.errors import one_line, root_cause, user_error
 from hedgelab.cli.explain import explain_construction, explain_parsing, resolve, top_level
 from hedgelab.cli.resume import Resumption, bare_flag, with_slurm_left_alone
 from hedgelab.cli.summary import summary
@@ -68,6 +68,7 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "enable_progress_bar": True,
 }
+TRAINER_BOUNDS = {"num_nodes": (1, 100_000), "check_val_every_n_epoch": (1, 2**63 - 1)}
 CHECKPOINT_DEFAULTS = {
     "checkpoint.save_last": True,
     "checkpoint.save_top_k": 0,
@@ -190,6 +191,7 @@ class HedgelabCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the checkpoint, name the run, and leave out what the trainer is told to do without."""
         config = self.config[self.command]
+        check_trainer(config.trainer.as_dict())
         check_folders(config.as_dict(), compose(without_configs(self.words)))
         wanted = self.resumption.take(config)
         check_checkpoint(self.command, config.get("ckpt_path"))
@@ -205,15 +207,22 @@ class HedgelabCLI(LightningCLI):
         if self.command in RESUMABLE:
             self.resumption.find(wanted)
 
+    def _set_seed(self) -> None:
+        """Seed everything, with a number that numpy takes."""
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {one_line(str(error))}") from error
+
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; what a class finds impossible is told with the full key."""
+        walk = self.walk()
+        if walk.impossible:
+            raise UserError(walk.impossible[0])
         try:
             super().instantiate_classes()
         except Exception as error:
-            mistake = user_error(error)
-            if not isinstance(mistake, UserError):
-                raise
-            raise UserError(explain_construction(mistake, self.walk())) from error
+            raise UserError(explain_construction(user_error(error) or root_cause(error), walk)) from error
         if (checkpoint := self.resumption.apply(self.trainer)) is not None:
             self.config_init[self.command].ckpt_path = checkpoint
 
@@ -232,8 +241,20 @@ class HedgelabCLI(LightningCLI):
             )
             use_verified_io(trainer)
             return trainer
-        except (ValueError, MisconfigurationException) as error:
-            raise UserError(f"trainer: {one_line(str(error))}") from error
+        except (ValueError, TypeError, ArithmeticError, MemoryError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {one_line(str(error)) or type(error).__name__}") from error
+
+
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Find numbers that Lightning takes and stumbles over in the middle of training.
+
+    Raises:
+        UserError: There is one.
+    """
+    for key, value in trainer.items():
+        least, most = TRAINER_BOUNDS.get(key, (-(2**63), 2**63 - 1))
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            raise UserError(f"trainer.{key}: must be from {least} to {most}, got {value}")
 
 
 def check_checkpoint(command: str, path: str | None) -> None:

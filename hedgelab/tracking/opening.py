@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from hedgelab.tracking.store import (
     artifact_location,
     ensure_store,
     local_uri,
+    reason_of,
     sqlite_file,
     unusable,
     without_credentials,
@@ -119,7 +121,7 @@ def logged_steps(run: Run, spool: Spool) -> dict[str, int]:
 
 def _start(client: MlflowClient, uri: str, wanted: RunToOpen) -> Run:
     tags = {
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": _user(),
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.source.type": "LOCAL",
     }
@@ -127,6 +129,14 @@ def _start(client: MlflowClient, uri: str, wanted: RunToOpen) -> Run:
         tags["mlflow.note.content"] = wanted.description
     experiment = _experiment(client, uri, wanted.experiment)
     return client.create_run(experiment, run_name=wanted.name, tags={**tags, **wanted.tags})
+
+
+def _user() -> str:
+    """Who runs this; a container may run under a number that has no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:
@@ -181,8 +191,7 @@ def _patiently(uri: str, act: Callable[[], T]) -> T:
             return act()
         except MlflowException as error:
             if not _is_locked(error) or time.monotonic() > end:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UserError(unusable(uri, reason)) from error
+                raise UserError(unusable(uri, reason_of(error))) from error
         time.sleep(0.5)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgelab.errors import UserError
-from hedgelab.tracking.store import ensure_store, sqlite_file, tracking_uri
+from hedgelab.tracking.store import ensure_store, reason_of, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 _HAS_SAE = "tags.weights_sha256 LIKE '%'"
 _SAE_FILE = "sae.json"
+_PARENT = "mlflow.parentRunId"
+_PAGE = 100
 REPORT_TAG = "hedgelab.report"
 """Tag of the run that holds an experiment's report; it is no run of anything."""
 
@@ -85,7 +89,7 @@ def resolve_run(word: str, with_sae: bool = False, uri: str | None = None) -> Ru
         found = _newest_of_its_own(client, list(names), wanted)
     else:
         by_name = f"attributes.run_name = '{word}'"
-        found = [] if "'" in word else _newest(client, names, _both(by_name, wanted), 1)
+        found = [] if set(word) & set("'\\\n") else _newest(client, names, _both(by_name, wanted), 1)
         if not found and re.fullmatch(r"[0-9a-f]{4,32}", word):
             found = _newest(client, names, _both(f"attributes.run_id LIKE '{word}%'", wanted), 5)
     if len(found) > 1:
@@ -117,12 +121,7 @@ def children_with_sae(run: RunSummary, uri: str | None = None) -> list[RunSummar
     """The finished runs right below a run that kept an SAE, in the order in which they began."""
     client, names = open_runs(uri)
     wanted = f"tags.mlflow.parentRunId = '{run.run_id}' and attributes.status = 'FINISHED' and {_HAS_SAE}"
-    found, token = [], None
-    while True:
-        page = client.search_runs(list(names), wanted, order_by=["attributes.start_time ASC"], page_token=token)
-        found += [_summary(one, names) for one in page]
-        if not (token := page.token):
-            return found
+    return [_summary(one, names) for one in _search(client, names, wanted, "ASC")]
 
 
 def artifact(run: RunSummary, path: str, uri: str | None = None) -> Path:
@@ -135,7 +134,7 @@ def artifact(run: RunSummary, path: str, uri: str | None = None) -> Path:
     try:
         return Path(ensure_store(uri).download_artifacts(run.run_id, path))
     except Exception as error:  # every artifact store has errors of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"run {run.run_id[:8]} ({run.name}): cannot get its artifact '{path}' ({reason})") from error
 
 
@@ -177,9 +176,25 @@ def list_runs(
     return [_summary(run, names) for run in _newest(client, names, "", limit)]
 
 
-def _newest(client: MlflowClient, experiments: dict[str, str], wanted: str, limit: int) -> list[Run]:
-    order = ["attributes.start_time DESC"]
-    return list(client.search_runs(list(experiments), filter_string=wanted, max_results=limit, order_by=order))
+def _search(client: MlflowClient, experiments: Iterable[str], wanted: str, order: str = "DESC") -> Iterator[Run]:
+    """Runs by the time at which they began, however many."""
+    token = None
+    while True:
+        page = client.search_runs(
+            list(experiments),
+            filter_string=wanted,
+            order_by=[f"attributes.start_time {order}"],
+            max_results=_PAGE,
+            page_token=token,
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _newest(client: MlflowClient, experiments: Iterable[str], wanted: str, limit: int) -> list[Run]:
+    return list(islice(_search(client, experiments, wanted), limit))
 
 
 def _both(first: str, second: str) -> str:
@@ -188,21 +203,8 @@ def _both(first: str, second: str) -> str:
 
 def _newest_of_its_own(client: MlflowClient, experiments: list[str], wanted: str = "") -> list[Run]:
     """The newest run that stands below no other, as a list of one; empty where there is none."""
-    token = None
-    while True:
-        page = client.search_runs(
-            experiments,
-            filter_string=wanted,
-            order_by=["attributes.start_time DESC"],
-            max_results=100,
-            page_token=token,
-        )
-        for run in page:
-            if not {"mlflow.parentRunId", REPORT_TAG} & set(run.data.tags):
-                return [run]
-        token = page.token
-        if not token:
-            return []
+    own = (run for run in _search(client, experiments, wanted) if not {_PARENT, REPORT_TAG} & set(run.data.tags))
+    return list(islice(own, 1))
 
 
 def _summary(run: Run, experiments: dict[str, str]) -> RunSummary:
@@ -220,5 +222,5 @@ def _summary(run: Run, experiments: dict[str, str]) -> RunSummary:
         metrics=dict(sorted(metrics.items())),
         artifact_uri=info.artifact_uri,
         description=data.tags.get("mlflow.note.content"),
-        parent=data.tags.get("mlflow.parentRunId"),
+        parent=data.tags.get(_PARENT),
     )

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from filelock import FileLock
 
 from hedgelab.errors import UserError
+from hedgelab.tracking.store import reason_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -321,11 +322,6 @@ def spools(folder: Path) -> list[Spool]:
 def is_refusal(error: Exception) -> bool:
     """Whether a store will never take an operation, for what it says; not where it only cannot now, or lacks the run."""
     return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE" and "'active' state" not in str(error)
-
-
-def reason_of(error: Exception) -> str:
-    """An error of a store in a line, which may be a page of HTML."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def last_steps(run: Run) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -51,6 +52,12 @@ def without_credentials(uri: str) -> str:
     """A tracking URI as it may be shown and written down."""
     parts = urlparse(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a store says, in a line without credentials: it may be a page of HTML, and repeat the address."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"//[^/\s]+@", "//", line)[:300]
 
 
 def same_store(uri: str, other: str) -> bool:
@@ -102,8 +109,7 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(unusable(uri, reason)) from error
+        raise UserError(unusable(uri, reason_of(error))) from error
     return client
 
 

@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from filelock import FileLock, Timeout
 
 from hedgelab.errors import UserError
-from hedgelab.tracking.spool import Artifact, Metrics, Params, Status, Tags, reason_of, spools
-from hedgelab.tracking.store import INTENDED, ensure_store, local_uri, runs_dir, same_store, sqlite_file, tracking_uri
+from hedgelab.tracking.spool import Artifact, Metrics, Params, Status, Tags, spools
+from hedgelab.tracking.store import (
+    INTENDED,
+    ensure_store,
+    local_uri,
+    reason_of,
+    runs_dir,
+    same_store,
+    sqlite_file,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from hedgelab.tracking.spool import Artifact, FilesLeftError, Metrics, Operation, Point, Spool, is_refusal, reason_of
+from hedgelab.tracking.spool import Artifact, FilesLeftError, Metrics, Operation, Point, Spool, is_refusal
+from hedgelab.tracking.store import reason_of
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -1,5 +1,7 @@
 import pytest
 
+from hedgelab.tracking.store import create_database
+
 CONFIG = """\
 seed_everything: 1
 trainer:
@@ -32,3 +34,11 @@ def config(tmp_path, monkeypatch):
     monkeypatch.delenv("HEDGELAB_DEBUG", raising=False)
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     return CONFIG
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """An SQLite store as MLflow makes it, which takes seconds, so once for all tests."""
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    create_database(database)
+    return database

@@ -1,5 +1,9 @@
 """Every mistake: exit code 2, one line on stderr, which names the key and says what would be right."""
 
+import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ MATRYOSHKA = """\
       init_args: {d_sae: 3, k: 2}
 """
 
+QUIET = ["--trainer.enable_progress_bar=false"]
 # What is replaced in the config, by what; what the line must contain.
 IN_FILE = {
     "unknown section": ("trainer:", "trainr:", ["trainr: unknown key", "'trainer'"]),
@@ -67,6 +72,46 @@ IN_FILE = {
         "trainer:\n  callbacks: [{class_path: EarlyStopping, init_args: {monitr: x}}]",
         ["trainer.callbacks[0].monitr", "'monitor'"],
     ),
+    "key twice": ("d_sae: 3", "d_sae: 3\n    d_sae: 4", ["wrong.yaml", "line 20", "'d_sae' is there twice"]),
+    "key twice at the top": ("data:", "name: a\nname: b\ndata:", ["wrong.yaml", "'name' is there twice"]),
+    "a circle of aliases": (
+        "init_args:\n    d_sae",
+        "init_args: &a\n    d_sae: *a\n    b",
+        ["wrong.yaml", "inside itself"],
+    ),
+    "nesting without end": ("k: 2", "k: " + "[" * 5000 + "]" * 5000, ["wrong.yaml", "nested deeper"]),
+    "aliases that multiply": (
+        "data:",
+        "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"{n}: &{n} [{','.join(['*' + m] * 10)}]\n" for m, n in itertools.pairwise("abcdefgh"))
+        + "data:",
+        ["wrong.yaml", "stands for more than 1000000 values"],
+    ),
+    "a key that is nothing": ("data:", "null: 2\ndata:", ["None: unknown key"]),
+    "a date that is none": ("data:", "name: 2020-13-45\ndata:", ["wrong.yaml", "month"]),
+    "nothing for a number": ("batch_size: 8", "batch_size: null", ["data.batch_size: expected int, got null"]),
+    "nothing for a number later on": (
+        "k: 2",
+        "k: 2\n    dead_after_steps: null",
+        ["model.dead_after_steps: expected int, got null"],
+    ),
+    "more than 64 bits": ("batch_size: 8", f"batch_size: {10**30}", ["data.batch_size", "64 bits", f"{10**30}"]),
+    "more than there is memory": ("d_sae: 3", "d_sae: 1000000000000", ["24000000000000 bytes", "model.d_sae"]),
+    "a batch beyond memory": ("batch_size: 8", "batch_size: 1000000000000", ["not enough memory", "data.batch_size"]),
+    "a seed below zero": ("seed_everything: 1", "seed_everything: -1", ["seed_everything", "-1"]),
+    "no device": ("max_steps: 6", "max_steps: 6\n  devices: -1", ["trainer", "devices"]),
+    "devices without end": ("max_steps: 6", f"max_steps: 6\n  devices: {10**12}", ["trainer"]),
+    "validation every zero epochs": (
+        "max_steps: 6",
+        "max_steps: 6\n  check_val_every_n_epoch: 0",
+        ["trainer.check_val_every_n_epoch: must be from 1"],
+    ),
+    "batches without end": (
+        "max_steps: 6",
+        "max_steps: 6\n  limit_val_batches: 1e308",
+        ["trainer.limit_val_batches: must be"],
+    ),
+    "a time that is none": ("max_steps: 6", "max_steps: 6\n  val_check_interval: {a: 1}", ["trainer", "'a'"]),
     "no end": ("max_steps: 6", "max_steps: -1", ["trainer.max_steps: must be set"]),
 }
 
@@ -91,6 +136,10 @@ ON_COMMAND_LINE = {
     "missing checkpoint": (["--ckpt_path=nope.ckpt"], ["ckpt_path", "nope.ckpt"]),
     "missing second config": (["--config=tinny.yaml"], ["--config", "tinny.yaml", "'tiny.yaml'"]),
     "config without a file": (["--config"], ["--config: expected a file"]),
+    "name of a config without end": ([f"--config={'a' * 300}"], ["--config: cannot read", "too long"]),
+    "folder without end": ([f"--checkpoint.dirpath={'a' * 300}"], ["aaa", "too long"]),
+    "folder that is a file": (["--checkpoint.dirpath=tiny.yaml"], ["tiny.yaml", "File exists"]),
+    "folder in a file": (["--checkpoint.dirpath=tiny.yaml/x"], ["tiny.yaml", "Not a directory"]),
 }
 
 ELSEWHERE = {
@@ -103,6 +152,9 @@ ELSEWHERE = {
     "no store to list": (["runs"], ["mlflow.db"]),
     "no store to show": (["ui"], ["mlflow.db"]),
     "wrong port": (["ui", "--port=x"], ["--port", "'x'"]),
+    "run without end": (["export", "a" * 300, "--to=out"], ["aaa", "too long"]),
+    "run to evaluate without end": (["evaluate", "a" * 300], ["aaa", "too long"]),
+    "folder to write without end": (["export", "last", f"--to={'a' * 300}"], ["aaa", "too long"]),
     "wrong option of ui": (["ui", "--hst=x"], ["--hst", "'--host'"]),
 }
 
@@ -127,13 +179,13 @@ def test_mistake_in_a_file(name, config, capsys):
     old, new, expected = IN_FILE[name]
     assert old in config
     Path("wrong.yaml").write_text(config.replace(old, new, 1))
-    check(["fit", "--config", "wrong.yaml", "--trainer.logger=false"], expected, capsys)
+    check(["fit", "--config", "wrong.yaml", "--trainer.logger=false", *QUIET], expected, capsys)
 
 
 @pytest.mark.parametrize("name", ON_COMMAND_LINE)
 def test_mistake_on_the_command_line(name, config, capsys):
     words, expected = ON_COMMAND_LINE[name]
-    check(["fit", "--config=tiny.yaml", *words], expected, capsys)
+    check(["fit", "--config=tiny.yaml", *QUIET, *words], expected, capsys)
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
@@ -166,3 +218,29 @@ def test_interrupt(config, capsys, monkeypatch):
     monkeypatch.setattr("hedgelab.cli.fit.compose", interrupt)
     assert main(["fit"]) == 130
     assert capsys.readouterr().err == "hedgelab: interrupted\n"
+
+
+def test_whoever_reads_may_stop_reading(config):
+    """As in ``hedgelab --help | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "hedgelab", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("word", ["a'b", "a\\", 'a"b', "a\nb", "%", "", "nope"])
+def test_names_that_no_run_has(word, config, capsys, monkeypatch, empty_database):
+    Path("runs").mkdir()
+    Path("runs/mlflow.db").write_bytes(empty_database.read_bytes())
+    (line,) = refused(["compare", word], capsys)
+    assert "in the store; give 'last', or a name or id" in line
+    assert main(["runs", "--limit=100000000"]) == 0
+    capsys.readouterr()
+
+
+def refused(words, capsys):
+    assert main(words) == 2
+    return capsys.readouterr().err.splitlines()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hedgelab.data.toy.firing import Firing, check_probability
 from hedgelab.errors import UserError
+from hedgelab.plain_yaml import read_yaml
 
 _EXCLUSIVE_SLACK = 1e-9  # so that ten children of .1 are not refused for rounding
 _MAX_DEPTH = 100
@@ -84,7 +85,7 @@ def load_tree(file: str | Path) -> object:
     """
     path = Path(file)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        return read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"data.firing.file: there is no file {path}; the path is relative to {Path.cwd()}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -1,0 +1,63 @@
+"""Reading YAML (and JSON, which is YAML) that a person, perhaps a stranger, has written: plain values and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_MOST_VALUES, _DEEPEST = 1_000_000, 250
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no mapping names a key twice; the stock loader takes the last one and is silent."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping, its keys compared as they are written."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is there twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a file.
+
+    Raises:
+        OSError: It cannot be read.
+        UnicodeDecodeError: It is no text.
+        yaml.YAMLError: It is no YAML, names a key twice, is nested too deep, or grows without bound by its aliases.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError(f"nested deeper than {_DEEPEST} levels") from error
+    except ValueError as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise yaml.YAMLError(str(error)) from error  # a date that is none, for one
+    _check_extent(content)
+    return content
+
+
+def _check_extent(content: Any) -> None:
+    """See that aliases neither run in a circle nor multiply: whatever comes after follows every path.
+
+    Raises:
+        yaml.YAMLError: They do.
+    """
+    left, count = [(content, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if depth > _DEEPEST:
+            raise yaml.YAMLError(f"nested deeper than {_DEEPEST} levels, or inside itself")
+        if count > _MOST_VALUES:
+            raise yaml.YAMLError(f"stands for more than {_MOST_VALUES} values")
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left += [(item, depth + 1) for item in items]
