@@ -8,12 +8,13 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from omegaconf.errors import OmegaConfBaseException
 
-from hedgelab.cli.compose import Tree, compose
+from hedgelab.cli.compose import Tree, compose, without_configs
 from hedgelab.cli.diagnose import Walk
 from hedgelab.cli.errors import one_line, user_error
 from hedgelab.cli.explain import explain_construction, explain_parsing, resolve
 from hedgelab.cli.nearest import nearest
 from hedgelab.cli.signatures import Parameter
+from hedgelab.cli.writing import check_folders
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
 from hedgelab.data.llm.cache_writing import Written, write_cache
@@ -25,8 +26,10 @@ _OWN = "verify"
 def run_cache(words: list[str]) -> int:
     """Parse, write, say what there is."""
     verify = f"--{_OWN}" in words
-    tree = compose([word for word in words if word != f"--{_OWN}"])
+    words = [word for word in words if word != f"--{_OWN}"]
+    tree = compose(words)
     _check_words(words)
+    check_folders(resolve(tree), compose(without_configs(words)), also=frozenset({"data.cache"}))
     data = _make(tree)
     if data.cache is None:
         raise UserError("data.cache: names no folder to write; add it to the config, or give --data.cache DIR")

@@ -277,6 +277,45 @@ OUTSIDE = {
         "trainer:\n  callbacks: [{class_path: ModelCheckpoint, init_args: {dirpath: /tmp/elsewhere}}]",
         "trainer.callbacks[0].dirpath",
     ),
+    "the store by another driver": (
+        "trainer:",
+        "trainer:\n  logger: {class_path: MLflowTracker, init_args: {uri: 'sqlite+pysqlite:////tmp/elsewhere/m.db'}}",
+        "trainer.logger.uri",
+    ),
+    "a store of files": (
+        "trainer:",
+        "trainer:\n  logger: {class_path: MLflowTracker, init_args: {uri: 'file:///tmp/elsewhere'}}",
+        "trainer.logger.uri",
+    ),
+    "a store by its path": (
+        "trainer:",
+        "trainer:\n  logger: {class_path: MLflowTracker, init_args: {uri: /tmp/elsewhere}}",
+        "trainer.logger.uri",
+    ),
+    "another library's store": (
+        "trainer:",
+        "trainer:\n  logger: {class_path: lightning.pytorch.loggers.MLFlowLogger, "
+        "init_args: {tracking_uri: 'file:/tmp/elsewhere'}}",
+        "trainer.logger.tracking_uri",
+    ),
+    "names that climb out": (
+        "data:",
+        "checkpoint: {filename: '../../../tmp/elsewhere/x'}\ndata:",
+        "checkpoint.filename",
+    ),
+    "a version that climbs out": (
+        "trainer:",
+        "trainer:\n  logger: {class_path: lightning.pytorch.loggers.CSVLogger, "
+        "init_args: {save_dir: logs, version: '../../../tmp/elsewhere'}}",
+        "trainer.logger.version",
+    ),
+    "a profile": (
+        "trainer:",
+        "trainer:\n  profiler: {class_path: lightning.pytorch.profilers.SimpleProfiler, "
+        "init_args: {dirpath: logs, filename: /tmp/elsewhere}}",
+        "trainer.profiler.filename",
+    ),
+    "a home": ("trainer:", "trainer:\n  default_root_dir: ~/elsewhere", "trainer.default_root_dir"),
 }
 
 
@@ -286,6 +325,23 @@ def test_a_config_does_not_write_elsewhere(name, config, capsys):
     Path("outside.yaml").write_text(config.replace(old, new, 1))
     check(["fit", "--config=outside.yaml"], [key, "outside the working folder", f"--{key}="], capsys)
     assert not Path("/tmp/elsewhere").exists()
+
+
+def test_a_cache_is_not_written_elsewhere(config, capsys):
+    text = "data: {class_path: LLMDataModule, init_args: {model: none, layer: 1, cache: /tmp/elsewhere}}\n"
+    Path("outside.yaml").write_text(text)
+    check(["cache", "--config=outside.yaml"], ["data.cache", "outside the working folder", "--data.cache="], capsys)
+    code = main(["cache", "--config=outside.yaml", "--data.cache=/tmp/elsewhere"])
+    assert code == 2
+    assert "outside the working folder" not in capsys.readouterr().err
+    assert not Path("/tmp/elsewhere").exists()
+
+
+def test_words_that_look_like_paths_are_words(config, capsys):
+    logger = "class_path: MLflowTracker, init_args: {description: '/ and .. are text', tags: {why: /nowhere}}"
+    Path("words.yaml").write_text(config.replace("trainer:", f"trainer:\n  logger: {{{logger}}}", 1))
+    assert main(["fit", "--config=words.yaml", "--trainer.max_steps=1"]) == 0
+    capsys.readouterr()
 
 
 def test_a_link_out_of_the_folder_is_followed(config, capsys, tmp_path_factory):
