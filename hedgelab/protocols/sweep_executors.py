@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from hedgelab.errors import Stopped, UserError
 
 _POLL_SECONDS = 0.5
+_PATIENCE_SECONDS = 300
 
 
 class Processes(NamedTuple):
@@ -185,13 +186,14 @@ class Requeueable:
         self.work = work
 
     def __call__(self, job: Any) -> dict[str, str]:
-        """Do it; what SLURM's warning has stopped between two steps is handed on to submitit then."""
+        """Do it; what SLURM's warning has stopped between two steps is handed on to submitit then, which ends rank zero."""
         submit_again = signal.getsignal(signal.SIGUSR2)
         try:
             return self.work(job)
         except Stopped as stop:
             if stop.number == signal.SIGUSR2 and callable(submit_again):
                 submit_again(stop.number, None)
+                time.sleep(_PATIENCE_SECONDS)  # other ranks: one that ended first would have rank zero killed
             raise
 
     def checkpoint(self, job: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -123,3 +124,55 @@ def test_a_sweep_goes_out_as_an_array_and_comes_back_as_one_tree(cluster, tmp_pa
     assert {run["status"] for run in [parent, *cells]} == {"FINISHED"}
     assert len({run["tags"]["slurm.job_id"] for run in cells}) == 3
     assert "slurm.job_id" not in parent["tags"]
+
+
+RANKS = """\
+# Two SAEs, trained together by two tasks.
+sweep:
+  axes: {model.d_sae: [8, 16]}
+seed_everything: 0
+trainer: {max_steps: 2000, devices: 2, accelerator: cpu, log_every_n_steps: 50, enable_progress_bar: false}
+checkpoint: {every_n_train_steps: 200}
+data:
+  class_path: ToyDataModule
+  init_args:
+    d_in: 24
+    batch_size: 64
+    val_batches: 2
+    chunk_steps: 10
+    firing: {class_path: IndependentFiring, init_args: {probabilities: [0.1, 0.2, 0.3, 0.2, 0.1, 0.05]}}
+model:
+  class_path: BatchTopKSAE
+  init_args: {k: 2, dead_after_steps: 100}
+"""
+SLURM = "--sweep.executor={class_path: Slurm, init_args: {minutes: 30}}"
+
+
+def cells_of(found):
+    return {run["name"]: run["tags"]["weights_sha256"] for run in found if "sweep_cell" in run["tags"]}
+
+
+def test_a_job_of_two_tasks_is_warned_requeued_and_ends_as_if_undisturbed(cluster, tmp_path):
+    pytest.importorskip("submitit", reason="needs submitit")
+    said = {}
+    for name in ("undisturbed", "warned"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "ranks.yaml").write_text(RANKS)
+        words = ["hedgelab", "sweep", "--config", "ranks.yaml", *([SLURM] if name == "warned" else [])]
+        with (folder / "out.txt").open("w") as out:
+            sweep = subprocess.Popen(words, cwd=folder, env=cluster.environment, stdout=out, stderr=subprocess.STDOUT)
+        if name == "warned":
+            end = time.monotonic() + 1500
+            while not list(folder.glob("runs/checkpoints/group-*/last.ckpt")) and time.monotonic() < end:
+                time.sleep(0.05)
+            (job,) = set(cluster.run("squeue", "-h", "-o", "%A").split())
+            cluster.run("scancel", "--signal=USR2", job)
+        assert sweep.wait(1500) == 0, (folder / "out.txt").read_text()
+        said[name] = "\n".join(file.read_text() for file in folder.glob("runs/sweeps/*_0_log.*"))
+    assert "this job is preempted" in said["warned"], said["warned"]
+    found = {name: runs(cluster, tmp_path / name) for name in said}
+    assert cells_of(found["warned"]) == cells_of(found["undisturbed"])
+    assert len(cells_of(found["warned"])) == 2
+    assert {run["status"] for run in found["warned"]} == {"FINISHED"}
+    assert len(found["warned"]) == 3
