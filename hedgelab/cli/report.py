@@ -7,7 +7,7 @@ from pathlib import Path
 from hedgelab.cli.light import LightParser
 from hedgelab.errors import UserError
 from hedgelab.tracking.runs import REPORT_TAG, open_runs
-from hedgelab.tracking.store import runs_dir, tracking_uri
+from hedgelab.tracking.store import runs_dir, tracking_uri, without_credentials
 
 
 def run(command: str, words: list[str]) -> int:
@@ -31,7 +31,7 @@ def run(command: str, words: list[str]) -> int:
     if options.to is not None and Path(options.to).exists():
         raise UserError(f"--to: {options.to} is there already and nothing is overwritten; give another file")
     uri = tracking_uri()
-    address = options.ui or (uri if uri.startswith("http") else "http://127.0.0.1:5000")
+    address = options.ui or (without_credentials(uri) if uri.startswith("http") else "http://127.0.0.1:5000")
 
     from hedgelab.reports.report import build
 

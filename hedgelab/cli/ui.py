@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 
 from hedgelab.cli.light import LightParser
 from hedgelab.errors import UserError
-from hedgelab.tracking.store import sqlite_file, tracking_uri
+from hedgelab.tracking.store import check_database, ensure_store, sqlite_file, tracking_uri, without_credentials
 
 
 def run(command: str, words: list[str]) -> int:
@@ -28,14 +28,19 @@ def run(command: str, words: list[str]) -> int:
     options = parser.parse(words)
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
-        print(f"The MLflow UI is the tracking server itself: {uri}")
+        print(f"The MLflow UI is the tracking server itself: {without_credentials(uri)}")
         return 0
     database = sqlite_file(uri)
-    if database is not None and not database.exists():
+    if database is None:
+        ensure_store(uri)
+    elif not database.exists():
         raise UserError(f"no runs yet in {database}; train one with 'hedgelab fit', or set MLFLOW_TRACKING_URI")
+    else:
+        check_database(database)
     check_port(options.host, options.port)
     print(
-        f"MLflow UI on {uri}\nopen http://{options.host}:{options.port}  (takes some seconds; Ctrl-C ends it)",
+        f"MLflow UI on {without_credentials(uri)}\n"
+        f"open http://{options.host}:{options.port}  (takes some seconds; Ctrl-C ends it)",
         flush=True,
     )
     with suppress(KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -15,6 +16,7 @@ from hedgelab.tracking.comparison import Comparison, compare, curve_metrics, cur
 from hedgelab.tracking.glossary import bare, term, title
 from hedgelab.tracking.listing import duration, number
 from hedgelab.tracking.runs import REPORT_TAG, RunSummary, artifact, list_runs, open_runs
+from hedgelab.tracking.store import without_credentials
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -104,7 +106,7 @@ def meaning(metric: str) -> str:
 
 def article(client: MlflowClient, run: RunSummary, address: str | None, uri: str | None) -> str:
     """One run: description, numbers, figures, config, provenance."""
-    parts = [f'<article id="{run.run_id}"><h3>{escape(run.name)}</h3>']
+    parts = [f'<article id="{escape(run.run_id)}"><h3>{escape(run.name)}</h3>']
     commit = run.tags.get("git_commit", "")[:10]
     facts = [
         run.status.lower(),
@@ -123,7 +125,7 @@ def article(client: MlflowClient, run: RunSummary, address: str | None, uri: str
         if path.endswith(".png"):
             parts.append(page.image(content, Path(path).stem.replace("_", " ")))
         else:
-            parts.append(page.folded(path, content.decode(errors="replace")))
+            parts.append(page.folded(path, without_credentials(content.decode(errors="replace"))))
     tags = "\n".join(f"{key}: {value}" for key, value in run.tags.items())
     parts.append(page.folded("code, packages, machine", tags))
     return "\n".join([*parts, "</article>"])
@@ -131,10 +133,13 @@ def article(client: MlflowClient, run: RunSummary, address: str | None, uri: str
 
 def artifacts(client: MlflowClient, run: RunSummary, uri: str | None) -> list[tuple[str, bytes]]:
     """The figures and the config of a run, by path; those that cannot be had are left out."""
+    from mlflow.exceptions import MlflowException
+
     found: list[tuple[str, bytes]] = []
-    for path, size in _listed(client, run.run_id, None):
-        if (path.endswith(".png") and size <= _MOST_BYTES) or path == "config.yaml":
-            found.append((path, artifact(run, path, uri).read_bytes()))
+    with suppress(MlflowException, UserError, OSError):
+        for path, size in _listed(client, run.run_id, None):
+            if (path.endswith(".png") and size <= _MOST_BYTES) or path == "config.yaml":
+                found.append((path, artifact(run, path, uri).read_bytes()))
     return sorted(found, key=lambda one: (not one[0].endswith(".png"), one[0]))
 
 

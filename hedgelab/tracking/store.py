@@ -10,10 +10,11 @@ import logging
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import uuid
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
@@ -48,16 +49,15 @@ def local_uri() -> str:
     return f"{_SQLITE}{Path.cwd() / 'runs' / 'mlflow.db'}"
 
 
-def without_credentials(uri: str) -> str:
-    """A tracking URI as it may be shown and written down."""
-    parts = urlparse(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+def without_credentials(text: str) -> str:
+    """A tracking URI, or text with one in it, as it may be shown and written down."""
+    return re.sub(r"://[^/\s]+@", "://", text)
 
 
 def reason_of(error: BaseException) -> str:
     """What an error of a store says, in a line without credentials: it may be a page of HTML, and repeat the address."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"//[^/\s]+@", "//", line)[:300]
+    return without_credentials(line)[:300]
 
 
 def same_store(uri: str, other: str) -> bool:
@@ -101,13 +101,18 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
     try:
         if database is not None:
             create_database(database)
+            check_database(database)
             uri = f"{_SQLITE}{database}"
+        elif uri.startswith("sqlite"):
+            raise ValueError("a database is given as sqlite:///path, relative to the working folder or from the root")
         else:
             _prepare_http(uri)
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(unusable(uri, reason_of(error))) from error
     return client
@@ -116,7 +121,12 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
 def unusable(uri: str, reason: str) -> str:
     """Why a store cannot be used, and what to do, in a line."""
     head = f"MLFLOW_TRACKING_URI: cannot use the store {without_credentials(uri)} ({reason})"
-    if sqlite_file(uri) is None:
+    if denied := re.search(r"error code 40[13]\b", reason):
+        return (
+            f"{head.replace(reason, denied[0])}; the server wants to know who you are: set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    if "://" in uri and not uri.startswith("sqlite"):
         return (
             f"{head}; start the server, or unset it for runs/mlflow.db, or train with trainer.logger.on_unreachable=local "
             "and send the runs later with `hedgelab sync`"
@@ -126,6 +136,20 @@ def unusable(uri: str, reason: str) -> str:
             f"{head}; another process holds it: end that one, set it to another store, or unset it for runs/mlflow.db"
         )
     return f"{head}; check the file and its folder, or unset it for runs/mlflow.db"
+
+
+def check_database(database: Path) -> None:
+    """See that a file is a database of MLflow, without MLflow.
+
+    Raises:
+        UserError: It is not.
+    """
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("SELECT 1 FROM experiments")
+    except sqlite3.Error as error:
+        if "locked" not in str(error):
+            raise UserError(unusable(f"{_SQLITE}{database}", reason_of(error))) from error
 
 
 def create_database(database: Path) -> None:

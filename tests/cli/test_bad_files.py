@@ -6,6 +6,7 @@ Each ends with exit code 2 and one line that names the key or file; nothing is c
 import json
 import os
 import pickle
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -384,7 +385,7 @@ def test_command_lines(name, config, capsys, monkeypatch):
     words, expected = COMMANDS[name]
     if words[0] == "ui":
         Path("runs").mkdir()
-        Path("runs/mlflow.db").write_bytes(b"")
+        sqlite3.connect("runs/mlflow.db").execute("create table experiments (x)")
     check(words, expected, capsys)
 
 
@@ -397,7 +398,7 @@ def test_the_ui_listens_on_loopback_unless_told_otherwise(config, monkeypatch):
     from hedgelab.cli import ui
 
     Path("runs").mkdir()
-    Path("runs/mlflow.db").write_bytes(b"")
+    sqlite3.connect("runs/mlflow.db").execute("create table experiments (x)")
     commands = []
 
     class Done:

@@ -1,7 +1,9 @@
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -39,13 +41,67 @@ def test_importing_the_store_needs_neither_torch_nor_mlflow():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db", "nonsense://x"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://127.0.0.1:9", "http://127.0.0.1:99999", "http://[", "http://", "sqlite:////proc/nowhere/mlflow.db",
+        "nonsense://x", "nonsense", " ", "sqlite://", "sqlite:///", "sqlite+pysqlite:///x.db", "postgresql://a:b@127.0.0.1:9/x",
+        "http://user:pa@ss@127.0.0.1:9",
+    ],
+)  # fmt: skip
 def test_unusable_store_is_one_line_with_the_fix_and_quick(uri):
     start = time.monotonic()
     with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: cannot use the store .*; .*unset it") as error:
         store.ensure_store(uri)
     assert "\n" not in str(error.value)
+    assert "pa@ss" not in str(error.value)
+    assert "a:b@" not in str(error.value)
     assert time.monotonic() - start < 5
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Whatever is on the port of the tracking server."""
+
+    status, body = 200, b"<html>\n<p>It works!</p></html>"
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(200, "not in a valid JSON format"), (500, "too many 500"), (401, "TRACKING_USERNAME"), (403, "TRACKING_TOKEN")],
+)
+def test_a_server_that_is_none_of_mlflow_s_is_one_line_and_keeps_credentials_secret(status, expected):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Given", (Answer,), {"status": status}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: cannot use the store http://127") as error:
+            store.ensure_store(f"http://user:secret@127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert expected in str(error.value)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_is_known_to_be_a_store_without_mlflow(empty_database, tmp_path):
+    store.check_database(empty_database)
+    for content in (b"", b"not a database" * 100):
+        (tmp_path / "x.db").write_bytes(content)
+        with pytest.raises(UserError, match="check the file"):
+            store.check_database(tmp_path / "x.db")
 
 
 def test_damaged_database_is_a_user_error(tmp_path):
