@@ -92,7 +92,7 @@ class SAE(L.LightningModule, ABC):
         super().__init__()
         self.automatic_optimization = False
         self.steps_done = 0
-        self.skipped_batches = 0
+        self.skipped_batches = self._skipped_in_a_row = 0
         self.on_nonfinite: guard.OnNonfinite = "stop"
         self.ranks: Ranks = ALONE
         self.initialized = False
@@ -281,8 +281,14 @@ class SAE(L.LightningModule, ABC):
         guard.check_parameters(self, step)
 
     def skip_step(self) -> None:
-        """Count a batch that was passed over."""
+        """Count a batch that was passed over; where the weights are to blame, no batch ever will do.
+
+        Raises:
+            UserError: They are NaN or infinite, or no batch has done for long.
+        """
         self.skipped_batches += 1
+        self._skipped_in_a_row += 1
+        guard.check_skips(self, self._skipped_in_a_row)
         self._window.append({})
 
     def adjust_gradients(self) -> None:
@@ -296,6 +302,7 @@ class SAE(L.LightningModule, ABC):
 
     def finish_step(self, result: LossTerms) -> None:
         """Advance what counts steps, and remember the loss terms until they are reported."""
+        self._skipped_in_a_row = 0
         self.after_step(result)
         self._window.append({name: term.detach() for name, term in result.terms.items()})
 

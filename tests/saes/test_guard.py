@@ -34,8 +34,8 @@ def quiet():
 class Spoiled(ToyDataModule):
     """Batches of which some hold what they should not."""
 
-    def __init__(self, bad, **kwargs):
-        super().__init__(ConditionalFiring([0.3, 0.2, 0.4]), d_in=6, batch_size=8, seed=0, val_batches=1, **kwargs)
+    def __init__(self, bad, val=1, **kwargs):
+        super().__init__(ConditionalFiring([0.3, 0.2, 0.4]), d_in=6, batch_size=8, seed=0, val_batches=val, **kwargs)
         self.bad = bad
 
     def batch(self, stage, index):
@@ -47,6 +47,16 @@ class Spoiled(ToyDataModule):
         return batch
 
 
+class SpoiledValidation(Spoiled):
+    """Validation batches of which some hold what they should not."""
+
+    def batch(self, stage, index):
+        batch = ToyDataModule.batch(self, stage, index)
+        if stage == "val" and index in self.bad:
+            return Batch(batch.x * self.bad[index], batch.features, batch.weight)
+        return batch
+
+
 class Reports(L.Callback):
     def __init__(self):
         self.seen = {}
@@ -55,7 +65,7 @@ class Reports(L.Callback):
         self.seen[trainer.global_step] = {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
-def fit(model, bad=None, guard=None, folder=None, steps=40, chunk=5, every=10, checkpoint=None, **data):
+def fit(model, bad=None, guard=None, folder=None, steps=40, chunk=5, every=10, checkpoint=None, data=Spoiled, **more):
     reports = Reports()
     saving = (
         [RunCheckpoint(dirpath=str(folder), save_last=True, save_top_k=0, every_n_train_steps=every)] if folder else []
@@ -71,7 +81,7 @@ def fit(model, bad=None, guard=None, folder=None, steps=40, chunk=5, every=10, c
         num_sanity_val_steps=0,
         callbacks=[*([FiniteGuard(guard)] if guard else []), reports, *saving],
     )
-    trainer.fit(model, datamodule=Spoiled(bad or {}, chunk_steps=chunk, **data), ckpt_path=checkpoint)
+    trainer.fit(model, datamodule=data(bad or {}, chunk_steps=chunk, **more), ckpt_path=checkpoint)
     assert trainer.global_step == steps
     return reports.seen
 
@@ -107,6 +117,39 @@ def test_weights_that_overflow_in_the_last_step(tmp_path):
     ):
         fit(Breaks(6, 4, 0.01, optimizer=SGD), folder=tmp_path)
     assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 30
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("lr", [1e38, 3e20])
+def test_weights_that_overflow_are_not_taken_for_bad_batches(lr, grouped):
+    """Skipping would pass over every batch to the end of the run."""
+    model = VanillaSAE(6, 4, 0.01, optimizer=functools.partial(torch.optim.SGD, lr=lr))
+    with pytest.raises(UserError, match=r"holds NaN or infinity after step \d|losses of 100 batches in a row"):
+        fit(SAEGroup({"a": model, "b": MAKERS["topk"]()}) if grouped else model, guard="skip", steps=200)
+
+
+def test_weights_that_turn_nan_end_a_run_that_skips():
+    class Breaks(VanillaSAE):
+        def after_step(self, result):
+            if self.steps_done == 7:
+                self.b_enc.data[1] = float("nan")
+
+    with pytest.raises(UserError, match=r"model\.b_enc: holds NaN or infinity after step 8"):
+        fit(Breaks(6, 4, 0.01, optimizer=SGD), guard="skip")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_validation_data_stops_the_run_or_is_left_out(value, grouped, caplog):
+    def make():
+        return SAEGroup({"a": MAKERS["topk"]()}) if grouped else MAKERS["topk"]()
+
+    with pytest.raises(UserError, match=r"data: 1 of 3 batches of stage val hold .*guard\.on_nonfinite=skip"):
+        fit(make(), {1: value}, "stop", data=SpoiledValidation, val=3)
+    seen = fit(make(), {1: value}, "skip", data=SpoiledValidation, val=3)
+    assert all(torch.isfinite(torch.tensor(list(values.values()))).all() for values in seen.values())
+    with pytest.raises(UserError, match=r"data: 3 of 3 batches of stage val"):
+        fit(make(), dict.fromkeys(range(3), value), "skip", data=SpoiledValidation, val=3)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
