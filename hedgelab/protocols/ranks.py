@@ -75,7 +75,7 @@ def decided_by_rank_zero(decide: Callable[[], T]) -> T:
         UserError: ``decide`` has raised it: on every rank, with the same words.
         RuntimeError: ``decide`` has raised anything else.
     """
-    if not _several():
+    if ranks_at_work() == 1:
         return decide()
     error: Exception | None = None
     answer: list[_Answer] = [_Answer()]
@@ -98,7 +98,7 @@ def decided_by_rank_zero(decide: Callable[[], T]) -> T:
 
 def found_by_rank_zero(find: Callable[[], SAE | None]) -> SAE | None:
     """The SAE that ``find`` gives on rank zero, whole on every rank, each with memory of its own; None where it finds none."""
-    if not _several():
+    if ranks_at_work() == 1:
         return find()
 
     def described() -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -109,12 +109,13 @@ def found_by_rank_zero(find: Callable[[], SAE | None]) -> SAE | None:
     return None if parts is None else copy_of(*parts)
 
 
+def ranks_at_work() -> int:
+    """How many ranks there are, once :func:`on_every_rank` has them at work."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 class _Nobody(L.LightningModule):
     """Stands where strategies want to see a module before they let processes find each other."""
 
     def configure_model(self) -> None:
         """Nothing; without the method the sharded strategy refuses the module."""
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

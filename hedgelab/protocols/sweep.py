@@ -11,6 +11,7 @@ from hedgelab.errors import UserError
 from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol, check_live, measure_together, train_together
 from hedgelab.protocols.hedge_report import record
 from hedgelab.protocols.hedge_trainer import log_case_studies
+from hedgelab.protocols.ranks import ranks_at_work
 from hedgelab.protocols.training_phases import PhaseRunner, TrainerFactory, fit_group
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
@@ -82,7 +83,7 @@ def measure_hedging(
         protocols = [_protocol(member, data, runner, steps) for member in members]
         for member in members:
             member.begin()
-            member.tracker.log_tags({"protocol": "hedge", **provenance_tags(1)})
+            member.tracker.log_tags({"protocol": "hedge", **provenance_tags(ranks_at_work())})
         try:
             trained = train_together(protocols)
             announce(f"measuring {', '.join(member.name for member in members)}")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -231,26 +232,33 @@ def test_local_processes_do_the_same(sweep, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["fit", "hedge"])
-def test_cells_that_train_on_two_ranks_give_the_same(command, sweep, capsys):
+def test_cells_that_train_on_two_ranks_give_the_same(command, sweep, capsys, monkeypatch, tmp_path):
     pytest.importorskip("submitit", reason="needs submitit")
     words = [*sweep, *(HEDGE if command == "hedge" else []), "--sweep.axes.model.d_sae=[3]", "--trainer.max_steps=30"]
     measured = {}
-    for devices in (2, 1):
-        assert main([*words, f"--trainer.devices={devices}", f"--experiment=ranks{devices}"]) == 0
+    for devices in (1, 2):
+        (folder := tmp_path / f"ranks{devices}").mkdir()
+        for name in ("tiny.yaml", "sweep.yaml"):
+            shutil.copy(tmp_path / name, folder)
+        monkeypatch.chdir(folder)
+        assert main([*words, f"--trainer.devices={devices}"]) == 0
         _, runs = store()
-        cells = [run for run in runs if "sweep_cell" in run.data.tags and run.data.tags["world_size"] == str(devices)]
+        cells = [run for run in runs if "sweep_cell" in run.data.tags]
+        assert len(cells) == (2 if command == "hedge" else 4)
+        assert {run.data.tags["world_size"] for run in cells} == {str(devices)}
         measured[devices] = {
             run.info.run_name: {
                 name: value for name, value in run.data.metrics.items() if name.startswith(("val/", "hedging/"))
             }
             for run in cells
         }
-        assert len(cells) == (2 if command == "hedge" else 4)
         capsys.readouterr()
     assert measured[2].keys() == measured[1].keys()
     for name, numbers in measured[1].items():
         assert len(numbers) > 5
         assert measured[2][name] == pytest.approx(numbers, rel=1e-4, abs=1e-5, nan_ok=True)
+    assert main([*words, "--trainer.devices=1"]) == 0
+    assert "cells are finished already" in capsys.readouterr().out
 
 
 def by_or_of(runs, name):
