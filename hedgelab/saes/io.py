@@ -60,6 +60,8 @@ def load_sae(folder: str | Path) -> SAE:
     except RuntimeError as error:  # shapes that differ
         reason = " ".join(str(error).split()).partition(": ")[2]
         raise UserError(f"{folder / WEIGHTS}: does not fit {config.get('class')}: {reason}") from error
+    if spoiled := [name for name, value in sae.named_parameters() if not torch.isfinite(value).all()]:
+        raise UserError(f"{folder / WEIGHTS}: {spoiled[0]} holds NaN or infinity")
     if problems.missing_keys or problems.unexpected_keys:
         wrong = ", ".join([*problems.missing_keys, *problems.unexpected_keys])
         raise UserError(f"{folder / WEIGHTS}: does not fit {config.get('class')}: check {wrong}")

@@ -233,6 +233,15 @@ SAES = {
     "activations of another width": (edited(d_in=7), ["d_in", "7"]),
     "missing weight": (with_weights(lambda tensors: tensors.pop("b_dec")), ["sae.safetensors", "b_dec"]),
     "missing decoder": (with_weights(lambda tensors: tensors.pop("W_dec")), ["sae.safetensors", "W_dec"]),
+    "weight that is NaN": (with_weights(lambda tensors: tensors["W_enc"].fill_(float("nan"))), ["W_enc", "NaN"]),
+    "weight that is infinite": (with_weights(lambda tensors: tensors["b_enc"].fill_(-float("inf"))), ["b_enc"]),
+    "nothing of universal width": (
+        lambda folder: (
+            with_weights(lambda tensors: tensors.update(W_dec=torch.empty(10**12, 0)))(folder),
+            edited(d_sae=10**12, d_in=0)(folder),
+        ),
+        ["d_in"],
+    ),
     "weight too many": (with_weights(lambda tensors: tensors.update(W_two=torch.ones(1))), ["W_two"]),
     "weight of another shape": (with_weights(lambda tensors: tensors.update(b_enc=torch.ones(9))), ["b_enc"]),
     "damaged source": (lambda folder: (folder / "activations.json").write_text("{"), ["activations.json", "damaged"]),

@@ -46,7 +46,10 @@ class ActivationCache:
         self.contexts_per_shard: int = manifest["contexts_per_shard"]
         self.storage_dtype: str = manifest["storage_dtype"]
         self.shape: tuple[int, int] = (manifest["activations"]["context_length"], manifest["d_in"])
-        self._array = _zarr().open_array(folder / "activations", mode="r+" if os.access(folder, os.W_OK) else "r")
+        self._check_manifest()
+        mode = "r+" if os.access(folder, os.W_OK) else "r"
+        self._array = _zarr().open_array(folder / "activations", mode=mode, zarr_format=3)
+        self._check_array()
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationCache:
@@ -68,10 +71,11 @@ class ActivationCache:
                     f"data.cache: '{folder}' has format {manifest['format']}, this hedgelab reads {_FORMAT}; write it anew"
                 )
             return cls(Path(folder), manifest)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"data.cache: '{folder}' is damaged ({error}); delete it and write it anew") from error
+        except UserError:
+            raise
+        except Exception as error:  # whatever zarr makes of files that are not its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UserError(f"data.cache: '{folder}' is damaged ({reason}); delete it and write it anew") from error
 
     @classmethod
     def begin(
@@ -110,6 +114,33 @@ class ActivationCache:
             check_identity(folder, cache.manifest["activations"], identity)
             cache.check_dtype(storage_dtype, exactly=True)
             return cache if contexts <= cache.contexts else cache._lengthened(contexts)
+
+    def _check_manifest(self) -> None:
+        """See that the numbers, which may be a stranger's, are such as a cache has.
+
+        Raises:
+            ValueError: They are not.
+        """
+        for value in (self.contexts, self.contexts_per_shard, *self.shape):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**40:
+                raise ValueError(f"manifest.json: {value!r} is no number of contexts, tokens or dimensions")
+        if self.storage_dtype not in _ON_DISK:
+            raise ValueError(f"manifest.json: storage_dtype: expected one of {', '.join(_ON_DISK)}")
+
+    def _check_array(self) -> None:
+        """See that the array is laid out as :func:`_make` does, so that no other codec of zarr's is ever at work.
+
+        Raises:
+            ValueError: It is not.
+        """
+        array = self._array
+        laid_out = (array.ndim, array.shape[1:], array.chunks, str(array.dtype), array.filters)
+        if laid_out != (3, self.shape, (1, *self.shape), _ON_DISK[self.storage_dtype], ()):
+            raise ValueError("zarr.json: an array of another shape or kind than manifest.json says")
+        if array.shards != (self.contexts_per_shard, *self.shape) or array.shape[0] < self.contexts:
+            raise ValueError("zarr.json: other contexts or shards than manifest.json says")
+        if [type(codec) for codec in array.compressors] != [_zarr().codecs.Crc32cCodec]:
+            raise ValueError("zarr.json: other codecs than checksums")
 
     def check_dtype(self, wanted: str, exactly: bool = False) -> None:
         """Make sure that a number format can be had from this cache: its own, or what its float32 rounds to.

@@ -272,3 +272,75 @@ def test_a_folder_of_other_things_is_left_alone(make_data, tmp_path):
     with pytest.raises(UserError, match=r"data\.cache: .* holds other files"):
         write_cache(make_data(), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["thesis.txt"]
+
+
+def edited(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+HOSTILE = {
+    "contexts in words": ("manifest.json", lambda m: m.update(contexts="many")),
+    "contexts below zero": ("manifest.json", lambda m: m.update(contexts=-1)),
+    "contexts without end": ("manifest.json", lambda m: m.update(contexts=10**30)),
+    "more contexts than there are": ("manifest.json", lambda m: m.update(contexts=10**6)),
+    "shards of nothing": ("manifest.json", lambda m: m.update(contexts_per_shard=0)),
+    "shards of another size": ("manifest.json", lambda m: m.update(contexts_per_shard=31)),
+    "width that is true": ("manifest.json", lambda m: m.update(d_in=True)),
+    "width of the universe": ("manifest.json", lambda m: m.update(d_in=10**12)),
+    "a function for a number format": ("manifest.json", lambda m: m.update(storage_dtype="load")),
+    "another number format": ("manifest.json", lambda m: m.update(storage_dtype="bfloat16")),
+    "a list for a manifest": ("manifest.json", None),
+    "an array of another shape": ("activations/zarr.json", lambda z: z.update(shape=[10**6, 16, 10**9])),
+    "an array of another number format": ("activations/zarr.json", lambda z: z.update(data_type="float64")),
+    "chunks of another size": (
+        "activations/zarr.json",
+        lambda z: z["codecs"][0]["configuration"]["chunk_shape"].__setitem__(0, 2),
+    ),
+    "a codec that inflates": (
+        "activations/zarr.json",
+        lambda z: z["codecs"][0]["configuration"]["codecs"].append({"name": "gzip", "configuration": {"level": 9}}),
+    ),
+    "a codec of someone's": (
+        "activations/zarr.json",
+        lambda z: z["codecs"][0]["configuration"]["codecs"].append({"name": "os.system"}),
+    ),
+    "a group for an array": ("activations/zarr.json", lambda z: z.update(node_type="group")),
+    "no array": ("activations/zarr.json", None),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_or_damaged_cache_is_refused_in_one_line(name, own, make_data):
+    file, change = HOSTILE[name]
+    if change is None:
+        (own / file).write_text("[]")
+    else:
+        edited(own / file, change)
+    with pytest.raises(UserError, match=r"^data\.cache: ") as error:
+        make_data(cache=str(own)).batch("train", 0)
+    assert "\n" not in str(error.value)
+
+
+def test_an_array_of_the_old_format_whose_codec_unpickles_is_not_read(own, make_data, tmp_path):
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'executed')!r}, 'w')",)
+
+    array = own / "activations"
+    shape = json.loads((array / "zarr.json").read_text())["shape"]
+    shutil.rmtree(array)
+    array.mkdir()
+    old = {
+        "zarr_format": 2, "shape": shape, "chunks": [1, *shape[1:]], "dtype": "<f4", "fill_value": 0, "order": "C",
+        "compressor": {"id": "pickle"}, "filters": None,
+    }  # fmt: skip
+    (array / ".zarray").write_text(json.dumps(old))
+    for context in range(shape[0]):
+        (array / f"{context}.0.0").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match=r"^data\.cache: "):
+        make_data(cache=str(own)).batch("train", 0)
+    assert not (tmp_path / "executed").exists()
