@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from hedgelab.checkpoints.files import write_atomically
 from hedgelab.errors import UserError
 
+_logger = logging.getLogger(__name__)
 _ABOUT = "run.json"
 
 
@@ -61,9 +63,17 @@ class RunFolder:
         return found if isinstance(found, dict) else {}
 
     def note(self, **facts: Any) -> None:
-        """Add to what is known about the run."""
+        """Add to what is known about the run; a disk that does not take it is told of, and stops nothing."""
         text = json.dumps({"created": time.time(), **self.about, **facts}, indent=2, default=str) + "\n"
-        write_atomically(self.path / _ABOUT, lambda file: file.write(text.encode()))
+        try:
+            write_atomically(self.path / _ABOUT, lambda file: file.write(text.encode()))
+        except OSError as error:
+            _logger.warning(
+                "%s could not be written (%s); --resume %s",
+                self.path / _ABOUT,
+                error.strerror or error,
+                "goes by what it said before" if self.about else "will not find this run",
+            )
 
     def claim(self) -> None:
         """Keep other processes from going on with this run as long as this one lives.
@@ -71,16 +81,16 @@ class RunFolder:
         Raises:
             UserError: Another process is at it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             name = self.about.get("name") or self.path.name
             raise UserError(
                 f"resume: another process is training run {name} ({self.path}) right now; wait for it, or end it"
             ) from None
-        except (OSError, NotImplementedError):  # a file system without locks
+        except (OSError, NotImplementedError):  # a file system without locks, or without space
             return
         self._lock = lock
 

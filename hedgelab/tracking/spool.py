@@ -172,7 +172,7 @@ class Spool:
             if isinstance(operation, Artifact):
                 operation = self._keep_file(operation)
             self._drop_torn_line()
-            if self._store is not None and not self._about.exists():
+            if self._store is not None and not self.uri:  # absent, or left empty by a full disk
                 self._about.write_text(self._store)
             line = _encode(operation)
             with self.path.open("a") as file:

@@ -56,7 +56,8 @@ def without_credentials(text: str) -> str:
 
 def reason_of(error: BaseException) -> str:
     """What an error of a store says, in a line without credentials: it may be a page of HTML, and repeat the address."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    line = next((line for line in lines if line.startswith("(sqlite3.")), lines[0])  # SQLAlchemy may put advice first
     return without_credentials(line)[:300]
 
 
@@ -109,6 +110,7 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
             _prepare_http(uri)
         from mlflow.tracking import MlflowClient
 
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs in pages, it also raises
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except UserError:
@@ -135,6 +137,8 @@ def unusable(uri: str, reason: str) -> str:
         return (
             f"{head}; another process holds it: end that one, set it to another store, or unset it for runs/mlflow.db"
         )
+    if "is full" in reason or "No space" in reason:
+        return f"{head}; free some space, or set it to another store"
     return f"{head}; check the file and its folder, or unset it for runs/mlflow.db"
 
 

@@ -191,11 +191,11 @@ class RunWriter:
         """What comes of an operation that was sent: it leaves the queue, or goes to the spool with all behind it."""
         with self._order:
             if failure is not None and not is_refusal(failure):
+                self._note_failure(failure, seconds)
                 if isinstance(operation, Artifact) and self._queue and self._queue[0] is operation:
                     self._keep(self._queue.popleft())
                 else:
                     self._keep_queue()
-                self._note_failure(failure, seconds)
                 return
             if not self._spool:
                 self._retry_seconds, self._hangs = _RETRY_SECONDS, False
