@@ -23,7 +23,15 @@ from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.saes import guard
 from hedgelab.saes.fold import FoldedWeights, fold
 from hedgelab.saes.losses import LossTerms
-from hedgelab.saes.parallel import average_gradients, batch_ranks, is_split, split_latents, whole
+from hedgelab.saes.parallel import (
+    as_before_split,
+    average_gradients,
+    batch_ranks,
+    is_split,
+    keep_states_whole,
+    split_latents,
+    whole,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -98,6 +106,7 @@ class SAE(L.LightningModule, ABC):
         self.initialized = False
         self._metrics: SAEMetrics | None = None
         self._aliases: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._before_split: list[tuple[SAE, dict[str, Tensor]]] = []
         self._window: list[dict[str, Tensor]] = []
 
     # -- the interface -----------------------------------------------------------------------------
@@ -165,10 +174,7 @@ class SAE(L.LightningModule, ABC):
         self._aliases = [
             (parameter, nn.Parameter(parameter.detach().t()))
             for parameter in self.parameters()
-            if parameter.dim() == 2
-            and not is_split(parameter)
-            and not parameter.is_contiguous()
-            and parameter.t().is_contiguous()
+            if parameter.dim() == 2 and not parameter.is_contiguous() and parameter.t().is_contiguous()
         ]
         contiguous = {id(parameter): alias for parameter, alias in self._aliases}
         return [contiguous.get(id(parameter), parameter) for parameter in self.parameters()]
@@ -182,6 +188,8 @@ class SAE(L.LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """The optimiser, fused unless told otherwise, and the schedule."""
         optimizer = make_optimizer(self.optimizer, self.trainable())
+        if is_split(self.W_dec):
+            keep_states_whole(optimizer)
         if self.lr_scheduler is None:
             return optimizer
         return {
@@ -198,20 +206,18 @@ class SAE(L.LightningModule, ABC):
         self.join(ALONE)
 
     def configure_model(self) -> None:
-        """Under the sharded strategy, leave each process its part of the latents, initialised before."""
+        """Under the sharded strategy, leave each process its part of the latents."""
         if self.device_mesh is not None:
             self.split_latents(self.device_mesh, self.trainer)
 
     def split_latents(self, mesh: DeviceMesh, trainer: L.Trainer) -> None:
-        """Initialise from data where a fit begins, then keep this process's part of the latents only."""
+        """Keep this process's part of the latents only, and until it is clear how they start, what all were."""
         if is_split(self.W_dec):
             return
-        if trainer.state.fn == "fit" and trainer.ckpt_path is None:
-            trainer.precision_plugin.convert_module(self)  # initialised in the precision of training, as elsewhere
-            self.initialize_from(getattr(trainer, "datamodule", None), self.device)
-        for module in self.modules():
-            if isinstance(module, SAE):
-                split_latents(module, mesh["tensor_parallel"])
+        trainer.precision_plugin.convert_module(self)  # before data can set anything, as elsewhere
+        saes = [module for module in self.modules() if isinstance(module, SAE)]
+        parts = [(sae, split_latents(sae, mesh["tensor_parallel"])) for sae in saes]
+        self._before_split = parts if trainer.state.fn == "fit" and not self.initialized else []
 
     def on_fit_start(self) -> None:
         """Initialise from data at the first step of a run; a resumed run has its weights already."""
@@ -223,7 +229,7 @@ class SAE(L.LightningModule, ABC):
 
         Args:
             data: A hedgelab DataModule.
-            device: Where the SAE is.
+            device: Where the SAE is; where latents are split over processes, they start on the CPU.
 
         Raises:
             UserError: There is no such DataModule.
@@ -231,8 +237,17 @@ class SAE(L.LightningModule, ABC):
         if data is None:
             raise UserError("data: fit needs a hedgelab DataModule")
         if not self.initialized:
-            self.initialize(data.batch("train", 0).to(device), data.feature_directions)
-            self.initialized = True
+            with as_before_split(self._before_split):
+                self.initialize(
+                    data.batch("train", 0).to(self.W_dec.device if self._before_split else device),
+                    data.feature_directions,
+                )
+        self.mark_initialized()
+
+    def mark_initialized(self) -> None:
+        """Note that the weights are those to train from."""
+        self.initialized = True
+        self._before_split = []
 
     def on_train_start(self) -> None:
         """Let validation intervals count optimiser steps, whatever the chunk."""
@@ -350,9 +365,8 @@ class SAE(L.LightningModule, ABC):
         Raises:
             UserError: It is of another.
         """
-        if self.device_mesh is None:
-            guard.check_fits(self, checkpoint["state_dict"])
-        self.initialized = True
+        guard.check_fits(self, checkpoint["state_dict"])
+        self.mark_initialized()
         if UNREPORTED in checkpoint:
             self.load_window_state(checkpoint[UNREPORTED])
 

@@ -226,10 +226,9 @@ class SAEGroup(L.LightningModule):
         Raises:
             UserError: It is of another.
         """
-        if self.device_mesh is None:
-            check_fits(self, checkpoint["state_dict"])
+        check_fits(self, checkpoint["state_dict"])
         for sae in self.saes().values():
-            sae.initialized = True
+            sae.mark_initialized()
         for name, state in checkpoint.get(UNREPORTED, {}).items():
             if name in self.members:
                 self.saes()[name].load_window_state(state)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hedgelab.errors import UserError
 from hedgelab.kernels.ranks import ALONE, Ranks
@@ -25,23 +29,58 @@ class ShardedStrategy(ModelParallelStrategy):
     """Splits the latents of one SAE over processes, for SAEs too wide for one device; ``trainer.strategy: sharded``.
 
     The processes of a tensor-parallel group each hold some columns of the encoder and rows of the decoder and see the same
-    batch; several groups split it. Checkpoints are single files unless told otherwise.
+    batch; several groups split it. Checkpoints are those of one process: a run can go on from one on any number of them.
 
     Args:
         data_parallel_size: Groups over which batches are split; ``auto`` is the number of nodes.
         tensor_parallel_size: Processes over which latents are split; ``auto`` is the number of devices of a node.
-        save_distributed_checkpoint: Let every process write its part of a checkpoint, which then is a folder.
         kwargs: Further arguments of Lightning's ModelParallelStrategy.
+
+    Raises:
+        UserError: Checkpoints in parts are asked for.
     """
 
     def __init__(
-        self,
-        data_parallel_size: str | int = "auto",
-        tensor_parallel_size: str | int = "auto",
-        save_distributed_checkpoint: bool = False,
-        **kwargs: Any,
+        self, data_parallel_size: str | int = "auto", tensor_parallel_size: str | int = "auto", **kwargs: Any
     ) -> None:
-        super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)  # type: ignore[arg-type]
+        if kwargs.pop("save_distributed_checkpoint", False):
+            # PyTorch's format for them is read by unpickling, which executes whatever a file from elsewhere says.
+            raise UserError(
+                "trainer.strategy: checkpoints of an SAE are single files; remove save_distributed_checkpoint"
+            )
+        super().__init__(data_parallel_size, tensor_parallel_size, False, **kwargs)  # type: ignore[arg-type]
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Before: what happens when a fit starts depends on whether it goes on from a checkpoint."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands over the optimisers' states, as with one process."""
+        return True
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint as one process does; every process reads it."""
+        path = self.broadcast(checkpoint_path)
+        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take this process's part of the weights."""
+        assert self.lightning_module is not None
+        own, given = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        parts = {name: part_of(value, own[name]) if name in own else value for name, value in given.items()}
+        self.lightning_module.load_state_dict(parts, strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of an optimiser as of one process (see :func:`keep_states_whole`); to be called on all processes."""
+        return (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Let every optimiser go on from its state."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
 
 
 StrategyRegistry.register("sharded", ShardedStrategy, description="latents split over processes", override=True)
@@ -64,8 +103,8 @@ def batch_ranks(trainer: L.Trainer) -> Ranks:
     raise UserError(f"trainer.strategy: SAEs train with auto, ddp or sharded, not with {type(strategy).__name__}")
 
 
-def split_latents(sae: SAE, mesh: DeviceMesh) -> None:
-    """Leave each process of a mesh its part of the latents; the parameters become DTensors.
+def split_latents(sae: SAE, mesh: DeviceMesh) -> dict[str, Tensor]:
+    """Leave each process of a mesh its part of the latents; the parameters become DTensors. Returned is what they were.
 
     Raises:
         UserError: The latents cannot be split evenly.
@@ -75,6 +114,7 @@ def split_latents(sae: SAE, mesh: DeviceMesh) -> None:
     count, rank = mesh.size(), mesh.get_local_rank()
     if sae.d_sae % count:
         raise UserError(f"model.d_sae: {sae.d_sae} latents cannot be split evenly over {count} processes")
+    before = {name: parameter.detach() for name, parameter in sae.named_parameters(recurse=False)}
     for name, parameter in list(sae.named_parameters(recurse=False)):
         own, dim = parameter.detach(), LATENT_DIMENSION.get(name)
         placement: Replicate | Shard = Replicate() if dim is None else Shard(dim)
@@ -84,6 +124,24 @@ def split_latents(sae: SAE, mesh: DeviceMesh) -> None:
         own = own.t().contiguous().t() if name == "W_enc" else own.contiguous()
         spread = DTensor.from_local(own.clone().to(mesh.device_type), mesh, [placement], run_check=False)
         setattr(sae, name, nn.Parameter(spread, parameter.requires_grad))
+    return before
+
+
+@contextmanager
+def as_before_split(parts: Sequence[tuple[SAE, dict[str, Tensor]]]) -> Iterator[None]:
+    """Let SAEs have the whole parameters that :func:`split_latents` returned; what becomes of them is split again."""
+    split = [{name: getattr(sae, name) for name in before} for sae, before in parts]
+    for sae, before in parts:
+        for name, value in before.items():
+            setattr(sae, name, nn.Parameter(value))
+    try:
+        yield
+    finally:
+        for (sae, before), parameters in zip(parts, split, strict=True):
+            for name, parameter in parameters.items():
+                with torch.no_grad():
+                    parameter.copy_(part_of(before[name], parameter))
+                setattr(sae, name, parameter)
 
 
 def is_split(value: Tensor) -> bool:
@@ -95,6 +153,52 @@ def whole(value: Tensor) -> Tensor:
     """All of a tensor, whether it is split or not, without a gradient; to be called on all processes."""
     value = value.detach()
     return value.full_tensor() if is_split(value) else value  # type: ignore[attr-defined]
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, as a DTensor that is split like another; itself if that other is not split."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(like, DTensor) or isinstance(value, DTensor) or value.shape != like.shape:
+        return value
+    mesh, (placement,) = like.device_mesh, like.placements
+    own = value.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()] if isinstance(placement, Shard) else value
+    own = own.clone()  # a view would keep all of it
+    return DTensor.from_local(own.to(mesh.device_type), mesh, [placement], run_check=False)
+
+
+def keep_states_whole(optimizer: Optimizer) -> Optimizer:
+    """Let the states that an optimiser of split parameters gives and takes be those of one process.
+
+    Its ``state_dict`` must then be called on all processes; the process of rank 0 alone gets tensors that were split.
+    """
+
+    def gather(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        first = torch.distributed.get_rank() == 0
+
+        def gathered(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not is_split(value):
+                return value
+            full = whole(value)  # on all processes
+            return full.cpu() if first else full.new_empty(0)
+
+        states = {key: {name: gathered(v) for name, v in values.items()} for key, values in state["state"].items()}
+        return {**state, "state": states}
+
+    def split(own: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        parameters = [parameter for group in own.param_groups for parameter in group["params"]]
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        like = dict(zip(numbers, parameters, strict=False))  # the optimiser complains if they are not as many
+        states = {
+            key: {name: part_of(v, like[key]) if isinstance(v, Tensor) else v for name, v in values.items()}
+            for key, values in state["state"].items()
+            if key in like
+        }
+        return {**state, "state": states}
+
+    optimizer.register_state_dict_post_hook(gather)
+    optimizer.register_load_state_dict_pre_hook(split)
+    return optimizer
 
 
 @torch.no_grad()
