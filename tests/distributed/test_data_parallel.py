@@ -21,9 +21,7 @@ def check(one, many):
     for rank in many[1:]:
         assert str(rank.numbers) == str(many[0].numbers)  # as text: some are NaN
         assert all(torch.equal(rank.weights[name], value) for name, value in many[0].weights.items())
-    relative, cosine = fits.worst_difference(one, many[0])
-    assert relative < 1e-6
-    assert cosine > 0.99999
+    fits.assert_as_one(one, many[0])
     validation = [key for key in one.numbers if "val/" in key[1]]
     assert validation
     for key in validation:

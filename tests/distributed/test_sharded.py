@@ -35,9 +35,7 @@ def check(one, many, tolerance=1e-6):
     for rank in many[1:]:
         assert str(rank.numbers) == str(many[0].numbers)
         assert all(torch.equal(rank.weights[name], value) for name, value in many[0].weights.items())
-    relative, cosine = fits.worst_difference(one, many[0])
-    assert relative < tolerance
-    assert cosine > 0.99999
+    fits.assert_as_one(one, many[0], tolerance)
     for key, value in one.numbers.items():
         if "val/" in key[1]:
             assert many[0].numbers[key] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True)
@@ -145,13 +143,3 @@ def test_a_group(on_ranks, tmp_path):
     one = fits.fit(fits.group(["vanilla", "matryoshka"], data.d_in, False), data, tmp_path / "one", 1, 30)[0]
     on_ranks(2, train_group, tmp_path / "many")
     check(one, [fits.Outcome.read(tmp_path / "many" / f"rank{rank}.pt") for rank in range(2)])
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
-def test_the_hedging_degree_takes_one_process(strategy):
-    from hedgelab.errors import UserError
-    from hedgelab.protocols.hedge_trainer import HedgeTrainer
-
-    trainer = HedgeTrainer(strategy=strategy, devices=2, accelerator="cpu", max_steps=2, logger=False)
-    with pytest.raises(UserError, match=r"trainer\.devices: hedge and sweep train each group of SAEs in one process"):
-        trainer.measure_hedging(fits.make("vanilla", 10, False), fits.toy())

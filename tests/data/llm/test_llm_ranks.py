@@ -43,6 +43,4 @@ def test_ranks_train_as_one_does(make_data, cache, ranks, steps, tmp_path):
     one, live, cached = outcomes(make_data, cache, ranks, steps, tmp_path)
     assert live.numbers == cached.numbers
     assert all(torch.equal(cached.weights[name], value) for name, value in live.weights.items())
-    relative, cosine = fits.worst_difference(one, live)
-    assert relative < 1e-6
-    assert cosine > 0.99999
+    fits.assert_as_one(one, live)
