@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import re
+
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 INK, MUTED, FAINT = "#22272e", "#6b7480", "#d9dde2"
 PALETTE = ("#2f6db5", "#d1632a", "#3f9160", "#8a5fb0", "#c2425f", "#8f7a2e", "#3a9aa8", "#6f6f6f")
 DIVERGING = "RdBu_r"
 _DPI = 140
+_POWER = re.compile(r"\$(\\mathdefault\{)?-?[\d.]*(\\times)?(10\^\{[-\d.]+\})?\}?\$")
+
+
+class _Figure(Figure):
+    """A figure whose texts may be anybody's words: a dollar sign is one, except in the powers along an axis."""
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draw; what looks like a formula and is none would be an error otherwise."""
+        for text in self.findobj(Text):
+            if "$" in text.get_text() and not _POWER.fullmatch(text.get_text()):
+                text.set_parse_math(False)
+        super().draw(renderer)
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
     """An empty figure of a size in inches, with its title set."""
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
+    figure = _Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12, fontweight="bold", color=INK)
     return figure

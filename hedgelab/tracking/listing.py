@@ -33,7 +33,7 @@ def as_json(runs: list[RunSummary]) -> str:
 
 def format_table(runs: list[RunSummary]) -> str:
     """A table of the runs with their key numbers, for the terminal; columns that no run fills are left out."""
-    rows = [_row(run) for run in runs]
+    rows = [{column: printable(value) for column, value in _row(run).items()} for run in runs]
     columns = [column for column in (rows[0] if rows else ()) if any(row[column] for row in rows)]
     if not rows:
         return "no runs yet"
@@ -55,6 +55,11 @@ def _row(run: RunSummary) -> dict[str, str]:
         values = (run.metrics.get(f"{stage}/{metric}") for stage in _STAGES)
         row[title] = number(next((value for value in values if value is not None), None))
     return {**row, "samples/s": number(run.metrics.get("samples/s"))}
+
+
+def printable(text: str) -> str:
+    """Text from a store as a terminal may show it: without control characters, by which it could do more than be read."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def number(value: float | None) -> str:

@@ -120,3 +120,49 @@ def test_report_refuses(here, capsys):
     assert "no 'nonsuch' in the store" in capsys.readouterr().err
     assert main(["report", "--experiment", "Default"]) == 2
     assert "'Default' has no runs yet" in capsys.readouterr().err
+
+
+EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> $\\\\frac{$ \x1b[31m"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """Runs whose every word is someone's attempt at the reader's browser, and whose config names a password."""
+    folder = tmp_path_factory.mktemp("hostile")
+    create_database(folder / "mlflow.db")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    for number in range(2):
+        tracker = MLflowTracker(
+            f"evil {EVIL}",
+            run_name=f"{number} {EVIL}",
+            uri=uri,
+            description=EVIL,
+            tags={"why": EVIL, "git_commit": EVIL},
+        )
+        tracker.log_hyperparams({"model": {"class_path": f"{number} {EVIL}", EVIL: number}})
+        tracker.log_config(f"x: </pre>{EVIL}\nuri: http://user:secret@127.0.0.1:5000/\n")
+        for step in range(3):
+            tracker.log_metrics({"train/loss": number + step, "val/explained_variance": 0.1 * step, EVIL: 1.0}, step)
+        tracker.log_figure(loss_terms({EVIL.replace("/", ""): ([1, 2], [2.0, 1.0])}), "figures/loss.png")
+        tracker.finalize("success")
+    return uri
+
+
+def test_no_word_of_a_run_becomes_part_of_the_page(hostile, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", hostile)
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "--experiment", f"evil {EVIL}", "--to", "report.html"]) == 0, capsys.readouterr().err
+    text = (tmp_path / "report.html").read_text()
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert tag not in ("script", "iframe", "object", "base", "form")
+            assert not any(key.startswith("on") for key, _ in attrs)
+            assert not any("javascript:" in (value or "") for _, value in attrs)
+
+    Tags().feed(text)
+    assert "alert(1)" in text
+    assert "secret" not in text
+    assert main(["compare", "last", list_runs(uri=hostile)[-1].run_id[:8], "--to", "curves.png"]) == 0
+    assert main(["runs"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
