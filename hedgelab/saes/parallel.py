@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -34,21 +34,39 @@ class ShardedStrategy(ModelParallelStrategy):
     Args:
         data_parallel_size: Groups over which batches are split; ``auto`` is the number of nodes.
         tensor_parallel_size: Processes over which latents are split; ``auto`` is the number of devices of a node.
+        save_distributed_checkpoint: Must be false; it is there because Lightning's default is not.
         kwargs: Further arguments of Lightning's ModelParallelStrategy.
-
-    Raises:
-        UserError: Checkpoints in parts are asked for.
     """
 
     def __init__(
-        self, data_parallel_size: str | int = "auto", tensor_parallel_size: str | int = "auto", **kwargs: Any
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = "auto",
+        save_distributed_checkpoint: bool = False,
+        **kwargs: Any,
     ) -> None:
-        if kwargs.pop("save_distributed_checkpoint", False):
+        super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)
+
+    def setup_environment(self) -> None:
+        """Connect the processes.
+
+        Raises:
+            UserError: There are not as many as the sizes say, or checkpoints in parts are asked for.
+        """
+        count = self.num_nodes * self.num_processes
+        groups = self.num_nodes if self._data_parallel_size == "auto" else int(self._data_parallel_size)
+        parts = self.num_processes if self._tensor_parallel_size == "auto" else int(self._tensor_parallel_size)
+        if groups * parts != count:
+            raise UserError(
+                f"trainer.strategy: data_parallel_size {groups} times tensor_parallel_size {parts} must be the number of "
+                f"processes, trainer.num_nodes times trainer.devices: {count}"
+            )
+        if self._save_distributed_checkpoint:
             # PyTorch's format for them is read by unpickling, which executes whatever a file from elsewhere says.
             raise UserError(
                 "trainer.strategy: checkpoints of an SAE are single files; remove save_distributed_checkpoint"
             )
-        super().__init__(data_parallel_size, tensor_parallel_size, False, **kwargs)  # type: ignore[arg-type]
+        super().setup_environment()
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -97,7 +115,7 @@ def batch_ranks(trainer: L.Trainer) -> Ranks:
         return ALONE
     if isinstance(strategy, DDPStrategy):
         return Ranks.of(None) if strategy.world_size > 1 else ALONE
-    if isinstance(strategy, ModelParallelStrategy):
+    if isinstance(strategy, ShardedStrategy):
         mesh = strategy.device_mesh["data_parallel"]
         return Ranks.of(mesh.get_group()) if mesh.size() > 1 else ALONE
     raise UserError(f"trainer.strategy: SAEs train with auto, ddp or sharded, not with {type(strategy).__name__}")

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import socket
 import warnings
 from dataclasses import dataclass
 
@@ -24,6 +25,30 @@ from hedgelab.saes import (
 )
 from hedgelab.saes.parallel import whole
 from hedgelab.seeding import generator
+
+
+def on_ranks(count, function, *args):
+    """Run a function of (rank, *args) in as many processes as asked for, as a launcher would have started them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_as_rank, (count, port, function, args), count, start_method="fork")
+
+
+def _as_rank(rank, count, port, function, args):
+    os.environ |= {
+        "LOCAL_RANK": str(rank),
+        "RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    function(rank, *args)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
 
 FEATURES = [0.3, {"f0": 0.3, "not f0": 0.1}, 0.2, {"f2": 0.4, "otherwise": 0}, 0.15, 0.1]
 

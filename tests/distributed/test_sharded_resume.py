@@ -7,6 +7,7 @@ import fits
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from hedgelab.checkpoints import LAST, RunCheckpoint
 from hedgelab.errors import Stopped, UserError
@@ -167,6 +168,19 @@ def test_measuring_a_checkpoint(on_ranks, tmp_path):
     assert first == pytest.approx(alone, rel=1e-5, abs=1e-6, nan_ok=True)
 
 
-def test_checkpoints_in_parts_are_refused():
-    with pytest.raises(UserError, match=r"trainer\.strategy: .*remove save_distributed_checkpoint"):
-        ShardedStrategy(save_distributed_checkpoint=True)
+def refused(rank, strategy, message):
+    module, data = make("vanilla")
+    with pytest.raises(UserError, match=rf"trainer\.strategy: .*{message}"):
+        fits.fit(module, data, None, 1, 2, strategy=strategy, devices=2, callbacks=[])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (ShardedStrategy(save_distributed_checkpoint=True), r"single files; remove save_distributed_checkpoint"),
+        (ShardedStrategy(3), r"data_parallel_size 3 times tensor_parallel_size 2 must be .* trainer\.devices: 2"),
+        (ModelParallelStrategy(), r"sharded, not with ModelParallelStrategy"),
+    ],
+)
+def test_strategies_that_are_refused(strategy, message, on_ranks):
+    on_ranks(2, refused, strategy, message)
