@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from hedgelab.errors import Stopped, UserError
 
 MISTAKE, BUG, INTERRUPTED, UNREAD = 2, 1, 130, 141
-_OF_THE_PLACE = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
-    errno.EEXIST, errno.ELOOP,
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_OF_THE_PLACE = _FULL | {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
 }  # fmt: skip
 _NO_MEMORY = re.compile(
     r"can't allocate memory: you tried to allocate (?P<bytes>\d+ bytes)|out of memory\. Tried to allocate (?P<size>[\d.]+ \w+)"
@@ -26,10 +26,11 @@ def guarded(run: Callable[[], int]) -> int:
     """Run a command; turn whatever it raises into an exit code, and a user's mistake into one line on stderr."""
     try:
         code = run()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read what is printed, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         return UNREAD
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
@@ -39,6 +40,8 @@ def guarded(run: Callable[[], int]) -> int:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else _say(str(stop.code), BUG)
     except Exception as error:
         mistake = user_error(error)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            _print_no_more()
         if mistake is None or os.environ.get("HEDGELAB_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         return BUG if mistake is None else _say(one_line(str(mistake)), MISTAKE)
@@ -61,6 +64,8 @@ def _of_the_machine(error: BaseException) -> UserError | None:
         size = next(filter(None, refused.groups()), None) if refused else None
         asked = f" ({size} at once)" if size else ""
         return UserError(f"not enough memory{asked}: lower model.d_sae, data.batch_size, or what else makes it large")
+    if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+        return UserError("no space is left where this writes; free some, or write elsewhere")
     if isinstance(error, OSError) and error.errno in _OF_THE_PLACE and error.filename is not None:
         return UserError(f"'{error.filename}': {error.strerror}; name another file or folder, or mend this one")
     mlflow = sys.modules.get("mlflow.exceptions")
@@ -87,6 +92,12 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def one_line(text: str) -> str:
     """The text with its line breaks and indents folded into single spaces."""
     return " ".join(text.split())
+
+
+def _print_no_more() -> None:
+    """Have what waits to be printed go nowhere: at its end Python would try again."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str, code: int) -> int:

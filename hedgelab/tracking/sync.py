@@ -147,6 +147,8 @@ def _send_run(local: MlflowClient, remote: MlflowClient, run: Run, experiment: s
 def _its_copy(remote: MlflowClient, run: Run, experiment: str, tags: dict[str, str]) -> Run:
     """The run in the store that a local run was sent to before; else a new one."""
     found = remote.get_experiment_by_name(experiment)
+    if found is not None and found.lifecycle_stage != "active":
+        raise UserError(f"experiment '{experiment}' is deleted there; restore it, and sync again")
     experiment_id = remote.create_experiment(experiment) if found is None else found.experiment_id
     earlier = remote.search_runs([experiment_id], f"tags.`{LOCAL_RUN}` = '{run.info.run_id}'", max_results=1)
     if earlier:

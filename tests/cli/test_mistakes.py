@@ -231,6 +231,15 @@ def test_whoever_reads_may_stop_reading(config):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize(("target", "expected"), [(">/dev/full", 2), (">&-", 0)])
+def test_standard_output_that_is_full_or_closed(config, target, expected):
+    command = f"{sys.executable} -m hedgelab --version {target}"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == expected
+    assert len(done.stderr.splitlines()) == (expected == 2), done.stderr
+    assert not done.stderr or "no space is left" in done.stderr
+
+
 @pytest.mark.parametrize("word", ["a'b", "a\\", 'a"b', "a\nb", "%", "", "nope"])
 def test_names_that_no_run_has(word, config, capsys, monkeypatch, empty_database):
     Path("runs").mkdir()

@@ -286,6 +286,13 @@ class Server:
                 time.sleep(0.5)
         raise TimeoutError("the server does not answer")
 
+    def hang(self):
+        """It takes connections, and never answers."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def go_on(self):
+        os.killpg(self.process.pid, signal.SIGCONT)
+
     def kill(self):
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -346,6 +353,85 @@ def test_a_server_killed_in_the_middle_of_a_fit_has_everything_after_sync(uri, s
     assert run.info.status == "FINISHED"
     assert run.data.metrics["val/mse"] > 0
     assert main(["sync"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_server_that_hangs_holds_no_training_up_and_has_everything_after_sync(uri, server, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    monkeypatch.setattr("hedgelab.tracking.writer._RETRY_SECONDS", 0.2)
+    monkeypatch.setattr("hedgelab.tracking.writer._PATIENCE", 1.0)
+    tracker = MLflowTracker(buffer_points=20)
+    run_id = tracker.run_id
+    times = []
+    acts = {"step100": server.hang} | {f"step{step}": lambda: times.append(time.monotonic()) for step in (99, 150, 390)}
+    acts["step300"] = lambda: tracker.log_text("kept", "note.txt")
+    fit(tracker, 400, At(**acts))
+    assert times[-1] - times[0] < 1.0 + 3.0  # one wait in ``save``, and 290 steps on a busy machine
+    assert Spool(Path("runs/spool"), run_id).last_steps()["train/loss"] == 400
+    server.go_on()
+    assert main(["sync"]) == 0
+    client = ensure_store(server.uri)
+    for key in ("train/mse", "train/loss"):
+        history = client.get_metric_history(run_id, key)
+        assert [point.step for point in history] == list(range(1, 401))
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert Path(client.download_artifacts(run_id, "note.txt")).read_text() == "kept"
+    assert not Spool(Path("runs/spool"), run_id)
+    capsys.readouterr()
+
+
+def test_two_syncs_at_once(uri, other, monkeypatch, capsys):
+    from filelock import FileLock
+
+    with FileLock(Path("runs/.sync.lock")):
+        assert main(["sync"]) == 2
+    assert "another `hedgelab sync` is at work" in capsys.readouterr().err
+    assert main(["sync"]) == 0
+    capsys.readouterr()
+
+
+def test_a_sync_that_was_interrupted_goes_on_in_the_same_copy(uri, other, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    tracker = MLflowTracker("there", "a", on_unreachable="local")
+    for step in range(30):
+        tracker.log_metrics({"loss": step / 7}, step)
+    tracker.log_text("kept", "note.txt")
+    tracker.finalize("success")
+    ensure_store(uri).set_tag(tracker.run_id, INTENDED, other)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+    def interrupt(self, client, run_id):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Artifact, "send", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sync(other)
+    assert sync(other) == ([], [tracker.run_id], [])
+    server = ensure_store(other)
+    (copy,) = server.search_runs([server.get_experiment_by_name("there").experiment_id])
+    assert points(server, copy.info.run_id, "loss") == [(step, step / 7) for step in range(30)]
+    assert copy.info.status == "FINISHED"
+    assert Path(server.download_artifacts(copy.info.run_id, "note.txt")).read_text() == "kept"
+
+
+def test_a_run_whose_experiment_is_deleted_there_waits_with_a_reason(uri, other, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    tracker = MLflowTracker("gone", "a", on_unreachable="local")
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.finalize("success")
+    ensure_store(uri).set_tag(tracker.run_id, INTENDED, other)
+    server = ensure_store(other)
+    experiment = server.create_experiment("gone")
+    server.delete_experiment(experiment)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    sent = sync(other)
+    assert sent.runs == []
+    assert "experiment 'gone' is deleted" in sent.left[0]
+    server.restore_experiment(experiment)
+    assert sync(other).runs == [tracker.run_id]
 
 
 @pytest.mark.slow
