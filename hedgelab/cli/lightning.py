@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import hedgelab.data.llm
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
 from hedgelab.checkpoints import RunCheckpoint, stop_at_once, use_verified_io
+from hedgelab.checkpoints.peers import lost, watch
 from hedgelab.cli.compose import Tree, compose, config_files, opening_comment, without_configs
 from hedgelab.cli.diagnose import Walk
 from hedgelab.cli.errors import one_line, root_cause, user_error
@@ -291,9 +293,14 @@ def run_cli(cli: type[HedgelabCLI], command: str, words: list[str]) -> HedgelabC
     warnings.filterwarnings("ignore", message="It is recommended to use `self.log")  # ranks have agreed on every number
     for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    watch()
     try:
         with stop_at_once():
             return cli(command, words)
+    except Exception as error:
+        if (line := lost(error)) is None or os.environ.get("HEDGELAB_DEBUG", "0") not in ("", "0"):
+            raise
+        raise SystemExit(line) from error
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning leaves in its own way
             raise KeyboardInterrupt from stop

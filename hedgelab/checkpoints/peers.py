@@ -1,0 +1,78 @@
+"""Ranks that die: the others end soon, whatever they are waiting for, and each says so in a line."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from typing import Any
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.launchers import subprocess_script
+from torch import distributed as dist
+
+GRACE = 20.0
+"""Seconds in which a process may end by itself, its run closed in the tracking store, once another is gone."""
+_MAIN, _RANK = "HEDGELAB_MAIN_PROCESS", "LOCAL_RANK"
+_POLL = 0.5
+_BROKEN = re.compile(r"gloo/transport/|Connection (closed|reset) by peer|ncclRemoteError|NCCL communicator was aborted")
+_ADVICE = "go on with --resume"
+
+
+def lost(error: Exception) -> str | None:
+    """What to tell of an exception that another rank's death has caused; None of any other."""
+    if not isinstance(error, RuntimeError) or not dist.is_available():
+        return None
+    if not isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) and not _BROKEN.search(str(error)):
+        return None
+    said = re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition(". ")[0]
+    return (
+        f"{_whose()}cannot reach another rank, which has died or lost its network ({' '.join(said.split())}); {_ADVICE}"
+    )
+
+
+def watch() -> None:
+    """Have this process end soon after one that it depends on: a rank after the process that started it, and the reverse.
+
+    Torchrun, srun and a sweep's executor see to their processes themselves.
+    """
+    if TorchElasticEnvironment.detect() or SLURMEnvironment.detect() or "SUBMITIT_EXECUTOR" in os.environ:
+        return
+    if _RANK not in os.environ:
+        os.environ[_MAIN] = str(os.getpid())
+        if (observer := getattr(subprocess_script, "_ChildProcessObserver", None)) is not None:
+            observer._terminate_all = _end_after_child
+    elif _MAIN in os.environ:
+        main = int(os.environ[_MAIN])
+        threading.Thread(target=_end_after_parent, args=(main,), name="hedgelab-parent", daemon=True).start()
+
+
+def _end_after_child(observer: Any) -> None:
+    """In the main process, once one it has started is dead: Lightning would kill all of them on the spot."""
+    time.sleep(GRACE)
+    dead = next((n for n, child in enumerate(observer._child_processes, start=1) if child.returncode), 0)
+    for child in observer._child_processes:
+        child.kill()
+    _leave(f"rank {dead} has died, and this one waits for it in vain; {_ADVICE}")
+
+
+def _end_after_parent(parent: int) -> None:
+    """In a process that another one has started, for as long as that lives."""
+    while os.getppid() == parent:
+        time.sleep(_POLL)
+    time.sleep(GRACE / 4)
+    _leave(f"rank 0 has died; {_ADVICE}")
+
+
+def _leave(line: str) -> None:
+    sys.stderr.write(f"hedgelab: {_whose()}{line}\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _whose() -> str:
+    """Which rank is speaking."""
+    return f"rank {os.environ.get('RANK') or os.environ.get(_RANK) or 0}: "
