@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -14,10 +15,13 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.strategies.launchers import subprocess_script
 from torch import distributed as dist
 
+from hedgelab.checkpoints.stopping import SIGNALS
+
 GRACE = 20.0
 """Seconds in which a process may end by itself, its run closed in the tracking store, once another is gone."""
 _MAIN, _RANK = "HEDGELAB_MAIN_PROCESS", "LOCAL_RANK"
 _POLL = 0.5
+_ORDERLY = (0, *(128 + number for number in (*SIGNALS, signal.SIGINT)))
 _BROKEN = re.compile(r"gloo/transport/|Connection (closed|reset) by peer|ncclRemoteError|NCCL communicator was aborted")
 _ADVICE = "go on with --resume"
 
@@ -52,9 +56,12 @@ def watch() -> None:
 
 def _end_after_child(observer: Any) -> None:
     """In the main process, once one it has started is dead: Lightning would kill all of them on the spot."""
+    children = observer._child_processes
+    dead = next((n for n, child in enumerate(children, start=1) if child.returncode not in (*_ORDERLY, None)), None)
+    if dead is None:  # told to stop, as this one is
+        return
     time.sleep(GRACE)
-    dead = next((n for n, child in enumerate(observer._child_processes, start=1) if child.returncode), 0)
-    for child in observer._child_processes:
+    for child in children:
         child.kill()
     _leave(f"rank {dead} has died, and this one waits for it in vain; {_ADVICE}")
 

@@ -94,6 +94,24 @@ def test_main_process_ends_after_a_rank():
             os.killpg(pid, signal.SIGKILL)
 
 
+def test_main_process_outlives_ranks_that_were_told_to_stop():
+    def act():
+        peers.watch()
+        ranks = [subprocess.Popen(["sh", "-c", what]) for what in ("exit 143", "exit 0")]
+        subprocess_script._ChildProcessObserver(os.getpid(), ranks, sleep_period=0.1).start()
+        time.sleep(1.5)
+        os.write(2, b"done")
+        os._exit(7)
+
+    pid, reading = in_child(act)
+    try:
+        assert all_said(reading) == "done"
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
 def test_rank_ends_after_the_main_process():
     def act():
         peers.watch()
