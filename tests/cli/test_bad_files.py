@@ -3,6 +3,7 @@
 Each ends with exit code 2 and one line that names the key or file; nothing is computed, and nothing on the disk changes.
 """
 
+import itertools
 import json
 import os
 import pickle
@@ -74,6 +75,12 @@ TREES = {
     ),
     "nothing read out": ("{children: []}", ["tree", "no feature"]),
     "a circle of aliases": ("&a {probability: 0.5, children: [*a]}", ["tree", "nested deeper"]),
+    "aliases that multiply": (
+        "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"{n}: &{n} [{','.join(['*' + m] * 10)}]\n" for m, n in itertools.pairwise("abcdefgh")),
+        ["data.firing.file", "tree.yaml", "1000000 values"],
+    ),
+    "key twice": ("{children: [{probability: 0.1, probability: 0.2}]}", ["tree.yaml", "'probability' is there twice"]),
     "an object of Python": ("!!python/object/apply:os.system ['touch executed']", ["data.firing.file", "tree.yaml"]),
 }
 
