@@ -91,6 +91,41 @@ def test_preempted_and_requeued(cluster, undisturbed, variant, tmp_path):
     assert run["tags"]["weights_sha256"] == undisturbed["tags"]["weights_sha256"]
 
 
+HEDGE = [
+    "--model={class_path: BatchTopKSAE, init_args: {d_sae: 3, k: 1, dead_after_steps: 100}}",
+    "--hedge.n_new=2",
+    "--hedge.new_norm=1",
+    "--trainer.max_steps=1500",
+    "--checkpoint.every_n_train_steps=100",
+]
+
+
+def test_the_hedging_degree_is_preempted_and_requeued(cluster, tmp_path):
+    """Of two tasks; the phases end as in two processes that nothing happens to."""
+    alone, folder = tmp_path / "undisturbed", tmp_path / "preempted"
+    for place in (alone, folder):
+        place.mkdir()
+        (place / "toy.yaml").write_text(CONFIG)
+    cluster.run("hedgelab", "hedge", "--config", "toy.yaml", "--trainer.devices=2", *HEDGE, cwd=alone)
+    options = ["--cpus-per-task=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=30"]
+    script = SCRIPTS / "srun.sbatch"
+    job = cluster.submit(*options, script, "--config", "toy.yaml", *HEDGE, cwd=folder, COMMAND="hedge")
+    end = time.monotonic() + 1500
+    while not list(folder.glob("runs/checkpoints/group-*/last.ckpt")) and time.monotonic() < end:
+        time.sleep(0.05)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    state = cluster.wait(job, ENDED)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), output(folder)
+    assert "going on with initial/seed3" in output(folder)
+    phases = [
+        {run["name"]: run["tags"]["weights_sha256"] for run in runs(cluster, place) if "phase_id" in run["tags"]}
+        for place in (alone, folder)
+    ]
+    assert phases[0] == phases[1]
+    assert len(phases[0]) == 4
+    assert {run["status"] for run in runs(cluster, folder)} == {"FINISHED"}
+
+
 SWEEP = """\
 # Three widths of a toy SAE, as one job array.
 sweep:
