@@ -54,6 +54,19 @@ def watch() -> None:
         threading.Thread(target=_end_after_parent, args=(main,), name="hedgelab-parent", daemon=True).start()
 
 
+def told_elsewhere(seconds: float = GRACE / 4) -> bool:
+    """Whether the process that started this rank ends within some seconds: of the mistake that this one found too."""
+    main = os.environ.get(_MAIN)
+    if main is None or os.environ.get(_RANK, "0") == "0":
+        return False
+    end = time.monotonic() + seconds
+    while os.getppid() == int(main):
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL / 5)
+    return True
+
+
 def _end_after_child(observer: Any) -> None:
     """In the main process, once one it has started is dead: Lightning would kill all of them on the spot."""
     children = observer._child_processes

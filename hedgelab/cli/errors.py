@@ -44,7 +44,15 @@ def guarded(run: Callable[[], int]) -> int:
             _print_no_more()
         if mistake is None or os.environ.get("HEDGELAB_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
-        return BUG if mistake is None else _say(one_line(str(mistake)), MISTAKE)
+        if mistake is None:
+            return BUG
+        return MISTAKE if _told_by_another_rank() else _say(one_line(str(mistake)), MISTAKE)
+
+
+def _told_by_another_rank() -> bool:
+    """Whether this is one of several ranks, another of which has made the same mistake and says so."""
+    peers = sys.modules.get("hedgelab.checkpoints.peers")  # there in every rank
+    return peers is not None and peers.told_elsewhere()
 
 
 def user_error(error: BaseException) -> BaseException | None:

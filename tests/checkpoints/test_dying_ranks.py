@@ -133,3 +133,12 @@ def test_a_rank_is_killed(name, victim, undisturbed, empty_store, tmp_path, hist
     assert "goes on from" in (folder / "out.txt").read_text()
     assert weights(folder) == weights(undisturbed)
     assert history(folder) == history(undisturbed)
+
+
+def test_a_mistake_of_all_ranks_is_said_once(empty_store, tmp_path):
+    folder = make(tmp_path / "mistaken", empty_store)
+    (folder / "tiny.yaml").write_text(CONFIG.replace("batch_size: 8", "batch_size: 9"))
+    with command("fit", folder) as process:
+        assert process.wait(SECONDS) == 2
+    said = [line for line in (folder / "out.txt").read_text().splitlines() if line.startswith("hedgelab: ")]
+    assert said == ["hedgelab: data.batch_size: 9 cannot be split evenly over 2 ranks"]
