@@ -149,7 +149,8 @@ def check_database(database: Path) -> None:
         UserError: It is not.
     """
     try:
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True)) as connection:
+            # Not read only: where a writer was killed, this rolls back what it left unfinished.
             connection.execute("SELECT 1 FROM experiments")
     except sqlite3.Error as error:
         if "locked" not in str(error):
