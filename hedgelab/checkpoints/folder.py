@@ -75,8 +75,14 @@ class RunFolder:
                 "goes by what it said before" if self.about else "will not find this run",
             )
 
-    def claim(self) -> None:
+    def claim(self, patience: float = 0.0) -> bool:
         """Keep other processes from going on with this run as long as this one lives.
+
+        Args:
+            patience: Seconds in which another process may end that is at it.
+
+        Returns:
+            Whether there was one.
 
         Raises:
             UserError: Another process is at it.
@@ -84,15 +90,16 @@ class RunFolder:
         lock = FileLock(self.path / ".lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            waited = _acquire(lock, patience, self.path)
         except Timeout:
             name = self.about.get("name") or self.path.name
             raise UserError(
                 f"resume: another process is training run {name} ({self.path}) right now; wait for it, or end it"
             ) from None
         except (OSError, NotImplementedError):  # a file system without locks, or without space
-            return
+            return False
         self._lock = lock
+        return waited
 
     def release(self) -> None:
         """Let others have the run."""
@@ -104,6 +111,19 @@ class RunFolder:
         """The folder of a part of this run (a group of phases), always the same one for the same names."""
         digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]
         return RunFolder(self.path / f"part-{digest}")
+
+
+def _acquire(lock: BaseFileLock, patience: float, path: Path) -> bool:
+    """Take a lock; whether that had to be waited for."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if patience <= 0:
+            raise
+        _logger.warning("another process is still training %s; waiting %.0f s for it to end", path, patience)
+        lock.acquire(timeout=patience)
+        return True
+    return False
 
 
 def identity(command: str, config: Mapping[str, Any]) -> str:

@@ -15,7 +15,9 @@ from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.protocols.ranks import on_every_rank
 from hedgelab.protocols.sweep import CELL_TAG, Member, measure_hedging, train_fits
 from hedgelab.protocols.sweep_executors import ONE_PROCESS, Processes
+from hedgelab.protocols.sweep_report import interrupted_run
 from hedgelab.tracking import MLflowTracker
+from hedgelab.tracking.store import ensure_store
 
 _MOST_NAMES = 4
 
@@ -74,6 +76,8 @@ def _train(job: Job, units: Sequence[Unit]) -> dict[str, str]:
             data, trainer = cell.datamodule, cell.trainer
         tags = {"mlflow.parentRunId": job.parent, CELL_TAG: unit.id}
         tracker = MLflowTracker(job.experiment, unit.name, tags, uri=job.uri, system_metrics=not members)
+        if (run_id := interrupted_run(ensure_store(job.uri), unit.id, job.parent)) is not None:
+            tracker.go_on_with(run_id)
         resolved = cell.resolved()
         options = cell.config_init[job.command].hedge if isinstance(cell, HedgeCell) else None
         members.append(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from tqdm import tqdm
 
+from hedgelab.checkpoints import stop_at_once
 from hedgelab.cli.compose import config_files, opening_comment
 from hedgelab.cli.sweep_cells import Unit, check_sweep, packed
 from hedgelab.cli.sweep_config import Sweep, read_sweep
 from hedgelab.cli.sweep_job import Job, do
-from hedgelab.errors import UserError
+from hedgelab.errors import Stopped, UserError
+from hedgelab.protocols.group_checkpoints import GroupCheckpoints
 from hedgelab.protocols.sweep_axes import is_number
 from hedgelab.protocols.sweep_executors import ONE_PROCESS, InProcess, Outcome
 from hedgelab.protocols.sweep_report import (
@@ -28,7 +30,7 @@ from hedgelab.protocols.sweep_report import (
 from hedgelab.protocols.training_phases import stable_id
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
-from hedgelab.tracking.store import ensure_store, tracking_uri
+from hedgelab.tracking.store import ensure_store, runs_dir, tracking_uri
 
 FAILED = 1
 _SWEEP_TAG = "sweep"
@@ -43,18 +45,21 @@ def run_sweep(words: list[str]) -> int:
     units = check_sweep(sweep)
     uri = units[0].tracking[1] or tracking_uri()
     finished = {unit.id: run for unit in units if (run := finished_run(ensure_store(uri), unit.id)) is not None}
-    missing = [unit for unit in units if unit.id not in finished]
-    groups = packed(missing, sweep.options.pack)
+    groups = _groups(sweep, units, finished, uri)
     if listing:
         print("\n".join(listed(units, groups)))
         return 0
     tracker = _parent(sweep, units, uri, opening_comment(config_files(words)))
     try:
-        if finished:
-            print(f"sweep: {len(finished)} of {len(units)} cells are finished already", flush=True)
-        failures = _train(sweep, groups, tracker, uri)
-        rows = _rows(units, uri, failures)
-        lines = _report(sweep, tracker, rows, failures, len(units))
+        with stop_at_once():
+            if finished:
+                print(f"sweep: {len(finished)} of {len(units)} cells are finished already", flush=True)
+            failures = _train(sweep, groups, tracker, uri)
+            rows = _rows(units, uri, failures)
+            lines = _report(sweep, tracker, rows, failures, len(units))
+    except Stopped as stop:
+        tracker.finalize("killed")
+        raise Stopped(stop.number, "before its end; run the same command again to go on") from stop
     except BaseException:
         tracker.finalize("failed")
         raise
@@ -63,6 +68,23 @@ def run_sweep(words: list[str]) -> int:
     for name, reason in failures.items():
         print(f"hedgelab: cell '{name}' failed: {reason}", file=sys.stderr)
     return FAILED if failures else 0
+
+
+def _groups(sweep: Sweep, units: Sequence[Unit], finished: Container[str], uri: str) -> list[list[Unit]]:
+    """What is trained together: fits that were being trained together when something stopped them, then the others.
+
+    The former hold cells that have finished, where the sweep was stopped just as its runs were being ended.
+    """
+    begun: list[list[Unit]] = []
+    if sweep.options.command == "fit":
+        by_name = {unit.name: unit for unit in units}
+        root = runs_dir(uri) / "checkpoints"
+        for group in GroupCheckpoints.all_unfinished(root, {unit.name: unit.id for unit in units}):
+            begun.append([by_name[name] for name in group.members])
+    begun = [group for group in begun if any(unit.id not in finished for unit in group)]
+    taken = {unit.id for group in begun for unit in group}
+    missing = [unit for unit in units if unit.id not in finished and unit.id not in taken]
+    return [*begun, *packed(missing, sweep.options.pack)]
 
 
 def _refuse_several() -> None:

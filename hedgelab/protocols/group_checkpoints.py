@@ -12,7 +12,9 @@ from pathlib import Path
 import lightning as L
 
 from hedgelab.checkpoints import RunCheckpoint, RunFolder, newest_whole
+from hedgelab.errors import UserError
 
+_PATIENCE = 60.0
 _logger = logging.getLogger(__name__)
 
 
@@ -32,11 +34,17 @@ class GroupCheckpoints:
     @classmethod
     def unfinished(cls, root: Path, members: Mapping[str, str]) -> GroupCheckpoints | None:
         """A group of some of these members whose training was cut short; None without one."""
-        for path in sorted(root.glob("group-*/")):
-            group = RunFolder(path).about.get("group")
-            if isinstance(group, dict) and group and group.items() <= members.items():
-                return cls(root, group)
-        return None
+        return next(iter(cls.all_unfinished(root, members)), None)
+
+    @classmethod
+    def all_unfinished(cls, root: Path, members: Mapping[str, str]) -> list[GroupCheckpoints]:
+        """The groups of some of these members whose training was cut short."""
+        groups = [RunFolder(path).about.get("group") for path in sorted(root.glob("group-*/"))]
+        return [
+            cls(root, group)
+            for group in groups
+            if isinstance(group, dict) and group and group.items() <= members.items()
+        ]
 
     @property
     def runs(self) -> dict[str, str]:
@@ -54,11 +62,13 @@ class GroupCheckpoints:
             The checkpoint to go on from; None to start from the beginning.
 
         Raises:
-            UserError: Another process trains the same SAEs right now.
+            UserError: Another process trains the same SAEs right now, and goes on doing so; or has just done it.
         """
         if _checkpoint_of(trainer) is None:
             return None
-        self.folder.claim()
+        if self.folder.claim(_PATIENCE) and not self.folder.about:
+            self.folder.release()
+            raise UserError(f"another process has just trained {', '.join(self.members)}; run the same command again")
         self.folder.note(group=self.members, members=dict(runs))
         return newest_whole(self.folder.path, lambda line: _logger.warning("%s", line))
 

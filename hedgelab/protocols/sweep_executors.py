@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 from hedgelab.errors import Stopped, UserError
 
 _POLL_SECONDS = 0.5
+_GRACE_SECONDS = 30.0
 _PATIENCE_SECONDS = 300
 
 
@@ -130,7 +136,8 @@ class LocalProcesses(Executor):
                         executor.update_parameters(
                             timeout_min=60 * 24 * 365, tasks_per_node=count, **self._visible(slot, count)
                         )
-                        running[slot] = number, executor.submit(Rank(work, _free_port()) if count > 1 else work, job)
+                        task = Rank(work, _free_port()) if count > 1 else work
+                        running[slot] = number, executor.submit(Attended(task, os.getpid()), job)
                 for slot, (number, submitted) in list(running.items()):
                     if submitted.done():
                         del running[slot]
@@ -149,6 +156,35 @@ class LocalProcesses(Executor):
         numbers = [int(name) for name in there if name.isdecimal()] or list(range(self.gpus))
         chosen = tuple(numbers[(slot * count + i) % self.gpus % len(numbers)] for i in range(count))
         return {"gpus_per_node": count, "visible_gpus": chosen}
+
+
+class Attended:
+    """Work of a process that ends soon after the sweep which has started it: as if told to, with a checkpoint.
+
+    Args:
+        work: What it does.
+        sweep: Id of the sweep's process.
+    """
+
+    def __init__(self, work: Work, sweep: int) -> None:
+        self.work, self.sweep = work, sweep
+
+    def __call__(self, job: Any) -> dict[str, str]:
+        """Do it."""
+        threading.Thread(target=self._attend, name="hedgelab-sweep", daemon=True).start()
+        return self.work(job)
+
+    def _attend(self) -> None:
+        with suppress(psutil.NoSuchProcess):
+            sweep = psutil.Process(self.sweep)
+            while sweep.is_running() and sweep.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(_POLL_SECONDS)
+        sys.stderr.write(
+            "hedgelab: the sweep that has started this job is gone; the job stops too, to be gone on with\n"
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_SECONDS)
+        os._exit(128 + signal.SIGTERM)
 
 
 class Rank:

@@ -58,6 +58,16 @@ def finished_run(client: MlflowClient, cell_id: str) -> Run | None:
     return found[0] if found else None
 
 
+def interrupted_run(client: MlflowClient, cell_id: str, parent: str) -> str | None:
+    """The run of a cell below a sweep's that was begun and has come to no end; None without one."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    query = (
+        f"tags.{CELL_TAG} = '{cell_id}' and tags.mlflow.parentRunId = '{parent}' and attributes.status != 'FINISHED'"
+    )
+    found = client.search_runs(experiments, query, max_results=1, order_by=["attributes.start_time DESC"])
+    return str(found[0].info.run_id) if found else None
+
+
 def rows_of(cell: Cell, run: Run) -> list[Row]:
     """A run's rows: one a seed, where it tells seeds apart."""
     values = {key: value for key, value in cell.values.items() if key != SEED}
