@@ -70,7 +70,11 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "enable_progress_bar": True,
 }
-TRAINER_BOUNDS = {"num_nodes": (1, 100_000), "check_val_every_n_epoch": (1, 2**63 - 1)}
+TRAINER_BOUNDS = {
+    "num_nodes": (1, 100_000),
+    "log_every_n_steps": (0, 2**63 - 1),
+    "check_val_every_n_epoch": (1, 2**63 - 1),
+}
 CHECKPOINT_DEFAULTS = {
     "checkpoint.save_last": True,
     "checkpoint.save_top_k": 0,

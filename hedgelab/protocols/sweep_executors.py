@@ -21,6 +21,7 @@ from hedgelab.errors import Stopped, UserError
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 30.0
 _PATIENCE_SECONDS = 300
+_OWN_OPTIONS = frozenset({"array", "chdir", "error", "ntasks-per-node", "open-mode", "output", "signal", "wrap"})
 
 
 class Processes(NamedTuple):
@@ -251,7 +252,7 @@ class Slurm(Executor):
         log_dir: Where submitit keeps scripts and logs; all nodes must see it, and the tracking store.
 
     Raises:
-        UserError: A number that is too small.
+        UserError: A number that is too small, or an option that would break out of the batch script.
     """
 
     def __init__(
@@ -273,6 +274,14 @@ class Slurm(Executor):
         ):
             if value < least:
                 raise UserError(f"sweep.executor.{name}: must be at least {least}, got {value}")
+        for key, value in {
+            "partition": partition or "",
+            **{f"extra.{key}": v for key, v in (extra or {}).items()},
+        }.items():
+            if not f"{key}{value}".isprintable():  # the batch script has them line by line
+                raise UserError(f"sweep.executor.{key}: must be one line of plain text, got {value!r}")
+            if key.removeprefix("extra.").replace("_", "-") in _OWN_OPTIONS:
+                raise UserError(f"sweep.executor.{key}: is set by hedgelab; remove it (log_dir says where logs go)")
         self.partition, self.minutes, self.gpus, self.cpus = partition, minutes, gpus, cpus
         self.memory_gb, self.at_once, self.extra, self.log_dir = memory_gb, at_once, extra or {}, log_dir
 

@@ -106,6 +106,11 @@ IN_FILE = {
         "max_steps: 6\n  check_val_every_n_epoch: 0",
         ["trainer.check_val_every_n_epoch: must be from 1"],
     ),
+    "logging at negative intervals": (
+        "log_every_n_steps: 3",
+        "log_every_n_steps: -1",
+        ["trainer.log_every_n_steps: must be from 0"],
+    ),
     "batches without end": (
         "max_steps: 6",
         "max_steps: 6\n  limit_val_batches: 1e308",

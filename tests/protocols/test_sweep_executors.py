@@ -109,6 +109,10 @@ def test_too_many_processes_name_the_key(executor, processes, message):
         (lambda: LocalProcesses(at_once=0), "sweep.executor.at_once: must be at least 1, got 0"),
         (lambda: LocalProcesses(gpus=-1), "sweep.executor.gpus: must not be negative, got -1"),
         (lambda: Slurm(minutes=0), "sweep.executor.minutes: must be at least 1, got 0"),
+        (lambda: Slurm("short\ntouch x"), "sweep.executor.partition: must be one line of plain text"),
+        (lambda: Slurm(extra={"comment": "x\ntouch y"}), "sweep.executor.extra.comment: must be one line"),
+        (lambda: Slurm(extra={"a\nb": True}), "must be one line"),
+        (lambda: Slurm(extra={"output": "elsewhere"}), "sweep.executor.extra.output: is set by hedgelab; remove it"),
     ],
 )
 def test_impossible_numbers_name_the_key(made, message):
