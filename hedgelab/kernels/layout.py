@@ -49,6 +49,11 @@ class Layout:
         return rows_of(self.crow, self.latents.shape[0])
 
     @cached_property
+    def lone(self) -> Tensor:
+        """Positions of the values that are the only ones of their rows, ``[n]`` int64."""
+        return self.crow[:-1][self.crow.diff() == 1]
+
+    @cached_property
     def transposed(self) -> Transposed:
         """The same entries ordered by latent."""
         order = stable_order(self.latents, self.d_sae)
@@ -70,6 +75,7 @@ class LevelLayout(Layout):
 
     Attributes:
         order: Position of each stored value in the base layout, ``[nnz]`` int64.
+        rows_of_values: The row of each value in the base layout's order, ``[nnz]`` int64.
     """
 
     def __init__(self, base: Layout, levels: tuple[int, ...]) -> None:
@@ -78,15 +84,15 @@ class LevelLayout(Layout):
         level = torch.bucketize(base.latents, boundaries, right=True, out_int32=True)
         self.order = stable_order(level, len(levels))
         self._base = base
-        self._row_in_base_order = level.long() * batch + base.rows
-        rows = self._row_in_base_order[self.order]
+        self.rows_of_values = level.long() * batch + base.rows
+        rows = self.rows_of_values[self.order]
         super().__init__(row_pointers(rows, len(levels) * batch), base.latents[self.order], base.d_sae)
 
     @cached_property
     def transposed(self) -> Transposed:
         """The same entries ordered by latent; ``order`` counts in the *base* layout's order of values."""
         ccol, _, order = self._base.transposed
-        return Transposed(ccol, self._row_in_base_order[order], order)
+        return Transposed(ccol, self.rows_of_values[order], order)
 
 
 def row_pointers(rows: Tensor, row_count: int) -> Tensor:
