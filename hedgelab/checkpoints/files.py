@@ -7,7 +7,6 @@ rotten file from a whole one, whoever wrote it.
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,10 +46,7 @@ def promote(folder: Path) -> Path:
     At every moment ``last.ckpt`` is there and whole: the old one gets its second name before it loses the first.
     """
     last, previous, aside = folder / LAST, folder / PREVIOUS, folder / ".previous.partial"
-    if last.is_dir():  # a sharded checkpoint
-        shutil.rmtree(previous, ignore_errors=True)
-        last.replace(previous)
-    elif last.exists():
+    if last.exists():
         aside.unlink(missing_ok=True)
         try:
             os.link(last, aside)
@@ -68,8 +64,6 @@ def fault(path: Path) -> str | None:
 
     Every part is read, which costs about as long as loading it.
     """
-    if path.is_dir():  # a sharded checkpoint, whose strategy has its own checks
-        return None if any(path.iterdir()) else "an empty folder"
     try:
         with zipfile.ZipFile(path) as archive:
             for part in archive.infolist():

@@ -53,7 +53,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
 
 def use_verified_io(trainer: L.Trainer) -> None:
-    """Let a trainer write and read checkpoints by :class:`VerifiedCheckpointIO`, unless its strategy shards them."""
+    """Let a trainer write and read checkpoints by :class:`VerifiedCheckpointIO`, unless its strategy has ways of its own."""
     with suppress(NotImplementedError):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = VerifiedCheckpointIO()

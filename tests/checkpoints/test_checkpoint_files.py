@@ -4,7 +4,6 @@ import errno
 import os
 import pickle
 import resource
-import shutil
 import zipfile
 
 import pytest
@@ -201,14 +200,3 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     torch.save(torch.ones(2), tmp_path / "tensor.ckpt")
     with pytest.raises(UserError, match="is no checkpoint of a fit"):
         IO.load_checkpoint(tmp_path / "tensor.ckpt")
-
-
-def test_folders_of_sharded_checkpoints_are_rotated_too(tmp_path):
-    for step in "12":
-        (tmp_path / NEXT).mkdir()
-        (tmp_path / NEXT / "part").write_text(step)
-        promote(tmp_path)
-    assert ((tmp_path / LAST / "part").read_text(), (tmp_path / PREVIOUS / "part").read_text()) == ("2", "1")
-    shutil.rmtree(tmp_path / LAST)
-    (tmp_path / LAST).mkdir()
-    assert newest_whole(tmp_path) == tmp_path / PREVIOUS
