@@ -7,6 +7,7 @@ unfinished phases.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -86,10 +87,16 @@ class RunFolder:
 
         Raises:
             UserError: Another process is at it.
+            OSError: There can be no such folder.
         """
         lock = FileLock(self.path / ".lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk costs checkpoints, not the run
+                raise
+            return False
+        try:
             waited = _acquire(lock, patience, self.path)
         except Timeout:
             name = self.about.get("name") or self.path.name
