@@ -102,6 +102,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 StrategyRegistry.register("sharded", ShardedStrategy, description="latents split over processes", override=True)
+for _name, _start in (("ddp", "popen"), ("ddp_fork", "fork")):  # gradients stay where they were averaged
+    _options = {"start_method": _start, "gradient_as_bucket_view": True}
+    StrategyRegistry.register(_name, DDPStrategy, description="batches split over processes", override=True, **_options)
 
 
 def batch_ranks(trainer: L.Trainer) -> Ranks:

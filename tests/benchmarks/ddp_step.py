@@ -1,6 +1,6 @@
 """What averaging gradients over two ranks (DDP, gloo, one thread each) adds to a training step, beside dense gradients.
 
-``python -m tests.benchmarks.ddp_step [--sae topk] [--turns 15] [--bucket-view] [--static-graph] [--bucket-mb 25] [--json]``
+``python -m tests.benchmarks.ddp_step [--sae topk] [--turns 15] [--copied] [--static-graph] [--bucket-mb 25] [--json]``
 
 d_in 576, d_sae 8192, k 32, a global batch of 2048. Four steps in turns, each on both ranks at once:
 
@@ -181,13 +181,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sae", choices=SAES, nargs="+", default=list(SAES))
     parser.add_argument("--turns", type=int, default=15, help="measured turns, after 3 to warm up")
-    parser.add_argument("--bucket-view", action="store_true", help="DDP's gradient_as_bucket_view, for ours")
+    parser.add_argument("--copied", action="store_true", help="without DDP's gradient_as_bucket_view, for ours")
     parser.add_argument("--static-graph", action="store_true", help="DDP's static_graph, for ours")
     parser.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb, for ours")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     options = parser.parse_args()
     ddp = {
-        "gradient_as_bucket_view": options.bucket_view,
+        "gradient_as_bucket_view": not options.copied,
         "static_graph": options.static_graph,
         "bucket_cap_mb": options.bucket_mb,
     }
