@@ -15,7 +15,7 @@ from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.protocols.ranks import on_every_rank
 from hedgelab.protocols.sweep import CELL_TAG, Member, measure_hedging, train_fits
 from hedgelab.protocols.sweep_executors import ONE_PROCESS, Processes
-from hedgelab.protocols.sweep_report import interrupted_run
+from hedgelab.protocols.sweep_report import finished_run, interrupted_run
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.store import ensure_store
 
@@ -50,7 +50,14 @@ def do(job: Job) -> dict[str, str]:
     where several processes train them, for one may have failed while the others went on.
     """
     keep_large_blocks()
+    if not job.processes.several and _all_finished(job):  # by the job of a sweep that was killed
+        return {}
     return _attempt(job, job.units)
+
+
+def _all_finished(job: Job) -> bool:
+    client = ensure_store(job.uri)
+    return all(finished_run(client, unit.id) is not None for unit in job.units)
 
 
 def _attempt(job: Job, units: Sequence[Unit]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from hedgelab.checkpoints.stopping import stop_at_once
 from hedgelab.errors import Stopped, UserError
 
 _POLL_SECONDS = 0.5
@@ -173,7 +174,8 @@ class Attended:
     def __call__(self, job: Any) -> dict[str, str]:
         """Do it."""
         threading.Thread(target=self._attend, name="hedgelab-sweep", daemon=True).start()
-        return self.work(job)
+        with stop_at_once():  # submitit ignores SIGTERM; training answers it between steps
+            return self.work(job)
 
     def _attend(self) -> None:
         with suppress(psutil.NoSuchProcess):
