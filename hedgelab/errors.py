@@ -1,10 +1,33 @@
 """What ends a command early: the user's mistakes, one line naming the key and the fix; and signals."""
 
 import signal
+from typing import Any
 
 
 class UserError(ValueError):
     """A mistake in a config, a file or a call; the command line prints it as one line and exits with code 2."""
+
+
+def whole_number(key: str, value: Any, least: int = 1) -> int:
+    """The value, if it is an integer of at least ``least``; booleans and floats are none, though Python lets them pass.
+
+    Args:
+        key: Name of the argument, for the message.
+        value: What the user gave.
+        least: The smallest value allowed.
+
+    Raises:
+        UserError: It is no such integer.
+
+    >>> whole_number("model.k", 4)
+    4
+    >>> whole_number("model.k", True)
+    Traceback (most recent call last):
+    hedgelab.errors.UserError: model.k: expected a whole number of at least 1, got True
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{key}: expected a whole number of at least {least}, got {value!r}")
+    return value
 
 
 class Stopped(SystemExit):
