@@ -15,7 +15,8 @@ from hedgelab.data.llm.cache_files import ActivationCache
 from hedgelab.data.llm.cache_identity import check_identity
 from hedgelab.data.llm.cached_rows import CachedRows
 from hedgelab.data.llm.harvest import Harvester
-from hedgelab.data.llm.hook import CutModel, block_path, check_layer
+from hedgelab.data.llm.hook import CutModel
+from hedgelab.data.llm.hook_names import block_path, check_layer
 from hedgelab.data.llm.measured import Measured, Normalisation, measure
 from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles
 from hedgelab.data.llm.row_sources import LiveRows, RowSource, shared_by_ranks

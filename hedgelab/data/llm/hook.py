@@ -16,32 +16,6 @@ from torch import Tensor, nn
 from hedgelab.errors import UserError
 
 
-def block_path(model: nn.Module, n_layers: int, layer: int) -> str:
-    """The module path of transformer block number ``layer``, from zero; negative numbers count from the end.
-
-    Args:
-        model: A causal language model, or its skeleton.
-        n_layers: How many blocks its configuration says it has.
-        layer: The block.
-
-    Raises:
-        UserError: There is no such block, or no list of ``n_layers`` blocks in the model.
-    """
-    check_layer(n_layers, layer)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return f"{path}.{layer % n_layers}"
-    raise UserError(
-        f"data.layer: {type(model).__name__} has no list of {n_layers} blocks; set data.hook to a module path"
-    )
-
-
-def check_layer(n_layers: int, layer: int) -> None:
-    """Raise a UserError unless the model has that block."""
-    if not -n_layers <= layer < n_layers:
-        raise UserError(f"data.layer: the model has layers 0 to {n_layers - 1}, got {layer}")
-
-
 class CutModel(nn.Module):
     """A causal language model up to a hook: token ids in, the hooked module's output out.
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hedgelab.data.llm import conversion, hub
-from hedgelab.data.llm.hook import CutModel, block_path
+from hedgelab.data.llm.hook import CutModel
+from hedgelab.data.llm.hook_names import block_path
 from hedgelab.data.llm.model import ModelFiles
 from hedgelab.errors import UserError
 

@@ -1,0 +1,202 @@
+"""Names of hooks, in the words of transformers, TransformerLens, SAELens, sparsify and dictionary_learning.
+
+Layers count from zero. ``layer: 12`` is the residual stream behind block 12. TransformerLens calls the same place
+``blocks.12.hook_resid_post``, and also ``blocks.13.hook_resid_pre``; sparsify calls it ``layers.12``; the module is
+``model.layers.12`` in a Llama and ``transformer.h.12`` in a GPT-2. A name that ends in ``.input`` is what goes into a module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from hedgelab.errors import UserError
+
+_INPUT, _OUTPUT = ".input", ".output"
+_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
+_BLOCK = re.compile(
+    r"(?:(?:model|decoder|transformer|gpt_neox|language_model|text_model)\.)*(?:layers|h|blocks)\.(\d+)"
+)
+_LENS = re.compile(
+    r"blocks\.(\d+)\.(hook_resid_(?:pre|mid|post)|hook_attn_out|hook_mlp_out|attn\.hook_z|mlp\.hook_post)"
+)
+_SHORT = re.compile(r"(resid|resid_post|resid_pre|mlp|mlp_out|attn|attn_out)(?:_layer)?_(\d+)")
+_EMBEDDINGS = ("hook_embed", "embed", "embed_tokens", "embed_in", "wte", "word_embeddings")
+_ENDS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "lm_head", "embed_out")
+
+_ATTENTION = ("self_attn", "attn.attention", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "block_sparse_moe")
+_LAST_OF_ATTENTION = ("o_proj", "out_proj", "c_proj", "dense")
+_LAST_OF_MLP = ("down_proj", "c_proj", "fc_out", "dense_4h_to_h", "fc2")
+_NORM_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm")
+
+
+class HookPoint(NamedTuple):
+    """A hook in the two keys that ``LLMDataModule`` has for it: exactly one of the three is not None.
+
+    Attributes:
+        layer: The block whose output it is.
+        hook: Any other place, as ``data.hook`` takes it.
+        why_not: Why the place is not known, in words that go after the name.
+    """
+
+    layer: int | None = None
+    hook: str | None = None
+    why_not: str | None = None
+
+
+def read_hook_name(name: str) -> HookPoint:
+    """What ``LLMDataModule`` has to be told to read the place that another library calls ``name``.
+
+    No model is needed. Known are names of TransformerLens and SAELens (``blocks.2.hook_mlp_out``), hookpoints of sparsify
+    (``layers.5``, ``h.5.mlp``, ``embed_tokens``), submodule names of dictionary_learning (``resid_post_layer_8``), and paths
+    of modules.
+
+    Args:
+        name: The name. One head of a hook (SAELens' ``hook_head_index``) is no name: the caller must refuse it.
+
+    >>> read_hook_name("blocks.2.hook_resid_pre").layer
+    1
+    >>> read_hook_name("gpt_neox.layers.3").layer
+    3
+    >>> read_hook_name("blocks.2.attn.hook_z").hook
+    'blocks.2.attn.hook_z'
+    >>> read_hook_name("blocks.2.attn.hook_pattern").why_not
+    'is a hook of TransformerLens that no module of transformers has as its input or output'
+    """
+    name = name.removesuffix(_OUTPUT)
+    if found := _BLOCK.fullmatch(name):
+        return HookPoint(layer=int(found[1]))
+    if found := _SHORT.fullmatch(name):
+        place = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}.get(found[1], found[1])
+        return read_hook_name(f"blocks.{found[2]}.hook_{place}")
+    if found := _LENS.fullmatch(name):
+        layer = int(found[1])
+        if found[2] == "hook_resid_post":
+            return HookPoint(layer=layer)
+        if found[2] == "hook_resid_pre" and layer > 0:
+            return HookPoint(layer=layer - 1)
+        return HookPoint(hook=name)
+    if name in (*_EMBEDDINGS, *_ENDS):
+        return HookPoint(hook="hook_embed" if name == "embed" else name)
+    if "hook_" in name or name.startswith("blocks."):
+        return HookPoint(
+            why_not="is a hook of TransformerLens that no module of transformers has as its input or output"
+        )
+    if _PATH.fullmatch(name):
+        return HookPoint(hook=name)
+    return HookPoint(why_not="is neither a hook of TransformerLens nor the path of a module")
+
+
+def block_path(model: nn.Module, n_layers: int, layer: int) -> str:
+    """The module path of transformer block number ``layer``, from zero; negative numbers count from the end.
+
+    Args:
+        model: A causal language model, or its skeleton.
+        n_layers: How many blocks its configuration says it has.
+        layer: The block.
+
+    Raises:
+        UserError: There is no such block, or no list of ``n_layers`` blocks in the model.
+    """
+    check_layer(n_layers, layer)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return f"{path}.{layer % n_layers}"
+    raise UserError(
+        f"data.layer: {type(model).__name__} has no list of {n_layers} blocks; set data.hook to a module path"
+    )
+
+
+def check_layer(n_layers: int, layer: int) -> None:
+    """Raise a UserError unless the model has that block."""
+    if not -n_layers <= layer < n_layers:
+        raise UserError(f"data.layer: the model has layers 0 to {n_layers - 1}, got {layer}")
+
+
+def hook_path(model: Any, n_layers: int, name: str) -> str:
+    """The one name of a hook in a model: a module's path, with ``.input`` where it is what goes into the module.
+
+    Args:
+        model: A causal language model (transformers ``PreTrainedModel``), or its skeleton.
+        n_layers: How many blocks its configuration says it has.
+        name: A path, also as seen from the model's body (``layers.5``), or a name of TransformerLens.
+
+    Raises:
+        UserError: The model has no such place.
+    """
+    if lens := _LENS.fullmatch(name):
+        return _lens_path(model, block_path(model, n_layers, int(lens[1])), n_layers, name)
+    if name == "hook_embed":
+        if model.config.model_type.startswith("gemma"):  # TransformerLens scales its embeddings by sqrt(d_model)
+            return block_path(model, n_layers, 0) + _INPUT
+        embedding = model.get_input_embeddings()
+        return next(path for path, module in model.named_modules() if module is embedding)
+    bare = name.removesuffix(_OUTPUT)
+    for path in (bare, f"{getattr(model, 'base_model_prefix', '')}.{bare}"):
+        try:
+            hooked_module(model, path)
+        except UserError:
+            continue
+        return path
+    hooked_module(model, bare)  # says what is wrong
+    return bare
+
+
+def hooked_module(model: nn.Module, hook: str) -> tuple[nn.Module, bool]:
+    """The module of a hook, and whether its input is meant rather than its output.
+
+    Raises:
+        UserError: There is no such module.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    if hook in modules:
+        return modules[hook], False
+    if hook.endswith(_INPUT) and (module := modules.get(hook.removesuffix(_INPUT))) is not None:
+        return module, True
+    near = difflib.get_close_matches(hook, modules, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "give a path such as 'model.layers.12'"
+    raise UserError(f"data.hook: {type(model).__name__} has no module {hook!r}; {hint}")
+
+
+def _lens_path(model: Any, block: str, n_layers: int, name: str) -> str:
+    """The path of a hook of TransformerLens inside or around one block."""
+    inside = {path for path, _ in model.get_submodule(block).named_modules()}
+
+    def first(below: str | None, names: tuple[str, ...]) -> str | None:
+        if below is None:
+            return None
+        paths = (f"{below}.{one}".removeprefix(".") for one in names)
+        return next((path for path in paths if path in inside), None)
+
+    attention, mlp = first("", _ATTENTION), first("", _MLP)
+    last_of_attention = first(attention, _LAST_OF_ATTENTION)
+    last_of_mlp = first(mlp, _LAST_OF_MLP) or first("", ("fc2",))
+    # Gemma-2 and OLMo-2 normalise what attention and MLP give before it is added to the residual stream.
+    normed = "post_feedforward_layernorm" in inside
+    adds_residual = model.config.model_type == "bloom"  # inside its attention and MLP modules
+    match name.split(".", 2)[2]:
+        case "hook_resid_post":
+            return block
+        case "hook_resid_pre":
+            layer = int(block.rpartition(".")[2])
+            return block_path(model, n_layers, layer - 1) if layer else block + _INPUT
+        case "hook_resid_mid":
+            parallel = getattr(model.config, "use_parallel_residual", False)
+            norm = "mlp" if normed else None if parallel else first("", _NORM_BEFORE_MLP)
+            found = first("", ("pre_feedforward_layernorm",)) or norm
+            path = found and found + _INPUT
+        case "hook_attn_out":
+            path = "post_attention_layernorm" if normed else last_of_attention if adds_residual else attention
+        case "hook_mlp_out":
+            path = "post_feedforward_layernorm" if normed else last_of_mlp if adds_residual else mlp or last_of_mlp
+        case "attn.hook_z":
+            path = last_of_attention and last_of_attention + _INPUT
+        case _:
+            path = last_of_mlp and last_of_mlp + _INPUT
+    if path is None:
+        raise UserError(f"data.hook: {type(model).__name__} has no single place for {name!r}; set it to a module path")
+    return f"{block}.{path}"
