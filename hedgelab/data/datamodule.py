@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lightning as L
 import torch
@@ -32,6 +32,9 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         val_batches: Batches of a validation or test pass.
         chunk_steps: Most training steps a chunk; lowered so that logging, checkpoint and end steps fall between chunks.
     """
+
+    where_and_how: ClassVar[frozenset[str]] = frozenset({"chunk_steps"})
+    """Arguments that change no number (:mod:`hedgelab.identity`)."""
 
     def __init__(self, batch_size: int, seed: int | None = None, val_batches: int = 16, chunk_steps: int = 1) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ from torch import Tensor
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, data_rank
 from hedgelab.data.source import ActivationSource
+from hedgelab.identity import EVERYTHING
 from hedgelab.tracking.history import ThinnedSeries
 from hedgelab.tracking.logger import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
@@ -45,6 +46,7 @@ class RunRecord(L.Callback):
     """
 
     draws_figures = True
+    where_and_how = EVERYTHING
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from hedgelab.data.datamodule import ActivationDataModule, Stage
 from hedgelab.data.llm.cache_files import ActivationCache
 from hedgelab.data.llm.cache_identity import check_identity
 from hedgelab.data.llm.cached_rows import CachedRows
+from hedgelab.data.llm.conversion import find_gguf
 from hedgelab.data.llm.harvest import Harvester
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.hook_names import block_path, check_layer
@@ -26,6 +28,17 @@ from hedgelab.data.llm.tokens import Contexts, load_contexts
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
+
+
+def find_model(name: Any) -> Path | None:
+    """The file or folder that a model's name stands for, if it is on this machine."""
+    gguf = find_gguf(str(name))
+    return gguf or (Path(str(name)) if Path(str(name)).is_dir() else None)
+
+
+def default_text(text: Any) -> str | None:
+    """What the default text depends on; None where a text is given."""
+    return StandardLibraryText().fingerprint() if text is None else None
 
 
 class LLMDataModule(ActivationDataModule):
@@ -66,6 +79,9 @@ class LLMDataModule(ActivationDataModule):
     Raises:
         UserError: An impossible value, a cache that is damaged or of other activations, or a model or text that cannot be had.
     """
+
+    where_and_how: ClassVar[frozenset[str]] = frozenset({"cache", "cache_dir", "device", "contexts_at_once", "compile"})
+    inputs: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"model": find_model, "text": default_text}
 
     def __init__(
         self,
