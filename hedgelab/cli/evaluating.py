@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 import hedgelab.data.llm
+import hedgelab.data.tensors
 import hedgelab.data.toy  # noqa: F401
 from hedgelab.cli.compose import Tree, compose, overlay
 from hedgelab.cli.diagnose import Walk

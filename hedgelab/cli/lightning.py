@@ -17,6 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from omegaconf.errors import OmegaConfBaseException
 
 import hedgelab.data.llm
+import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
 from hedgelab.checkpoints import RunCheckpoint, stop_at_once, use_verified_io

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import lightning as L
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hedgelab.batch import Batch
 from hedgelab.data.source import ActivationSource
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.seeding import resolve_seed
 
 Stage = Literal["train", "val", "test"]
@@ -38,13 +38,10 @@ class ActivationDataModule(L.LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, seed: int | None = None, val_batches: int = 16, chunk_steps: int = 1) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("val_batches", val_batches), ("chunk_steps", chunk_steps)):
-            if value < 1:
-                raise UserError(f"data.{name}: must be at least 1, got {value}")
-        self.batch_size = batch_size
+        self.batch_size = whole_number("data.batch_size", batch_size)
         self.seed = resolve_seed(seed)
-        self.val_batches = val_batches
-        self.chunk_steps = chunk_steps
+        self.val_batches = whole_number("data.val_batches", val_batches)
+        self.chunk_steps = whole_number("data.chunk_steps", chunk_steps)
 
     @property
     @abstractmethod
@@ -72,10 +69,28 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         """How fast the data has been made so far; asked for when training ends."""
         return {}
 
+    def plain(self, steps: int, stage: Stage = "train") -> Iterator[Batch]:
+        """Global batches 0 … ``steps - 1`` of a stage, for a training loop of one's own: no trainer, no ranks."""
+        self.prepare_data()
+        self.setup("fit")
+        for index in range(whole_number("steps", steps)):
+            yield self.batch(stage, index)
+
     def batches(self, stage: Stage, start: int, stop: int) -> Iterator[Batch]:
-        """This rank's slices of global batches ``start`` … ``stop - 1``; override to prefetch."""
-        for index in range(start, stop):
-            yield self.slice_for_rank(self.batch(stage, index))
+        """This rank's slices of global batches ``start`` … ``stop - 1``."""
+        yield from self.batches_at(stage, range(start, stop))
+
+    def batches_at(self, stage: Stage, numbers: Sequence[int]) -> Iterator[Batch]:
+        """This rank's slices of the global batches with these numbers, in this order; override to read ahead.
+
+        Batches of one block (see :meth:`batches_per_block`) that follow each other must not cost more than one block.
+        """
+        for number in numbers:
+            yield self.slice_for_rank(self.batch(stage, number))
+
+    def batches_per_block(self, stage: Stage) -> int:
+        """How many consecutive batches, counted from batch 0, are made together; 1 where each is made by itself."""
+        return 1
 
     def slice_for_rank(self, batch: Batch) -> Batch:
         """The rows of a global batch that belong to this rank; weights sum to 1 on average over the ranks.
@@ -83,18 +98,29 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         Raises:
             UserError: The batch cannot be split evenly. A weighted one always can: rows of weight 0 are added.
         """
-        rank, count = (0, 1) if self.trainer is None else data_rank(self.trainer)
+        count = self._rank()[1]
         if count == 1:
             return batch
         if batch.weight is not None:
             batch = _padded(batch, -len(batch.x) % count)
-        size = batch.x.shape[0]
-        if size % count:
-            raise UserError(f"data.batch_size: {size} cannot be split evenly over {count} ranks")
-        rows = slice(rank * size // count, (rank + 1) * size // count)
+        rows = self.rows_for_rank(len(batch.x))
         x, features, weight = (None if part is None else part[rows] for part in batch)
         assert x is not None
         return Batch(x, features, None if weight is None else weight * count)
+
+    def rows_for_rank(self, size: int) -> slice:
+        """Which rows of a global batch of ``size`` examples belong to this rank.
+
+        Raises:
+            UserError: They cannot be split evenly.
+        """
+        rank, count = self._rank()
+        if size % count:
+            raise UserError(f"data.batch_size: {size} cannot be split evenly over {count} ranks")
+        return slice(rank * size // count, (rank + 1) * size // count)
+
+    def _rank(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else data_rank(self.trainer)
 
     def train_dataloader(self) -> ChunkedStream:
         """The stream from the trainer's current step to its last."""

@@ -5,11 +5,29 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 from hedgelab.errors import UserError
 
 FILE = "activations.json"
+Normalisation = Literal["none", "unit_norm", "centred"]
+
+
+def measured_normalisation(rows: Tensor, kind: Normalisation) -> tuple[float, Tensor | None]:
+    """What makes activations ``(x - mean) * scale``, measured on rows ``[n, d_in]`` in float64.
+
+    Args:
+        rows: Activations.
+        kind: ``unit_norm`` gives them a mean squared norm of 1, ``centred`` a mean of 0, ``none`` leaves them.
+
+    Returns:
+        The scale, and the mean ``[d_in]`` (float32; None for nothing to subtract).
+    """
+    if kind == "unit_norm":
+        return float(rows.double().square().sum(dim=-1).mean().rsqrt()), None
+    return 1.0, rows.double().mean(dim=0).float() if kind == "centred" else None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 Those of ``configs/theory`` and ``configs/paper`` run in ``tests/cli/test_phase_command.py``.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,9 @@ def run_shortened(file, more, store, tmp_path, monkeypatch):
     """Run a single experiment as it is, of a sweep the first cell; few steps each."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACTIVATIONS", str(tmp_path / "own.safetensors"))
+    if (script := file.with_suffix(".py")).is_file():
+        subprocess.run([sys.executable, script, tmp_path / "own.safetensors"], check=True)
     tree = load(file)
     command = "hedge" if "hedge" in tree else "fit"
     if "sweep" in tree:

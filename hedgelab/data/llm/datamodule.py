@@ -19,13 +19,13 @@ from hedgelab.data.llm.conversion import find_gguf
 from hedgelab.data.llm.harvest import Harvester
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.hook_names import block_path, check_layer
-from hedgelab.data.llm.measured import Measured, Normalisation, measure
+from hedgelab.data.llm.measured import Measured, measure
 from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles
 from hedgelab.data.llm.row_sources import LiveRows, RowSource, shared_by_ranks
 from hedgelab.data.llm.stream import BlockStream
 from hedgelab.data.llm.text import StandardLibraryText, TextSource
 from hedgelab.data.llm.tokens import Contexts, load_contexts
-from hedgelab.data.source import ActivationSource
+from hedgelab.data.source import ActivationSource, Normalisation
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hedgelab.data.llm.stream import Block
-
-Normalisation = Literal["none", "unit_norm", "centred"]
+from hedgelab.data.source import Normalisation, measured_normalisation
 
 _PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
 
@@ -31,12 +30,7 @@ class Measured(NamedTuple):
 
 def measure(block: Block, normalisation: Normalisation, max_norm_ratio: float | None) -> Measured:
     """Measure a block."""
-    scale, mean = 1.0, None
-    if normalisation == "unit_norm":
-        scale = float(block.rows.double().square().sum(dim=-1).mean().rsqrt())
-    elif normalisation == "centred":
-        mean = block.rows.double().mean(dim=0).float()
-    return Measured(_percentiles(block.norms, max_norm_ratio), scale, mean)
+    return Measured(_percentiles(block.norms, max_norm_ratio), *measured_normalisation(block.rows, normalisation))
 
 
 def _percentiles(norms: Tensor, max_norm_ratio: float | None) -> dict[str, float]:

@@ -1,0 +1,366 @@
+"""Activations of your own: a tensor, a file, or any map-style dataset, as a DataModule."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
+
+from hedgelab.batch import Batch
+from hedgelab.data.datamodule import ActivationDataModule, Stage
+from hedgelab.data.source import ActivationSource, Normalisation, measured_normalisation
+from hedgelab.errors import UserError, whole_number
+from hedgelab.seeding import generator
+
+_KEPT_ORDERS = 4
+_ROWS_MEASURED = 65_536
+_ROWS_CHECKED_AT_ONCE = 65_536
+_NAMES = ("x", "features", "feature_directions")
+
+Pair = tuple[Tensor, Tensor | None]
+
+
+class RowActivations(ActivationDataModule):
+    """Activations that can be read row by row: a seeded order an epoch, and rows held out for validation and test.
+
+    Each epoch puts the training rows into a new order. Batch i takes the rows at places ``i * batch_size`` to
+    ``(i + 1) * batch_size - 1`` of these orders laid end to end, so every row comes once an epoch. Which rows are held out
+    does not depend on the seed. Batches are float32.
+
+    Args:
+        n: Number of rows.
+        batch_size: Rows a step, over all ranks together.
+        held_out: Share of the rows kept for validation and test, half each.
+        normalisation: ``unit_norm`` scales to a mean squared norm of 1, ``centred`` subtracts the mean; measured on the first
+            65 536 training rows.
+        feature_directions: Directions of the known features, ``[n_features, d_in]``; None where they are unknown.
+        seed: Seed of the order of the training rows; None takes the run's.
+        val_batches: Batches of a validation or test pass; None: as many as the held-out rows fill. More repeat rows.
+        chunk_steps: Most training steps a chunk.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        held_out: float,
+        normalisation: Normalisation,
+        feature_directions: Tensor | None,
+        seed: int | None,
+        val_batches: int | None,
+        chunk_steps: int,
+    ) -> None:
+        whole_number("data.batch_size", batch_size)
+        if isinstance(held_out, bool) or not 0 < held_out < 1:
+            raise UserError(f"data.held_out: must lie between 0 and 1, got {held_out}")
+        held = int(n * held_out / 2)
+        if held < 1:
+            raise UserError(
+                f"data.held_out: {held_out} of {n} rows leaves none for validation; raise it, or give more rows"
+            )
+        if n - 2 * held < batch_size:
+            raise UserError(
+                f"data.batch_size: must be at most the {n - 2 * held} training rows ({n} rows, {2 * held} of them held "
+                f"out), got {batch_size}"
+            )
+        # Fewer held-out rows than a batch are served in batches of a power of two, which ranks can split.
+        held_batch = batch_size if held >= batch_size else 1 << (held.bit_length() - 1)
+        super().__init__(batch_size, seed, held // held_batch if val_batches is None else val_batches, chunk_steps)
+        order = torch.randperm(n, generator=generator(0, "split"))
+        train, val, test = order.split([n - 2 * held, held, held])
+        self._parts: dict[Stage, Tensor] = {"train": train, "val": val, "test": test}
+        self._sizes: dict[Stage, int] = {"train": batch_size, "val": held_batch, "test": held_batch}
+        self._orders: dict[int, Tensor] = {}
+        self.normalisation: Normalisation = normalisation
+        self._directions = None if feature_directions is None else feature_directions.float()
+
+    @abstractmethod
+    def read(self, rows: Tensor) -> Pair:
+        """Activations ``[len(rows), d_in]`` and, where known, magnitudes ``[len(rows), n_features]``, float32."""
+
+    def read_each(self, batches: Iterable[Tensor]) -> Iterator[Pair]:
+        """The same for several sets of rows, one after the other; override to read ahead."""
+        return map(self.read, batches)
+
+    @property
+    def feature_directions(self) -> Tensor | None:
+        """Directions of the known features, ``[n_features, d_in]``; None where they are unknown."""
+        return self._directions
+
+    def batch(self, stage: Stage, index: int) -> Batch:
+        """Global batch number ``index`` of a stage, ``[batch_size, d_in]``; held-out rows may make smaller ones."""
+        return self._normalised(*self.read(self._rows(stage, index)))
+
+    def batches_at(self, stage: Stage, numbers: Sequence[int]) -> Iterator[Batch]:
+        """This rank's slices of the batches with these numbers; no other rows are read."""
+        mine = self.rows_for_rank(self._sizes[stage])
+        for pair in self.read_each(self._rows(stage, number)[mine] for number in numbers):
+            yield self._normalised(*pair)
+
+    def source(self) -> ActivationSource | None:
+        """The normalisation as measured; None where activations are served as they are."""
+        if self.normalisation == "none":
+            return None
+        scale, mean = self._measured
+        kept = None if mean is None else tuple(mean.tolist())
+        return ActivationSource(normalisation=self.normalisation, scale=scale, mean=kept)
+
+    @cached_property
+    def _measured(self) -> tuple[float, Tensor | None]:
+        rows = self._parts["train"][:_ROWS_MEASURED]
+        return measured_normalisation(self.read(rows)[0], self.normalisation)
+
+    def _normalised(self, x: Tensor, features: Tensor | None) -> Batch:
+        if self.normalisation == "none":
+            return Batch(x, features)
+        scale, mean = self._measured
+        x = x if mean is None else x - mean
+        return Batch(x * scale, None if features is None else features * scale)
+
+    def _rows(self, stage: Stage, index: int) -> Tensor:
+        """Numbers of the rows of a batch."""
+        part, size = self._parts[stage], self._sizes[stage]
+        places = torch.arange(index * size, (index + 1) * size)
+        if stage != "train":
+            return part[places % len(part)]
+        epochs, places = places // len(part), places % len(part)
+        first, last = int(epochs[0]), int(epochs[-1])
+        return part[torch.cat([self._order(epoch)[places[epochs == epoch]] for epoch in range(first, last + 1)])]
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            while len(self._orders) >= _KEPT_ORDERS:
+                del self._orders[next(iter(self._orders))]
+            n = len(self._parts["train"])
+            self._orders[epoch] = torch.randperm(n, generator=generator(self.seed, "rows", epoch))
+        return self._orders[epoch]
+
+
+class TensorActivations(RowActivations):
+    """Activations that you have: a tensor, or a ``.safetensors`` or ``.npy`` file.
+
+    >>> data = TensorActivations(torch.randn(1000, 8), batch_size=100)
+    >>> [tuple(batch.x.shape) for batch in data.plain(2)]
+    [(100, 8), (100, 8)]
+
+    Args:
+        x: Activations ``[n, d_in]``, or the path of a file. A ``.safetensors`` file holds them under the name ``x`` or as
+            its only tensor, and may hold ``features`` and ``feature_directions`` beside them. A ``.npy`` file is mapped, so it
+            may be larger than memory.
+        features: True magnitudes of known features in each row, ``[n, n_features]`` (0 where silent).
+        feature_directions: Directions of these features, ``[n_features, d_in]``; they need ``features``.
+        batch_size: Rows a step, over all ranks together.
+        held_out: Share of the rows kept for validation and test, half each. Rows are held out at random: where neighbours
+            are alike (tokens of one text), validation is a little too easy.
+        normalisation: ``unit_norm`` scales to a mean squared norm of 1, ``centred`` subtracts the mean; measured on the first
+            65 536 training rows.
+        seed: Seed of the order of the training rows; None takes the run's.
+        val_batches: Batches of a validation or test pass; None: as many as the held-out rows fill.
+        chunk_steps: Most training steps a chunk.
+
+    Raises:
+        UserError: What is given is no such file or tensor, holds numbers that are not finite, or too few rows.
+    """
+
+    inputs: ClassVar[dict[str, type]] = {"x": Path}
+    """Arguments that name files (:mod:`hedgelab.identity`)."""
+
+    def __init__(
+        self,
+        x: str | Tensor,
+        features: Tensor | None = None,
+        feature_directions: Tensor | None = None,
+        batch_size: int = 1024,
+        held_out: float = 0.1,
+        normalisation: Normalisation = "none",
+        seed: int | None = None,
+        val_batches: int | None = None,
+        chunk_steps: int = 1,
+    ) -> None:
+        given = _load(Path(x)) if isinstance(x, str | Path) else {"x": x}
+        given |= {
+            name: value
+            for name, value in zip(_NAMES[1:], (features, feature_directions), strict=True)
+            if value is not None
+        }
+        tensors = {name: _checked(name, value) for name, value in given.items()}
+        self._x, self._features = tensors["x"], tensors.get("features")
+        directions = tensors.get("feature_directions")
+        if self._features is not None and len(self._features) != len(self._x):
+            raise UserError(f"data.features: expected {len(self._x)} rows, as x has, got {len(self._features)}")
+        if directions is not None:
+            if self._features is None:
+                raise UserError("data.feature_directions: need data.features, the features' magnitudes in each row")
+            expected = (self._features.shape[1], self._x.shape[1])
+            if directions.shape != expected:
+                raise UserError(
+                    f"data.feature_directions: expected [n_features, d_in] = {list(expected)}, got {list(directions.shape)}"
+                )
+        super().__init__(
+            len(self._x), batch_size, held_out, normalisation, directions, seed, val_batches, chunk_steps
+        )  # fmt: skip
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._x.shape[1]
+
+    def read(self, rows: Tensor) -> Pair:
+        """Rows by number, float32."""
+        x, features = (
+            None if part is None else part[rows.to(part.device)].float() for part in (self._x, self._features)
+        )
+        assert x is not None
+        return x, features
+
+
+class DatasetActivations(RowActivations):
+    """Activations of any map-style dataset whose items are tensors ``[d_in]`` or pairs (tensor, features).
+
+    Args:
+        dataset: The dataset; or a DataLoader over one, of which dataset, batch size, ``collate_fn`` and ``num_workers`` are
+            taken. The order of its rows is hedgelab's: a seeded permutation an epoch.
+        feature_directions: Directions of the features, ``[n_features, d_in]``; items must then be pairs.
+        batch_size: Rows a step, over all ranks together; None: the DataLoader's, else 1024.
+        held_out: Share of the rows kept for validation and test, half each.
+        normalisation: ``unit_norm`` scales to a mean squared norm of 1, ``centred`` subtracts the mean; measured on the first
+            65 536 training rows.
+        num_workers: Processes that read ahead; None: the DataLoader's, else none.
+        seed: Seed of the order of the training rows; None takes the run's.
+        val_batches: Batches of a validation or test pass; None: as many as the held-out rows fill.
+        chunk_steps: Most training steps a chunk.
+
+    Raises:
+        UserError: The dataset has no length or other items; while reading, one that is not finite or of another width.
+    """
+
+    where_and_how: ClassVar[frozenset[str]] = frozenset({"num_workers"})
+
+    def __init__(
+        self,
+        dataset: Dataset[Any] | DataLoader[Any],
+        feature_directions: Tensor | None = None,
+        batch_size: int | None = None,
+        held_out: float = 0.1,
+        normalisation: Normalisation = "none",
+        num_workers: int | None = None,
+        seed: int | None = None,
+        val_batches: int | None = None,
+        chunk_steps: int = 1,
+    ) -> None:
+        self._collate = default_collate
+        if isinstance(dataset, DataLoader):
+            _check_order(dataset)
+            batch_size = dataset.batch_size if batch_size is None else batch_size
+            num_workers = dataset.num_workers if num_workers is None else num_workers
+            self._collate, dataset = dataset.collate_fn, dataset.dataset
+        if isinstance(dataset, IterableDataset) or not (
+            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        ):
+            raise UserError(
+                f"data.dataset: expected a map-style dataset (with a length and items by number), got {type(dataset).__name__}"
+            )
+        self._dataset, self._width = dataset, 0
+        self._workers = whole_number("data.num_workers", 0 if num_workers is None else num_workers, 0)
+        n = len(dataset)
+        if n:
+            x, features = self.read(torch.tensor([0]))
+            self._width = x.shape[1]
+            if feature_directions is not None:
+                expected = [0 if features is None else features.shape[1], self._width]
+                if list(feature_directions.shape) != expected:
+                    raise UserError(
+                        f"data.feature_directions: expected [n_features, d_in] = {expected} as the items have, "
+                        f"got {list(feature_directions.shape)}"
+                    )
+        size = 1024 if batch_size is None else batch_size
+        super().__init__(n, size, held_out, normalisation, feature_directions, seed, val_batches, chunk_steps)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._width
+
+    def read(self, rows: Tensor) -> Pair:
+        """Rows by number, float32."""
+        return self._checked(self._collate([self._dataset[row] for row in rows.tolist()]), rows)
+
+    def read_each(self, batches: Iterable[Tensor]) -> Iterator[Pair]:
+        """The same, read ahead by the workers."""
+        if not self._workers:
+            yield from super().read_each(batches)
+            return
+        numbers = [rows.tolist() for rows in batches]
+        loader = DataLoader(
+            self._dataset, batch_sampler=numbers, collate_fn=self._collate, num_workers=self._workers
+        )  # fmt: skip
+        for rows, items in zip(numbers, loader, strict=True):
+            yield self._checked(items, torch.tensor(rows))
+
+    def _checked(self, items: Any, rows: Tensor) -> Pair:
+        parts = items if isinstance(items, tuple | list) else (items,)
+        if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
+            shown = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+            raise UserError(f"data.dataset: items must be tensors [d_in], or pairs of them (x, features), got {shown}")
+        x = parts[0].float()
+        if self._width and x.shape[1] != self._width:
+            raise UserError(f"data.dataset: expected items of width {self._width}, as item 0 has, got {x.shape[1]}")
+        if not x.isfinite().all():
+            bad = int(rows[(~x.isfinite()).any(dim=1).nonzero()[0, 0].cpu()])
+            raise UserError(f"data.dataset: item {bad} is not finite (NaN or infinite)")
+        return x, parts[1].float() if len(parts) == 2 else None
+
+
+def _check_order(loader: DataLoader[Any]) -> None:
+    """Refuse a DataLoader whose order or batches are not its dataset's: they would be ignored."""
+    if loader.batch_size is None or not isinstance(loader.sampler, SequentialSampler | RandomSampler):
+        own = type(loader.sampler if loader.batch_size else loader.batch_sampler).__name__
+        raise UserError(
+            f"data.dataset: the DataLoader's own {own} would be ignored, for batch i must be a function of seed and i; "
+            "give the dataset instead"
+        )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The tensors of a file."""
+    if path.suffix not in (".safetensors", ".npy"):
+        raise UserError(f"data.x: expected a tensor, or a .safetensors or .npy file, got {str(path)!r}")
+    if not path.is_file():
+        raise UserError(f"data.x: there is no file {str(path)!r}; the path is relative to {Path.cwd()}")
+    try:
+        if path.suffix == ".npy":
+            return {"x": np.load(path, mmap_mode="c", allow_pickle=False)}
+        tensors: dict[str, Any] = load_file(path)
+    except (ValueError, OSError, EOFError, SafetensorError) as error:
+        raise UserError(f"data.x: cannot read {path}: {error}") from error
+    if len(tensors) == 1:
+        return {"x": next(iter(tensors.values()))}
+    if "x" not in tensors:
+        raise UserError(f"data.x: {path} holds {', '.join(tensors) or 'no tensor'}; name the activations 'x'")
+    return {name: tensor for name, tensor in tensors.items() if name in _NAMES}
+
+
+def _checked(name: str, value: Any) -> Tensor:
+    """What is given as a tensor ``[n, width]`` of finite numbers."""
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"data.{name}: expected a tensor, got {type(value).__name__} ({error})") from None
+    if tensor.dim() != 2 or not tensor.shape[1] or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise UserError(
+            f"data.{name}: expected numbers [rows, width], got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        )
+    for start in range(0, len(tensor), _ROWS_CHECKED_AT_ONCE):
+        wrong = ~tensor[start : start + _ROWS_CHECKED_AT_ONCE].isfinite().all(dim=1)
+        if wrong.any():
+            raise UserError(f"data.{name}: row {start + int(wrong.nonzero()[0, 0])} is not finite (NaN or infinite)")
+    return tensor
