@@ -171,9 +171,6 @@ class TensorActivations(RowActivations):
         UserError: What is given is no such file or tensor, holds numbers that are not finite, or too few rows.
     """
 
-    inputs: ClassVar[dict[str, type]] = {"x": Path}
-    """Arguments that name files (:mod:`hedgelab.identity`)."""
-
     def __init__(
         self,
         x: str | Tensor,
