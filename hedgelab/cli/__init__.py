@@ -36,8 +36,8 @@ COMMANDS = {
     "trial": Command("trial", "judge measures of hedging on toys that know the truth", "--config F"),
     "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more", "RUN"),
     "figures": Command("figures", "redraw the paper's toy and theory figures, without sampling noise", "--config F"),
-    "export": Command("export", "write a run's SAE for other libraries (SAELens), or to the hub", "RUN --to DIR"),
-    "import": Command("importing", "read an SAE of SAELens, sparsify or dictionary_learning", "DIR --to DIR"),
+    "export": Command("exchange", "write a run's SAE for other libraries (SAELens), or to the hub", "RUN --to DIR"),
+    "import": Command("exchange", "read an SAE of SAELens, sparsify or dictionary_learning", "DIR --to DIR"),
     "compare": Command("compare", "set runs side by side: what differs, metrics, curves", "RUN RUN"),
     "report": Command(
         "report", "build one HTML file about an experiment: tables, figures, configs", "--experiment NAME"

@@ -42,9 +42,11 @@ class ActivationSource:
         skip_first: First positions of each context that were left out.
         opens_with_bos: Whether each context begins with the tokenizer's BOS token; None where that is not known.
         text: The text, in words.
+        dataset: The text's name on the Hugging Face hub; None where it has none.
         normalisation: Name of the normalisation.
         scale: Factor of the (centred) activations.
         mean: What is subtracted first, ``d_in`` numbers; None for nothing.
+        unknown: Why a key of ``data`` is not known though the SAE came with words about it, by key.
     """
 
     model: str | None = None
@@ -54,9 +56,11 @@ class ActivationSource:
     skip_first: int = 0
     opens_with_bos: bool | None = None
     text: str | None = None
+    dataset: str | None = None
     normalisation: str = "none"
     scale: float = 1.0
     mean: tuple[float, ...] | None = field(default=None, repr=False)
+    unknown: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         """Write ``activations.json`` into a folder."""

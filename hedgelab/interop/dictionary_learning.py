@@ -6,8 +6,8 @@ anything but a flat dictionary of tensors is refused.
 
 from __future__ import annotations
 
-import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from hedgelab.data.source import ActivationSource
-from hedgelab.errors import UserError
-from hedgelab.interop.parts import Parts, as_float, assemble, take
+from hedgelab.errors import UserError, whole_number
+from hedgelab.interop.names import source_of
+from hedgelab.interop.parts import Parts, as_float, assemble, read_config
 from hedgelab.saes import SAE
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -36,14 +37,14 @@ def import_dictionary_learning(folder: str | Path) -> tuple[SAE, ActivationSourc
         UserError: A file is missing, damaged or more than tensors, or the class is none of these.
     """
     folder = Path(folder)
-    try:
-        trainer: dict[str, Any] = json.loads((folder / CONFIG).read_text())["trainer"]
-        name = trainer["dict_class"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG}: cannot be read ({type(error).__name__}: {error})") from error
+    path = folder / CONFIG
+    config = read_config(path)
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict) or "dict_class" not in trainer:
+        raise UserError(f"{path}: trainer.dict_class: missing; it says of which class the dictionary is")
     tensors = read_pickled_tensors(folder / WEIGHTS)
-    described, parts = _convert(name, trainer, tensors, str(folder / WEIGHTS))
-    return assemble(described, parts, str(folder)), _source(trainer)
+    described, parts = _convert(trainer["dict_class"], trainer, tensors, str(folder / WEIGHTS))
+    return assemble(described, parts, str(folder)), _source(trainer, config.get("buffer"))
 
 
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
@@ -75,55 +76,68 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _convert(
-    name: str, trainer: dict[str, Any], tensors: dict[str, Tensor], where: str
+    name: Any, trainer: dict[str, Any], tensors: dict[str, Tensor], where: str
 ) -> tuple[dict[str, Any], Parts]:
     """Class of hedgelab with its arguments, and the weights."""
     l1 = trainer.get("l1_penalty", 0.0)
     vanilla = {"class": "VanillaSAE", "l1_coefficient": float(l1) if isinstance(l1, (int, float)) else 0.0}
     match name:
         case "AutoEncoder":
-            parts = _linear(tensors, ["encoder.weight", "encoder.bias", "decoder.weight", "bias"], where)
+            parts = Parts.read(tensors, [*_LINEAR[:3], "bias"], where)
             return vanilla, parts.folded()
         case "AutoEncoderNew":
-            parts = _linear(tensors, ["encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"], where)
+            parts = Parts.read(tensors, [*_LINEAR[:3], "decoder.bias"], where)
             return vanilla, parts.subtracting_b_dec()
         case "AutoEncoderTopK":
-            return {"class": "TopKSAE", "k": _k(tensors, trainer, where)}, _linear(tensors, _LINEAR, where)
+            return {"class": "TopKSAE", "k": _k(tensors, trainer, where)}, Parts.read(
+                tensors, _LINEAR, where, _COUNTERS
+            )
         case "BatchTopKSAE":
             described = {"class": "BatchTopKSAE", "k": _k(tensors, trainer, where)}
-            return described, _linear(tensors, _LINEAR, where)._replace(threshold=_threshold(tensors))
+            return described, Parts.read(tensors, _LINEAR, where, _COUNTERS)._replace(
+                threshold=_threshold(tensors, where)
+            )
         case "MatryoshkaBatchTopKSAE":
-            parts = Parts(*take(tensors, _PLAIN, where, also=(*_COUNTERS, "group_sizes")))
-            parts = parts._replace(threshold=_threshold(tensors))
+            parts = Parts.read(tensors, _PLAIN, where, (*_COUNTERS, "group_sizes"))
+            parts = parts._replace(threshold=_threshold(tensors, where))
             inner = {"class": "BatchTopKSAE", "k": _k(tensors, trainer, where)}
             sizes = tensors.get("group_sizes", torch.tensor([len(parts.b_enc)]))
             return {"class": "MatryoshkaSAE", "inner": inner, "levels": sizes.cumsum(0).tolist()}, parts
         case "JumpReluAutoEncoder":
-            parts = Parts(*take(tensors, [*_PLAIN, "threshold"], where)).subtracting_b_dec()
+            parts = Parts.read(tensors, [*_PLAIN, "threshold"], where).subtracting_b_dec()
             return {"class": "JumpReLUSAE", "l0_coefficient": 0.0}, parts
     raise UserError(f"{where}: dict_class: hedgelab has nothing like {name!r}")
 
 
-def _linear(tensors: dict[str, Tensor], names: list[str], where: str) -> Parts:
-    encoder, b_enc, decoder, b_dec = take(tensors, names, where, also=_COUNTERS)
-    return Parts(encoder.t(), b_enc, decoder.t(), b_dec)
-
-
 def _k(tensors: dict[str, Tensor], trainer: dict[str, Any], where: str) -> int:
-    try:
-        return int(tensors["k"] if "k" in tensors else trainer["k"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: k: expected a number") from error
+    return whole_number(f"{where}: k", tensors["k"].tolist() if "k" in tensors else trainer.get("k"))
 
 
-def _threshold(tensors: dict[str, Tensor]) -> Tensor:
+def _threshold(tensors: dict[str, Tensor], where: str) -> Tensor:
     """The threshold of inference; negative ones mean that none was learned yet, which hedgelab writes as NaN."""
-    threshold = tensors.get("threshold", torch.tensor(-1.0)).reshape(())
-    return threshold if threshold >= 0 else torch.tensor(float("nan"))
+    threshold = tensors.get("threshold", torch.tensor(-1.0))
+    if threshold.numel() != 1:
+        raise UserError(f"{where}: threshold: expected one number, got {list(threshold.shape)}")
+    return threshold.reshape(()) if threshold >= 0 else torch.tensor(float("nan"))
 
 
-def _source(trainer: dict[str, Any]) -> ActivationSource:
-    """Model and layer as the trainer was told them; its activations are the residual stream unless it names a submodule."""
-    model, layer, submodule = (trainer.get(key) for key in ("lm_name", "layer", "submodule_name"))
-    residual = isinstance(layer, int) and (submodule is None or str(submodule).startswith("resid_post"))
-    return ActivationSource(model=model if isinstance(model, str) else None, layer=layer if residual else None)
+def _source(trainer: dict[str, Any], buffer: Any) -> ActivationSource:
+    """Model and place as the trainer was told them: the output of the layer's block unless a submodule is named."""
+    layer, submodule = trainer.get("layer"), trainer.get("submodule_name")
+    buffer = buffer if isinstance(buffer, dict) else {}
+    name = "resid_post" if submodule is None else str(submodule)
+    numbers = re.findall(r"\d+", name)
+    hook: str | None
+    hook, why_not = name if numbers else f"{name}_layer_{layer}", ""
+    if numbers and type(layer) is int and str(layer) not in numbers:
+        hook, why_not = None, f"submodule_name is {name!r}, but layer is {layer}"
+    elif not numbers and type(layer) is not int:
+        hook, why_not = None, f"{CONFIG} names no layer"
+    elif (io := buffer.get("io", "out")) != "out":
+        hook, why_not = (
+            None,
+            f"it reads what goes into a module (buffer.io: {io!r}), and hedgelab what comes out of one",
+        )
+    length = buffer.get("ctx_len")
+    context_length = length if type(length) is int else None
+    return source_of(trainer.get("lm_name"), hook, why_not, context_length=context_length)

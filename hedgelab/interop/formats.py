@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
 
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
@@ -33,7 +35,7 @@ def format_of(folder: Path) -> str:
     """The library whose files a folder holds.
 
     Raises:
-        UserError: None's.
+        UserError: It holds those of none.
     """
     for name, known in FORMATS.items():
         if (folder / known.weights).is_file() and (folder / known.config).is_file():
@@ -42,16 +44,40 @@ def format_of(folder: Path) -> str:
     raise UserError(f"{folder}: holds no SAE of a known library; expected {expected}")
 
 
-def import_folder(folder: Path, name: str | None = None) -> tuple[SAE, ActivationSource, str]:
+def import_folder(path: Path, name: str | None = None) -> tuple[SAE, ActivationSource, str]:
     """An SAE of another library, what it reads as far as its folder tells, and the library's name.
 
     Args:
-        folder: The folder.
+        path: The folder, or one of the two files in it.
         name: The library; None finds out.
 
     Raises:
         UserError: It is none of a known library, damaged, or beyond what hedgelab's SAEs can do.
     """
+    folder = path.parent if path.is_file() else path
     name = name or format_of(folder)
     sae, source = FORMATS[name].read(folder)
     return sae, source, name
+
+
+def config_lines(sae: SAE, source: ActivationSource, folder: Path) -> list[str]:
+    """A config of ``hedgelab fit`` that goes on from an imported SAE; ``???`` and a line where its folder does not tell."""
+    described = {key: value for key, value in sae.config().items() if key not in ("class", "d_in")}
+    flat = described.get("inner", described)
+    flat["init"] = {"weights": str(folder)}
+    if flat is not described:
+        arguments = {key: value for key, value in flat.items() if key not in ("class", "d_in")}
+        described["inner"] = {"class_path": flat["class"], "init_args": arguments}
+    where = {"hook": source.hook} if source.layer is None and source.hook is not None else {"layer": source.layer}
+    missing = {"model": source.model, **where}
+    reads: dict[str, Any] = {key: "???" if value is None else value for key, value in missing.items()}
+    reads |= {} if source.context_length is None else {"context_length": source.context_length}
+    reads |= {"skip_first": source.skip_first} if source.skip_first else {}
+    config = {
+        "trainer": {"max_steps": 1000},
+        "data": {"class_path": "LLMDataModule", "init_args": {**reads, "normalisation": "none"}},
+        "model": {"class_path": type(sae).__name__, "init_args": described},
+    }
+    reasons = {key: "the folder does not say" for key, value in missing.items() if value is None} | source.unknown
+    lines = [f"# data.{key} is not known: {reason}" for key, reason in reasons.items()]
+    return [*lines, *yaml.safe_dump(config, sort_keys=False, default_flow_style=None).rstrip().splitlines()]

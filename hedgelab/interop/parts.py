@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,19 @@ class Parts(NamedTuple):
     W_dec: Tensor
     b_dec: Tensor
     threshold: Tensor | None = None
+
+    @classmethod
+    def read(cls, tensors: dict[str, Tensor], names: list[str], where: str, also: tuple[str, ...] = ()) -> Parts:
+        """Weights by the names that a library has for them, in the order of the attributes; those of linear layers turned.
+
+        Raises:
+            UserError: One is missing, there are others than these and ``also``, or they do not fit each other.
+        """
+        taken = take(tensors, names, where, also)
+        linear = [name.endswith(".weight") and value.dim() == 2 for name, value in zip(names, taken, strict=True)]
+        parts = cls(*(value.t() if turn else value for value, turn in zip(taken, linear, strict=True)))
+        check(parts, where)
+        return parts
 
     @classmethod
     def of(cls, sae: SAE, threshold: Tensor | None = None) -> Parts:
@@ -113,6 +127,23 @@ def check(parts: Parts, where: str) -> None:
     for name, value in parts._asdict().items():
         if value is not None and not torch.isfinite(value).all() and not (name == "threshold" and value.dim() == 0):
             raise UserError(f"{where}: {name}: holds values that are not finite")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping; with or without a byte-order mark.
+
+    Raises:
+        UserError: The file is not there, damaged, or holds no mapping.
+    """
+    if not path.is_file():
+        raise UserError(f"{path.parent}: holds no {path.name}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: damaged (expected a mapping, got a {type(config).__name__})")
+    return config
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

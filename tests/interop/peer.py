@@ -38,6 +38,11 @@ def make_saelens(job):
     sae = sae_class(config_class(d_in=job["d_in"], d_sae=job["d_sae"], **job["arguments"]))
     randomise(sae)
     sae.save_model(job["folder"])
+    if "scaling_factor" in job:  # a checkpoint from the middle of training: the factor lies beside the weights
+        from sae_lens.training.activation_scaler import ActivationScaler
+
+        ActivationScaler(job["scaling_factor"]).save(job["folder"] + "/activation_scaler.json")
+        sae.fold_activation_norm_scaling_factor(job["scaling_factor"])
     if job["training"]:  # what inference makes of it
         sae.save_inference_model(job["folder"] + "_inference")
         from sae_lens import SAE
@@ -85,6 +90,14 @@ def make_dictionary_learning(job):
     if job["dict_class"] == "AutoEncoder":
         sae = cls.from_pretrained(folder / "ae.pt")
     answer(job, sae.encode, sae.decode)
+
+
+def list_model_aliases(job):
+    """TransformerLens's own table of what else its models are called."""
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    Path(job["answer"]).with_suffix(".json").write_text(json.dumps(MODEL_ALIASES))
+    save_file({"count": torch.tensor(len(MODEL_ALIASES))}, job["answer"])
 
 
 def run_language_model(job):

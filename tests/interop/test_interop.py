@@ -12,6 +12,7 @@ from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.interop.dictionary_learning import import_dictionary_learning, read_pickled_tensors
 from hedgelab.interop.formats import format_of, import_folder
+from hedgelab.interop.names import find_model
 from hedgelab.interop.saelens import export_saelens, import_saelens
 from hedgelab.interop.sparsify import import_sparsify
 from hedgelab.saes import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE, load_sae, save_sae
@@ -32,6 +33,7 @@ SOURCES = {
     "scaled": ActivationSource(**_READS, normalisation="unit_norm", scale=0.25),
     "centred": ActivationSource(**_READS, normalisation="centred", mean=tuple(0.1 * i for i in range(D_IN))),
 }
+_SCALED = "expected_average_only_in"
 SAELENS = {
     "standard": ("standard", False, {}),
     "standard_without_b_dec": ("standard", False, {"apply_b_dec_to_input": False}),
@@ -41,6 +43,13 @@ SAELENS = {
     "jumprelu_without_b_dec": ("jumprelu", False, {"apply_b_dec_to_input": False}),
     "batchtopk_checkpoint": ("batchtopk", True, {"k": 5, "rescale_acts_by_decoder_norm": False}),
     "batchtopk_checkpoint_rescaled": ("batchtopk", True, {"k": 5, "rescale_acts_by_decoder_norm": True}),
+    "standard_scaled": ("standard", False, {"normalize_activations": _SCALED}),
+    "jumprelu_scaled": ("jumprelu", False, {"normalize_activations": _SCALED, "apply_b_dec_to_input": False}),
+    "topk_rescaled_scaled": (
+        "topk",
+        False,
+        {"k": 5, "rescale_acts_by_decoder_norm": True, "normalize_activations": _SCALED},
+    ),
     "matryoshka_checkpoint": ("matryoshka_batchtopk", True, {"k": 5, "matryoshka_widths": [8, D_SAE]}),
 }
 CLASSES = {
@@ -99,7 +108,9 @@ def peers(run_peer, tmp_path_factory):
             job(f"{name}-{reads}", "load_saelens", metadata=["model_name", "hook_name", "context_size", "seqpos_slice"])
     for name, (architecture, training, arguments) in SAELENS.items():
         more = {"architecture": architecture, "training": training, "arguments": arguments}
+        more |= {"scaling_factor": 0.37} if arguments.get("normalize_activations") == _SCALED else {}
         job(name, "make_saelens", d_in=D_IN, d_sae=D_SAE, **more)
+    job("aliases", "list_model_aliases")
     job("layers.3", "make_sparsify", d_in=D_IN, d_sae=D_SAE, arguments={"k": 5})
     for name, (arguments, _) in DICTIONARIES.items():
         job(name, "make_dictionary_learning", d_in=D_IN, d_sae=D_SAE, dict_class=name, arguments=arguments)
@@ -168,6 +179,20 @@ def test_hedgelab_reads_what_dictionary_learning_saves(peers, name):
     assert type(sae).__name__ == DICTIONARIES[name][1]
     assert (source.model, source.layer) == ("some/model", 3)
     compare(sae, acts, x_hat)
+
+
+@pytest.mark.slow
+def test_models_have_the_names_that_transformer_lens_gives_them(peers):
+    folder, _, missing = peers
+    if "aliases" in missing:
+        pytest.skip(missing["aliases"])
+    table = json.loads((folder / "aliases.json").read_text())
+    translated = {
+        alias: (find_model(alias), name) for name, aliases in table.items() for alias in aliases if "/" not in alias
+    }
+    known = {alias: pair for alias, pair in translated.items() if pair[0] is not None}
+    assert len(known) > 60
+    assert {alias: ours for alias, (ours, theirs) in known.items() if ours != theirs} == {}
 
 
 @pytest.mark.slow

@@ -252,6 +252,7 @@ class LLMDataModule(ActivationDataModule):
             skip_first=self.skip_first,
             opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),
             text=self.text.fingerprint(),
+            dataset=getattr(self.text, "dataset", None),
             normalisation=self.normalisation,
             scale=self.activation_scale,
             mean=None if self.activation_mean is None else tuple(self.activation_mean.tolist()),
