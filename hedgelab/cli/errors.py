@@ -51,7 +51,7 @@ def guarded(run: Callable[[], int]) -> int:
 
 def _told_by_another_rank() -> bool:
     """Whether this is one of several ranks, another of which has made the same mistake and says so."""
-    peers = sys.modules.get("hedgelab.checkpoints.peers")  # there in every rank
+    peers = sys.modules.get("hedgelab.training.checkpoints.peers")  # there in every rank
     return peers is not None and peers.told_elsewhere()
 
 

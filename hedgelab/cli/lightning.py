@@ -20,8 +20,6 @@ import hedgelab.data.llm
 import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
-from hedgelab.checkpoints import RunCheckpoint, stop_at_once, use_verified_io
-from hedgelab.checkpoints.peers import lost, watch
 from hedgelab.cli.compose import Tree, compose, config_files, opening_comment, without_configs
 from hedgelab.cli.diagnose import Walk
 from hedgelab.cli.errors import one_line, root_cause, user_error
@@ -33,9 +31,11 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.saes import SAE
-from hedgelab.saes.guard import FiniteGuard
 from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
 from hedgelab.tracking.params import searchable
+from hedgelab.training.checkpoints import RunCheckpoint, stop_at_once, use_verified_io
+from hedgelab.training.checkpoints.peers import lost, watch
+from hedgelab.training.guard import FiniteGuard
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${…} across config files
 LINKED = frozenset({"model.d_in"})

@@ -15,9 +15,12 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.utilities import rank_zero_only
 
 from hedgelab import __version__
-from hedgelab.checkpoints import RunCheckpoint, RunFolder, newest_whole
-from hedgelab.checkpoints.folder import identity, known_runs
-from hedgelab.checkpoints.matching import (
+from hedgelab.errors import UserError
+from hedgelab.tracking import MLflowTracker
+from hedgelab.tracking.store import runs_dir, tracking_uri
+from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
+from hedgelab.training.checkpoints.folder import identity, known_runs
+from hedgelab.training.checkpoints.matching import (
     Comparison,
     Difference,
     Key,
@@ -30,9 +33,6 @@ from hedgelab.checkpoints.matching import (
     without,
     written_keys,
 )
-from hedgelab.errors import UserError
-from hedgelab.tracking import MLflowTracker
-from hedgelab.tracking.store import runs_dir, tracking_uri
 
 _logger = logging.getLogger(__name__)
 _MOST_TOLD = 3

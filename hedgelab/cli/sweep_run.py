@@ -8,7 +8,6 @@ from collections.abc import Container, Sequence
 
 from tqdm import tqdm
 
-from hedgelab.checkpoints import stop_at_once
 from hedgelab.cli.compose import config_files, opening_comment
 from hedgelab.cli.sweep_cells import Unit, check_sweep, packed
 from hedgelab.cli.sweep_config import Sweep, read_sweep
@@ -31,6 +30,7 @@ from hedgelab.protocols.training_phases import stable_id
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
 from hedgelab.tracking.store import ensure_store, runs_dir, tracking_uri
+from hedgelab.training.checkpoints import stop_at_once
 
 FAILED = 1
 _SWEEP_TAG = "sweep"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -23,14 +22,14 @@ class ActivationDataModule(L.LightningDataModule, ABC):
     """Serves global batches of activations by number, and hands each rank its slice of them.
 
     Training streams have no length of their own: they start at the trainer's ``global_step`` and end at ``max_steps``,
-    so a resumed run sees exactly the batches that an undisturbed one would have seen. Several batches travel together
-    as one *chunk*, so that what a trainer costs per call is paid once a chunk, not once a step.
+    so a resumed run sees exactly the batches that an undisturbed one would have seen. A batch is one step; only to
+    hedgelab's own shell, for SAEs so tiny that Lightning costs more than they do, several travel together as a *chunk*.
 
     Args:
         batch_size: Examples a step, over all ranks together.
         seed: Seed of the data; None takes the run's ``seed_everything``.
         val_batches: Batches of a validation or test pass.
-        chunk_steps: Most training steps a chunk; lowered so that logging, checkpoint and end steps fall between chunks.
+        chunk_steps: Most training steps a chunk; changes no number, and 1 switches chunks off.
     """
 
     where_and_how: ClassVar[frozenset[str]] = frozenset({"chunk_steps"})
@@ -122,31 +121,33 @@ class ActivationDataModule(L.LightningDataModule, ABC):
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else data_rank(self.trainer)
 
-    def train_dataloader(self) -> ChunkedStream:
-        """The stream from the trainer's current step to its last."""
+    def train_dataloader(self) -> BatchStream:
+        """The stream from the trainer's current step to its last; with ``overfit_batches``, its first batches again and again.
+
+        Raises:
+            UserError: Nothing says where it ends.
+        """
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("train_dataloader needs a trainer; ask batch('train', i) for single batches")
-        if trainer.max_steps < 0:
+        epoch = trainer.overfit_batches or trainer.limit_train_batches
+        if trainer.max_steps >= 0:
+            stop = trainer.max_steps
+        elif isinstance(epoch, int) and trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            stop = epoch * trainer.max_epochs
+        else:
             raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
-        return ChunkedStream(self, "train", trainer.global_step, trainer.max_steps, self.aligned_chunk_steps())
+        steps_a_batch = getattr(trainer.lightning_module, "steps_a_batch", None)
+        chunk_steps = 1 if steps_a_batch is None else steps_a_batch(self.chunk_steps)
+        return BatchStream(self, "train", stop, chunk_steps, int(trainer.overfit_batches))
 
-    def val_dataloader(self) -> ChunkedStream:
+    def val_dataloader(self) -> BatchStream:
         """The first ``val_batches`` batches of the validation stage."""
-        return ChunkedStream(self, "val", 0, self.val_batches, 1)
+        return SizedBatchStream(self, "val", self.val_batches)
 
-    def test_dataloader(self) -> ChunkedStream:
+    def test_dataloader(self) -> BatchStream:
         """The first ``val_batches`` batches of the test stage."""
-        return ChunkedStream(self, "test", 0, self.val_batches, 1)
-
-    def aligned_chunk_steps(self) -> int:
-        """The largest chunk that divides every interval at which the trainer looks up between steps."""
-        assert self.trainer is not None
-        intervals = [getattr(self.trainer, "log_every_n_steps", 0)]
-        if isinstance(self.trainer.val_check_interval, int):
-            intervals.append(self.trainer.val_check_interval)
-        intervals += [getattr(callback, "_every_n_train_steps", 0) for callback in self.trainer.checkpoint_callbacks]
-        return max(d for d in range(1, self.chunk_steps + 1) if math.gcd(*intervals) % d == 0)
+        return SizedBatchStream(self, "test", self.val_batches)
 
 
 def data_rank(trainer: L.Trainer) -> tuple[int, int]:
@@ -166,16 +167,47 @@ def _padded(batch: Batch, count: int) -> Batch:
     return Batch(x, features, weight)
 
 
-class ChunkedStream:
-    """Batches ``start`` … ``stop - 1`` of a stage, in lists of at most ``chunk_steps``, cut at its multiples."""
+class BatchStream:
+    """The batches of a stage up to number ``stop - 1``, from the trainer's current step on where they are for training.
 
-    def __init__(self, data: ActivationDataModule, stage: Stage, start: int, stop: int, chunk_steps: int) -> None:
-        self.data, self.stage, self.start, self.stop, self.chunk_steps = data, stage, start, stop, chunk_steps
+    Args:
+        data: Whose batches.
+        stage: Of which stage.
+        stop: Number after the last.
+        chunk_steps: Above 1, batches come in lists of at most so many, cut at its multiples.
+        repeated: Above 0, only the first so many batches, which each epoch goes through again.
+    """
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        chunk: list[Batch] = []
-        for index, batch in enumerate(self.data.batches(self.stage, self.start, self.stop), start=self.start + 1):
-            chunk.append(batch)
-            if index % self.chunk_steps == 0 or index == self.stop:
-                yield chunk
-                chunk = []
+    def __init__(
+        self, data: ActivationDataModule, stage: Stage, stop: int, chunk_steps: int = 1, repeated: int = 0
+    ) -> None:
+        self.data, self.stage, self.stop, self.chunk_steps, self.repeated = data, stage, stop, chunk_steps, repeated
+
+    def __iter__(self) -> Iterator[Any]:
+        trainer = self.data.trainer
+        start, stop = (trainer.global_step if self.stage == "train" and trainer is not None else 0), self.stop
+        if self.repeated:
+            start, stop = start % self.repeated, self.repeated
+        batches = self.data.batches(self.stage, start, stop)
+        return batches if self.chunk_steps == 1 else _in_chunks(batches, start, stop, self.chunk_steps)
+
+
+class SizedBatchStream(BatchStream):
+    """A stream whose length Lightning may know; that of training is not the same at its start and where it goes on."""
+
+    def __len__(self) -> int:
+        return self.stop
+
+
+def _in_chunks(batches: Iterator[Batch], start: int, stop: int, steps: int) -> Iterator[list[Batch]]:
+    """Batches ``start`` … ``stop - 1`` in lists of at most ``steps``, cut at multiples of ``steps``.
+
+    >>> list(_in_chunks(iter("cdefg"), 2, 7, 4))
+    [['c', 'd'], ['e', 'f', 'g']]
+    """
+    chunk: list[Batch] = []
+    for number, batch in enumerate(batches, start=start + 1):
+        chunk.append(batch)
+        if number % steps == 0 or number == stop:
+            yield chunk
+            chunk = []

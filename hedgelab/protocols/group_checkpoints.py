@@ -11,8 +11,8 @@ from pathlib import Path
 
 import lightning as L
 
-from hedgelab.checkpoints import RunCheckpoint, RunFolder, newest_whole
 from hedgelab.errors import UserError
+from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
 
 _PATIENCE = 60.0
 _logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class GroupCheckpoints:
         """Claim the folder, where a trainer writes checkpoints at all; on rank zero.
 
         Args:
-            trainer: Has a :class:`~hedgelab.checkpoints.RunCheckpoint`; without one nothing is written.
+            trainer: Has a :class:`~hedgelab.training.checkpoints.RunCheckpoint`; without one nothing is written.
             runs: The MLflow runs of the members, by name.
 
         Returns:

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 
-from hedgelab.checkpoints.stopping import stopped
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
 from hedgelab.errors import UserError
@@ -20,6 +19,7 @@ from hedgelab.protocols.training_phases import PhaseRunner, trainer_factory
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
+from hedgelab.training.checkpoints.stopping import stopped
 
 
 class HedgeTrainer(L.Trainer):

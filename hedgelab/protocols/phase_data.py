@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, Stage
-from hedgelab.saes.group import StepBatches
 from hedgelab.seeding import generator
+from hedgelab.training.steps import StepBatches
 
 _WINDOW_BYTES = 2**30
 
@@ -64,7 +64,7 @@ class PhaseData(ActivationDataModule):
         return self.data.batch(stage, index + self.start if stage == "train" else index)
 
     def batches(self, stage: Stage, start: int, stop: int) -> Iterator[Batch]:
-        """This rank's slices of the phase's batches, as :class:`~hedgelab.saes.group.StepBatches` where some are reordered."""
+        """The phase's batches, as :class:`~hedgelab.training.steps.StepBatches` where some members see them reordered."""
         if stage == "train" and self.reordered:
             yield from self._in_two_orders(start, stop)  # type: ignore[misc]
             return

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from hedgelab.checkpoints.stopping import stop_at_once
 from hedgelab.errors import Stopped, UserError
+from hedgelab.training.checkpoints.stopping import stop_at_once
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 30.0

@@ -16,13 +16,13 @@ from typing import Any
 import lightning as L
 
 from hedgelab import __version__
-from hedgelab.checkpoints import RunCheckpoint, use_verified_io
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.protocols.group_checkpoints import GroupCheckpoints
 from hedgelab.protocols.ranks import decided_by_rank_zero, found_by_rank_zero
 from hedgelab.saes import SAE, SAEGroup, load_sae, weights_sha256
 from hedgelab.saes.io import gathered
 from hedgelab.tracking import MemberRecord, MLflowTracker, StepProgressBar
+from hedgelab.training.checkpoints import RunCheckpoint, use_verified_io
 
 TrainerFactory = Callable[..., L.Trainer]
 """Makes a trainer; called with ``logger``, ``callbacks`` and ``enable_checkpointing``."""

@@ -4,7 +4,6 @@ from hedgelab.saes.base import SAE
 from hedgelab.saes.batch_topk import BatchTopKSAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.fold import FoldedWeights, fold
-from hedgelab.saes.group import SAEGroup
 from hedgelab.saes.initialization import Initialization
 from hedgelab.saes.io import load_sae, save_sae, weights_sha256
 from hedgelab.saes.jumprelu import JumpReLUSAE
@@ -13,6 +12,7 @@ from hedgelab.saes.matryoshka import MatryoshkaSAE
 from hedgelab.saes.topk import TopKSAE
 from hedgelab.saes.vanilla import VanillaSAE
 from hedgelab.saes.widen import duplicate, fresh, widen
+from hedgelab.training.group import SAEGroup
 
 __all__ = [
     "SAE",

@@ -14,10 +14,11 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
-from hedgelab.saes.base import SAE, make_optimizer
+from hedgelab.saes.base import SAE
 from hedgelab.saes.fold import FoldedWeights, fold
 from hedgelab.saes.losses import LossTerms
 from hedgelab.saes.matryoshka import MatryoshkaSAE
+from hedgelab.training.optimizers import make_optimizer
 
 _SILENT = -1.0
 """Encoder bias of padding: with weights of zero it never fires and never feels a gradient."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from hedgelab import __version__
 from hedgelab.errors import UserError
 from hedgelab.saes.base import SAE, init_parameters
-from hedgelab.saes.parallel import is_split, whole
+from hedgelab.training.sharding import full_tensor, is_split
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
 
@@ -27,7 +27,7 @@ def save_sae(sae: SAE, folder: str | Path) -> None:
     Of an SAE whose latents are split over processes, all of them must call this; the process of rank 0 writes.
     """
     folder = Path(folder)
-    tensors = {name: whole(value).cpu().contiguous() for name, value in sae.state_dict().items()}
+    tensors = {name: full_tensor(value).cpu().contiguous() for name, value in sae.state_dict().items()}
     if is_split(sae.W_dec) and torch.distributed.get_rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def gathered(sae: SAE) -> SAE:
     """The SAE, or where its latents are split over processes a whole copy of it; to be called on all processes."""
     if not is_split(sae.W_dec):
         return sae
-    return copy_of(sae.config(), {name: whole(value).cpu() for name, value in sae.state_dict().items()})
+    return copy_of(sae.config(), {name: full_tensor(value).cpu() for name, value in sae.state_dict().items()})
 
 
 def copy_of(config: dict[str, Any], state: Mapping[str, torch.Tensor]) -> SAE:

@@ -14,12 +14,11 @@ from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.errors import LevelErrors
-from hedgelab.kernels.ranks import Ranks
 from hedgelab.saes.balance import asymmetry, outside_span
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import LossTerms
-from hedgelab.saes.parallel import is_split
+from hedgelab.training.sharding import is_split
 
 
 class MatryoshkaSAE(SAE):
@@ -168,13 +167,12 @@ class MatryoshkaSAE(SAE):
         signals = torch.stack([asymmetry(codes, size, weight, self.ranks) for size in self.levels[:-1]])
         return {"balance": ((self.log_factors - self.log_factors.detach()) * signals.to(self.log_factors)).sum()}
 
-    def training_means(self) -> dict[str, float]:
-        """Loss terms, and with ``adaptive`` the weights of inner levels as ``level_weight/...``."""
-        values = super().training_means()
-        if self.adaptive:
-            weights = zip(self.levels[:-1], self.current_weights()[:-1], strict=True)
-            values |= {f"level_weight/level{size}": float(weight) for size, weight in weights}
-        return values
+    def training_numbers(self) -> dict[str, float]:
+        """With ``adaptive`` the weights of inner levels as ``level_weight/...``."""
+        if not self.adaptive:
+            return {}
+        weights = zip(self.levels[:-1], self.current_weights()[:-1], strict=True)
+        return {f"level_weight/level{size}": float(weight) for size, weight in weights}
 
     def level_errors(self, codes: Codes, batch: Batch) -> LevelErrors:
         """Squared error of each level, and the errors; those of inner levels after their credit."""
@@ -205,11 +203,6 @@ class MatryoshkaSAE(SAE):
         """Tell the inner SAE as well."""
         super().set_steps_done(steps)
         self.inner.set_steps_done(steps)
-
-    def join(self, ranks: Ranks) -> None:
-        """Tell the inner SAE as well."""
-        super().join(ranks)
-        self.inner.join(ranks)
 
     def before_optimizer_step(self) -> None:
         """The inner SAE's."""

@@ -13,7 +13,7 @@ _LINES_WITHOUT_TERMINAL = 20
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Shows optimiser steps, their rate, the time left and the training loss, whatever the number of steps a chunk.
+    """Shows optimiser steps, their rate, the time left and the training loss.
 
     On a terminal it is redrawn at most ``per_second`` times a second. Elsewhere (a log file, a batch job) about twenty lines
     tell the whole of a run.
@@ -67,7 +67,7 @@ class StepProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves on by the chunk's steps, and redraws if the last time was long enough ago."""
+        """Moves on, and redraws if the last time was long enough ago."""
         now = time.monotonic()
         if self.is_enabled and now - self._drawn_at >= self._interval:
             self._drawn_at = now

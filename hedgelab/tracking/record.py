@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, data_rank
 from hedgelab.data.source import ActivationSource
 from hedgelab.identity import EVERYTHING
 from hedgelab.tracking.history import ThinnedSeries
 from hedgelab.tracking.logger import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
+from hedgelab.training.steps import batch_rows
 
 if TYPE_CHECKING:
     from hedgelab.saes.base import SAE
@@ -47,6 +47,7 @@ class RunRecord(L.Callback):
 
     draws_figures = True
     where_and_how = EVERYTHING
+    member = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,12 +86,12 @@ class RunRecord(L.Callback):
         self._since += time.perf_counter() - self._paused_at
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: list[Batch], batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts a chunk's samples, and reports throughput when a logging interval is over."""
+        """Counts samples, and reports throughput when a logging interval is over."""
         if self._tracker is None:
             return
-        self._samples += sum(len(part.x) for part in batch) * data_rank(trainer)[1]
+        self._samples += batch_rows(batch) * data_rank(trainer)[1]
         self._follow_cosines(trainer, self.sae_of(pl_module))
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step // every > self._logged_at // every:
@@ -109,7 +110,7 @@ class RunRecord(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the firing rates that the validation pass has measured, before the SAE forgets them."""
         if not trainer.sanity_checking:
-            self._firing_rates = self.sae_of(pl_module).firing_rates
+            self._firing_rates = pl_module.trainee(self.member).firing_rates
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the SAE, its final cosines and the figures."""
@@ -239,11 +240,11 @@ def _directions(trainer: L.Trainer) -> Tensor | None:
 @torch.no_grad()
 def _cosines(sae: SAE, directions: Tensor) -> Cosines:
     from hedgelab.metrics.functional.recovery import decoder_cosines, encoder_cosines
-    from hedgelab.saes.parallel import whole
+    from hedgelab.training.sharding import full_tensor
 
     directions = directions.to(sae.W_dec.device)
-    decoder = decoder_cosines(whole(sae.W_dec), directions)
-    encoder = encoder_cosines(whole(sae.W_enc), directions)
+    decoder = decoder_cosines(full_tensor(sae.W_dec), directions)
+    encoder = encoder_cosines(full_tensor(sae.W_enc), directions)
     return Cosines(decoder.float().cpu(), encoder.float().cpu())
 
 

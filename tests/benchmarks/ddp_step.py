@@ -33,6 +33,7 @@ from hedgelab.batch import Batch
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.saes import SAE, BatchTopKSAE, MatryoshkaSAE, TopKSAE
+from hedgelab.training.trainee import Trainee
 
 D_IN, D_SAE, K, BATCH, RANKS = 576, 8192, 32, 2048, 2
 LEVELS = [D_SAE // 64, D_SAE // 16, D_SAE // 4, D_SAE]
@@ -89,14 +90,14 @@ def our_step(kind: str, together: bool, ddp: dict[str, Any]) -> Step:
         flat.W_enc.copy_(flat.W_dec.t())
     sae.optimizer = lambda parameters: torch.optim.Adam(parameters, lr=3e-4, fused=True)
     optimizer = sae.configure_optimizers()
-    sae.join(Ranks.of(None) if together else ALONE)
+    sae.ranks = Ranks.of(None) if together else ALONE
     loss = Loss(sae)
     forward: Any = DistributedDataParallel(loss, **ddp) if together else loss
 
     def take(x: Tensor) -> None:
         sae.zero_grad()
         forward(x).backward()
-        sae.adjust_gradients()
+        Trainee(sae).prepare_gradients()
         optimizer.step()
         sae.after_step(loss.result)
         sae.set_steps_done(sae.steps_done + 1)

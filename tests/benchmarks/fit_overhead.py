@@ -23,6 +23,7 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.saes import SAE, BatchTopKSAE, MatryoshkaSAE, TopKSAE
 from hedgelab.tracking import MLflowTracker, RunRecord
+from hedgelab.training.trainee import Trainee
 
 D_IN, D_SAE, K, BATCH = 576, 8192, 32, 2048
 
@@ -64,7 +65,7 @@ def bare(kind: str, data: FromMemory, steps: int) -> float:
         sae.zero_grad()
         result = sae.loss(data.batch("train", index))
         result.total.backward()
-        sae.adjust_gradients()
+        Trainee(sae).prepare_gradients()
         optimizer.step()
         sae.after_step(result)
     return (time.perf_counter() - start) / steps

@@ -12,7 +12,7 @@ import torch
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.kernels.ranks import ALONE
 from hedgelab.saes import VanillaSAE
-from hedgelab.saes.guard import check_window
+from hedgelab.training.guard import check_window
 
 STEPS = 100  # between two reports
 

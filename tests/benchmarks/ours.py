@@ -9,6 +9,7 @@ from worker import Step, Task, serve
 from hedgelab.batch import Batch
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.saes import SAE, BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE
+from hedgelab.training.trainee import Trainee
 
 
 def make_sae(task: Task) -> SAE:
@@ -43,7 +44,7 @@ def build(task: Task) -> Step:
         sae.zero_grad()
         result = sae.loss(Batch(x))
         result.total.backward()
-        sae.adjust_gradients()
+        Trainee(sae).prepare_gradients()
         optimizer.step()
         sae.after_step(result)
         sae.set_steps_done(sae.steps_done + 1)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hedgelab.checkpoints import RunFolder
 from hedgelab.cli import main
 from hedgelab.saes import BatchTopKSAE, MatryoshkaSAE, TopKSAE, save_sae
+from hedgelab.training.checkpoints import RunFolder
 
 
 class Bomb:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hedgelab.checkpoints import RunFolder
 from hedgelab.cli import main
 from hedgelab.cli.lightning import HedgelabCLI, run_cli
+from hedgelab.training.checkpoints import RunFolder
 
 WORDS = ["--config=tiny.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
 ARGUMENTS = ("model", "init_args")

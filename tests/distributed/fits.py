@@ -23,8 +23,8 @@ from hedgelab.saes import (
     TopKSAE,
     VanillaSAE,
 )
-from hedgelab.saes.parallel import whole
 from hedgelab.seeding import generator
+from hedgelab.training.sharding import full_tensor
 
 
 def on_ranks(count, function, *args):
@@ -146,21 +146,20 @@ class Recorder(Logger):
 def watch(module):
     """Of every step of every SAE: a hash of which latents fire where, and the smallest activation, of all ranks."""
     seen = {}
-    saes = module.saes() if isinstance(module, SAEGroup) else {"": module}
-    for name, sae in saes.items():
+    for name, sae in module.saes().items():
         seen[name] = {}
-        sae.finish_step = functools.partial(_watched, sae, sae.finish_step, seen[name])
+        sae.after_step = functools.partial(_watched, sae, sae.after_step, seen[name])
     return seen
 
 
-def _watched(sae, finish_step, seen, result):
+def _watched(sae, after_step, seen, result):
     codes = result.codes.gathered().detach()
     rows, latents = codes.to_dense().nonzero(as_tuple=True)
     numbers = (rows + sae.ranks.rank * codes.batch_size) * codes.d_sae + latents
     mixed = numbers * 6364136223846793005 + 1442695040888963407
     total = sae.ranks.sum(((mixed ^ (mixed >> 29)) * -49064778989728563).sum())
     seen[sae.steps_done + 1] = int(total), float(sae.ranks.min(codes.smallest_positive()))
-    finish_step(result)
+    after_step(result)
 
 
 class Keep(L.Callback):
@@ -173,7 +172,7 @@ class Keep(L.Callback):
         self.firing = watch(module)
 
     def on_fit_end(self, trainer, module):
-        weights = {name: whole(value).clone() for name, value in module.state_dict().items()}
+        weights = {name: full_tensor(value).clone() for name, value in module.state_dict().items()}
         torch.save((self.recorder.history, weights, self.firing), self.folder / f"rank{trainer.global_rank}.pt")
 
 
@@ -221,7 +220,7 @@ def fit(module, data, folder, ranks=1, steps=200, checkpoint=None, change=None, 
     With ``change``, SAEs are trained on what that function makes of the activations at a step.
     """
     if change is not None:
-        for sae in (module.saes() if isinstance(module, SAEGroup) else {"": module}).values():
+        for sae in module.saes().values():
             sae.loss = functools.partial(_fed, sae, sae.loss, change)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hedgelab.errors import UserError
 from hedgelab.saes import save_sae, weights_sha256
-from hedgelab.saes.guard import FiniteGuard
 from hedgelab.saes.io import gathered, load_sae, same_weights
-from hedgelab.saes.parallel import ShardedStrategy
+from hedgelab.training.guard import FiniteGuard
+from hedgelab.training.sharding import ShardedStrategy
 
 STREAMS = {"toy": (fits.toy, False), "correlated": (fits.Correlated, True), "population": (fits.population, False)}
 

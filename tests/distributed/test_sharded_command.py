@@ -59,7 +59,7 @@ def test_latents_that_cannot_be_split(tmp_path):
 
 
 def test_sizes_that_do_not_fit(tmp_path):
-    name = "--trainer.strategy=hedgelab.saes.parallel.ShardedStrategy"
+    name = "--trainer.strategy=hedgelab.training.sharding.ShardedStrategy"
     output = run(tmp_path, name, "--trainer.strategy.data_parallel_size=2", expect=2)
     (line,) = mistakes(output)
     assert line.startswith("hedgelab: trainer.strategy: data_parallel_size 2 times tensor_parallel_size 2 must be")

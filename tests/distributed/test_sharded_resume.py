@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from hedgelab.checkpoints import LAST, RunCheckpoint
 from hedgelab.errors import Stopped, UserError
-from hedgelab.saes.parallel import ShardedStrategy
+from hedgelab.training.checkpoints import LAST, RunCheckpoint
+from hedgelab.training.sharding import ShardedStrategy
 
 STEPS, STOP = 24, 10
 

@@ -9,8 +9,8 @@ from hedgelab.batch import Batch
 from hedgelab.data.toy import ConditionalFiring, IndependentFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE
-from hedgelab.saes.base import make_optimizer
 from hedgelab.saes.ensemble import EnsembleSAE, stack_batches
+from hedgelab.training.optimizers import make_optimizer
 
 STEPS, D_IN = 60, 5
 COMMON = {"optimizer": functools.partial(torch.optim.Adam, lr=3e-3)}

@@ -20,6 +20,7 @@ from hedgelab.saes import (
     weights_sha256,
 )
 from hedgelab.saes.losses import geometric_median, warmed_up
+from hedgelab.training.trainee import Trainee
 
 MAKERS = {
     "vanilla": functools.partial(VanillaSAE, d_sae=16, l1_coefficient=0.1),
@@ -289,7 +290,7 @@ def test_the_optimiser_updates_the_encoder_in_place_without_a_copy():
         for model, adam in ((sae, optimizer), (plain, reference)):
             model.zero_grad()
             model.loss(Batch(x_batch(seed=seed))).total.backward()
-            model.adjust_gradients()
+            Trainee(model).prepare_gradients()
             adam.step()
     torch.testing.assert_close(sae.W_enc, plain.W_enc)
     assert not torch.equal(sae.W_enc, TopKSAE(8, 16, k=3).W_enc)

@@ -103,13 +103,12 @@ class Recorder(L.LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen = []
 
-    def training_step(self, chunk, _):
-        for batch in chunk:
-            self.seen.append(batch.x)
-            self.optimizers().step()
+    def training_step(self, batch, _):
+        self.seen.append(batch.x)
+        self.optimizers().step()
 
-    def validation_step(self, chunk, _):
-        self.seen.extend(batch.x for batch in chunk)
+    def validation_step(self, batch, _):
+        self.seen.append(batch.x)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)

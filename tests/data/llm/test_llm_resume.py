@@ -8,11 +8,11 @@ import lightning as L
 import pytest
 import torch
 
-from hedgelab.checkpoints import LAST, RunCheckpoint
 from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.errors import Stopped
 from hedgelab.saes import BatchTopKSAE
 from hedgelab.saes.io import same_weights
+from hedgelab.training.checkpoints import LAST, RunCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

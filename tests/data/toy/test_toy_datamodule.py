@@ -222,7 +222,7 @@ def test_every_public_name_exists():
 
 
 class CountingModule(L.LightningModule):
-    """Sees chunks and steps an optimiser once a batch."""
+    """Steps an optimiser once a batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,13 +230,12 @@ class CountingModule(L.LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(10))
         self.seen: list[torch.Tensor] = []
 
-    def training_step(self, chunk, _):
-        for batch in chunk:
-            self.seen.append(batch.x)
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward((batch.x @ self.weight).sum())
-            optimizer.step()
+    def training_step(self, batch, _):
+        self.seen.append(batch.x)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward((batch.x @ self.weight).sum())
+        optimizer.step()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)

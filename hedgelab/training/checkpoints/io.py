@@ -12,8 +12,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
-from hedgelab.checkpoints.files import fault, write_atomically
 from hedgelab.errors import UserError
+from hedgelab.training.checkpoints.files import fault, write_atomically
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.strategies.launchers import subprocess_script
 from torch import distributed as dist
 
-from hedgelab.checkpoints.stopping import SIGNALS
+from hedgelab.training.checkpoints.stopping import SIGNALS
 
 GRACE = 20.0
 """Seconds in which a process may end by itself, its run closed in the tracking store, once another is gone."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hedgelab.checkpoints.matching import (
+from hedgelab.training.checkpoints.matching import (
     ABSENT,
     Difference,
     can_be_taken_over,

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels.ranks import Ranks
-
-if TYPE_CHECKING:
-    from hedgelab.saes.base import SAE
+from hedgelab.training.sharding import full_tensor
 
 OnNonfinite = Literal["stop", "skip"]
 MOST_SKIPPED = 100
@@ -39,62 +38,41 @@ class FiniteGuard(L.Callback):
     def __init__(self, on_nonfinite: OnNonfinite = "stop") -> None:
         super().__init__()
         self.on_nonfinite = on_nonfinite
-        self._measured = self._spoiled = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Tell the SAE, or every member of a group."""
-        for module in _saes(pl_module):
-            module.on_nonfinite = self.on_nonfinite
+        """Tell the shell, which looks at losses and batches anyway."""
+        pl_module.on_nonfinite = self.on_nonfinite
+        pl_module.measured_finite = MeasuredBatches()
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from zero."""
-        self._measured = self._spoiled = 0
 
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Leave batches that would spoil every metric out of the chunk."""
-        good = [part for part in batch if torch.isfinite(part.x).all()]
-        self._measured += len(batch)
-        self._spoiled += len(batch) - len(good)
-        batch[:] = good
+class MeasuredBatches:
+    """Counts the batches of a validation or test pass, and those left out because they hold NaN or infinity."""
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop, or say how many were left out.
+    def __init__(self) -> None:
+        self.seen = self.left_out = 0
+
+    def is_good(self, batch: Batch) -> bool:
+        """Whether a batch may be measured; counts it."""
+        good = bool(torch.isfinite(batch.x).all())
+        self.seen += 1
+        self.left_out += not good
+        return good
+
+    def check(self, stage: str, on_nonfinite: OnNonfinite, ranks: Ranks, device: torch.device) -> None:
+        """At the end of a pass, stop or say how many batches were left out; every rank must call it.
 
         Raises:
-            UserError: There are some, or there is nothing else.
+            UserError: There are some and ``on_nonfinite`` is ``stop``, or there is nothing else.
         """
-        counts = torch.tensor([self._measured, self._spoiled], device=pl_module.device)
-        measured, spoiled = next(iter(_saes(pl_module))).ranks.sum(counts).tolist()
-        if not spoiled:
+        seen, left_out = ranks.sum(torch.tensor([self.seen, self.left_out], device=device)).tolist()
+        self.seen = self.left_out = 0
+        if not left_out:
             return
-        stage = "test" if trainer.testing else "val"
-        said = f"data: {spoiled} of {measured} batches of stage {stage} hold activations that are NaN or infinite"
-        if self.on_nonfinite == "stop" or spoiled == measured:
-            raise UserError(f"{said}; mend the data, or leave such batches out with guard.on_nonfinite=skip")
-        if trainer.is_global_zero:
-            _logger.warning("%s: left out", said)
-
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from zero."""
-        self.on_validation_epoch_start(trainer, pl_module)
-
-    def on_test_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """As in validation."""
-        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        self.on_validation_epoch_end(trainer, pl_module)
-
-
-def _saes(module: torch.nn.Module) -> Iterator[SAE]:
-    from hedgelab.saes.base import SAE  # late: it imports this module
-
-    return (part for part in module.modules() if isinstance(part, SAE))
+        found = f"data: {left_out} of {seen} batches of stage {stage} hold activations that are NaN or infinite"
+        if on_nonfinite == "stop" or left_out == seen:
+            raise UserError(f"{found}; mend the data, or leave such batches out with guard.on_nonfinite=skip")
+        if ranks.rank == 0:
+            _logger.warning("%s: left out", found)
 
 
 def is_finite(total: Tensor, ranks: Ranks) -> bool:
@@ -103,7 +81,7 @@ def is_finite(total: Tensor, ranks: Ranks) -> bool:
 
 
 def check_window(
-    window: Sequence[Mapping[str, Tensor]], end: int, ranks: Ranks, trainer: L.Trainer | None, member: str | None = None
+    window: Sequence[Mapping[str, Tensor]], end: int, ranks: Ranks, data: Any = None, member: str = ""
 ) -> None:
     """Stop the run if a loss term of the last steps is not finite. Every rank must call it, and all stop or none.
 
@@ -111,8 +89,8 @@ def check_window(
         window: Loss terms of the last steps.
         end: Number of the step after them.
         ranks: The ranks that share the batches.
-        trainer: Gives access to the batch to blame.
-        member: Name of the SAE in its group.
+        data: The DataModule, which can make the batch to blame again.
+        member: Name of the SAE in its group; empty for one alone.
 
     Raises:
         UserError: One is not; says step, term and batch.
@@ -129,10 +107,10 @@ def check_window(
         return
     first = int(bad.any(dim=1).nonzero()[0])
     wrong = [name for name, is_bad in zip(names, bad[first].tolist(), strict=True) if is_bad]
-    raise UserError(_describe(end - len(window) + first, wrong, trainer, member))
+    raise UserError(_describe(end - len(window) + first, wrong, data, member))
 
 
-def check_parameters(module: torch.nn.Module, step: int, member: str | None = None) -> None:
+def check_parameters(module: Any, step: int, member: str = "") -> None:
     """Stop the run if a weight is not finite. Of latents split over ranks every rank must call it, and all stop or none.
 
     Raises:
@@ -140,8 +118,7 @@ def check_parameters(module: torch.nn.Module, step: int, member: str | None = No
     """
     for name, parameter in module.named_parameters():
         total = (parameter.detach() * 0).sum()  # 0, or NaN
-        whole = total.full_tensor() if hasattr(total, "full_tensor") else total  # all ranks must come to the same end
-        if not math.isfinite(float(whole)):
+        if not math.isfinite(float(full_tensor(total))):  # of split latents all ranks come to the same end
             whose = f" of member '{member}'" if member else ""
             raise UserError(
                 f"model.{name}{whose}: holds NaN or infinity after step {step}; the checkpoint before it is kept; lower the "
@@ -149,17 +126,16 @@ def check_parameters(module: torch.nn.Module, step: int, member: str | None = No
             )
 
 
-def check_skips(sae: SAE, in_a_row: int) -> None:
-    """Stop the run if it is the weights that make losses NaN or infinite, and not single batches.
+def check_skips(in_a_row: int, step: int) -> None:
+    """Stop the run if it cannot be single batches that make losses NaN or infinite.
 
     Raises:
-        UserError: Weights are not finite, or many batches in a row were passed over.
+        UserError: Many batches in a row were passed over.
     """
-    check_parameters(sae, sae.steps_done)
     if in_a_row >= MOST_SKIPPED:
         raise UserError(
             f"guard.on_nonfinite: the losses of {in_a_row} batches in a row are NaN or infinite, up to step "
-            f"{sae.steps_done + 1}; go on from an earlier checkpoint with a lower learning rate, or mend the data"
+            f"{step + 1}; go on from an earlier checkpoint with a lower learning rate, or mend the data"
         )
 
 
@@ -179,20 +155,19 @@ def check_fits(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
             )
 
 
-def _describe(index: int, terms: Sequence[str], trainer: L.Trainer | None, member: str | None) -> str:
+def _describe(index: int, terms: Sequence[str], data: Any, member: str) -> str:
     """One line about the batch whose loss was not finite first; steps count from 1, batches from 0."""
     whose = f" of member '{member}'" if member else ""
     head = f"model: loss term {', '.join(repr(term) for term in terms)}{whose} is NaN or infinite at step {index + 1}"
-    what = _look_at(index, trainer)
+    what = _look_at(index, data)
     return (
         f"{head} (batch {index} of stage train{what}); the last checkpoint is from before it; mend the data, lower the "
         "learning rate, or pass over such batches with guard.on_nonfinite=skip"
     )
 
 
-def _look_at(index: int, trainer: L.Trainer | None) -> str:
-    """Whether the batch itself is to blame: it can be had again, whatever came between."""
-    data: Any = getattr(trainer, "datamodule", None)
+def _look_at(index: int, data: Any) -> str:
+    """Whether the batch itself is to blame: the DataModule makes it again, whatever came between."""
     if data is None:
         return ""
     try:

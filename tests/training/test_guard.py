@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from hedgelab.batch import Batch
-from hedgelab.checkpoints import LAST, RunCheckpoint, newest_whole
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, SAEGroup, TopKSAE, VanillaSAE
-from hedgelab.saes.guard import FiniteGuard
 from hedgelab.saes.io import same_weights
+from hedgelab.training.checkpoints import LAST, RunCheckpoint, newest_whole
+from hedgelab.training.guard import FiniteGuard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SGD = functools.partial(torch.optim.SGD, lr=0.01)
@@ -166,17 +166,20 @@ def test_a_skipped_step_moves_no_weight_whatever_the_optimiser():
     adam = functools.partial(torch.optim.Adam, lr=0.01)
 
     class Watched(TopKSAE):
-        def skip_step(self):
-            super().skip_step()
-            assert all(torch.equal(before, after) for before, after in zip(self.kept, self.parameters(), strict=True))
-
         def loss(self, batch):
-            self.kept = [parameter.detach().clone() for parameter in self.parameters()]
+            weights = [parameter.detach().clone() for parameter in self.parameters()]
+            self.kept = {**getattr(self, "kept", {}), self.steps_done: weights}
             return super().loss(batch)
 
     model = Watched(6, 4, k=2, optimizer=adam)
-    fit(model, {index: float("nan") for index in range(10, 20)}, "skip")
-    assert model.skipped_batches == 10
+    seen = fit(model, {index: float("nan") for index in range(10, 20)}, "skip")
+    assert seen[40]["train/skipped_batches"] == 10
+    moved = [
+        step
+        for step in range(39)
+        if not all(torch.equal(a, b) for a, b in zip(model.kept[step], model.kept[step + 1], strict=True))
+    ]
+    assert moved == [step for step in range(39) if not 10 <= step < 20]
 
 
 def test_skipping_without_bad_batches_changes_nothing():

@@ -19,8 +19,8 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from hedgelab.checkpoints.files import write_atomically
 from hedgelab.errors import UserError
+from hedgelab.training.checkpoints.files import write_atomically
 
 _logger = logging.getLogger(__name__)
 _ABOUT = "run.json"

@@ -19,8 +19,8 @@ from hedgelab.saes import (
     VanillaSAE,
     duplicate,
 )
-from hedgelab.saes.group import StepBatches
 from hedgelab.saes.io import same_weights
+from hedgelab.training.steps import StepBatches
 
 D_IN = 10
 

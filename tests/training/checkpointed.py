@@ -7,14 +7,14 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from hedgelab.checkpoints import RunCheckpoint, newest_whole
-from hedgelab.checkpoints.folder import runs_of
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.protocols.training_phases import Phase, PhaseRunner, trainer_factory
 from hedgelab.saes import BatchTopKSAE, Initialization, TopKSAE, VanillaSAE, duplicate
 from hedgelab.saes.io import save_sae
 from hedgelab.tracking import MLflowTracker, RunRecord
 from hedgelab.tracking.store import tracking_uri
+from hedgelab.training.checkpoints import RunCheckpoint, newest_whole
+from hedgelab.training.checkpoints.folder import runs_of
 
 STEPS, LONG, EVERY, CHUNK, LOG, VALIDATE = 72, 300, 4, 2, 6, 24
 

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from hedgelab.checkpoints import RunFolder
-from hedgelab.checkpoints.folder import identity, runs_of
 from hedgelab.errors import UserError
+from hedgelab.training.checkpoints import RunFolder
+from hedgelab.training.checkpoints.folder import identity, runs_of
 
 
 def test_newest_run_of_the_same_experiment_comes_first(tmp_path):

@@ -14,10 +14,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import checkpointed
 
-from hedgelab.checkpoints import LAST, PREVIOUS, RunCheckpoint, newest_whole
 from hedgelab.errors import Stopped, UserError
 from hedgelab.saes import SAEGroup, TopKSAE, VanillaSAE
 from hedgelab.saes.io import same_weights
+from hedgelab.training.checkpoints import LAST, PREVIOUS, RunCheckpoint, newest_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import ended
 from smalldisk import NoSmallDiskError, SmallDisk
 
-from hedgelab.checkpoints import PREVIOUS, newest_whole
 from hedgelab.saes.io import weights_sha256
+from hedgelab.training.checkpoints import PREVIOUS, newest_whole
 
 pytestmark = pytest.mark.slow
 SIZE, SECONDS = 8 << 20, 240

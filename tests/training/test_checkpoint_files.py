@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgelab.checkpoints import LAST, PREVIOUS, VerifiedCheckpointIO, fault, newest_whole
-from hedgelab.checkpoints.files import NEXT, promote, write_atomically
 from hedgelab.errors import UserError
+from hedgelab.training.checkpoints import LAST, PREVIOUS, VerifiedCheckpointIO, fault, newest_whole
+from hedgelab.training.checkpoints.files import NEXT, promote, write_atomically
 
 IO = VerifiedCheckpointIO()
 

@@ -12,11 +12,11 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from hedgelab.checkpoints.files import LAST, NEXT, promote
-from hedgelab.checkpoints.folder import RunFolder, untracked_name
-from hedgelab.checkpoints.io import use_verified_io
-from hedgelab.checkpoints.stopping import StopFlag
 from hedgelab.errors import Stopped, UserError
+from hedgelab.training.checkpoints.files import LAST, NEXT, promote
+from hedgelab.training.checkpoints.folder import RunFolder, untracked_name
+from hedgelab.training.checkpoints.io import use_verified_io
+from hedgelab.training.checkpoints.stopping import StopFlag
 
 _logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pytest
 from lightning.fabric.strategies.launchers import subprocess_script
 from torch import distributed as dist
 
-from hedgelab.checkpoints import peers
+from hedgelab.training.checkpoints import peers
 
 SECONDS = 30.0
 

@@ -1,0 +1,357 @@
+"""The shell around one SAE or several: Lightning's hooks, said once for both."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Set
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+
+from hedgelab.batch import Batch
+from hedgelab.errors import UserError
+from hedgelab.kernels.ranks import ALONE, Ranks
+from hedgelab.training import flags, guard, steps, threads
+from hedgelab.training.optimizers import MemberOptimizers, make_optimizer, make_schedule
+from hedgelab.training.sharding import as_before_split, batch_ranks, exchange_full_states, is_split, split_latents
+from hedgelab.training.trainee import Trainee
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+UNREPORTED = "hedgelab_unreported"
+"""Where a checkpoint keeps loss terms that have not been reported yet."""
+ARCHITECTURES = "hedgelab_saes"
+"""Where a checkpoint keeps what its SAEs are, so that they can be made of it without the config of the run."""
+
+
+class TrainingShell(L.LightningModule):
+    """Trains, measures, guards and reports the SAEs of a LightningModule, which says what they are by :meth:`saes`.
+
+    A batch is one optimiser step, or a list of batches as many steps (:mod:`hedgelab.training.steps`). Optimisation is
+    manual in Lightning's sense, so ``global_step`` counts optimiser steps either way.
+
+    Attributes:
+        on_nonfinite: What happens to a batch whose loss is NaN or infinite (:class:`~hedgelab.training.guard.FiniteGuard`).
+        measured_finite: Leaves batches that hold NaN or infinity out of validation; None measures whatever comes.
+        member_loggers: Each SAE's own logger, by name; where there is none, numbers go to the trainer's.
+        ranks: The processes over which each batch is split; every one sees its own part, and the loss is the mean over them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.on_nonfinite: guard.OnNonfinite = "stop"
+        self.measured_finite: guard.MeasuredBatches | None = None
+        self.member_loggers: dict[str, Logger] = {}
+        self._trainees: dict[str, Trainee] = {}
+        self._before_split: list[tuple[Any, dict[str, Tensor]]] = []
+        self._threads_before: int | None = None
+        self._followed = False
+        self._good: Set[str] = frozenset()
+        self.ranks: Ranks = ALONE
+
+    @abstractmethod
+    def saes(self) -> Mapping[str, Any]:
+        """The SAEs to train, by name; the name is empty where there is one alone."""
+
+    @property
+    def trainees(self) -> list[Trainee]:
+        """The SAEs with what is known about their training."""
+        if not self._trainees:
+            self._trainees = {name: Trainee(sae, name) for name, sae in self.saes().items()}
+        return list(self._trainees.values())
+
+    def trainee(self, name: str = "") -> Trainee:
+        """One of them."""
+        return next(trainee for trainee in self.trainees if trainee.name == name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: no training under way, and no connections to loggers."""
+        return {**super().__getstate__(), "_trainees": {}, "_before_split": [], "member_loggers": {}}
+
+    # -- before the first step ---------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """No callbacks of its own; the moment at which impossible settings are found, before anything costly begins."""
+        if self.trainer.state.fn == "fit":
+            flags.check_trainer(self.trainer)
+            for trainee in self.trainees:
+                flags.check_sae(trainee.sae, self.trainer)
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Find out over which ranks batches are split, and take as many threads as the work is worth."""
+        flags.check_device(self.trainer.strategy.root_device)
+        self._share_batches(batch_ranks(self.trainer))
+        if stage == "fit":
+            self._threads_before = threads.use_threads(self.trainer, self.products_a_step())
+
+    def teardown(self, stage: str) -> None:
+        """Work alone again, with the threads of before."""
+        self._share_batches(ALONE)
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
+
+    def _share_batches(self, ranks: Ranks) -> None:
+        """Tell every SAE, also those within others, over which ranks its batches are split."""
+        for part in self.modules():
+            if isinstance(part, TrainingShell):
+                part.ranks = ranks
+
+    def products_a_step(self) -> int:
+        """Products of a step, ``batch_size · d_in · d_sae`` summed over SAEs; 0 where the data's batch size is unknown."""
+        rows = int(getattr(getattr(self.trainer, "datamodule", None), "batch_size", 0))
+        return sum(rows * trainee.sae.d_in * trainee.sae.d_sae for trainee in self.trainees)
+
+    def steps_a_batch(self, most: int) -> int:
+        """How many steps the data may send at once."""
+        return steps.steps_a_batch(self.trainer, most, self.products_a_step())
+
+    def configure_optimizers(self) -> Any:
+        """Each SAE's optimiser and schedule; those of several step as one."""
+        made = {trainee.name: self._optimizer(trainee.sae) for trainee in self.trainees}
+        if set(made) != {""}:
+            schedules = {name: schedule for name, (_, schedule) in made.items() if schedule is not None}
+            return MemberOptimizers({name: optimizer for name, (optimizer, _) in made.items()}, schedules)
+        optimizer, schedule = made[""]
+        if schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _optimizer(self, sae: Any) -> tuple[Any, Any]:
+        trainer = self._trainer
+        scaled = trainer is not None and getattr(trainer.precision_plugin, "scaler", None) is not None
+        # A fused optimiser unscales gradients itself, after they have been clipped.
+        optimizer = make_optimizer(sae.optimizer, sae.trainable(), fused=not scaled)
+        if is_split(sae.W_dec):
+            exchange_full_states(optimizer)
+        if sae.lr_scheduler is None:
+            return optimizer, None
+        return optimizer, make_schedule(sae.lr_scheduler, optimizer, -1 if trainer is None else trainer.max_steps)
+
+    def configure_model(self) -> None:
+        """Under the sharded strategy, leave each process its part of every SAE's latents."""
+        if self.device_mesh is not None and not any(is_split(parameter) for parameter in self.parameters()):
+            self._split_latents(self.device_mesh["tensor_parallel"])
+
+    def _split_latents(self, mesh: DeviceMesh) -> None:
+        """Keep this process's part of the latents, and until it is clear how they start, what all were."""
+        self.trainer.precision_plugin.convert_module(self)  # before data can set anything, as elsewhere
+        before: list[tuple[Any, dict[str, Tensor]]] = []
+        for trainee in self.trainees:
+            parts = [part for part in trainee.sae.modules() if isinstance(part, TrainingShell)]
+            split = [(part, split_latents(part, mesh)) for part in parts]
+            before += [] if trainee.sae.initialized else split
+        self._before_split = before if self.trainer.state.fn == "fit" else []
+
+    def on_fit_start(self) -> None:
+        """Initialise SAEs from data at the first step of a run; a resumed run has its weights already."""
+        if self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
+            self.initialize_from(self._data())
+        self._before_split = []
+        self._followed = any(steps.watches_steps(callback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        flags.check_monitors(self.trainer, self)
+
+    def initialize_from(self, data: Any) -> None:
+        """Initialise each SAE from the first training batch, unless that was done or it was loaded.
+
+        Raises:
+            UserError: There is no hedgelab DataModule.
+        """
+        if data is None:
+            raise UserError("data: fit needs a hedgelab DataModule")
+        fresh = [trainee.sae for trainee in self.trainees if not trainee.sae.initialized]
+        with as_before_split(self._before_split):  # where latents are split over processes, they start on the CPU
+            for sae in fresh:
+                sae.initialize(data.batch("train", 0).to(sae.W_dec.device), data.feature_directions)
+        for sae in fresh:
+            sae.initialized = True
+
+    def _data(self) -> Any:
+        return getattr(self._trainer, "datamodule", None)
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """Take one optimiser step of every SAE, or as many as there are batches in a list; the last loss is returned."""
+        step, total = self.trainer.global_step, None
+        for one in steps.batches_of(batch):
+            total = self._take_step(one, step)
+            step += 1
+        for trainee in self.trainees:
+            trainee.sae.set_steps_done(step)
+        if isinstance(batch, list):  # Lightning counts batches where it logs, and steps are meant
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped += len(batch) - 1
+        if self._is_logged(step):
+            self.check_window(step)
+            skips = self.on_nonfinite == "skip"
+            self.report({trainee.name: trainee.training_means(skips) for trainee in self.trainees}, step)
+        elif self._followed:
+            latest = {t.prefix + name: term for t in self.trainees for name, term in t.latest_terms().items()}
+            self.log_dict(latest, logger=False, batch_size=1)
+        return None if total is None else {"loss": total.detach()}
+
+    def _take_step(self, batch: Any, step: int) -> Tensor | None:
+        """One optimiser step; the sum of the losses, None where all were passed over."""
+        self.zero_grad()  # first: the last step's gradients and this one's pre-activations are never held at once
+        results: dict[str, Any] = {}
+        for trainee in self.trainees:
+            trainee.sae.set_steps_done(step)
+            result = trainee.sae.loss(batch.of(trainee.name) if isinstance(batch, steps.StepBatches) else batch)
+            if self.on_nonfinite == "stop" or guard.is_finite(result.total, trainee.sae.ranks):
+                results[trainee.name] = result
+        # One backward pass of the sum: SAEs share no parameters, so each gets exactly its own gradients, and DDP sees every
+        # parameter used.
+        totals = [result.total for result in results.values()]
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum() if totals else None
+        if total is not None:
+            self._backpropagate(total)
+        self._good = results.keys()
+        self.optimizers().step()  # type: ignore[union-attr]  # without gradients it only counts
+        if (schedule := self.lr_schedulers()) is not None:
+            schedule.step()  # type: ignore[union-attr]
+        for trainee in self.trainees:
+            if trainee.name in results:
+                trainee.finish_step(results[trainee.name])
+            else:
+                trainee.skip_step(step)
+        return total
+
+    def _backpropagate(self, loss: Tensor) -> None:
+        """By way of the strategy, or directly where nobody listens: the detour costs a tiny toy a tenth of its step."""
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if self._followed or scaled or not isinstance(self.trainer.strategy, SingleDeviceStrategy):
+            self.manual_backward(loss)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip and adjust gradients, which a gradient scaler has unscaled by now."""
+        for trainee in self.trainees:
+            if trainee.name in self._good:
+                trainee.prepare_gradients()
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether training reports at this step: at every logging interval and at the end."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return step == self.trainer.max_steps or bool(every and step % every == 0)
+
+    def on_train_epoch_end(self) -> None:
+        """End a limited run with its epoch, since a stream has one, unless ``max_epochs`` says how many there are."""
+        limited = isinstance(self.trainer.limit_train_batches, int) and not self.trainer.overfit_batches
+        if limited and self.trainer.max_epochs == -1:
+            self.trainer.should_stop = True
+
+    def check_window(self, step: int) -> None:
+        """See that no loss term since the last report is NaN or infinite.
+
+        Raises:
+            UserError: One is; says step, term, batch and member.
+        """
+        for trainee in self.trainees:
+            trainee.check_window(step, self._data())
+
+    def check_finite(self, step: int) -> None:
+        """See that everything a checkpoint would hold is finite.
+
+        Raises:
+            UserError: It is not.
+        """
+        self.check_window(step)
+        for trainee in self.trainees:
+            guard.check_parameters(trainee.sae, step, trainee.name)
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what has not been reported yet, and what the SAEs are."""
+        states = {trainee.name: trainee.window_state() for trainee in self.trainees}
+        checkpoint[UNREPORTED] = states.get("", states)
+        checkpoint[ARCHITECTURES] = {trainee.name: trainee.sae.config() for trainee in self.trainees}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what had not been reported yet, if it is a checkpoint of such SAEs.
+
+        Raises:
+            UserError: It is of another.
+        """
+        guard.check_fits(self, checkpoint["state_dict"])
+        steps.count_batches_as_steps(checkpoint)
+        states = checkpoint.get(UNREPORTED, {})
+        states = {"": states} if "length" in states else states
+        for trainee in self.trainees:
+            trainee.sae.initialized = True
+            if trainee.name in states:
+                trainee.load_window_state(states[trainee.name])
+
+    # -- measuring ---------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Start from empty metrics; in a fit, see first that there is something to measure."""
+        for trainee in self.trainees:
+            if self.trainer.state.fn == "fit":
+                guard.check_parameters(trainee.sae, self.trainer.global_step, trainee.name)
+            trainee.start_measuring(getattr(self._data(), "feature_directions", None), self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        """Keep averaged weights, which a callback has put in place by now and takes out again before the metrics are ready."""
+        if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            for trainee in self.trainees:
+                trainee.keep_measured_weights()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure every SAE on a batch."""
+        if self.measured_finite is None or self.measured_finite.is_good(batch):
+            for trainee in self.trainees:
+                trainee.measure(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Report the metrics of the pass."""
+        self._report_measurements("val")
+
+    def on_test_start(self) -> None:
+        """As in validation."""
+        self.on_validation_start()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self._report_measurements("test")
+
+    def _report_measurements(self, stage: str) -> None:
+        if self.measured_finite is not None:
+            self.measured_finite.check(stage, self.on_nonfinite, self.trainees[0].sae.ranks, self.device)
+        values = {trainee.name: trainee.measurements(stage) for trainee in self.trainees}
+        self.report(values, self.trainer.global_step)
+
+    # -- reporting ---------------------------------------------------------------------------------
+
+    def report(self, values: Mapping[str, dict[str, float]], step: int) -> None:
+        """Send each SAE's numbers to its logger; callbacks, the progress bar and ``trainer.validate``'s result get all.
+
+        Args:
+            values: Numbers by name, of each SAE.
+            step: Optimiser step that they belong to.
+        """
+        named = {f"{sae}/{key}" if sae else key: value for sae, own in values.items() for key, value in own.items()}
+        in_fit = self.trainer.state.fn == "fit"
+        if not self.trainer.sanity_checking:
+            for name, logger in self.member_loggers.items():
+                logger.log_metrics(values[name], step=step)
+            for shared in self.loggers if in_fit and not self.member_loggers else []:
+                shared.log_metrics(named, step=step)
+        losses = [own["train/loss"] for own in values.values() if "train/loss" in own]
+        if losses:
+            named["train/loss"] = sum(losses) / len(losses)
+        # Lightning logs at its own count of batches, so in a fit it is not asked to.
+        self.log_dict(named, logger=not in_fit and not self.member_loggers, batch_size=1)

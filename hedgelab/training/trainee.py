@@ -1,0 +1,163 @@
+"""One SAE in training: its loss terms since the last report, and the metrics of the validation pass under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from hedgelab.batch import Batch
+from hedgelab.training import guard
+from hedgelab.training.sharding import average_gradients
+
+if TYPE_CHECKING:
+    from hedgelab.metrics.evaluation import SAEMetrics
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class Trainee:
+    """An SAE in training, alone or as a member of a group.
+
+    Args:
+        sae: The SAE. The shell asks of it ``loss``, ``initialize``, ``before_optimizer_step``, ``after_step``,
+            ``set_steps_done`` and ``training_numbers`` to train, ``encode``, ``decode`` and ``folded`` to measure.
+        name: Its name in the group; empty for one that trains alone.
+
+    Attributes:
+        skipped: Batches that were passed over so far because their loss was not finite.
+    """
+
+    def __init__(self, sae: Any, name: str = "") -> None:
+        self.sae = sae
+        self.name = name
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._window: list[dict[str, Tensor]] = []
+        self._metrics: SAEMetrics | None = None
+        self._measured_weights: Any = None
+
+    @property
+    def prefix(self) -> str:
+        """What stands in front of the names of its numbers."""
+        return f"{self.name}/" if self.name else ""
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def prepare_gradients(self) -> None:
+        """Average gradients of split latents, clip, and let the SAE adjust them, before the optimiser uses them."""
+        average_gradients(self.sae.parameters(), self.sae.ranks)
+        if self.sae.gradient_clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.sae.gradient_clip_norm)
+        self.sae.before_optimizer_step()
+        self.sae.hand_over_gradients()
+
+    def finish_step(self, result: Any) -> None:
+        """Advance what counts steps, and keep the loss terms until they are reported."""
+        self._skipped_in_a_row = 0
+        self.sae.after_step(result)
+        self._window.append({name: term.detach() for name, term in result.terms.items()})
+
+    def skip_step(self, step: int) -> None:
+        """Count a batch that was passed over.
+
+        Raises:
+            UserError: The weights are NaN or infinite, or no batch has been good for long.
+        """
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        guard.check_parameters(self.sae, step, self.name)
+        guard.check_skips(self._skipped_in_a_row, step)
+        self._window.append({})
+
+    def check_window(self, step: int, data: Any) -> None:
+        """See that no loss term since the last report is NaN or infinite.
+
+        Raises:
+            UserError: One is; says step, term and batch.
+        """
+        guard.check_window(self._window, step, self.sae.ranks, data, self.name)
+
+    def training_means(self, with_skipped: bool) -> dict[str, float]:
+        """Each loss term's mean over the steps since the last call and over the ranks, and their sum, named ``train/...``.
+
+        Batches that were passed over count in no mean.
+
+        Args:
+            with_skipped: Also say, as ``train/skipped_batches``, how many were passed over so far.
+        """
+        skipped = {"train/skipped_batches": float(self.skipped)} if with_skipped else {}
+        steps_taken = sum(1 for terms in self._window if terms)
+        if not steps_taken:
+            self._window.clear()
+            return skipped
+        names = list(dict.fromkeys(name for terms in self._window for name in terms))
+        sums = [torch.stack([terms[name].float() for terms in self._window if name in terms]).sum() for name in names]
+        means = (self.sae.ranks.mean(torch.stack(sums)) / steps_taken).tolist()
+        self._window.clear()
+        values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
+        values["train/loss"] = sum(values.values())
+        return values | self.sae.training_numbers() | skipped
+
+    def latest_terms(self) -> dict[str, Tensor]:
+        """The last step's loss terms and their sum, named ``train/...``; mean over the ranks. Empty after a skipped batch."""
+        terms = self._window[-1] if self._window else {}
+        values = {f"train/{name}": self.sae.ranks.mean(term.float()) for name, term in terms.items()}
+        return values | {"train/loss": torch.stack(list(values.values())).sum()} if values else {}
+
+    def window_state(self) -> dict[str, Any]:
+        """The loss terms of the steps since the last report, for a checkpoint: means over the ranks."""
+        names = dict.fromkeys(name for terms in self._window for name in terms)
+        steps = {name: [i for i, terms in enumerate(self._window) if name in terms] for name in names}
+        values = {name: torch.stack([self._window[i][name] for i in at]) for name, at in steps.items()}
+        means = {name: self.sae.ranks.mean(value) for name, value in values.items()}
+        return {"length": len(self._window), "steps": steps, "values": means, "skipped": self.skipped}
+
+    def load_window_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, so that the next report is the mean over its whole interval."""
+        self.skipped = state["skipped"]
+        self._window = [{} for _ in range(state["length"])]
+        for name, at in state["steps"].items():
+            for i, value in zip(at, state["values"][name].to(self.sae.W_dec.device), strict=True):
+                self._window[i][name] = value
+
+    # -- measuring ---------------------------------------------------------------------------------
+
+    def start_measuring(self, feature_directions: Tensor | None, device: torch.device) -> None:
+        """Start from empty metrics."""
+        from hedgelab.metrics.evaluation import SAEMetrics  # late: torchmetrics is slow to import
+
+        sae = self.sae
+        self._metrics = SAEMetrics(sae.d_in, sae.d_sae, feature_directions, ranks=sae.ranks).to(device)
+        self._measured_weights = None
+
+    def keep_measured_weights(self) -> None:
+        """Measure the weights as they are now, though others stand in the SAE when the pass ends (weight averaging)."""
+        self._measured_weights = self.sae.folded()
+
+    @property
+    def firing_rates(self) -> Tensor | None:
+        """How often each latent fired on the examples measured so far, ``[d_sae]``; None where nothing is being measured.
+
+        Summed over the ranks, so ask on every rank.
+        """
+        return None if self._metrics is None else self._metrics.firing.compute().rates.reshape(-1)
+
+    def measure(self, batch: Batch) -> None:
+        """Add a batch to the metrics."""
+        assert self._metrics is not None
+        codes = self.sae.encode(batch.x)
+        self._metrics.update(batch, self.sae.decode(codes), codes.gathered())
+
+    def measurements(self, stage: str) -> dict[str, float]:
+        """The metrics of everything measured, named ``<stage>/...``; they start again from nothing."""
+        assert self._metrics is not None
+        folded = self._measured_weights or self.sae.folded()
+        values = self._metrics.compute(folded.W_enc, folded.W_dec)
+        self._metrics.reset()
+        return {f"{stage}/{name}": float(value) for name, value in values.items()}
