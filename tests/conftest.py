@@ -1,0 +1,39 @@
+"""What holds for every test: the same hypothesis examples on every run, and shares of the slow tests for CI.
+
+``HYPOTHESIS_PROFILE=long`` searches at random, for long; without it the examples are the same wherever and whenever the tests
+run. ``--slow-share 3/12`` runs, beside the fast tests, the third of twelve shares of the slow ones; CI goes through the shares in
+turn, so that a dozen runs in a row run all of them.
+"""
+
+import os
+import zlib
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("same", derandomize=True, deadline=None, database=None, suppress_health_check=SUPPRESSED)
+settings.register_profile("long", max_examples=2000, deadline=None, suppress_health_check=SUPPRESSED)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow-share", metavar="I/N", help="run share I of N of the slow tests instead of the fast ones")
+
+
+def pytest_configure(config):
+    if share := config.getoption("--slow-share"):
+        number, count = (int(part) for part in share.split("/"))
+        if not 1 <= number <= count:
+            raise pytest.UsageError(f"--slow-share: expected I/N with 1 <= I <= N, got {share}")
+        config.option.markexpr = "slow and not gpu"
+
+
+def pytest_collection_modifyitems(config, items):
+    if not (share := config.getoption("--slow-share")):
+        return
+    number, count = (int(part) for part in share.split("/"))
+    # By the name of the test: a new test changes no other's share.
+    kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == number - 1]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
