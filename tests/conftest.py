@@ -1,8 +1,8 @@
 """What holds for every test: the same hypothesis examples on every run, and shares of the slow tests for CI.
 
-``HYPOTHESIS_PROFILE=long`` searches at random, for long; without it the examples are the same wherever and whenever the tests
-run. ``--slow-share 3/12`` runs, beside the fast tests, the third of twelve shares of the slow ones; CI goes through the shares in
-turn, so that a dozen runs in a row run all of them.
+``HYPOTHESIS_PROFILE=long`` searches at random, for long; without it the examples are the same wherever and whenever the
+tests run. ``--slow-share 3/12`` runs the third of twelve shares of the slow tests instead of the fast ones; CI goes through
+the shares in turn, so that a dozen runs in a row run all of them.
 """
 
 import os

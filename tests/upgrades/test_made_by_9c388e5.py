@@ -1,7 +1,8 @@
 """What release 0.1.0 as of commit 9c388e5 wrote is still read: saved SAEs, checkpoints, a store with fits, a hedge and a sweep.
 
-``made_by_9c388e5.tar.xz`` holds it: an SAE folder of every kind with the codes that it gave, a finished fit, one stopped by
-SIGTERM after step 2 200 of 20 000, the weights that it ends with undisturbed, a finished hedge and a finished sweep, with configs.
+``made_by_9c388e5.tar.xz`` holds it: an SAE folder of every kind with the codes that it gave, a finished fit, one stopped
+by SIGTERM after step 2 200 of 20 000, the weights that it ends with undisturbed, a finished hedge, a finished sweep, and the
+configs of all.
 """
 
 import io
