@@ -65,7 +65,7 @@ class ActivationSource:
     def save(self, folder: str | Path) -> None:
         """Write ``activations.json`` into a folder."""
         document = {key: list(value) if key == "mean" and value else value for key, value in asdict(self).items()}
-        (Path(folder) / FILE).write_text(json.dumps(document, indent=2) + "\n")
+        (Path(folder) / FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> ActivationSource | None:
@@ -78,7 +78,7 @@ class ActivationSource:
         if not path.is_file():
             return None
         try:
-            document: dict[str, Any] = json.loads(path.read_text())
+            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
             known = {key: value for key, value in document.items() if key in {one.name for one in fields(cls)}}
             known["scale"] = float(known.get("scale", 1.0))
             if known.get("mean") is not None:

@@ -7,13 +7,16 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hedgelab.data.llm.labelled import TEST_EVERY, json_lines, spread
-from hedgelab.errors import UserError
+from hedgelab.data.llm.labelled import TEST_EVERY, spread
+from hedgelab.data.llm.text import as_text, json_lines
+from hedgelab.data.llm.tokens import opening_tokens
+from hedgelab.errors import UserError, whole_number
 
 
 class LabelledTexts(NamedTuple):
@@ -52,7 +55,12 @@ class Property:
     def of(self, line: dict[str, Any], piece: str) -> int | None:
         """Number of the class of a piece of a line's text; None for none, or several."""
         if self.column is not None:
-            value = str(line.get(self.column))
+            value = line.get(self.column)
+            if isinstance(value, list | dict):
+                raise UserError(
+                    f"texts: column {self.column!r} says a class by {type(value).__name__}, not by one value"
+                )
+            value = str(value)
             found = [i for i, values in enumerate(self.classes.values()) if value in values]
         else:
             words = set(re.findall(r"\w+", piece.lower()))
@@ -81,14 +89,17 @@ class ClassifiedTexts:
     length: int = 64
 
     def __post_init__(self) -> None:
+        whole_number("texts.per_class", self.per_class)
+        whole_number("texts.length", self.length, 2)
         if self.spurious is not None and (len(self.label.classes) != 2 or len(self.spurious.classes) != 2):
             raise UserError("texts.spurious: spurious correlation removal needs two classes of label and of spurious")
 
     def load(self, tokenizer: Any) -> LabelledTexts:
         """Cut the documents into pieces and take equally many of each kind, spread over the documents."""
         kinds: dict[tuple[bool, tuple[int, ...]], list[tuple[list[int], int]]] = {}
-        for number, line in enumerate(json_lines(self.text, "texts.text", (self.field,))):
-            for piece, ids in _pieces(tokenizer, str(line[self.field]), self.length):
+        for number, line in enumerate(json_lines(Path(self.text), "texts.text", (self.field,))):
+            text = as_text(line[self.field], "texts.field", f"key {self.field!r} of {self.text}, line {number + 1},")
+            for piece, ids in _pieces(tokenizer, text or "", self.length):
                 kind = [self.label.of(line, piece)]
                 if self.spurious is not None:
                     kind.append(self.spurious.of(line, piece))
@@ -128,7 +139,7 @@ def _pieces(tokenizer: Any, text: str, length: int) -> Iterator[tuple[str, list[
     """Consecutive pieces of ``length`` tokens with their text; where models expect a BOS token each starts with it."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    opening = tokenizer("")["input_ids"][:1]
+    opening = opening_tokens(tokenizer)
     body = length - len(opening)
     for start in range(0, len(ids) - body + 1, body):
         stop = start + body

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hedgelab.data.llm.hub import hub_problem
-from hedgelab.data.llm.text import TextSource
-from hedgelab.errors import UserError
+from hedgelab.data.llm.text import TextSource, as_text
+from hedgelab.errors import UserError, whole_number
 
 _ALTERNATIVES = (
     "offline alternatives: StandardLibraryText, TextFiles (local .txt, .jsonl or .parquet), or a local folder"
@@ -46,8 +46,8 @@ class HubText(TextSource):
     ) -> None:
         if not dataset:
             raise UserError("data.text.dataset: names no data set; give a hub id or a local folder")
-        if max_documents is not None and max_documents < 1:
-            raise UserError(f"data.text.max_documents: must be at least 1, got {max_documents}")
+        if max_documents is not None:
+            whole_number("data.text.max_documents", max_documents)
         self.dataset, self.field, self.split, self.name = dataset, field, split, name
         self.revision, self.streaming, self.max_documents = revision, streaming, max_documents
 
@@ -58,8 +58,9 @@ class HubText(TextSource):
                 raise UserError(
                     f"data.text.field: data set {self.dataset!r} has no column {self.field!r}; it has {', '.join(row)}"
                 )
-            if row[self.field] is not None:
-                yield str(row[self.field])
+            text = as_text(row[self.field], "data.text.field", f"column {self.field!r} of data set {self.dataset!r}")
+            if text is not None:
+                yield text
 
     def fingerprint(self) -> str:
         """Name, split and revision; of a local folder a digest of its files."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.errors import UserError
+from hedgelab.data.llm.text import as_text, json_lines
+from hedgelab.data.llm.tokens import opening_tokens
+from hedgelab.errors import UserError, whole_number
 
 _MOST_TWICE = 0.02
 """Share of words that may be tagged twice (the first tag counts): corpora have slips."""
@@ -61,6 +61,8 @@ class TaggedWords:
     def __post_init__(self) -> None:
         if not self.classes:
             raise UserError("words.classes: names no class")
+        whole_number("words.contexts", self.contexts)
+        whole_number("words.context_length", self.context_length)
         for name, patterns in self.classes.items():
             for pattern in patterns:
                 _compiled(pattern, f"words.classes.{name}")
@@ -68,7 +70,8 @@ class TaggedWords:
     def load(self, tokenizer: Any) -> LabelledRows:
         """Tokenise the documents and find the last token of every tagged word; needs a fast tokenizer."""
         documents = {
-            str(line["doc"]): str(line["text"]) for line in json_lines(self.text, "words.text", ("doc", "text"))
+            str(line["doc"]): as_text(line["text"], "words.text", f"key 'text' of {self.text}, line {number},") or ""
+            for number, line in enumerate(json_lines(Path(self.text), "words.text", ("doc", "text")), start=1)
         }
         tags = self._tagged(set(documents))
         patterns = [re.compile("|".join(f"(?:{p})" for p in ps)) for ps in self.classes.values()]
@@ -110,10 +113,17 @@ class TaggedWords:
 
     def _tagged(self, names: set[str]) -> dict[str, list[tuple[int, str]]]:
         tagged: dict[str, list[tuple[int, str]]] = {}
-        for line in json_lines(self.tags, "words.tags", ("doc", "tags", "offsets")):
-            if str(line["doc"]) in names:
-                ends = (int(line.get("start", 0)) + int(end) for _, end in line["offsets"])
-                tagged.setdefault(str(line["doc"]), []).extend(zip(ends, line["tags"], strict=True))
+        for number, line in enumerate(json_lines(Path(self.tags), "words.tags", ("doc", "tags", "offsets")), start=1):
+            if str(line["doc"]) not in names:
+                continue
+            try:
+                ends = [int(line.get("start", 0)) + int(end) for _, end in line["offsets"]]
+                words = list(zip(ends, map(str, line["tags"]), strict=True))
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"words.tags: line {number} of {self.tags} must have as many `tags` as `offsets` [begin, end]"
+                ) from None
+            tagged.setdefault(str(line["doc"]), []).extend(words)
         if not tagged:
             raise UserError(f"words.tags: {self.tags} tags no document of {self.text}; both need the same keys `doc`")
         return tagged
@@ -126,29 +136,6 @@ def _compiled(pattern: str, key: str) -> re.Pattern[str]:
         raise UserError(f"{key}: {pattern!r} is no regular expression ({error})") from error
 
 
-def json_lines(name: str, key: str, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file.
-
-    Raises:
-        UserError: The file is missing, or a line is no object with the needed keys.
-    """
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"{key}: there is no file {name!r}")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-                missing = [part for part in needed if part not in line]
-            except (json.JSONDecodeError, TypeError):
-                line, missing = None, list(needed)
-            if missing or not isinstance(line, dict):
-                raise UserError(f"{key}: line {number} of {name} is no JSON object with the keys {', '.join(needed)}")
-            yield line
-
-
 def spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most ``count`` items, evenly spaced."""
     if len(items) <= count:
@@ -157,15 +144,14 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def _tokenised(tokenizer: Any, text: str, length: int) -> tuple[list[int], dict[int, int]]:
-    """The first ``length`` tokens of a text, a BOS token among them where one is put in front, and which ends where."""
+    """The first ``length`` tokens of a text, a BOS token among them where models expect one, and which ends where."""
+    opening = opening_tokens(tokenizer)
     encoded = tokenizer(
-        text[: 12 * length],
-        return_offsets_mapping=True,
-        truncation=True,
-        max_length=length,
-        return_attention_mask=False,
-    )
-    return encoded["input_ids"], {end: i for i, (start, end) in enumerate(encoded["offset_mapping"]) if end > start}
+        text[: 12 * length], add_special_tokens=False, return_offsets_mapping=True, truncation=True,
+        max_length=length - len(opening), return_attention_mask=False,
+    )  # fmt: skip
+    ends = {end: i for i, (start, end) in enumerate(encoded["offset_mapping"], start=len(opening)) if end > start}
+    return [*opening, *encoded["input_ids"]], ends
 
 
 def _check_classes(labels: Tensor, test: Tensor, classes: list[str], key: str) -> None:

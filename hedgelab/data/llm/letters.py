@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hedgelab.data.llm.labelled import TEST_EVERY
-from hedgelab.errors import UserError
+from hedgelab.data.llm.tokens import opening_tokens
+from hedgelab.errors import UserError, whole_number
 from hedgelab.seeding import generator
 
 _WORD = "[Ġ▁][A-Za-z]{2,}"  # the marks by which tokenizers say: a space in front
@@ -49,6 +50,9 @@ class FirstLetters:
     template: str = "{word} has the first letter:"
 
     def __post_init__(self) -> None:
+        if self.words is not None:
+            whole_number("letters.words", self.words)
+        whole_number("letters.examples", self.examples, 0)
         if "{word}" not in self.template:
             raise UserError(f"letters.template: must contain {{word}}, got {self.template!r}")
 
@@ -63,7 +67,8 @@ class FirstLetters:
         shown, words = words[: self.examples], words[self.examples :][: self.words]
         examples = "".join(f"\n{self.template.format(word=' ' + w)} {w[0].upper()}" for _, w in shown)
         before = self.template.split("{word}")[0]
-        prefix = tokenizer(f"{examples}\n{before}".rstrip(" "), add_special_tokens=True)["input_ids"]
+        prompt = tokenizer(f"{examples}\n{before}".rstrip(" "), add_special_tokens=False)["input_ids"]
+        prefix = opening_tokens(tokenizer) + prompt
         letters = sorted({word[0] for _, word in words})
         labels = torch.tensor([[word[0] == letter for letter in letters] for _, word in words])
         test = torch.arange(len(words)) % TEST_EVERY == 0

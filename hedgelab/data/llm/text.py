@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import gzip
 import hashlib
 import io
@@ -11,8 +12,10 @@ import platform
 import sysconfig
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from hedgelab.errors import UserError
 
@@ -20,6 +23,7 @@ from hedgelab.errors import UserError
 # between installations of the same Python.
 _EXCLUDED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
 _TEXT_KINDS = (".txt", ".jsonl", ".parquet")
+_FIELD_HINT = "; set data.text.field to the key that holds the text"
 _EXPECTED = "a .txt, .jsonl or .parquet file (or .gz of them)"
 
 
@@ -91,53 +95,37 @@ class TextFiles(TextSource):
         self.field = field
 
     def documents(self) -> Iterator[str]:
-        """Files in the given order, lines or rows in the file's."""
+        """The files' documents, in order; rows without text are left out."""
         for path in self.paths:
-            try:
-                yield from self._documents_of(path)
-            except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-                raise UserError(f"data.text.paths: cannot read {path}: {error}") from error
+            yield from self._documents_of(path)
 
     def _documents_of(self, path: Path) -> Iterator[str]:
-        if _kind(path) == ".parquet":
-            yield from self._parquet_rows(path)
+        key = "data.text.paths"
+        if _kind(path) == ".txt":
+            with readable(path, key), _open_text(path) as file:
+                yield as_text(file.read(), key, str(path)) or ""
             return
-        with _open_text(path) as file:
-            if _kind(path) == ".txt":
-                yield file.read()
-            else:
-                yield from self._json_lines(path, file)
+        rows = (
+            self._parquet_rows(path) if _kind(path) == ".parquet" else json_lines(path, key, (self.field,), _FIELD_HINT)
+        )
+        for number, row in enumerate(rows, start=1):
+            text = as_text(row[self.field], "data.text.field", f"column {self.field!r} of {path}, row {number},")
+            if text is not None:
+                yield text
 
-    def _parquet_rows(self, path: Path) -> Iterator[str]:
+    def _parquet_rows(self, path: Path) -> Iterator[dict[str, Any]]:
         import pyarrow
         from pyarrow.parquet import ParquetFile
 
-        try:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as raw:
-                file = ParquetFile(io.BytesIO(raw.read()) if path.suffix == ".gz" else raw)
-                if self.field not in file.schema_arrow.names:
-                    raise UserError(
-                        f"data.text.paths: {path} has no column {self.field!r}; set data.text.field to one of "
-                        f"{', '.join(file.schema_arrow.names)}"
-                    )
-                for batch in file.iter_batches(columns=[self.field]):
-                    yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"data.text.paths: cannot read {path}: {str(error).splitlines()[0]}") from error
-
-    def _json_lines(self, path: Path, file: io.TextIOBase) -> Iterator[str]:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[self.field]
-            except (json.JSONDecodeError, KeyError, TypeError):
+        with readable(path, "data.text.paths", pyarrow.ArrowException), _open_bytes(path) as raw:
+            file = ParquetFile(io.BytesIO(raw.read()) if path.suffix == ".gz" else raw)
+            if self.field not in file.schema_arrow.names:
                 raise UserError(
-                    f"data.text.paths: line {number} of {path} is no JSON object with the key {self.field!r}; "
-                    "set data.text.field to the key that holds the text"
-                ) from None
-            if text is not None:
-                yield str(text)
+                    f"data.text.paths: {path} has no column {self.field!r}; set data.text.field to one of "
+                    f"{', '.join(file.schema_arrow.names)}"
+                )
+            for batch in file.iter_batches(columns=[self.field]):
+                yield from batch.to_pylist()
 
     def fingerprint(self) -> str:
         """The field and a digest of every file's contents."""
@@ -145,7 +133,90 @@ class TextFiles(TextSource):
         for path in self.paths:
             with path.open("rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+            if _kind(path) == ".txt" and _has_byte_order_mark(path):
+                digests.append("without its byte order mark")  # earlier releases tokenised the mark
         return f"files, field {self.field!r}: {' '.join(digests)}"
+
+
+def as_text(value: Any, key: str, place: str) -> str | None:
+    r"""A value that should be text: a string, or bytes in UTF-8; None stays None.
+
+    Args:
+        value: What a column or key holds.
+        key: Config key that chose it, for the error line.
+        place: Where it stands, for the error line.
+
+    Raises:
+        UserError: It is something else (a number, token ids, a chat's messages), bytes in another encoding, or holds half of a
+            surrogate pair, which is no character.
+
+    >>> as_text(b"caf\xc3\xa9", "data.text.field", "column 'text'")
+    'café'
+    """
+    try:
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value).decode("utf-8-sig")
+        if isinstance(value, str):
+            value.encode()
+            return value
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: {place} holds bytes that are not UTF-8 ({error.reason} at {error.start})") from None
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("unicode_escape").decode()
+        raise UserError(f"{key}: {place} holds {half}, half of a surrogate pair and no character; repair it") from None
+    if value is None:
+        return None
+    raise UserError(f"{key}: {place} holds {_type_name(value)}, not text; name what holds the text")
+
+
+def _type_name(value: Any) -> str:
+    """The type, of a list that of its first item too: ``list of int``."""
+    inner = f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
+    return type(value).__name__ + inner
+
+
+def json_lines(path: Path, key: str, needed: Sequence[str], hint: str = "") -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file (or .gz); empty lines are left out.
+
+    Args:
+        path: The file.
+        key: Config key that names it, for error lines.
+        needed: Keys that every line must have.
+        hint: What to do where a line lacks them.
+
+    Raises:
+        UserError: The file is missing, damaged or not UTF-8, or a line is no object with the needed keys.
+    """
+    if not path.is_file():
+        raise UserError(f"{key}: there is no file '{path}'")
+    with readable(path, key), _open_text(path) as file:
+        for number, text in enumerate(file, start=1):
+            if not (text := text.strip("\ufeff \t\r\n")):  # files put together have byte order marks between
+                continue
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                line = None
+            if not isinstance(line, dict) or any(name not in line for name in needed):
+                names = f"the key{'s' * (len(needed) > 1)} {', '.join(map(repr, needed))}"
+                raise UserError(f"{key}: line {number} of {path} is no JSON object with {names}{hint}")
+            yield line
+
+
+@contextmanager
+def readable(path: Path, key: str, *errors: type[Exception]) -> Iterator[None]:
+    """Say in one line why a file cannot be read: damaged, cut off, not UTF-8, or one of ``errors``."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{key}: cannot read {path}: it is not UTF-8 ({error.reason} at byte {error.start} of a part); convert it, for "
+            "example with iconv"
+        ) from error
+    except (OSError, EOFError, zlib.error, *errors) as error:
+        raise UserError(
+            f"{key}: cannot read {path}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
 
 
 def _kind(path: Path) -> str:
@@ -153,8 +224,16 @@ def _kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
+def _has_byte_order_mark(path: Path) -> bool:
+    with readable(path, "data.text.paths"), _open_bytes(path) as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+
+def _open_bytes(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked where it is compressed."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
 def _open_text(path: Path) -> io.TextIOWrapper:
-    """The file as text, unpacked where it is compressed."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+    """The file as text without its byte order mark."""
+    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig")

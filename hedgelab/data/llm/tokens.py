@@ -19,7 +19,7 @@ from hedgelab.data.llm.model import ModelFiles
 from hedgelab.data.llm.text import TextSource
 from hedgelab.errors import UserError
 
-_FORMAT = 1  # of cached contexts; a new number leaves older ones aside
+_FORMAT = 2  # of cached contexts; a new number leaves older ones aside
 _DOCUMENTS_AT_ONCE = 64
 
 
@@ -114,12 +114,23 @@ def _tokenise(documents: Iterator[str], tokenizer: Any, separator: list[int], en
             yield ids
 
 
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """The BOS token, where the tokenizer puts it in front of every text, as models trained that way need; else nothing.
+
+    Every place that tokenises puts these in front itself and leaves the tokenizer's own special tokens out: some tokenizers
+    also append an EOS token, which belongs behind a document and never into the middle of a prompt.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return []
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return [bos] if full[: len(bare) + 1] == [bos, *bare] else []
+
+
 def _boundaries(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens that open each context, and those that end each document."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and tokenizer("")["input_ids"][:1] == [bos]:
-        return [bos], [bos]
-    return [], [] if eos is None else [eos]
+    opening, eos = opening_tokens(tokenizer), tokenizer.eos_token_id
+    return opening, opening or ([] if eos is None else [eos])
 
 
 def _special_ids(tokenizer: Any) -> list[int]:

@@ -15,21 +15,21 @@ WORDS = [f"w{i}" for i in range(60)]
 
 @pytest.fixture(scope="session")
 def make_tokenizer():
-    """Build a tokenizer of 60 words, with or without a BOS token before every text."""
+    """Build a tokenizer of 60 words, with or without a BOS token before every text and an EOS token behind it."""
     pytest.importorskip("transformers")
 
-    def make(with_bos: bool):
+    def make(with_bos: bool, with_eos: bool = False, eos: str = "</s>"):
         from tokenizers import Tokenizer, models, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
 
         vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", "<chat>", *WORDS])}
         backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        if with_bos:
-            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        )
+        if with_bos or with_eos:
+            single = f"{'<s> ' * with_bos}$A{f' {eos}' * with_eos}"
+            special = [("<s>", 0), ("</s>", 1)]
+            backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos, unk_token="<unk>")
         tokenizer.add_special_tokens({"additional_special_tokens": ["<chat>"]})
         return tokenizer
 

@@ -59,7 +59,10 @@ def test_the_fingerprint_changes_with_the_documents(folder):
     ("options", "message"),
     [
         ({"dataset": ""}, r"data\.text\.dataset: names no data set"),
-        ({"dataset": "a/b", "max_documents": 0}, r"data\.text\.max_documents: must be at least 1, got 0"),
+        (
+            {"dataset": "a/b", "max_documents": 0},
+            r"data\.text\.max_documents: expected a whole number of at least 1, got 0",
+        ),
     ],
 )
 def test_impossible_values(options, message):
@@ -85,3 +88,26 @@ def test_an_unreachable_hub_is_one_line(datasets, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: (_ for _ in ()).throw(OSError("no cache")))
     with pytest.raises(UserError, match=r"cannot read 'some/corpus': HF_HUB_OFFLINE is set, nor .* earlier downloads"):
         list(HubText("some/corpus", streaming=False).documents())
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1, 2], "int"),
+        ([[1, 2], [3]], "list of int"),
+        ([[{"role": "user", "content": "hi"}]], "list of dict"),
+        ([{"a": 1}], "dict"),
+    ],
+)
+def test_columns_that_are_not_text_are_refused(datasets, tmp_path, values, kind):
+    datasets.Dataset.from_dict({"text": values}).save_to_disk(tmp_path / "one")
+    with pytest.raises(UserError, match=rf"data\.text\.field: column 'text' of data set .*one' holds {kind}, not text"):
+        list(HubText(str(tmp_path / "one")).documents())
+
+
+def test_bytes_are_decoded(datasets, tmp_path):
+    datasets.Dataset.from_dict({"text": [b"tea", "caf\xe9".encode()]}).save_to_disk(tmp_path / "one")
+    assert list(HubText(str(tmp_path / "one")).documents()) == ["tea", "caf\xe9"]
+    datasets.Dataset.from_dict({"text": ["caf\xe9".encode("latin-1")]}).save_to_disk(tmp_path / "two")
+    with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
+        list(HubText(str(tmp_path / "two")).documents())

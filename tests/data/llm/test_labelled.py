@@ -8,6 +8,7 @@ import torch
 from hedgelab.data.llm.classified import ClassifiedTexts, Property
 from hedgelab.data.llm.labelled import TaggedWords
 from hedgelab.data.llm.letters import FirstLetters
+from hedgelab.data.llm.tokens import pack
 from hedgelab.errors import UserError
 
 
@@ -94,7 +95,7 @@ def test_offsets_from_the_wrong_place_are_refused(tagged, tokenizer, tmp_path):
 
 def test_lines_without_the_keys_are_named(tmp_path, tokenizer):
     (tmp_path / "text.jsonl").write_text('{"doc": 1, "text": "w1"}\nnonsense\n')
-    with pytest.raises(UserError, match=r"words\.text: line 2 of .* is no JSON object with the keys doc, text"):
+    with pytest.raises(UserError, match=r"words\.text: line 2 of .* is no JSON object with the keys 'doc', 'text'"):
         words(tmp_path).load(tokenizer)
 
 
@@ -128,7 +129,10 @@ def test_removal_needs_two_by_two_classes():
 class Vocabulary:
     """A tokenizer of words with a leading space, as byte-level tokenizers write them."""
 
+    bos_token_id = 0
+
     def __init__(self, n=400):
+        self.prompt = None
         self.tokens = ["<s>", "Ġ1st", "the", "Ġx"] + [
             f"Ġ{chr(97 + i % 4)}{chr(97 + i % 7)}{'q' * (i // 28)}" for i in range(n)
         ]
@@ -140,8 +144,8 @@ class Vocabulary:
         return [self.tokens[i] for i in ids]
 
     def __call__(self, text, add_special_tokens):
-        self.prompt = text
-        return {"input_ids": [0, 1, 2]}
+        self.prompt = self.prompt if text == "a" else text
+        return {"input_ids": [0, 7, 2] if add_special_tokens else [7]}
 
 
 def test_words_of_the_vocabulary_by_first_letter():
@@ -152,6 +156,7 @@ def test_words_of_the_vocabulary_by_first_letter():
     for word, row in zip(data.words.tolist(), data.labels.tolist(), strict=True):
         assert data.letters[row.index(True)] == vocabulary.tokens[word][1]
     assert data.test.float().mean().item() == pytest.approx(1 / 3, abs=0.01)
+    assert data.prefix.tolist() == [0, 7]  # the BOS token in front, no EOS token behind the prompt
     lines = vocabulary.prompt.strip("\n").split("\n")
     assert len(lines) == 3
     for line in lines:
@@ -167,3 +172,69 @@ def test_a_template_without_a_word_and_a_vocabulary_without_words():
         FirstLetters(template="spell it")
     with pytest.raises(UserError, match="too few single-token words"):
         FirstLetters().load(Vocabulary(10))
+
+
+@pytest.mark.parametrize("with_bos", [False, True])
+@pytest.mark.parametrize("eos", ["</s>", "<s>"], ids=["an EOS of its own", "EOS is BOS"])
+def test_an_appended_eos_token_stands_nowhere(tagged, make_tokenizer, with_bos, eos):
+    plain, appending = make_tokenizer(with_bos, eos=eos), make_tokenizer(with_bos, with_eos=True, eos=eos)
+    expected, got = (words(tagged).load(tokenizer) for tokenizer in (plain, appending))
+    assert torch.equal(got.tokens, expected.tokens)
+    assert torch.equal(got.positions, expected.positions)
+    texts = ClassifiedTexts(
+        str(tagged / "text.jsonl"), Property({"a": ["a"], "b": ["b", "c"]}, column="kind"), length=5
+    )
+    assert torch.equal(texts.load(appending).tokens, texts.load(plain).tokens)
+    documents = ["w1 w2 w3 w4 w5 w6", "w7 w8 w9 w10"]
+    assert torch.equal(pack(iter(documents), appending, 4).tokens[:, 1:], pack(iter(documents), plain, 4).tokens[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"doc": "d", "text": ["w1"]}, r"words\.text: key 'text' of .*, line 1, holds list of str, not text"),
+        ({"doc": "d", "text": "\ud800"}, r"words\.text: .* half of a surrogate pair"),
+    ],
+)
+def test_texts_that_are_no_text_are_named(tmp_path, tokenizer, line, message):
+    (tmp_path / "text.jsonl").write_text(json.dumps(line))
+    with pytest.raises(UserError, match=message):
+        words(tmp_path).load(tokenizer)
+    renamed = message.replace(r"words\.text", r"texts\.field")
+    with pytest.raises(UserError, match=renamed):
+        ClassifiedTexts(str(tmp_path / "text.jsonl"), Property({"a": ["a"], "b": ["b"]}, "kind")).load(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tags": ["nn"], "offsets": []}, {"tags": ["nn"], "offsets": [3]}, {"tags": 3, "offsets": [[0, 1]]}]
+)
+def test_tags_without_offsets_are_named(tmp_path, tokenizer, wrong):
+    (tmp_path / "text.jsonl").write_text('{"doc": 1, "text": "w1"}')
+    (tmp_path / "tags.jsonl").write_text(json.dumps({"doc": 1, **wrong}))
+    with pytest.raises(UserError, match=r"words\.tags: line 1 of .* must have as many `tags` as `offsets`"):
+        words(tmp_path).load(tokenizer)
+
+
+def test_files_with_a_byte_order_mark_and_in_other_encodings(tagged, tokenizer, tmp_path):
+    for name in ("text.jsonl", "tags.jsonl"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tagged / name).read_bytes())
+    assert torch.equal(words(tmp_path).load(tokenizer).tokens, words(tagged).load(tokenizer).tokens)
+    (tmp_path / "text.jsonl").write_bytes((tagged / "text.jsonl").read_text().encode("utf-16"))
+    with pytest.raises(UserError, match=r"words\.text: cannot read .*text\.jsonl: it is not UTF-8"):
+        words(tmp_path).load(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: FirstLetters(words=True), "letters.words"),
+        (lambda: FirstLetters(examples=1.0), "letters.examples"),
+        (lambda: ClassifiedTexts("t", Property({"a": [], "b": []}), length=True), "texts.length"),
+        (lambda: ClassifiedTexts("t", Property({"a": [], "b": []}), per_class=0), "texts.per_class"),
+        (lambda: TaggedWords("t", "u", {"a": ["b"]}, contexts=True), "words.contexts"),
+        (lambda: TaggedWords("t", "u", {"a": ["b"]}, context_length=0), "words.context_length"),
+    ],
+)
+def test_counts_are_whole_numbers(make, key):
+    with pytest.raises(UserError, match=f"{key}: expected a whole number"):
+        make()

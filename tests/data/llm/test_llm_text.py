@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -102,3 +103,75 @@ def test_damaged_files_are_named(tmp_path, name):
     (tmp_path / name).write_bytes(whole)
     with pytest.raises(UserError, match=rf"data\.text\.paths: cannot read .*{name}"):
         list(TextFiles([str(tmp_path / name)]).documents())
+
+
+def one_line(source):
+    with pytest.raises(UserError) as error:
+        list(source.documents())
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+NOT_TEXT = [
+    ([[1, 2], [3]], "list of int"),
+    ([1, 2], "int"),
+    ([0.5, 1.5], "float"),
+    ([True, False], "bool"),
+    ([[{"role": "user", "content": "hi"}], []], "list of dict"),
+    ([{"a": 1}, {"a": 2}], "dict"),
+]
+
+
+@pytest.mark.parametrize(("values", "kind"), NOT_TEXT, ids=[kind for _, kind in NOT_TEXT])
+def test_columns_that_are_not_text_are_refused(tmp_path, values, kind):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": value}) + "\n" for value in [None, *values]))
+    expected = rf"data\.text\.field: column 'body' of .*a\.jsonl, row 2, holds {kind}, not text"
+    assert re.match(expected, one_line(TextFiles([str(tmp_path / "a.jsonl")], field="body")))
+    parquet = write_parquet(tmp_path / "a.parquet", {"body": [None, *values]})
+    expected = rf"data\.text\.field: column 'body' of .*a\.parquet, row 2, holds {kind}, not text"
+    assert re.match(expected, one_line(TextFiles([parquet], field="body")))
+
+
+def test_bytes_are_decoded_and_other_encodings_refused(tmp_path):
+    good = write_parquet(tmp_path / "a.parquet", {"text": ["caf\xe9".encode(), b"tea"]})
+    assert list(TextFiles([good]).documents()) == ["caf\xe9", "tea"]
+    bad = write_parquet(tmp_path / "b.parquet", {"text": [b"tea", "caf\xe9".encode("latin-1")]})
+    assert re.match(
+        r"data\.text\.field: column 'text' of .*b\.parquet, row 2, holds bytes that are not UTF-8",
+        one_line(TextFiles([bad])),
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_byte_order_mark_is_no_text(tmp_path, packed):
+    mark, suffix = b"\xef\xbb\xbf", ".gz" if packed else ""
+    write = gzip.compress if packed else bytes
+    lines = mark + b'{"text": "one"}\n' + mark + b'{"text": "two"}\n'  # two files put together
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(write(lines))
+    (tmp_path / f"a.txt{suffix}").write_bytes(write(mark + b"three"))
+    source = TextFiles([str(tmp_path / f"a.jsonl{suffix}"), str(tmp_path / f"a.txt{suffix}")])
+    assert list(source.documents()) == ["one", "two", "three"]
+    assert "byte order mark" in source.fingerprint()  # what was tokenised with the mark is not read again
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+def test_other_encodings_are_one_line(tmp_path, kind, encoding):
+    (tmp_path / f"a.{kind}").write_bytes('{"text": "caf\xe9"}'.encode(encoding))
+    assert re.match(
+        rf"data\.text\.paths: cannot read .*a\.{kind}: it is not UTF-8",
+        one_line(TextFiles([str(tmp_path / f"a.{kind}")])),
+    )
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    message = one_line(TextFiles([str(tmp_path / "a.jsonl")]))
+    assert re.match(
+        r"data\.text\.field: column 'text' of .*a\.jsonl, row 2, holds \\ud83d, half of a surrogate pair", message
+    )
+
+
+def test_json_too_deep_is_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ' + "[" * 100_000)
+    assert "line 1 of" in one_line(TextFiles([str(tmp_path / "a.jsonl")]))
