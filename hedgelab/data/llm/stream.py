@@ -32,9 +32,11 @@ class Block(NamedTuple):
 class BlockStream:
     """An endless stream of rows over some contexts, in blocks of equally many batches.
 
-    Every epoch puts the contexts in a new order and cuts it into blocks (what remains waits for the next epoch). A
-    block's usable rows are shuffled, and the same whole number of batches is taken from each block: as many as the
-    poorest contexts fill. So batch i comes from block ``i // batches_per_block``, whatever was asked for before.
+    Every epoch puts the contexts into a new order. These orders, laid end to end, are cut into blocks, so that every context
+    comes once an epoch; a block in which two epochs meet may hold a context twice. A block's usable rows are shuffled, and
+    the same whole number of batches is taken from each block: as many as the poorest contexts fill. The rows left over (less
+    than a batch where contexts are alike, and a twentieth of the block where outliers may be dropped) are not used in that
+    epoch; the next one shuffles anew. So batch i comes from block ``i // batches_per_block``, whatever was asked for before.
     The last two blocks are kept.
 
     Args:
@@ -76,7 +78,6 @@ class BlockStream:
                 f"usable tokens or a few more, too few for a batch of {batch_size}; give more contexts a block, more "
                 "text, or a smaller data.batch_size"
             )
-        self._blocks_per_epoch = len(numbers) // self.contexts_per_block
         self._blocks: OrderedDict[int, Future[Block]] = OrderedDict()
 
     def batch(self, index: int) -> Tensor:
@@ -100,9 +101,13 @@ class BlockStream:
 
     def context_numbers(self, number: int) -> Tensor:
         """Which contexts block ``number`` is made of, ``[contexts_per_block]``."""
-        epoch, position = divmod(number, self._blocks_per_epoch)
-        order = torch.randperm(len(self._numbers), generator=generator(self._seed, self._name, "epoch", epoch))
-        return order[position * self.contexts_per_block : (position + 1) * self.contexts_per_block]
+        n, start = len(self._numbers), number * self.contexts_per_block
+        first, last = start // n, (start + self.contexts_per_block - 1) // n
+        order = torch.cat([self._order(epoch) for epoch in range(first, last + 1)])
+        return order[start - first * n :][: self.contexts_per_block]
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self._numbers), generator=generator(self._seed, self._name, "epoch", epoch))
 
     def _request(self, number: int) -> Future[Block]:
         if number not in self._blocks:

@@ -9,6 +9,7 @@ from hedgelab.data.llm.model import ModelFiles
 from hedgelab.data.llm.row_sources import LiveRows
 from hedgelab.data.llm.stream import BlockStream
 from hedgelab.errors import UserError
+from hedgelab.seeding import generator
 
 
 class Counting(torch.nn.Module):
@@ -38,7 +39,7 @@ def test_blocks_are_whole_batches_of_distinct_usable_rows():
     usable[3:5] = False
     stream = make_stream(usable=usable)
     assert stream.batches_per_block == (4 * 9) // 8  # the poorest six contexts, two of them empty
-    for number in range(7):
+    for number in range(3):
         rows = stream.block(number).rows
         tokens = rows[:, 0].long() - 1000
         assert rows.shape == (stream.batches_per_block * 8, 2)
@@ -55,6 +56,20 @@ def test_an_epoch_meets_each_context_once_and_the_next_in_another_order():
         assert order.sort().values.tolist() == list(range(18))
     assert not torch.equal(epochs[0], epochs[1])
     assert not torch.equal(stream.block(0).rows, make_stream(n=18, seed=1).block(0).rows)
+
+
+@pytest.mark.parametrize(("n", "per_block"), [(20, 6), (7, 7), (11, 4), (5, 6)])
+def test_no_context_is_left_out_of_an_epoch(n, per_block):
+    stream = make_stream(n=n, contexts_per_block=per_block)
+    per_block = min(n, per_block)
+    epochs = 3
+    met = torch.cat([stream.context_numbers(number) for number in range(epochs * n // per_block + 1)])
+    for epoch in range(epochs):
+        assert met[epoch * n : (epoch + 1) * n].sort().values.tolist() == list(range(n))
+    order = torch.randperm(n, generator=generator(0, "train", "epoch", 0))
+    assert torch.equal(
+        stream.context_numbers(0), order[:per_block]
+    )  # the blocks of earlier releases, in the first epoch
 
 
 def test_batches_do_not_depend_on_what_was_asked_before():
