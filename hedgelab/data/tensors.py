@@ -76,7 +76,7 @@ class RowActivations(ActivationDataModule):
         held_batch = batch_size if held >= batch_size else 1 << (held.bit_length() - 1)
         super().__init__(batch_size, seed, held // held_batch if val_batches is None else val_batches, chunk_steps)
         order = torch.randperm(n, generator=generator(0, "split"))
-        train, val, test = order.split([n - 2 * held, held, held])
+        train, val, test = torch.split(order, [n - 2 * held, held, held])
         self._parts: dict[Stage, Tensor] = {"train": train, "val": val, "test": test}
         self._sizes: dict[Stage, int] = {"train": batch_size, "val": held_batch, "test": held_batch}
         self._orders: dict[int, Tensor] = {}

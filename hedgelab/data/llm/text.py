@@ -204,8 +204,8 @@ def json_lines(path: Path, key: str, needed: Sequence[str], hint: str = "") -> I
 
 
 @contextmanager
-def readable(path: Path, key: str, *errors: type[Exception]) -> Iterator[None]:
-    """Say in one line why a file cannot be read: damaged, cut off, not UTF-8, or one of ``errors``."""
+def readable(path: Path, key: str, error_type: type[Exception] = OSError) -> Iterator[None]:
+    """Say in one line why a file cannot be read: damaged, cut off, not UTF-8, or an ``error_type``."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -213,7 +213,7 @@ def readable(path: Path, key: str, *errors: type[Exception]) -> Iterator[None]:
             f"{key}: cannot read {path}: it is not UTF-8 ({error.reason} at byte {error.start} of a part); convert it, for "
             "example with iconv"
         ) from error
-    except (OSError, EOFError, zlib.error, *errors) as error:
+    except (OSError, EOFError, zlib.error, error_type) as error:
         raise UserError(
             f"{key}: cannot read {path}: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
