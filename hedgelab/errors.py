@@ -8,6 +8,11 @@ class UserError(ValueError):
     """A mistake in a config, a file or a call; the command line prints it as one line and exits with code 2."""
 
 
+def one_line(text: str) -> str:
+    """The text with its line breaks and indents folded into single spaces."""
+    return " ".join(text.split())
+
+
 def whole_number(key: str, value: Any, least: int = 1) -> int:
     """The value, if it is an integer of at least ``least``; booleans and floats are none, though Python lets them pass.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from hedgelab import __version__
 from hedgelab.cli.errors import guarded
-from hedgelab.cli.nearest import nearest
+from hedgelab.config.names import nearest
 from hedgelab.errors import UserError
 
 
@@ -26,16 +26,16 @@ COMMANDS = {
     "fit": Command("fit", "train an SAE as a config says, and track the run", "--config F"),
     "validate": Command("fit", "measure an SAE on the validation batches (--ckpt_path)", "--config F --ckpt_path C"),
     "test": Command("fit", "measure an SAE on the test batches (--ckpt_path)", "--config F --ckpt_path C"),
-    "phase": Command("phase", "map hedging of toy SAEs over two axes, beside the closed forms", "--config F"),
+    "phase": Command("studies", "map hedging of toy SAEs over two axes, beside the closed forms", "--config F"),
     "balance": Command(
-        "balance", "find the weighting of matryoshka levels that leaves a hierarchy's parent clean", "--config F"
+        "studies", "find the weighting of matryoshka levels that leaves a hierarchy's parent clean", "--config F"
     ),
     "hedge": Command("hedge", "measure how much an SAE hedges: train, widen, train on, compare", "--config F"),
     "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations", "--config F"),
-    "cache": Command("cache", "write a language model's activations to disk, for all later runs", "--config F"),
-    "trial": Command("trial", "judge measures of hedging on toys that know the truth", "--config F"),
+    "cache": Command("studies", "write a language model's activations to disk, for all later runs", "--config F"),
+    "trial": Command("studies", "judge measures of hedging on toys that know the truth", "--config F"),
     "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more", "RUN"),
-    "figures": Command("figures", "redraw the paper's toy and theory figures, without sampling noise", "--config F"),
+    "figures": Command("studies", "redraw the paper's toy and theory figures, without sampling noise", "--config F"),
     "export": Command("exchange", "write a run's SAE for other libraries (SAELens), or to the hub", "RUN --to DIR"),
     "import": Command("exchange", "read an SAE of SAELens, sparsify or dictionary_learning", "DIR --to DIR"),
     "compare": Command("compare", "set runs side by side: what differs, metrics, curves", "RUN RUN"),
@@ -90,9 +90,22 @@ def dispatch(words: list[str]) -> int:
     if name in ("-V", "--version"):
         print(f"hedgelab {__version__}")
         return 0
-    if name not in COMMANDS:
-        near = nearest(name, COMMANDS)
-        hint = f"did you mean '{near}'?" if near else "see 'hedgelab --help'"
-        raise UserError(f"unknown command '{name}': expected one of {', '.join(COMMANDS)}; {hint}")
-    run: Callable[[str, list[str]], int] = import_module(f"hedgelab.cli.{COMMANDS[name].module}").run
+    module = COMMANDS[name].module if name in COMMANDS else _module_of_foreign_study(name)
+    run: Callable[[str, list[str]], int] = import_module(f"hedgelab.cli.{module}").run
     return run(name, rest)
+
+
+def _module_of_foreign_study(name: str) -> str:
+    """The runner's module, if a name is the class path of a study or one that an installed package registers.
+
+    Raises:
+        UserError: It is neither.
+    """
+    from hedgelab.cli import studies
+
+    known = [*COMMANDS, *studies.registered()]
+    if name in known or "." in name:
+        return "studies"
+    near = nearest(name, known)
+    hint = f"did you mean '{near}'?" if near else "see 'hedgelab --help'"
+    raise UserError(f"unknown command '{name}': expected one of {', '.join(known)}; {hint}")

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from hedgelab.errors import Stopped, UserError
+from hedgelab.errors import Stopped, UserError, one_line
 
 MISTAKE, BUG, INTERRUPTED, UNREAD = 2, 1, 130, 141
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -95,11 +95,6 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__
-
-
-def one_line(text: str) -> str:
-    """The text with its line breaks and indents folded into single spaces."""
-    return " ".join(text.split())
 
 
 def _print_no_more() -> None:

@@ -15,15 +15,14 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 import hedgelab.data.llm
 import hedgelab.data.tensors
 import hedgelab.data.toy  # noqa: F401
-from hedgelab.cli.compose import Tree, compose, overlay
-from hedgelab.cli.diagnose import Walk
-from hedgelab.cli.errors import one_line
-from hedgelab.cli.explain import resolve
-from hedgelab.cli.signatures import Parameter
+from hedgelab.config.explain import resolve
+from hedgelab.config.signatures import Parameter
+from hedgelab.config.tree import Tree, compose, overlay
+from hedgelab.config.walk import Walk
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
 from hedgelab.data.source import ActivationSource
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 from hedgelab.protocols.evaluation import EvaluationOptions, across
 from hedgelab.protocols.evaluation.runner import Subject, check_widths, done_before, evaluate, make_suites
 from hedgelab.saes import load_sae

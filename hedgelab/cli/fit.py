@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hedgelab.cli.compose import compose
+from hedgelab.config.tree import compose
 from hedgelab.tracking.store import prepare_store_in_background
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from hedgelab.cli.nearest import nearest
+from hedgelab.config.names import nearest
 from hedgelab.errors import UserError
 
 

@@ -20,15 +20,15 @@ import hedgelab.data.llm
 import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
-from hedgelab.cli.compose import Tree, compose, config_files, opening_comment, without_configs
-from hedgelab.cli.diagnose import Walk
-from hedgelab.cli.errors import one_line, root_cause, user_error
-from hedgelab.cli.explain import explain_construction, explain_parsing, resolve, top_level
+from hedgelab.cli.errors import root_cause, user_error
 from hedgelab.cli.resume import Resumption, bare_flag, with_slurm_left_alone
 from hedgelab.cli.summary import summary
-from hedgelab.cli.writing import check_folders
+from hedgelab.config.explain import explain_construction, explain_parsing, resolve, top_level
+from hedgelab.config.folders import check_folders
+from hedgelab.config.tree import Tree, compose, config_files, opening_comment, without_configs
+from hedgelab.config.walk import Walk
 from hedgelab.data.datamodule import ActivationDataModule
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from hedgelab.cli.compose import Tree
 from hedgelab.cli.hedging import HedgeCLI, outcome_of
 from hedgelab.cli.lightning import HedgelabCLI, run_cli
 from hedgelab.cli.sweep_config import Sweep, with_seed
+from hedgelab.config.tree import Tree
 from hedgelab.errors import UserError
 from hedgelab.protocols.hedge import HedgeProtocol
 from hedgelab.protocols.hedge_trainer import HedgeTrainer

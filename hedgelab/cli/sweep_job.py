@@ -7,10 +7,9 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hedgelab.cli.errors import one_line
 from hedgelab.cli.hedging import outcome_of
 from hedgelab.cli.sweep_cells import HedgeCell, Unit, parse_cell
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.protocols.ranks import on_every_rank
 from hedgelab.protocols.sweep import CELL_TAG, Member, measure_hedging, train_fits

@@ -8,10 +8,10 @@ from collections.abc import Container, Sequence
 
 from tqdm import tqdm
 
-from hedgelab.cli.compose import config_files, opening_comment
 from hedgelab.cli.sweep_cells import Unit, check_sweep, packed
 from hedgelab.cli.sweep_config import Sweep, read_sweep
 from hedgelab.cli.sweep_job import Job, do
+from hedgelab.config.tree import config_files, opening_comment
 from hedgelab.errors import Stopped, UserError
 from hedgelab.protocols.group_checkpoints import GroupCheckpoints
 from hedgelab.protocols.sweep_axes import is_number

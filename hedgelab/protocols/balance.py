@@ -1,4 +1,4 @@
-"""The balance of a hierarchy: which weighting of a matryoshka SAE's levels leaves the parent's encoder at its true feature?"""
+"""``hedgelab balance``: which weighting of a matryoshka SAE's levels leaves the parent's encoder at its true feature?"""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from hedgelab.batch import Batch
+from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import ToyDataModule
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.functional import mcc
-from hedgelab.saes import MatryoshkaSAE
+from hedgelab.plots.balance import balance_figure
+from hedgelab.protocols.recipe import Recipe
+from hedgelab.protocols.study import Bench, Outcome, Row, Study, make_toy
+from hedgelab.saes import SAE, MatryoshkaSAE
 from hedgelab.saes.ensemble import EnsembleSAE
 
 Array = NDArray[np.float64]
 _ELITE = 8  # one in eight of a round leads to the next
 _FIRST_WEIGHTS = (0.02, 1.0)
+_SHOWN = ("β = 1, plain matryoshka", "best β", "adaptive weights, one a level", "one weight a level", "credit, β = 1")
+_NUMBERS = ("encoder_error", "decoder_error", "mse", "mcc")
 
 
 class Make(Protocol):
@@ -119,6 +126,117 @@ class Balance(NamedTuple):
     betas: Array
     curves: dict[str, Scores]
     methods: dict[str, Scores]
+
+
+class BalanceStudy(Study):
+    """Find the weighting of matryoshka levels that leaves a hierarchy's parent clean.
+
+    Compares fixed β, searched weights, weights that adapt in training, and the credit of outer levels, on the exact population.
+
+    Args:
+        data: The hierarchy, with sampling: population.
+        model: The MatryoshkaSAE whose levels are weighted.
+        betas: Fixed β to try.
+        search: How to look for one weight a level; null for not at all.
+        starts: β from which adaptive weights start.
+        parent: The parent's feature, and its latent.
+        steps: Optimiser steps of each SAE.
+
+    Raises:
+        UserError: Another SAE, or an impossible number.
+    """
+
+    experiment = "theory"
+    example = "configs/theory/balance.yaml"
+
+    def __init__(
+        self,
+        data: Recipe[ActivationDataModule],
+        model: Recipe[SAE],
+        betas: BetaGrid = BetaGrid(),
+        search: WeightSearch | None = None,
+        starts: list[float] = [1.0],  # noqa: B006 (read only; jsonargparse shows it)
+        parent: int = 0,
+        steps: int = 2000,
+    ) -> None:
+        if model.class_name != "MatryoshkaSAE":
+            raise UserError(f"model: must be a MatryoshkaSAE, got {model.class_name}")
+        if not starts or min(starts) <= 0:
+            raise UserError(f"starts: needs values of β above 0, got {starts}")
+        self.data, self.model, self.betas, self.search, self.starts = data, model, betas, search, starts
+        self.steps, self.parent = whole_number("steps", steps), whole_number("parent", parent, 0)
+
+    def run(self, bench: Bench) -> Outcome:
+        """Train, measure, draw."""
+        data = make_toy(self.data, "data", population=True)
+        features = len(data.feature_directions)
+        if self.parent >= features:
+            raise UserError(f"parent: must be a feature, 0 to {features - 1}, got {self.parent}")
+
+        def make(**arguments: Any) -> MatryoshkaSAE:
+            return cast(MatryoshkaSAE, bench.make_sae(self.model, data, **arguments))
+
+        with bench.progress(fits(self.search) * self.steps) as advance:
+            found = find_balance(
+                make, data, self.betas, self.steps, self.search, self.starts, self.parent, advance
+            )  # fmt: skip
+        metrics = {
+            f"{method}/{name}": float(getattr(scores, name)[0])
+            for method, scores in found.methods.items()
+            for name in _NUMBERS
+        }
+        widest = max(map(len, found.methods))
+        headline = [f"{len(found.methods)} methods"] + [
+            f"{method:<{widest}}  encoder error {scores.encoder_error[0]:.4f}  decoder error {scores.decoder_error[0]:.4f}  "
+            f"mse {scores.mse[0]:.2e}  weights {' '.join(f'{weight:.4g}' for weight in scores.weights[0])}"
+            for method, scores in found.methods.items()
+        ]
+        tables = {"methods.csv": method_rows(found), "curves.csv": curve_rows(found)}
+        return Outcome(metrics, tables, {"balance.png": self._figure(found)}, headline, step=self.steps)
+
+    def _figure(self, found: Balance) -> Figure:
+        """Error over β, and the parent's components."""
+        features = next(iter(found.methods.values())).encoder.shape[1]
+        children = [j for j in range(features) if j != self.parent]
+        adaptive = {
+            name: (float(scores.weights[0, 0]), float(scores.encoder_error[0]))
+            for name, scores in found.methods.items()
+            if name.startswith("adaptive weights from")
+        }
+        first = next(iter(adaptive))
+        shown = [name for name in _SHOWN if name in found.methods]
+        shown.insert(2, first)
+        return balance_figure(
+            found.betas,
+            {name: curve.encoder_error for name, curve in found.curves.items()},
+            {"adaptive weight, no ground truth used": adaptive[first]},
+            {name: found.methods[name].encoder[0, children] for name in shown},
+            [f"feature {j}" for j in children],
+            "How clean is the parent's latent?",
+        )
+
+
+def method_rows(found: Balance) -> list[Row]:
+    """A row for each method."""
+    return [
+        {
+            "method": method,
+            **{name: float(getattr(scores, name)[0]) for name in _NUMBERS},
+            **{f"encoder_feature{j}": float(value) for j, value in enumerate(scores.encoder[0])},
+            **{f"decoder_feature{j}": float(value) for j, value in enumerate(scores.decoder[0])},
+            "level_weights": scores.weights[0].tolist(),
+        }
+        for method, scores in found.methods.items()
+    ]
+
+
+def curve_rows(found: Balance) -> list[Row]:
+    """A row for each curve and β."""
+    return [
+        {"curve": curve, "beta": float(beta), **{name: float(getattr(scores, name)[i]) for name in _NUMBERS}}
+        for curve, scores in found.curves.items()
+        for i, beta in enumerate(found.betas)
+    ]
 
 
 def find_balance(

@@ -1,29 +1,32 @@
-"""Phase diagrams: a quantity of trained SAEs over two axes, from the exact population, beside what theory says."""
+"""``hedgelab phase``: a quantity of trained SAEs over two axes, from the exact population, beside what theory says."""
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.functional import normalize
+from matplotlib.figure import Figure
 
-from hedgelab.batch import Batch
+from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import ToyDataModule
-from hedgelab.errors import UserError
-from hedgelab.metrics.functional import mcc
-from hedgelab.saes.base import SAE
-from hedgelab.saes.ensemble import EnsembleSAE, stack_batches
+from hedgelab.errors import UserError, whole_number
+from hedgelab.plots.phase import Overlay, phase_diagram
+from hedgelab.protocols.phase_cells import Array, Cell, PhaseResult, Quantity, Target, run_phase
+from hedgelab.protocols.phase_theory import Theory, theory_of
+from hedgelab.protocols.recipe import Recipe
+from hedgelab.protocols.study import Bench, Outcome, Part, Row, Study, make_toy
+from hedgelab.saes import SAE
 
-Array = NDArray[np.float64]
-Quantity = Literal["hedging", "encoder", "impurity", "absorption", "mcc", "loss_gap"]
+_NAMES = {
+    "hedging": "decoder component along feature {other}",
+    "encoder": "encoder component along feature {other}",
+    "impurity": "decoder's part off feature {own}",
+    "absorption": "absorption of feature {other}",
+    "mcc": "MCC",
+    "loss_gap": "loss with true decoder - loss",
+}
 
 
 @dataclass(frozen=True)
@@ -63,160 +66,161 @@ class Axis:
         """``[points]``."""
         return self._spaced().round() if self.whole else self._spaced()
 
+    def config_keys(self) -> list[str]:
+        """The config keys that take the axis's value."""
+        return [self.key] if isinstance(self.key, str) else self.key
+
+    def at(self, value: float) -> dict[str, float]:
+        """What its keys are at one of its values."""
+        return {key: int(value) if self.whole else float(value) for key in self.config_keys()}
+
     def _spaced(self) -> Array:
         space = np.geomspace if self.logarithmic else np.linspace
         return np.asarray(space(self.low, self.high, self.points), dtype=np.float64)
 
 
-class Cell(NamedTuple):
-    """What is trained at one point of the diagram.
+class Phase(Study):
+    """Map hedging of toy SAEs over two axes, beside the closed forms.
 
-    Attributes:
-        data: The toy, in population mode.
-        members: An initialised SAE for each seed.
-    """
-
-    data: ToyDataModule
-    members: list[SAE]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is looked at: a latent, its own feature, and the feature that it may mix in, all counted from 0."""
-
-    latent: int = 0
-    own: int = 0
-    other: int = 1
-
-
-class PhaseResult(NamedTuple):
-    """What came out, in the order of the cells.
-
-    Attributes:
-        values: Each quantity, and ``loss``, by name: ``[cells, seeds]``.
-        steps_per_second: Optimiser steps of all SAEs together, per second of training.
-    """
-
-    values: dict[str, Array]
-    steps_per_second: float
-
-    def deepest(self, name: str) -> Array:
-        """A quantity of the seed with the least loss of each cell, ``[cells]``."""
-        best = self.values["loss"].argmin(1)
-        return np.asarray(np.take_along_axis(self.values[name], best[:, None], 1)[:, 0])
-
-
-def run_phase(
-    cells: Sequence[Cell],
-    steps: int,
-    quantities: Sequence[Quantity],
-    target: Target,
-    report: Callable[[int], None] | None = None,
-) -> PhaseResult:
-    """Train every seed of every cell at once on its exact population, and measure.
+    Every point of the diagram is a toy and an SAE with its own values of one config key (or several) per axis. All SAEs train
+    at once, each on the exact population of its toy.
 
     Args:
-        cells: The points of the diagram.
+        data: The toy, with sampling: population.
+        model: The SAE at every point.
+        x: Horizontal axis.
+        y: Vertical axis.
+        quantities: What is drawn, a figure each.
+        target: The latent and the features that are looked at.
+        seeds: SAEs at each point; the one with the least loss is drawn.
         steps: Optimiser steps.
-        quantities: ``hedging`` and ``encoder``: component of the latent's unit decoder row and encoder column along the other
-            feature, signed so that its own counts as positive; ``impurity``: length of the decoder row's part off its own
-            feature, all others together; ``absorption``: share of the latent's activation on its own feature that is lost where
-            the other fires too (1: silent there); ``mcc``; ``loss_gap``: how much worse the loss would be with the decoder kept
-            at the true features.
-        target: The latent and the two features.
-        report: Called after each step with the number of steps done, ``loss_gap``'s second training included.
+        theory: Draw the closed form of a single latent, too.
+        log_members: Every SAE as a line of table.csv, or as a child run, too.
+
+    Raises:
+        UserError: An impossible number, or an axis whose key is not one of data or model.
     """
-    members = [member for cell in cells for member in cell.members]
-    seeds = len(cells[0].members)
-    batches = [cell.data.batch("train", 0) for cell in cells]
-    batch = stack_batches([one for one in batches for _ in range(seeds)])
-    features = stack_batches([features_as_x(one) for one in batches for _ in range(seeds)]).x
-    directions = torch.stack([cell.data.feature_directions for cell in cells for _ in range(seeds)])
-    ensemble = EnsembleSAE(members)
-    seconds = _timed(partial(ensemble.fit, batch, steps, report))
-    with torch.no_grad():
-        losses, activations = ensemble.losses(batch), ensemble.activations(batch)
-    measured = {"loss": losses}
-    decoder, encoder = _components(ensemble, directions)
-    sign = decoder[:, target.latent, target.own].sign()
-    for name in quantities:
-        match name:
-            case "hedging":
-                measured[name] = decoder[:, target.latent, target.other] * sign
-            case "encoder":
-                measured[name] = encoder[:, target.latent, target.other] * sign
-            case "impurity":
-                measured[name] = (1 - decoder[:, target.latent, target.own].square()).clamp_min(0).sqrt()
-            case "absorption":
-                measured[name] = _absorption(activations[:, :, target.latent], features, batch.weight, target)
-            case "mcc":
-                measured[name] = torch.stack([mcc(own[: sae.d_sae]) for own, sae in zip(decoder, members, strict=True)])
-            case "loss_gap":
-                true = EnsembleSAE(_at_true_features(cells))
-                later = None if report is None else partial(_report_later, report, steps)
-                seconds += _timed(partial(true.fit, batch, steps, later))
-                measured[name] = true.losses(batch).detach() - losses
-    runs = len(members) * steps * (2 if "loss_gap" in quantities else 1)
-    values = {name: value.double().reshape(len(cells), seeds).numpy() for name, value in measured.items()}
-    return PhaseResult(values, runs / seconds)
+
+    experiment = "theory"
+    example = "configs/theory/phase_correlation.yaml"
+
+    def __init__(
+        self,
+        data: Recipe[ActivationDataModule],
+        model: Recipe[SAE],
+        x: Axis,
+        y: Axis,
+        quantities: list[Quantity] = ["hedging"],  # noqa: B006 (read only; jsonargparse shows it)
+        target: Target = Target(),  # noqa: B008 (frozen)
+        seeds: int = 3,
+        steps: int = 2000,
+        theory: bool = False,
+        log_members: Literal["table", "runs"] = "table",
+    ) -> None:
+        for name, axis in (("x", x), ("y", y)):
+            for key in axis.config_keys():
+                if key.partition(".")[0] not in ("data", "model"):
+                    raise UserError(f"{name}.key: must start with 'data.' or 'model.', got '{key}'")
+        self.data, self.model, self.x, self.y, self.target = data, model, x, y, target
+        self.quantities: list[Quantity] = list(dict.fromkeys(quantities))
+        self.seeds, self.steps = whole_number("seeds", seeds), whole_number("steps", steps)
+        self.theory, self.log_members = theory, log_members
+
+    def run(self, bench: Bench) -> Outcome:
+        """Train, measure, draw."""
+        cells, x, y, target = self.cells(bench), self.x, self.y, self.target
+        rounds = 2 if "loss_gap" in self.quantities else 1
+        with bench.progress(self.steps * rounds) as advance:
+            result = run_phase(cells, self.steps, self.quantities, target, lambda _: advance(1))
+        theory = None
+        if self.theory and "hedging" in self.quantities:
+            theory = theory_of(cells, result.values["hedging"], target)
+        shape = (y.points, x.points)
+        figures: dict[str, Figure] = {}
+        for name in self.quantities:
+            label = _NAMES[name].format(own=target.own, other=target.other)
+            overlay = _overlay(theory, result, shape) if theory is not None and name == "hedging" else None
+            figures[f"{name}.png"] = phase_diagram(
+                x.values(), y.values(), result.deepest(name).reshape(shape), f"{self.model.class_name}: {label}",
+                x.label, y.label, label, overlay, (x.logarithmic, y.logarithmic),
+            )  # fmt: skip
+        metrics, rows = key_numbers(result, theory), self.rows(result, theory)
+        headline = [f"{len(rows)} SAEs, {self.steps} steps each"]
+        headline += [f"{name:<26} {value:.5g}" for name, value in metrics.items()]
+        parts = self._parts(rows) if self.log_members == "runs" else []
+        return Outcome(metrics, {"table.csv": rows}, figures, headline, parts, self.steps)
+
+    def cells(self, bench: Bench) -> list[Cell]:
+        """All points, row by row: y rises slowly, x fast. What several points have in common is made once."""
+        toys: dict[Any, ToyDataModule] = {}
+        saes: dict[Any, SAE] = {}
+
+        def cell(values: Mapping[str, float]) -> Cell:
+            of_data, of_model = (_below(section, values) for section in ("data", "model"))
+            if (key := tuple(of_data.items())) not in toys:
+                toys[key] = make_toy(self.data.at(of_data), "data", population=True)
+            data, recipe = toys[key], self.model.at(of_model)
+            # Weights depend on the toy through its directions, and through its samples where b_dec starts at their centre.
+            depends_on = (data.feature_directions.numpy().tobytes(), recipe.starts_at_data and id(data))
+            members = []
+            for seed in range(self.seeds):
+                same = (tuple(of_model.items()), seed, depends_on)
+                if same not in saes:
+                    saes[same] = bench.make_sae(recipe, data, seed)
+                members.append(saes[same])
+            return Cell(data, members)
+
+        return [cell({**self.x.at(a), **self.y.at(b)}) for b in self.y.values() for a in self.x.values()]
+
+    def rows(self, result: PhaseResult, theory: Theory | None) -> list[Row]:
+        """Every SAE: where it stands, its seed's number, what was measured, what theory says."""
+        rows: list[Row] = []
+        for cell, (b, a) in enumerate((b, a) for b in self.y.values() for a in self.x.values()):
+            for seed in range(self.seeds):
+                row = {self.x.label: float(a), self.y.label: float(b), "seed": seed}
+                row |= {name: float(values[cell, seed]) for name, values in result.values.items()}
+                if theory is not None:
+                    row |= {
+                        "closed_form": float(theory.deepest[cell]),
+                        "nearest_minimum": float(theory.nearest[cell, seed]),
+                        "distance_to_nearest_minimum": float(theory.distance[cell, seed]),
+                        "nearest_minimum_above_deepest": float(theory.depth[cell, seed]),
+                    }
+                rows.append(row)
+        return rows
+
+    def _parts(self, rows: Sequence[Row]) -> list[Part]:
+        """Every SAE as a child run: what it was given as parameters, what came out as metrics."""
+        given = (self.x.label, self.y.label, "seed")
+        return [
+            Part(
+                str(number),
+                {name: float(row[name]) for name in given},
+                {name: value for name, value in row.items() if name not in given and np.isfinite(value)},
+            )
+            for number, row in enumerate(rows)
+        ]
 
 
-def _components(ensemble: EnsembleSAE, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines of decoder rows and encoder columns with the features, ``[members, d_sae, n]``."""
-    folded = ensemble.folded()
-    decoder = normalize(folded.W_dec, dim=2) @ directions.mT
-    encoder = normalize(folded.W_enc.mT, dim=2) @ directions.mT
-    return decoder, encoder
+def key_numbers(result: PhaseResult, theory: Theory | None) -> dict[str, float]:
+    """Metrics of the run: the range of each quantity, and how well theory agrees."""
+    numbers = {"sae_steps/s": result.steps_per_second}
+    for name in result.values:
+        values = result.deepest(name)
+        numbers |= {f"{name}/min": float(np.nanmin(values)), f"{name}/max": float(np.nanmax(values))}
+    if theory is not None:
+        known = theory.distance[np.isfinite(theory.distance)]
+        numbers |= {f"theory/share_within_{limit}": float((known < limit).mean()) for limit in (1e-3, 1e-2)}
+        numbers["theory/share_in_deepest"] = 1 - float(theory.shallower[np.isfinite(theory.distance)].mean())
+    return numbers
 
 
-def _absorption(activations: Tensor, features: Tensor, weight: Tensor | None, target: Target) -> Tensor:
-    """Share of the activation on the own feature alone that is lost where the other fires too, ``[members]``."""
-    assert weight is not None
-    own, other = features[..., target.own] > 0, features[..., target.other] > 0
-
-    def mean_activation(where: Tensor) -> Tensor:
-        return (weight * where * activations).sum(1) / (weight * where).sum(1)
-
-    return 1 - mean_activation(own & other) / mean_activation(own & ~other)
+def _overlay(theory: Theory, result: PhaseResult, shape: tuple[int, int]) -> Overlay:
+    """The closed form of the minimum that each drawn SAE is in, and whether it is a shallower one."""
+    drawn = (np.arange(len(theory.deepest)), result.values["loss"].argmin(1))
+    return Overlay(theory.nearest[drawn].reshape(shape), theory.shallower[drawn].reshape(shape))
 
 
-def _at_true_features(cells: Sequence[Cell]) -> list[SAE]:
-    """Copies of all members with the decoder fixed at the true features."""
-    copies: dict[tuple[int, bytes], SAE] = {}
-    result = []
-    for cell in cells:
-        directions = cell.data.feature_directions
-        for member in cell.members:
-            key = (id(member), directions.numpy().tobytes())
-            if key not in copies:
-                sae = copies[key] = copy.deepcopy(member)
-                if sae.d_sae > len(directions):
-                    raise UserError(f"quantities: loss_gap needs d_sae of at most the {len(directions)} features")
-                with torch.no_grad():
-                    sae.W_dec.copy_(directions[: sae.d_sae])
-                    sae.W_enc.copy_(directions[: sae.d_sae].T)
-                sae.W_dec.requires_grad_(False)
-            result.append(copies[key])
-    return result
-
-
-def features_as_x(batch: Batch) -> Batch:
-    """A toy's batch in feature coordinates."""
-    assert batch.features is not None
-    return Batch(batch.features, None, batch.weight)
-
-
-def _report_later(report: Callable[[int], None], before: int, done: int) -> None:
-    report(before + done)
-
-
-def _timed(work: Callable[[], None]) -> float:
-    """Seconds that it takes on one thread: such small tensors gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    try:
-        work()
-    finally:
-        torch.set_num_threads(threads)
-    return time.perf_counter() - start
+def _below(section: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The values of a section's keys, its name left out."""
+    return {key.partition(".")[2]: value for key, value in values.items() if key.partition(".")[0] == section}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hedgelab.errors import UserError
-from hedgelab.protocols.phase import Array, Cell, Target, features_as_x
+from hedgelab.protocols.phase_cells import Array, Cell, Target, features_as_x
 from hedgelab.saes.vanilla import VanillaSAE
 from hedgelab.theory import Population, minima
 

@@ -1,4 +1,4 @@
-"""The hedging degree and residual hedging on trial: how well do they rank SAEs by the hedging that toys let one see?
+"""``hedgelab trial``: how well do the hedging degree and residual hedging rank SAEs by the hedging that toys let one see?
 
 For every kind of SAE and every width the SAEs of all toys and seeds train as one ensemble, through the phases of SPEC section 5
 (initial, then control and extended, with the learning rate falling to zero), and the control is measured: *true hedging*
@@ -7,27 +7,35 @@ For every kind of SAE and every width the SAEs of all toys and seeds train as on
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
 
 from hedgelab.batch import Batch
-from hedgelab.data.toy import ToyDataModule
-from hedgelab.errors import UserError
+from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.data.toy import CopulaFiring, ToyDataModule
+from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.functional.hedging import decoder_coordinates, hedging, tracked_features
 from hedgelab.metrics.functional.hedging_degree import hedging_degree
 from hedgelab.metrics.functional.recovery import decoder_cosines
 from hedgelab.metrics.residual_hedging import ResidualHedgingMetric
+from hedgelab.plots.trial import hedging_of_levels, hedging_over_width, measures_against_truth
+from hedgelab.protocols.recipe import Recipe
+from hedgelab.protocols.study import Bench, Outcome, Study
 from hedgelab.saes import SAE, MatryoshkaSAE, widen
 from hedgelab.saes.ensemble import EnsembleSAE
 from hedgelab.saes.widen import flat_part
+
+_MEASURES = {"residual hedging": "residual_hedging", "hedging degree": "degree"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,7 @@ class TrialOptions:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps", "continued_steps", "n_new", "val_batches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"trial.{name}: must be at least 1, got {getattr(self, name)}")
+            whole_number(f"trial.{name}", getattr(self, name))
         if not self.widths or min(self.widths) < 1:
             raise UserError(f"trial.widths: must be widths of at least 1, got {self.widths}")
 
@@ -90,6 +97,131 @@ class TrialScore(NamedTuple):
 
 Make = Callable[[str, int, int], SAE]
 """An untrained SAE of a kind, a width and a seed."""
+
+
+class Trial(Study):
+    """Judge measures of hedging on toys that know the truth.
+
+    Args:
+        data: What all toys have in common; its firing is a CopulaFiring.
+        toys: Arguments of the firing by toy.
+        kinds: SAEs by kind. Width, levels (a quarter, a half, all of it) and a k of null are filled in: k becomes the mean
+            number of the most frequent features, as many as latents, that fire.
+        trial: Size of the trial.
+
+    Raises:
+        UserError: No toys, no kinds, or one of them refuses its arguments.
+    """
+
+    experiment = "trial"
+    example = "configs/toy/degree_trial.yaml"
+
+    def __init__(
+        self,
+        data: Recipe[ActivationDataModule],
+        toys: dict[str, dict[str, Any]],
+        kinds: dict[str, Recipe[SAE]],
+        trial: TrialOptions,
+    ) -> None:
+        for key, given in (("toys", toys), ("kinds", kinds)):
+            if not given:
+                raise UserError(f"{key}: missing; see {self.example}")
+        self.data, self.toys, self.kinds, self.options = data, toys, kinds, trial
+
+    def run(self, bench: Bench) -> Outcome:
+        """Train and measure every SAE."""
+        options = self.options
+        toys = {name: self.make_toy(name, bench.seed) for name in self.toys}
+        first = next(iter(toys.values()))
+
+        def make(kind: str, width: int, seed: int) -> SAE:
+            recipe = self.sized(kind, width, first).with_weights_seed(bench.seed + seed)
+            return recipe(d_in=first.d_in)  # initialised on its own toy, by run_trial
+
+        for width in options.widths:
+            for kind in self.kinds:
+                make(kind, width, 0)  # mistakes show before anything is trained
+        total = len(options.widths) * len(self.kinds) * (options.steps + 2 * options.continued_steps)
+        with bench.progress(total) as advance:
+            scores = run_trial(toys, list(self.kinds), make, options, advance)
+        ranks = {
+            label: {kind: agreement([score for score in scores if score.kind == kind], name) for kind in self.kinds}
+            for label, name in _MEASURES.items()
+        }
+        metrics = {
+            f"spearman/{_MEASURES[label]}/{kind}": rank for label in ranks for kind, rank in ranks[label].items()
+        }
+        headline = [f"{len(scores)} SAEs; Spearman's rank correlation with true hedging"]
+        headline += [
+            f"{label:<18}" + "".join(f"  {kind} {rank:.3f}" for kind, rank in own.items())
+            for label, own in ranks.items()
+        ]
+        rows = [score._asdict() for score in scores]
+        return Outcome(metrics, {"table.csv": rows}, self._figures(scores, ranks), headline, step=total)
+
+    def make_toy(self, name: str, seed: int) -> ToyDataModule:
+        """A toy: the shared section with this one's arguments of the firing.
+
+        Raises:
+            UserError: Not a toy with copula firing, or arguments that this refuses.
+        """
+        section = self.data.plain()
+        section["init_args"]["firing"]["init_args"].update(self.toys[name])
+        data = Recipe(ActivationDataModule, section, f"toys.{name}")(seed=seed)
+        if not isinstance(data, ToyDataModule) or not isinstance(data.firing, CopulaFiring):
+            raise UserError("data: a trial needs a ToyDataModule with CopulaFiring")
+        return data
+
+    def sized(self, kind: str, width: int, toy: ToyDataModule) -> Recipe[SAE]:
+        """The recipe of an SAE of a kind, with all that its width decides."""
+        section = self.kinds[kind].plain()
+        arguments = section.setdefault("init_args", {})
+        flat = arguments.get("inner", section).setdefault("init_args", {})
+        flat["d_sae"] = width
+        if flat is not arguments:
+            arguments["levels"] = sorted({max(1, width // 4), max(1, width // 2), width})
+        if flat.get("k", 0) is None:
+            firing = toy.firing
+            assert isinstance(firing, CopulaFiring)
+            flat["k"] = max(1, round(float(firing.rates().sort(descending=True).values[:width].sum())))
+        return Recipe(SAE, section, self.kinds[kind].key)
+
+    def _figures(self, scores: Sequence[TrialScore], ranks: dict[str, dict[str, float]]) -> dict[str, Figure]:
+        """Measures against the truth, the truth over widths, and where there are levels, over them."""
+        widths = sorted(set(self.options.widths))
+
+        def of(kind: str, toy: str) -> list[TrialScore]:
+            return [score for score in scores if (score.kind, score.toy) == (kind, toy)]
+
+        points = {
+            label: {
+                kind: {toy: [(s.true_hedging, getattr(s, name)) for s in of(kind, toy)] for toy in self.toys}
+                for kind in self.kinds
+            }
+            for label, name in _MEASURES.items()
+        }
+        curves = {
+            kind: {
+                toy: {w: [s.true_hedging for s in of(kind, toy) if s.width == w] for w in widths} for toy in self.toys
+            }
+            for kind in self.kinds
+        }
+        figures = {
+            "against_truth.png": measures_against_truth(points, ranks),
+            "widths.png": hedging_over_width(curves),
+        }
+        nested = [score for score in scores if score.levels]
+        if nested:
+            levels = {
+                toy: {w: _means([s.levels for s in nested if (s.toy, s.width) == (toy, w)]) for w in widths}
+                for toy in self.toys
+            }
+            figures["levels.png"] = hedging_of_levels(levels)
+        return figures
+
+
+def _means(levels: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(values) for values in zip(*levels, strict=True)]
 
 
 def run_trial(

@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from hedgelab.cli.compose import compose
-from hedgelab.cli.phase_cells import CellMaker
-from hedgelab.cli.phase_run import parse
-from hedgelab.protocols.phase import Axis
+from hedgelab.cli.studies import parse
+from hedgelab.protocols.phase import Phase
+from hedgelab.protocols.study import Bench
 from hedgelab.saes.ensemble import EnsembleSAE, stack_batches
 from tests.benchmarks.training_step import Worker, processor
 
@@ -35,12 +34,12 @@ class Ensemble:
 
     def __init__(self, config: Path) -> None:
         words = ["--config", str(config)]
-        options = parse(words, compose(words))
-        cells = CellMaker(options).cells(Axis(**vars(options.x)), Axis(**vars(options.y)))
+        parsed = parse(Phase, "phase", words)
+        cells = parsed.study.cells(Bench(parsed.seed))
         members = [member for cell in cells for member in cell.members]
         batches = [cell.data.batch("train", 0) for cell in cells]
-        self.d_in, self.l1_coefficient = members[0].d_in, float(options.model.init_args.l1_coefficient)
-        self.batch = stack_batches([one for one in batches for _ in range(options.seeds)])
+        self.d_in, self.l1_coefficient = members[0].d_in, float(members[0].l1_coefficient)
+        self.batch = stack_batches([one for one in batches for _ in range(parsed.study.seeds)])
         self.ensemble = EnsembleSAE(members)
 
     def seconds(self, steps: int) -> float:

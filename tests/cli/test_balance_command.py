@@ -39,7 +39,7 @@ def test_every_balance_config_runs(config, store, capsys):
     [
         (["--data.init_args.sampling", "samples"], "sampling: population"),
         (["--parent", "7"], "parent: must be a feature, 0 to 3, got 7"),
-        (["--steps", "0"], "steps: must be at least 1"),
+        (["--steps", "0"], "steps: expected a whole number of at least 1, got 0"),
         (["--starts", "[0.0]"], "starts: needs values of β above 0"),
         (["--betas.low", "9"], "betas: need 0 < low < high"),
     ],

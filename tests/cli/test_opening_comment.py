@@ -1,6 +1,6 @@
 """A run describes itself with the first lines of its config."""
 
-from hedgelab.cli.compose import opening_comment
+from hedgelab.config.tree import opening_comment
 
 
 def test_opening_comment_is_the_last_files_first_comment_lines(tmp_path):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hedgelab.cli.figures_run import numbers_of, solve
 from hedgelab.metrics.functional import decoder_cosines, encoder_cosines
+from hedgelab.protocols.figures import numbers_of, solve
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "toy"
 SINGLE = {  # feature 1's part of the one latent's decoder, by PCA where λ is small (SPEC section 4)

@@ -67,7 +67,7 @@ def test_figures_draw_toys_and_landscapes(store, capsys):
         (["--x.key", "trainer.max_steps"], "x.key: must start with 'data.' or 'model.'"),
         (["--data.init_args.sampling", "samples"], "sampling: population"),
         (["--x.whole", "true"], "are not all whole numbers"),
-        (["--seeds", "0"], "seeds: must be at least 1"),
+        (["--seeds", "0"], "seeds: expected a whole number of at least 1, got 0"),
         (["--quantities", '["hedgin"]'], "quantities[0]: expected one of 'hedging'"),
     ],
 )

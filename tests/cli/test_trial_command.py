@@ -35,7 +35,7 @@ def test_shipped_trial_runs_small(store, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--trial.seeds", "0"], "trial.seeds: must be at least 1"),
+        (["--trial.seeds", "0"], "trial.seeds: expected a whole number of at least 1, got 0"),
         (["--toys", "{plain: {strength: 2}}"], "strength"),
         (["--kinds", "{topk: {class_path: TopKSAE, init_args: {k: 99}}}"], "k: must lie between 1 and d_sae = 4"),
         (["--kinds", "{}"], "kinds: missing"),

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hedgelab.cli.compose import load
 from hedgelab.cli.evaluating import parse_options
 from hedgelab.cli.sweep_config import read_sweep
+from hedgelab.config.tree import load
 
 CONFIGS = Path(__file__).parents[2] / "configs/llm"
 

@@ -4,7 +4,8 @@ import torch
 
 from hedgelab.data.toy import ConditionalFiring, CorrelatedPair, ToyDataModule
 from hedgelab.errors import UserError
-from hedgelab.protocols.phase import Axis, Cell, Target, features_as_x, run_phase
+from hedgelab.protocols.phase import Axis
+from hedgelab.protocols.phase_cells import Cell, Target, features_as_x, run_phase
 from hedgelab.protocols.phase_theory import theory_of
 from hedgelab.saes import Initialization, MatryoshkaSAE, VanillaSAE
 from hedgelab.theory import Population, minima

@@ -29,7 +29,7 @@ def test_inner_levels_hedge_on_what_later_levels_track():
 
 
 def test_options_are_checked():
-    with pytest.raises(UserError, match=r"trial.seeds: must be at least 1"):
+    with pytest.raises(UserError, match=r"trial.seeds: expected a whole number of at least 1"):
         TrialOptions(widths=[4], seeds=0)
     with pytest.raises(UserError, match=r"trial.widths"):
         TrialOptions(widths=[])

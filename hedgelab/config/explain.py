@@ -9,12 +9,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from hedgelab.cli.compose import Tree
-from hedgelab.cli.diagnose import Walk
-from hedgelab.cli.errors import one_line
-from hedgelab.cli.nearest import nearest
-from hedgelab.cli.signatures import Parameter
-from hedgelab.errors import UserError
+from hedgelab.config.names import nearest
+from hedgelab.config.signatures import Parameter
+from hedgelab.config.tree import Tree
+from hedgelab.config.walk import Walk
+from hedgelab.errors import UserError, one_line
 
 
 def explain_parsing(error: Exception, tree: Tree, walk: Walk) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from hedgelab.cli.compose import Tree
-from hedgelab.cli.nearest import suggest
-from hedgelab.cli.signatures import Parameter, bases, class_of, concrete, describe, parameters_of, supplied_by_caller
+from hedgelab.config.names import suggest
+from hedgelab.config.signatures import Parameter, bases, class_of, concrete, describe, parameters_of, supplied_by_caller
+from hedgelab.config.tree import Tree
 
 _BEYOND = 2**63
 

@@ -6,6 +6,7 @@ LightningCLI composes for itself; this plain tree is what mistakes are looked up
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from hedgelab.cli.nearest import nearest
+from hedgelab.config.names import nearest
+from hedgelab.config.plain_yaml import read_yaml
 from hedgelab.errors import UserError
-from hedgelab.plain_yaml import read_yaml
 
 Tree = dict[str, Any]
 _FLAGS = ("help", "print_config")
@@ -33,6 +34,11 @@ def without_configs(words: list[str]) -> list[str]:
         for key, value in options_of(words)
         if key not in ("config", "c")
     ]
+
+
+def only_shows(words: list[str]) -> bool:
+    """Whether the words ask for help or for the resolved config, and start nothing."""
+    return any(word == "-h" or re.match(r"--help\b|--[\w.]+\.help\b|--print_config\b", word) for word in words)
 
 
 def opening_comment(files: list[Path]) -> str | None:
@@ -74,25 +80,33 @@ def options_of(words: list[str]) -> Iterator[tuple[str, str | None]]:
             yield key, rest.pop(0) if rest and not rest[0].startswith("--") else None
 
 
-def load(path: Path) -> Tree:
-    """One config file."""
+def load(path: Path, key: str = "--config") -> Tree:
+    """One config file.
+
+    Args:
+        path: The file.
+        key: The option that names it, for messages.
+
+    Raises:
+        UserError: It is missing, unreadable, invalid YAML, or no mapping.
+    """
     try:
         if not path.is_file():
             candidates = {file.name: file for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
             near = nearest(path.name, candidates)
             hint = f"; did you mean '{candidates[near]}'?" if near else ""
-            raise UserError(f"--config: no such file '{path}'{hint}")
+            raise UserError(f"{key}: no such file '{path}'{hint}")
         content = read_yaml(path)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"--config: invalid YAML in '{path}'{where}: {error.problem or error.context}") from error
+        raise UserError(f"{key}: invalid YAML in '{path}'{where}: {error.problem or error.context}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config: cannot read '{path}': {error}") from error
+        raise UserError(f"{key}: cannot read '{path}': {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"--config: '{path}' must hold a mapping of keys at its top, got a {type(content).__name__}")
+        raise UserError(f"{key}: '{path}' must hold a mapping of keys at its top, got a {type(content).__name__}")
     return content
 
 

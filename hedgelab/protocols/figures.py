@@ -1,0 +1,167 @@
+"""``hedgelab figures``: each toy's SAE at its population optimum, and the loss landscapes, as the paper draws them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hedgelab.batch import Batch
+from hedgelab.config.tree import Tree, load
+from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.errors import UserError
+from hedgelab.metrics.functional import decoder_cosines, encoder_cosines
+from hedgelab.plots import cosine_heatmaps, decoder_bias
+from hedgelab.plots.landscape import loss_landscapes
+from hedgelab.protocols.recipe import Recipe
+from hedgelab.protocols.study import Bench, Outcome, Row, Study, make_toy
+from hedgelab.saes import SAE, VanillaSAE
+from hedgelab.theory import Minimum, Population, minima, minimise, tied_loss
+
+T = TypeVar("T")
+
+
+class Solved(NamedTuple):
+    """A toy's SAE at its population optimum.
+
+    Attributes:
+        sae: The SAE, float64.
+        batch: The population.
+        directions: True features, ``[n, d_in]``.
+        minimum: How well it converged.
+        seconds: What that took.
+    """
+
+    sae: SAE
+    batch: Batch
+    directions: Tensor
+    minimum: Minimum
+    seconds: float
+
+
+class PaperFigures(Study):
+    """Redraw the paper's toy and theory figures, without sampling noise.
+
+    Args:
+        toys: Configs of `hedgelab fit`, each trained on its exact population.
+        landscapes: Pairs P(f0 alone), P(both), each drawn as a loss landscape.
+        l1_coefficients: λ of the landscapes.
+        norm: Exponent of the landscapes' penalty λ a^norm.
+
+    Raises:
+        UserError: Neither toys nor landscapes.
+    """
+
+    experiment = "paper"
+
+    def __init__(
+        self,
+        toys: list[str] = [],  # noqa: B006 (read only; jsonargparse shows it)
+        landscapes: list[tuple[float, float]] = [],  # noqa: B006
+        l1_coefficients: list[float] = [0.0, 0.1],  # noqa: B006
+        norm: float = 1.0,
+    ) -> None:
+        if not toys and not landscapes:
+            raise UserError("toys: nothing to draw; list configs under 'toys' or pairs under 'landscapes'")
+        self.toys, self.landscapes, self.l1_coefficients, self.norm = toys, landscapes, l1_coefficients, norm
+
+    def run(self, bench: Bench) -> Outcome:
+        """Every figure, and one table of the toys."""
+        rows: list[Row] = []
+        headline = [f"{len(self.toys)} toys"]
+        for file in self.toys:
+            solved, name = solve(file), Path(file).stem
+            numbers = numbers_of(solved)
+            rows += [{"toy": name, **row} for row in component_rows(solved)]
+            metrics = {f"{name}/{key}": value for key, value in numbers.items()}
+            bench.keep(Outcome(metrics, figures=figures_of(solved, name)))
+            headline.append(f"{name:<28} " + "  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+        figures = {"loss_landscapes.png": self._landscapes()} if self.landscapes else {}
+        return Outcome(tables={"toys.csv": rows} if rows else {}, figures=figures, headline=headline)
+
+    def _landscapes(self) -> Figure:
+        """The paper's theory figure."""
+        t = np.linspace(0, 1, 401)
+        return loss_landscapes(
+            t,
+            {
+                f"P(f0 alone) = {first:g}, P(both) = {both:g}": {
+                    f"λ = {l1:g}": tied_loss(t, first, both, l1, self.norm) for l1 in self.l1_coefficients
+                }
+                for first, both in self.landscapes
+            },
+        )
+
+
+def solve(file: str) -> Solved:
+    """The SAE of a toy config at its population optimum: same features, start and loss, without sampling noise.
+
+    Raises:
+        UserError: There is no such file, or it is no toy's.
+    """
+    tree = load(Path(file), "toys")
+    seed = int(tree.get("seed_everything", 0))
+    exact = {"sampling": "population", "dtype": "float64", "seed": seed}
+    data = make_toy(_recipe(ActivationDataModule, tree, "data", file), f"toys: {file}: data", True, **exact)
+    sae, batch = Bench(seed).make_sae(_recipe(SAE, tree, "model", file), data), data.batch("train", 0)
+    start = time.perf_counter()
+    minimum = minimise(sae, batch)
+    return Solved(sae, batch, data.feature_directions, minimum, time.perf_counter() - start)
+
+
+def numbers_of(solved: Solved) -> dict[str, float]:
+    """Loss, time, convergence; for a single latent the distance of its loss and direction to the nearest closed form."""
+    sae, batch = solved.sae, solved.batch
+    numbers = {"loss": solved.minimum.loss, "gradient": solved.minimum.gradient, "seconds": solved.seconds}
+    if sae.d_sae == 1 and isinstance(sae, VanillaSAE) and batch.features is not None:
+        population = Population.from_batch(Batch(batch.features, None, batch.weight))
+        direction = decoder_cosines(sae.folded().W_dec, solved.directions)[0].numpy()
+        known = minima(population, sae.l1_coefficient)
+        nearest = min(known, key=lambda one: float(np.abs(one.direction - direction).max()))
+        numbers["distance_to_closed_form"] = float(np.abs(nearest.direction - direction).max())
+        numbers["loss_above_closed_form"] = solved.minimum.loss - nearest.loss
+    return numbers
+
+
+def component_rows(solved: Solved) -> list[Row]:
+    """Decoder cosine, encoder cosine, and the decoder bias along the feature, for each latent and feature."""
+    folded, directions = solved.sae.folded(), solved.directions
+    decoder, encoder = decoder_cosines(folded.W_dec, directions), encoder_cosines(folded.W_enc, directions)
+    bias = directions @ folded.b_dec
+    return [
+        {
+            "latent": i,
+            "feature": j,
+            "decoder": float(decoder[i, j]),
+            "encoder": float(encoder[i, j]),
+            "b_dec": float(bias[j]),
+        }
+        for i in range(len(decoder))
+        for j in range(len(bias))
+    ]
+
+
+def figures_of(solved: Solved, name: str) -> dict[str, Figure]:
+    """The paper's heatmaps, and the decoder bias."""
+    folded, directions = solved.sae.folded(), solved.directions
+    cosines = decoder_cosines(folded.W_dec, directions), encoder_cosines(folded.W_enc, directions)
+    return {
+        f"{name}/cosines.png": cosine_heatmaps(*cosines),
+        f"{name}/b_dec.png": decoder_bias(directions @ folded.b_dec, float(folded.b_dec.norm())),
+    }
+
+
+def _recipe(base: type[T], tree: Tree, section: str, file: str) -> Recipe[T]:
+    """The recipe of one section of a fit config.
+
+    Raises:
+        UserError: There is no such section.
+    """
+    node = tree.get(section)
+    if not isinstance(node, dict) or "class_path" not in node:
+        raise UserError(f"toys: {file} has no '{section}' with a class_path")
+    return Recipe(base, node, f"toys: {file}: {section}")
