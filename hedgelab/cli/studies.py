@@ -141,7 +141,7 @@ def parse(cls: type[Any], command: str, words: list[str]) -> Parsed:
         else:  # as written: the parser puts defaults in, some of which a class refuses
             written = resolve(tree).get(name) or {}
             sections[name] = {key: Recipe(base, section, f"{name}.{key}") for key, section in written.items()}
-    plain = Namespace({key: value for key, value in vars(config).items() if key not in recipes})
+    plain = Namespace({key: value for key, value in vars(config).items() if key not in recipes})  # type: ignore[no-untyped-call]
     own = set(inspect.signature(cls).parameters)
     try:
         values = vars(parser.instantiate(plain))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -155,7 +156,7 @@ def figures_of(solved: Solved, name: str) -> dict[str, Figure]:
     }
 
 
-def _recipe(base: type[T], tree: Tree, section: str, file: str) -> Recipe[T]:
+def _recipe(base: Callable[..., T], tree: Tree, section: str, file: str) -> Recipe[T]:
     """The recipe of one section of a fit config.
 
     Raises:

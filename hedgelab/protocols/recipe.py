@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
@@ -27,7 +27,7 @@ class Recipe(Generic[T]):
     (2, 1, 3)
     """
 
-    def __init__(self, base: type[T], section: Mapping[str, Any] | Namespace, key: str) -> None:
+    def __init__(self, base: Callable[..., T], section: Mapping[str, Any] | Namespace, key: str) -> None:
         self.base, self.section, self.key = base, section, key
         self._parser = ArgumentParser(exit_on_error=False)
         self._parser.add_subclass_arguments(base, "made", required=False)
