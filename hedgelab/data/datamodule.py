@@ -38,7 +38,7 @@ class ActivationDataModule(L.LightningDataModule, ABC):
     def __init__(self, batch_size: int, seed: int | None = None, val_batches: int = 16, chunk_steps: int = 1) -> None:
         super().__init__()
         self.batch_size = whole_number("data.batch_size", batch_size)
-        self.seed = resolve_seed(seed)
+        self.seed = resolve_seed(seed if seed is None else whole_number("data.seed", seed, 0))
         self.val_batches = whole_number("data.val_batches", val_batches)
         self.chunk_steps = whole_number("data.chunk_steps", chunk_steps)
 

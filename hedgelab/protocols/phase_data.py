@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,28 +16,41 @@ from hedgelab.data.datamodule import ActivationDataModule, Stage
 from hedgelab.seeding import generator
 from hedgelab.training.steps import StepBatches
 
-_WINDOW_BYTES = 2**30
+_HELD_BYTES = 2**30
 
 
 class PhaseData(ActivationDataModule):
     """Batches ``start`` … ``start + steps - 1`` of another DataModule's training stream; its other stages as they are.
 
-    Members named in ``reordered`` see the same batches in another order: a permutation that depends on the data's seed
-    alone. For it batches are held in memory; where a phase has more than 1 GiB of them, they are permuted within windows of
-    that size.
+    Members named in ``reordered`` see the same batches in another order, at every scale the same kind of order: the blocks
+    in which the data is made are permuted over the whole phase, and the batches within each block, so that a batch moves about
+    a third of the phase on average. The order depends on the data's seed alone. A phase of up to 1 GiB is held in memory; of a
+    larger one the data is made twice, once in each order, for which a language model runs twice.
 
     Args:
         data: Whose batches.
         start: Batch of its stream that is this phase's first.
         steps: Batches of the phase.
         reordered: Members of a group that see them in another order.
+        serves: ``both`` gives a group its batches in order and the reordered members theirs; ``in order`` and ``reordered``
+            give every SAE plain batches in that order.
     """
 
-    def __init__(self, data: ActivationDataModule, start: int, steps: int, reordered: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        data: ActivationDataModule,
+        start: int,
+        steps: int,
+        reordered: Sequence[str] = (),
+        serves: Literal["both", "in order", "reordered"] = "both",
+    ) -> None:
         super().__init__(data.batch_size, data.seed, data.val_batches, data.chunk_steps)
-        self.data, self.start, self.steps = data, start, steps
+        self.data, self.start, self.steps, self.serves = data, start, steps, serves
         self.reordered = list(reordered)
-        self.window = max(1, _WINDOW_BYTES // (4 * data.batch_size * data.d_in))
+
+    def only(self, name: str) -> PhaseData:
+        """The phase as one member sees it: plain batches, in the member's own order."""
+        return PhaseData(self.data, self.start, self.steps, (), "reordered" if name in self.reordered else "in order")
 
     @property
     def d_in(self) -> int:
@@ -61,32 +77,46 @@ class PhaseData(ActivationDataModule):
 
     def batch(self, stage: Stage, index: int) -> Batch:
         """Global batch number ``index`` of the phase, or of another stage."""
-        return self.data.batch(stage, index + self.start if stage == "train" else index)
+        return self.data.batch(stage, self._number(index) if stage == "train" else index)
 
     def batches(self, stage: Stage, start: int, stop: int) -> Iterator[Batch]:
-        """The phase's batches, as :class:`~hedgelab.training.steps.StepBatches` where some members see them reordered."""
-        if stage == "train" and self.reordered:
+        """This rank's slices of the phase's batches; as :class:`~hedgelab.training.steps.StepBatches` where orders differ."""
+        if stage != "train":
+            yield from self.data.batches(stage, start, stop)
+        elif self.serves == "reordered":
+            yield from self.data.batches_at("train", [self._number(index) for index in range(start, stop)])
+        elif self.reordered:
             yield from self._in_two_orders(start, stop)  # type: ignore[misc]
-            return
-        offset = self.start if stage == "train" else 0
-        yield from self.data.batches(stage, start + offset, stop + offset)
+        else:
+            yield from self.data.batches("train", start + self.start, stop + self.start)
 
-    def order(self, number: int) -> list[int]:
-        """Which batch of window ``number`` comes when for reordered members, counted from the window's first."""
-        size = min(self.window, self.steps - number * self.window)
-        shuffled: list[int] = torch.randperm(size, generator=generator(self.seed, "reorder", number)).tolist()
-        return shuffled
+    @cached_property
+    def order(self) -> list[int]:
+        """Which batch of the phase comes when for reordered members."""
+        size, rng = self.data.batches_per_block("train"), generator(self.seed, "reorder")
+        cuts = range((self.start // size + 1) * size, self.start + self.steps, size)  # where blocks of the stream begin
+        bounds = [0, *(cut - self.start for cut in cuts), self.steps]
+        blocks = [low + torch.randperm(high - low, generator=rng) for low, high in pairwise(bounds)]
+        chosen: list[int] = torch.cat([blocks[i] for i in torch.randperm(len(blocks), generator=rng)]).tolist()
+        return chosen
+
+    def _number(self, index: int) -> int:
+        """Which batch of the data's stream is number ``index`` here."""
+        return self.start + (self.order[index] if self.serves == "reordered" else index)
 
     def _in_two_orders(self, start: int, stop: int) -> Iterator[StepBatches]:
-        for number in range(start // self.window, -(-stop // self.window)):
-            first, order = number * self.window, self.order(number)
-            held = self._held(first, first + len(order))
-            for index in range(max(start, first), min(stop, first + len(order))):
-                other = held[order[index - first]]
-                yield StepBatches(held[index - first], dict.fromkeys(self.reordered, other))
+        if 4 * self.batch_size * self.d_in * self.steps <= _HELD_BYTES:
+            held = self._held()
+            for index in range(start, stop):
+                yield StepBatches(held[index], dict.fromkeys(self.reordered, held[self.order[index]]))
+            return
+        shared = self.data.batches("train", start + self.start, stop + self.start)
+        own = self.data.batches_at("train", [self.start + number for number in self.order[start:stop]])
+        for one, other in zip(shared, own, strict=True):
+            yield StepBatches(one, dict.fromkeys(self.reordered, other))
 
-    def _held(self, start: int, stop: int) -> list[Batch]:
-        """This rank's slices of the phase's batches ``start`` … ``stop - 1``, without what training does not need."""
-        batches = self.data.batches("train", start + self.start, stop + self.start)
-        shown = tqdm(batches, "Activations", stop - start, delay=2, unit="batch", miniters=1, mininterval=1)
+    def _held(self) -> list[Batch]:
+        """This rank's slices of all of the phase's batches, without what training does not need."""
+        batches = self.data.batches("train", self.start, self.start + self.steps)
+        shown = tqdm(batches, "Activations", self.steps, delay=2, unit="batch", miniters=1, mininterval=1)
         return [Batch(batch.x, None, batch.weight) for batch in shown]

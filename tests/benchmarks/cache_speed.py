@@ -52,9 +52,8 @@ def read_speed(cache: ActivationCache, contexts: int, length: int, dtype: str) -
     stream.batch(0)
     first, stop = stream.batches_per_block, stream.batches_per_block * (1 + contexts // 64)
     start = time.perf_counter()
-    for index in range(first, stop):
-        stream.batch(index).float()
-        stream.prefetch(index, stop)
+    for rows in stream.read(range(first, stop)):
+        rows.float()
     elapsed = time.perf_counter() - start
     source.close()
     return (stop - first) * 1024 / elapsed

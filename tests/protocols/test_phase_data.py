@@ -4,6 +4,8 @@ import lightning as L
 import pytest
 import torch
 
+from hedgelab.batch import Batch
+from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import IndependentFiring, ToyDataModule
 from hedgelab.protocols import phase_data
 from hedgelab.protocols.phase_data import PhaseData
@@ -11,17 +13,62 @@ from hedgelab.protocols.phase_data import PhaseData
 STEPS = 10
 
 
+class Blocks(ActivationDataModule):
+    """Batches that hold their own number, made in blocks of five; remembers which were made."""
+
+    d_in = 1
+
+    def __init__(self):
+        super().__init__(batch_size=1, seed=3)
+        self.made = []
+
+    def batch(self, stage, index):
+        self.made.append(index)
+        return Batch(torch.tensor([[float(index)]]))
+
+    def batches_per_block(self, stage):
+        return 5
+
+
 @pytest.fixture
 def toy():
     return ToyDataModule(IndependentFiring([0.3] * 4), d_in=6, batch_size=8, val_batches=2, seed=3)
 
 
-@pytest.fixture(params=[10, 4], ids=["one window", "three windows"])
+@pytest.fixture(params=[2**30, 0], ids=["held", "made twice"])
 def phase(request, toy, monkeypatch):
-    monkeypatch.setattr(phase_data, "_WINDOW_BYTES", request.param * 4 * 8 * 6)
-    made = PhaseData(toy, 20, STEPS, ["late", "later"])
-    assert made.window == request.param
-    return made
+    monkeypatch.setattr(phase_data, "_HELD_BYTES", request.param)
+    return PhaseData(toy, 20, STEPS, ["late", "later"])
+
+
+@pytest.mark.parametrize(("start", "steps"), [(0, 200), (203, 200), (7, 20_001)])
+def test_the_other_order_is_of_the_same_kind_at_every_scale(start, steps):
+    order = torch.tensor(PhaseData(Blocks(), start, steps, ["late"]).order)
+    assert order.sort().values.tolist() == list(range(steps))
+    moved = (order - torch.arange(steps)).abs().double().mean() / steps
+    assert 0.23 < moved < 0.43  # a uniformly random order: 1/3
+    blocks = (order + start) // 5
+    assert (blocks[1:] != blocks[:-1]).sum() == len(blocks.unique()) - 1  # each block is made once in this order too
+    assert PhaseData(Blocks(), start, steps).order == order.tolist()
+
+
+def test_both_orders_are_read_block_by_block_and_nothing_is_held(monkeypatch):
+    monkeypatch.setattr(phase_data, "_HELD_BYTES", 0)
+    data = Blocks()
+    phase = PhaseData(data, 3, 100, ["late"])
+    stream = phase.batches("train", 90, 100)
+    next(stream)
+    assert len(data.made) == 2
+    assert [int(batch.of("late").x) for batch in stream] == [3 + number for number in phase.order[91:]]
+
+
+def test_one_member_alone_sees_its_own_order(toy, phase):
+    served = list(phase.batches("train", 0, STEPS))
+    for name in ("control", "late"):
+        alone = list(phase.only(name).batches("train", 2, STEPS))
+        assert all(torch.equal(batch.x, one.of(name).x) for batch, one in zip(alone, served[2:], strict=True))
+        assert torch.equal(phase.only(name).batch("train", 4).x, served[4].of(name).x)
+    assert torch.equal(phase.only("late").batch("val", 1).x, toy.batch("val", 1).x)
 
 
 def test_phase_begins_at_its_place_in_the_stream(toy):
@@ -55,4 +102,4 @@ def test_order_does_not_depend_on_where_training_starts(phase):
 
 def test_trainers_stream_ends_with_the_phase(phase):
     phase.trainer = L.Trainer(max_steps=STEPS, logger=False, enable_checkpointing=False, accelerator="cpu")
-    assert sum(len(chunk) for chunk in phase.train_dataloader()) == STEPS
+    assert len(list(phase.train_dataloader())) == STEPS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -198,33 +198,42 @@ class LLMDataModule(ActivationDataModule):
 
     def batch(self, stage: Stage, index: int) -> Batch:
         """Global batch number ``index``, ``[batch_size, d_in]``, float32; passes over the text repeat without end."""
-        x = self.stream(stage).batch(index).float()
-        if self.activation_mean is not None:
-            x = x - self.activation_mean
-        return Batch(x if self.activation_scale == 1 else x * self.activation_scale)
+        return self._normalised(self.stream(stage).batch(index))
 
-    def batches(self, stage: Stage, start: int, stop: int) -> Iterator[Batch]:
-        """This rank's slices of global batches, the next block under way in the background."""
-        for index in range(start, stop):
-            batch = self.batch(stage, index)
-            self.stream(stage).prefetch(index, stop)
-            yield self.slice_for_rank(batch)
+    def batches_at(self, stage: Stage, numbers: Sequence[int]) -> Iterator[Batch]:
+        """This rank's slices of the batches with these numbers, the next block under way in the background."""
+        stream = self.stream(stage) if isinstance(numbers, range) else self._new_stream(stage)
+        for rows in stream.read(numbers):
+            yield self.slice_for_rank(self._normalised(rows))
+
+    def batches_per_block(self, stage: Stage) -> int:
+        """How many consecutive batches come from one block of contexts."""
+        return self.stream(stage).batches_per_block
 
     def stream(self, stage: Stage) -> BlockStream:
         """The stage's stream of activations as the model gives them, before normalisation."""
         if stage not in self._streams:
-            mine = self._split()[stage]
-            self._streams[stage] = BlockStream(
-                self.rows,
-                mine,
-                self.contexts.usable(self.skip_first)[mine],
-                contexts_per_block=self.contexts_per_block,
-                batch_size=self.batch_size,
-                max_norm_ratio=self.max_norm_ratio,
-                seed=self.seed if stage == "train" else 0,
-                name=stage,
-            )
+            self._streams[stage] = self._new_stream(stage)
         return self._streams[stage]
+
+    def _new_stream(self, stage: Stage) -> BlockStream:
+        mine = self._split()[stage]
+        return BlockStream(
+            self.rows,
+            mine,
+            self.contexts.usable(self.skip_first)[mine],
+            contexts_per_block=self.contexts_per_block,
+            batch_size=self.batch_size,
+            max_norm_ratio=self.max_norm_ratio,
+            seed=self.seed if stage == "train" else 0,
+            name=stage,
+        )
+
+    def _normalised(self, rows: Tensor) -> Batch:
+        x = rows.float()
+        if self.activation_mean is not None:
+            x = x - self.activation_mean
+        return Batch(x if self.activation_scale == 1 else x * self.activation_scale)
 
     @cached_property
     def measured(self) -> Measured:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -85,11 +87,16 @@ class BlockStream:
         number, position = divmod(index, self.batches_per_block)
         return self.block(number).rows[position * self._batch_size : (position + 1) * self._batch_size]
 
-    def prefetch(self, index: int, stop: int) -> None:
-        """Start on the block after that of batch ``index``, unless batches end at ``stop`` before it."""
-        number = index // self.batches_per_block + 1
-        if number * self.batches_per_block < stop:
-            self._request(number)
+    def read(self, numbers: Iterable[int]) -> Iterator[Tensor]:
+        """Rows of the batches with these numbers, in this order, the next block of them under way in the background."""
+        per_block = self.batches_per_block
+        blocks = [(block, list(inside)) for block, inside in groupby(numbers, lambda number: number // per_block)]
+        for place, (_, inside) in enumerate(blocks):
+            for number in inside:
+                rows = self.batch(number)
+                if place + 1 < len(blocks):
+                    self._request(blocks[place + 1][0])
+                yield rows
 
     def block(self, number: int) -> Block:
         """Block ``number``."""

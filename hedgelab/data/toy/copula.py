@@ -12,7 +12,7 @@ from scipy.special import ndtr, ndtri, owens_t
 from torch import Tensor
 
 from hedgelab.data.toy.firing import Firing
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.seeding import generator as make_generator
 
 _Array = NDArray[np.float64]
@@ -58,9 +58,9 @@ class CopulaFiring(Firing):
         children_per_parent: int = 0,
         structure_seed: int = 0,
     ) -> None:
-        if n < 1:
-            raise UserError(f"data.firing.n: must be at least 1, got {n}")
+        whole_number("data.firing.n", n)
         _check_hierarchy(n, parents, children_per_parent)
+        whole_number("data.firing.structure_seed", structure_seed, 0)
         self._parents, self._children = parents, children_per_parent
         self._rates = zipf_rates(n, exponent, max_rate, mean_l0)
         if loadings is None:
@@ -156,9 +156,8 @@ def zipf_rates(n: int, exponent: float, max_rate: float, mean_l0: float | None) 
 
 
 def _check_hierarchy(n: int, parents: int, children_per_parent: int) -> None:
-    for name, value in (("parents", parents), ("children_per_parent", children_per_parent)):
-        if value < 0:
-            raise UserError(f"data.firing.{name}: must be at least 0, got {value}")
+    whole_number("data.firing.parents", parents, 0)
+    whole_number("data.firing.children_per_parent", children_per_parent, 0)
     if (parents == 0) != (children_per_parent == 0):
         raise UserError("data.firing.children_per_parent: give both 'parents' and 'children_per_parent', or neither")
     if parents * (1 + children_per_parent) > n:
@@ -170,8 +169,7 @@ def _check_hierarchy(n: int, parents: int, children_per_parent: int) -> None:
 
 def _random_loadings(n: int, rank: int, strength: float, seed: int) -> Tensor:
     """Loadings of squared norm ``strength`` in uniformly random directions, ``[n, rank]`` float64."""
-    if rank < 1:
-        raise UserError(f"data.firing.rank: must be at least 1, got {rank}; for no correlation set strength: 0")
+    whole_number("data.firing.rank", rank)
     if not 0 <= strength < 1:
         raise UserError(f"data.firing.strength: must be at least 0 and below 1, got {strength}")
     directions = torch.randn(n, rank, generator=make_generator(seed, "loadings"), dtype=torch.float64)

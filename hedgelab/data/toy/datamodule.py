@@ -15,12 +15,13 @@ from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, Stage
 from hedgelab.data.toy.features import make_dictionary, orthonormal_features
 from hedgelab.data.toy.firing import Firing
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.seeding import generator, resolve_seed
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _BLOCK_BYTES = 8 * 2**20
 _MAX_BLOCK_BATCHES = 64
+_KEPT_BLOCKS = 3  # of training in order and reordered, and of validation
 _CHUNK_BYTES = 64 * 2**20
 _MAX_CHUNK_STEPS = 100
 _SPARSE_FEATURES = 128  # from about here on a gather of the firing features beats a dense product
@@ -67,10 +68,10 @@ class ToyDataModule(ActivationDataModule):
         val_batches: int = 16,
         chunk_steps: int | None = None,
     ) -> None:
-        if d_in < 1:
-            raise UserError(f"data.d_in: must be at least 1, got {d_in}")
+        whole_number("data.d_in", d_in)
+        whole_number("data.batch_size", batch_size)
         seed, self._dtype = resolve_seed(seed), _DTYPES[dtype]
-        batch_bytes = max(1, batch_size) * (d_in + firing.n) * self._dtype.itemsize
+        batch_bytes = batch_size * (d_in + firing.n) * self._dtype.itemsize
         default_chunk = min(_MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // batch_bytes))
         super().__init__(batch_size, seed, val_batches, default_chunk if chunk_steps is None else chunk_steps)
         self.firing = firing
@@ -85,7 +86,7 @@ class ToyDataModule(ActivationDataModule):
         self._directions = directions.to(self._dtype)
         self._bias = _make_bias(bias, d_in, seed).to(self._dtype)
         self._population = self._enumerate() if sampling == "population" else None
-        self._blocks: dict[Stage, tuple[int, list[Batch]]] = {}
+        self._blocks: dict[tuple[Stage, int], list[Batch]] = {}
 
     @property
     def d_in(self) -> int:
@@ -107,10 +108,16 @@ class ToyDataModule(ActivationDataModule):
         if self._population is not None:
             return self._population
         number, place = divmod(index, self.block_batches)
-        cached = self._blocks.get(stage)
-        if cached is None or cached[0] != number:
-            cached = self._blocks[stage] = (number, self._draw_block(stage, number))
-        return cached[1][place]
+        block = self._blocks.get((stage, number))
+        if block is None:
+            while len(self._blocks) >= _KEPT_BLOCKS:
+                del self._blocks[next(iter(self._blocks))]
+            block = self._blocks[stage, number] = self._draw_block(stage, number)
+        return block[place]
+
+    def batches_per_block(self, stage: Stage) -> int:
+        """How many consecutive batches are drawn together."""
+        return self.block_batches
 
     def describe(self) -> dict[str, float]:
         """Cost of generating one training batch, in seconds."""

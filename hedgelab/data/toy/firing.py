@@ -14,7 +14,7 @@ MAX_ENUMERABLE = 16
 
 def check_probability(key: str, value: float) -> float:
     """The value if it is a probability; a UserError naming the key if not."""
-    if not 0 <= value <= 1:  # also catches NaN
+    if isinstance(value, bool) or not 0 <= value <= 1:  # also catches NaN
         raise UserError(f"{key}: must be a probability between 0 and 1, got {value}")
     return value
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hedgelab.data.toy.firing import Firing, all_patterns, check_probability, pattern_numbers
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 
 
 class Modifier(ABC):
@@ -157,11 +157,12 @@ class ModifiedFiring(Firing):
     def __init__(self, base: Firing, modifiers: list[Modifier]) -> None:
         for i, modifier in enumerate(modifiers):
             for name, features in modifier.indices().items():
-                if wrong := [feature for feature in features if not 0 <= feature < base.n]:
-                    raise UserError(
-                        f"data.firing.modifiers[{i}].{name}: there is no feature {wrong[0]}; "
-                        f"the base has features 0 to {base.n - 1}"
-                    )
+                key = f"data.firing.modifiers[{i}].{name}"
+                for feature in features:
+                    if whole_number(key, feature, 0) >= base.n:
+                        raise UserError(
+                            f"{key}: there is no feature {feature}; the base has features 0 to {base.n - 1}"
+                        )
         self.base, self.modifiers = base, modifiers
 
     @property

@@ -75,9 +75,9 @@ def test_no_context_is_left_out_of_an_epoch(n, per_block):
 def test_batches_do_not_depend_on_what_was_asked_before():
     in_order = [make_stream().batch(i) for i in range(40)]
     stream = make_stream()
-    for i in (39, 0, 17, 3, 38, 0, 20):
-        stream.prefetch(i, 40)
-        torch.testing.assert_close(stream.batch(i), in_order[i], rtol=0, atol=0)
+    numbers = (39, 0, 17, 3, 38, 0, 20)
+    for i, rows in zip(numbers, stream.read(numbers), strict=True):
+        torch.testing.assert_close(rows, in_order[i], rtol=0, atol=0)
     assert len(stream._blocks) == 2
 
 
@@ -107,21 +107,19 @@ def test_rows_can_be_trained_on_and_come_from_the_background():
     stream = make_stream()
     weight = torch.ones(2, 1, requires_grad=True)
     (stream.batch(0) @ weight).sum().backward()
-    stream.prefetch(0, 100)
-    stream.block(1)
+    list(stream.read(range(2 * stream.batches_per_block)))
     assert weight.grad is not None
     assert stream._source.harvester._model.threads
     assert all(name.startswith("hedgelab-forward") for name in stream._source.harvester._model.threads)
 
 
-def test_prefetching_stops_where_the_batches_stop_and_closing_ends_it():
+def test_reading_ahead_stops_where_the_batches_stop_and_closing_ends_it():
     stream = make_stream()
     per_block = stream.batches_per_block
-    stream.batch(0)
-    stream.prefetch(0, per_block)
+    next(stream.read(range(per_block)))
     assert list(stream._blocks) == [0]
-    stream.prefetch(0, per_block + 1)
-    assert list(stream._blocks) == [0, 1]
+    next(stream.read([0, 5 * per_block]))
+    assert list(stream._blocks) == [0, 5]
     before = stream.batch(per_block)
     stream._source.harvester.close()
     stream.forget()

@@ -215,6 +215,11 @@ def test_modified_firing_passes_on_what_its_base_knows():
             lambda: ModifiedFiring(IndependentFiring([0.5, 0.5]), [Suppression(0, 1), ParentChild(0, [1, 2])]),
             r"data\.firing\.modifiers\[1\]\.children: there is no feature 2; the base has features 0 to 1",
         ),
+        (
+            lambda: ModifiedFiring(IndependentFiring([0.5, 0.5]), [Suppression(0, True)]),
+            r"data\.firing\.modifiers\[0\]\.target: expected a whole number of at least 0, got True",
+        ),
+        (lambda: IndependentFiring([True]), r"probabilities\[0\]: must be a probability between 0 and 1, got True"),
     ],
 )
 def test_bad_modifiers_are_refused(build, message):

@@ -156,9 +156,14 @@ def test_large_batches_get_small_blocks_and_chunks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"d_in": 0}, r"data\.d_in: must be at least 1"),
-        ({"batch_size": 0}, r"data\.batch_size: must be at least 1"),
-        ({"chunk_steps": 0}, r"data\.chunk_steps: must be at least 1"),
+        ({"d_in": 0}, r"data\.d_in: expected a whole number of at least 1"),
+        ({"d_in": True}, r"data\.d_in: expected a whole number of at least 1, got True"),
+        ({"batch_size": True}, r"data\.batch_size: expected a whole number of at least 1, got True"),
+        ({"val_batches": True}, r"data\.val_batches: expected a whole number of at least 1, got True"),
+        ({"chunk_steps": 2.0}, r"data\.chunk_steps: expected a whole number of at least 1, got 2\.0"),
+        ({"seed": False}, r"data\.seed: expected a whole number of at least 0, got False"),
+        ({"batch_size": 0}, r"data\.batch_size: expected a whole number of at least 1"),
+        ({"chunk_steps": 0}, r"data\.chunk_steps: expected a whole number of at least 1"),
         ({"target_cosine": 1.5}, r"data\.target_cosine: must be at least -1 .* below 1, got 1\.5"),
         ({"magnitude_mean": 0.0}, r"data\.magnitude_mean: must be positive and finite, got 0"),
         ({"magnitude_mean": [1.0, math.nan]}, r"data\.magnitude_mean: must be positive and finite, got nan"),
