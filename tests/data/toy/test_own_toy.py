@@ -23,7 +23,7 @@ class Turns(Firing):
         n_features: How many there are.
     """
 
-    def __init__(self, n_features: int) -> None:
+    def __init__(self, n_features: int = 4) -> None:
         self.n_features = n_features
 
     @property
@@ -49,7 +49,7 @@ def module(tmp_path, monkeypatch):
 
 def test_it_trains_by_its_class_path(module, tmp_path):
     (tmp_path / "own.yaml").write_text(
-        "data: {class_path: ToyDataModule, init_args: {d_in: 6, firing: {class_path: my_toys.Turns, init_args: {n_features: 4}}}}\n"
+        "data: {class_path: ToyDataModule, init_args: {d_in: 6, firing: {class_path: my_toys.Turns}}}\n"
         "model: {class_path: TopKSAE, init_args: {d_sae: 4, k: 1}}\n"
         "trainer: {max_steps: 10, accelerator: cpu, enable_progress_bar: false, logger: false, enable_checkpointing: false}\n"
     )
