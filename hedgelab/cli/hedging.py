@@ -8,7 +8,7 @@ import yaml
 
 from hedgelab.cli.lightning import TYPES, HedgelabCLI, run_cli
 from hedgelab.cli.resume import say
-from hedgelab.metrics.functional.hedging_degree import DegreeScores
+from hedgelab.metrics.functional.degree import DegreeScores
 from hedgelab.protocols.hedge import HedgeOptions
 from hedgelab.protocols.hedge_report import summary_numbers
 from hedgelab.protocols.hedge_trainer import HedgeTrainer

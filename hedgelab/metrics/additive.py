@@ -1,20 +1,19 @@
 """The base of every metric here: float64 sums that add up over batches and over ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
+from hedgelab.metrics.functional.accumulate import NO_FLOAT64
 
-class AdditiveMetric(Metric):
-    """A metric whose states are sums, so that it is the same on one rank or many.
 
-    ``update`` takes an optional ``weight [batch]``: the probability of each example (population mode). Without it each
-    example weighs 1. The states are not part of a ``state_dict``, and stay float64 whatever precision the module gets.
+class ShapedMetric(Metric):
+    """A metric whose results keep their shapes: torchmetrics squeezes ``[1]``, all that an SAE of one latent has.
 
     Args:
         kwargs: Arguments of :class:`torchmetrics.Metric`.
@@ -27,18 +26,7 @@ class AdditiveMetric(Metric):
         super().__init__(**kwargs)
         self.result_shapes: list[torch.Size] = []
 
-    def add_sum(self, name: str, *shape: int) -> None:
-        """Declare a state: zeros of the given shape, summed over ranks."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def add_to(self, **amounts: Tensor) -> None:
-        """Add the sums of a batch to the states of those names, in place: some are large."""
-        for name, amount in amounts.items():
-            getattr(self, name).add_(amount)
-
     def _wrap_compute(self, compute: Callable[[], Any]) -> Callable[[], Any]:
-        """Undo torchmetrics' squeezing of one-element results, which takes an SAE of one latent its dimension."""
-
         def recording() -> Any:
             value = compute()
             self.result_shapes = []
@@ -53,3 +41,31 @@ class AdditiveMetric(Metric):
             return apply_to_collection(value, Tensor, lambda tensor: tensor.reshape(next(shapes)))
 
         return restored
+
+
+class AdditiveMetric(ShapedMetric):
+    """A metric whose states are sums, so that it is the same on one rank or many.
+
+    ``update`` takes an optional ``weight [batch]``: the probability of each example (population mode). Without it each
+    example weighs 1. The states are not part of a ``state_dict``, stay float64 whatever precision the module gets, and stay on
+    the CPU where the module's device has no float64 (MPS).
+
+    Args:
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+    """
+
+    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
+        """Declare a state: zeros of the given shape, summed over ranks."""
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+    def add_to(self, **amounts: Tensor) -> None:
+        """Add the sums of a batch to the states of those names, in place: some are large."""
+        for name, amount in amounts.items():
+            state = getattr(self, name)
+            state.add_(amount.to(state.device))
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Self:
+        if fn(torch.zeros(1)).device.type in NO_FLOAT64:
+            self._computed, exclude_state = None, tuple(self._defaults)
+        super()._apply(fn, exclude_state)
+        return self

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import Ranks
-from hedgelab.metrics.functional.absorption import absorption_from_co_firing, parent_encoder_components
+from hedgelab.metrics.functional.hierarchy import absorption_from_co_firing, parent_encoder_components
 from hedgelab.metrics.functional.detection import CoFiring, detection_scores
-from hedgelab.metrics.functional.hedging import (
+from hedgelab.metrics.functional.true_hedging import (
     decoder_coordinates,
     encoder_coordinates,
     hedging,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.additive import AdditiveMetric
-from hedgelab.metrics.functional.absorption import (
+from hedgelab.metrics.functional.hierarchy import (
     AbsorptionScores,
     AbsorptionSums,
     absorption_compute,

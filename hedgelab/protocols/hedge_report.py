@@ -7,7 +7,7 @@ import io
 import statistics
 from collections.abc import Mapping
 
-from hedgelab.metrics.functional.hedging_degree import DegreeScores
+from hedgelab.metrics.functional.degree import DegreeScores
 from hedgelab.plots.hedging import degree_and_baselines, projection_of_latents
 from hedgelab.tracking import MLflowTracker
 

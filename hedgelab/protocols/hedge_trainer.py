@@ -10,7 +10,7 @@ import lightning as L
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
 from hedgelab.errors import UserError
-from hedgelab.metrics.functional.hedging_degree import DegreeScores
+from hedgelab.metrics.functional.degree import DegreeScores
 from hedgelab.protocols.case_study import LLMProbe, report
 from hedgelab.protocols.hedge import Continuations, HedgeOptions, HedgeProtocol, check_live
 from hedgelab.protocols.hedge_report import record

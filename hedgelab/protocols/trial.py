@@ -2,7 +2,7 @@
 
 For every kind of SAE and every width the SAEs of all toys and seeds train as one ensemble, through the phases of SPEC section 5
 (initial, then control and extended, with the learning rate falling to zero), and the control is measured: *true hedging*
-(:mod:`hedgelab.metrics.functional.hedging`, decoder, mean over live latents) beside the two measures that know no truth.
+(:mod:`hedgelab.metrics.functional.true_hedging`, decoder, mean over live latents) beside the two measures that know no truth.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError, whole_number
-from hedgelab.metrics.functional.hedging import decoder_coordinates, hedging, tracked_features
-from hedgelab.metrics.functional.hedging_degree import hedging_degree
+from hedgelab.metrics.functional.true_hedging import decoder_coordinates, hedging, tracked_features
+from hedgelab.metrics.functional.degree import hedging_degree
 from hedgelab.metrics.functional.recovery import decoder_cosines
-from hedgelab.metrics.residual_hedging import ResidualHedgingMetric
+from hedgelab.metrics.error_spread import ResidualHedgingMetric
 from hedgelab.plots.trial import hedging_of_levels, hedging_over_width, measures_against_truth
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study

@@ -12,7 +12,7 @@ from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import HedgingDegree
 from hedgelab.metrics.functional import hedging_degree
-from hedgelab.metrics.functional.hedging_degree import orthonormal_basis
+from hedgelab.metrics.functional.degree import orthonormal_basis
 from hedgelab.seeding import generator
 
 W, D_IN, N = 12, 20, 3

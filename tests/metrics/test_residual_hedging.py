@@ -9,7 +9,8 @@ import torch
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import ResidualHedgingMetric
-from hedgelab.metrics.functional.residual_hedging import influence, residual_hedging, signed_root
+from hedgelab.metrics.functional import residual_hedging
+from hedgelab.metrics.functional.error_spread import influence, pairwise_standard_error
 
 D_IN = 12
 ROWS = 6000
@@ -75,12 +76,77 @@ def test_closed_form_of_a_parent_that_hedges_children():
     assert expected == pytest.approx(np.linalg.norm(p) / math.sqrt(1 + (p**2).sum()), rel=0.15)
 
 
-def test_nothing_where_features_are_independent():
-    values = []
-    for seed in range(12):
-        values.append(float(residual_hedging(*one_latent([0.2] * 6, [0.2] * 6, rows=3000, seed=seed)).hedging))
-    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values)) + 1e-9
-    assert min(values) < 0 < max(values)  # unbiased, not clipped
+def perfect_latents(seed, rates, tracked, rows=2048):
+    """An SAE that knows the first features exactly and nothing of the others, which fire independently of them."""
+    rng = torch.Generator().manual_seed(seed)
+    n = len(rates)
+    firing = (torch.rand(rows, n, generator=rng) < torch.tensor(rates)).double()
+    directions = torch.linalg.qr(torch.randn(n + 16, n + 16, generator=rng, dtype=torch.float64))[0][:n]
+    x = firing @ directions
+    return x, firing[:, tracked:] @ directions[tracked:], firing[:, :tracked], directions[:tracked]
+
+
+NULLS = {
+    "all as often": ([0.1] * 24, 12),
+    "all rare": ([0.02] * 24, 12),
+    "rare latents, frequent rest": ([0.02] * 12 + [0.2] * 12, 12),
+    "one latent": ([0.1] * 7, 1),
+}
+
+
+def over_seeds(name, seeds):
+    rates, tracked = NULLS[name]
+    results = [residual_hedging(*perfect_latents(seed, rates, tracked)) for seed in seeds]
+    return np.array([float(one.hedging) for one in results]), np.array([float(one.std) for one in results])
+
+
+def test_noise_has_no_favourite_sign():
+    """Twelve draws of the case in which a rate estimated from the same noise gave -.038."""
+    values, _ = over_seeds("rare latents, frequent rest", range(12))
+    assert abs(values.mean()) < 2 * values.std(ddof=1) / math.sqrt(len(values))
+    assert min(values) < 0 < max(values)  # of either sign, not clipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NULLS)
+def test_zero_on_average_where_nothing_hedges_with_an_honest_standard_error(name):
+    values, errors = over_seeds(name, range(100, 180))
+    assert abs(values.mean()) < 2 * values.std(ddof=1) / math.sqrt(len(values))
+    assert float(errors.mean()) == pytest.approx(values.std(ddof=1), rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("present", [[0.3, 0.2, 0.1, 0.1], [0.12, 0.1, 0.1, 0.1]])
+def test_the_standard_error_is_honest_where_something_hedges(present):
+    results = [
+        residual_hedging(*one_latent(present, [0.05, 0.1, 0.1, 0.1], rows=3200, seed=seed)) for seed in range(80)
+    ]
+    spread = np.std([float(one.hedging) for one in results], ddof=1)
+    assert np.mean([float(one.std) for one in results]) == pytest.approx(spread, rel=0.25)
+
+
+def test_standard_error_of_a_mean_over_pairs():
+    """Blocks that bring their own number, and pairs that add noise: the variance of the mean, by simulation in numpy."""
+    rng = np.random.default_rng(0)
+    blocks, draws = 12, 4000
+    first, second = np.triu_indices(blocks, 1)
+    own = rng.normal(0, 1.0, (draws, blocks))
+    pairs = own[:, first] + own[:, second] + rng.normal(0, 2.0, (draws, len(first)))
+    told = np.array([float(pairwise_standard_error(torch.tensor(row), blocks)) for row in pairs[:300]])
+    assert math.sqrt((told**2).mean()) == pytest.approx(pairs.mean(1).std(), rel=0.05)
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0, 4.0])
+def test_norms_layouts_and_precisions_give_one_number(norm):
+    x, error, codes, W_dec = one_latent([0.3, 0.2], [0.05, 0.1], rows=4000)
+    expected = residual_hedging(x, error, codes, W_dec)
+    dense = residual_hedging(x, error, codes / norm, norm * W_dec)
+    sparse = Codes.from_csr(*Codes.from_dense(codes / norm).csr(), 1)
+    assert float(dense.hedging) == pytest.approx(float(expected.hedging), rel=1e-4)
+    assert float(residual_hedging(x, error, sparse, norm * W_dec).hedging) == float(dense.hedging)
+    metric = ResidualHedgingMetric(norm * W_dec)
+    metric.update(x, x - error, codes / norm)
+    assert float(metric.compute().hedging) == pytest.approx(float(expected.hedging), rel=1e-3)
 
 
 def test_a_perfect_sae_does_not_hedge():
@@ -90,7 +156,7 @@ def test_a_perfect_sae_does_not_hedge():
 
 def test_agrees_with_explicit_matrices():
     rng = torch.Generator().manual_seed(3)
-    n, width, blocks = 80, 5, 4
+    n, width, blocks = 160, 5, 4
     codes = torch.rand(n, width, generator=rng, dtype=torch.float64).clamp_min(0.3) - 0.3
     error, x = (torch.randn(n, D_IN, generator=rng, dtype=torch.float64) for _ in range(2))
     error = error * (0.5 + codes[:, :1])
@@ -102,14 +168,15 @@ def test_agrees_with_explicit_matrices():
     covariance = centred.T @ centred / n
     covariance = (1 - shrinkage) * covariance + shrinkage * np.diag(np.diag(covariance))
     inverse = np.linalg.inv(covariance)
+    size = n // blocks
     seconds, thirds = np.zeros((blocks, width, D_IN, D_IN)), np.zeros((blocks, width, D_IN, D_IN, D_IN))
-    plain = []
+    plain, weights = [], []
     for b in range(blocks):
-        part = slice(b * n // blocks, (b + 1) * n // blocks)
+        part = slice(b * size, (b + 1) * size)
         g = (c[part] - c[part].mean(0)) @ inverse * blocks / n
+        weights.append(g)
         seconds[b] = np.einsum("ti,tk,tl->ikl", g, e[part], e[part])
         thirds[b] = np.einsum("ti,tk,tl,tm->iklm", g, e[part], e[part], e[part])
-        size = n // blocks
         moments = np.einsum("tk,tl->kl", e[part], e[part]) / size, np.einsum("tk,tl,tm->klm", *[e[part]] * 3) / size
         plain.append(moments)
     pairs = [(a, b) for a in range(blocks) for b in range(a + 1, blocks)]
@@ -119,10 +186,17 @@ def test_agrees_with_explicit_matrices():
     spread = e.T @ e / n
     v = np.trace(spread @ spread @ spread) / np.trace(spread @ spread)
     m = math.sqrt(max(of_all[1] / of_all[0], 0) + 4 * v)
-    rate = np.clip((1 - np.sqrt(np.maximum(third, 0) / np.abs(second)) / m) / 2, 0, 0.5)
+    left = []
+    for a, b in pairs:
+        kernel = (e[a * size : (a + 1) * size] @ e[b * size : (b + 1) * size].T) ** 2
+        left.append(kernel.var(ddof=1) - kernel.mean(0).var(ddof=1) - kernel.mean(1).var(ddof=1))
+    amounts = sum((weights[a] ** 2).sum(0) * (weights[b] ** 2).sum(0) for a, b in pairs)
+    bend = 1.5 * np.sqrt(np.mean(left) * amounts) / len(pairs)
+    ratio = np.sqrt((np.maximum(second * third, 0) + (m * bend) ** 2) / (second**2 + bend**2))
+    root = second / (second**2 + bend**2) ** 0.25
     rows = np.abs(((centred @ inverse / n).T @ x.numpy() * d).sum(1))
-    expected = np.sign(second) * np.sqrt(np.abs(second)) / ((1 - rate) * m) / rows
-    result = residual_hedging(x, error, codes, W_dec)
+    expected = 2 * root / (m + np.minimum(ratio, m)) / rows
+    result = residual_hedging(x, error, codes, W_dec, blocks)
     assert result.latents.numpy() == pytest.approx(expected, rel=1e-3)
     assert float(result.hedging) == pytest.approx(float(result.latents.mean()))
     assert float(result.magnitude) == pytest.approx(m, rel=1e-4)
@@ -141,11 +215,11 @@ def test_influence_gives_regression_coefficients():
         3, 3, generator=rng, dtype=torch.float64
     )
     y = codes @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    shrunk = influence(codes).t() @ y
+    shrunk = torch.cat(influence(codes.split(100))).double().t() @ y
     covariance = torch.cov(codes.t(), correction=0)
     between = (1 - 3 / 403) * covariance + 3 / 403 * covariance.diagonal().diag()
     exact = torch.linalg.solve(between, covariance @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
-    assert shrunk.tolist() == pytest.approx(exact.tolist(), rel=1e-8)
+    assert shrunk.tolist() == pytest.approx(exact.tolist(), rel=1e-5)
 
 
 def test_latents_that_hardly_fire_are_left_out():
@@ -157,7 +231,7 @@ def test_latents_that_hardly_fire_are_left_out():
     assert float(result.hedging) == float(result.latents[0])
 
 
-def test_metric_takes_batches_and_folds_norms():
+def test_metric_keeps_the_first_rows_of_batches():
     x, error, codes, W_dec = one_latent([0.3, 0.2], [0.05, 0.1], rows=4000)
     metric = ResidualHedgingMetric(2 * W_dec, rows=3000)
     for part in torch.arange(len(x)).split(700):
@@ -169,10 +243,9 @@ def test_metric_takes_batches_and_folds_norms():
     assert float(result.hedging) == pytest.approx(float(expected.hedging), rel=1e-3)
 
 
-def test_signed_root_and_mistakes():
-    assert signed_root(torch.tensor([4.0, -9.0, 0.0])).tolist() == [2.0, -3.0, 0.0]
-    x, error, codes, W_dec = one_latent([0.3], [0.1], rows=7)
-    with pytest.raises(UserError, match="need at least 8"):
+def test_mistakes():
+    x, error, codes, W_dec = one_latent([0.3], [0.1], rows=31)
+    with pytest.raises(UserError, match="need at least 32"):
         residual_hedging(x, error, codes, W_dec)
-    with pytest.raises(UserError, match="blocks: must be at least 3"):
-        residual_hedging(x, error, codes, W_dec, blocks=2)
+    with pytest.raises(UserError, match="blocks: must be at least 4"):
+        residual_hedging(x, error, codes, W_dec, blocks=3)

@@ -5,7 +5,7 @@ import torch
 from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import SAEMetrics
-from hedgelab.metrics.functional.hedging_degree import hedging_degree
+from hedgelab.metrics.functional.degree import hedging_degree
 from hedgelab.tracking.glossary import GLOSSARY, bare, term, title, worth_showing
 
 

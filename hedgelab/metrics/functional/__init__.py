@@ -1,6 +1,6 @@
 """Pure functions behind the metric classes: ``*_update`` gives additive sums of a batch, ``*_compute`` the result."""
 
-from hedgelab.metrics.functional.absorption import (
+from hedgelab.metrics.functional.hierarchy import (
     AbsorptionScores,
     absorption,
     absorption_from_co_firing,
@@ -8,7 +8,7 @@ from hedgelab.metrics.functional.absorption import (
     parent_encoder_components,
 )
 from hedgelab.metrics.functional.detection import CoFiring, DetectionScores, co_firing, detection_scores
-from hedgelab.metrics.functional.hedging import (
+from hedgelab.metrics.functional.true_hedging import (
     TRACKING_COSINE,
     HedgingScores,
     decoder_coordinates,
@@ -16,7 +16,7 @@ from hedgelab.metrics.functional.hedging import (
     hedging,
     tracked_features,
 )
-from hedgelab.metrics.functional.hedging_degree import DegreeScores, hedging_degree
+from hedgelab.metrics.functional.degree import DegreeScores, hedging_degree
 from hedgelab.metrics.functional.reconstruction import explained_variance, mean_squared_error, shrinkage
 from hedgelab.metrics.functional.recovery import (
     BestMatches,
@@ -30,7 +30,7 @@ from hedgelab.metrics.functional.recovery import (
     mean_max_cosine,
     uniqueness,
 )
-from hedgelab.metrics.functional.residual_hedging import ResidualHedging, residual_hedging
+from hedgelab.metrics.functional.error_spread import ResidualHedging, residual_hedging
 from hedgelab.metrics.functional.sparsity import (
     LOG_DENSITY_EDGES,
     DensityHistogram,

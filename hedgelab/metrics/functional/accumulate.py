@@ -1,7 +1,89 @@
-"""Weighted sums over examples, in float64: what every additive metric state is made of."""
+"""What every metric takes and adds up: codes of any layout, decoders of any norms, float64 sums on any device."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+
+from hedgelab.errors import UserError
+from hedgelab.kernels.codes import Codes
+
+NO_FLOAT64 = frozenset({"mps"})
+"""Device types without float64: sums of what lies there are kept on the CPU."""
+
+
+class SparseCoder(Protocol):
+    """An SAE of any library: ``encode(x)`` gives codes or a dense tensor, which ``decode`` takes."""
+
+    @property
+    def W_dec(self) -> Tensor:  # noqa: N802
+        """Decoder, ``[d_sae, d_in]``."""
+
+    def encode(self, x: Tensor, /) -> Any:
+        """Latents of activations."""
+
+    def decode(self, codes: Any, /) -> Tensor:
+        """Reconstructions of latents."""
+
+
+def as_codes(latents: Tensor | Codes) -> Codes:
+    """Codes of whatever an SAE gives: codes as they are, a dense tensor ``[..., d_sae]`` as one row an example.
+
+    >>> as_codes(torch.tensor([[[1.0, 0.0]], [[2.0, 3.0]]])).batch_size
+    2
+
+    Raises:
+        UserError: Neither codes nor a tensor of latents.
+    """
+    if isinstance(latents, Codes):
+        return latents
+    if not isinstance(latents, Tensor) or latents.ndim < 2:
+        raise UserError(f"codes: expected Codes or a tensor [examples, d_sae], got {_described(latents)}")
+    return Codes.from_dense(latents.reshape(-1, latents.shape[-1]))
+
+
+def on_cpu(latents: Tensor | Codes) -> Codes:
+    """Codes without a gradient on the CPU, where probes are fitted."""
+    codes = as_codes(latents)
+    crow, index = (None if part is None else part.cpu() for part in (codes.crow, codes.latents))
+    return Codes(codes.d_sae, codes.values.detach().cpu(), index, crow)
+
+
+def run_sae(sae: SparseCoder, x: Tensor) -> tuple[Tensor, Codes]:
+    """Reconstruction ``[batch, d_in]`` and codes of activations ``[batch, d_in]``, without a gradient.
+
+    Raises:
+        UserError: The SAE has no ``encode``, ``decode`` and ``W_dec``, or another width than the activations.
+    """
+    missing = [name for name in ("encode", "decode", "W_dec") if not hasattr(sae, name)]
+    if missing:
+        raise UserError(f"sae: {type(sae).__name__} has no {missing[0]}; an SAE needs encode, decode and W_dec")
+    if x.shape[-1] != sae.W_dec.shape[1]:
+        raise UserError(f"x: expected activations of width {sae.W_dec.shape[1]} (W_dec's), got {list(x.shape)}")
+    with torch.no_grad():
+        latents = sae.encode(x)
+        return sae.decode(latents), as_codes(latents)
+
+
+def fold_decoder(W_dec: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit decoder rows, float64 ``[d_sae, d_in]`` (a zero row stays zero), and their norms before, ``[d_sae]``.
+
+    Codes times the norms are in units of the reconstruction. A folded decoder comes back as it is, with norms of 1.
+
+    >>> fold_decoder(torch.tensor([[3.0, 4.0]]))[1].tolist()
+    [5.0]
+    """
+    rows = float64(W_dec)
+    return normalize(rows, dim=1, eps=1e-30), rows.norm(dim=1)
+
+
+def float64(tensor: Tensor) -> Tensor:
+    """The detached tensor in float64, on the CPU where its device has no such numbers."""
+    detached = tensor.detach()
+    return (detached.cpu() if tensor.device.type in NO_FLOAT64 else detached).double()
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -12,12 +94,38 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def total_weight(examples: Tensor, weight: Tensor | None) -> Tensor:
     """Weight of a batch, a float64 scalar: the sum of ``weight [batch]``, or the number of rows of ``examples``."""
     if weight is None:
-        return torch.tensor(examples.shape[0], dtype=torch.float64, device=examples.device)
-    return weight.sum(dtype=torch.float64)
+        device = "cpu" if examples.device.type in NO_FLOAT64 else examples.device
+        return torch.tensor(examples.shape[0], dtype=torch.float64, device=device)
+    return float64(weight).sum()
 
 
 def weighted_sum(per_example: Tensor, weight: Tensor | None) -> Tensor:
     """Sum over the first dimension of ``[batch, ...]`` in float64, weighted by ``weight [batch]`` where given."""
-    if weight is None:
-        return per_example.sum(0, dtype=torch.float64)
-    return torch.einsum("b,b...->...", weight.double(), per_example.double())
+    if weight is not None:
+        return torch.einsum("b,b...->...", float64(weight), float64(per_example))
+    if per_example.device.type in NO_FLOAT64:
+        return float64(per_example).sum(0)
+    return per_example.detach().sum(0, dtype=torch.float64)
+
+
+def orthonormal_basis(rows: Tensor) -> Tensor:
+    """Orthonormal basis of the span of ``rows [N, d_in]`` as columns, ``[d_in, rank]``.
+
+    By QR where the rows are independent, by SVD where they are not: without pivots QR would lose what follows a dependent row.
+
+    >>> orthonormal_basis(torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]])).shape
+    torch.Size([3, 2])
+    """
+    tolerance = max(rows.shape) * torch.finfo(rows.dtype).eps
+    if rows.shape[0] <= rows.shape[1]:
+        q, r = torch.linalg.qr(rows.t())
+        sizes = r.diagonal().abs()
+        if bool((sizes > tolerance * sizes.max()).all()):
+            return q
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    spanned: Tensor = vectors[values > tolerance * values.max()].t()
+    return spanned
+
+
+def _described(value: object) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

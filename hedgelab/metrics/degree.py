@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.additive import AdditiveMetric
-from hedgelab.metrics.functional.hedging_degree import DRAWS, DegreeScores, hedging_degree
+from hedgelab.metrics.functional.degree import DRAWS, DegreeScores, hedging_degree
 
 
 class HedgingDegree(AdditiveMetric):

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from hedgelab.errors import UserError
+from hedgelab.metrics.functional.accumulate import float64, fold_decoder, orthonormal_basis
 from hedgelab.seeding import generator
 
 DRAWS = 50
@@ -51,7 +51,7 @@ class DegreeScores(NamedTuple):
         cosines: Cosine of each, ``[W]``.
         live: Which old latents fire in both, ``[W]`` bool.
         residual_hedging: Hedging of the control as its errors' spread shows it, mean over latents; of another kind than all the
-            above, see :mod:`.residual_hedging`. NaN unless added.
+            above, see :mod:`.error_spread`. NaN unless added.
         residual_hedging_std: Its standard error.
     """
 
@@ -116,7 +116,7 @@ def hedging_degree(
     n_new = extended.shape[0] - width
     if not 1 <= n_new < d_in:
         raise UserError(f"hedge.n_new: must lie between 1 and d_in - 1 = {d_in - 1}, got {n_new}; more span everything")
-    old, moved_to, new = _folded(control), _folded(extended[:width]), _folded(extended[width:])
+    old, (moved_to, new) = fold_decoder(control)[0], fold_decoder(extended)[0].split([width, n_new])
     delta, basis = moved_to - old, orthonormal_basis(new)
     rank = basis.shape[1]
     if not rank:
@@ -124,26 +124,29 @@ def hedging_degree(
     if live is None:
         live = torch.ones(width, dtype=torch.bool, device=old.device)
     size, live_size = old.norm(dim=1).mean(), old[live].norm(dim=1).mean()  # NaN, with what follows, where none is live
-    projections, delta_norms, cosines = within(delta, basis), delta.norm(dim=1), (moved_to * old).sum(1)
-    random = torch.stack([within(delta, spanned) for spanned in _random_subspaces(rank, draws, seed, old)])
+    projections, delta_norms, cosines = norms_along(delta, basis), delta.norm(dim=1), (moved_to * old).sum(1)
+    random = torch.stack([norms_along(delta, spanned) for spanned in _random_subspaces(rank, draws, seed, old)])
     projection, baselines = projections.mean() / size, random.mean(1) / size
     live_baseline = random[:, live].mean() / live_size
     matched = _covariance_baseline(delta, covariance, rank, draws, seed) / size
-    elsewhere = _mean([within(delta, orthonormal_basis(_folded(rows))).mean() for rows in foreign or []], old) / size
-    noise = torch.full_like(old, torch.nan) if reordered is None else _folded(reordered) - old
+    elsewhere = (
+        _mean([norms_along(delta, orthonormal_basis(fold_decoder(rows)[0])).mean() for rows in foreign or []], old)
+        / size
+    )
+    noise = torch.full_like(old, torch.nan) if reordered is None else fold_decoder(reordered)[0] - old
     return DegreeScores(
-        degree=above(projection, baselines.mean()),
+        degree=above_baseline(projection, baselines.mean()),
         projection=projection,
         baseline=baselines.mean(),
         baseline_std=baselines.std(),
-        live_degree=above(projections[live].mean() / live_size, live_baseline),
+        live_degree=above_baseline(projections[live].mean() / live_size, live_baseline),
         live_latents=live.sum().double(),
         live_new_latents=_count(n_new if live_new is None else int(live_new.sum()), old),
         covariance_baseline=matched,
-        covariance_degree=above(projection, matched),
+        covariance_degree=above_baseline(projection, matched),
         foreign_baseline=elsewhere,
-        foreign_degree=above(projection, elsewhere),
-        noise_floor=within(noise, basis).mean() / size,
+        foreign_degree=above_baseline(projection, elsewhere),
+        noise_floor=norms_along(noise, basis).mean() / size,
         noise_delta_norm=noise.norm(dim=1).mean(),
         delta_norm=delta_norms.mean(),
         mean_cosine=cosines.mean(),
@@ -155,31 +158,15 @@ def hedging_degree(
     )
 
 
-def within(delta: Tensor, basis: Tensor) -> Tensor:
+def norms_along(delta: Tensor, basis: Tensor) -> Tensor:
     """Norms ``[W]`` of the parts of ``delta [W, d_in]`` in the span of an orthonormal ``basis [d_in, N]``."""
     norms: Tensor = (delta @ basis).norm(dim=1)
     return norms
 
 
-def above(projection: Tensor, baseline: Tensor) -> Tensor:
+def above_baseline(projection: Tensor, baseline: Tensor) -> Tensor:
     """``max(0, (projection - baseline) / (1 - baseline))``; NaN where the baseline is."""
     return ((projection - baseline) / (1 - baseline)).clamp_min(0)
-
-
-def orthonormal_basis(rows: Tensor) -> Tensor:
-    """Orthonormal basis of the span of ``rows [N, d_in]`` as columns, ``[d_in, rank]``, by QR.
-
-    A row that depends on the rows before it adds nothing: the diagonal of R is zero there, up to rounding.
-    """
-    q, r = torch.linalg.qr(rows.t())
-    sizes = r.diagonal().abs()
-    tolerance = max(rows.shape) * torch.finfo(rows.dtype).eps * sizes.max()
-    independent: Tensor = q[:, sizes > tolerance]
-    return independent
-
-
-def _folded(W_dec: Tensor) -> Tensor:
-    return normalize(W_dec.detach().double(), dim=1, eps=1e-30)
 
 
 def _random_subspaces(n: int, draws: int, seed: int, like: Tensor, root: Tensor | None = None) -> Iterator[Tensor]:
@@ -194,10 +181,12 @@ def _covariance_baseline(delta: Tensor, covariance: Tensor | None, n: int, draws
     """Mean motion within subspaces drawn with the activations' covariance; NaN where that is not known."""
     if covariance is None:
         return _mean([], delta)
-    symmetric = covariance.to(delta)
+    symmetric = float64(covariance).to(delta)
     values, vectors = torch.linalg.eigh((symmetric + symmetric.t()) / 2)
     root = vectors * values.clamp_min(0).sqrt()
-    return _mean([within(delta, spanned).mean() for spanned in _random_subspaces(n, draws, seed, delta, root)], delta)
+    return _mean(
+        [norms_along(delta, spanned).mean() for spanned in _random_subspaces(n, draws, seed, delta, root)], delta
+    )
 
 
 def _mean(values: list[Tensor], like: Tensor) -> Tensor:
