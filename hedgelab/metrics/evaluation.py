@@ -7,20 +7,20 @@ from torch import Tensor, nn
 from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import Ranks
-from hedgelab.metrics.functional.hierarchy import absorption_from_co_firing, parent_encoder_components
 from hedgelab.metrics.functional.detection import CoFiring, detection_scores
-from hedgelab.metrics.functional.true_hedging import (
-    decoder_coordinates,
-    encoder_coordinates,
-    hedging,
-    tracked_features,
-)
+from hedgelab.metrics.functional.hierarchy import absorption_from_co_firing, parent_encoder_components
 from hedgelab.metrics.functional.recovery import (
     decoder_cosines,
     match_features,
     matched_cosines,
     mean_max_cosine,
     uniqueness,
+)
+from hedgelab.metrics.functional.true_hedging import (
+    decoder_coordinates,
+    encoder_coordinates,
+    hedging,
+    tracked_features,
 )
 from hedgelab.metrics.reconstruction import ExplainedVariance, MeanSquaredError, Shrinkage
 from hedgelab.metrics.sparsity import FiringDensity

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.additive import AdditiveMetric
+from hedgelab.metrics.functional.accumulate import total_weight, weighted_sum
+from hedgelab.metrics.functional.detection import CoFiring, co_firing
 from hedgelab.metrics.functional.hierarchy import (
     AbsorptionScores,
     AbsorptionSums,
@@ -14,8 +16,6 @@ from hedgelab.metrics.functional.hierarchy import (
     absorption_update,
     infer_parents,
 )
-from hedgelab.metrics.functional.accumulate import total_weight, weighted_sum
-from hedgelab.metrics.functional.detection import CoFiring, co_firing
 from hedgelab.metrics.functional.sparsity import firing_update
 
 

@@ -21,10 +21,10 @@ from torch.optim.lr_scheduler import PolynomialLR
 
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
-from hedgelab.metrics.functional.degree import DRAWS, DegreeScores
-from hedgelab.metrics.functional.error_spread import BLOCKS
 from hedgelab.metrics.degree import HedgingDegree
 from hedgelab.metrics.error_spread import ROWS, ResidualHedgingMetric
+from hedgelab.metrics.functional.degree import DRAWS, DegreeScores
+from hedgelab.metrics.functional.error_spread import BLOCKS
 from hedgelab.protocols.phase_data import PhaseData
 from hedgelab.protocols.ranks import decided_by_rank_zero
 from hedgelab.protocols.training_phases import Phase, PhaseRunner

@@ -24,10 +24,10 @@ from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError, whole_number
-from hedgelab.metrics.functional.true_hedging import decoder_coordinates, hedging, tracked_features
+from hedgelab.metrics.error_spread import ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import hedging_degree
 from hedgelab.metrics.functional.recovery import decoder_cosines
-from hedgelab.metrics.error_spread import ResidualHedgingMetric
+from hedgelab.metrics.functional.true_hedging import decoder_coordinates, hedging, tracked_features
 from hedgelab.plots.trial import hedging_of_levels, hedging_over_width, measures_against_truth
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study

@@ -1,5 +1,8 @@
 """Pure functions behind the metric classes: ``*_update`` gives additive sums of a batch, ``*_compute`` the result."""
 
+from hedgelab.metrics.functional.degree import DegreeScores, hedging_degree
+from hedgelab.metrics.functional.detection import CoFiring, DetectionScores, co_firing, detection_scores
+from hedgelab.metrics.functional.error_spread import ResidualHedging, residual_hedging
 from hedgelab.metrics.functional.hierarchy import (
     AbsorptionScores,
     absorption,
@@ -7,16 +10,6 @@ from hedgelab.metrics.functional.hierarchy import (
     infer_parents,
     parent_encoder_components,
 )
-from hedgelab.metrics.functional.detection import CoFiring, DetectionScores, co_firing, detection_scores
-from hedgelab.metrics.functional.true_hedging import (
-    TRACKING_COSINE,
-    HedgingScores,
-    decoder_coordinates,
-    encoder_coordinates,
-    hedging,
-    tracked_features,
-)
-from hedgelab.metrics.functional.degree import DegreeScores, hedging_degree
 from hedgelab.metrics.functional.reconstruction import explained_variance, mean_squared_error, shrinkage
 from hedgelab.metrics.functional.recovery import (
     BestMatches,
@@ -30,7 +23,6 @@ from hedgelab.metrics.functional.recovery import (
     mean_max_cosine,
     uniqueness,
 )
-from hedgelab.metrics.functional.error_spread import ResidualHedging, residual_hedging
 from hedgelab.metrics.functional.sparsity import (
     LOG_DENSITY_EDGES,
     DensityHistogram,
@@ -38,6 +30,14 @@ from hedgelab.metrics.functional.sparsity import (
     density_histogram,
     firing_rates,
     l0,
+)
+from hedgelab.metrics.functional.true_hedging import (
+    TRACKING_COSINE,
+    HedgingScores,
+    decoder_coordinates,
+    encoder_coordinates,
+    hedging,
+    tracked_features,
 )
 
 __all__ = [

@@ -19,7 +19,7 @@ class SparseCoder(Protocol):
     """An SAE of any library: ``encode(x)`` gives codes or a dense tensor, which ``decode`` takes."""
 
     @property
-    def W_dec(self) -> Tensor:  # noqa: N802
+    def W_dec(self) -> Tensor:
         """Decoder, ``[d_sae, d_in]``."""
 
     def encode(self, x: Tensor, /) -> Any:
