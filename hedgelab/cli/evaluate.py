@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-_HELP = """\
-usage: hedgelab evaluate RUN ... [--config FILE] [--suite NAME,NAME] [--KEY VALUE ...]
+from itertools import takewhile
+from pathlib import Path
 
-Score trained SAEs; scores, tables and figures go to the SAE's own run. RUN is a run's name or id, 'last', a folder with an SAE,
+from hedgelab.config.names import suggest
+from hedgelab.config.tree import compose, options_of
+from hedgelab.errors import UserError
+
+_HELP = """\
+usage: hedgelab evaluate SAE ... [--config FILE] [--suite NAME,NAME] [--KEY VALUE ...]
+
+Score trained SAEs; scores, tables and figures go to the SAE's own run. SAE is a run's name or id, 'last', a folder with an SAE,
 a run whose parts have SAEs (a sweep), or the config file of a sweep, which is then trained first as far as it is not.
 
-  --suite    density, geometry, probing, absorption, loss_recovered, tpp, scr, all (the default), or saebench
+  --suite    {suites}, all (the default), or saebench; or a class path
   --config   labelled text and settings of the suites, such as configs/llm/evaluate_brown.yaml
   --x        what several SAEs are drawn against: a parameter in which they differ; by itself the first numeric one
-  --data.*   overrides what the run's config says about its data, such as --data.cache_dir; needed for a folder whose data
-             is not known
+  --data.*   what the SAE reads, where it does not say itself or you say otherwise, such as --data.cache_dir or --data.layer
 
 A suite that was run on an SAE before with the same settings is not run again. Activations are kept under the data's cache_dir.
+The field advises against tpp and scr (arXiv 2605.18229: both disagree with the truth on synthetic SAEs); probing is sounder.
 """
+_OWN = ("data", "x", "suite", "suites")
 
 
 def run(command: str, words: list[str]) -> int:
@@ -23,14 +31,63 @@ def run(command: str, words: list[str]) -> int:
 
     Args:
         command: ``evaluate``.
-        words: The runs, then options.
+        words: The SAEs, then options.
 
     Raises:
         UserError: Anything the user can mend.
     """
-    if not words or any(word in ("-h", "--help") for word in words):
-        print(_HELP, end="")
-        return 0
-    from hedgelab.cli.evaluating import run_evaluate
+    from hedgelab.protocols.evaluation.suite import option_parser, suite_classes
 
-    return run_evaluate(words)
+    if not words or any(word in ("-h", "--help") for word in words):
+        classes = suite_classes()
+        print(
+            _HELP.format(suites=", ".join(classes)) + option_parser(classes)[0].format_help().partition("\n\n")[2],
+            end="",
+        )
+        return 0
+    named = list(takewhile(lambda word: not word.startswith("-"), words))
+    if not named:
+        raise UserError("evaluate: name a run, a folder with an SAE, or the config file of a sweep, before the options")
+    pairs = [
+        (key, f"--{key}" if value is None else f"--{key}={value}") for key, value in options_of(words[len(named) :])
+    ]
+    tree = compose([text for _, text in pairs])
+    data, x, suite, suites = (tree.pop(key, None) for key in _OWN)
+    names = str(suite).split(",") if suite is not None else [str(one) for one in suites or ["all"]]
+    if names == ["saebench"]:
+        return _saebench(named)
+
+    from hedgelab.cli.studies import Parsed, conduct
+    from hedgelab.protocols.evaluation.evaluate import Evaluate
+
+    known = {"config", *_OWN, *option_parser(suite_classes(names))[1]}
+    others = [(key.split(".")[0], text) for key, text in pairs if key.split(".")[0] not in known]
+    tree = {key: value for key, value in tree.items() if key not in dict(others)}
+    evaluation = Evaluate(named, names, tree, data, None if x is None else str(x))
+    of_sweeps = [word for word in named if Path(word).suffix in (".yaml", ".yml")]
+    if others and not of_sweeps:
+        raise UserError(f"evaluate: unknown option {others[0][1]}; {suggest(others[0][0], known)}")
+    words = [text for _, text in others] + [text for key, text in pairs if key.split(".")[0] == "data"]
+    evaluation.saes = [_swept(word, words) if word in of_sweeps else word for word in named]
+    print("\n".join(conduct(Parsed(evaluation, command, "evaluation", 0, "", None))))
+    return 0
+
+
+def _swept(file: str, words: list[str]) -> str:
+    """Train what a sweep's config lists; the name of its run."""
+    from hedgelab.cli.sweep_config import read_sweep
+    from hedgelab.cli.sweep_run import run_sweep
+    from hedgelab.protocols.evaluation.subjects import say
+
+    sweep_words = ["--config", file, *words]
+    if run_sweep(sweep_words):
+        say("some cells failed; evaluating the others")
+    return read_sweep(sweep_words).name
+
+
+def _saebench(named: list[str]) -> int:
+    from hedgelab.interop.saebench import run_saebench
+    from hedgelab.protocols.evaluation.subjects import say
+    from hedgelab.tracking.runs import resolve_sae
+
+    return run_saebench([resolve_sae(word) for word in named], say)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from hedgelab.cli import main
-from hedgelab.cli.evaluating import parse_options
 from hedgelab.errors import UserError
+from hedgelab.protocols.evaluation.evaluate import Evaluate
 
 FIT = ["fit", "--config=tiny.yaml", "--trainer.enable_progress_bar=false"]
 
@@ -27,8 +27,9 @@ def test_help_names_every_suite(capsys):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"suites": ["nothing"]}, "--suite: expected some of density, geometry"),
-        ({"loss_contexts": 0}, "loss_contexts: must be at least 1, got 0"),
+        ({"loss_contexts": 0}, "loss_contexts: expected a whole number of at least 1, got 0"),
+        ({"ks": [1, 0]}, "ks: expected whole numbers of at least 1, got [1, 0]"),
+        ({"rows": "many"}, "rows: expected"),
         ({"ks": []}, "ks: expected whole numbers"),
         ({"sweets": 1}, "sweets: unknown key"),
         ({"words": {"text": "a", "tags": "b", "classes": {}}}, "words.classes: names no class"),
@@ -36,16 +37,16 @@ def test_help_names_every_suite(capsys):
 )
 def test_mistakes_in_options_are_named(tree, message):
     with pytest.raises(UserError) as caught:
-        parse_options(tree)
+        Evaluate([], ["all"], tree)
     assert message in str(caught.value)
 
 
 def test_options_come_from_a_config_and_the_command_line():
-    options = parse_options(
-        {"suites": ["tpp"], "topics": {"text": "t.jsonl", "label": {"classes": {"a": ["x"], "b": ["y"]}}}}
-    )
-    assert options.topics.label.classes == {"a": ["x"], "b": ["y"]}
-    assert options.chosen(language_model=True)[0] == ["tpp"]
+    topics = {"text": "t.jsonl", "label": {"classes": {"a": ["x"], "b": ["y"]}}}
+    evaluation = Evaluate([], ["tpp"], {"topics": topics, "silenced": [3]})
+    (tpp,) = (suite for suite in evaluation.suites if suite.name == "tpp")
+    assert tpp.topics.label.classes == {"a": ["x"], "b": ["y"]}
+    assert tpp.silenced == [3]
 
 
 @pytest.mark.slow

@@ -5,22 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from hedgelab.cli.evaluating import parse_options
 from hedgelab.cli.sweep_config import read_sweep
 from hedgelab.config.tree import load
+from hedgelab.protocols.evaluation.suite import choose, make_suites, suite_classes
 
 CONFIGS = Path(__file__).parents[2] / "configs/llm"
 
 
 @pytest.fixture
-def options(monkeypatch):
+def suites(monkeypatch):
+    """All suites as the config makes them, by name."""
     monkeypatch.setenv("BROWN", "somewhere")
-    return parse_options(load(CONFIGS / "evaluate_brown.yaml"))
+    return {suite.name: suite for suite in make_suites(load(CONFIGS / "evaluate_brown.yaml"), suite_classes())}
 
 
-def test_every_suite_has_its_text(options):
-    assert options.words.text == "somewhere/brown_text.jsonl.gz"
-    assert options.chosen(language_model=True)[1] == {}
+def test_every_suite_has_its_text(suites):
+    assert suites["probing"].words.text == "somewhere/brown_text.jsonl.gz"
+    assert choose(list(suites.values()), ["all"], language_model=True)[1] == {}
 
 
 @pytest.mark.parametrize(
@@ -31,8 +32,12 @@ def test_every_suite_has_its_text(options):
         ("nn", []), ("pp$", []), ("nn+bez", []), ("dt$", []), ("vb", []),
     ],
 )  # fmt: skip
-def test_tags_fall_into_the_classes_they_should(options, tag, classes):
-    found = [name for name, patterns in options.words.classes.items() if any(re.fullmatch(p, tag) for p in patterns)]
+def test_tags_fall_into_the_classes_they_should(suites, tag, classes):
+    found = [
+        name
+        for name, patterns in suites["probing"].words.classes.items()
+        if any(re.fullmatch(p, tag) for p in patterns)
+    ]
     assert found == classes
 
 

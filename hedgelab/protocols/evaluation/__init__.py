@@ -1,7 +1,6 @@
 """Evaluations of trained SAEs: suites of scores, from one pass of the language model for all SAEs together."""
 
-from hedgelab.protocols.evaluation.options import SUITES, EvaluationOptions
-from hedgelab.protocols.evaluation.reader import ModelReader
-from hedgelab.protocols.evaluation.scores import Scores, Suite
+from hedgelab.protocols.evaluation.reader import ModelReader, Readings
+from hedgelab.protocols.evaluation.suite import Scores, Suite, Title, suite_classes
 
-__all__ = ["SUITES", "EvaluationOptions", "ModelReader", "Scores", "Suite"]
+__all__ = ["ModelReader", "Readings", "Scores", "Suite", "Title", "suite_classes"]

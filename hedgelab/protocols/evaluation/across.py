@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from hedgelab.errors import UserError
 from hedgelab.plots.scores import Panel, scores_against
-from hedgelab.protocols.evaluation.scores import table
+from hedgelab.protocols.evaluation.suite import Title, suite_classes, table
 
-_TITLES = {
-    "density/explained_variance": ("explained variance", "higher"),
-    "density/l0": ("L0", ""),
-    "density/dead_fraction": ("dead latents", "lower"),
-    "loss_recovered/recovered": ("loss recovered", "higher"),
-    "loss_recovered/kl_recovered": ("KL recovered", "higher"),
-    "probing/f1_k1": ("probing F1, k = 1", "higher"),
-    "probing/f1_k2": ("probing F1, k = 2", "higher"),
-    "probing/f1_k5": ("probing F1, k = 5", "higher"),
-    "probing/f1_k10": ("probing F1, k = 10", "higher"),
-    "absorption/full": ("full absorption", "lower"),
-    "absorption/fraction": ("absorption fraction", "lower"),
-    "absorption/split_latents": ("latents a letter is split into", "lower"),
-    "absorption/f1_k1": ("first letter F1, k = 1", "higher"),
-    "geometry/mean_max_cosine": ("mean largest cosine", "lower"),
-    "geometry/near_duplicates": ("near-duplicate latents", "lower"),
-}
-_BY_COUNT = {"tpp/": ("TPP, {} latents", "higher"), "scr/": ("SCR, {} latents", "higher")}
-_SHOWN_COUNTS = (2, 10, 20)
-_DRAWN = (
-    "density/explained_variance", "density/dead_fraction", "loss_recovered/recovered", "geometry/mean_max_cosine",
-    "probing/f1_k1", "probing/f1_k5", "probing/f1_k10", "absorption/f1_k1",
-    "absorption/full", "absorption/split_latents", "tpp/n10", "scr/n20",
-)  # fmt: skip
-"""What has a panel, as long as one of them is known; the table has everything."""
+_SEED = re.compile(r"(^|[._])seed(_everything)?$")
 
 
 class Row(NamedTuple):
@@ -60,7 +38,7 @@ class Axis(NamedTuple):
     Attributes:
         key: Parameter of their runs.
         places: Its value for each, by name.
-        lines: Values of other parameters that distinguish them, by name.
+        lines: Values of all other parameters but seeds that distinguish them, by name.
     """
 
     key: str
@@ -74,25 +52,40 @@ class Axis(NamedTuple):
 
 
 def find_axis(params: Mapping[str, Mapping[str, str]], key: str | None = None) -> Axis | None:
-    """The numeric parameter of data or model in which runs differ, seeds aside; None without one.
+    """The numeric parameter in which runs differ, and what else they differ in but for seeds; None without one.
 
     Args:
-        params: Parameters of the runs, by name.
+        params: What decides the numbers of the runs, flat, by name.
         key: The parameter, or the end of its name; None takes the first by name that differs.
+
+    Raises:
+        UserError: The runs do not differ in ``key``, or it is no number.
+
+    >>> axis = find_axis({"a": {"model.k": "8", "model.lr": "1"}, "b": {"model.k": "32", "model.lr": "2"}}, "lr")
+    >>> axis.places, axis.lines
+    ({'a': 1.0, 'b': 2.0}, {'a': '', 'b': ''})
     """
-    keys = sorted({name for own in params.values() for name in own})
+    keys = sorted({name for own in params.values() for name in own if not _SEED.search(name)})
     differing = [name for name in keys if len({own.get(name) for own in params.values()}) > 1]
-    differing = [name for name in differing if name.startswith(("data.", "model.")) and not name.endswith(".seed")]
     numeric = [name for name in differing if all(_number(own.get(name)) is not None for own in params.values())]
-    if key is not None:
-        numeric = [name for name in numeric if name == key or name.endswith(f".{key}")]
-    if not numeric:
+    at_hand = [name for name in numeric if key is None or name == key or name.endswith(f".{key}")]
+    if key is not None and not at_hand:
+        raise UserError(f"--x: the SAEs do not differ in a number {key!r}; they do in {', '.join(numeric) or 'none'}")
+    if not at_hand:
         return None
-    chosen = numeric[0]
+    chosen = at_hand[0]
     places = {name: float(own[chosen]) for name, own in params.items()}
-    others = [name for name in differing if name != chosen and name not in numeric]
-    lines = {name: " ".join(str(own.get(other)) for other in others) for name, own in params.items()}
+    lines = dict.fromkeys(params, "")
+    for other in sorted(set(differing) - {chosen}, key=lambda name: (name in numeric, name)):
+        short = f"{other.rsplit('.', 1)[-1]}=" if other in numeric else ""
+        finer = {name: f"{lines[name]} {short}{own.get(other)}".strip() for name, own in params.items()}
+        if len(_groups(places, finer)) > len(_groups(places, lines)):  # else it says nothing that is not said yet
+            lines = finer
     return Axis(chosen, places, lines)
+
+
+def _groups(places: Mapping[str, float], lines: Mapping[str, str]) -> set[tuple[float, str]]:
+    return {(places[name], lines[name]) for name in places}
 
 
 def rows_of(axis: Axis, results: Mapping[str, Mapping[str, float]]) -> list[Row]:
@@ -125,30 +118,32 @@ def means(axis: Axis, rows: Sequence[Row]) -> list[str]:
 
 
 def shown_metrics(rows: Sequence[Row]) -> list[str]:
-    """Scores worth a panel that at least one SAE has, in a fixed order."""
+    """Scores worth showing that at least one SAE has, in a fixed order: those with a title, and all of suites without any."""
     known = {name for row in rows for name in row.metrics}
-    counted = [f"{prefix}n{count}" for prefix in _BY_COUNT for count in _SHOWN_COUNTS]
-    return [name for name in [*_TITLES, *counted] if name in known]
+    titled = {name.partition("/")[0] for name in titles()}
+    return [
+        *(name for name in titles() if name in known),
+        *sorted(n for n in known if n.partition("/")[0] not in titled),
+    ]
 
 
-def figure(axis: Axis, rows: Sequence[Row], title: str, metrics: Sequence[str] | None = None) -> Figure:
-    """Each score against the axis."""
-    known = shown_metrics(rows)
+def figure(axis: Axis, rows: Sequence[Row], title: str) -> Figure:
+    """Each score that has a panel against the axis."""
     panels = []
-    for metric in metrics or [name for name in _DRAWN if name in known] or known:
+    known, shown = titles(), shown_metrics(rows)
+    for metric in [name for name in shown if known.get(name, Title(name)).drawn] or shown:
         curves: dict[str, dict[float, list[float]]] = {}
         for row in rows:
             if metric in row.metrics:
                 curves.setdefault(row.line, {}).setdefault(row.place, []).append(row.metrics[metric])
-        panels.append(Panel(*_title(metric), curves))
+        text, better, _ = known.get(metric, Title(metric))
+        panels.append(Panel(text, better, curves))
     return scores_against(axis.label, panels, title)
 
 
-def _title(metric: str) -> tuple[str, str]:
-    for prefix, (title, better) in _BY_COUNT.items():
-        if metric.startswith(f"{prefix}n"):
-            return title.format(metric.removeprefix(f"{prefix}n")), better
-    return _TITLES[metric]
+def titles() -> dict[str, Title]:
+    """Titles of the scores of all suites."""
+    return {metric: title for cls in suite_classes().values() for metric, title in cls.titles.items()}
 
 
 def _number(text: str | None) -> float | None:

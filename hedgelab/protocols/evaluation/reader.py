@@ -1,4 +1,4 @@
-"""Activations for evaluations: read once from the language model, for all SAEs, and kept on disk."""
+"""What SAEs read in an evaluation: activations, from a language model once for all SAEs, and kept on disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
 from hedgelab.data.llm.letters import LabelledWords
 from hedgelab.data.llm.splice import SplicedModel
@@ -33,6 +34,45 @@ class Rows(NamedTuple):
 
     x: Tensor
     kept: Tensor
+
+
+class Readings:
+    """Activations as the SAEs of one evaluation read them; made when first asked for.
+
+    Args:
+        data: Where they come from.
+        known: How activations were normalised for the SAEs; None measures it anew on the data.
+    """
+
+    def __init__(self, data: ActivationDataModule, known: ActivationSource | None = None) -> None:
+        self.data, self._known = data, known
+        self._rows: dict[int, Tensor] = {}
+
+    @cached_property
+    def model(self) -> ModelReader:
+        """The language model that gives them; suites that need none do not ask."""
+        assert isinstance(self.data, LLMDataModule)
+        return ModelReader(self.data, self._known)
+
+    def rows(self, least: int) -> Tensor:
+        """At least so many activations of the validation stage, in whole batches or contexts, ``[rows, d_in]``."""
+        if least not in self._rows:
+            self._rows[least] = (
+                self._from_model(least) if isinstance(self.data, LLMDataModule) else self._from_data(least)
+            )
+        return self._rows[least]
+
+    def _from_model(self, least: int) -> Tensor:
+        data = self.model.data
+        contexts = data.stage_contexts("val")
+        count = -(-least // (data.context_length - data.skip_first))
+        usable = contexts.usable(data.skip_first)[:count]
+        return self.model.rows("density", contexts.tokens[:count].long(), usable).x
+
+    def _from_data(self, least: int) -> Tensor:
+        self.data.prepare_data()
+        count = -(-least // self.data.batch_size)
+        return torch.cat([self.data.batch("val", index).x.float().cpu() for index in range(count)])
 
 
 class ModelReader:
@@ -100,10 +140,6 @@ class ModelReader:
         """Activations as the SAE writes them, as the model's."""
         raw = x / self._scale
         return raw if self._mean is None else raw + self._mean.to(raw)
-
-    def close(self) -> None:
-        """End the background work."""
-        self.data.teardown("fit")
 
     def _usual(self, raw: Tensor) -> Rows:
         """Drop outliers of the norm, as in training."""

@@ -1,26 +1,31 @@
-"""Suites on whole texts: targeted probe perturbation and spurious correlation removal."""
+"""Suites on whole texts: targeted probe perturbation and spurious correlation removal.
+
+The field advises against both: TPP falls as training goes on, and SCR with many latents goes against the truth on synthetic
+SAEs (Chanin, *Are SAE Benchmarks Reliable?*, arXiv 2605.18229). They are kept for comparison with published numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hedgelab.data.llm.classified import ClassifiedTexts
-from hedgelab.metrics.functional.logistic import LinearProbe, linear_probes
+from hedgelab.errors import UserError
+from hedgelab.kernels.codes import Codes
+from hedgelab.metrics.functional.logistic import linear_probes
 from hedgelab.metrics.functional.removal import (
-    BiasedProbes,
     PooledTexts,
     biased_probes,
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
 from hedgelab.plots.evaluation import scores_by_count
-from hedgelab.protocols.evaluation.reader import ModelReader
-from hedgelab.protocols.evaluation.scores import Scores, Suite, encode_rows, pooled, table
+from hedgelab.protocols.evaluation.reader import ModelReader, Readings
+from hedgelab.protocols.evaluation.suite import NEEDS_TEXT, Scores, Suite, Title, encode_rows, table, whole_numbers
 from hedgelab.saes import SAE
 
 
@@ -50,42 +55,56 @@ class TextActivations(NamedTuple):
         )
 
 
-class _TextSuite(Suite):
-    def __init__(self, reader: ModelReader, texts: ClassifiedTexts, counts: Sequence[int]) -> None:
-        self._reader, self._texts, self._counts = reader, texts, list(counts)
-
-    @cached_property
-    def activations(self) -> TextActivations:
-        """Activations of the texts."""
-        data = self._texts.load(self._reader.tokenizer)
-        usable = torch.ones_like(data.tokens, dtype=torch.bool)
-        usable[:, : self._reader.data.skip_first] = False
-        rows = self._reader.rows(self.name, data.tokens, usable)
-        text = usable.nonzero()[:, 0][rows.kept]
-        total = torch.zeros(len(data.tokens), rows.x.shape[1]).index_add_(0, text, rows.x)
-        means = total / torch.bincount(text, minlength=len(data.tokens)).clamp_min(1)[:, None]
-        return TextActivations(rows.x, text, means, data.labels, data.test)
+def text_activations(reader: ModelReader, texts: ClassifiedTexts, name: str) -> TextActivations:
+    """Activations of texts; ``name`` is shown beside the progress."""
+    data = texts.load(reader.tokenizer)
+    usable = torch.ones_like(data.tokens, dtype=torch.bool)
+    usable[:, : reader.data.skip_first] = False
+    rows = reader.rows(name, data.tokens, usable)
+    text = usable.nonzero()[:, 0][rows.kept]
+    total = torch.zeros(len(data.tokens), rows.x.shape[1]).index_add_(0, text, rows.x)
+    means = total / torch.bincount(text, minlength=len(data.tokens)).clamp_min(1)[:, None]
+    return TextActivations(rows.x, text, means, data.labels, data.test)
 
 
-class TPPSuite(_TextSuite):
-    """Targeted probe perturbation (see :mod:`hedgelab.metrics.functional.removal`)."""
+def pooled(codes: Codes, text_of_row: Tensor, texts: int) -> Tensor:
+    """Mean latents of each text, ``[texts, d_sae]`` float32; ``text_of_row``: ``[rows]`` int64."""
+    _, latents, values = codes.csr()
+    total = torch.zeros(texts * codes.d_sae)
+    total.index_add_(0, text_of_row[codes.rows()] * codes.d_sae + latents, values.float())
+    return total.view(texts, codes.d_sae) / torch.bincount(text_of_row, minlength=texts).clamp_min(1)[:, None]
+
+
+class TPPSuite(Suite):
+    """Targeted probe perturbation (see :mod:`hedgelab.metrics.functional.removal`); the field advises against it.
+
+    Args:
+        topics: Texts of several classes; without them it cannot be had.
+        silenced: Numbers of latents silenced.
+    """
 
     name = "tpp"
+    titles: ClassVar[Mapping[str, Title]] = {
+        f"tpp/n{n}": Title(f"TPP, {n} latents", "higher", drawn=n == 10) for n in (2, 10, 20)
+    }
 
-    @cached_property
-    def probe(self) -> LinearProbe:
-        """One classifier a class, on mean activations."""
-        data = self.activations
-        return linear_probes(data.pooled[~data.test], data.labels[~data.test], C=0.01)
+    def __init__(self, topics: ClassifiedTexts | None = None, silenced: list[int] = [2, 5, 10, 20, 50]) -> None:  # noqa: B006
+        self.topics, self.silenced = topics, whole_numbers("silenced", silenced)
 
-    def score(self, saes: Mapping[str, SAE]) -> Iterator[tuple[str, Scores]]:
+    def lacks(self) -> str | None:
+        """Its texts."""
+        return NEEDS_TEXT.format("topics") if self.topics is None else None
+
+    def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
-        data, counts = self.activations, self._counts
+        assert self.topics is not None
+        data, counts = text_activations(readings.model, self.topics, self.name), self.silenced
         labels = data.labels[~data.test], data.labels[data.test]
+        probe = linear_probes(data.pooled[~data.test], labels[0], C=0.01)  # one classifier a class
         for name, sae in saes.items():
             train, test = data.of(sae)
             W_dec = sae.W_dec.detach().cpu()
-            scores = targeted_probe_perturbation(self.probe, train, labels[0], test, labels[1], W_dec, counts)
+            scores = targeted_probe_perturbation(probe, train, labels[0], test, labels[1], W_dec, counts)
             metrics = {f"tpp/n{count}": float(value) for count, value in zip(counts, scores.total, strict=True)}
             rows = [list(row) for row in zip(counts, *(values.tolist() for values in scores), strict=True)]
             tables = {"tpp/counts.csv": table(["silenced", *scores._fields], rows)}
@@ -93,26 +112,38 @@ class TPPSuite(_TextSuite):
             yield name, Scores(metrics, tables, {"tpp.png": draw})
 
 
-class SCRSuite(_TextSuite):
-    """Spurious correlation removal (see :mod:`hedgelab.metrics.functional.removal`)."""
+class SCRSuite(Suite):
+    """Spurious correlation removal (see :mod:`hedgelab.metrics.functional.removal`); the field advises against it.
+
+    Args:
+        removal: Texts with a label and a spurious property; without them it cannot be had.
+        silenced: Numbers of latents silenced.
+    """
 
     name = "scr"
+    titles: ClassVar[Mapping[str, Title]] = {
+        f"scr/n{n}": Title(f"SCR, {n} latents", "higher", drawn=n == 20) for n in (2, 10, 20)
+    }
 
-    @cached_property
-    def probes(self) -> BiasedProbes:
-        """The biased probe and the unbiased ones."""
-        data = self.activations
-        train = ~data.test
-        return biased_probes(data.pooled[train], data.labels[train, 0], data.labels[train, 1], C=0.01)
+    def __init__(self, removal: ClassifiedTexts | None = None, silenced: list[int] = [2, 5, 10, 20, 50]) -> None:  # noqa: B006
+        self.removal, self.silenced = removal, whole_numbers("silenced", silenced)
+        if removal is not None and removal.spurious is None:
+            raise UserError("removal.spurious: missing; spurious correlation removal needs a second property")
 
-    def score(self, saes: Mapping[str, SAE]) -> Iterator[tuple[str, Scores]]:
+    def lacks(self) -> str | None:
+        """Its texts."""
+        return NEEDS_TEXT.format("removal") if self.removal is None else None
+
+    def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
-        data, counts = self.activations, self._counts
+        assert self.removal is not None
+        data, counts = text_activations(readings.model, self.removal, self.name), self.silenced
         labels = data.labels[~data.test], data.labels[data.test]
+        probes = biased_probes(data.pooled[~data.test], labels[0][:, 0], labels[0][:, 1], C=0.01)
         for name, sae in saes.items():
             train, test = data.of(sae)
             W_dec = sae.W_dec.detach().cpu()
-            scores = spurious_correlation_removal(self.probes, train, labels[0], test, labels[1], W_dec, counts)
+            scores = spurious_correlation_removal(probes, train, labels[0], test, labels[1], W_dec, counts)
             metrics = {f"scr/n{count}": float(value) for count, value in zip(counts, scores.score, strict=True)}
             metrics |= {
                 "scr/accuracy_biased": float(scores.biased.min()),

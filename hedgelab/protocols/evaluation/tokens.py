@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torch import Tensor
 from hedgelab.data.llm.labelled import TaggedWords
 from hedgelab.data.llm.letters import FirstLetters
 from hedgelab.metrics.functional.first_letter import first_letter_scores
-from hedgelab.metrics.functional.logistic import LinearProbe, linear_probes
+from hedgelab.metrics.functional.logistic import linear_probes
 from hedgelab.metrics.functional.probing import k_sparse_probing
 from hedgelab.plots.evaluation import absorption_by_letter, probing_by_class
-from hedgelab.protocols.evaluation.reader import ModelReader
-from hedgelab.protocols.evaluation.scores import Scores, Suite, encode_rows, table
+from hedgelab.protocols.evaluation.reader import ModelReader, Readings
+from hedgelab.protocols.evaluation.suite import NEEDS_TEXT, Scores, Suite, Title, encode_rows, table, whole_numbers
 from hedgelab.saes import SAE
 
 
@@ -47,33 +47,39 @@ class ProbingSuite(Suite):
     """k-sparse probing of tagged words (see :mod:`hedgelab.metrics.functional.probing`).
 
     Args:
-        reader: The language model.
-        words: The words.
-        ks: Numbers of latents.
+        words: Tagged words; without them there is no probing.
+        ks: Numbers of latents of the probes.
     """
 
     name = "probing"
+    titles: ClassVar[Mapping[str, Title]] = {
+        f"probing/f1_k{k}": Title(f"probing F1, k = {k}", "higher", drawn=k != 2) for k in (1, 2, 5, 10)
+    }
 
-    def __init__(self, reader: ModelReader, words: TaggedWords, ks: Sequence[int]) -> None:
-        self._reader, self._words, self._ks = reader, words, list(ks)
+    def __init__(self, words: TaggedWords | None = None, ks: list[int] = [1, 2, 5, 10]) -> None:  # noqa: B006 (never changed)
+        self.words, self.ks = words, whole_numbers("ks", ks)
 
-    @cached_property
-    def activations(self) -> LabelledActivations:
+    def lacks(self) -> str | None:
+        """Its words."""
+        return NEEDS_TEXT.format("words") if self.words is None else None
+
+    def activations(self, reader: ModelReader) -> LabelledActivations:
         """Activations at the last token of every word."""
-        data = self._words.load(self._reader.tokenizer)
+        assert self.words is not None
+        data = self.words.load(reader.tokenizer)
         usable = torch.zeros_like(data.tokens, dtype=torch.bool)
         usable[data.positions[:, 0], data.positions[:, 1]] = True
-        usable[:, : self._reader.data.skip_first] = False
+        usable[:, : reader.data.skip_first] = False
         place = torch.full_like(data.tokens, -1)
         place[data.positions[:, 0], data.positions[:, 1]] = torch.arange(len(data.positions))
         word = place[usable]  # in reading order
-        rows = self._reader.rows("probing", data.tokens, usable)
+        rows = reader.rows("probing", data.tokens, usable)
         word = word[rows.kept]
         return split(rows.x, data.labels[word], data.test[word], data.classes)
 
-    def score(self, saes: Mapping[str, SAE]) -> Iterator[tuple[str, Scores]]:
+    def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
-        data, ks = self.activations, self._ks
+        data, ks = self.activations(readings.model), self.ks
         for name, sae in saes.items():
             scores = k_sparse_probing(
                 encode_rows(sae, data.train), data.train_labels, encode_rows(sae, data.test), data.test_labels, ks
@@ -97,34 +103,34 @@ class AbsorptionSuite(Suite):
     """First-letter absorption and splitting (see :mod:`hedgelab.metrics.functional.first_letter`).
 
     Args:
-        reader: The language model.
-        letters: The task.
+        letters: The first-letter task.
     """
 
     name = "absorption"
+    titles: ClassVar[Mapping[str, Title]] = {
+        "absorption/full": Title("full absorption", "lower"),
+        "absorption/fraction": Title("absorption fraction", "lower", drawn=False),
+        "absorption/split_latents": Title("latents a letter is split into", "lower"),
+        "absorption/f1_k1": Title("first letter F1, k = 1", "higher"),
+    }
 
-    def __init__(self, reader: ModelReader, letters: FirstLetters) -> None:
-        self._reader, self._letters = reader, letters
+    def __init__(self, letters: FirstLetters = FirstLetters()) -> None:  # noqa: B008 (frozen)
+        self.letters = letters
 
-    @cached_property
-    def activations(self) -> LabelledActivations:
+    def activations(self, reader: ModelReader) -> LabelledActivations:
         """Activations at every word."""
-        words = self._letters.load(self._reader.tokenizer)
-        rows = self._reader.word_rows(words)
+        words = self.letters.load(reader.tokenizer)
+        rows = reader.word_rows(words)
         return split(rows.x, words.labels[rows.kept], words.test[rows.kept], words.letters)
 
-    @cached_property
-    def probe(self) -> LinearProbe:
-        """The dense probes, which know the letters."""
-        return linear_probes(self.activations.train, self.activations.train_labels)
-
-    def score(self, saes: Mapping[str, SAE]) -> Iterator[tuple[str, Scores]]:
+    def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
-        data = self.activations
+        data = self.activations(readings.model)
+        probe = linear_probes(data.train, data.train_labels)  # dense: it knows the letters
         for name, sae in saes.items():
             scores = first_letter_scores(
                 encode_rows(sae, data.train), data.train_labels, encode_rows(sae, data.test), data.test_labels,
-                data.test, self.probe, sae.W_dec.detach().cpu(),
+                data.test, probe, sae.W_dec.detach().cpu(),
             )  # fmt: skip
             metrics = {
                 "absorption/full": float(scores.full.nanmean()),

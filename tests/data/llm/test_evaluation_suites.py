@@ -8,13 +8,13 @@ import torch
 from hedgelab.data.llm.classified import ClassifiedTexts, Property
 from hedgelab.data.llm.labelled import TaggedWords
 from hedgelab.data.source import ActivationSource
+from hedgelab.metrics.functional.logistic import linear_probes
 from hedgelab.metrics.functional.reconstruction import explained_variance
-from hedgelab.protocols.evaluation import EvaluationOptions
-from hedgelab.protocols.evaluation.general import DensitySuite, GeometrySuite, ValidationRows
+from hedgelab.protocols.evaluation import ModelReader, Readings, suite_classes
+from hedgelab.protocols.evaluation.density import DensitySuite, GeometrySuite
 from hedgelab.protocols.evaluation.loss import LossSuite
-from hedgelab.protocols.evaluation.reader import ModelReader
-from hedgelab.protocols.evaluation.scores import encode_rows, pooled
-from hedgelab.protocols.evaluation.texts import SCRSuite, TPPSuite
+from hedgelab.protocols.evaluation.suite import choose, encode_rows, make_suites
+from hedgelab.protocols.evaluation.texts import SCRSuite, TPPSuite, pooled, text_activations
 from hedgelab.protocols.evaluation.tokens import AbsorptionSuite, ProbingSuite, split
 from hedgelab.saes import BatchTopKSAE, TopKSAE
 
@@ -27,8 +27,13 @@ def data(make_data):
 
 
 @pytest.fixture(scope="module")
-def reader(data):
-    return ModelReader(data)
+def readings(data):
+    return Readings(data)
+
+
+@pytest.fixture(scope="module")
+def reader(readings):
+    return readings.model
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +69,8 @@ def labelled(tmp_path_factory):
     return folder
 
 
-def only(suite, saes, name="topk"):
-    return dict(suite.score({name: saes[name]}))[name]
+def only(suite, saes, readings, name="topk"):
+    return dict(suite.score({name: saes[name]}, readings))[name]
 
 
 def test_reading_is_what_training_sees(reader, data):
@@ -97,24 +102,24 @@ def test_pooled_codes_are_means_over_tokens(saes):
     assert (result[1] == 0).all()
 
 
-def test_density_and_geometry(reader, data, saes):
-    rows = ValidationRows(data, 100)
-    rows.read_from(reader)
-    scores = only(DensitySuite(rows), saes)
-    codes = saes["topk"].encode(rows.x).to_dense()
+def test_density_and_geometry(readings, saes):
+    x = readings.rows(100)
+    assert len(x) >= 100
+    scores = only(DensitySuite(100), saes, readings)
+    codes = saes["topk"].encode(x).to_dense()
     fired = (codes > 0).double()
     assert scores.metrics["density/l0"] == pytest.approx(fired.sum(1).mean().item())
     assert scores.metrics["density/dead_fraction"] == pytest.approx((fired.sum(0) == 0).double().mean().item())
-    reference = explained_variance(rows.x, saes["topk"](rows.x))
+    reference = explained_variance(x, saes["topk"](x))
     assert scores.metrics["density/explained_variance"] == pytest.approx(reference.item())
-    geometry = only(GeometrySuite(rows), saes)
+    geometry = only(GeometrySuite(100), saes, readings)
     live = torch.nn.functional.normalize(saes["topk"].W_dec.detach()[fired.sum(0) > 0], dim=1)
     cosines = (live @ live.T).fill_diagonal_(-2)
     assert geometry.metrics["geometry/mean_max_cosine"] == pytest.approx(cosines.max(1).values.mean().item(), abs=1e-5)
 
 
-def test_loss_recovered_is_that_of_splicing_by_hand(reader, data, saes):
-    scores = dict(LossSuite(reader, 5).score(saes))
+def test_loss_recovered_is_that_of_splicing_by_hand(readings, data, saes):
+    scores = dict(LossSuite(5).score(saes, readings))
     model = data.files.causal_lm()
     contexts = data.stage_contexts("test")
     tokens, usable = contexts.tokens[:5].long(), contexts.usable(1)[:5]
@@ -150,41 +155,40 @@ def test_loss_recovered_is_that_of_splicing_by_hand(reader, data, saes):
     handle.remove()
 
 
-def test_probing_reads_the_tagged_tokens(reader, saes, labelled):
+def test_probing_reads_the_tagged_tokens(readings, reader, saes, labelled):
     words = TaggedWords(
         str(labelled / "text.jsonl"), str(labelled / "tags.jsonl"), {"EVEN": ["even"]}, contexts=30, context_length=16
     )
-    suite = ProbingSuite(reader, words, [1, 4])
-    scores = only(suite, saes)
+    suite = ProbingSuite(words, [1, 4])
+    scores = only(suite, saes, readings)
     assert set(scores.metrics) == {f"probing/{kind}_k{k}" for kind in ("f1", "auc") for k in (1, 4)}
     assert scores.metrics["probing/auc_k4"] >= 0.5
-    assert scores.metrics == only(suite, saes).metrics
-    raw = words.load(reader.tokenizer)
+    assert scores.metrics == only(suite, saes, readings).metrics
+    raw, activations = words.load(reader.tokenizer), suite.activations(reader)
     kept = raw.positions[:, 1] >= 1
-    assert len(suite.activations.train) + len(suite.activations.test) == kept.sum()
-    assert suite.activations.test_labels.sum() == raw.labels[kept & raw.test].sum()
+    assert len(activations.train) + len(activations.test) == kept.sum()
+    assert activations.test_labels.sum() == raw.labels[kept & raw.test].sum()
     # the first test row is the activation at the first tagged token behind the skipped one
     context, position = raw.positions[kept & raw.test][0].tolist()
     expected = reader.spliced.activations(raw.tokens[context : context + 1])[0, position] * reader.data.activation_scale
-    torch.testing.assert_close(suite.activations.test[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(activations.test[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_texts_are_probed_and_latents_silenced(reader, saes, labelled):
+def test_texts_are_probed_and_latents_silenced(readings, reader, saes, labelled):
     kind, who = Property({"a": ["a"], "b": ["b"]}, "kind"), Property({"58": ["w58"], "59": ["w59"]})
-    topics = TPPSuite(reader, ClassifiedTexts(str(labelled / "text.jsonl"), kind, per_class=60, length=12), [2, 40])
-    scores = only(topics, saes)
+    texts = ClassifiedTexts(str(labelled / "text.jsonl"), kind, per_class=60, length=12)
+    scores = only(TPPSuite(texts, [2, 40]), saes, readings)
     assert set(scores.metrics) == {"tpp/n2", "tpp/n40"}
-    data = topics.activations
-    accuracy = ((topics.probe.scores(data.pooled[data.test]) > 0) == data.labels[data.test]).double().mean()
+    data = text_activations(reader, texts, "tpp")
+    probe = linear_probes(data.pooled[~data.test], data.labels[~data.test], C=0.01)
+    accuracy = ((probe.scores(data.pooled[data.test]) > 0) == data.labels[data.test]).double().mean()
     assert accuracy > 0.9  # kinds are made of different words
-    removal = SCRSuite(
-        reader, ClassifiedTexts(str(labelled / "text.jsonl"), kind, who, per_class=30, length=12), [2, 40]
-    )
-    scores = only(removal, saes)
+    texts = ClassifiedTexts(str(labelled / "text.jsonl"), kind, who, per_class=30, length=12)
+    scores = only(SCRSuite(texts, [2, 40]), saes, readings)
     assert {"scr/n2", "scr/n40", "scr/accuracy_biased", "scr/accuracy_clean"} == set(scores.metrics)
 
 
-def test_first_letters_end_to_end(reader, saes):
+def test_first_letters_end_to_end(readings, saes):
     class Letters:
         def load(self, tokenizer):
             from hedgelab.data.llm.letters import LabelledWords
@@ -193,8 +197,7 @@ def test_first_letters_end_to_end(reader, saes):
             labels = torch.stack([words % 2 == 0, words % 2 == 1], dim=1)
             return LabelledWords(torch.tensor([5, 9, 7]), words, labels, torch.arange(240) % 3 == 0, ["a", "b"])
 
-    suite = AbsorptionSuite(reader, Letters())
-    scores = only(suite, saes)
+    scores = only(AbsorptionSuite(Letters()), saes, readings)
     assert scores.metrics["absorption/probe_f1"] == pytest.approx(1.0)  # the test words are among the training words
     assert scores.metrics["absorption/letters"] == 2
     assert 0 <= scores.metrics["absorption/full"] <= 1
@@ -210,11 +213,16 @@ def test_split():
 def test_suites_without_their_text_are_left_out_or_refused():
     from hedgelab.errors import UserError
 
-    names, reasons = EvaluationOptions().chosen(language_model=True)
-    assert names == ["density", "geometry", "absorption", "loss_recovered"]
-    assert set(reasons) == {"probing", "tpp", "scr"}
-    assert EvaluationOptions().chosen(language_model=False)[0] == ["density", "geometry"]
+    suites = make_suites({}, suite_classes())
+
+    def chosen(wanted, language_model):
+        return {suite.name for suite in choose(suites, wanted, language_model)[0]}
+
+    assert chosen(["all"], True) == {"density", "geometry", "absorption", "loss_recovered"}
+    assert set(choose(suites, ["all"], True)[1]) == {"probing", "tpp", "scr"}
+    assert chosen(["all"], False) == {"density", "geometry"}
+    assert chosen(["geometry", "geometry"], False) == {"geometry"}
     with pytest.raises(UserError, match=r"--suite probing: needs labelled text; set words"):
-        EvaluationOptions(suites=["probing"]).chosen(language_model=True)
+        chosen(["probing"], True)
     with pytest.raises(UserError, match=r"--suite: expected some of .* got 'nothing'"):
-        EvaluationOptions(suites=["nothing"])
+        chosen(["nothing"], True)

@@ -1,74 +1,50 @@
-"""Suites that need no labels: density and decoder geometry."""
+"""Suites that need no labels and no language model: density and decoder geometry."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property, partial
+from functools import partial
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.errors import whole_number
 from hedgelab.metrics.functional.geometry import NEAR_DUPLICATE, decoder_geometry
 from hedgelab.metrics.functional.probing import firing_magnitudes
 from hedgelab.metrics.functional.reconstruction import explained_variance
 from hedgelab.metrics.functional.sparsity import density_histogram
 from hedgelab.plots.density import firing_density
 from hedgelab.plots.evaluation import cosine_distribution
-from hedgelab.protocols.evaluation.reader import ModelReader
-from hedgelab.protocols.evaluation.scores import Scores, Suite, encode_rows, table
+from hedgelab.protocols.evaluation.reader import Readings
+from hedgelab.protocols.evaluation.suite import Scores, Suite, Title, encode_rows, table
 from hedgelab.saes import SAE
 
 OFTEN, SELDOM = 0.1, 1e-4
 """Firing rates from which a latent is dense, and below which it is rare."""
 
 
-class ValidationRows:
-    """Activations of the validation stage, as SAEs read them; made when first asked for.
-
-    Args:
-        data: Where they come from.
-        least: At least so many, in whole batches or contexts.
-    """
-
-    def __init__(self, data: ActivationDataModule, least: int) -> None:
-        self._data, self._least = data, least
-        self._reader: ModelReader | None = None
-
-    def read_from(self, reader: ModelReader) -> None:
-        """Take them from a language model, normalised as the SAEs know it, and keep them on disk."""
-        self._reader = reader
-
-    @cached_property
-    def x(self) -> Tensor:
-        """``[rows, d_in]``."""
-        if self._reader is not None:
-            data = self._reader.data
-            contexts = data.stage_contexts("val")
-            count = -(-self._least // (data.context_length - data.skip_first))
-            usable = contexts.usable(data.skip_first)[:count]
-            return self._reader.rows("density", contexts.tokens[:count].long(), usable).x
-        self._data.prepare_data()
-        count = -(-self._least // self._data.batch_size)
-        return torch.cat([self._data.batch("val", index).x.float().cpu() for index in range(count)])
-
-
 class DensitySuite(Suite):
     """How often latents fire, how many never do, and how well they reconstruct.
 
     Args:
-        rows: Activations.
+        rows: Activations of the validation stage on which it is measured, at least.
     """
 
     name = "density"
+    reads_language_model = False
+    titles: ClassVar[Mapping[str, Title]] = {
+        "density/explained_variance": Title("explained variance", "higher"),
+        "density/l0": Title("L0", drawn=False),
+        "density/dead_fraction": Title("dead latents", "lower"),
+    }
 
-    def __init__(self, rows: ValidationRows) -> None:
-        self._rows = rows
+    def __init__(self, rows: int = 8192) -> None:
+        self.rows = whole_number("rows", rows)
 
     @torch.no_grad()
-    def score(self, saes: Mapping[str, SAE]) -> Iterator[tuple[str, Scores]]:
+    def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
-        x = self._rows.x
+        x = readings.rows(self.rows)
         for name, sae in saes.items():
             codes = encode_rows(sae, x)
             rates = codes.firing_counts().double() / len(x)
@@ -99,18 +75,23 @@ class GeometrySuite(Suite):
     """How decoder rows of live latents lie to one another.
 
     Args:
-        rows: Activations, which tell the live from the dead.
+        rows: Activations of the validation stage that tell live latents from dead ones, at least.
     """
 
     name = "geometry"
+    reads_language_model = False
+    titles: ClassVar[Mapping[str, Title]] = {
+        "geometry/mean_max_cosine": Title("mean largest cosine", "lower"),
+        "geometry/near_duplicates": Title("near-duplicate latents", "lower", drawn=False),
+    }
 
-    def __init__(self, rows: ValidationRows) -> None:
-        self._rows = rows
+    def __init__(self, rows: int = 8192) -> None:
+        self.rows = whole_number("rows", rows)
 
-    def score(self, saes: Mapping[str, SAE]) -> Iterator[tuple[str, Scores]]:
+    def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
         for name, sae in saes.items():
-            live = encode_rows(sae, self._rows.x).fired()
+            live = encode_rows(sae, readings.rows(self.rows)).fired()
             geometry = decoder_geometry(sae.W_dec.detach().cpu(), live)
             count = max(1, int(live.sum()))
             W_enc = torch.nn.functional.normalize(sae.W_enc.detach().T.float(), dim=1)
