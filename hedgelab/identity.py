@@ -33,6 +33,7 @@ from types import ModuleType
 from typing import Any
 
 import hedgelab
+from hedgelab.digest import file_digest
 
 EVERYTHING = frozenset({"*"})
 """Marks a class none of whose arguments decides a number, nor whether it is there at all."""
@@ -146,18 +147,11 @@ def code_of(item: Any) -> str:
 def content_of(path: Path) -> str:
     """A digest of all of a file, or of all files in a folder and their names; remembered as long as they do not change."""
     if path.is_file():
-        found = path.stat()
-        return _digest_of_file(path.resolve(), found.st_size, found.st_mtime_ns, found.st_ino)
+        return file_digest(path)[:_HASHED]
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(f"{file.relative_to(path)} {content_of(file)}\n".encode())
     return digest.hexdigest()[:_HASHED]
-
-
-@functools.lru_cache(maxsize=4096)
-def _digest_of_file(path: Path, size: int, modified: int, inode: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_HASHED]
 
 
 class _Walk:

@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from hedgelab.data.llm.hub import transformers
+from hedgelab.data.llm.hub import load, transformers
 from hedgelab.errors import UserError
 
 SMOLLM2 = "smollm2"
@@ -61,24 +61,20 @@ def convert(gguf: Path, folder: Path) -> None:
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():
             return
-        library = transformers()
-        source = {"gguf_file": gguf.name, "local_files_only": True}
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             with tqdm(total=3, desc=f"Converting {gguf.name} (once)", unit="step") as progress:
-                library.AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(unfinished)
+                load("AutoTokenizer", str(gguf.parent), True, gguf_file=gguf.name).save_pretrained(unfinished)
                 progress.update()
                 # A model that stays quantised cannot be saved.
-                unpack = library.GgufConfig(dequantize=True)
-                model = library.AutoModelForCausalLM.from_pretrained(
-                    gguf.parent, quantization_config=unpack, dtype=torch.float32, **source
-                )
+                unpack = {"quantization_config": transformers().GgufConfig(dequantize=True), "dtype": torch.float32}
+                model = load("AutoModelForCausalLM", str(gguf.parent), True, gguf_file=gguf.name, **unpack)
                 progress.update()
                 model.save_pretrained(unfinished)
                 progress.update()
             unfinished.chmod(0o755)
             unfinished.rename(folder)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except OSError as error:
             raise UserError(f"data.model: cannot convert {gguf}: {error}".splitlines()[0]) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,12 +14,12 @@ from torch import Tensor
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, Stage
 from hedgelab.data.llm.cache_files import ActivationCache
-from hedgelab.data.llm.cache_identity import check_identity
+from hedgelab.data.llm.cache_identity import check_identity, sampled_fingerprint
 from hedgelab.data.llm.cached_rows import CachedRows
 from hedgelab.data.llm.conversion import find_gguf
 from hedgelab.data.llm.harvest import Harvester
 from hedgelab.data.llm.hook import CutModel
-from hedgelab.data.llm.hook_names import block_path, check_layer
+from hedgelab.data.llm.hook_names import block_number, block_path, check_layer, hook_path
 from hedgelab.data.llm.measured import Measured, measure
 from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles
 from hedgelab.data.llm.row_sources import LiveRows, RowSource, shared_by_ranks
@@ -53,7 +54,8 @@ class LLMDataModule(ActivationDataModule):
     Args:
         model: ``smollm2`` (extra ``hedgelab[smollm2]``), a ``.gguf`` file, a local folder, or a Hugging Face hub id.
         layer: Take the residual stream that block ``layers[layer]`` puts out; counted from zero, negative from the end.
-        hook: Path of a module whose output to take instead, such as ``model.layers.12.mlp``.
+        hook: Another place instead: path of a module whose output to take, such as ``model.layers.12.mlp``, or its input
+            (``….input``); or a name of TransformerLens, such as ``blocks.12.hook_mlp_out``.
         text: The text; None is the standard library's documentation, about 530k tokens.
         context_length: Tokens the model sees at a time.
         max_contexts: Contexts of the text to use at most, the first ones; None uses all. Needed for texts without end.
@@ -67,7 +69,7 @@ class LLMDataModule(ActivationDataModule):
         held_out: Share of the contexts kept for validation and test, half each.
         model_dtype: Number format in which the model runs; batches are float32.
         storage_dtype: Number format to which activations are rounded, in a cache and live; None leaves the model's.
-        attention: Attention implementation of transformers.
+        attention: Attention implementation of transformers; None is the one that it prefers for the model.
         compile: Run the model's blocks through ``torch.compile``; pays for long runs on a GPU.
         device: Where the model runs; ``auto`` is a GPU if there is one.
         seed: Seed of the order of the training data; None takes the run's. Validation and test never depend on it.
@@ -100,7 +102,7 @@ class LLMDataModule(ActivationDataModule):
         held_out: float = 0.1,
         model_dtype: ModelDtype = "float32",
         storage_dtype: ModelDtype | None = None,
-        attention: Attention = "sdpa",
+        attention: Attention | None = None,
         compile: bool = False,
         device: str = "auto",
         seed: int | None = None,
@@ -140,22 +142,21 @@ class LLMDataModule(ActivationDataModule):
     def d_in(self) -> int:
         """Width of the hooked activations, from the model's configuration alone."""
         if self.hook is not None:
-            return CutModel(self.files.skeleton(), self.hook).width()
-        config = self.files.config().get_text_config()
-        check_layer(config.num_hidden_layers, self.layer)
-        return int(config.hidden_size)
+            return CutModel(self.files.skeleton(), self.hook_path).width()
+        check_layer(self.files.n_layers, self.layer)
+        return int(self.files.config().get_text_config().hidden_size)
 
     @cached_property
     def contexts(self) -> Contexts:
         """The packed text, all stages together."""
+        self.files.check_length(self.context_length)
         return load_contexts(self.text, self.files, self.context_length, self.cache_dir, self.max_contexts)
 
     @cached_property
     def harvester(self) -> Harvester:
         """The cut model at work."""
         model = self.files.causal_lm(self.model_dtype, self.attention)
-        n_layers = self.files.config().get_text_config().num_hidden_layers
-        cut = CutModel(model, self.hook or block_path(model, n_layers, self.layer)).to(self._own_device())
+        cut = CutModel(model, self.hook_path).to(self._own_device())
         if self.compile:
             cut.compile_blocks()
         return Harvester(cut, self.contexts_at_once, getattr(torch, self.storage_dtype))
@@ -166,7 +167,7 @@ class LLMDataModule(ActivationDataModule):
         if self.cache is None:
             return None
         files = ActivationCache.open(self.cache)
-        check_identity(files.folder, files.manifest["activations"], self.identity())
+        check_identity(files.folder, files.manifest["activations"], self.identity(), self.earlier_identity(files))
         files.check_dtype(self.storage_dtype)
         files.check_coverage(len(self.contexts.tokens))
         return CachedRows(files, getattr(torch, self.storage_dtype), self._own_device())
@@ -184,8 +185,13 @@ class LLMDataModule(ActivationDataModule):
             "context_length": self.context_length,
             "text": f"{self.text.fingerprint()}; {self.files.tokenizer_fingerprint()}",
             "model_dtype": self.model_dtype,
-            "attention": self.attention,
+            "attention": self.attention or self.files.attention(),
         }
+
+    def earlier_identity(self, cache: ActivationCache) -> dict[str, Any]:
+        """What hedgelab 0.1.0 would have written of this config into a cache, where that differs."""
+        written = datetime.fromisoformat(cache.manifest["created"])
+        return {"model": sampled_fingerprint(Path(self.files.location), written) or self.files.fingerprint()}
 
     def prepare_data(self) -> None:
         """Convert the model and tokenise the text where that has not been done; on one rank only."""
@@ -256,7 +262,7 @@ class LLMDataModule(ActivationDataModule):
         return ActivationSource(
             model=self.model,
             hook=self.hook_path,
-            layer=None if self.hook else self.layer % self.files.config().get_text_config().num_hidden_layers,
+            layer=block_number(self.files.skeleton(), self.files.n_layers, self.hook_path),
             context_length=self.context_length,
             skip_first=self.skip_first,
             opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),
@@ -275,8 +281,8 @@ class LLMDataModule(ActivationDataModule):
     @cached_property
     def hook_path(self) -> str:
         """Path of the hooked module in the causal language model."""
-        n_layers = self.files.config().get_text_config().num_hidden_layers
-        return self.hook or block_path(self.files.skeleton(), n_layers, self.layer)
+        skeleton, n_layers = self.files.skeleton(), self.files.n_layers
+        return hook_path(skeleton, n_layers, self.hook) if self.hook else block_path(skeleton, n_layers, self.layer)
 
     def describe(self) -> dict[str, float]:
         """Percentiles of the activation norms (see :meth:`norm_percentiles`)."""

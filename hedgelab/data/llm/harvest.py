@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hedgelab.data.llm.hook import CutModel
+from hedgelab.data.llm.hook import CutModel, check_tokens
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Harvester:
     @property
     def hook(self) -> str:
         """Path of the hooked module."""
-        return self._model.hook
+        return self._model.hook.path
 
     def submit(self, work: Callable[[int], T], number: int) -> Future[T]:
         """Do ``work(number)`` in the background, after what was submitted before."""
@@ -63,7 +63,9 @@ class Harvester:
 
         Raises:
             CancelledError: ``close`` was called meanwhile.
+            UserError: The model has no embedding for some token.
         """
+        check_tokens(tokens, self._model.vocabulary)
         start = time.perf_counter()
         parts = [torch.split(whole, self._contexts_at_once) for whole in (tokens, usable)]
         # Only the first call has nothing else on the screen that moves.

@@ -1,49 +1,136 @@
-"""Hook points, and models cut there: nothing behind the hook is kept or computed.
-
-Layers count from zero: layer 12 is what block ``layers[12]`` puts out, the residual stream that other tools call
-``blocks.12.hook_resid_post`` (Hugging Face: ``hidden_states[13]``). A hook is the path of any module of the causal
-language model, such as ``model.layers.12.mlp``; its output is taken.
-"""
+"""Reading a language model at a hook: the model runs up to there and no further."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from hedgelab.data.llm.hook_names import hooked_module
 from hedgelab.errors import UserError
 
 
+class Hook:
+    """A place in a model where activations are read, or replaced.
+
+    Args:
+        model: A causal language model (transformers ``PreTrainedModel``), or its skeleton.
+        path: Path of a module in it, whose output is meant; its input where the path ends in ``.input``.
+
+    Raises:
+        UserError: The model has no such module.
+    """
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self.path, self.model = path, model
+        self.module, self.is_input = hooked_module(model, path)
+        base = getattr(model, "base_model", model)  # without the head, unless the hook is there
+        self.body = base if any(module is self.module for module in base.modules()) else model
+
+    def register(self, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Call ``change`` with each activation tensor as the model has it; what it returns takes the tensor's place."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return _replaced(args, change), kwargs
+            name = next(iter(kwargs))
+            changed = change(kwargs[name])
+            return args, kwargs if changed is None else kwargs | {name: changed}
+
+        def after(module: nn.Module, args: object, output: Any) -> Any:
+            return change(output) if isinstance(output, Tensor) else _replaced(output, change)
+
+        if self.is_input:
+            return self.module.register_forward_pre_hook(before, with_kwargs=True)
+        return self.module.register_forward_hook(after)
+
+    def stop(self) -> RemovableHandle:
+        """End every forward pass here from now on; :meth:`run` then gives what was reached."""
+        return self.register(_stop)
+
+    def run(self, tokens: Tensor, cache: Any = None) -> Tensor:
+        """Activations ``[n, length, width]`` of token ids ``[n, length]``, after :meth:`stop`.
+
+        Args:
+            tokens: The token ids.
+            cache: Keys and values of a prefix (transformers' ``Cache``), which grows; None for none.
+
+        Raises:
+            UserError: The model does not run the hooked module, or what it gives has no activation for each token.
+        """
+        return self.by_token(self._reach(tokens, cache), *tokens.shape)
+
+    def by_token(self, output: Tensor, n: int, length: int) -> Tensor:
+        """What the hook gave, as ``[n, length, width]``: heads side by side, and contexts apart.
+
+        Raises:
+            UserError: It has no activation for each token.
+        """
+        shape = output.shape
+        if output.ndim == 4 and shape[0] == n and self.heads_first:
+            return output.transpose(1, 2).flatten(2)
+        if output.ndim > 2 and shape[:2] == (n, length):
+            return output.flatten(2)
+        if output.ndim == 2 and shape[0] == n * length:
+            return output.view(n, length, -1)
+        raise UserError(
+            f"data.hook: {self.path!r} gives numbers of shape {list(shape)} for {n} contexts of {length} tokens, not an "
+            "activation for each token; choose another module"
+        )
+
+    def as_it_was(self, rows: Tensor, output: Tensor) -> Tensor:
+        """Activations ``[n, length, width]`` in the shape and number format of what the hook gave."""
+        if output.ndim == 4 and self.heads_first:
+            return rows.to(output.dtype).view(output.transpose(1, 2).shape).transpose(1, 2)
+        return rows.to(output.dtype).view(output.shape)
+
+    @cached_property
+    def heads_first(self) -> bool:
+        """Whether the hook gives ``[n, heads, length, width]``, as attention does inside."""
+        probe = next(self.model.parameters())
+        handle = self.stop()
+        try:
+            two, three = (self._reach(torch.zeros(1, n, dtype=torch.long, device=probe.device)).shape for n in (2, 3))
+        finally:
+            handle.remove()
+        return len(two) == 4 and two[1] == three[1]
+
+    def _reach(self, tokens: Tensor, cache: Any = None) -> Tensor:
+        try:
+            # Causal masks come for free inside attention; a mask tensor would force the slower kernel.
+            self.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+        except _ReachedError as reached:
+            return reached.output
+        raise UserError(f"data.hook: the model does not run {self.path!r} on plain text; choose another module")
+
+
 class CutModel(nn.Module):
-    """A causal language model up to a hook: token ids in, the hooked module's output out.
+    """A causal language model up to a hook: token ids in, activations out.
 
     Blocks behind the hook and the language-model head are dropped, so take a model that nobody else uses.
 
     Args:
-        model: A causal language model (transformers ``PreTrainedModel``), or its skeleton.
-        hook: Path of a module in it.
+        model: A causal language model (transformers ``PreTrainedModel``).
+        hook: Path of a module in it, as :class:`Hook` takes it.
 
     Raises:
-        UserError: The model has no such module, or does not run it.
+        UserError: The model has no such module.
     """
 
     def __init__(self, model: nn.Module, hook: str) -> None:
         super().__init__()
-        paths = {path: module for path, module in model.named_modules() if path}
-        if hook not in paths:
-            near = difflib.get_close_matches(hook, paths, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "give a path such as 'model.layers.12'"
-            raise UserError(f"data.hook: {type(model).__name__} has no module {hook!r}; {hint}")
-        self.hook = hook
-        hooked = paths[hook]
-        _drop_later_siblings(paths, hook)
-        hooked.register_forward_hook(_stop)
-        base = getattr(model, "base_model", model)  # without the head, unless the hook is there
-        self.body = base if any(module is hooked for module in base.modules()) else model
-        self._before = list(_blocks_before(paths, hook))
-        self._hooked = hooked
+        self.hook = Hook(model, hook)
+        self._before = [block for blocks, number in _lists_around(model, hook) for block in blocks[:number]]
+        for blocks, number in _lists_around(model, hook):
+            del blocks[number + 1 :]
+        self.body = self.hook.body
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        self.hook.stop()
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Run the blocks through ``torch.compile``; what leads to a hook inside the last one stays as it is.
@@ -51,64 +138,64 @@ class CutModel(nn.Module):
         Args:
             backend: Of ``torch.compile``.
         """
-        for block in [*self._before, self._hooked]:
+        hooked = [] if self.hook.is_input else [self.hook.module]
+        for block in [*self._before, *hooked]:
             # The hook that ends the forward pass stays outside: it is an exception.
             block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Hooked activations of contexts, each attending to itself alone.
-
-        Args:
-            tokens: Token ids, ``[n, length]``.
-
-        Returns:
-            Activations, ``[n, length, width]``, in the model's dtype.
-        """
-        try:
-            # Causal masks come for free inside attention; a mask tensor would force the slower kernel.
-            self.body(input_ids=tokens, use_cache=False)
-        except _ReachedError as reached:
-            return reached.output
-        raise UserError(f"data.hook: the model does not run {self.hook!r} on plain text; choose another module")
+        """Activations ``[n, length, width]`` of contexts ``[n, length]``, each attending to itself alone."""
+        return self.hook.run(tokens)
 
     def width(self) -> int:
-        """Width of the hooked activations; works on a skeleton."""
-        device = next(self.parameters()).device
-        token = torch.zeros(1, 1, dtype=torch.long, device=device)
-        try:
-            # A ready-made mask is taken as it is; without one transformers looks at values, which meta tensors lack.
-            self.body(input_ids=token, use_cache=False, attention_mask=torch.ones(1, 1, 1, 1, device=device))
-        except _ReachedError as reached:
-            return reached.output.shape[-1]
-        raise UserError(f"data.hook: the model does not run {self.hook!r} on plain text; choose another module")
+        """Width of the activations; a skeleton is enough.
+
+        Raises:
+            UserError: The hook gives no activation for each token, or one that depends on the context's length.
+        """
+        probe = next(self.parameters())
+        with getattr(probe, "fake_mode", contextlib.nullcontext()):
+            widths = {self(torch.zeros(2, n, dtype=torch.long, device=probe.device)).shape[-1] for n in (7, 5)}
+        if len(widths) > 1:
+            raise UserError(f"data.hook: the width of {self.hook.path!r} depends on the context; choose another module")
+        return int(widths.pop())
+
+
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Make sure that a model has an embedding for every token.
+
+    Raises:
+        UserError: It has not.
+    """
+    if tokens.numel() and (largest := int(tokens.max())) >= vocabulary:
+        raise UserError(
+            f"data.model: its tokenizer gives token {largest}, its embedding has {vocabulary} rows; tokenizer and weights are "
+            "of different models: give a folder where they belong together"
+        )
 
 
 class _ReachedError(Exception):
-    """The hooked module has run: carries its output past all that would follow."""
+    """The hook is reached: carries the activations past all that would follow."""
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
         self.output = output
 
 
-def _stop(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-    """Forward hook that ends the model's forward pass here."""
-    raise _ReachedError(output if isinstance(output, Tensor) else output[0])
+def _stop(output: Tensor) -> NoReturn:
+    raise _ReachedError(output)
 
 
-def _drop_later_siblings(modules: dict[str, nn.Module], hook: str) -> None:
-    """Shorten every list of blocks that the hook lies in to its own block."""
+def _replaced(values: Any, change: Callable[[Tensor], Tensor | None]) -> Any:
+    """Values of a module with the first of them changed."""
+    changed = change(values[0])
+    return values if changed is None else (changed, *values[1:])
+
+
+def _lists_around(model: nn.Module, hook: str) -> Iterator[tuple[nn.ModuleList, int]]:
+    """Every list of blocks that a hook lies in, and the number of the hook's block there."""
     parts = hook.split(".")
     for depth in range(1, len(parts)):
-        blocks = modules[".".join(parts[:depth])]
+        blocks = model.get_submodule(".".join(parts[:depth]))
         if isinstance(blocks, nn.ModuleList):
-            del blocks[int(parts[depth]) + 1 :]
-
-
-def _blocks_before(modules: dict[str, nn.Module], hook: str) -> Iterator[nn.Module]:
-    """The blocks in front of the hook's own, of every list of blocks that the hook lies in."""
-    parts = hook.split(".")
-    for depth in range(1, len(parts)):
-        blocks = modules[".".join(parts[:depth])]
-        if isinstance(blocks, nn.ModuleList):
-            yield from list(blocks)[: int(parts[depth])]
+            yield blocks, int(parts[depth])

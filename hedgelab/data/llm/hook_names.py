@@ -111,6 +111,13 @@ def block_path(model: nn.Module, n_layers: int, layer: int) -> str:
     )
 
 
+def block_number(model: nn.Module, n_layers: int, path: str) -> int | None:
+    """The number of the block whose output a hook is; None for any other hook."""
+    number = path.rpartition(".")[2]
+    is_block = number.isdecimal() and int(number) < n_layers and path == block_path(model, n_layers, int(number))
+    return int(number) if is_block else None
+
+
 def check_layer(n_layers: int, layer: int) -> None:
     """Raise a UserError unless the model has that block."""
     if not -n_layers <= layer < n_layers:

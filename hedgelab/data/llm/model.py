@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hedgelab.data.llm.cache_identity import files_fingerprint
+from hedgelab.digest import file_digest
 from hedgelab.data.llm.conversion import convert, converted_folder, find_gguf
 from hedgelab.data.llm.hub import load, transformers
+from hedgelab.errors import UserError
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+_TOKENIZER_FILES = ("*token*", "vocab*")
+_TOKENIZER_PARTS = ("merges*", "*.model")  # of tokenizers that have no tokenizer.json
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 class ModelFiles:
     """The files of one language model, and what transformers makes of them.
 
-    A GGUF file is converted to safetensors in the cache on first use. Nothing but a hub id ever asks the hub.
+    A GGUF file is converted to safetensors in the cache on first use. Nothing but a hub id ever asks the hub, and code that
+    a model brings along is never run.
 
     Args:
         name: ``smollm2``, a ``.gguf`` file, a local folder, or an id on the Hugging Face hub.
-        cache_dir: Folder for converted models.
+        cache_dir: Folder for converted models, and for the digests of weights.
 
     Raises:
         UserError: The model is not there, or a package that it needs is not installed.
@@ -32,6 +40,7 @@ class ModelFiles:
 
     def __init__(self, name: str, cache_dir: str | Path = "runs/cache") -> None:
         self.name = name
+        self._digests = Path(cache_dir) / "digests.json"
         self._gguf = find_gguf(name)
         folder = converted_folder(name, self._gguf, Path(cache_dir)) if self._gguf else Path(name)
         self._is_local = self._gguf is not None or folder.is_dir()
@@ -53,6 +62,11 @@ class ModelFiles:
             return load("AutoConfig", str(self._gguf.parent), local=True, gguf_file=self._gguf.name)
         return load("AutoConfig", self._location, self._is_local)
 
+    @cached_property
+    def n_layers(self) -> int:
+        """How many transformer blocks the model has."""
+        return int(self.config().get_text_config().num_hidden_layers)
+
     def tokenizer(self) -> Any:
         """The tokenizer (transformers' ``PreTrainedTokenizerBase``)."""
         self.prepare()
@@ -62,28 +76,79 @@ class ModelFiles:
         """A string that changes whenever the tokenizer does; cheaper to have than the tokenizer itself."""
         self.prepare()
         if not self._is_local:
-            return f"hub {self.name} at {getattr(self.config(), '_commit_hash', None)}"
-        digest = hashlib.sha256()
-        for file in sorted(Path(self._location).glob("*token*")) + sorted(Path(self._location).glob("vocab*")):
-            digest.update(file.name.encode() + file.read_bytes())
+            return self._hub_version()
+        folder, digest = Path(self._location), hashlib.sha256()
+        for pattern in (
+            _TOKENIZER_FILES if (folder / "tokenizer.json").is_file() else _TOKENIZER_FILES + _TOKENIZER_PARTS
+        ):
+            for file in sorted(folder.glob(pattern)):
+                digest.update(file.name.encode() + file.read_bytes())
         return f"tokenizer {digest.hexdigest()}"
 
     def fingerprint(self) -> str:
-        """A string that changes whenever the weights do."""
+        """A string that changes whenever a byte of the configuration or the weights does."""
         self.prepare()
         if not self._is_local:
-            return f"hub {self.name} at {getattr(self.config(), '_commit_hash', None)}"
-        return f"weights {files_fingerprint(Path(self._location))}"
+            return self._hub_version()
+        folder, digest = Path(self._location), hashlib.sha256()
+        for pattern in ("config.json", "adapter_config.json", *_WEIGHT_FILES):
+            for file in sorted(folder.glob(pattern)):
+                digest.update(f"{file.name} {file_digest(file, self._digests)}\n".encode())
+        return f"weights sha256 {digest.hexdigest()}"
 
-    def causal_lm(self, dtype: ModelDtype = "float32", attention: Attention = "sdpa") -> nn.Module:
-        """The whole causal language model: on the CPU, frozen, in evaluation mode."""
+    def causal_lm(self, dtype: ModelDtype = "float32", attention: Attention | None = None) -> nn.Module:
+        """The whole causal language model: on the CPU, frozen, in evaluation mode.
+
+        Raises:
+            UserError: Weights are missing or damaged, or transformers has no such attention for the model.
+        """
         self.prepare()
-        options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+        if attention is not None:
+            self.skeleton(attention)  # names data.attention where that is what is wrong
+            options["attn_implementation"] = attention
         model: nn.Module = load("AutoModelForCausalLM", self._location, self._is_local, **options)
         return model.eval().requires_grad_(False)
 
-    def skeleton(self) -> nn.Module:
-        """The causal language model without weights, on the meta device."""
-        with torch.device("meta"):
-            model: nn.Module = transformers().AutoModelForCausalLM.from_config(self.config())
+    def skeleton(self, attention: Attention | None = None) -> nn.Module:
+        """The causal language model with weights that have shapes and no numbers (``FakeTensor``)."""
+        automatic, config = transformers().AutoModelForCausalLM, self.config()
+        try:
+            with FakeTensorMode():
+                # In bfloat16, since the kernels of some mixtures of experts have no other number format.
+                model: nn.Module = automatic.from_config(
+                    config, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
+                )
+        except Exception as error:
+            key = "data.model" if attention is None else "data.attention"
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            hint = "" if attention is None else f"{attention!r} is not to be had for {self.name!r}; leave the key out: "
+            raise UserError(f"{key}: {hint}{first}") from error
         return model.eval()
+
+    def attention(self) -> str:
+        """The attention implementation that transformers chooses for the model where none is asked for."""
+        return str(self.skeleton().config._attn_implementation)
+
+    def check_length(self, length: int) -> None:
+        """Make sure that the model has a position for each token of a context.
+
+        Raises:
+            UserError: It has a table of positions that is shorter.
+        """
+        most = getattr(self.config().get_text_config(), "max_position_embeddings", None)
+        if most is None or length <= most:
+            return
+        if not any("rotary_emb" in name for name, _ in self.skeleton().named_modules()):  # computed, to any length
+            raise UserError(
+                f"data.context_length: {length} is more than the {most} positions that {self.name!r} has; set it to at most "
+                f"{most}"
+            )
+
+    def _hub_version(self) -> str:
+        commit = getattr(self.config(), "_commit_hash", None)
+        if commit is None:
+            raise UserError(
+                f"data.model: the hub's local cache does not say which version of {self.name!r} it holds; give its folder"
+            )
+        return f"hub {self.name} at {commit}"

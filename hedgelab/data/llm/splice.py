@@ -1,15 +1,14 @@
-"""A whole language model with a hook whose output can be read, or replaced while the rest runs on."""
+"""A whole language model with a hook whose activations can be read, or replaced while the rest runs on."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hedgelab.errors import UserError
+from hedgelab.data.llm.hook import Hook, check_tokens
 
 Replacement = Callable[[Tensor], Tensor]
 """Takes hooked activations ``[n, length, width]`` to what shall stand in their place."""
@@ -20,42 +19,37 @@ class SplicedModel:
 
     Args:
         model: A causal language model (transformers ``PreTrainedModel``).
-        hook: Path of a module in it.
+        hook: Path of a module in it, as :class:`~hedgelab.data.llm.hook.Hook` takes it.
 
     Raises:
         UserError: The model has no such module.
     """
 
     def __init__(self, model: nn.Module, hook: str) -> None:
-        modules = dict(model.named_modules())
-        if hook not in modules:
-            near = difflib.get_close_matches(hook, modules, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "give a path such as 'model.layers.12'"
-            raise UserError(f"data.hook: {type(model).__name__} has no module {hook!r}; {hint}")
-        self.model, self.hook, self._hooked = model, hook, modules[hook]
+        self.model = model
+        self._hook = Hook(model, hook)
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, replace: Replacement | None = None) -> Tensor:
         """Next-token logits, ``[n, length, vocabulary]``, of token ids ``[n, length]``."""
 
-        def hook(module: nn.Module, args: object, output: Any) -> Any:
-            assert replace is not None
-            if isinstance(output, Tensor):
-                return replace(output).to(output.dtype)
-            return (replace(output[0]).to(output[0].dtype), *output[1:])
+        def change(output: Tensor) -> Tensor | None:
+            if replace is None:
+                return None
+            return self._hook.as_it_was(replace(self._hook.by_token(output, *tokens.shape)), output)
 
-        handle = None if replace is None else self._hooked.register_forward_hook(hook)
+        _ = replace is None or self._hook.heads_first  # found out by a forward pass, which cannot run inside another
+        handle = self._hook.register(change)
         try:
-            logits: Tensor = self.model(input_ids=tokens.long().to(self.device), use_cache=False).logits
+            logits: Tensor = self.model(input_ids=self._ids(tokens), use_cache=False).logits
         finally:
-            if handle is not None:
-                handle.remove()
+            handle.remove()
         return logits
 
     @torch.inference_mode()
     def activations(self, tokens: Tensor) -> Tensor:
         """Hooked activations ``[n, length, width]`` of token ids ``[n, length]``; nothing behind the hook runs."""
-        return self._run_to_hook(tokens.long().to(self.device))
+        return self._run_to_hook(tokens)
 
     @torch.inference_mode()
     def last_activations(self, prefix: Tensor, last: Tensor) -> Tensor:
@@ -70,33 +64,22 @@ class SplicedModel:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        self._run_to_hook(prefix.long()[None].to(self.device), cache)
+        self._run_to_hook(prefix[None], cache)
         cache.batch_repeat_interleave(len(last))
-        return self._run_to_hook(last.long()[:, None].to(self.device), cache)[:, -1]
+        return self._run_to_hook(last[:, None], cache)[:, -1]
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    def _ids(self, tokens: Tensor) -> Tensor:
+        check_tokens(tokens, self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        return tokens.long().to(self.device)
+
     def _run_to_hook(self, tokens: Tensor, cache: Any = None) -> Tensor:
-        caught: list[Tensor] = []
-
-        def hook(module: nn.Module, args: object, output: Any) -> None:
-            caught.append(output if isinstance(output, Tensor) else output[0])
-            raise _ReachedError
-
-        handle = self._hooked.register_forward_hook(hook)
+        handle = self._hook.stop()
         try:
-            self.model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
-        except _ReachedError:
-            pass
+            return self._hook.run(self._ids(tokens), cache)
         finally:
             handle.remove()
-        if not caught:
-            raise UserError(f"data.hook: the model does not run {self.hook!r} on plain text; choose another module")
-        return caught[0]
-
-
-class _ReachedError(Exception):
-    """The hooked module has run: nothing behind it is needed."""

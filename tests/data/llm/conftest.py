@@ -58,6 +58,60 @@ def tiny_model(make_tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
+_IDS = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+_LLAMA = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, **_IDS,
+}  # fmt: skip
+_GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **_IDS}
+_NEOX = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+ARCHITECTURES = {
+    "Llama": _LLAMA,
+    "Gemma2": {**_LLAMA, "head_dim": 8},
+    "Gemma3Text": {**_LLAMA, "head_dim": 8},
+    "GPT2": _GPT2,
+    "GPTNeoX": _NEOX,
+    "Qwen2": _LLAMA,
+    "Qwen3": {**_LLAMA, "head_dim": 8},
+    "Mistral": _LLAMA,
+    "Mixtral": {**_LLAMA, "num_local_experts": 4},
+    "Olmo2": _LLAMA,
+    "Phi": _LLAMA,
+    "OPT": {**_NEOX, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "Bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4, **_IDS},
+    "GPTJ": {**_GPT2, "rotary_dim": 4},
+    "GPTNeo": {
+        "hidden_size": 32, "num_layers": 3, "num_heads": 4, "max_position_embeddings": 64, "intermediate_size": 48,
+        "attention_types": [[["global", "local", "global"], 1]], **_IDS,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def architecture(make_tokenizer, tmp_path_factory):
+    """Folder of a random model of an architecture: 3 blocks, 32 wide, 4 heads, 64 words."""
+    transformers = pytest.importorskip("transformers", reason="needs hedgelab[llm]")
+    made: dict[str, str] = {}
+
+    def make(name: str, **options) -> str:
+        if name not in made or options:
+            folder = tmp_path_factory.mktemp(name)
+            config = getattr(transformers, f"{name}Config")(**(ARCHITECTURES[name] | options))
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                for parameter in model.parameters():  # biases and norms too, which begin at 0 and 1
+                    torch.nn.init.normal_(parameter, std=0.2)
+            model.save_pretrained(folder)
+            make_tokenizer(with_bos=False).save_pretrained(folder)
+            if options:
+                return str(folder)
+            made[name] = str(folder)
+        return made[name]
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory) -> list[str]:
     """A text file and a compressed JSON-lines file, about 4 000 words in documents of 50."""
