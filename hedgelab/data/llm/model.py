@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hedgelab.digest import file_digest
 from hedgelab.data.llm.conversion import convert, converted_folder, find_gguf
 from hedgelab.data.llm.hub import load, transformers
+from hedgelab.digest import file_digest
 from hedgelab.errors import UserError
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
