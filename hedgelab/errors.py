@@ -1,6 +1,7 @@
 """What ends a command early: the user's mistakes, one line naming the key and the fix; and signals."""
 
 import signal
+from numbers import Integral
 from typing import Any
 
 
@@ -18,7 +19,7 @@ def whole_number(key: str, value: Any, least: int = 1) -> int:
 
     Args:
         key: Name of the argument, for the message.
-        value: What the user gave.
+        value: What the user gave; integers of NumPy are integers.
         least: The smallest value allowed.
 
     Raises:
@@ -30,9 +31,9 @@ def whole_number(key: str, value: Any, least: int = 1) -> int:
     Traceback (most recent call last):
     hedgelab.errors.UserError: model.k: expected a whole number of at least 1, got True
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise UserError(f"{key}: expected a whole number of at least {least}, got {value!r}")
-    return value
+    return int(value)
 
 
 class Stopped(SystemExit):

@@ -143,6 +143,6 @@ class Codes:
     def sum_per_latent(self, weight: Tensor | None = None) -> Tensor:
         """Sum of each latent's activations over the batch, ``[d_sae]``, weighted by ``weight [batch]``; differentiable."""
         if self.layout is None:
-            return self.values.sum(0) if weight is None else weight @ self.values
-        values = self.values if weight is None else self.values * weight[self.layout.rows]
+            return self.values.sum(0) if weight is None else weight.to(self.values.dtype) @ self.values
+        values = self.values if weight is None else self.values * weight.to(self.values.dtype)[self.layout.rows]
         return values.new_zeros(self.d_sae).index_add(0, self.layout.latents, values)

@@ -14,9 +14,6 @@ from hedgelab.kernels.layout import Layout
 from hedgelab.kernels.products import gather_product, sampled_product, scatter_product
 from hedgelab.kernels.ranks import Ranks
 
-ROUNDING = 4
-"""What a product of two vectors must exceed to be told from 0, in units of rounding of the product of their norms."""
-
 
 class LevelErrors(NamedTuple):
     """How far each level's reconstruction is off.
@@ -37,7 +34,7 @@ def squared_error(x_hat: Tensor, x: Tensor, weight: Tensor | None = None) -> tup
     """
     error = x_hat - x if x_hat.dtype == x.dtype and x.itemsize >= 4 else x_hat.float() - x.float()
     if weight is not None:
-        return weight @ error.square().sum(1), error.detach()
+        return weight.to(error.dtype) @ error.square().sum(1), error.detach()
     return error.square().sum() / x.shape[0], error.detach()
 
 
@@ -72,7 +69,7 @@ class SparseLevelErrors(Function):
         errors[0].add_(b_dec).sub_(x)
         for level in range(1, count):
             errors[level].add_(errors[level - 1])
-        ctx.layout, ctx.split, ctx.detach, ctx.lone = layout, split, detach, _lone(layout, ranks)
+        ctx.layout, ctx.split, ctx.detach = layout, split, detach
         ctx.save_for_backward(values, W_dec, weight, errors)
         ctx.mark_non_differentiable(errors)
         ctx.set_materialize_grads(False)  # else backward is given zeros as large as the errors
@@ -104,8 +101,6 @@ class SparseLevelErrors(Function):
         if needs_values:
             by_latent = sampled_product(transposed, W_dec.to(errors.dtype), by_row)
             grad_values = torch.empty_like(by_latent).index_copy_(0, transposed.order, by_latent)
-            rows = ctx.split.rows_of_values if ctx.split else ctx.layout.rows
-            _drop_rounding(grad_values, ctx.lone, rows, ctx.layout.latents, W_dec, by_row)
         if needs_W_dec:
             grad_W_dec = scatter_product(transposed, values[transposed.order], by_row).to(W_dec.dtype)
         if needs_b_dec:
@@ -113,27 +108,3 @@ class SparseLevelErrors(Function):
         if needs_x:
             grad_x = -(upstream.sum(0) if ctx.detach else upstream[0])
         return grad_values, grad_x, grad_W_dec, grad_b_dec, None, None, None, None, None
-
-
-def _lone(layout: Layout, ranks: Ranks) -> Tensor:
-    """Positions of the values that are the only ones of their rows, whichever rank has the latents, ``[n]``."""
-    if ranks.size == 1:
-        return layout.lone
-    counts = ranks.sum(layout.crow.diff())
-    return layout.lone[counts[layout.rows[layout.lone]] == 1]
-
-
-def _drop_rounding(
-    grad_values: Tensor, lone: Tensor, rows: Tensor, latents: Tensor, W_dec: Tensor, upstream: Tensor
-) -> None:
-    """Set gradients of ``lone`` values to 0, in place, that are nothing but the rounding of a sum that comes to 0.
-
-    A latent that fires alone on a row and is still tied (encoder and decoder point the same way) reconstructs as well as it
-    can: its gradient is 0, but for rounding, which differs with the order of sums and so with the number of ranks. Adam's
-    first step would make of it what it makes of any gradient.
-    """
-    if not len(lone):
-        return
-    terms = upstream[rows[lone]].norm(dim=1) * W_dec[latents[lone]].to(upstream.dtype).norm(dim=1)
-    own = grad_values[lone]
-    grad_values[lone] = torch.where(own.abs() > ROUNDING * torch.finfo(upstream.dtype).eps * terms, own, 0.0)

@@ -49,11 +49,6 @@ class Layout:
         return rows_of(self.crow, self.latents.shape[0])
 
     @cached_property
-    def lone(self) -> Tensor:
-        """Positions of the values that are the only ones of their rows, ``[n]`` int64."""
-        return self.crow[:-1][self.crow.diff() == 1]
-
-    @cached_property
     def transposed(self) -> Transposed:
         """The same entries ordered by latent."""
         order = stable_order(self.latents, self.d_sae)

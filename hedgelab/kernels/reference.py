@@ -61,15 +61,19 @@ def encode_batch_topk(
 
 
 def _first_mass(ranked: Tensor, weight: Tensor, k: int, share: Share | None) -> Tensor:
-    """Which entries, largest first, have a summed weight of at most k; ``ranked [batch · d_sae]``, ``weight [batch]``."""
-    mass = weight.repeat_interleave(ranked.shape[0] // weight.shape[0])
+    """Which entries, largest first, have a summed weight of at most k; ``ranked [batch · d_sae]``, ``weight [batch]``.
+
+    Weights are summed in double precision, and may exceed k by what rounding them, and their sums, can add.
+    """
+    rounding = 4 * torch.finfo(weight.dtype).eps + ranked.shape[0] * torch.finfo(torch.float64).eps
+    mass = weight.double().repeat_interleave(ranked.shape[0] // weight.shape[0])
     first, last = 0, ranked.shape[0]
     if share is not None:
         first = share.ranks.rank * last
         parts = share.rows // weight.shape[0]  # of the batch; over these the weights sum to 1 on average
         ranked, mass, last = share.ranks.cat(ranked), share.ranks.cat(mass) / parts, first + last
     order = ranked.argsort(descending=True, stable=True)
-    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter(0, order, mass[order].cumsum(0) <= k * (1 + 1e-9))
+    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter(0, order, mass[order].cumsum(0) <= k * (1 + rounding))
     return kept[first:last]
 
 
@@ -111,7 +115,7 @@ def jumprelu_codes(pre: Tensor, log_threshold: Tensor, bandwidth: float, weight:
     threshold = log_threshold.exp()
     activations: Tensor = JumpReLU.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
     fired: Tensor = StepFunction.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
-    rates = fired.mean(0) if weight is None else weight @ fired
+    rates = fired.mean(0) if weight is None else weight.to(fired.dtype) @ fired
     return Codes.from_dense(activations), rates
 
 

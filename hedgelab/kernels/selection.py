@@ -111,20 +111,26 @@ def select_batch_topk(encoder: Encoder, k: int, scale: Tensor | None, share: Sha
     With a ``share`` the encoder is that part of a larger one, of whose batch the largest entries are kept; returned are those
     that lie in the part.
 
-    Entries above a low threshold, estimated from the first tile, are collected from all tiles; the largest are then picked
-    among them. Should they turn out too few, everything is done again with a lower threshold, down to 0: the result is
-    that of a full sort. Of equal entries at the edge those with the lowest row, then latent, are kept.
+    Entries from a threshold on, estimated from the first tile, are collected from all tiles; the largest are then picked among
+    them. Should they turn out too few, all positive entries are candidates in a second and last pass. The result is that of a
+    full sort; of equal entries those with the lowest row, then latent, are kept. Memory holds no more candidates than one tile
+    has, and twice what is kept.
     """
     wanted = k * (encoder.x.shape[0] if share is None else share.rows)
-    margin = MARGIN
-    while True:
-        threshold, candidates = _candidates(encoder, k, scale, margin, share)
-        found = candidates.ranked.shape[0]
-        if share is not None:
-            found = int(share.ranks.sum(torch.tensor(found)))
-        if found >= wanted or threshold <= 0:
-            return _largest(candidates, wanted, encoder, share)
-        margin *= 4
+    density = k / (encoder.W_enc.shape[1] if share is None else share.d_sae)
+    candidates, floor = _candidates(encoder, scale, wanted, density, share)
+    found = candidates.ranked.shape[0]
+    if share is not None:
+        found = int(share.ranks.sum(torch.tensor(found)))
+    if found < wanted and floor > 0:
+        candidates, _ = _candidates(encoder, scale, wanted, None, share)
+    if share is not None:
+        positions = share.positions(candidates.rows, candidates.latents)
+        kept = _flatnonzero(among_largest(candidates.ranked, positions, wanted, share.ranks))
+        candidates = candidates.at(kept)
+    else:
+        candidates = _largest(candidates, wanted, encoder.W_enc.shape[1])
+    return _in_row_order(candidates, encoder.x.shape[0], encoder.W_enc.shape[1])
 
 
 def select_above(encoder: Encoder, threshold: Tensor) -> Entries:
@@ -135,7 +141,8 @@ def select_above(encoder: Encoder, threshold: Tensor) -> Entries:
         flat = _flatnonzero(tile[:, :d_sae] > threshold)
         columns = flat % d_sae
         parts.append(_Candidates(_global_rows(flat // d_sae, rows), columns, _take(tile, flat // d_sae, columns), None))
-    return _in_row_order(_Candidates.cat(parts, encoder.dtype), batch, d_sae)
+    found = _Candidates.cat(parts) if parts else _Candidates.none(encoder.dtype)
+    return _in_row_order(found, batch, d_sae)
 
 
 def sampled_density(encoder: Encoder, threshold: Tensor | float, rows: int = 32) -> float:
@@ -165,10 +172,12 @@ class _Candidates(NamedTuple):
         return _Candidates(self.rows[index], self.latents[index], self.pre[index], scaled)
 
     @classmethod
-    def cat(cls, parts: list["_Candidates"], dtype: torch.dtype) -> "_Candidates":
-        if not parts:
-            empty = torch.empty(0, dtype=torch.long)
-            return cls(empty, empty, torch.empty(0, dtype=dtype), None)
+    def none(cls, dtype: torch.dtype) -> "_Candidates":
+        empty = torch.empty(0, dtype=torch.long)
+        return cls(empty, empty, torch.empty(0, dtype=dtype), None)
+
+    @classmethod
+    def cat(cls, parts: list["_Candidates"]) -> "_Candidates":
         scaled = None if parts[0].scaled is None else torch.cat([part.ranked for part in parts])
         rows, latents, pre = (torch.cat([part[field] for part in parts]) for field in range(3))  # type: ignore[misc]
         return cls(rows, latents, pre, scaled)
@@ -193,31 +202,54 @@ class _Ranking:
 
 
 def _candidates(
-    encoder: Encoder, k: int, scale: Tensor | None, margin: float, share: Share | None
-) -> tuple[float, _Candidates]:
-    """The threshold used, the lowest of all parts' estimates, and all entries above it."""
+    encoder: Encoder, scale: Tensor | None, wanted: int, density: float | None, share: Share | None
+) -> tuple[_Candidates, float]:
+    """Entries among which are the ``wanted`` largest, if as many lie above the floor; and the floor.
+
+    Args:
+        encoder: Its product is looked at tile by tile.
+        scale: What pre-activations are multiplied by for the ranking.
+        wanted: How many are sought over all parts.
+        density: Share of all entries that is sought, by which a floor is estimated from the first tile (the lowest of all
+            parts' estimates); None takes 0.
+        share: Which part of a larger encoder this is.
+    """
     d_sae = encoder.W_enc.shape[1]
-    density = k / (d_sae if share is None else share.d_sae)
-    ranking, threshold = _Ranking(scale, d_sae), 0.0
+    ranking, floor = _Ranking(scale, d_sae), 0.0 if density is None else None
+    few = density is not None and MARGIN * density * GROUP < 1 / 2
     parts: list[_Candidates] = []
+    found, above = 0, 0.0
     for rows, tile in encoder.tiles():
         ranked = ranking(tile)
-        if not parts:
-            threshold = _estimated_threshold(ranked, density, margin)
+        if floor is None:
+            assert density is not None
+            floor = _estimated_floor(ranked, density)
             if share is not None:
-                threshold = float(share.ranks.min(torch.tensor(threshold, dtype=torch.float64)))
-        local, columns = _entries_above(ranked, threshold, sparse=margin * density * GROUP < 1 / 2)
+                floor = float(share.ranks.min(torch.tensor(floor, dtype=torch.float64)))
+            above = floor
+        local, columns = _entries_above(ranked, above, sparse=few)
         scaled = None if scale is None else _take(ranked, local, columns)
         parts.append(_Candidates(_global_rows(local, rows), columns, _take(tile, local, columns), scaled))
-    return threshold, _Candidates.cat(parts, encoder.dtype)
+        found += local.shape[0]
+        if found > 2 * wanted:  # more than can be kept: go on from the edge of the largest so far
+            parts = [_largest(_Candidates.cat(parts), wanted, d_sae)]
+            found = wanted
+            above = max(above, _just_below(float(parts[0].ranked.min()), encoder.dtype))
+    return _Candidates.cat(parts) if parts else _Candidates.none(encoder.dtype), floor or 0.0
 
 
-def _estimated_threshold(ranked: Tensor, share: float, margin: float) -> float:
-    """A threshold that about ``margin · share`` of the entries of a tile exceed; never below 0."""
-    stride = max(1, int(share * ranked.numel() / SAMPLE_HITS))
+def _estimated_floor(ranked: Tensor, density: float) -> float:
+    """A number that about ``MARGIN · density`` of the entries of a tile exceed, even if many are equal; never below 0."""
+    stride = max(1, int(density * ranked.numel() / SAMPLE_HITS))
     sample = ranked.view(-1)[:: stride | 1].numpy()  # odd, so that it walks through all columns
-    above = min(int(np.ceil(margin * share * sample.size)), sample.size)
-    return max(0.0, float(np.partition(sample, sample.size - above)[sample.size - above]))
+    above = min(int(np.ceil(MARGIN * density * sample.size)), sample.size)
+    edge = float(np.partition(sample, sample.size - above)[sample.size - above])
+    return max(0.0, _just_below(edge, ranked.dtype))
+
+
+def _just_below(value: float, dtype: torch.dtype) -> float:
+    """The next smaller number of a type, so that entries equal to ``value`` exceed it."""
+    return float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-torch.inf, dtype=dtype)))
 
 
 def _entries_above(ranked: Tensor, threshold: float, sparse: bool) -> tuple[Tensor, Tensor]:
@@ -236,24 +268,20 @@ def _entries_above(ranked: Tensor, threshold: float, sparse: bool) -> tuple[Tens
     return rows[group], first[group] + (hits & (GROUP - 1)) * groups
 
 
-def _largest(candidates: _Candidates, wanted: int, encoder: Encoder, share: Share | None) -> Entries:
-    """Those of the ``wanted`` largest candidates of all parts that lie in this one, in row order."""
-    batch, d_sae = encoder.x.shape[0], encoder.W_enc.shape[1]
+def _largest(candidates: _Candidates, wanted: int, d_sae: int) -> _Candidates:
+    """The ``wanted`` largest candidates, of equal ones those with the lowest row, then latent; all, if there are fewer."""
     ranked = candidates.ranked
     excess = ranked.shape[0] - wanted
-    if share is not None:
-        positions = share.positions(candidates.rows, candidates.latents)
-        candidates = candidates.at(_flatnonzero(among_largest(ranked, positions, wanted, share.ranks)))
-    elif excess > 0:
-        edge = float(np.partition(ranked.numpy(), excess)[excess])
-        keep = ranked >= edge
-        surplus = int(keep.sum()) - wanted
-        if surplus > 0:
-            tied = _flatnonzero(ranked == edge)
-            position = candidates.rows[tied] * d_sae + candidates.latents[tied]
-            keep[tied[position.argsort(descending=True)[:surplus]]] = False
-        candidates = candidates.at(_flatnonzero(keep))
-    return _in_row_order(candidates, batch, d_sae)
+    if excess <= 0:
+        return candidates
+    edge = float(np.partition(ranked.numpy(), excess)[excess])
+    keep = ranked >= edge
+    surplus = int(keep.sum()) - wanted
+    if surplus > 0:
+        tied = _flatnonzero(ranked == edge)
+        position = candidates.rows[tied] * d_sae + candidates.latents[tied]
+        keep[tied[position.argsort(descending=True)[:surplus]]] = False
+    return candidates.at(_flatnonzero(keep))
 
 
 def _in_row_order(candidates: _Candidates, batch: int, d_sae: int) -> Entries:

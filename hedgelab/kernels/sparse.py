@@ -95,7 +95,7 @@ def encode_jumprelu(
     thresholds = threshold[layout.latents]
     values: Tensor = JumpReLU.apply(pre, thresholds, bandwidth)  # type: ignore[no-untyped-call]
     fired: Tensor = StepFunction.apply(pre, thresholds, bandwidth)  # type: ignore[no-untyped-call]
-    share = fired / x.shape[0] if weight is None else fired * weight[layout.rows]
+    share = fired / x.shape[0] if weight is None else fired * weight.to(fired.dtype)[layout.rows]
     rates = share.new_zeros(W_enc.shape[1]).index_add(0, layout.latents, share)
     return Codes.from_layout(layout, values), rates
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hedgelab.batch import Batch
+from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.saes.fold import FoldedWeights, fold
@@ -38,7 +40,7 @@ class SAE(TrainingShell, ABC):
     Attributes:
         d_in: Width of the activations.
         d_sae: Number of latents.
-        W_enc: ``[d_in, d_sae]``, laid out in memory like its transpose so that sparse gradients need no copy.
+        W_enc: ``[d_in, d_sae]``.
         b_enc: ``[d_sae]``.
         W_dec: ``[d_sae, d_in]``; row i is the direction of latent i.
         b_dec: ``[d_in]``.
@@ -64,6 +66,9 @@ class SAE(TrainingShell, ABC):
         {"self", "init", "optimizer", "lr_scheduler", "gradient_clip_norm", "kwargs"}
     )
 
+    full_precision: ClassVar[tuple[str, ...]] = ()
+    """Parameters that stay in at least single precision, as buffers do: their steps are too small for a narrower type."""
+
     per_member: ClassVar[tuple[str, ...]] = ()
     """Attributes, numbers or lists of them, that enter the loss as factors only: members of an ensemble may differ in them."""
 
@@ -71,7 +76,6 @@ class SAE(TrainingShell, ABC):
         super().__init__()
         self.steps_done = 0
         self.initialized = False
-        self._aliases: list[tuple[nn.Parameter, nn.Parameter]] = []
 
     # -- the interface -----------------------------------------------------------------------------
 
@@ -84,19 +88,40 @@ class SAE(TrainingShell, ABC):
         return ops.decode(codes, self.W_dec, self.b_dec)
 
     @abstractmethod
-    def loss(self, batch: Batch) -> LossTerms:
-        """The training loss of a batch; changes nothing, so measuring it never disturbs training."""
+    def loss(self, batch: Batch | Tensor) -> LossTerms:
+        """The training loss of a batch, or of activations ``[..., d_in]``; computing it changes nothing.
+
+        A training loop of one's own is ``terms = sae.loss(x); terms.total.backward(); optimizer.step(); optimizer.zero_grad();
+        sae.after_step(terms)``.
+        """
 
     @abstractmethod
     def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
         """Set what depends on data, once, before the first step: ``b_dec`` and, if asked for, weights at the features."""
 
     def before_optimizer_step(self) -> None:
-        """Adjust gradients before the optimiser uses them."""
+        """Adjust gradients before the optimiser uses them; for subclasses."""
 
     @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:
-        """Advance what counts steps (dead-latent clock, thresholds), after the optimiser's step."""
+        """Advance what counts steps (warm-ups, dead-latent clock, thresholds), after the optimiser's step."""
+        self.steps_done += 1
+
+    def as_batch(self, given: Batch | Tensor) -> Batch:
+        """Activations ``[..., d_in]``, alone or in a batch, as a batch of rows in the type of the weights, if theirs is wider.
+
+        Raises:
+            UserError: They are of another width.
+        """
+        batch = given if isinstance(given, Batch) else Batch(given)
+        x = batch.x
+        if x.shape[-1:] != (self.d_in,):
+            raise UserError(f"x: activations of shape {tuple(x.shape)} do not fit an SAE with d_in = {self.d_in}")
+        if x.dim() != 2:
+            x = x.reshape(-1, self.d_in)
+        if x.itemsize > self.b_dec.itemsize:
+            x = x.to(self.b_dec.dtype)
+        return batch if x is batch.x else batch._replace(x=x)
 
     @property
     def dead_latents(self) -> Tensor:
@@ -131,30 +156,16 @@ class SAE(TrainingShell, ABC):
         arguments = {name: _plain(getattr(self, name)) for name in init_parameters(type(self)) - self.not_architecture}
         return {"class": type(self).__name__, **dict(sorted(arguments.items()))}
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters as the optimiser gets them: each contiguous.
-
-        ``W_enc`` is the transpose of a contiguous tensor, which fused Adam would copy every step; the optimiser gets that
-        tensor, on the same memory, instead. :meth:`adjust_gradients` hands it the gradient.
-        """
-        self._aliases = [
-            (parameter, nn.Parameter(parameter.detach().t()))
-            for parameter in self.parameters()
-            if parameter.dim() == 2 and not parameter.is_contiguous() and parameter.t().is_contiguous()
-        ]
-        contiguous = {id(parameter): alias for parameter, alias in self._aliases}
-        return [contiguous.get(id(parameter), parameter) for parameter in self.parameters()]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, the optimiser's among them."""
-        super().zero_grad(set_to_none)
-        for _, alias in self._aliases:
-            alias.grad = None
-
-    def hand_over_gradients(self) -> None:
-        """Give the optimiser's tensors the gradients of those that they stand for."""
-        for parameter, alias in self._aliases:
-            alias.grad = None if parameter.grad is None else parameter.grad.t()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
+        """Move or convert all tensors, but for what accumulates: that never becomes narrower than single precision."""
+        own = {**self._buffers, **{name: self._parameters.get(name) for name in self.full_precision}}
+        exact = {name: value.detach() for name, value in own.items() if value is not None and value.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            value = getattr(self, name)
+            if value.itemsize < 4:
+                value.data = before.to(value.device, torch.float32)
+        return self
 
 
 def init_parameters(cls: type) -> set[str]:

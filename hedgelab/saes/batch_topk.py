@@ -31,7 +31,7 @@ class BatchTopKSAE(KSparseSAE):
 
     def __init__(self, d_in: int, d_sae: int, k: int, **kwargs: Any) -> None:
         super().__init__(d_in, d_sae, k, **kwargs)
-        self.register_buffer("threshold", torch.tensor(float("nan")))
+        self.register_buffer("threshold", torch.tensor(float("nan"), dtype=torch.float32))
 
     def thresholds(self) -> Tensor:
         """What pre-activations must exceed in inference: a scalar, or ``[d_sae]`` where the selection is norm-aware."""

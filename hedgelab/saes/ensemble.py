@@ -105,7 +105,8 @@ class EnsembleSAE:
     def folded(self) -> FoldedWeights:
         """Detached stacked weights with decoder norms folded in, each ``[members, ...]``; padding has decoder rows of zero."""
         weights = {name.rpartition(".")[2]: value.detach() for name, value in self.parameters.items()}
-        folded: tuple[Tensor, ...] = vmap(fold)(weights["W_enc"], weights["b_enc"], weights["W_dec"], weights["b_dec"])
+        encoder = weights["W_enc_rows"].mT
+        folded: tuple[Tensor, ...] = vmap(fold)(encoder, weights["b_enc"], weights["W_dec"], weights["b_dec"])
         return FoldedWeights(*folded)
 
     @torch.no_grad()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from hedgelab.batch import Batch
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
 from hedgelab.saes.base import SAE, Activation, OptimizerFactory, SchedulerFactory
 from hedgelab.saes.initialization import Initialization
@@ -46,23 +48,55 @@ class FlatSAE(SAE):
         gradient_clip_norm: float | None = None,
     ) -> None:
         super().__init__()
-        for name, width in (("d_in", d_in), ("d_sae", d_sae)):
-            if width < 1:
-                raise UserError(f"model.{name}: must be at least 1, got {width}")
         if gradient_clip_norm is not None and gradient_clip_norm <= 0:
             raise UserError(f"model.gradient_clip_norm: must be above 0 or null, got {gradient_clip_norm}")
-        self.d_in = d_in
-        self.d_sae = d_sae
+        self.d_in = d_in = whole_number("model.d_in", d_in)
+        self.d_sae = d_sae = whole_number("model.d_sae", d_sae)
         self.init = init
         self.normalize_decoder = normalize_decoder
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.gradient_clip_norm = gradient_clip_norm
         encoder, decoder = init.random_weights(d_in, d_sae)
-        self.W_enc = nn.Parameter(encoder.t())
+        self.W_enc_rows = nn.Parameter(encoder)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(decoder)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @property
+    def W_enc(self) -> Tensor:  # type: ignore[override]
+        """Encoder weights, ``[d_in, d_sae]``: the transpose of the parameter ``W_enc_rows``, on the same memory.
+
+        Sparse gradients come latent by latent, and fused optimisers want contiguous parameters. ``state_dict`` and files hold
+        ``W_enc``; ``W_enc.grad`` is the transpose of ``W_enc_rows.grad``.
+        """
+        rows = self.W_enc_rows
+        encoder = rows.t()
+        if rows.is_leaf and rows.grad is not None:
+            encoder.grad = rows.grad.t()
+        return encoder
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        own: dict[str, Any] = {}
+        super()._save_to_state_dict(own, prefix, keep_vars)
+        destination[prefix + "W_enc"] = own.pop(prefix + "W_enc_rows").t()
+        destination.update(own)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        *args: Any,
+    ) -> None:
+        given = dict(state_dict)
+        encoder = given.pop(prefix + "W_enc", None)
+        if encoder is not None:
+            given[prefix + "W_enc_rows"] = encoder.mT if encoder.dim() == 2 else encoder
+        super()._load_from_state_dict(given, prefix, local_metadata, strict, missing, *args)
+        missing[:] = [prefix + "W_enc" if name == prefix + "W_enc_rows" else name for name in missing]
 
     @abstractmethod
     def activate(self, batch: Batch) -> Activation:
@@ -72,10 +106,23 @@ class FlatSAE(SAE):
         """What revives dead latents (``among`` the given ones) from ``error = x_hat - x``; None if there is nothing to do."""
         return None
 
-    def loss(self, batch: Batch) -> LossTerms:
+    def decoder(self) -> tuple[Tensor, Tensor]:
+        """``W_dec`` and ``b_dec`` for a loss; with ``normalize_decoder`` a row's gradient has no part along the row."""
+        if not (self.normalize_decoder and torch.is_grad_enabled() and self.W_dec.requires_grad):
+            return self.W_dec, self.b_dec
+        rows = self.W_dec.view_as(self.W_dec)
+        rows.register_hook(self._across_rows)
+        return rows, self.b_dec
+
+    def _across_rows(self, grad: Tensor) -> Tensor:
+        rows = self.W_dec.detach()
+        return grad.addcmul((grad * rows).sum(1, keepdim=True), rows, value=-1)
+
+    def loss(self, batch: Batch | Tensor) -> LossTerms:
         """Squared error, the sparsity penalty where there is one, and the auxiliary loss where latents are dead."""
+        batch = self.as_batch(batch)
         codes, penalty = self.activate(batch)
-        (mse,), (error,) = ops.level_errors(codes, batch.x, self.W_dec, self.b_dec, (self.d_sae,), weight=batch.weight)
+        (mse,), (error,) = ops.level_errors(codes, batch.x, *self.decoder(), (self.d_sae,), weight=batch.weight)
         terms = {"mse": mse}
         if penalty is not None:
             terms[self.penalty_name] = ops.total(penalty)
@@ -97,7 +144,7 @@ class FlatSAE(SAE):
             if feature_directions is None:
                 raise UserError("model.init.at_features: needs data with known features; these activations have none")
             encoder, decoder = self.init.feature_weights(feature_directions, self.d_sae)
-            self.W_enc[:, : len(encoder)] = encoder.t().to(self.W_enc)
+            self.W_enc_rows[: len(encoder)] = encoder.to(self.W_enc_rows)
             self.W_dec[: len(decoder)] = decoder.to(self.W_dec)
         if self.normalize_decoder:
             self._project_decoder()
@@ -119,15 +166,9 @@ class FlatSAE(SAE):
                 value.copy_(given[name])
 
     @torch.no_grad()
-    def before_optimizer_step(self) -> None:
-        """With ``normalize_decoder``, drop the part of the decoder's gradient that would only change norms."""
-        if self.normalize_decoder and self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
-
-    @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:
         """With ``normalize_decoder``, bring decoder rows back to norm 1."""
+        super().after_step(result)
         if self.normalize_decoder:
             self._project_decoder()
 

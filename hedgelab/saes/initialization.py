@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.saes.losses import geometric_median
 from hedgelab.seeding import generator, resolve_seed
 
@@ -36,6 +36,8 @@ class Initialization:
     weights: str | None = None
 
     def __post_init__(self) -> None:
+        if self.seed is not None:  # as a number of Python: streams are named by how a seed prints
+            object.__setattr__(self, "seed", whole_number("model.init.seed", self.seed, -(2**63)))
         if self.decoder_norm <= 0:
             raise UserError(f"model.init.decoder_norm: must be above 0, got {self.decoder_norm}")
         if self.noise < 0:

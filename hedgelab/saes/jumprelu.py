@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hedgelab.batch import Batch
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.saes.base import Activation
@@ -35,6 +35,7 @@ class JumpReLUSAE(FlatSAE):
 
     penalty_name = "l0_penalty"
     per_member = ("l0_coefficient",)
+    full_precision = ("log_threshold",)
 
     def __init__(
         self,
@@ -47,14 +48,13 @@ class JumpReLUSAE(FlatSAE):
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
-        for name, value in (("l0_coefficient", l0_coefficient), ("l0_warmup_steps", l0_warmup_steps)):
-            if value < 0:
-                raise UserError(f"model.{name}: must not be negative, got {value}")
+        if l0_coefficient < 0:
+            raise UserError(f"model.l0_coefficient: must not be negative, got {l0_coefficient}")
         for name, value in (("threshold", threshold), ("bandwidth", bandwidth)):
             if value <= 0:
                 raise UserError(f"model.{name}: must be above 0, got {value}")
         self.l0_coefficient = l0_coefficient
-        self.l0_warmup_steps = l0_warmup_steps
+        self.l0_warmup_steps = whole_number("model.l0_warmup_steps", l0_warmup_steps, 0)
         self.threshold = threshold
         self.bandwidth = bandwidth
         self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(threshold)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hedgelab.batch import Batch
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import LossTerms
@@ -43,15 +43,13 @@ class KSparseSAE(FlatSAE):
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
-        if not 1 <= k <= d_sae:
+        if (k := whole_number("model.k", k)) > self.d_sae:
             raise UserError(f"model.k: must lie between 1 and d_sae = {d_sae}, got {k}")
-        if dead_after_steps < 1:
-            raise UserError(f"model.dead_after_steps: must be at least 1, got {dead_after_steps}")
         if auxiliary_coefficient < 0:
             raise UserError(f"model.auxiliary_coefficient: must not be negative, got {auxiliary_coefficient}")
         self.k = k
         self.norm_aware_selection = norm_aware_selection
-        self.dead_after_steps = dead_after_steps
+        self.dead_after_steps = whole_number("model.dead_after_steps", dead_after_steps)
         self.auxiliary_coefficient = auxiliary_coefficient
         self.register_buffer("steps_since_fired", torch.zeros(d_sae, dtype=torch.int64))
 
@@ -67,9 +65,10 @@ class KSparseSAE(FlatSAE):
     def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | None = None) -> Tensor | None:
         """The top ``d_in // 2`` dead latents predict the residual (Gao et al. 2024, appendix A.2; scaled as in SPEC §2).
 
-        The residual is detached: the auxiliary loss moves dead latents only. ``among`` restricts it to a level's latents.
+        The residual and ``b_dec`` are detached: the auxiliary loss moves dead latents only. ``among`` restricts it to a
+        level's latents.
         """
-        if not self.auxiliary_coefficient or self.steps_done < self.dead_after_steps:
+        if not self.auxiliary_coefficient:
             return None
         start = 0 if among is None else among.start
         dead = self.dead_latents if among is None else self.dead_latents[among]
@@ -77,9 +76,11 @@ class KSparseSAE(FlatSAE):
         if not len(columns):
             return None
         k_aux = max(1, self.d_in // 2)
-        codes = ops.encode_columns(batch.x, self.W_enc, self.b_enc, self.b_dec, columns, min(k_aux, len(columns)))
+        codes = ops.encode_columns(
+            batch.x, self.W_enc, self.b_enc, self.b_dec.detach(), columns, min(k_aux, len(columns))
+        )
         no_bias = torch.zeros_like(self.b_dec)
-        (missed,), _ = ops.level_errors(codes, -error, self.W_dec, no_bias, (self.d_sae,), weight=batch.weight)
+        (missed,), _ = ops.level_errors(codes, -error, self.decoder()[0], no_bias, (self.d_sae,), weight=batch.weight)
         return self.auxiliary_coefficient * min(1.0, len(columns) / k_aux) * missed
 
     @torch.no_grad()

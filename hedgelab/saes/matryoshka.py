@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hedgelab.batch import Batch
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.errors import LevelErrors
@@ -55,6 +55,7 @@ class MatryoshkaSAE(SAE):
     """
 
     per_member = ("level_weights", "credit")
+    full_precision = ("log_factors",)
 
     def __init__(
         self,
@@ -71,7 +72,8 @@ class MatryoshkaSAE(SAE):
         self.inner = inner(d_in)
         self.d_in = d_in
         self.d_sae = self.inner.d_sae
-        if not levels or levels[0] < 1 or any(a >= b for a, b in pairwise(levels)):
+        levels = [whole_number("model.levels", level) for level in levels]
+        if not levels or any(a >= b for a, b in pairwise(levels)):
             raise UserError(f"model.levels: must be rising sizes of at least 1, got {levels}")
         if levels[-1] != self.d_sae:
             raise UserError(f"model.levels: the last must be the inner d_sae = {self.d_sae}, got {levels[-1]}")
@@ -130,8 +132,9 @@ class MatryoshkaSAE(SAE):
         """The inner SAE's latents."""
         return self.inner.encode(x)
 
-    def loss(self, batch: Batch) -> LossTerms:
+    def loss(self, batch: Batch | Tensor) -> LossTerms:
         """Every level's weighted squared error and penalty, and the auxiliary loss."""
+        batch = self.as_batch(batch)
         codes, penalty = self.inner.activate(batch)
         losses, errors = self.level_errors(codes, batch)
         terms = self.adaptation(codes, batch.weight)
@@ -178,8 +181,8 @@ class MatryoshkaSAE(SAE):
         """Squared error of each level, and the errors; those of inner levels after their credit."""
         x, _, weight = batch
         if isinstance(self.credit, float) and not self.credit:
-            return ops.level_errors(codes, x, self.W_dec, self.b_dec, self.levels, self.detached, weight)
-        weights = self.W_dec, self.b_dec
+            return ops.level_errors(codes, x, *self.inner.decoder(), self.levels, self.detached, weight)
+        weights = self.inner.decoder()
         if is_split(self.W_dec):
             raise UserError("model.credit: cannot be used where latents are split over processes, set it to 0")
         with torch.no_grad():
@@ -210,7 +213,8 @@ class MatryoshkaSAE(SAE):
 
     @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:
-        """The inner SAE's."""
+        """The inner SAE's as well."""
+        super().after_step(result)
         self.inner.after_step(result)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hedgelab.batch import Batch
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.saes.base import Activation
@@ -43,15 +43,11 @@ class VanillaSAE(FlatSAE):
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
-        for name, value in (
-            ("l1_coefficient", l1_coefficient),
-            ("l1_warmup_steps", l1_warmup_steps),
-            ("l1_warmup_start", l1_warmup_start),
-        ):
+        for name, value in (("l1_coefficient", l1_coefficient), ("l1_warmup_start", l1_warmup_start)):
             if value < 0:
                 raise UserError(f"model.{name}: must not be negative, got {value}")
         self.l1_coefficient = l1_coefficient
-        self.l1_warmup_steps = l1_warmup_steps
+        self.l1_warmup_steps = whole_number("model.l1_warmup_steps", l1_warmup_steps, 0)
         self.l1_warmup_start = l1_warmup_start
 
     def encode(self, x: Tensor) -> Codes:
@@ -63,4 +59,4 @@ class VanillaSAE(FlatSAE):
         codes = self.encode(batch.x)
         coefficient = warmed_up(self.l1_coefficient, self.steps_done, self.l1_warmup_steps, self.l1_warmup_start)
         share = coefficient if batch.weight is not None else coefficient / batch.x.shape[0]
-        return Activation(codes, share * codes.sum_per_latent(batch.weight) * self.W_dec.norm(dim=1))
+        return Activation(codes, share * codes.sum_per_latent(batch.weight) * self.decoder()[0].norm(dim=1))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.initialization import random_directions
@@ -29,7 +29,7 @@ def fresh(sae: SAE, seed: int) -> SAE:
     flat.init = replace(flat.init, seed=seed)
     encoder, decoder = flat.init.random_weights(flat.d_in, flat.d_sae)
     with torch.no_grad():
-        flat.W_enc.copy_(encoder.t())
+        flat.W_enc_rows.copy_(encoder)
         flat.W_dec.copy_(decoder)
     return made.to(sae.W_dec)
 
@@ -57,8 +57,7 @@ def widen(sae: SAE, n_new: int, norm: float = 0.1, seed: int = 0) -> SAE:
     Raises:
         UserError: Fewer than one new latent, or a norm not above 0.
     """
-    if n_new < 1:
-        raise UserError(f"hedge.n_new: must be at least 1, got {n_new}")
+    whole_number("hedge.n_new", n_new)
     if norm <= 0:
         raise UserError(f"hedge.new_norm: must be above 0, got {norm}")
     wide = _alike(sae, n_new).to(sae.W_dec)
@@ -68,7 +67,7 @@ def widen(sae: SAE, n_new: int, norm: float = 0.1, seed: int = 0) -> SAE:
         for name, value in wide.state_dict().items():
             value[tuple(slice(0, size) for size in old[name].shape)].copy_(old[name])
         wide.W_dec[sae.d_sae :] = directions.to(wide.W_dec)
-        wide.W_enc[:, sae.d_sae :] = directions.t().to(wide.W_enc)
+        flat_part(wide).W_enc_rows[sae.d_sae :] = directions.to(wide.W_dec)
     wide.initialized = True
     return wide
 

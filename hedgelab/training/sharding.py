@@ -19,8 +19,8 @@ from hedgelab.kernels.ranks import ALONE, Ranks
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-LATENT_DIMENSION = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "log_threshold": 0}
-"""The dimension along which each parameter is split; the others are on every process."""
+BY_LATENT = ("W_enc_rows", "b_enc", "W_dec", "log_threshold")
+"""Parameters whose first dimension is split; the others are on every process."""
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -135,12 +135,8 @@ def split_latents(sae: Any, mesh: DeviceMesh) -> dict[str, Tensor]:
         raise UserError(f"model.d_sae: {sae.d_sae} latents cannot be split evenly over {count} processes")
     before = {name: parameter.detach() for name, parameter in sae.named_parameters(recurse=False)}
     for name, parameter in list(sae.named_parameters(recurse=False)):
-        own, dim = parameter.detach(), LATENT_DIMENSION.get(name)
-        placement: Replicate | Shard = Replicate() if dim is None else Shard(dim)
-        if dim is not None:
-            own = own.chunk(count, dim)[rank]
-        # Sparse gradients come with the layout of a transposed [d_sae, d_in], so W_enc keeps it.
-        own = own.t().contiguous().t() if name == "W_enc" else own.contiguous()
+        own = parameter.detach().chunk(count)[rank] if name in BY_LATENT else parameter.detach()
+        placement: Replicate | Shard = Shard(0) if name in BY_LATENT else Replicate()
         part = DTensor.from_local(own.clone().to(mesh.device_type), mesh, [placement], run_check=False)
         setattr(sae, name, nn.Parameter(part, parameter.requires_grad))
     return before

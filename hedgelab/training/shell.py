@@ -129,7 +129,7 @@ class TrainingShell(L.LightningModule):
         trainer = self._trainer
         scaled = trainer is not None and getattr(trainer.precision_plugin, "scaler", None) is not None
         # A fused optimiser unscales gradients itself, after they have been clipped.
-        optimizer = make_optimizer(sae.optimizer, sae.trainable(), fused=not scaled)
+        optimizer = make_optimizer(sae.optimizer, sae.parameters(), fused=not scaled)
         if is_split(sae.W_dec):
             exchange_full_states(optimizer)
         if sae.lr_scheduler is None:

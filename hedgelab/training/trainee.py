@@ -55,7 +55,6 @@ class Trainee:
         if self.sae.gradient_clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.sae.gradient_clip_norm)
         self.sae.before_optimizer_step()
-        self.sae.hand_over_gradients()
 
     def finish_step(self, result: Any) -> None:
         """Advance what counts steps, and keep the loss terms until they are reported."""

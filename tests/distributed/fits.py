@@ -144,7 +144,7 @@ class Recorder(Logger):
 
 
 def watch(module):
-    """Of every step of every SAE: a hash of which latents fire where, and the smallest activation, of all ranks."""
+    """The loss of every step of every SAE in full precision, mean over the ranks."""
     seen = {}
     for name, sae in module.saes().items():
         seen[name] = {}
@@ -153,12 +153,7 @@ def watch(module):
 
 
 def _watched(sae, after_step, seen, result):
-    codes = result.codes.gathered().detach()
-    rows, latents = codes.to_dense().nonzero(as_tuple=True)
-    numbers = (rows + sae.ranks.rank * codes.batch_size) * codes.d_sae + latents
-    mixed = numbers * 6364136223846793005 + 1442695040888963407
-    total = sae.ranks.sum(((mixed ^ (mixed >> 29)) * -49064778989728563).sum())
-    seen[sae.steps_done + 1] = int(total), float(sae.ranks.min(codes.smallest_positive()))
+    seen[sae.steps_done + 1] = float(sae.ranks.mean(result.total.detach()))
     after_step(result)
 
 
@@ -166,32 +161,29 @@ class Keep(L.Callback):
     """Each rank writes what it has seen and what it holds in the end."""
 
     def __init__(self, folder, recorder):
-        self.folder, self.recorder, self.firing = folder, recorder, {}
+        self.folder, self.recorder, self.losses = folder, recorder, {}
 
     def on_fit_start(self, trainer, module):
-        self.firing = watch(module)
+        self.losses = watch(module)
 
     def on_fit_end(self, trainer, module):
         weights = {name: full_tensor(value).clone() for name, value in module.state_dict().items()}
-        torch.save((self.recorder.history, weights, self.firing), self.folder / f"rank{trainer.global_rank}.pt")
+        torch.save((self.recorder.history, weights, self.losses), self.folder / f"rank{trainer.global_rank}.pt")
 
 
 @dataclass
 class Outcome:
-    """What a fit gave: numbers by step and name, weights by name, and what fired (see watch) by SAE and step."""
+    """What a fit gave: numbers by step and name, weights by name, and losses (see watch) by SAE and step."""
 
     numbers: dict
     weights: dict
-    firing: dict
+    losses: dict
 
     @classmethod
     def read(cls, file):
-        history, weights, firing = torch.load(file, weights_only=True)
+        history, weights, losses = torch.load(file, weights_only=True)
         numbers = {(step, name): value for step, values in history for name, value in values.items()}
-        return cls(numbers, weights, firing)
-
-    def losses(self):
-        return {key: value for key, value in self.numbers.items() if key[1].split("/")[-1] == "loss"}
+        return cls(numbers, weights, losses)
 
     def decoders(self):
         return {name: value for name, value in self.weights.items() if name.endswith("W_dec")}
@@ -204,10 +196,6 @@ def group(kinds, d_in, wide):
 def in_another_order(x, step):
     """The same examples, whose sums are rounded otherwise; those of the first step, where latents start, as they are."""
     return x if step == 0 else x[torch.randperm(len(x), generator=generator(0, "order", step))]
-
-
-def in_double(x, step):
-    return x.double()
 
 
 def _fed(sae, loss, change, batch):
@@ -230,6 +218,7 @@ def fit(module, data, folder, ranks=1, steps=200, checkpoint=None, change=None, 
         "strategy": "ddp_fork" if ranks > 1 else "auto",
         "devices": ranks,
         "accelerator": "cpu",
+        "precision": "64-true",
         "max_steps": steps,
         "log_every_n_steps": 1,
         "logger": recorder,
@@ -249,42 +238,27 @@ def fit(module, data, folder, ranks=1, steps=200, checkpoint=None, change=None, 
     return [Outcome.read(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
-def rounded_apart(one, other):
-    """The step of each SAE at which rounding first decided whether a ReLU fires, if it did.
-
-    A latent that is within rounding of 0 fires in one of two runs only, its gradient is there or is not, and from then on the
-    runs differ by what that latent learned from one example: so do two runs of one process that sum rows in another order.
-    """
-    found = {}
-    for name, seen in one.firing.items():
-        for step, (pattern, smallest) in seen.items():
-            another, smallest_of_other = other.firing[name][step]
-            if pattern != another:
-                if min(smallest, smallest_of_other) < 3e-7:
-                    found[name] = step
-                break
-    return found
-
-
 def deviations(one, other):
-    """The largest relative difference of each SAE's losses."""
-    found = {}
-    for (step, name), loss in one.losses().items():
-        member = name.split("/")[0] if "" not in one.firing else ""
-        found[member] = max(found.get(member, 0.0), abs(other.numbers[step, name] - loss) / abs(loss))
-    return found
+    """The largest relative difference of each SAE's losses, over all steps."""
+    return {
+        name: max(abs(other.losses[name][step] - loss) / abs(loss) for step, loss in losses.items())
+        for name, losses in one.losses.items()
+    }
 
 
-def assert_as_one(one, other, tolerance=1e-6):
-    """Losses are equal to a relative 1e-6, decoder rows point the same way; 1e-5 once rounding has decided a ReLU."""
+def assert_as_one(one, other, tolerance=1e-9):
+    """Losses of every step are equal to a relative 1e-9, decoder rows point the same way.
+
+    That holds in double precision. In single precision a gradient that is 0 but for rounding (that of a latent which fires
+    alone on a row and reconstructs it as well as it can) differs with the order of sums, and Adam's first steps are as large
+    for it as for any gradient, so runs on different numbers of ranks drift apart as two runs on one rank do whose rows are
+    summed in another order.
+    """
     assert one.numbers.keys() == other.numbers.keys()
-    losses, apart = one.losses(), rounded_apart(one, other)
-    assert losses
-    for (step, name), loss in losses.items():
-        member = name.split("/")[0] if "" not in one.firing else ""
-        allowed = tolerance if step <= apart.get(member, step) else 10 * tolerance
-        assert abs(other.numbers[step, name] - loss) <= allowed * abs(loss), (
-            f"{name} at step {step}: {deviations(one, other)}, apart: {apart}"
-        )
+    assert {name: losses.keys() for name, losses in one.losses.items()} == {
+        n: v.keys() for n, v in other.losses.items()
+    }
+    found = deviations(one, other)
+    assert max(found.values()) <= tolerance, found
     for name, rows in one.decoders().items():
-        assert torch.cosine_similarity(rows.double(), other.weights[name].double()).min() > 0.99999, name
+        assert torch.cosine_similarity(rows.double(), other.weights[name].double()).min() > 1 - 10 * tolerance, name

@@ -1,6 +1,5 @@
 """Exact selection from tiles: the same sets as full sorts, whatever the estimate of the threshold says."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -41,21 +40,53 @@ def test_batch_selection_is_that_of_a_full_sort(d_sae, order, k):
     torch.testing.assert_close(dense(select_batch_topk(e, k, None), d_sae), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("estimate", "tries"), [(0.0, 1), (2.0, 1), (1e6, 3)])
-def test_a_wrong_threshold_costs_time_but_not_exactness(monkeypatch, estimate, tries):
-    """Too low: more candidates. Too high: again with a lower one, here the true one at the third attempt."""
-    e, calls = encoder(700, 520), []
-    honest = selection._estimated_threshold
+def products(monkeypatch) -> list[int]:
+    """Counts the rows that pass through the encoder's product from now on."""
+    rows, product = [], torch.addmm
 
-    def wrong(ranked: Tensor, share: float, margin: float) -> float:
-        calls.append(margin)
-        return estimate if len(calls) < 3 else honest(ranked, share, margin)
+    def counting(bias: Tensor, x: Tensor, *args, **kwargs) -> Tensor:
+        rows.append(len(x))
+        return product(bias, x, *args, **kwargs)
 
+    monkeypatch.setattr(torch, "addmm", counting)
+    return rows
+
+
+@pytest.mark.parametrize(("estimate", "passes"), [(0.0, 1), (2.0, 1), (1e6, 2), (float("inf"), 2)])
+def test_a_wrong_floor_costs_time_but_not_exactness(monkeypatch, estimate, passes):
+    """Too low: more candidates. Too high: one more pass, which cannot fail."""
+    e = encoder(1400, 520)
     expected = dense(select_batch_topk(e, 9, None), 520)
-    monkeypatch.setattr(selection, "_estimated_threshold", wrong)
+    monkeypatch.setattr(selection, "_estimated_floor", lambda *args: estimate)
+    rows = products(monkeypatch)
     assert torch.equal(dense(select_batch_topk(e, 9, None), 520), expected)
-    assert len(calls) == tries
-    assert np.all(np.diff(calls) > 0)
+    assert sum(rows) == passes * 1400
+
+
+TIES = {
+    "no weights": lambda x, w: (x, 0 * w, torch.ones(w.shape[1])),
+    "constant activations": lambda x, w: (torch.ones_like(x), w, torch.zeros(w.shape[1])),
+    "all infinite": lambda x, w: (x, 0 * w, torch.full((w.shape[1],), torch.inf)),
+    "two values": lambda x, w: (x, 0 * w, 1.0 + (torch.arange(w.shape[1]) % 2)),
+}
+
+
+@pytest.mark.parametrize("k", [3, 40])
+@pytest.mark.parametrize("case", TIES)
+def test_where_ties_decide_one_product_does(case, k, monkeypatch):
+    """The count is right, and among equal entries those with the lowest row, then latent, are kept."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1300, 6, generator=generator), torch.randn(6, 600, generator=generator)
+    x, w, b = TIES[case](x, w)
+    e = Encoder(x, w, b, torch.float32)
+    pre = whole(e).relu().flatten()
+    rows = products(monkeypatch)
+    entries = select_batch_topk(e, k, None)
+    assert sum(rows) == 1300
+    assert entries.pre.numel() == k * 1300
+    order = pre.argsort(descending=True, stable=True)[: k * 1300]
+    kept = entries.layout.rows * 600 + entries.layout.latents
+    assert torch.equal(kept.sort().values, order.sort().values)
 
 
 def test_fewer_positive_entries_than_wanted():

@@ -282,33 +282,28 @@ def test_stacked_saes_vmap_over_the_dense_path(name):
 
 @pytest.mark.parametrize("levels", [[700], [300, 700]])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_lone_tied_latent_has_no_gradient_but_rounding_and_none_here(levels, weighted):
-    """It reconstructs its row as well as it can; a latent that is not tied has what autograd says."""
+def test_coherent_rows_with_an_encoder_just_off_have_the_gradients_of_dense_autograd_in_double(levels, weighted):
+    """4 096 rows of one latent, the encoder 3e-7 off: a row's gradient is near its rounding, their sum is far from it."""
+    generator = torch.Generator().manual_seed(4)
     w = Weights(48, 700, torch.float32, seed=3)
     with torch.no_grad():
         w.W_dec.div_(w.W_dec.norm(dim=1, keepdim=True))
-        w.W_enc.copy_(w.W_dec.t())
+        w.W_enc.copy_(w.W_dec.t() * (1 + 3e-7))
         w.b_enc.zero_()
-        w.W_enc[:, 350:].mul_(1.02)
-    x = torch.randn(400, 48, generator=torch.Generator().manual_seed(4))
-    weight = torch.rand(400, generator=torch.Generator().manual_seed(5)) / 400 if weighted else None
+        w.b_dec.zero_()
+    x = w.W_dec.detach()[torch.arange(4096) % 4] * (1 + torch.rand(4096, 1, generator=generator))
+    weight = torch.rand(4096, generator=generator) / 2048 if weighted else None
 
     def gradient(m, x, w, weight):
         codes = m.encode_topk(x, *w.encoder(), 1)
         losses, _ = m.level_errors(codes, x, w.W_dec, w.b_dec, levels, False, weight)
         torch.stack(list(losses)).sum().backward()
-        return codes.to_dense().detach() > 0, w.b_enc.grad.clone(), w.W_dec.grad.clone()
+        return w.W_enc.grad, w.b_enc.grad, w.W_dec.grad
 
-    fired, found, found_decoder = gradient(sparse, x, w, weight)
+    found = gradient(sparse, x, w, weight)
     exact = Weights(48, 700, torch.float64, seed=3)
     for own, other in zip(vars(exact).values(), vars(w).values(), strict=True):
         own.data.copy_(other.data)
-    _, expected, expected_decoder = gradient(reference, x.double(), exact, None if weight is None else weight.double())
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found_decoder.double(), expected_decoder, rtol=1e-4, atol=1e-7)
-    tied, untied = fired.any(0)[:350].nonzero().squeeze(1), 350 + fired.any(0)[350:].nonzero().squeeze(1)
-    assert len(tied) > 30
-    assert len(untied) > 30
-    assert (found[tied] == 0).all()
-    assert (found[untied].abs() > 1e-5).all()
-    assert (found_decoder[tied] != 0).any(dim=1).all()
+    expected = gradient(reference, x.double(), exact, None if weight is None else weight.double())
+    for own, true in zip(found, expected, strict=True):
+        assert (own.double() - true).norm() <= 0.05 * true.norm()

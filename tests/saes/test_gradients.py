@@ -78,7 +78,7 @@ def dense_auxiliary(sae, w, batch, x_hat, latents):
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[latents] = sae.dead_latents[latents]
     count, k_aux = int(dead.sum()), D_IN // 2
-    pre = (batch.x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    pre = (batch.x - w["b_dec"].detach()) @ w["W_enc"] + w["b_enc"]
     hidden = pre.masked_fill(~dead, -torch.inf)
     mask = torch.stack([keep_top(row, min(k_aux, count)) for row in hidden.detach()])
     guess = torch.where(mask, pre.relu(), 0.0) @ w["W_dec"]

@@ -20,7 +20,6 @@ from hedgelab.saes import (
     weights_sha256,
 )
 from hedgelab.saes.losses import geometric_median, warmed_up
-from hedgelab.training.trainee import Trainee
 
 MAKERS = {
     "vanilla": functools.partial(VanillaSAE, d_sae=16, l1_coefficient=0.1),
@@ -116,16 +115,6 @@ def test_auxiliary_loss_revives_dead_latents():
         alive[coefficient] = 32 - int(sae.dead_latents.sum())
     assert alive[1.0] >= 30
     assert alive[0.0] <= 25
-
-
-def test_auxiliary_loss_moves_dead_latents_only():
-    sae = TopKSAE(8, 16, k=2)
-    sae.steps_since_fired[3] = sae.dead_after_steps
-    sae.set_steps_done(sae.dead_after_steps)
-    result = sae.loss(Batch(x_batch()))
-    result.terms["auxiliary"].backward()
-    moved = sae.W_dec.grad.abs().sum(1) > 0
-    assert moved.nonzero().flatten().tolist() == [3]
 
 
 @pytest.mark.parametrize("kind", ["mean", "geometric_median"])
@@ -280,17 +269,3 @@ def test_encoder_memory_is_its_transpose():
     sae = TopKSAE(8, 16, k=3)
     assert sae.W_enc.shape == (8, 16)
     assert sae.W_enc.stride() == (1, 8)
-
-
-def test_the_optimiser_updates_the_encoder_in_place_without_a_copy():
-    sae, plain = TopKSAE(8, 16, k=3), TopKSAE(8, 16, k=3)
-    assert all(parameter.is_contiguous() for parameter in sae.trainable())
-    optimizer, reference = sae.configure_optimizers(), torch.optim.Adam(plain.parameters(), lr=3e-4)
-    for seed in range(3):
-        for model, adam in ((sae, optimizer), (plain, reference)):
-            model.zero_grad()
-            model.loss(Batch(x_batch(seed=seed))).total.backward()
-            Trainee(model).prepare_gradients()
-            adam.step()
-    torch.testing.assert_close(sae.W_enc, plain.W_enc)
-    assert not torch.equal(sae.W_enc, TopKSAE(8, 16, k=3).W_enc)

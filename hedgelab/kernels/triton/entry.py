@@ -140,7 +140,7 @@ def encode_jumprelu(
     if selected is None:
         activations: Tensor = JumpReLU.apply(product.pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
         fired: Tensor = StepFunction.apply(product.pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
-        return Codes.from_dense(activations), share @ fired.to(share.dtype)
+        return Codes.from_dense(activations), share.to(fired.dtype) @ fired
     near = product.attach(selected)
     own = threshold.index_select(0, selected.latents)  # each stored value has a threshold of its own: a batch of one
     activations = JumpReLU.apply(near.values[None], own, bandwidth)[0]  # type: ignore[no-untyped-call]
