@@ -91,9 +91,8 @@ class EnsembleSAE:
         schedule = None if first.lr_scheduler is None else first.lr_scheduler(optimizer)
         for _ in range(steps):
             losses, values = self._run(batches(self.steps_done) if callable(batches) else batches)
-            gradients = torch.autograd.grad(losses.sum(), trained)
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.grad = gradient
+            optimizer.zero_grad()
+            losses.sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if schedule is not None:
                 schedule.step()

@@ -72,7 +72,7 @@ class FlatSAE(SAE):
         """
         rows = self.W_enc_rows
         encoder = rows.t()
-        if rows.is_leaf and rows.grad is not None:
+        if isinstance(rows, nn.Parameter) and rows.grad is not None:
             encoder.grad = rows.grad.t()
         return encoder
 

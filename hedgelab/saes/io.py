@@ -54,7 +54,7 @@ def load_sae(folder: str | Path) -> SAE:
         raise UserError(f"{folder / CONFIG}: damaged SAE (expected a mapping, got a {type(config).__name__})")
     config.pop("hedgelab", None)
     _check_size(config, tensors, folder)
-    sae = build_sae(config)
+    sae = build_sae(config).to(torch.promote_types(_weights_type(tensors), torch.float32))
     try:
         problems = sae.load_state_dict(tensors, strict=False)
     except RuntimeError as error:  # shapes that differ
@@ -119,10 +119,15 @@ def gathered(sae: SAE) -> SAE:
 
 def copy_of(config: dict[str, Any], state: Mapping[str, torch.Tensor]) -> SAE:
     """The SAE that another's :meth:`SAE.config` and ``state_dict`` tell of, ready to measure or to train on."""
-    copy = build_sae(config)
+    copy = build_sae(config).to(_weights_type(state))
     copy.load_state_dict(state)
     copy.initialized = True
     return copy
+
+
+def _weights_type(state: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The type of the decoder of a ``state_dict``."""
+    return next((value.dtype for name, value in state.items() if name.rpartition(".")[2] == "W_dec"), torch.float32)
 
 
 def weights_sha256(folder: str | Path) -> str:
