@@ -16,6 +16,7 @@ from hedgelab.saes import (
     MatryoshkaSAE,
     TopKSAE,
     VanillaSAE,
+    duplicate,
     load_sae,
     save_sae,
 )
