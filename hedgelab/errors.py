@@ -1,8 +1,16 @@
 """What ends a command early: the user's mistakes, one line naming the key and the fix; and signals."""
 
+from __future__ import annotations
+
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a command to stop: preemption or a node that goes down, and a scheduler's warning."""
 
 
 class UserError(ValueError):
@@ -50,3 +58,21 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.number).name}" + (f" {self.state}" if self.state else "")
+
+
+@contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 raise :class:`Stopped`, so that runs are ended as killed instead of never."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

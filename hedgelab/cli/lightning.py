@@ -106,6 +106,13 @@ class ConfigRecord(SaveConfigCallback):
                 logger.log_config(text)
                 logger.log_hyperparams(searchable(resolved))
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Puts the config beside the checkpoints, too, whatever the logger."""
+        kept = (one.folder for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint))
+        folder = next(kept, None)
+        if trainer.is_global_zero and folder is not None and folder.path.is_dir():
+            (folder.path / "config.yaml").write_text(self.parser.dump(self.config, skip_none=False))
+
 
 class HedgelabCLI(LightningCLI):
     """``fit``, ``validate`` and ``test`` of any SAE on any activations.
@@ -203,16 +210,29 @@ class HedgelabCLI(LightningCLI):
         wanted = self.resumption.take(config)
         check_checkpoint(self.command, config.get("ckpt_path"))
         config.name = config.name or "+".join(file.stem for file in config_files(self.words)) or None
-        logger = config.trainer.logger
-        if isinstance(logger, Namespace) and logger.class_path == TRACKER:
-            logger.init_args.run_name = logger.init_args.run_name or config.name
-            logger.init_args.experiment = config.experiment or logger.init_args.experiment
-            logger.init_args.description = logger.init_args.description or opening_comment(config_files(self.words))
+        self._name_run(config)
         for callback, switch in SWITCHES.items():
             if config.trainer[switch] is False:
                 self._parser(self.command).callback_keys.remove(callback)
         if self.command in RESUMABLE:
             self.resumption.find(wanted)
+
+    def _name_run(self, config: Namespace) -> None:
+        """Give name, experiment and description to every MLflowTracker among the loggers.
+
+        Raises:
+            UserError: An experiment is named, and there is none.
+        """
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        trackers = [one for one in loggers if isinstance(one, Namespace) and one.class_path == TRACKER]
+        if config.experiment is not None and not trackers:
+            raise UserError(
+                "experiment: is MLflow's, and no MLflowTracker is among trainer.logger; remove it, or add one"
+            )
+        for arguments in (tracker.init_args for tracker in trackers):
+            arguments.run_name = arguments.run_name or config.name
+            arguments.experiment = config.experiment or arguments.experiment
+            arguments.description = arguments.description or opening_comment(config_files(self.words))
 
     def _set_seed(self) -> None:
         """Seed everything, with a number that numpy takes."""

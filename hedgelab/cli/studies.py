@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from hedgelab.config.tree import compose, config_files, only_shows, opening_comment, without_configs
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, stop_at_once
 from hedgelab.tracking.store import prepare_store_in_background
 
 GROUP = "hedgelab.studies"
@@ -211,7 +211,6 @@ def conduct(parsed: Parsed) -> list[str]:
     from hedgelab.tracking import MLflowTracker
     from hedgelab.tracking.params import searchable
     from hedgelab.tracking.provenance import provenance_tags
-    from hedgelab.training.checkpoints import stop_at_once
 
     if not parsed.study.tracked:
         with stop_at_once():

@@ -29,6 +29,7 @@ from hedgelab.protocols.sweep_report import (
 from hedgelab.protocols.training_phases import stable_id
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
+from hedgelab.tracking.runs import search_runs
 from hedgelab.tracking.store import ensure_store, runs_dir, tracking_uri
 from hedgelab.training.checkpoints import stop_at_once
 
@@ -113,11 +114,10 @@ def _parent(sweep: Sweep, units: Sequence[Unit], uri: str, description: str | No
     """The sweep's run: the one that it has already, where it was run before."""
     client = ensure_store(uri)
     identity = stable_id({"name": sweep.name, "cells": [unit.id for unit in units]})
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    before = client.search_runs(experiments, f"tags.{_SWEEP_TAG} = '{identity}'", max_results=1)
+    before = next(search_runs(client, f"tags.{_SWEEP_TAG} = '{identity}'"), None)
     experiment = units[0].tracking[0]
-    if before:
-        tracker = MLflowTracker(experiment, uri=uri, run_id=before[0].info.run_id)
+    if before is not None:
+        tracker = MLflowTracker(experiment, uri=uri, run_id=before.info.run_id)
     else:
         tracker = MLflowTracker(experiment, sweep.name, {_SWEEP_TAG: identity}, description, uri)
     tracker.log_config(sweep.text)

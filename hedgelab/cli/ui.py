@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 from contextlib import closing, suppress
 
 from hedgelab.cli.light import LightParser
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, stop_at_once
 from hedgelab.tracking.store import check_database, ensure_store, sqlite_file, tracking_uri, without_credentials
+
+_PATIENCE = 5.0
 
 
 def run(command: str, words: list[str]) -> int:
@@ -43,9 +47,32 @@ def run(command: str, words: list[str]) -> int:
         f"open http://{options.host}:{options.port}  (takes some seconds; Ctrl-C ends it)",
         flush=True,
     )
-    with suppress(KeyboardInterrupt):
-        return subprocess.run(server_command(uri, options.host, options.port), check=False).returncode
+    with suppress(KeyboardInterrupt), stop_at_once():
+        return serve(server_command(uri, options.host, options.port))
     return 0
+
+
+def serve(command: list[str]) -> int:
+    """Run a server that starts processes of its own; all of them end when this function does, also by a signal.
+
+    Args:
+        command: The server's command line.
+
+    Returns:
+        Its exit code.
+    """
+    server = subprocess.Popen(command, start_new_session=True)
+    try:
+        return server.wait()
+    finally:
+        with suppress(ProcessLookupError):  # none is left
+            os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def server_command(uri: str, host: str, port: int) -> list[str]:

@@ -1,11 +1,14 @@
 """Where a command may write: below the working folder and the store, and where the command line says, in so many words.
 
-A config may come from someone else. Folders that it names elsewhere are refused, unless the user repeats them on the
-command line, or lists the folder in the environment variable HEDGELAB_FOLDERS (separated by colons), as one does for a
-cluster's scratch disk.
+A config may come from someone else. Folders of this machine that it names elsewhere are refused, unless the user repeats them
+on the command line, or lists a folder above them in the environment variable HEDGELAB_FOLDERS (separated by colons), as one
+does for a cluster's scratch disk.
 
-Whatever the trainer and its callbacks are told may be a place to write to, for they come from other libraries too: any
-path in their sections counts, an absolute one or one with ``..`` in it, and any address of a local store.
+Whatever the trainer and its callbacks are told may be a place to write to, for they come from other libraries too: any path in
+their sections counts, an absolute one or one with ``..`` in it, and anywhere any address of a local file or database, in every
+spelling that a library may read (``file://localhost/x``, ``local:///x``, ``simplecache::file:///x``, ``%2e%2e``, links). Remote
+addresses (``s3://``, ``http://``) are not checked: who may write there is decided by the credentials of the environment. The
+check is about configs: it does not stop the code of a class that a config names from doing what it likes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,11 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from fsspec.core import split_protocol
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import get_filesystem_class
 
 from hedgelab.errors import UserError
 from hedgelab.tracking.store import runs_dir, tracking_uri
@@ -22,6 +30,7 @@ from hedgelab.tracking.store import runs_dir, tracking_uri
 ALLOWED = "HEDGELAB_FOLDERS"
 _SECTIONS = {"trainer", "checkpoint"}
 _TEXTS = {"class_path", "description", "run_name", "experiment", "tags"}
+_DATABASE = re.compile(r"sqlite(?:\+\w+)?:///([^?]*)")
 _WRITTEN_TO = {"dirpath", "default_root_dir", "cache_dir", "save_dir", "log_dir", "root_dir", "output_dir"}
 
 
@@ -50,7 +59,7 @@ def names_folder(key: str) -> bool:
     return key.rsplit(".", 1)[-1] in _WRITTEN_TO | {"uri"}
 
 
-def _folders(tree: Any, also: frozenset[str], key: str = "") -> Iterator[tuple[str, str]]:
+def _folders(tree: Any, also: frozenset[str], key: str = "") -> Iterator[tuple[str, Path]]:
     """Every folder that may be written to, with its key, init_args left out."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
@@ -64,18 +73,51 @@ def _folders(tree: Any, also: frozenset[str], key: str = "") -> Iterator[tuple[s
             yield from _folders(value, also, f"{key}[{number}]")
 
 
-def _places(value: str, key: str, is_folder: bool) -> Iterator[str]:
-    """The place on this machine that a value names, if it is one to write to."""
-    if store := re.match(r"(?:sqlite(?:\+\w+)?:///|file:(?://)?)([^?]*)", value):
-        yield store[1]
+def _places(value: str, key: str, is_folder: bool) -> Iterator[Path]:
+    """The places on this machine that a value may lead to, if it is one to write to."""
+    if found := list(local_paths(value)):
+        yield from found
+    elif "://" not in value and not _DATABASE.match(value):
+        leads_out = value.startswith(("/", "~")) or ".." in Path(value).parts
+        if is_folder or (key.split(".")[0] in _SECTIONS and leads_out):
+            yield Path(value).expanduser()
+
+
+def local_paths(address: str) -> Iterator[Path]:
+    """The local paths that an address leads to, as fsspec reads it and as a URL is read; none for a plain or a remote path.
+
+    >>> [str(path) for path in local_paths("file://localhost/a/%2e%2e/b")]
+    ['/a/../b']
+    >>> [str(path) for path in local_paths("s3://bucket/a")]
+    []
+    """
+    if database := _DATABASE.match(address):
+        yield from {Path(database[1]): None, Path(unquote(database[1])): None}
         return
-    leads_out = value.startswith(("/", "~")) or ".." in Path(value).parts
-    if not re.match(r"\w+://", value) and (is_folder or (key.split(".")[0] in _SECTIONS and leads_out)):
-        yield value
+    for part in address.split("::"):  # fsspec's chains, such as simplecache::file:///x
+        protocol, _ = split_protocol(part)
+        if protocol is None and (scheme := re.match(r"(file|local):", part, flags=re.IGNORECASE)):
+            protocol = scheme[1]  # `file:/x`, which is a URL and no address of fsspec
+        if protocol is not None and _is_local(protocol.lower()):
+            rest = part[len(protocol) + 1 :]
+            url = urlsplit(rest if rest.startswith("//") else f"//{rest}")
+            paths = (unquote(url.path), url.path)
+            # fsspec takes a host for the first folder, other libraries leave it out.
+            yield from {Path(host + path): None for path in paths for host in {url.netloc, ""} - {"localhost"}}
+        elif protocol is None and "::" in address and "/" in part:
+            yield Path(part).expanduser()
 
 
-def _is_inside(folder: str) -> bool:
-    """Whether a folder lies in one that may be written to, links followed."""
+def _is_local(protocol: str) -> bool:
+    """Whether fsspec's file system of a protocol is this machine's."""
+    try:
+        return issubclass(get_filesystem_class(protocol), LocalFileSystem)
+    except (ImportError, ValueError):  # needs a package that is not here, or is none of fsspec's
+        return False
+
+
+def _is_inside(place: Path) -> bool:
+    """Whether a place lies in a folder that may be written to, links followed."""
     listed = [Path(name) for name in os.environ.get(ALLOWED, "").split(":") if name]
-    wanted = Path(folder).expanduser().resolve()
+    wanted = place.resolve()
     return any(wanted.is_relative_to(root.resolve()) for root in (Path.cwd(), runs_dir(tracking_uri()), *listed))

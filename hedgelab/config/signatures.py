@@ -63,6 +63,24 @@ def bases(annotation: Any) -> list[type]:
     return [base for argument in typing.get_args(annotation) for base in bases(argument)]
 
 
+def plain_kinds(annotation: Any) -> Iterator[type]:
+    """The classes of plain values that a type admits by themselves, not as items of a list or dict.
+
+    >>> list(plain_kinds(int | list[float] | None))
+    [<class 'int'>, <class 'NoneType'>]
+    """
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            yield from plain_kinds(argument)
+    elif origin is typing.Annotated:
+        yield from plain_kinds(typing.get_args(annotation)[0])
+    elif origin is typing.Literal:
+        yield from map(type, typing.get_args(annotation))
+    elif origin is None and inspect.isclass(annotation):
+        yield annotation
+
+
 def concrete(base: type) -> Iterator[type]:
     """The public classes under a base that can be made, the base included."""
     if not inspect.isabstract(base) and not base.__name__.startswith("_"):

@@ -14,7 +14,16 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from hedgelab.config.names import suggest
-from hedgelab.config.signatures import Parameter, bases, class_of, concrete, describe, parameters_of, supplied_by_caller
+from hedgelab.config.signatures import (
+    Parameter,
+    bases,
+    class_of,
+    concrete,
+    describe,
+    parameters_of,
+    plain_kinds,
+    supplied_by_caller,
+)
 from hedgelab.config.tree import Tree
 
 _BEYOND = 2**63
@@ -74,6 +83,9 @@ class Walk:
             self.impossible.append(f"{key}: expected {describe(annotation)}, got null")
         elif isinstance(value, int) and abs(value) >= _BEYOND:
             self.impossible.append(f"{key}: expected a number of at most 64 bits, got {show(value)}")
+        elif not nested and _is_wrong_number(annotation, value):
+            # jsonargparse takes it unchecked where it equals the default: True for 1, False for 0, 2.0 for 2.
+            self.impossible.append(f"{key}: expected {describe(annotation)}, got {show(value)}")
         elif not nested and not accepts(annotation, value):
             at, expected, got = _pinpoint(key, annotation, value)
             self.wrong.append(f"{at}: expected {describe(expected)}, got {show(got)}")
@@ -115,6 +127,14 @@ def accepts(annotation: Any, value: Any) -> bool:
     except ArgumentError:
         return False
     return True
+
+
+def _is_wrong_number(annotation: Any, value: Any) -> bool:
+    """Whether a boolean stands where a number is meant, or a float where an integer is."""
+    kinds = set(plain_kinds(annotation))
+    if isinstance(value, bool):
+        return bool not in kinds and bool(kinds & {int, float})
+    return isinstance(value, float) and int in kinds and not kinds & {float, str}
 
 
 def _admits_none(annotation: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hedgelab.plots.sweep import Point, sweep_panels
 from hedgelab.protocols.sweep import CELL_TAG
 from hedgelab.protocols.sweep_axes import SEED, Cell, is_number
+from hedgelab.tracking.runs import search_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,20 +53,17 @@ class Row:
 
 def finished_run(client: MlflowClient, cell_id: str) -> Run | None:
     """The latest finished run of a cell; None without one."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     query = f"tags.{CELL_TAG} = '{cell_id}' and attributes.status = 'FINISHED'"
-    found = client.search_runs(experiments, query, max_results=1, order_by=["attributes.start_time DESC"])
-    return found[0] if found else None
+    return next(search_runs(client, query), None)
 
 
 def interrupted_run(client: MlflowClient, cell_id: str, parent: str) -> str | None:
     """The run of a cell below a sweep's that was begun and has come to no end; None without one."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     query = (
         f"tags.{CELL_TAG} = '{cell_id}' and tags.mlflow.parentRunId = '{parent}' and attributes.status != 'FINISHED'"
     )
-    found = client.search_runs(experiments, query, max_results=1, order_by=["attributes.start_time DESC"])
-    return str(found[0].info.run_id) if found else None
+    found = next(search_runs(client, query), None)
+    return None if found is None else str(found.info.run_id)
 
 
 def rows_of(cell: Cell, run: Run) -> list[Row]:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hedgelab.protocols.ranks import decided_by_rank_zero, found_by_rank_zero
 from hedgelab.saes import SAE, SAEGroup, load_sae, weights_sha256
 from hedgelab.saes.io import gathered
 from hedgelab.tracking import MemberRecord, MLflowTracker, StepProgressBar
+from hedgelab.tracking.runs import search_runs
 from hedgelab.training.checkpoints import RunCheckpoint, use_verified_io
 
 TrainerFactory = Callable[..., L.Trainer]
@@ -124,11 +126,8 @@ class PhaseRunner:
             return None
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         client = tracker.experiment
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = client.search_runs(
-            experiments, f"tags.phase_id = '{phase.id}' and attributes.status = 'FINISHED'", max_results=5
-        )
-        for run in runs:
+        runs = search_runs(client, f"tags.phase_id = '{phase.id}' and attributes.status = 'FINISHED'")
+        for run in islice(runs, 5):
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     path = client.download_artifacts(run.info.run_id, "sae", folder)

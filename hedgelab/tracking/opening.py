@@ -173,6 +173,11 @@ def _go_on(client: MlflowClient, uri: str, run_id: str) -> Run:
             raise
         where = without_credentials(uri)
         raise UserError(f"trainer.logger.run_id: no run '{run_id}' in {where}; see `hedgelab runs`") from error
+    if run.info.lifecycle_stage != "active":
+        raise UserError(
+            f"trainer.logger.run_id: run '{run_id}' is deleted in {without_credentials(uri)}: restore it there (`mlflow runs "
+            f"restore --run-id {run_id}`), or leave out --resume to train anew"
+        )
     client.update_run(run_id, status="RUNNING")
     return run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgelab.errors import UserError
-from hedgelab.tracking.store import ensure_store, reason_of, sqlite_file, tracking_uri
+from hedgelab.tracking.store import all_experiments, ensure_store, reason_of, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -121,7 +121,7 @@ def children_with_sae(run: RunSummary, uri: str | None = None) -> list[RunSummar
     """The finished runs right below a run that kept an SAE, in the order in which they began."""
     client, names = open_runs(uri)
     wanted = f"tags.mlflow.parentRunId = '{run.run_id}' and attributes.status = 'FINISHED' and {_HAS_SAE}"
-    return [_summary(one, names) for one in _search(client, names, wanted, "ASC")]
+    return [_summary(one, names) for one in search_runs(client, wanted, names, "ASC")]
 
 
 def artifact(run: RunSummary, path: str, uri: str | None = None) -> Path:
@@ -149,7 +149,7 @@ def open_runs(uri: str | None = None) -> tuple[MlflowClient, dict[str, str]]:
     if database is not None and not database.exists():
         raise UserError(f"MLFLOW_TRACKING_URI: no store at {database}; start a run with `hedgelab fit`, or set it")
     client = ensure_store(uri)
-    return client, {found.experiment_id: found.name for found in client.search_experiments()}
+    return client, all_experiments(client)
 
 
 def list_runs(
@@ -176,12 +176,22 @@ def list_runs(
     return [_summary(run, names) for run in _newest(client, names, "", limit)]
 
 
-def _search(client: MlflowClient, experiments: Iterable[str], wanted: str, order: str = "DESC") -> Iterator[Run]:
-    """Runs by the time at which they began, however many."""
+def search_runs(
+    client: MlflowClient, wanted: str, experiments: Iterable[str] | None = None, order: str = "DESC"
+) -> Iterator[Run]:
+    """Runs by the time at which they began, however many, in however many experiments.
+
+    Args:
+        client: Client of the store.
+        wanted: A filter in MLflow's language; empty for all runs.
+        experiments: Ids of the experiments that are searched; None for all.
+        order: ``DESC``: the newest first; ``ASC``: the oldest.
+    """
+    experiments = list(all_experiments(client) if experiments is None else experiments)
     token = None
     while True:
         page = client.search_runs(
-            list(experiments),
+            experiments,
             filter_string=wanted,
             order_by=[f"attributes.start_time {order}"],
             max_results=_PAGE,
@@ -194,7 +204,7 @@ def _search(client: MlflowClient, experiments: Iterable[str], wanted: str, order
 
 
 def _newest(client: MlflowClient, experiments: Iterable[str], wanted: str, limit: int) -> list[Run]:
-    return list(islice(_search(client, experiments, wanted), limit))
+    return list(islice(search_runs(client, wanted, experiments), limit))
 
 
 def _both(first: str, second: str) -> str:
@@ -203,7 +213,7 @@ def _both(first: str, second: str) -> str:
 
 def _newest_of_its_own(client: MlflowClient, experiments: list[str], wanted: str = "") -> list[Run]:
     """The newest run that stands below no other, as a list of one; empty where there is none."""
-    own = (run for run in _search(client, experiments, wanted) if not {_PARENT, REPORT_TAG} & set(run.data.tags))
+    own = (run for run in search_runs(client, wanted, experiments) if not {_PARENT, REPORT_TAG} & set(run.data.tags))
     return list(islice(own, 1))
 
 

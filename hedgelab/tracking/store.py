@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
 
 _SQLITE = "sqlite:///"
 _CONNECT_SECONDS = 3.0
+_MOST_SHOWN = 300
+# How HTTP libraries name what went wrong: the last cause, its object left out.
+_CAUSED = re.compile(r".*Caused by \w+\((?P<quote>['\"]?)(?:(?:<[^>]*>|\w+\([^)]*\)): )?(?P<reason>.+?)(?P=quote)\)+")
 # MLflow's defaults (7 retries with exponential pauses, 120 s each) hold a call for minutes when a server has died.
 _HTTP_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -55,10 +57,19 @@ def without_credentials(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of a store says, in a line without credentials: it may be a page of HTML, and repeat the address."""
+    """What an error of a store says, in a line without credentials.
+
+    The text of an error may be a page of HTML, repeat the address, or name its cause last, after the names of several objects.
+
+    >>> reason_of(OSError("Max retries exceeded (Caused by NewConnectionError('<urllib3.C at 0x1>: Connection refused'))"))
+    'Connection refused'
+    """
     lines = (str(error).strip() or type(error).__name__).splitlines()
     line = next((line for line in lines if line.startswith("(sqlite3.")), lines[0])  # SQLAlchemy may put advice first
-    return without_credentials(line)[:300]
+    if caused := _CAUSED.search(line):
+        line = caused["reason"]
+    line = without_credentials(line)
+    return line if len(line) <= _MOST_SHOWN else f"{line[: _MOST_SHOWN // 2]} … {line[-_MOST_SHOWN // 2 :]}"
 
 
 def same_store(uri: str, other: str) -> bool:
@@ -118,6 +129,18 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
     except Exception as error:
         raise UserError(unusable(uri, reason_of(error))) from error
     return client
+
+
+def all_experiments(client: MlflowClient) -> dict[str, str]:
+    """Names of the active experiments by id, however many: a store gives them in pages."""
+    names: dict[str, str] = {}
+    token = None
+    while True:
+        page = client.search_experiments(page_token=token)
+        names |= {found.experiment_id: found.name for found in page}
+        token = page.token
+        if not token:
+            return names
 
 
 def unusable(uri: str, reason: str) -> str:
@@ -196,14 +219,19 @@ def prepare_store_in_background(uri: str | None = None) -> None:
 
 
 def _prepare_http(uri: str) -> None:
-    """Sets patient but bounded HTTP retries, and finds out quickly whether anything listens at all."""
-    address = urlparse(uri)
-    if address.scheme not in ("http", "https"):
+    """Sets patient but bounded HTTP retries, and finds out quickly whether anything answers at all.
+
+    The request goes where MLflow's go: through the proxies that the environment names, and below the address's own path.
+    """
+    if urlparse(uri).scheme not in ("http", "https"):
         return
     for name, value in _HTTP_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    import requests  # type: ignore[import-untyped]
+
+    # Who answers late, or with a certificate that MLflow may be told to trust, is for MLflow to judge.
+    with suppress(requests.exceptions.SSLError, requests.exceptions.ReadTimeout):
+        requests.head(uri, timeout=_CONNECT_SECONDS, allow_redirects=False)
 
 
 if __name__ == "__main__":

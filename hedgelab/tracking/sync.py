@@ -8,15 +8,17 @@ server, whose tag ``hedgelab.local_run`` says which local run it is: sent twice,
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from hedgelab.errors import UserError
+from hedgelab.tracking.runs import search_runs
 from hedgelab.tracking.spool import Artifact, Metrics, Params, Status, Tags, spools
 from hedgelab.tracking.store import (
     INTENDED,
+    all_experiments,
     ensure_store,
     local_uri,
     reason_of,
@@ -96,8 +98,9 @@ def _send_runs(
     local: MlflowClient, remote: MlflowClient, uri: str, sent: Sent, announce: Callable[[str], None]
 ) -> None:
     """Every local run that is meant for the store, those above others first."""
-    names = {found.experiment_id: found.name for found in local.search_experiments()}
-    waiting = [run for run in _all_runs(local, list(names)) if same_store(run.data.tags[INTENDED], uri)]
+    names = all_experiments(local)
+    found = search_runs(local, f"tags.`{INTENDED}` LIKE '%'", names)
+    waiting = [run for run in found if same_store(run.data.tags[INTENDED], uri)]
     ids: dict[str, str] = {}
     for run in sorted(waiting, key=lambda run: (_PARENT in run.data.tags, run.info.start_time)):
         announce(f"local run {run.info.run_name} ({run.info.run_id[:8]})")
@@ -109,16 +112,6 @@ def _send_runs(
         if run.info.status != "RUNNING":  # one that still runs is sent again next time
             local.delete_tag(run.info.run_id, INTENDED)
         sent.runs.append(run.info.run_id)
-
-
-def _all_runs(client: MlflowClient, experiments: list[str]) -> Iterator[Run]:
-    token = None
-    while True:
-        page = client.search_runs(experiments, f"tags.`{INTENDED}` LIKE '%'", max_results=_PAGE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _send_run(local: MlflowClient, remote: MlflowClient, run: Run, experiment: str, ids: dict[str, str]) -> str:

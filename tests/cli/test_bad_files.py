@@ -315,6 +315,36 @@ OUTSIDE = {
         "init_args: {tracking_uri: 'file:/tmp/elsewhere'}}",
         "trainer.logger.tracking_uri",
     ),
+    "a store on this very host": (
+        "trainer:",
+        "trainer:\n  logger: {class_path: MLflowTracker, init_args: {uri: 'file://localhost/tmp/elsewhere'}}",
+        "trainer.logger.uri",
+    ),
+    "a store in capitals": (
+        "trainer:",
+        "trainer:\n  logger: {class_path: MLflowTracker, init_args: {uri: 'FILE:///tmp/elsewhere'}}",
+        "trainer.logger.uri",
+    ),
+    "dots in disguise": (
+        "trainer:",
+        "trainer:\n  logger: {class_path: MLflowTracker, init_args: {uri: 'file:%2e%2e/%2E%2E/elsewhere'}}",
+        "trainer.logger.uri",
+    ),
+    "checkpoints in fsspec's words": (
+        "data:",
+        "checkpoint: {dirpath: 'local:///tmp/elsewhere'}\ndata:",
+        "checkpoint.dirpath",
+    ),
+    "checkpoints in a chain": (
+        "data:",
+        "checkpoint: {dirpath: 'simplecache::file:///tmp/elsewhere'}\ndata:",
+        "checkpoint.dirpath",
+    ),
+    "a chain without a protocol": (
+        "data:",
+        "checkpoint: {dirpath: 'dir::/tmp/elsewhere'}\ndata:",
+        "checkpoint.dirpath",
+    ),
     "names that climb out": (
         "data:",
         "checkpoint: {filename: '../../../tmp/elsewhere/x'}\ndata:",
@@ -417,10 +447,7 @@ def test_the_ui_listens_on_loopback_unless_told_otherwise(config, monkeypatch):
     sqlite3.connect("runs/mlflow.db").execute("create table experiments (x)")
     commands = []
 
-    class Done:
-        returncode = 0
-
-    monkeypatch.setattr(ui.subprocess, "run", lambda command, **_: commands.append(command) or Done())
+    monkeypatch.setattr(ui, "serve", lambda command: commands.append(command) or 0)
     monkeypatch.setattr(ui, "check_port", lambda host, port: None)
     assert main(["ui", "--port=5123"]) == 0
     assert commands[0][commands[0].index("--host") + 1] == "127.0.0.1"

@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,44 @@ def test_untracked_run_without_bar_and_checkpoints(config, capsys):
     assert "untracked run: 6 steps" in capsys.readouterr().out
     assert not Path("runs").exists()
     assert not list(Path.cwd().rglob("*.ckpt"))
+
+
+TRACKER, CSV = (
+    "{class_path: MLflowTracker}",
+    "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}",
+)
+QUICK = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false"]
+
+
+def test_a_list_of_loggers_gets_name_and_experiment(config, capsys, empty_database):
+    Path("runs").mkdir()
+    shutil.copy(empty_database, "runs/mlflow.db")
+    Path("two.yaml").write_text(config.replace("trainer:", f"trainer:\n  logger: [{CSV}, {TRACKER}]", 1))
+    assert main(["fit", "--config=two.yaml", *QUICK, "--experiment=both", "--name=named"]) == 0
+    capsys.readouterr()
+    assert main(["runs", "--last", "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)
+    assert (run["name"], run["experiment"], run["status"]) == ("named", "both", "FINISHED")
+    assert list(Path("logs").rglob("metrics.csv"))
+
+
+def test_an_experiment_needs_a_store(config, capsys):
+    words = ["fit", "--config=tiny.yaml", *QUICK, "--experiment=mine"]
+    for logger in (f"[{CSV}]", "false"):
+        assert main([*words, f"--trainer.logger={logger}"]) == 2
+        assert "experiment: is MLflow's, and no MLflowTracker is among trainer.logger" in capsys.readouterr().err
+
+
+def test_the_config_lies_beside_the_checkpoints_whatever_the_logger(config, capsys):
+    Path("csv.yaml").write_text(config.replace("trainer:", f"trainer:\n  logger: {CSV}", 1))
+    for words in (["--config=csv.yaml"], ["--config=tiny.yaml", "--trainer.logger=false"]):
+        folder = Path("kept") / words[-1].strip("-=")
+        assert main(["fit", *words, *QUICK, f"--checkpoint.dirpath={folder}"]) == 0
+        assert (folder / "last.ckpt").is_file()
+        kept = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (kept["trainer"]["max_steps"], kept["model"]["init_args"]["k"]) == (2, 2)
+        assert main(["fit", f"--config={folder}/config.yaml", "--print_config"]) == 0
+    capsys.readouterr()
 
 
 @pytest.mark.slow

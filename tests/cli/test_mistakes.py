@@ -49,6 +49,50 @@ IN_FILE = {
         "- 3",
         ["model"],
     ),
+    # The parser takes a boolean for a number where it equals the default, and a float for an integer.
+    "boolean for the default 1 of a trainer key": (
+        "max_steps: 6",
+        "max_steps: 6\n  check_val_every_n_epoch: true",
+        ["trainer.check_val_every_n_epoch: expected int", "True"],
+    ),
+    "boolean for the default 0 of a trainer key": (
+        "max_steps: 6",
+        "max_steps: 6\n  num_sanity_val_steps: no",
+        ["trainer.num_sanity_val_steps: expected int", "False"],
+    ),
+    "boolean for a size": ("k: 2", "k: true", ["model.k: expected int", "True"]),
+    "boolean for a callback's number": (
+        "trainer:",
+        "checkpoint: {save_top_k: false}\ntrainer:",
+        ["checkpoint.save_top_k: expected int", "False"],
+    ),
+    "boolean for an argument of the optimiser": (
+        "k: 2",
+        "k: 2\n    optimizer: {class_path: torch.optim.Adam, init_args: {lr: 1.0e-3, weight_decay: false}}",
+        ["model.optimizer.weight_decay: expected float", "False"],
+    ),
+    "boolean for an argument of a schedule": (
+        "k: 2",
+        "k: 2\n    lr_scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR, "
+        "init_args: {T_max: 6, eta_min: false}}",
+        ["model.lr_scheduler.eta_min: expected float", "False"],
+    ),
+    "boolean in a list": ("0.2", "true", ["data.firing.probabilities[1]: expected float", "True"]),
+    "boolean in the list of a class in a class": (
+        f"  {CONFIG_MODEL}\n",
+        MATRYOSHKA.replace("[1, 3]", "[true, 3]"),
+        ["model.levels[0]: expected int", "True"],
+    ),
+    "boolean for the inner SAE's number": (
+        f"  {CONFIG_MODEL}\n",
+        MATRYOSHKA.replace("k: 2}", "k: 2, init: {noise: false}}"),
+        ["model.inner.init.noise: expected float", "False"],
+    ),
+    "float for an integer default": (
+        "max_steps: 6",
+        "max_steps: 6\n  num_sanity_val_steps: 0.0",
+        ["trainer.num_sanity_val_steps: expected int", "0.0"],
+    ),
     "missing argument": ("    d_sae: 3\n", "", ["model.d_sae: is required", "int"]),
     "impossible value": ("d_sae: 3", "d_sae: -3", ["model.d_sae: must be at least 1, got -3"]),
     "impossible value in a class": ("0.2", "2.0", ["data.firing.probabilities[1]", "2.0"]),

@@ -155,3 +155,55 @@ def test_background_creation_is_waited_for(tmp_path):
     assert time.monotonic() - start < 0.5
     assert len(store.ensure_store(uri).search_experiments()) == 1
     assert store._creators.pop().wait(timeout=60) == 0
+
+
+class Proxy(Answer):
+    """An HTTP proxy in front of a tracking server that answers below a path of its own."""
+
+    asked: list[str]
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        self.body = b'{"experiments": []}' if "/some/where/api/2.0/mlflow/experiments/search" in self.path else b"{}"
+        super().do_GET()
+
+    do_POST = do_HEAD = do_GET  # noqa: N815
+
+
+def test_a_server_behind_a_proxy_and_below_a_path_is_reached(monkeypatch):
+    asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Given", (Proxy,), {"asked": asked}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    try:
+        client = store.ensure_store("http://tracking.invalid/some/where")
+        assert list(client.search_experiments()) == []
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert asked[0] == "http://tracking.invalid/some/where"
+    assert all(path.startswith("http://tracking.invalid/some/where") for path in asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "API request to http://u:p@host/api failed with exception HTTPConnectionPool(host='host', port=80): Max retries "
+            "exceeded with url: /api/2.0/mlflow/runs/search (Caused by NewConnectionError('<urllib3.connection.HTTPConnection "
+            "object at 0x7f>: Failed to establish a new connection: [Errno 111] Connection refused'))",
+            "Failed to establish a new connection: [Errno 111] Connection refused",
+        ),
+        ("a" * 400 + " and the reason at last", "and the reason at last"),
+        ("first line\n<html>", "first line"),
+        ("", "OSError"),
+    ],
+)
+def test_reasons_come_whole(text, expected):
+    reason = store.reason_of(OSError(text))
+    assert reason.endswith(expected)
+    assert len(reason) <= 310
+    assert "u:p" not in reason

@@ -151,3 +151,14 @@ def test_mistakes_are_one_line(uri):
     assert experiment is not None
     with pytest.raises(UserError, match=r"^trainer.logger.experiment: 'gone' is deleted"):
         _ = MLflowTracker("gone", uri=uri).run_id
+
+
+def test_a_run_deleted_in_the_ui_is_named(uri):
+    tracker = MLflowTracker("deleted", "gone", uri=uri)
+    run_id = tracker.run_id
+    tracker.finalize("failed")
+    tracker.experiment.delete_run(run_id)
+    again = MLflowTracker("deleted", uri=uri)
+    again.go_on_with(run_id)
+    with pytest.raises(UserError, match=f"run '{run_id}' is deleted in .*mlflow runs restore --run-id {run_id}"):
+        again.log_metrics({"loss": 1.0}, 1)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from hedgelab.errors import Stopped
+from hedgelab.errors import SIGNALS, Stopped, stop_at_once
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+__all__ = ["SIGNALS", "StopFlag", "stop_at_once", "stopped"]
 
 
 class StopFlag:
@@ -55,24 +54,6 @@ class StopFlag:
         for number, handler in self._former.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._former.clear()
-
-
-@contextmanager
-def stop_at_once() -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 raise :class:`~hedgelab.errors.Stopped`, so that runs are ended as killed instead of never."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def stopped(error: BaseException | None = None) -> bool:
