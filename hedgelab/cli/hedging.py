@@ -12,6 +12,7 @@ from hedgelab.metrics.functional.degree import DegreeScores
 from hedgelab.protocols.hedge import HedgeOptions
 from hedgelab.protocols.hedge_report import summary_numbers
 from hedgelab.protocols.hedge_trainer import HedgeTrainer
+from hedgelab.protocols.training_phases import outcome_of
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.params import searchable
@@ -20,7 +21,6 @@ _SHOWN = (
     "residual_hedging", "degree", "live_degree", "covariance_degree", "foreign_degree", "projection", "baseline",
     "baseline_std", "noise_floor", "delta_norm", "live_new_latents",
 )  # fmt: skip
-_OF_THE_OUTCOME = ("model", "data", "seed_everything")
 
 
 class HedgeCLI(HedgelabCLI):
@@ -56,14 +56,6 @@ class HedgeCLI(HedgelabCLI):
     def hedge(self, model: SAE, datamodule: Any, hedge: HedgeOptions) -> None:
         """Run the protocol and keep what it gives."""
         self.scores = self.trainer.hedge(model, datamodule, hedge)
-
-
-def outcome_of(resolved: dict[str, Any]) -> dict[str, Any]:
-    """What of a resolved config determines the outcome of training, the number of steps left out."""
-    return {
-        **{key: resolved.get(key) for key in _OF_THE_OUTCOME},
-        "precision": resolved["trainer"]["precision"],
-    }
 
 
 def run_hedge(command: str, words: list[str]) -> int:

@@ -25,7 +25,8 @@ section `sweep`:
     executor: {class_path: LocalProcesses, init_args: {at_once: 2}}      # or InProcess (the default), or Slurm
 
 --list shows the cells, which share a stream and which are finished, and trains nothing. Any other option overrides the
-config of every cell, or the section itself (--sweep.pack 4). Finished cells are not trained again. Exit code 1: cells failed.
+config of every cell, or the section itself (--sweep.pack 4). Finished cells are not trained again, unless something has changed
+that decides their numbers (a key, the code of a class, the content of a file); --retrain trains all. Exit code 1: cells failed.
 """
 
 

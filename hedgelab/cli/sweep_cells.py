@@ -12,21 +12,21 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from hedgelab.cli.hedging import HedgeCLI, outcome_of
+from hedgelab.cli.hedging import HedgeCLI
 from hedgelab.cli.lightning import HedgelabCLI, run_cli
 from hedgelab.cli.sweep_config import Sweep, with_seed
+from hedgelab.config.plain_yaml import write_yaml
 from hedgelab.config.tree import Tree
 from hedgelab.errors import UserError
+from hedgelab.identity import deciding, stable_id
 from hedgelab.protocols.hedge import HedgeProtocol
 from hedgelab.protocols.hedge_trainer import HedgeTrainer
 from hedgelab.protocols.sweep_axes import Cell
 from hedgelab.protocols.sweep_executors import ONE_PROCESS, Processes
-from hedgelab.protocols.training_phases import PhaseRunner, stable_id, trainer_factory
-
-_OF_THE_RECORD = ("logger", "callbacks")
+from hedgelab.protocols.training_phases import PhaseRunner, TrainerFactory
 
 
-class _Unrun(HedgelabCLI):
+class ParsedCell(HedgelabCLI):
     """Parses a config; makes what it names only when asked to, and runs nothing.
 
     Attributes:
@@ -59,11 +59,11 @@ class _Unrun(HedgelabCLI):
         return values
 
 
-class FitCell(_Unrun):
+class FitCell(ParsedCell):
     """One cell of a sweep of fits."""
 
 
-class HedgeCell(_Unrun, HedgeCLI):
+class HedgeCell(ParsedCell, HedgeCLI):
     """One cell of a sweep of hedging degrees."""
 
 
@@ -94,7 +94,7 @@ class Unit:
     said: tuple[str, ...] = ()
 
 
-def parse_cell(command: str, tree: Tree, said: Sequence[str] = ()) -> _Unrun:
+def parse_cell(command: str, tree: Tree, said: Sequence[str] = ()) -> ParsedCell:
     """Parse one cell's config; ``said`` are options in which the user names folders to write to.
 
     Raises:
@@ -102,9 +102,9 @@ def parse_cell(command: str, tree: Tree, said: Sequence[str] = ()) -> _Unrun:
     """
     folder = tempfile.TemporaryDirectory()
     file = Path(folder.name) / "cell.yaml"
-    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    file.write_text(write_yaml(tree))
     cell = run_cli(HedgeCell if command == "hedge" else FitCell, command, ["--config", str(file), *said])
-    assert isinstance(cell, _Unrun)
+    assert isinstance(cell, ParsedCell)
     cell.folder = folder
     return cell
 
@@ -177,31 +177,44 @@ def _units(sweep: Sweep, group: list[tuple[Cell, Tree]], construct: bool) -> lis
     return units
 
 
-def _make_once(parsed: _Unrun) -> None:
+def _make_once(parsed: ParsedCell) -> None:
     parsed.make()
     if parsed.trainer.max_steps < 1:
         raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
     if isinstance(parsed, HedgeCell):
         options = parsed.config_init[parsed.command].hedge
-        HedgeProtocol(parsed.model, parsed.datamodule, 1, options, PhaseRunner(trainer_factory({})), {})
+        HedgeProtocol(parsed.model, parsed.datamodule, 1, options, PhaseRunner(TrainerFactory({})), {})
 
 
 def _unit(
-    parsed: _Unrun, name: str, cells: tuple[Cell, ...], tree: Tree, seeds: tuple[int, ...] | None, said: tuple[str, ...]
+    parsed: ParsedCell,
+    name: str,
+    cells: tuple[Cell, ...],
+    tree: Tree,
+    seeds: tuple[int, ...] | None,
+    said: tuple[str, ...],
 ) -> Unit:
     resolved = parsed.resolved()
-    trainer = {key: value for key, value in resolved["trainer"].items() if key not in _OF_THE_RECORD}
-    outcome = {"command": parsed.command, "steps": trainer["max_steps"], **outcome_of(resolved), "seeds": seeds}
-    stream = {"trainer": trainer, "data": resolved["data"], "seed_everything": resolved["seed_everything"]}
-    if isinstance(parsed, HedgeCell):
-        outcome["hedge"] = resolved["hedge"]
+    outcome = {"command": parsed.command, **deciding(resolved), "seeds": seeds}
+    shared = ("data", "seed_everything", "guard", "checkpoint")
+    trainer = {key: value for key, value in resolved["trainer"].items() if key != "logger"}
+    stream = {"trainer": trainer, **{key: resolved.get(key) for key in shared}}
+    loggers = resolved["trainer"]["logger"]
+    loggers = loggers if isinstance(loggers, list) else [loggers]
+    if resolved["trainer"].get("callbacks") or len(loggers) > 1:
+        stream["alone"] = name  # callbacks and loggers of the user's are made for one SAE
     if resolved.get("ckpt_path") or resolved.get("resume"):
         raise UserError(
             "ckpt_path: cells of a sweep start afresh, and go on by themselves where one was interrupted; remove it"
         )
-    logger = resolved["trainer"]["logger"]
-    if not isinstance(logger, dict) or not str(logger.get("class_path", "")).endswith("MLflowTracker"):
-        raise UserError("trainer.logger: a sweep finds its cells in the tracking store; leave it at MLflowTracker")
+    trackers = [
+        one for one in loggers if isinstance(one, dict) and str(one.get("class_path")).endswith("MLflowTracker")
+    ]
+    if len(trackers) != 1:
+        raise UserError(
+            "trainer.logger: a sweep finds its cells in the tracking store; leave it at MLflowTracker, or list that with others"
+        )
+    (logger,) = trackers
     tracking = logger["init_args"]["experiment"], logger["init_args"]["uri"]
     return Unit(
         name, stable_id(outcome), cells, tree, json.dumps(stream, sort_keys=True, default=str), seeds, tracking,

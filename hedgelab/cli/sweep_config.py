@@ -9,14 +9,18 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from hedgelab.cli.errors import one_line
 from hedgelab.config.folders import check_folders, names_folder
 from hedgelab.config.names import suggest
+from hedgelab.config.plain_yaml import read_value
 from hedgelab.config.signatures import Parameter
 from hedgelab.config.tree import Tree, compose, config_files, load, options_of, overlay, overlay_value
 from hedgelab.config.walk import Walk, show
-from hedgelab.errors import UserError, one_line
+from hedgelab.errors import UserError
 from hedgelab.protocols.sweep_axes import SEED, Cell, Line, axis_keys, expand
 from hedgelab.protocols.sweep_executors import Executor, InProcess
+
+FLAGS = ("--list", "--retrain")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def read_sweep(words: list[str]) -> Sweep:
     Raises:
         UserError: No file, or a mistake in the section ``sweep``.
     """
+    words = [word for word in words if word not in FLAGS]
     files = config_files(words)
     if not files:
         raise UserError("--config: a sweep needs a config file with a section 'sweep'; see `hedgelab sweep --help`")
@@ -207,6 +212,6 @@ def _plain(path: list[str]) -> tuple[str, ...]:
 
 def _value(text: str | None) -> Any:
     try:
-        return yaml.safe_load(text) if isinstance(text, str) else text
+        return read_value(text) if isinstance(text, str) else text
     except yaml.YAMLError:
         return text

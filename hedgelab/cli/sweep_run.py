@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Container, Sequence
+from dataclasses import replace
 
 from tqdm import tqdm
 
 from hedgelab.cli.sweep_cells import Unit, check_sweep, packed
 from hedgelab.cli.sweep_config import Sweep, read_sweep
-from hedgelab.cli.sweep_job import Job, do
+from hedgelab.cli.sweep_job import BUSY, Job, do
 from hedgelab.config.tree import config_files, opening_comment
 from hedgelab.errors import Stopped, UserError
+from hedgelab.identity import SCHEME, stable_id
 from hedgelab.protocols.group_checkpoints import GroupCheckpoints
+from hedgelab.protocols.sweep import CELL_TAG, SCHEME_TAG
 from hedgelab.protocols.sweep_axes import is_number
 from hedgelab.protocols.sweep_executors import ONE_PROCESS, InProcess, Outcome
 from hedgelab.protocols.sweep_report import (
@@ -26,7 +29,6 @@ from hedgelab.protocols.sweep_report import (
     rows_of,
     summary,
 )
-from hedgelab.protocols.training_phases import stable_id
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
 from hedgelab.tracking.runs import search_runs
@@ -40,13 +42,12 @@ _SWEEP_TAG = "sweep"
 def run_sweep(words: list[str]) -> int:
     """Run the whole; 1 where cells failed."""
     _refuse_several()
-    listing = "--list" in words
-    words = [word for word in words if word != "--list"]
+    listing, retrain = "--list" in words, "--retrain" in words
     sweep = read_sweep(words)
     units = check_sweep(sweep)
     uri = units[0].tracking[1] or tracking_uri()
-    finished = {unit.id: run for unit in units if (run := finished_run(ensure_store(uri), unit.id)) is not None}
-    groups = _groups(sweep, units, finished, uri)
+    finished = set() if retrain else {unit.id for unit in units if finished_run(ensure_store(uri), unit.id) is not None}
+    groups = packed(units, sweep.options.pack) if retrain else _groups(sweep, units, finished, uri)
     if listing:
         print("\n".join(listed(units, groups)))
         return 0
@@ -55,7 +56,13 @@ def run_sweep(words: list[str]) -> int:
         with stop_at_once():
             if finished:
                 print(f"sweep: {len(finished)} of {len(units)} cells are finished already", flush=True)
-            failures = _train(sweep, groups, tracker, uri)
+            if not retrain and (older := _of_another_scheme(uri, {unit.name for group in groups for unit in group})):
+                print(
+                    f"sweep: {older} cells have finished under an earlier release, which did not keep what decides their "
+                    "numbers; they are trained anew",
+                    flush=True,
+                )
+            failures = _train(sweep, groups, tracker, uri, retrain)
             rows = _rows(units, uri, failures)
             lines = _report(sweep, tracker, rows, failures, len(units))
     except Stopped as stop:
@@ -86,6 +93,14 @@ def _groups(sweep: Sweep, units: Sequence[Unit], finished: Container[str], uri: 
     taken = {unit.id for group in begun for unit in group}
     missing = [unit for unit in units if unit.id not in finished and unit.id not in taken]
     return [*begun, *packed(missing, sweep.options.pack)]
+
+
+def _of_another_scheme(uri: str, names: Container[str]) -> int:
+    """How many of the cells with these names have runs that finished under an id made by other rules."""
+    query = f"tags.{CELL_TAG} LIKE '%' and attributes.status = 'FINISHED'"
+    runs = search_runs(ensure_store(uri), query)
+    older = {run.info.run_name for run in runs if run.data.tags.get(SCHEME_TAG) != SCHEME}
+    return sum(1 for name in older if name in names)
 
 
 def _refuse_several() -> None:
@@ -125,29 +140,43 @@ def _parent(sweep: Sweep, units: Sequence[Unit], uri: str, description: str | No
     return tracker
 
 
-def _train(sweep: Sweep, groups: Sequence[Sequence[Unit]], tracker: MLflowTracker, uri: str) -> dict[str, str]:
-    """Run the jobs; why cells failed, by name."""
-    options, failures = sweep.options, {}
+def _train(
+    sweep: Sweep, groups: Sequence[Sequence[Unit]], tracker: MLflowTracker, uri: str, retrain: bool
+) -> dict[str, str]:
+    """Run the jobs; why cells failed, by name. Those that another process is training come last, and are waited for."""
+    failures: dict[str, str] = {}
     jobs = [
-        Job(options.command, tuple(group), tracker.run_id or "", uri, tracker.name, group[0].processes)
+        Job(sweep.options.command, tuple(group), tracker.run_id or "", uri, tracker.name, group[0].processes, retrain)
         for group in groups
     ]
-    processes = jobs[0].processes if jobs else ONE_PROCESS
-    quiet = isinstance(options.executor, InProcess) and not processes.several  # where every job has a bar of its own
+    executor, processes = sweep.options.executor, jobs[0].processes if jobs else ONE_PROCESS
+    quiet = isinstance(executor, InProcess) and not processes.several  # where every job has a bar of its own
     cells = sum(map(len, groups))
     with tqdm(total=cells, desc="Cells", unit="cell", disable=not jobs or quiet, miniters=1) as bar:
+        done = 0
+        for waits in (False, True):
+            busy: list[Job] = []
 
-        def ended(outcome: Outcome) -> None:
-            units = groups[outcome.job]
-            failed = {unit.name: outcome.error for unit in units} if outcome.failures is None else outcome.failures
-            failures.update(failed)
-            bar.update(len(units))
-            bar.set_postfix(failed=len(failures))
-            if quiet:
-                done = sum(map(len, groups[: outcome.job + 1]))
-                print(f"sweep: {done} of {cells} cells done, {len(failures)} failed", flush=True)
+            def ended(outcome: Outcome, jobs: Sequence[Job] = jobs, busy: list[Job] = busy) -> None:
+                nonlocal done
+                job = jobs[outcome.job]
+                reasons = outcome.failures
+                if reasons is not None and BUSY in reasons.values():
+                    busy.append(replace(job, waits=True))
+                    return
+                failures.update({unit.name: outcome.error for unit in job.units} if reasons is None else reasons)
+                done += len(job.units)
+                bar.update(len(job.units))
+                bar.set_postfix(failed=len(failures))
+                if quiet:
+                    print(f"sweep: {done} of {cells} cells done, {len(failures)} failed", flush=True)
 
-        options.executor.run(do, jobs, ended, processes)
+            if jobs:
+                executor.run(do, jobs, ended, processes)
+            if busy and not waits:
+                names = sum(len(job.units) for job in busy)
+                print(f"sweep: another process is training {names} cells; waiting for it", flush=True)
+            jobs = busy
     return failures
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ _MOST_VALUES, _DEEPEST = 1_000_000, 250
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no mapping names a key twice; the stock loader takes the last one and is silent."""
+    """YAML in which no mapping names a key twice, and in which ``1e-3`` is a number.
+
+    The stock loader takes the last of two keys and is silent; by YAML 1.1 it takes ``1e-3`` for text, for want of a point.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping, its keys compared as they are written."""
@@ -23,6 +27,37 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is there twice", problem_mark=key.start_mark)
                 seen.add(key.value)
         return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what :class:`_Loader` reads: text that looks like ``1e-3`` is quoted."""
+
+
+_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?|\d[\d_]*\.\d[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def read_value(text: str) -> Any:
+    """The value that a text stands for.
+
+    Raises:
+        yaml.YAMLError: It is no YAML.
+
+    >>> read_value("[1e-3, '1e-3', 5]")
+    [0.001, '1e-3', 5]
+    """
+    return yaml.load(text, _Loader)
+
+
+def write_yaml(value: Any) -> str:
+    """Plain values as YAML, in their order.
+
+    >>> print(write_yaml({"lr": 0.001, "name": "1e-3"}), end="")
+    lr: 0.001
+    name: '1e-3'
+    """
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def read_yaml(path: Path) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from hedgelab.config.names import nearest
-from hedgelab.config.plain_yaml import read_yaml
+from hedgelab.config.plain_yaml import read_value, read_yaml
 from hedgelab.errors import UserError
 
 Tree = dict[str, Any]
@@ -127,7 +127,7 @@ def overlay(tree: Tree, layer: Tree) -> None:
 def _overlay_option(tree: Tree, path: list[str], text: str | None) -> None:
     """Lay one ``--a.b.c=text`` over ``tree``."""
     try:
-        value = yaml.safe_load(text) if isinstance(text, str) else text
+        value = read_value(text) if isinstance(text, str) else text
     except yaml.YAMLError:
         value = text
     overlay_value(tree, path, value)

@@ -122,8 +122,9 @@ class LLMProbe:
     @torch.no_grad()
     def contexts(self, sae: SAE, latents: Sequence[int]) -> dict[int, list[Snippet]]:
         """Where each of the latents fires most, at most once a context."""
-        parts = [sae.encode(x).to_dense()[:, list(latents)] for x in torch.split(self._x, 1024)]
-        activations = torch.cat(parts)
+        rows = torch.split(self._x, 1024)  # where the language model is, maybe on a GPU; the SAE may be elsewhere
+        parts = [sae.encode(x.to(sae.W_dec.device)).to_dense()[:, list(latents)] for x in rows]
+        activations = torch.cat(parts).cpu()
         return {latent: list(self._strongest(activations[:, i])) for i, latent in enumerate(latents)}
 
     def _strongest(self, activation: Tensor) -> Iterator[Snippet]:

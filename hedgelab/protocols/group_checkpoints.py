@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -24,12 +24,13 @@ class GroupCheckpoints:
     Args:
         root: Where checkpoints are kept, ``runs/checkpoints``.
         members: What is trained: stable ids by name.
+        lone: Whether the one member is trained by itself, whose checkpoints are those of an SAE and not of a group.
     """
 
-    def __init__(self, root: Path, members: Mapping[str, str]) -> None:
+    def __init__(self, root: Path, members: Mapping[str, str], lone: bool = False) -> None:
         self.members = dict(members)
         digest = hashlib.sha256(json.dumps(self.members, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = RunFolder(root / f"group-{digest}")
+        self.folder = RunFolder(root / f"group-{digest}{'-lone' if lone else ''}")
 
     @classmethod
     def unfinished(cls, root: Path, members: Mapping[str, str]) -> GroupCheckpoints | None:
@@ -39,12 +40,21 @@ class GroupCheckpoints:
     @classmethod
     def all_unfinished(cls, root: Path, members: Mapping[str, str]) -> list[GroupCheckpoints]:
         """The groups of some of these members whose training was cut short."""
-        groups = [RunFolder(path).about.get("group") for path in sorted(root.glob("group-*/"))]
-        return [
-            cls(root, group)
-            for group in groups
-            if isinstance(group, dict) and group and group.items() <= members.items()
-        ]
+        found = []
+        for path in sorted(root.glob("group-*/")):
+            group = RunFolder(path).about.get("group")
+            if isinstance(group, dict) and group and group.items() <= members.items():
+                found.append(cls(root, group, path.name.endswith("-lone")))
+        return found
+
+    @classmethod
+    def forget(cls, root: Path, names: Sequence[str]) -> None:
+        """Remove the checkpoints of all groups whose members are these, or phases of these (``name/...``)."""
+        own = tuple(f"{name}/" for name in names)
+        for path in sorted(root.glob("group-*/")):
+            members = RunFolder(path).about.get("group")
+            if isinstance(members, dict) and all(f"{member}/".startswith(own) for member in members):
+                shutil.rmtree(path, ignore_errors=True)
 
     @property
     def runs(self) -> dict[str, str]:

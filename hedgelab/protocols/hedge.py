@@ -9,7 +9,8 @@ new latents) share the stream and train as one group too; each one's new latents
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import PolynomialLR
 
+from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.metrics.degree import HedgingDegree
@@ -142,22 +144,18 @@ class HedgeProtocol:
         """The degree of every seed with all controls; the validation batches tell which latents live."""
         return measure_together([self], [trained])[0]
 
-    def metrics(self, trained: Mapping[int, Continuations]) -> dict[int, HedgingDegree]:
-        """The metric of every seed, before it has seen activations."""
+    def scores(self, trained: Mapping[int, Continuations], seed: int, batches: Sequence[Batch]) -> DegreeScores:
+        """The degree of one seed on batches of activations, on their device."""
+        saes, device = trained[seed], batches[0].x.device
         width = self.model.d_sae
-        new = {seed: saes.extended.W_dec[width:] for seed, saes in trained.items()}
-        return {
-            seed: HedgingDegree(
-                saes.control.W_dec,
-                saes.extended.W_dec,
-                saes.reordered.W_dec,
-                [rows for other, rows in new.items() if other != seed],
-                draws=self.options.draws,
-                seed=seed,
-                sync_on_compute=False,
-            )
-            for seed, saes in trained.items()
-        }
+        foreign = [own.extended.W_dec[width:].to(device) for other, own in trained.items() if other != seed]
+        with moved(saes, device):
+            decoders = [sae.W_dec for sae in saes]
+            metric = HedgingDegree(*decoders, foreign, draws=self.options.draws, seed=seed, sync_on_compute=False)
+            metric = metric.to(device)
+            for x, _, weight in batches:
+                metric.update(x, saes.control.encode(x), saes.extended.encode(x), weight)
+            return _with_residual_hedging(metric.compute(), saes.control, batches)
 
     def _initial(self, seed: int) -> Phase:
         config = {**self.config, "phase": "initial", "seed": seed}
@@ -222,29 +220,39 @@ def measure_together(
 ) -> list[dict[int, DegreeScores]]:
     """The degrees of several protocols with the same data, whose validation batches are read once for all.
 
-    On several ranks each measures for itself, on whole batches (which a language model's ranks make together).
+    SAEs are measured on the device where the activations are (a language model's may be on a GPU), one seed at a time, and
+    then moved back. On several ranks each measures for itself, on whole batches (which a language model's ranks make together).
     """
-    metrics = [protocol.metrics(own) for protocol, own in zip(protocols, trained, strict=True)]
     data = protocols[0].data
     decided_by_rank_zero(data.prepare_data)
     data.prepare_data()  # where ranks share no disk
     data.setup("fit")
-    kept: list[Tensor] = []
-    for index in range(data.val_batches):
-        x, _, weight = data.batch("val", index)
-        if weight is None and sum(map(len, kept)) < ROWS:
-            kept.append(x)
-        for own, degrees in zip(trained, metrics, strict=True):
-            for seed, saes in own.items():
-                degrees[seed].update(x, saes.control.encode(x), saes.extended.encode(x), weight)
+    batches = [data.batch("val", index) for index in range(data.val_batches)]
     return [
-        {seed: _with_residual_hedging(degree.compute(), own[seed].control, kept) for seed, degree in degrees.items()}
-        for own, degrees in zip(trained, metrics, strict=True)
+        {seed: protocol.scores(own, seed, batches) for seed in own}
+        for protocol, own in zip(protocols, trained, strict=True)
     ]
 
 
-def _with_residual_hedging(scores: DegreeScores, control: SAE, kept: Sequence[Tensor]) -> DegreeScores:
-    """The scores with the control's residual hedging, given examples enough; one SAE at a time, for codes are held dense."""
+@contextmanager
+def moved(saes: Sequence[SAE], device: torch.device) -> Iterator[None]:
+    """Have SAEs on a device for a while, and then back where they were."""
+    before = [sae.W_dec.device for sae in saes]
+    for sae in saes:
+        sae.to(device)
+    try:
+        yield
+    finally:
+        for sae, old in zip(saes, before, strict=True):
+            sae.to(old)
+
+
+def _with_residual_hedging(scores: DegreeScores, control: SAE, batches: Sequence[Batch]) -> DegreeScores:
+    """The scores with the control's residual hedging, given unweighted examples enough; codes are held dense."""
+    kept: list[Tensor] = []
+    for x, _, weight in batches:
+        if weight is None and sum(map(len, kept)) < ROWS:
+            kept.append(x)
     if sum(map(len, kept)) < 2 * BLOCKS:
         return scores
     metric = ResidualHedgingMetric(control.W_dec, sync_on_compute=False).to(control.W_dec.device)

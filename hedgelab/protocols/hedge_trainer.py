@@ -15,7 +15,7 @@ from hedgelab.protocols.case_study import LLMProbe, report
 from hedgelab.protocols.hedge import Continuations, HedgeOptions, HedgeProtocol, check_live
 from hedgelab.protocols.hedge_report import record
 from hedgelab.protocols.ranks import on_every_rank
-from hedgelab.protocols.training_phases import PhaseRunner, trainer_factory
+from hedgelab.protocols.training_phases import PhaseRunner, TrainerFactory
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
@@ -31,14 +31,16 @@ class HedgeTrainer(L.Trainer):
     Attributes:
         outcome_config: Plain values that determine what training gives; phases found in the store with the same ones
             are not trained again. None trains all.
+        retrain: Train all phases from their beginning, whatever the store has.
         announce: Told what happens, in lines.
         phase_trainer: Makes the trainers of the phases.
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        self.phase_trainer = trainer_factory(kwargs)
+        self.phase_trainer = TrainerFactory(kwargs)
         super().__init__(**kwargs)
         self.outcome_config: Mapping[str, Any] | None = None
+        self.retrain = False
         self.announce: Callable[[str], None] = lambda line: None
 
     def measure_hedging(
@@ -77,7 +79,7 @@ class HedgeTrainer(L.Trainer):
     ) -> dict[int, DegreeScores]:
         if tracker is not None:
             tracker.log_tags({"protocol": "hedge", **provenance_tags(self.world_size)})
-        runner = PhaseRunner(self.phase_trainer, tracker, self.outcome_config is not None, self.announce)
+        runner = PhaseRunner(self.phase_trainer, tracker, self.outcome_config is not None, self.announce, self.retrain)
         protocol = HedgeProtocol(model, data, self.max_steps, options, runner, self.outcome_config or {})
         try:
             trained = protocol.train()

@@ -15,10 +15,13 @@ from hedgelab.protocols.ranks import ranks_at_work
 from hedgelab.protocols.training_phases import PhaseRunner, TrainerFactory, fit_group
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
+from hedgelab.tracking.params import searchable
 from hedgelab.tracking.provenance import provenance_tags
 
 CELL_TAG = "sweep_cell"
 """The tag that says which cell a run is of: its stable id."""
+SCHEME_TAG = "identity_scheme"
+"""The tag that says by which rules that id was made (:data:`hedgelab.identity.SCHEME`)."""
 MEASURED_ROLES = ("control", "extended")
 
 
@@ -51,7 +54,7 @@ class Member:
     def begin(self) -> None:
         """Fill the head of its run."""
         self.tracker.log_config(self.text)
-        self.tracker.log_hyperparams(dict(self.config))
+        self.tracker.log_hyperparams(searchable(self.config))
 
 
 def train_fits(members: Sequence[Member], data: ActivationDataModule, trainer: TrainerFactory) -> None:
@@ -72,13 +75,14 @@ def measure_hedging(
     trainer: TrainerFactory,
     steps: int,
     announce: Callable[[str], None],
+    retrain: bool = False,
 ) -> dict[str, str]:
     """The hedging degree of every member, each phase of all as one group.
 
     Returns:
         Why a member's degree says nothing, by its name; whatever else goes wrong is raised and fails all their runs.
     """
-    runner = PhaseRunner(trainer, members[0].tracker, announce=announce)
+    runner = PhaseRunner(trainer, members[0].tracker, announce=announce, retrain=retrain)
     try:
         protocols = [_protocol(member, data, runner, steps) for member in members]
         for member in members:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from hedgelab.errors import Stopped, UserError
+from hedgelab.errors import Stopped, UserError, whole_number
 from hedgelab.training.checkpoints.stopping import stop_at_once
 
 _POLL_SECONDS = 0.5
@@ -84,7 +85,7 @@ class InProcess(Executor):
     ) -> None:
         """Do all jobs in their order."""
         if processes.several:
-            LocalProcesses(at_once=1, gpus=processes.per_node).run(work, jobs, ended, processes)
+            LocalProcesses(at_once=1, gpus=None).run(work, jobs, ended, processes)
             return
         for number, job in enumerate(jobs):
             try:
@@ -99,19 +100,20 @@ class LocalProcesses(Executor):
 
     Args:
         at_once: Most jobs at a time.
-        gpus: GPUs of this machine to deal out, one to each process of a job; with 0 processes see none.
+        gpus: GPUs of this machine to deal out, one to each process of a job; with 0 processes see none, with null all. A job
+            keeps its GPUs to itself, so that no more jobs run at a time than there are GPUs for. Where
+            ``CUDA_VISIBLE_DEVICES`` is set, those that it names are dealt out, by number or UUID.
         log_dir: Where submitit keeps the processes' logs.
 
     Raises:
         UserError: A number that is too small.
     """
 
-    def __init__(self, at_once: int = 2, gpus: int = 0, log_dir: str = "runs/sweeps") -> None:
-        if at_once < 1:
-            raise UserError(f"sweep.executor.at_once: must be at least 1, got {at_once}")
-        if gpus < 0:
-            raise UserError(f"sweep.executor.gpus: must not be negative, got {gpus}")
-        self.at_once, self.gpus, self.log_dir = at_once, gpus, log_dir
+    def __init__(self, at_once: int = 2, gpus: int | None = 0, log_dir: str = "runs/sweeps") -> None:
+        self.at_once = whole_number("sweep.executor.at_once", at_once)
+        self.gpus, self.log_dir = gpus, log_dir
+        if gpus is not None:
+            whole_number("sweep.executor.gpus", gpus, least=0)
 
     def run(
         self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None], processes: Processes = ONE_PROCESS
@@ -119,27 +121,26 @@ class LocalProcesses(Executor):
         """Keep ``at_once`` jobs going until all are done; an interrupt ends them.
 
         Raises:
-            UserError: Several nodes, or fewer GPUs than one job's processes.
+            UserError: Several nodes, fewer GPUs than one job's processes, or fewer visible than are to be dealt out.
         """
         count = processes.per_node
         if processes.nodes > 1:
             raise UserError("trainer.num_nodes: a sweep reaches other nodes through SLURM; set sweep.executor to Slurm")
-        if 0 < self.gpus < count:
+        if self.gpus and self.gpus < count:
             raise UserError(f"sweep.executor.gpus: {self.gpus} are too few for trainer.devices: {count}")
         submitit = _submitit()
+        shares = self.shares(count)
         waiting = list(enumerate(jobs))
         running: dict[int, tuple[int, Any]] = {}  # by slot
         try:
             while waiting or running:
-                for slot in range(self.at_once):
+                for slot, gpus in enumerate(shares):
                     if slot not in running and waiting:
                         number, job = waiting.pop(0)
                         executor = submitit.LocalExecutor(folder=Path(self.log_dir).absolute())
-                        executor.update_parameters(
-                            timeout_min=60 * 24 * 365, tasks_per_node=count, **self._visible(slot, count)
-                        )
+                        executor.update_parameters(timeout_min=60 * 24 * 365, tasks_per_node=count)
                         task = Rank(work, _free_port()) if count > 1 else work
-                        running[slot] = number, executor.submit(Attended(task, os.getpid()), job)
+                        running[slot] = number, executor.submit(Attended(task, os.getpid(), gpus), job)
                 for slot, (number, submitted) in list(running.items()):
                     if submitted.done():
                         del running[slot]
@@ -150,14 +151,25 @@ class LocalProcesses(Executor):
                 submitted.cancel()
             raise
 
-    def _visible(self, slot: int, count: int) -> dict[str, Any]:
-        """The GPUs of a job, in submitit's words."""
+    def shares(self, count: int) -> Sequence[str | None]:
+        """What each of the jobs that run at a time sees of the GPUs, as ``CUDA_VISIBLE_DEVICES`` has it; None is not set.
+
+        Args:
+            count: Processes of a job, each of which needs a GPU.
+
+        Raises:
+            UserError: Fewer GPUs are visible than are to be dealt out.
+        """
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if not self.gpus:
-            return {}
-        there = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        numbers = [int(name) for name in there if name.isdecimal()] or list(range(self.gpus))
-        chosen = tuple(numbers[(slot * count + i) % self.gpus % len(numbers)] for i in range(count))
-        return {"gpus_per_node": count, "visible_gpus": chosen}
+            return [visible if self.gpus is None else ""] * self.at_once
+        there = list(map(str, range(self.gpus))) if visible is None else [name.strip() for name in visible.split(",")]
+        if visible is not None and len([name for name in there if name]) < self.gpus:
+            raise UserError(
+                f"sweep.executor.gpus: {self.gpus} are to be dealt out, but CUDA_VISIBLE_DEVICES={visible!r} shows fewer"
+            )
+        slots = min(self.at_once, self.gpus // count)
+        return [",".join(there[slot * count : (slot + 1) * count]) for slot in range(slots)]
 
 
 class Attended:
@@ -166,13 +178,16 @@ class Attended:
     Args:
         work: What it does.
         sweep: Id of the sweep's process.
+        gpus: The GPUs that it sees, as ``CUDA_VISIBLE_DEVICES`` has them; CUDA reads that when it is first used. None is all.
     """
 
-    def __init__(self, work: Work, sweep: int) -> None:
-        self.work, self.sweep = work, sweep
+    def __init__(self, work: Work, sweep: int, gpus: str | None = None) -> None:
+        self.work, self.sweep, self.gpus = work, sweep, gpus
 
     def __call__(self, job: Any) -> dict[str, str]:
         """Do it."""
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # submitit has set it
+        os.environ |= {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": self.gpus}
         threading.Thread(target=self._attend, name="hedgelab-sweep", daemon=True).start()
         with stop_at_once():  # submitit ignores SIGTERM; training answers it between steps
             return self.work(job)
@@ -274,16 +289,13 @@ class Slurm(Executor):
             ("cpus", cpus, 1),
             ("at_once", at_once, 1),
         ):
-            if value < least:
-                raise UserError(f"sweep.executor.{name}: must be at least {least}, got {value}")
-        for key, value in {
-            "partition": partition or "",
-            **{f"extra.{key}": v for key, v in (extra or {}).items()},
-        }.items():
-            if not f"{key}{value}".isprintable():  # the batch script has them line by line
-                raise UserError(f"sweep.executor.{key}: must be one line of plain text, got {value!r}")
-            if key.removeprefix("extra.").replace("_", "-") in _OWN_OPTIONS:
-                raise UserError(f"sweep.executor.{key}: is set by hedgelab; remove it (log_dir says where logs go)")
+            whole_number(f"sweep.executor.{name}", value, least)
+        if memory_gb is not None and not (isinstance(memory_gb, (int, float)) and 0 < memory_gb < 1e6):
+            raise UserError(f"sweep.executor.memory_gb: expected a number above 0, got {memory_gb!r}")
+        _check_option("partition", "partition" if partition is None else partition)
+        for option, given in (extra or {}).items():
+            _check_name(option)
+            _check_option(f"extra.{option}", given)
         self.partition, self.minutes, self.gpus, self.cpus = partition, minutes, gpus, cpus
         self.memory_gb, self.at_once, self.extra, self.log_dir = memory_gb, at_once, extra or {}, log_dir
 
@@ -326,6 +338,34 @@ class Slurm(Executor):
             for job in waiting.values():
                 job.cancel()
             raise
+
+
+def _check_name(option: Any) -> None:
+    """See that something is the name of an option of ``sbatch`` that is the user's to set.
+
+    Raises:
+        UserError: It would set another, by what follows it in the batch script or as the beginning of a longer name.
+    """
+    key = f"sweep.executor.extra.{option}"
+    if not isinstance(option, str) or re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", option) is None:
+        raise UserError(
+            f"{key!r}: expected the long name of an option of sbatch, such as account, without dashes before it"
+        )
+    if own := [
+        name for name in sorted(_OWN_OPTIONS) if name.startswith(option.replace("_", "-"))
+    ]:  # sbatch completes names
+        raise UserError(f"{key}: --{own[0]} is set by hedgelab; remove it (log_dir says where logs go)")
+
+
+def _check_option(key: str, value: Any) -> None:
+    """See that a value can stand in one line of the batch script.
+
+    Raises:
+        UserError: It cannot.
+    """
+    plain = value is True or (isinstance(value, (str, int, float)) and value is not False)
+    if not plain or not str(value).isprintable() or not str(value).strip():
+        raise UserError(f"sweep.executor.{key}: must be one line of plain text, a number or true, got {value!r}")
 
 
 def _outcome(number: int, job: Any) -> Outcome:

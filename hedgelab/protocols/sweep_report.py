@@ -53,8 +53,7 @@ class Row:
 
 def finished_run(client: MlflowClient, cell_id: str) -> Run | None:
     """The latest finished run of a cell; None without one."""
-    query = f"tags.{CELL_TAG} = '{cell_id}' and attributes.status = 'FINISHED'"
-    return next(search_runs(client, query), None)
+    return next(search_runs(client, f"tags.{CELL_TAG} = '{cell_id}' and attributes.status = 'FINISHED'"), None)
 
 
 def interrupted_run(client: MlflowClient, cell_id: str, parent: str) -> str | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -15,19 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
+from lightning.pytorch.loggers import Logger
 
-from hedgelab import __version__
 from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.errors import UserError
+from hedgelab.identity import deciding, stable_id
 from hedgelab.protocols.group_checkpoints import GroupCheckpoints
+from hedgelab.protocols.phase_data import PhaseData
 from hedgelab.protocols.ranks import decided_by_rank_zero, found_by_rank_zero
 from hedgelab.saes import SAE, SAEGroup, load_sae, weights_sha256
 from hedgelab.saes.io import gathered
-from hedgelab.tracking import MemberRecord, MLflowTracker, StepProgressBar
+from hedgelab.tracking import MemberRecord, MLflowTracker, RunRecord, StepProgressBar
+from hedgelab.tracking.params import searchable
 from hedgelab.tracking.runs import search_runs
 from hedgelab.training.checkpoints import RunCheckpoint, use_verified_io
+from hedgelab.training.guard import FiniteGuard
 
-TrainerFactory = Callable[..., L.Trainer]
-"""Makes a trainer; called with ``logger``, ``callbacks`` and ``enable_checkpointing``."""
+
+class CutShortError(UserError):
+    """``max_time`` has ended a training before its last step; what it has reached is in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,68 @@ class Phase:
         return stable_id(self.config)
 
 
+class TrainerFactory:
+    """Makes the trainers of several fits from one set of trainer arguments.
+
+    Every trainer gets copies of the user's callbacks and loggers. The callbacks that every run has (record, progress bar,
+    checkpoints) are replaced by those of each fit.
+
+    Args:
+        settings: Lightning's trainer arguments.
+
+    Attributes:
+        one_at_a_time: Whether SAEs are trained one after the other: the user's callbacks and loggers are made for one SAE.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        callbacks = settings.get("callbacks") or []
+        given = callbacks if isinstance(callbacks, list) else [callbacks]
+        loggers = settings.get("logger")
+        own = (RunRecord, ProgressBar, RunCheckpoint)
+        self._kept = [callback for callback in given if not isinstance(callback, own)]
+        self._loggers = [
+            logger
+            for logger in (loggers if isinstance(loggers, list) else [loggers])
+            if isinstance(logger, Logger) and not isinstance(logger, MLflowTracker)
+        ]
+        self._saving = next((callback for callback in given if isinstance(callback, RunCheckpoint)), None)
+        # A strategy that no trainer has set up.
+        self._settings = {**settings, "strategy": copy.deepcopy(settings.get("strategy", "auto"))}
+        self.one_at_a_time = bool(self._loggers) or any(not isinstance(one, FiniteGuard) for one in self._kept)
+
+    def __call__(
+        self, trackers: Sequence[MLflowTracker], callbacks: Sequence[L.Callback], checkpoints: bool = False
+    ) -> L.Trainer:
+        """A trainer.
+
+        Args:
+            trackers: The runs that it logs to, beside the user's other loggers.
+            callbacks: Callbacks of this fit.
+            checkpoints: Whether it saves checkpoints, as often as the settings say.
+        """
+        bars: list[L.Callback] = [StepProgressBar()] if self._settings.get("enable_progress_bar", True) else []
+        saving = [RunCheckpoint(**self._saving.interval)] if checkpoints and self._saving is not None else []
+        options: dict[str, Any] = {
+            "logger": [*trackers, *copy.deepcopy(self._loggers)] or False,
+            "callbacks": [*bars, *copy.deepcopy(self._kept), *callbacks, *saving],
+            "enable_checkpointing": bool(saving) or any(isinstance(one, Checkpoint) for one in self._kept),
+            "strategy": copy.deepcopy(self._settings["strategy"]),
+        }
+        trainer = L.Trainer(**{**self._settings, **options})
+        use_verified_io(trainer)
+        start_time_limit_anew(trainer)
+        return trainer
+
+
 class PhaseRunner:
     """Trains phases that share a stream as one group, each in a run of its own below the experiment's.
 
     Args:
         trainer: Makes the trainer of a group.
         tracker: The parent run; None tracks nothing, and nothing is found again.
-        reuse: Take phases that the store has from there.
+        reuse: Take phases that the store has from there, and go on with those that were cut short.
         announce: Told what happens, in lines.
+        retrain: Train every phase from its beginning, whatever the store has.
 
     Attributes:
         run_ids: The run of every phase that was trained or found, by the phase's name.
@@ -71,12 +130,19 @@ class PhaseRunner:
         tracker: MLflowTracker | None = None,
         reuse: bool = True,
         announce: Callable[[str], None] = lambda line: None,
+        retrain: bool = False,
     ) -> None:
         self.trainer, self.tracker, self.reuse, self.announce = trainer, tracker, reuse, announce
+        self.retrain = retrain
         self.run_ids: dict[str, str] = {}
 
     def train(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
         """The trained SAE of every phase, by name: from the store where it is there, else trained now."""
+        if self.trainer.one_at_a_time:
+            return {name: sae for phase in phases for name, sae in self._train_group([phase], data).items()}
+        return self._train_group(phases, data)
+
+    def _train_group(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
         begun = decided_by_rank_zero(partial(self._begun, phases))
         found: dict[str, SAE] = {}
         for phase in phases:
@@ -97,7 +163,11 @@ class PhaseRunner:
         """Names of the phases that were being trained together when something stopped them, not all of them finished."""
         if self.tracker is None or not self.reuse:
             return []
-        group = GroupCheckpoints.unfinished(checkpoints_root(self.tracker), {phase.name: phase.id for phase in phases})
+        ids = {phase.name: phase.id for phase in phases}
+        if self.retrain:
+            for group in GroupCheckpoints.all_unfinished(checkpoints_root(self.tracker), ids):
+                group.end()
+        group = GroupCheckpoints.unfinished(checkpoints_root(self.tracker), ids)
         return [] if group is None else list(group.members)
 
     def _fit(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
@@ -110,7 +180,7 @@ class PhaseRunner:
 
         def begin() -> None:
             for phase in phases if trackers else []:
-                trackers[phase.name].log_hyperparams(dict(phase.config))
+                trackers[phase.name].log_hyperparams(searchable(phase.config))
                 self._link(phase, trackers[phase.name].run_id)
 
         return fit_group(self.trainer, saes, trackers, data, begin, ids)
@@ -122,12 +192,11 @@ class PhaseRunner:
     def _finished(self, phase: Phase) -> SAE | None:
         """The SAE of the phase's latest finished run whose weights are whole; None without one."""
         tracker = phase.tracker or self.tracker
-        if tracker is None or not self.reuse:
+        if tracker is None or not self.reuse or self.retrain:
             return None
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         client = tracker.experiment
-        runs = search_runs(client, f"tags.phase_id = '{phase.id}' and attributes.status = 'FINISHED'")
-        for run in islice(runs, 5):
+        for run in islice(search_runs(client, f"tags.phase_id = '{phase.id}' and attributes.status = 'FINISHED'"), 5):
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     path = client.download_artifacts(run.info.run_id, "sae", folder)
@@ -148,10 +217,10 @@ class PhaseRunner:
             tracker.log_tags({f"phase.{phase.name}": run_id})
 
 
-def stable_id(config: Mapping[str, Any]) -> str:
-    """Hash of plain values and of hedgelab's version."""
-    text = json.dumps({"hedgelab": __version__, **config}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def outcome_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a resolved config decides the outcome of training, the number of steps left out (:mod:`hedgelab.identity`)."""
+    facts = deciding({key: value for key, value in resolved.items() if key != "hedge"})
+    return {**facts, "trainer": {key: value for key, value in facts.get("trainer", {}).items() if key != "max_steps"}}
 
 
 def fit_group(
@@ -177,54 +246,72 @@ def fit_group(
 
     Returns:
         The trained SAEs, whole on every rank, by name.
+
+    Raises:
+        CutShortError: ``max_time`` has ended training before the last step.
     """
+    lone = trainer.one_at_a_time and len(saes) == 1
     keys = {name: name.replace(".", "_") for name in saes}  # a module's name must not contain a dot
     if len(set(keys.values())) < len(keys):
         keys = {name: str(number) for number, name in enumerate(saes)}
     group = None
     if ids is not None and trackers:
-        group = GroupCheckpoints(checkpoints_root(next(iter(trackers.values()))), ids)
+        group = GroupCheckpoints(checkpoints_root(next(iter(trackers.values()))), ids, lone)
         for name, run_id in group.runs.items():
             trackers[name].go_on_with(run_id)
-    made = trainer(
-        logger=list(trackers.values()) or False,
-        callbacks=[MemberRecord(keys[name], tracker) for name, tracker in trackers.items()],
-        enable_checkpointing=group is not None,
-    )
+    records: list[L.Callback] = [MemberRecord(None if lone else keys[name], one) for name, one in trackers.items()]
+    made = trainer(list(trackers.values()), [_ReachesTheEnd(), *records], checkpoints=group is not None)
     begin()
     checkpoint = None
     if group is not None:
         runs = {name: tracker.run_id for name, tracker in trackers.items()}
         checkpoint = decided_by_rank_zero(partial(group.begin, made, runs))
         group.use(made)
-    loggers = {keys[name]: tracker for name, tracker in trackers.items()}
-    module = SAEGroup({keys[name]: sae for name, sae in saes.items()}, loggers)
+    if lone:
+        ((name, sae),) = saes.items()
+        module: L.LightningModule = sae
+        data = data.only(name) if isinstance(data, PhaseData) else data
+    else:
+        loggers = {keys[name]: tracker for name, tracker in trackers.items()}
+        module = SAEGroup({keys[name]: sae for name, sae in saes.items()}, loggers)
     made.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
     if group is not None and made.is_global_zero:
         group.end()
     return {name: gathered(sae) for name, sae in saes.items()}
 
 
+class _ReachesTheEnd(L.Callback):
+    """Has a training that ``max_time`` has cut end as one that goes on later, before anything is recorded of its end."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called after the last checkpoint.
+
+        Raises:
+            CutShortError: The last step was not reached.
+        """
+        if was_cut(trainer):
+            raise CutShortError(
+                f"trainer.max_time: ended training at step {trainer.global_step} of {trainer.max_steps}; run the same command "
+                "again to go on from there"
+            )
+
+
+def was_cut(trainer: L.Trainer) -> bool:
+    """Whether ``max_time`` has ended training before its last step."""
+    left = [timer.time_remaining() for timer in _timers(trainer)]
+    return any(seconds is not None and seconds <= 0 for seconds in left) and trainer.global_step != trainer.max_steps
+
+
+def start_time_limit_anew(trainer: L.Trainer) -> None:
+    """Let ``max_time`` count from this start on, where training goes on from a checkpoint: else it would end at once."""
+    for timer in _timers(trainer):
+        timer.load_state_dict = lambda state_dict: None  # type: ignore[method-assign]
+
+
+def _timers(trainer: L.Trainer) -> Iterator[Timer]:
+    return (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+
+
 def checkpoints_root(tracker: MLflowTracker) -> Path:
     """Where checkpoints are kept: beside the store."""
     return Path(tracker.save_dir) / "checkpoints"
-
-
-def trainer_factory(settings: Mapping[str, Any]) -> TrainerFactory:
-    """Trainers with the given settings, a progress bar and (where wanted) checkpoints unless those say otherwise."""
-    settings = {
-        **settings,
-        "strategy": copy.deepcopy(settings.get("strategy", "auto")),
-    }  # one that no trainer has set up
-    kept = next((found for found in settings.get("callbacks") or [] if isinstance(found, RunCheckpoint)), None)
-
-    def make(*, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
-        bars: list[L.Callback] = [StepProgressBar()] if settings.get("enable_progress_bar", True) else []
-        wanted = options.get("enable_checkpointing", False) and kept is not None
-        saving = [RunCheckpoint(**kept.interval)] if wanted and kept is not None else []
-        options |= {"enable_checkpointing": bool(saving), "strategy": copy.deepcopy(settings["strategy"])}
-        trainer = L.Trainer(**{**settings, **options, "callbacks": [*bars, *callbacks, *saving]})
-        use_verified_io(trainer)
-        return trainer
-
-    return make

@@ -9,11 +9,11 @@ import torch
 from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.metrics.functional import hedging_degree
-from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol, check_live, continued
+from hedgelab.protocols.hedge import Continuations, HedgeOptions, HedgeProtocol, check_live, continued
 from hedgelab.protocols.hedge_report import latents_table, summary_numbers
 from hedgelab.protocols.hedge_trainer import HedgeTrainer
 from hedgelab.protocols.phase_data import PhaseData
-from hedgelab.protocols.training_phases import Phase, PhaseRunner, trainer_factory
+from hedgelab.protocols.training_phases import Phase, PhaseRunner, TrainerFactory
 from hedgelab.saes import (
     BatchTopKSAE,
     Initialization,
@@ -50,7 +50,7 @@ def toy():
 
 
 def protocol(model, **options):
-    runner = PhaseRunner(trainer_factory({**QUIET, "max_steps": STEPS}))
+    runner = PhaseRunner(TrainerFactory({**QUIET, "max_steps": STEPS}))
     return HedgeProtocol(model, toy(), STEPS, HedgeOptions(n_new=2, new_norm=1.0, **options), runner, {})
 
 
@@ -94,6 +94,40 @@ def test_trainer_measures_and_repeats_itself():
     assert 0 < first.projection < 1
     assert torch.equal(first.residual_hedging, second.residual_hedging)
     assert first.scalars()["residual_hedging"] == first.residual_hedging  # not NaN
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = torch.device("cuda", 0)
+
+
+def test_saes_are_measured_on_the_device_of_the_activations(monkeypatch):
+    """A language model's activations may be on a GPU, while SAEs are on the CPU again when their training has ended."""
+    made = protocol(TopKSAE(D_IN, D_SAE, k=2))
+    saes = {0: Continuations(*(TopKSAE(D_IN, width, k=2) for width in (D_SAE, D_SAE + 2, D_SAE)))}
+    where, seen, encode, batch = {}, [], TopKSAE.encode, made.data.batch
+
+    def to(module, device):
+        where[module] = torch.device(device).type
+        return module
+
+    def encoding(sae, x):
+        seen.append((where.get(sae, "cpu"), x.device.type))
+        return encode(sae, x)
+
+    def on_gpu(stage, index):
+        rows = batch(stage, index)
+        return rows._replace(x=rows.x.as_subclass(OnGPU))
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(TopKSAE, "encode", encoding)
+    monkeypatch.setattr(made.data, "batch", on_gpu)
+    made.measure(saes)
+    assert len(seen) >= 3 * made.data.val_batches
+    assert set(seen) == {("cuda", "cuda")}
+    assert {where[sae] for sae in saes[0]} == {"cpu"}
 
 
 def test_phases_need_a_number_of_steps():
@@ -179,5 +213,5 @@ def test_impossible_options_name_their_key(wrong, key):
 def test_too_many_new_latents_are_refused_before_training():
     with pytest.raises(UserError, match=r"hedge\.n_new: must be below d_in = 12"):
         HedgeProtocol(
-            TopKSAE(D_IN, D_SAE, k=2), toy(), 1, HedgeOptions(n_new=D_IN), PhaseRunner(trainer_factory({})), {}
+            TopKSAE(D_IN, D_SAE, k=2), toy(), 1, HedgeOptions(n_new=D_IN), PhaseRunner(TrainerFactory({})), {}
         )

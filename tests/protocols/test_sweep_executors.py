@@ -92,6 +92,34 @@ def test_what_rank_zero_says_counts(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("visible", "gpus", "count", "at_once", "shares"),
+    [
+        (None, 0, 1, 3, ["", "", ""]),
+        ("4,6", None, 1, 2, ["4,6", "4,6"]),
+        (None, None, 1, 1, [None]),
+        (None, 2, 1, 3, ["0", "1"]),  # fewer GPUs than jobs: the third waits for one of them
+        (None, 5, 2, 4, ["0,1", "2,3"]),
+        ("4,6", 2, 1, 2, ["4", "6"]),
+        ("4,6,7", 2, 2, 2, ["4,6"]),
+        ("GPU-8f6e, MIG-11/3/0,GPU-77aa", 3, 1, 2, ["GPU-8f6e", "MIG-11/3/0"]),
+    ],
+)
+def test_no_two_jobs_have_the_same_gpu(monkeypatch, visible, gpus, count, at_once, shares):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert LocalProcesses(at_once, gpus).shares(count) == shares
+
+
+@pytest.mark.parametrize("visible", ["4", "", "GPU-8f6e"])
+def test_gpus_that_are_not_visible_are_not_dealt_out(monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match=r"sweep\.executor\.gpus: 2 are to be dealt out, but CUDA_VISIBLE_DEVICES="):
+        LocalProcesses(2, gpus=2).shares(1)
+
+
+@pytest.mark.parametrize(
     ("executor", "processes", "message"),
     [
         (LocalProcesses(), Processes(2, nodes=2), r"trainer\.num_nodes: .* set sweep\.executor to Slurm"),
@@ -106,13 +134,25 @@ def test_too_many_processes_name_the_key(executor, processes, message):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: LocalProcesses(at_once=0), "sweep.executor.at_once: must be at least 1, got 0"),
-        (lambda: LocalProcesses(gpus=-1), "sweep.executor.gpus: must not be negative, got -1"),
-        (lambda: Slurm(minutes=0), "sweep.executor.minutes: must be at least 1, got 0"),
+        (lambda: LocalProcesses(at_once=0), "sweep.executor.at_once: expected a whole number of at least 1, got 0"),
+        (lambda: LocalProcesses(gpus=-1), "sweep.executor.gpus: expected a whole number of at least 0, got -1"),
+        (lambda: LocalProcesses(gpus=True), "sweep.executor.gpus: expected a whole number of at least 0, got True"),
+        (lambda: Slurm(minutes=0), "sweep.executor.minutes: expected a whole number of at least 1, got 0"),
+        (lambda: Slurm(memory_gb=-1), "sweep.executor.memory_gb: expected a number above 0, got -1"),
+        (lambda: Slurm(extra={"account=x --output": "y"}), "expected the long name of an option of sbatch"),
+        (lambda: Slurm(extra={"--wrap": "touch x"}), "expected the long name of an option of sbatch"),
+        (lambda: Slurm(extra={"wrap": "touch x"}), "sweep.executor.extra.wrap: --wrap is set by hedgelab; remove it"),
+        (lambda: Slurm(extra={"outp": "x"}), "sweep.executor.extra.outp: --output is set by hedgelab; remove it"),
+        (lambda: Slurm(extra={"ntasks_per": 2}), "--ntasks-per-node is set by hedgelab; remove it"),
+        (lambda: Slurm(extra={"account": None}), "sweep.executor.extra.account: must be one line"),
+        (lambda: Slurm(extra={"account": ["a", "b"]}), "sweep.executor.extra.account: must be one line"),
         (lambda: Slurm("short\ntouch x"), "sweep.executor.partition: must be one line of plain text"),
         (lambda: Slurm(extra={"comment": "x\ntouch y"}), "sweep.executor.extra.comment: must be one line"),
-        (lambda: Slurm(extra={"a\nb": True}), "must be one line"),
-        (lambda: Slurm(extra={"output": "elsewhere"}), "sweep.executor.extra.output: is set by hedgelab; remove it"),
+        (lambda: Slurm(extra={"a\nb": True}), "expected the long name of an option of sbatch"),
+        (
+            lambda: Slurm(extra={"output": "elsewhere"}),
+            "sweep.executor.extra.output: --output is set by hedgelab; remove it",
+        ),
     ],
 )
 def test_impossible_numbers_name_the_key(made, message):

@@ -4,7 +4,7 @@ import torch
 
 from hedgelab.protocols.case_study import LLMProbe, report
 from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol
-from hedgelab.protocols.training_phases import PhaseRunner, trainer_factory
+from hedgelab.protocols.training_phases import PhaseRunner, TrainerFactory
 from hedgelab.saes import TopKSAE
 
 STEPS = 12
@@ -14,7 +14,7 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 def test_protocol_runs_the_model_once_for_all_continuations_and_shows_what_moved(make_data, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     data = make_data(normalisation="centred", val_batches=2)
-    runner = PhaseRunner(trainer_factory({**QUIET, "max_steps": STEPS}))
+    runner = PhaseRunner(TrainerFactory({**QUIET, "max_steps": STEPS}))
     options = HedgeOptions(n_new=1, new_norm=1.0, seeds=2)
     protocol = HedgeProtocol(TopKSAE(data.d_in, 12, k=4), data, STEPS, options, runner, {})
     trained = protocol.train()
