@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 
 from hedgelab.data.datamodule import ActivationDataModule
@@ -74,7 +75,7 @@ class TrainerFactory:
         callbacks = settings.get("callbacks") or []
         given = callbacks if isinstance(callbacks, list) else [callbacks]
         loggers = settings.get("logger")
-        own = (RunRecord, ProgressBar, RunCheckpoint)
+        own = (RunRecord, ProgressBar, RunCheckpoint, SaveConfigCallback)
         self._kept = [callback for callback in given if not isinstance(callback, own)]
         self._loggers = [
             logger
