@@ -130,6 +130,17 @@ def _marks(node: Any) -> frozenset[str]:
     return where_and_how(imported(str(node["class_path"]))) if named else frozenset()
 
 
+def without_watchers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config without those of the trainer's callbacks that only watch. Imports nothing that a record names."""
+    trainer = config.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+    if not isinstance(trainer, Mapping) or not isinstance(callbacks, list):
+        return dict(config)
+    loaded = [sys.modules.get(str(one.get("class_path")).rpartition(".")[0]) is not None for one in callbacks]
+    kept = [one for one, there in zip(callbacks, loaded, strict=True) if not there or _marks(one) != EVERYTHING]
+    return {**config, "trainer": {**trainer, "callbacks": kept or None}}
+
+
 def code_of(item: Any) -> str:
     """A digest of the code behind a class or function: hedgelab's release, or the sources that it comes from."""
     module = sys.modules.get(getattr(item, "__module__", ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 from hedgelab.cli.lightning import TYPES, HedgelabCLI, run_cli
 from hedgelab.cli.resume import say
@@ -27,13 +28,20 @@ class HedgeCLI(HedgelabCLI):
     """The sections of ``fit`` and ``hedge``; ``trainer.max_steps`` are the steps of each phase."""
 
     trainer_type = HedgeTrainer
-    types = {**TYPES, "hedge": HedgeOptions}  # noqa: RUF012 (read only)
+    types = {**TYPES, "hedge": HedgeOptions, "retrain": bool}  # noqa: RUF012 (read only)
     trainer: HedgeTrainer
     scores: dict[int, DegreeScores]
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The protocol alone."""
         return {self.command: {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Those of ``fit``, and whether to train what is there already."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--retrain", type=bool, default=False, help="Train all phases, those too that the store has already."
+        )
 
     def before_hedge(self) -> None:
         """Record the resolved config, and by what phases are known again."""
@@ -43,6 +51,7 @@ class HedgeCLI(HedgelabCLI):
         resolved.pop("config", None)
         self.trainer.outcome_config = self.resumption.outcome(outcome_of(resolved))
         self.resumption.begin(self.trainer)
+        self.trainer.retrain = bool(config.retrain)
         self.trainer.announce = lambda line: say(f"hedge: {line}")
         for logger in self.trainer.loggers:
             if isinstance(logger, MLflowTracker):

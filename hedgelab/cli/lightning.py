@@ -20,8 +20,8 @@ import hedgelab.data.llm
 import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
-from hedgelab.cli.errors import root_cause, user_error
-from hedgelab.cli.resume import Resumption, bare_flag, with_slurm_left_alone
+from hedgelab.cli.errors import one_line, root_cause, user_error
+from hedgelab.cli.resume import Resumption, bare_flag, with_slurm_left_alone, with_stored_config
 from hedgelab.cli.summary import summary
 from hedgelab.config.explain import explain_construction, explain_parsing, resolve, top_level
 from hedgelab.config.folders import check_folders
@@ -30,6 +30,7 @@ from hedgelab.config.walk import Walk
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError, one_line
 from hedgelab.kernels.allocator import keep_large_blocks
+from hedgelab.protocols.training_phases import was_cut
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
 from hedgelab.tracking.params import searchable
@@ -128,7 +129,7 @@ class HedgelabCLI(LightningCLI):
     written: Tree
 
     def __init__(self, command: str, words: list[str]) -> None:
-        self.command, self.words = command, bare_flag(words)
+        self.command, self.words = command, with_stored_config(bare_flag(words))
         self.resumption = Resumption(self)
         parser: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
         super().__init__(
@@ -255,7 +256,7 @@ class HedgelabCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """The run is over; nothing is left to go on with."""
-        self.resumption.finish()
+        self.resumption.finish(was_cut(self.trainer))
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would read a whole checkpoint here for hyper-parameters that hedgelab's never hold."""

@@ -14,12 +14,17 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
-from hedgelab import __version__
+import hedgelab
+from hedgelab.config.plain_yaml import write_yaml
+from hedgelab.config.tree import config_files, options_of
 from hedgelab.errors import UserError
+from hedgelab.identity import decides, deciding, stable_id, without_watchers
+from hedgelab.protocols.training_phases import start_time_limit_anew
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.store import runs_dir, tracking_uri
 from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
-from hedgelab.training.checkpoints.folder import identity, known_runs
+from hedgelab.training.checkpoints.files import write_atomically
+from hedgelab.training.checkpoints.folder import is_finished, known_runs, named
 from hedgelab.training.checkpoints.matching import (
     Comparison,
     Difference,
@@ -35,13 +40,10 @@ from hedgelab.training.checkpoints.matching import (
 )
 
 _logger = logging.getLogger(__name__)
-_MOST_TOLD = 3
+_MOST_SHOWN = 3
 _RELEASE = "hedgelab"
-_NO_MATTER = {"config", "ckpt_path", "resume", "record", "progress"}
-_NO_MATTER_OF_TRAINER = {
-    "logger", "plugins", "strategy", "accelerator", "devices", "num_nodes", "profiler", "default_root_dir",
-    "enable_progress_bar", "enable_model_summary", "enable_checkpointing",
-}  # fmt: skip
+_OF_THIS_START = {"config", "ckpt_path", "resume", "retrain"}
+_STORED = "config.yaml"
 
 
 class Command(Protocol):
@@ -89,21 +91,27 @@ class Resumption:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        return {key: value for key, value in self._cli.resolved().items() if key != "config"}
+        """The whole config, but for what concerns this start alone."""
+        return plain({key: value for key, value in self._cli.resolved().items() if key not in _OF_THIS_START})
 
     @cached_property
     def _written(self) -> list[str]:
         """Keys that make the run another one than it would be by default: those that were written, and its name."""
-        written = what_matters(self._cli.written)
+        written = {key: value for key, value in self._cli.written.items() if key not in _OF_THIS_START}
         named = {"name": self._config["name"]} if self._config.get("name") else {}
         return written_keys({**written, **named}, self._config)
 
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return deciding(self._config)
+
     def facts(self) -> dict[str, Any]:
         """What the run's folder says about it."""
-        config = what_matters(self._config)
+        name = self._config.get("name")
         return {
-            "identity": identity(self.command, config), "command": self.command, "name": self._config.get("name"),
-            _RELEASE: __version__, "config": config, "written": self._written,
+            "identity": stable_id({"command": self.command, "name": name, **self._facts}), "command": self.command,
+            "name": name, _RELEASE: hedgelab.__version__, "config": self._config, "written": self._written,
+            "code": self._facts["code"], "inputs": self._facts["inputs"],
         }  # fmt: skip
 
     def take(self, config: Namespace) -> bool | str:
@@ -121,9 +129,9 @@ class Resumption:
             raise UserError("resume: goes on from the run's own checkpoint; give either it or ckpt_path")
         if config.trainer.enable_checkpointing is False:
             raise UserError("resume: needs checkpoints, which trainer.enable_checkpointing=false switches off")
-        if self.command == "hedge" and config.trainer.logger is False:
+        if self.command == "hedge" and not tracked(config.trainer.logger):
             raise UserError(
-                "resume: hedge finds its phases in the tracking store, which trainer.logger=false switches off"
+                "resume: hedge finds its phases in the tracking store; list an MLflowTracker in trainer.logger"
             )
         config.resume = False
         return wanted
@@ -145,13 +153,15 @@ class Resumption:
         if chosen is None:
             return
         folder, found = chosen
-        if folder.finished:
+        if is_finished(folder) and not self._goes_further(folder):
             ended = "".join(f" (with {one.name}={show(one.then)}, then the default)" for one in found.changed)
             say(
                 f"resume: run {folder.path.name} has finished{ended}; nothing is left to do (leave out --resume to train "
                 "again)"
             )
             raise SystemExit(0)
+        for path in found.other_code:
+            say(f"resume: run {folder.path.name} was begun with other code of {path}; it goes on with today's")
         self._take_over(folder, found.changed)
         self._same_experiment = not found.conflicts
         if getattr(rank_zero_only, "rank", 0) == 0:
@@ -159,7 +169,7 @@ class Resumption:
         self.folder = folder
 
     def _named(self, root: Path, run_id: str) -> tuple[RunFolder, Comparison]:
-        """The run that the user names, whatever its config was."""
+        """The run that the user names: its config, with what the user has written now laid over it."""
         folder = named(root, run_id)
         if (command := folder.about.get("command", self.command)) != self.command:
             raise UserError(f"resume: run {folder.path.name} is one of `hedgelab {command}`, not of {self.command}")
@@ -169,35 +179,62 @@ class Resumption:
         return folder, found
 
     def _same(self, root: Path) -> tuple[RunFolder, Comparison] | None:
-        """The newest run of the same experiment: of the very config, else of one that is the same across releases."""
+        """The newest run of the same experiment: of the very config, else of one that gives the same numbers."""
         wanted = self.facts()["identity"]
         runs = [folder for folder in known_runs(root) if folder.about.get("command") in (None, self.command)]
         for folder in runs:
             if folder.about.get("identity") == wanted:
                 return folder, Comparison([], [])
-        nearest: tuple[RunFolder, Comparison] | None = None
+        nearest: tuple[RunFolder, Sequence[Difference]] | None = None
         for folder in runs:
             if not isinstance(folder.about.get("config"), dict):  # written before configs were kept
                 continue
             found = self._compared(folder)
-            if not found.conflicts:
+            conflicts = list(found.conflicts)
+            if is_finished(folder) and not self._goes_further(folder):
+                conflicts += [Difference(("code of", path), "another", "today's") for path in found.other_code]
+            if not conflicts:
                 return folder, found
-            if nearest is None or len(found.conflicts) < len(nearest[1].conflicts):
-                nearest = folder, found
-        told = ""
-        if nearest is not None and len(nearest[1].conflicts) <= _MOST_TOLD:
-            told = f" (run {nearest[0].path.name} differs in {', '.join(one.shown for one in nearest[1].conflicts)})"
-        say(f"resume: no earlier run of this config in {root}{told}; starting afresh")
+            if nearest is None or len(conflicts) < len(nearest[1]):
+                nearest = folder, conflicts
+        hint = ""
+        if nearest is not None and len(nearest[1]) <= _MOST_SHOWN:
+            hint = f" (run {nearest[0].path.name} differs in {', '.join(one.shown for one in nearest[1])})"
+        say(f"resume: no earlier run of this config in {root}{hint}; starting afresh")
         return None
 
     def _compared(self, folder: RunFolder) -> Comparison:
-        """What separates the config of a run from today's."""
+        """What separates the config of a run from today's, of all that decides numbers."""
         about = folder.about
         then, written = about.get("config"), about.get("written")
         if not isinstance(then, dict) or not isinstance(written, list):
             return Comparison([], [])
-        now = plain(what_matters(self._config))
-        return compare(then, [str(key) for key in written], now, self._written, self._is_default)
+        now = self._config
+        found = compare(
+            without_watchers(then), [str(key) for key in written], without_watchers(now), self._written, self._is_default,
+            lambda key: key == ("name",) or decides(now, key),
+        )  # fmt: skip
+        steps = [one for one in found.conflicts if one.key == ("trainer", "max_steps")]
+        further = self._goes_further(folder)
+        conflicts = [one for one in found.conflicts if not (further and one in steps)]
+        inputs = about.get("inputs")
+        if isinstance(inputs, dict):
+            today = self._facts["inputs"]
+            conflicts += [
+                Difference(("content of", key), inputs[key], today[key])
+                for key in sorted(inputs.keys() & today.keys())
+                if inputs[key] != today[key]
+            ]
+        code = about.get("code") if isinstance(about.get("code"), dict) else {}
+        other = [
+            path for path, digest in self._facts["code"].items() if path in code and not _same_code(code[path], digest)
+        ]
+        return Comparison(conflicts, found.changed, other)
+
+    def _goes_further(self, folder: RunFolder) -> bool:
+        """Whether a fit is to have more steps than it had: it goes on to its new end."""
+        now, then = (at(config, ("trainer", "max_steps")) for config in (self._config, folder.about.get("config")))
+        return self.command == "fit" and isinstance(now, int) and isinstance(then, int) and 0 <= then < now
 
     def _is_default(self, key: Key) -> bool:
         """Whether a key has the value that it would have had without being written."""
@@ -231,7 +268,7 @@ class Resumption:
                 f"{run} with {names}, the default then, which this release refuses: go on with hedgelab "
                 f"{folder.about.get(_RELEASE, 'of then')}, or leave out --resume to train anew"
             ) from error
-        del self._config
+        del self._config, self._facts
         for one in changed:
             say(
                 f"{run} when {one.name} was {show(one.then)} by default, now {show(one.now)}: it goes on with "
@@ -252,6 +289,7 @@ class Resumption:
         for logger in trainer.loggers:
             if isinstance(logger, MLflowTracker) and self.folder.run_id is not None:
                 logger.go_on_with(self.folder.run_id)
+        start_time_limit_anew(trainer)
         checkpoint = newest_whole(self.folder.path, lambda line: _logger.warning("resume: %s", line))
         start = "with its unfinished phases" if self.command == "hedge" else f"from {checkpoint or 'its beginning'}"
         say(f"resume: run {self.folder.path.name} goes on {start}")
@@ -263,12 +301,12 @@ class Resumption:
         Args:
             config: What of today's config determines the outcome of training.
         """
-        today = plain({**config, _RELEASE: __version__})
+        today = plain({**config, _RELEASE: hedgelab.__version__})
         then = None if self.folder is None or not self._same_experiment else self.folder.about.get("outcome")
         self._outcome = then if isinstance(then, dict) else today
         if self._outcome == today:
             return config
-        return {key: value for key, value in self._outcome.items() if (key, value) != (_RELEASE, __version__)}
+        return {key: value for key, value in self._outcome.items() if (key, value) != (_RELEASE, hedgelab.__version__)}
 
     def begin(self, trainer: L.Trainer) -> None:
         """Note that a run of several fits has begun, in a folder of its own."""
@@ -281,54 +319,65 @@ class Resumption:
         self.folder.note(**self.facts(), outcome=self._outcome, run_id=tracker.run_id, finished=False)
 
     @rank_zero_only
-    def finish(self) -> None:
-        """Note that the run is over."""
+    def finish(self, cut: bool = False) -> None:
+        """Note that the run is over, or has been cut by ``max_time``, and goes on at the next ``--resume``."""
         folder = self.folder or (None if self._callback is None else self._callback.folder)
         if folder is not None:
-            folder.note(finished=True)
+            folder.note(finished=not cut, cut=cut)
             folder.release()
 
 
-def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a resolved config that tells experiments apart: not where they run, nor what they show on the way."""
-    kept = {key: value for key, value in config.items() if key not in _NO_MATTER}
-    if isinstance(kept.get("trainer"), dict):
-        kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in _NO_MATTER_OF_TRAINER}
-    if isinstance(kept.get("checkpoint"), dict):
-        kept["checkpoint"] = {key: value for key, value in kept["checkpoint"].items() if key != "dirpath"}
-    return kept
+def _same_code(then: Any, now: str) -> bool:
+    """Whether code is the same, or hedgelab's own, of any release: runs go on across releases."""
+    return then == now or (str(then).startswith("hedgelab ") and now.startswith("hedgelab "))
+
+
+def tracked(logger: Any) -> bool:
+    """Whether an :class:`MLflowTracker` is among the loggers of a config."""
+    return tracker_section(logger) is not None
+
+
+def tracker_section(logger: Any) -> Any:
+    """The section of the :class:`MLflowTracker` among the loggers of a config; None where there is none."""
+    sections = logger if isinstance(logger, list) else [logger]
+    return next(
+        (one for one in sections if hasattr(one, "get") and str(one.get("class_path")).endswith("MLflowTracker")), None
+    )
 
 
 def checkpoints_root(config: Mapping[str, Any]) -> Path:
-    """Where runs of a config keep their checkpoints."""
+    """Where runs of a config keep their checkpoints: beside the store, or below the trainer's folder where none is kept."""
     trainer, checkpoint = config.get("trainer") or {}, config.get("checkpoint") or {}
     if checkpoint.get("dirpath"):
         return Path(checkpoint["dirpath"])
-    logger = trainer.get("logger")
-    if logger is False:
+    section = tracker_section(trainer.get("logger"))
+    if section is None:
         return Path(trainer.get("default_root_dir") or Path.cwd()) / "runs" / "checkpoints"
-    arguments = logger.get("init_args", {}) if isinstance(logger, dict) else {}
-    return runs_dir(arguments.get("uri") or tracking_uri()) / "checkpoints"
+    return runs_dir((section.get("init_args") or {}).get("uri") or tracking_uri()) / "checkpoints"
 
 
-def named(root: Path, run_id: str) -> RunFolder:
-    """The run of an id, or of its first characters.
+def with_stored_config(words: list[str]) -> list[str]:
+    """The words of ``--resume=ID`` without a config file, over the config that the run of that id has left.
 
     Raises:
-        UserError: There is none, or there are several.
+        UserError: There is no such run, or it left none.
     """
-    found = [path.parent for path in root.glob("*/run.json") if path.parent.name.startswith(run_id)]
-    if len(found) != 1:
-        there = "no run" if not found else f"{len(found)} runs"
-        raise UserError(f"resume: {there} '{run_id}' in {root}; expected an id that `hedgelab runs` lists, or nothing")
-    return RunFolder(found[0])
+    wanted = dict(options_of(words)).get("resume")
+    if not wanted or wanted in ("true", "false") or config_files(words):
+        return words
+    folder = named(runs_dir(tracking_uri()) / "checkpoints", wanted)
+    config = folder.about.get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"resume: run {folder.path.name} has left no config; give it by --config")
+    write_atomically(folder.path / _STORED, lambda file: file.write(write_yaml(config).encode()))
+    return ["--config", str(folder.path / _STORED), *words]
 
 
 def bare_flag(words: list[str]) -> list[str]:
-    """The words with ``--resume`` alone written out, as a flag that may also have a value needs it."""
+    """The words with ``--resume`` or ``--retrain`` alone written out, as flags that may also have a value need it."""
     following = [*words, "--"][1:]
     return [
-        "--resume=true" if word == "--resume" and after.startswith("-") else word
+        f"{word}=true" if word in ("--resume", "--retrain") and after.startswith("-") else word
         for word, after in zip(words, following, strict=True)
     ]
 

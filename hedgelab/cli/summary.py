@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import lightning as L
 
+from hedgelab.protocols.training_phases import was_cut
+
 _FIRST = ("loss", "mse", "explained_variance", "l0", "dead_latents", "mcc")
 
 
@@ -12,7 +14,8 @@ def summary(trainer: L.Trainer) -> str:
     logger = trainer.logger
     run = f"run {logger.version}" if logger is not None else "untracked run"
     checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
-    lines = [f"{run}: {trainer.global_step} steps", *key_numbers(trainer)]
+    cut = f" of {trainer.max_steps}, cut by max_time; go on with --resume" if was_cut(trainer) else ""
+    lines = [f"{run}: {trainer.global_step} steps{cut}", *key_numbers(trainer)]
     if checkpoint:
         lines.append(f"checkpoint: {checkpoint}")
     if logger is not None:

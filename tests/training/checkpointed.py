@@ -14,7 +14,7 @@ from hedgelab.saes.io import save_sae
 from hedgelab.tracking import MLflowTracker, RunRecord
 from hedgelab.tracking.store import tracking_uri
 from hedgelab.training.checkpoints import RunCheckpoint, newest_whole
-from hedgelab.training.checkpoints.folder import runs_of
+from hedgelab.training.checkpoints.folder import known_runs
 
 STEPS, LONG, EVERY, CHUNK, LOG, VALIDATE = 72, 300, 4, 2, 6, 24
 
@@ -48,7 +48,7 @@ def settings(callback, steps=STEPS):
 def toy(folder, tracked=True):
     """One fit in a folder; goes on with what it finds there; leaves the weights in ``result/``."""
     root = Path(folder) / "runs" / "checkpoints"
-    found = next(iter(runs_of(root, "toy")), None)
+    found = next(iter(known_runs(root)), None)
     callback = RunCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=EVERY)
     callback.facts = lambda: {"identity": "toy"}
     tracker = MLflowTracker(run_name="toy", uri=tracking_uri()) if tracked else False

@@ -6,22 +6,33 @@ import pytest
 
 from hedgelab.errors import UserError
 from hedgelab.training.checkpoints import RunFolder
-from hedgelab.training.checkpoints.folder import identity, runs_of
+from hedgelab.training.checkpoints.folder import is_finished, known_runs
 
 
-def test_newest_run_of_the_same_experiment_comes_first(tmp_path):
-    same = identity("fit", {"model": {"k": 3}})
-    for name, wanted in (("a", same), ("b", "other"), ("c", same)):
-        RunFolder(tmp_path / name).note(identity=wanted, run_id=name)
+def test_newest_run_comes_first(tmp_path):
+    for name in "abc":
+        RunFolder(tmp_path / name).note(run_id=name)
         time.sleep(0.01)
-    assert [folder.run_id for folder in runs_of(tmp_path, same)] == ["c", "a"]
-    assert runs_of(tmp_path / "absent", same) == []
-    assert [folder.run_id for folder in runs_of(tmp_path / "b", "other")] == ["b"]
+    (tmp_path / "no run").mkdir()
+    assert [folder.run_id for folder in known_runs(tmp_path)] == ["c", "b", "a"]
+    assert known_runs(tmp_path / "absent") == []
+    assert [folder.run_id for folder in known_runs(tmp_path / "b")] == ["b"]
 
 
-def test_identity_tells_experiments_apart_whatever_the_order_of_keys():
-    assert identity("fit", {"a": 1, "b": 2}) == identity("fit", {"b": 2, "a": 1})
-    assert len({identity("fit", {"a": 1}), identity("fit", {"a": 2}), identity("hedge", {"a": 1})}) == 3
+@pytest.mark.parametrize(
+    ("about", "finished"),
+    [
+        ({"finished": True}, True),
+        ({"finished": True, "cut": False, "config": {"trainer": {"max_time": "00:01:00:00"}}}, True),
+        ({"finished": False, "cut": True}, False),
+        ({"finished": True, "config": {"trainer": {"max_time": None}}}, True),
+        ({"finished": True, "config": {"trainer": {"max_time": "00:01:00:00"}}}, False),  # 0.1.0 did not look
+    ],
+)
+def test_a_run_that_max_time_cut_has_not_finished(tmp_path, about, finished):
+    folder = RunFolder(tmp_path)
+    folder.note(**about)
+    assert is_finished(folder) is finished
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\x00"])

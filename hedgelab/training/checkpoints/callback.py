@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from hedgelab.errors import Stopped, UserError
@@ -77,8 +78,7 @@ class RunCheckpoint(ModelCheckpoint):
             self.folder = RunFolder(path)
             self.folder.claim()
         if self.facts is not None:
-            run_id = None if trainer.logger is None else trainer.logger.version
-            self.folder.note(**self.facts(), run_id=run_id, finished=False)
+            self.folder.note(**self.facts(), run_id=_run_id(trainer), finished=False)
 
     # -- when --------------------------------------------------------------------------------------
 
@@ -194,8 +194,21 @@ def _is_trial(trainer: L.Trainer) -> bool:
 
 
 def default_folder(trainer: L.Trainer) -> Path:
-    """Where a run's checkpoints go unless told otherwise: beside the store, in a folder named after the run."""
-    if trainer.logger is None:
+    """Where a run's checkpoints go unless told otherwise: beside the MLflow store, in a folder named after the run.
+
+    Without an :class:`~hedgelab.tracking.MLflowTracker`, whatever other loggers there are, below the trainer's folder.
+    """
+    tracker = _tracker(trainer)
+    if tracker is None:
         return Path(trainer.default_root_dir) / "runs" / "checkpoints" / untracked_name()
-    root = Path(trainer.logger.save_dir or trainer.default_root_dir)
-    return root / "checkpoints" / str(trainer.logger.version)
+    return Path(str(tracker.save_dir)) / "checkpoints" / str(tracker.version)
+
+
+def _tracker(trainer: L.Trainer) -> Logger | None:
+    """The logger whose runs can be gone on with."""
+    return next((logger for logger in trainer.loggers if hasattr(logger, "go_on_with")), None)
+
+
+def _run_id(trainer: L.Trainer) -> str | None:
+    tracker = _tracker(trainer)
+    return None if tracker is None else str(tracker.version)

@@ -13,7 +13,6 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +132,6 @@ def _acquire(lock: BaseFileLock, patience: float, path: Path) -> bool:
     return False
 
 
-def identity(command: str, config: Mapping[str, Any]) -> str:
-    """What makes two command lines the same experiment: a hash of the command and of the config that matters."""
-    text = json.dumps([command, config], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
 def untracked_name() -> str:
     """Name of the folder of a run that MLflow knows nothing about."""
     return f"untracked-{uuid.uuid4().hex[:12]}"
@@ -156,11 +149,21 @@ def known_runs(root: Path) -> list[RunFolder]:
     return [folder for _, folder in sorted(dated, key=lambda pair: pair[0], reverse=True)]
 
 
-def runs_of(root: Path, wanted: str) -> list[RunFolder]:
-    """Runs that came from the same experiment, newest first.
+def is_finished(folder: RunFolder) -> bool:
+    """Whether a run has reached its end; releases up to 0.1.0 took one that ``max_time`` had cut for finished."""
+    about = folder.about
+    trainer = (about.get("config") or {}).get("trainer") or {}
+    return folder.finished and ("cut" in about or trainer.get("max_time") is None)
 
-    Args:
-        root: Where checkpoints are kept: ``runs/checkpoints``, or one run's own folder.
-        wanted: The :func:`identity`.
+
+def named(root: Path, run_id: str) -> RunFolder:
+    """The run of an id, or of its first characters.
+
+    Raises:
+        UserError: There is none, or there are several.
     """
-    return [folder for folder in known_runs(root) if folder.about.get("identity") == wanted]
+    found = [path.parent for path in root.glob("*/run.json") if path.parent.name.startswith(run_id)]
+    if len(found) != 1:
+        there = "no run" if not found else f"{len(found)} runs"
+        raise UserError(f"resume: {there} '{run_id}' in {root}; expected an id that `hedgelab runs` lists, or nothing")
+    return RunFolder(found[0])

@@ -52,10 +52,12 @@ class Comparison(NamedTuple):
     Attributes:
         conflicts: What makes them different experiments.
         changed: Keys that nobody wrote, whose default was another when the run was begun.
+        other_code: Class paths whose code was another.
     """
 
     conflicts: list[Difference]
     changed: list[Difference]
+    other_code: Sequence[str] = ()
 
 
 def compare(
@@ -64,6 +66,7 @@ def compare(
     now: Mapping[str, Any],
     written_now: Sequence[str],
     is_default: Callable[[Key], bool],
+    counts: Callable[[Key], bool] = lambda key: True,
 ) -> Comparison:
     """Compare the config of a run with one of today.
 
@@ -76,11 +79,12 @@ def compare(
         now: Today's.
         written_now: What of it the user wrote.
         is_default: Whether a key that the user wrote today has its default value.
+        counts: Whether a key decides numbers; others may differ.
     """
     conflicts: list[Difference] = []
     changed: list[Difference] = []
     to_ask: list[Difference] = []
-    for found in differences(then, now):
+    for found in (one for one in differences(then, now) if counts(one.key)):
         wrote_then, wrote_now = _covers(written_then, found.name), _covers(written_now, found.name)
         if found.then is ABSENT:
             if wrote_now:
