@@ -50,6 +50,7 @@ _OF_THE_TRAINER = frozenset(
         "model_registry", "barebones",
     }
 )  # fmt: skip
+_READ_FROM = frozenset({"model", "data"})  # what paths elsewhere name may be written to
 _ONLY_WATCH = frozenset(
     {
         "Timer", "ModelCheckpoint", "OnExceptionCheckpoint", "LearningRateMonitor", "DeviceStatsMonitor", "ModelSummary",
@@ -208,7 +209,8 @@ class _Walk:
     def _note_input(self, value: Any, key: tuple[str, ...], name_input: Callable[[Any], Any] | None) -> None:
         """Remember the content of what a value names: told by the class, or seen by a path that is there."""
         found = value if name_input is None else name_input(value)
-        if name_input is None and not (isinstance(value, str) and _looks_like_a_path(value)):
+        seen = key[0] in _READ_FROM and isinstance(value, str) and _looks_like_a_path(value)
+        if name_input is None and not seen:
             return
         if isinstance(found, (str, Path)) and _exists(found):
             self.inputs[".".join(key)] = content_of(Path(found))

@@ -260,7 +260,7 @@ def fit_group(
         group = GroupCheckpoints(checkpoints_root(next(iter(trackers.values()))), ids, lone)
         for name, run_id in group.runs.items():
             trackers[name].go_on_with(run_id)
-    records: list[L.Callback] = [MemberRecord(None if lone else keys[name], one) for name, one in trackers.items()]
+    records: list[L.Callback] = [MemberRecord("" if lone else keys[name], one) for name, one in trackers.items()]
     made = trainer(list(trackers.values()), [_ReachesTheEnd(), *records], checkpoints=group is not None)
     begin()
     checkpoint = None

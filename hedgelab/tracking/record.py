@@ -204,13 +204,13 @@ class MemberRecord(RunRecord):
     """Records one member of an :class:`~hedgelab.saes.SAEGroup` in a run of its own, without figures: groups are large.
 
     Args:
-        member: Name of the member; None where the SAE is trained by itself.
+        member: Name of the member; empty where the SAE is trained by itself.
         tracker: Its run.
     """
 
     draws_figures = False
 
-    def __init__(self, member: str | None, tracker: MLflowTracker) -> None:
+    def __init__(self, member: str, tracker: MLflowTracker) -> None:
         super().__init__()
         self.member, self.own_tracker = member, tracker
 
@@ -225,7 +225,7 @@ class MemberRecord(RunRecord):
 
     def sae_of(self, module: Any) -> Any:
         """The member."""
-        return module if self.member is None else module.members[self.member]
+        return module.members[self.member] if self.member else module
 
 
 def _datamodule(trainer: L.Trainer) -> Any:
