@@ -20,7 +20,7 @@ import hedgelab.data.llm
 import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
-from hedgelab.cli.errors import one_line, root_cause, user_error
+from hedgelab.cli.errors import root_cause, user_error
 from hedgelab.cli.resume import Resumption, bare_flag, with_slurm_left_alone, with_stored_config
 from hedgelab.cli.summary import summary
 from hedgelab.config.explain import explain_construction, explain_parsing, resolve, top_level

@@ -9,14 +9,13 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from hedgelab.cli.errors import one_line
 from hedgelab.config.folders import check_folders, names_folder
 from hedgelab.config.names import suggest
 from hedgelab.config.plain_yaml import read_value
 from hedgelab.config.signatures import Parameter
 from hedgelab.config.tree import Tree, compose, config_files, load, options_of, overlay, overlay_value
 from hedgelab.config.walk import Walk, show
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 from hedgelab.protocols.sweep_axes import SEED, Cell, Line, axis_keys, expand
 from hedgelab.protocols.sweep_executors import Executor, InProcess
 

@@ -7,9 +7,8 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hedgelab.cli.errors import one_line
 from hedgelab.cli.sweep_cells import HedgeCell, ParsedCell, Unit, parse_cell
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 from hedgelab.identity import SCHEME
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.protocols.group_checkpoints import GroupCheckpoints
