@@ -160,6 +160,9 @@ class Resumption:
                 "again)"
             )
             raise SystemExit(0)
+        if self._goes_further(folder):
+            then, now = (at(one, ("trainer", "max_steps")) for one in (folder.about["config"], self._config))
+            say(f"resume: run {folder.path.name} was begun with trainer.max_steps={then}; now it is {now}")
         for path in found.other_code:
             say(f"resume: run {folder.path.name} was begun with other code of {path}; it goes on with today's")
         self._take_over(folder, found.changed)
