@@ -119,5 +119,5 @@ def test_a_run_that_was_deleted_in_the_ui_is_one_line(config, capsys):
     capsys.readouterr()
     assert main(["fit", "--config=tiny.yaml", *QUIET, "--resume"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"hedgelab: trainer.logger: run {name} is deleted in sqlite:///")
+    assert line.startswith(f"hedgelab: trainer.logger.run_id: run '{name}' is deleted in sqlite:///")
     assert "restore it there" in line
