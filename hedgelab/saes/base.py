@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.saes.fold import FoldedWeights, fold
+from hedgelab.saes.io import CLASSES, class_name, init_arguments, load_checkpoint, save_sae
 from hedgelab.saes.losses import LossTerms
 from hedgelab.training.sharding import full_tensor
 from hedgelab.training.shell import TrainingShell
@@ -62,9 +63,7 @@ class SAE(TrainingShell, ABC):
     W_dec: Tensor
     b_dec: Tensor
 
-    not_architecture: ClassVar[frozenset[str]] = frozenset(
-        {"self", "init", "optimizer", "lr_scheduler", "gradient_clip_norm", "kwargs"}
-    )
+    not_architecture: ClassVar[frozenset[str]] = frozenset({"init", "optimizer", "lr_scheduler", "gradient_clip_norm"})
 
     full_precision: ClassVar[tuple[str, ...]] = ()
     """Parameters that stay in at least single precision, as buffers do: their steps are too small for a narrower type."""
@@ -152,9 +151,48 @@ class SAE(TrainingShell, ABC):
         """Class name and architecture arguments as plain JSON values; :func:`hedgelab.saes.load_sae` reads it back.
 
         By convention every architecture argument of ``__init__`` is kept in an attribute of the same name.
+
+        Raises:
+            UserError: One is not.
         """
-        arguments = {name: _plain(getattr(self, name)) for name in init_parameters(type(self)) - self.not_architecture}
-        return {"class": type(self).__name__, **dict(sorted(arguments.items()))}
+        names = sorted(init_arguments(type(self)).keys() - self.not_architecture)
+        if missing := [name for name in names if not hasattr(self, name)]:
+            raise UserError(f"{type(self).__name__}: keeps its argument {missing[0]} in no attribute of that name")
+        return {"class": class_name(type(self)), **{name: _plain(getattr(self, name)) for name in names}}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the SAE into a folder, as :func:`hedgelab.saes.save_sae` does; :func:`hedgelab.saes.load_sae` reads it back."""
+        save_sae(self, folder)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, strict: bool | None = None, **kwargs: Any
+    ) -> Self:
+        """The SAE of a training checkpoint, of this class or one that inherits from it.
+
+        Args:
+            checkpoint_path: The checkpoint, of one SAE.
+            map_location: The device to put it on; None for the CPU.
+            strict: Whether weights that are missing or too many are an error; None for yes.
+            **kwargs: Arguments of ``__init__`` besides, or instead of, what the checkpoint says.
+
+        Raises:
+            UserError: It is of several SAEs or of another class, or does not say of which and ``kwargs`` do not either.
+        """
+        sae = load_checkpoint(checkpoint_path, cls, strict is not False, kwargs)
+        return cast(Self, sae if map_location is None else sae.to(map_location))
+
+    def __repr__(self) -> str:
+        arguments = {name: p for name, p in init_arguments(type(self)).items() if name not in self.not_architecture}
+        values = {
+            name: getattr(self, name) for name, p in arguments.items() if getattr(self, name, p.default) != p.default
+        }
+        sizes = {"d_in": self.d_in, "d_sae": self.d_sae}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in (sizes | values).items())})"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        CLASSES[class_name(cls)] = cls
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
         """Move or convert all tensors, but for what accumulates: that never becomes narrower than single precision."""
@@ -166,19 +204,6 @@ class SAE(TrainingShell, ABC):
             if value.itemsize < 4:
                 value.data = before.to(value.device, torch.float32)
         return self
-
-
-def init_parameters(cls: type) -> set[str]:
-    """Names of all ``__init__`` arguments of a class, those it passes on to its parents through ``**kwargs`` included."""
-    names: set[str] = set()
-    for parent in cls.__mro__:
-        if "__init__" not in vars(parent):
-            continue
-        parameters = inspect.signature(vars(parent)["__init__"]).parameters.values()
-        names |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-            break
-    return names
 
 
 def _plain(value: Any) -> Any:

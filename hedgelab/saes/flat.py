@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class FlatSAE(SAE):
         self.d_sae = d_sae = whole_number("model.d_sae", d_sae)
         self.init = init
         self.normalize_decoder = normalize_decoder
+        if getattr(optimizer, "__qualname__", "") == "FlatSAE.<lambda>":  # the default, as what can be pickled
+            optimizer = partial(Adam, lr=3e-4)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.gradient_clip_norm = gradient_clip_norm

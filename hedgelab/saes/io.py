@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,10 +16,44 @@ from safetensors.torch import load_file, save_file
 
 from hedgelab import __version__
 from hedgelab.errors import UserError
-from hedgelab.saes.base import SAE, init_parameters
 from hedgelab.training.sharding import full_tensor, is_split
+from hedgelab.training.shell import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from hedgelab.saes.base import SAE
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
+CLASSES: dict[str, type[SAE]] = {}
+"""Every SAE class that is imported, by the name that files give it. Loading an SAE never imports anything."""
+
+
+def class_name(cls: type) -> str:
+    """What files call a class: its name for those of hedgelab, its full path for others."""
+    return cls.__name__ if cls.__module__.startswith("hedgelab.") else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def find_class(name: Any, cls: type[SAE] | None = None) -> type[SAE]:
+    """The SAE class of a name.
+
+    Args:
+        name: What a file says.
+        cls: A class that it must be or inherit from; used itself where the name is that of no imported class.
+
+    Raises:
+        UserError: No such class is imported, or it is no ``cls``.
+    """
+    found = CLASSES.get(name) if isinstance(name, str) else None
+    if found is None and cls is not None and not inspect.isabstract(cls):
+        return cls
+    if found is None:
+        if isinstance(name, str) and "." in name:
+            raise UserError(
+                f"sae.json: class: {name!r} is not imported; import it first, or give it: load_sae(folder, cls=…)"
+            )
+        raise UserError(f"sae.json: class: must be an SAE of hedgelab or an imported class of your own, got {name!r}")
+    if cls is not None and not issubclass(found, cls):
+        raise UserError(f"sae.json: class: the SAE is a {name}, not a {class_name(cls)}")
+    return found
 
 
 def save_sae(sae: SAE, folder: str | Path) -> None:
@@ -35,11 +70,15 @@ def save_sae(sae: SAE, folder: str | Path) -> None:
     (folder / CONFIG).write_text(json.dumps({"hedgelab": __version__, **sae.config()}, indent=2) + "\n")
 
 
-def load_sae(folder: str | Path) -> SAE:
+def load_sae(folder: str | Path, cls: type[SAE] | None = None) -> SAE:
     """Read an SAE back, ready to measure or to train on.
 
+    Args:
+        folder: What :func:`save_sae` wrote.
+        cls: The class of the SAE, or one that it inherits from; needed for a class of one's own that is not imported yet.
+
     Raises:
-        UserError: A file is missing or damaged, or names an SAE that hedgelab does not have.
+        UserError: A file is missing or damaged, or names a class that is not imported.
     """
     folder = Path(folder)
     for name in (WEIGHTS, CONFIG):
@@ -54,7 +93,7 @@ def load_sae(folder: str | Path) -> SAE:
         raise UserError(f"{folder / CONFIG}: damaged SAE (expected a mapping, got a {type(config).__name__})")
     config.pop("hedgelab", None)
     _check_size(config, tensors, folder)
-    sae = build_sae(config).to(torch.promote_types(_weights_type(tensors), torch.float32))
+    sae = build_sae(config, cls).to(torch.promote_types(_weights_type(tensors), torch.float32))
     try:
         problems = sae.load_state_dict(tensors, strict=False)
     except RuntimeError as error:  # shapes that differ
@@ -69,26 +108,71 @@ def load_sae(folder: str | Path) -> SAE:
     return sae
 
 
-def build_sae(config: dict[str, Any]) -> SAE:
-    """An SAE of the architecture that :meth:`SAE.config` described, with fresh weights."""
-    import hedgelab.saes as saes
+def load_checkpoint(path: str | Path, cls: type[SAE], strict: bool, given: Mapping[str, Any]) -> SAE:
+    """The SAE of a training checkpoint.
 
+    Args:
+        path: The checkpoint.
+        cls: The class that it must be or inherit from.
+        strict: Whether weights that are missing or too many are an error.
+        given: Arguments of ``__init__`` besides, or instead of, what the checkpoint says.
+
+    Raises:
+        UserError: It is of several SAEs or of another class, or does not say what it is of and ``given`` does not either.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    configs = checkpoint.get(ARCHITECTURES, {"": {}})
+    if "" not in configs:
+        raise UserError(f"{path}: holds several SAEs ({', '.join(configs)}); load them from the folders of their runs")
+    config = {key: value for key, value in configs[""].items() if key not in given}
+    if not config and inspect.isabstract(cls):
+        raise UserError(
+            f"{path}: does not say which SAE it holds; call load_from_checkpoint of its class, with its arguments"
+        )
+    sae = build_sae(config, cls, **given).to(_weights_type(checkpoint["state_dict"]))
+    sae.load_state_dict(checkpoint["state_dict"], strict=strict)
+    sae.initialized = True
+    return sae
+
+
+def build_sae(config: dict[str, Any], cls: type[SAE] | None = None, **training: Any) -> SAE:
+    """An SAE of the architecture that :meth:`SAE.config` described, with fresh weights.
+
+    Args:
+        config: The description.
+        cls: See :func:`find_class`.
+        training: Arguments that are no architecture, such as the optimiser.
+
+    Raises:
+        UserError: There is no such class, or it cannot be made from these arguments.
+    """
     arguments = dict(config)
     name = arguments.pop("class", None)
-    cls = getattr(saes, name, None) if isinstance(name, str) and name in saes.__all__ else None
-    if not (isinstance(cls, type) and issubclass(cls, SAE)):
-        raise UserError(f"sae.json: class: must be an SAE of hedgelab, got {name!r}")
-    if unknown := arguments.keys() - (init_parameters(cls) - cls.not_architecture):
+    cls = find_class(name, cls)
+    if unknown := arguments.keys() - (init_arguments(cls).keys() - cls.not_architecture):
         raise UserError(f"sae.json: {min(unknown)!r}: unknown key of {name}")
     if isinstance(arguments.get("inner"), dict):
         inner = arguments["inner"]
         arguments["inner"] = functools.partial(_build_inner, inner)
     try:
-        return cls(**arguments)
+        return cls(**arguments, **training)
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"sae.json: cannot be made into a {name} ({' '.join(str(error).split())})") from error
+
+
+def init_arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """All ``__init__`` arguments of a class, those it passes on to its parents through ``**kwargs`` included, by name."""
+    found: dict[str, inspect.Parameter] = {}
+    for parent in cls.__mro__:
+        if "__init__" not in vars(parent):
+            continue
+        parameters = inspect.signature(vars(parent)["__init__"]).parameters.values()
+        found = {p.name: p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"} | found
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 def _check_size(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -102,7 +186,7 @@ def _check_size(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder
     found = next((tuple(value.shape) for name, value in tensors.items() if name.rpartition(".")[2] == "W_dec"), None)
     if found is None:
         raise UserError(f"{folder / WEIGHTS}: holds no W_dec; expected the weights of an SAE")
-    if said != found:
+    if any(a not in (None, b) for a, b in zip(said, found, strict=False)) or len(found) != 2:
         raise UserError(f"{folder / CONFIG}: d_sae and d_in are {said}, but W_dec in {WEIGHTS} is {found}")
 
 

@@ -34,7 +34,7 @@ class MatryoshkaSAE(SAE):
 
     Args:
         d_in: Width of the activations (linked from the data).
-        inner: The SAE inside, with its width, activation, penalty, initialisation and optimiser.
+        inner: The SAE inside, or what makes it from ``d_in``: its width, activation, penalty, initialisation and optimiser.
         levels: Sizes of the nested prefixes, rising; the last is the inner SAE's ``d_sae``.
         beta: Factor from each level's weight to the next inner one's.
         detached: Inner levels feel no gradient from outer ones (the limit of a large β); each level then pays the penalty of
@@ -69,7 +69,9 @@ class MatryoshkaSAE(SAE):
         adaptive: bool = False,
     ) -> None:
         super().__init__()
-        self.inner = inner(d_in)
+        self.inner = inner if isinstance(inner, FlatSAE) else inner(d_in)
+        if self.inner.d_in != d_in:
+            raise UserError(f"model.inner: has d_in = {self.inner.d_in}, the activations {d_in}")
         self.d_in = d_in
         self.d_sae = self.inner.d_sae
         levels = [whole_number("model.levels", level) for level in levels]
