@@ -18,12 +18,13 @@ a run whose parts have SAEs (a sweep), or the config file of a sweep, which is t
   --suite    {suites}, all (the default), or saebench; or a class path
   --config   labelled text and settings of the suites, such as configs/llm/evaluate_brown.yaml
   --x        what several SAEs are drawn against: a parameter in which they differ; by itself the first numeric one
+  --class    class of the SAE in a folder, where it is one of your own: my_package.MySAE
   --data.*   what the SAE reads, where it does not say itself or you say otherwise, such as --data.cache_dir or --data.layer
 
 A suite that was run on an SAE before with the same settings is not run again. Activations are kept under the data's cache_dir.
 The field advises against tpp and scr (arXiv 2605.18229: both disagree with the truth on synthetic SAEs); probing is sounder.
 """
-_OWN = ("data", "x", "suite", "suites")
+_OWN = ("data", "x", "class", "suite", "suites")
 
 
 def run(command: str, words: list[str]) -> int:
@@ -52,7 +53,7 @@ def run(command: str, words: list[str]) -> int:
         (key, f"--{key}" if value is None else f"--{key}={value}") for key, value in options_of(words[len(named) :])
     ]
     tree = compose([text for _, text in pairs])
-    data, x, suite, suites = (tree.pop(key, None) for key in _OWN)
+    data, x, class_path, suite, suites = (tree.pop(key, None) for key in _OWN)
     names = str(suite).split(",") if suite is not None else [str(one) for one in suites or ["all"]]
     if names == ["saebench"]:
         return _saebench(named)
@@ -63,7 +64,7 @@ def run(command: str, words: list[str]) -> int:
     known = {"config", *_OWN, *option_parser(suite_classes(names))[1]}
     others = [(key.split(".")[0], text) for key, text in pairs if key.split(".")[0] not in known]
     tree = {key: value for key, value in tree.items() if key not in dict(others)}
-    evaluation = Evaluate(named, names, tree, data, None if x is None else str(x))
+    evaluation = Evaluate(named, names, tree, data, None if x is None else str(x), class_path)
     of_sweeps = [word for word in named if Path(word).suffix in (".yaml", ".yml")]
     if others and not of_sweeps:
         raise UserError(f"evaluate: unknown option {others[0][1]}; {suggest(others[0][0], known)}")

@@ -36,6 +36,9 @@ def _export(words: list[str]) -> int:
         default="transformers",
         help="whose name of the hook goes into the metadata; TransformerLens knows fewer models",
     )
+    parser.add_argument(
+        "--class", dest="class_path", metavar="PATH", help="class of the SAE in a folder, where it is one of your own"
+    )
     parser.add_argument("--push", metavar="USER/REPO", help="upload to the Hugging Face hub as well")
     options = parser.parse(words)
     folder = _empty_folder(options.to)
@@ -43,11 +46,11 @@ def _export(words: list[str]) -> int:
     from hedgelab.data.source import ActivationSource
     from hedgelab.interop.hub import push
     from hedgelab.interop.saelens import WRITTEN_FOR, export_saelens
-    from hedgelab.saes import load_sae, save_sae
+    from hedgelab.saes import save_sae
     from hedgelab.tracking.runs import resolve_sae
 
     found = resolve_sae(options.run)
-    sae, source = load_sae(found.folder), ActivationSource.load(found.folder)
+    sae, source = found.load(options.class_path), ActivationSource.load(found.folder)
     origin = f"run {found.run.run_id} ({found.run.name})" if found.run else str(found.folder)
     if options.format == "hedgelab":
         save_sae(sae, folder)

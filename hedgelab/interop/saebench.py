@@ -21,7 +21,6 @@ from hedgelab.data.llm.hub import hub_problem
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.interop.saelens import export_saelens
-from hedgelab.saes import load_sae
 from hedgelab.tracking.runs import FoundSAE
 from hedgelab.tracking.store import ensure_store
 
@@ -53,7 +52,7 @@ def run_saebench(found: Sequence[FoundSAE], say: Callable[[str], None]) -> int:
         pairs = []
         for number, (one, source) in enumerate(zip(found, sources, strict=True)):
             target = Path(folder) / f"sae{number}"
-            export_saelens(load_sae(one.folder), target, source, "transformer_lens")
+            export_saelens(one.load(), target, source, "transformer_lens")
             pairs.append(f"sae{number}={target}")
         results = Path(folder) / "results"
         command = [python, str(_WORKER), models[0].rsplit("/", 1)[-1], ",".join(EVALUATIONS), str(results), *pairs]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
+    from hedgelab.saes import SAE
+
 _HAS_SAE = "tags.weights_sha256 LIKE '%'"
 _SAE_FILE = "sae.json"
 _PARENT = "mlflow.parentRunId"
@@ -69,6 +71,23 @@ class FoundSAE(NamedTuple):
 
     folder: Path
     run: RunSummary | None
+
+    def load(self, class_path: str | None = None) -> SAE:
+        """The SAE, ready to measure; a class of the user's own is imported first.
+
+        Args:
+            class_path: Where its class is; None takes what the config of its run said.
+
+        Raises:
+            UserError: ``class_path`` leads to no class, or the folder is damaged.
+        """
+        from hedgelab.identity import imported
+        from hedgelab.saes import load_sae
+
+        said = class_path or ("" if self.run is None else self.run.params.get("model.class_path", ""))
+        if said and imported(said) is None and class_path is not None:
+            raise UserError(f"--class: cannot import {class_path!r}; expected package.module.Class, on PYTHONPATH")
+        return load_sae(self.folder).eval()
 
 
 def resolve_run(word: str, with_sae: bool = False, uri: str | None = None) -> RunSummary:

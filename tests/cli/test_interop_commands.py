@@ -1,7 +1,6 @@
 """``hedgelab export`` and ``hedgelab import``, and training that goes on from an imported SAE."""
 
-import sys
-from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -75,40 +74,38 @@ def test_initial_weights_are_those_on_disk(folder):
 def test_the_hub_out_of_reach(folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace())
+    pytest.importorskip("huggingface_hub", reason="needs hedgelab[llm]")
     assert main(["export", str(folder), "--to", "out", "--push", "me/mine"]) == 2
     assert "http://127.0.0.1:9 cannot be reached" in capsys.readouterr().err
     assert main(["import", "you/yours", "--to", "in"]) == 2
     assert "cannot be reached" in capsys.readouterr().err
 
 
-def test_push_uploads_folder_and_card(folder, monkeypatch, capsys):
-    calls = []
-
-    class Api:
-        def __getattr__(self, name):
-            return lambda *args, **options: calls.append((name, args, options))
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=Api))
+@pytest.fixture
+def hub(monkeypatch):
+    """The real client, which takes only what its methods take, and sends nothing."""
+    client = pytest.importorskip("huggingface_hub", reason="needs hedgelab[llm]")
+    monkeypatch.setattr(client, "HfApi", create_autospec(client.HfApi))
+    monkeypatch.setattr(client, "snapshot_download", create_autospec(client.snapshot_download))
     monkeypatch.setattr("hedgelab.interop.hub.hub_problem", lambda: None)
+    return client
+
+
+def test_push_uploads_folder_and_card(folder, hub, capsys):
     assert main(["export", str(folder), "--to", "out", "--push", "me/mine"]) == 0
     assert "uploaded: https://huggingface.co/me/mine" in capsys.readouterr().out
-    assert [name for name, _, _ in calls] == ["create_repo", "upload_folder", "upload_file"]
-    assert calls[1][2]["path_in_repo"] == "out"
-    assert b'from_pretrained("me/mine", "out")' in calls[2][2]["path_or_fileobj"]
+    api = hub.HfApi.return_value
+    api.create_repo.assert_called_once_with("me/mine", exist_ok=True)
+    assert api.upload_folder.call_args.kwargs["path_in_repo"] == "out"
+    card = api.upload_file.call_args.kwargs["path_or_fileobj"]
+    assert b'from_pretrained("me/mine", "out")' in card
 
 
-def test_fetch_takes_a_folder_of_a_repository(folder, monkeypatch, tmp_path):
-    asked = {}
-
-    def snapshot_download(repository, allow_patterns):
-        asked.update(repository=repository, patterns=allow_patterns)
-        export_saelens(load_sae(folder), tmp_path / "hub" / "layer_5" / "width_3")
-        return str(tmp_path / "hub")
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
-    monkeypatch.setattr("hedgelab.interop.hub.hub_problem", lambda: None)
+def test_fetch_takes_a_folder_of_a_repository(folder, hub, tmp_path):
+    export_saelens(load_sae(folder), tmp_path / "hub" / "layer_5" / "width_3")
+    hub.snapshot_download.return_value = str(tmp_path / "hub")
     assert main(["import", "you/yours/layer_5/width_3", "--to", "in"]) == 0
-    assert asked["repository"] == "you/yours"
-    assert asked["patterns"][0] == "layer_5/width_3/*.json"
+    asked = hub.snapshot_download.call_args
+    assert asked.args == ("you/yours",)
+    assert asked.kwargs["allow_patterns"][0] == "layer_5/width_3/*.json"
     assert same_weights(load_sae("in"), load_sae(folder))

@@ -1,7 +1,10 @@
 """The adapter to SAEBench, with a package of the same calls in its place: hand-over, results, one clear line otherwise."""
 
+import ast
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,20 +16,33 @@ from hedgelab.saes import TopKSAE, VanillaSAE, save_sae
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.runs import resolve_run, resolve_sae
 
+from .conftest import peer_python
+
 _EVALUATION = """
-import json, os
+import dataclasses, json, os
+@dataclasses.dataclass
 class {config}:
-    def __init__(self, **settings):
-        self.settings = settings
-def run_eval(config, saes, device, output, force, **more):
+    model_name: str
+    llm_batch_size: int
+    llm_dtype: str
+    {more}
+def run_eval(config, selected_saes, device, output_path, force_rerun=False, {flags}):
     name = {name}
-    folder = os.path.join(output, name) if name in ("scr", "tpp") else output
+    folder = os.path.join(output_path, name) if name in ("scr", "tpp") else output_path
     os.makedirs(folder, exist_ok=True)
-    for label, sae in saes:
+    for label, sae in selected_saes:
         path = os.path.join(folder, label + "_custom_sae_eval_results.json")
-        scores = {{"score": float(sae.d_sae), "none": -1, "model": config.settings["model_name"]}}
+        scores = {{"score": float(sae.d_sae), "none": -1, "model": config.model_name}}
         json.dump({{"eval_type_id": name, "eval_result_metrics": {{"mean": scores}}}}, open(path, "w"))
 """
+_FLAGS = "clean_up_activations=False, save_activations=True"
+_STANDINS = {
+    "absorption": ("AbsorptionEvalConfig", "'absorption'", "", ""),
+    "sparse_probing": ("SparseProbingEvalConfig", "'sparse_probing'", "", _FLAGS),
+    "scr_and_tpp": (
+        "ScrAndTppEvalConfig", "'scr' if config.perform_scr else 'tpp'", "perform_scr: bool = True", _FLAGS
+    ),
+}  # fmt: skip
 _SAE_LENS = """
 import json, os
 class SAE:
@@ -46,14 +62,10 @@ class SAE:
 def package(tmp_path, monkeypatch):
     """A folder with packages that are called as sae_bench and sae_lens are."""
     root = tmp_path / "site"
-    for module, config, name in (
-        ("absorption", "AbsorptionEvalConfig", "'absorption'"),
-        ("sparse_probing", "SparseProbingEvalConfig", "'sparse_probing'"),
-        ("scr_and_tpp", "ScrAndTppEvalConfig", "'scr' if config.settings['perform_scr'] else 'tpp'"),
-    ):
+    for module, (config, name, more, flags) in _STANDINS.items():
         folder = root / "sae_bench" / "evals" / module
         folder.mkdir(parents=True)
-        (folder / "main.py").write_text(_EVALUATION.format(config=config, name=name))
+        (folder / "main.py").write_text(_EVALUATION.format(config=config, name=name, more=more, flags=flags))
     for name, text in (("sae_lens", _SAE_LENS), ("transformer_lens", "")):
         (root / name).mkdir()
         (root / name / "__init__.py").write_text(text)
@@ -116,6 +128,32 @@ def test_what_is_missing_is_one_line(package, run, monkeypatch):
     monkeypatch.setenv(saebench.PYTHON, "no-such-python")
     with pytest.raises(UserError, match="SAEBENCH_PYTHON: cannot run no-such-python"):
         saebench.run_saebench(found, print)
+
+
+@pytest.mark.slow
+def test_the_real_package_has_what_the_one_in_its_place_has():
+    """By its source alone: to import it takes another NumPy."""
+    python = peer_python()
+    where = "import importlib.util as u; s = u.find_spec('sae_bench'); print(s.origin if s else '')"
+    found = python and subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
+    if not found:
+        pytest.skip("sae-bench is not installed; set HEDGELAB_PEER_PYTHON to an interpreter that has its files")
+    for module, (config, name, more, flags) in _STANDINS.items():
+        folder = Path(found).parent / "evals" / module
+        ours = ast.parse(_EVALUATION.format(config=config, name=name, more=more, flags=flags))
+        theirs = ast.parse((folder / "main.py").read_text())
+        assert arguments(ours, "run_eval") <= arguments(theirs, "run_eval")
+        assert fields(ours, config) <= fields(ast.parse((folder / "eval_config.py").read_text()), config)
+
+
+def arguments(tree, name):
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return {one.arg for one in function.args.args}
+
+
+def fields(tree, name):
+    (found,) = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name)
+    return {node.target.id for node in found.body if isinstance(node, ast.AnnAssign)}
 
 
 def test_only_measured_scores_are_read(tmp_path):

@@ -37,6 +37,7 @@ class Evaluate(Study):
         options: Options of the suites, by key.
         data: What replaces parts of the SAEs' own section ``data``.
         x: What several SAEs are drawn against: a parameter in which they differ; None is the first numeric one.
+        class_path: Class of SAEs in folders, where it is one of the user's own.
 
     Raises:
         UserError: A wrong key or value.
@@ -51,14 +52,15 @@ class Evaluate(Study):
         options: Tree | None = None,
         data: Tree | None = None,
         x: str | None = None,
+        class_path: str | None = None,
     ) -> None:
         self.suites = make_suites(options or {}, suite_classes(wanted))
         names_of(self.suites, wanted)  # a name that is none shows before anything is read
-        self.saes, self.wanted, self.data, self.x = saes, wanted, data or {}, x
+        self.saes, self.wanted, self.data, self.x, self.class_path = saes, wanted, data or {}, x, class_path
 
     def run(self, bench: Bench) -> Outcome:
         """Find the SAEs, score them, and put several side by side."""
-        found = [find(word) for word in self.saes]
+        found = [find(word, self.class_path) for word in self.saes]
         subjects = distinct([one for some, _ in found for one in some])
         results: dict[str, dict[str, float]] = {subject.name: {} for subject in subjects}
         for tree, members in self._groups(subjects):

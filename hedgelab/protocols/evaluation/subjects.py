@@ -19,10 +19,10 @@ from hedgelab.data.llm import LLMDataModule
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding
-from hedgelab.saes import SAE, load_sae
+from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.params import flatten
-from hedgelab.tracking.runs import RunSummary, artifact, children_with_sae, resolve_run, resolve_sae
+from hedgelab.tracking.runs import FoundSAE, RunSummary, artifact, children_with_sae, resolve_run, resolve_sae
 
 TAG = "evaluated"
 _SAYS_WHAT_IT_READS = ("model", "layer", "hook", "normalisation")
@@ -35,14 +35,15 @@ class Subject:
         name: What it is called, different from all others.
         folder: Where it lies.
         run: Its run; None for a folder, which gets a run when there are scores to put into it.
+        class_path: Its class, where it is one of the user's own and no run says so.
 
     Attributes:
         source: What is known of its activations; None for nothing.
         config: The resolved config of its run; empty where there is none.
     """
 
-    def __init__(self, name: str, folder: Path, run: RunSummary | None) -> None:
-        self.name, self.folder, self.run = name, folder, run
+    def __init__(self, name: str, folder: Path, run: RunSummary | None, class_path: str | None = None) -> None:
+        self.name, self.folder, self.run, self._class_path = name, folder, run, class_path
         self.source = ActivationSource.load(folder)
         self.config: Tree = {}
         if run is not None:
@@ -52,7 +53,7 @@ class Subject:
     @cached_property
     def sae(self) -> SAE:
         """The SAE, ready to measure."""
-        return load_sae(self.folder).eval()
+        return FoundSAE(self.folder, self.run).load(self._class_path)
 
     @cached_property
     def run_id(self) -> str:
@@ -141,14 +142,18 @@ def say(line: str) -> None:
     tqdm.write(f"evaluate: {line}")
 
 
-def find(word: str) -> tuple[list[Subject], RunSummary | None]:
+def find(word: str, class_path: str | None = None) -> tuple[list[Subject], RunSummary | None]:
     """The SAEs that a word means, and the run above them if there is one.
+
+    Args:
+        word: A run, a run whose parts have SAEs, or a folder with an SAE.
+        class_path: Class of an SAE in a folder, where it is one of the user's own.
 
     Raises:
         UserError: It means none.
     """
     if Path(word).is_dir():
-        return [Subject(word, resolve_sae(word).folder, None)], None
+        return [Subject(word, resolve_sae(word).folder, None, class_path)], None
     run = resolve_run(word)
     if "weights_sha256" in run.tags:
         return [_of_run(run)], None
