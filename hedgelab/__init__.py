@@ -1,3 +1,51 @@
-"""hedgelab: find, measure and fix feature hedging in sparse autoencoders."""
+"""hedgelab: find, measure and fix feature hedging in sparse autoencoders.
+
+``import hedgelab as hl`` costs nothing: each name below is imported when it is first asked for.
+
+- SAEs: ``VanillaSAE``, ``TopKSAE``, ``BatchTopKSAE``, ``JumpReLUSAE``, ``MatryoshkaSAE``; ``load`` reads a saved one.
+- Data: ``ToyDataModule``, ``LLMDataModule``, ``TensorActivations``, ``DatasetActivations``; each gives ``Batch`` values.
+- Measures: ``hedging``, ``residual_hedging``, ``hedging_degree``, ``explained_variance``, ``l0``, ``mcc``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hedgelab.batch import Batch as Batch
+    from hedgelab.data.llm import LLMDataModule as LLMDataModule
+    from hedgelab.data.tensors import DatasetActivations as DatasetActivations
+    from hedgelab.data.tensors import TensorActivations as TensorActivations
+    from hedgelab.data.toy import ToyDataModule as ToyDataModule
+    from hedgelab.errors import UserError as UserError
+    from hedgelab.saes import SAE as SAE
+    from hedgelab.saes import BatchTopKSAE as BatchTopKSAE
+    from hedgelab.saes import JumpReLUSAE as JumpReLUSAE
+    from hedgelab.saes import MatryoshkaSAE as MatryoshkaSAE
+    from hedgelab.saes import SAEGroup as SAEGroup
+    from hedgelab.saes import TopKSAE as TopKSAE
+    from hedgelab.saes import VanillaSAE as VanillaSAE
+    from hedgelab.saes import load_sae as load
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "hedgelab.batch": ["Batch"],
+    "hedgelab.data.llm": ["LLMDataModule"],
+    "hedgelab.data.tensors": ["DatasetActivations", "TensorActivations"],
+    "hedgelab.data.toy": ["ToyDataModule"],
+    "hedgelab.errors": ["UserError"],
+    "hedgelab.saes": ["SAE", "BatchTopKSAE", "JumpReLUSAE", "MatryoshkaSAE", "SAEGroup", "TopKSAE", "VanillaSAE", "load"],
+}
+_PLACE = {name: module for module, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACE:
+        raise AttributeError(f"hedgelab has no '{name}'; it has {', '.join(sorted(_PLACE))}")
+    value = getattr(import_module(_PLACE[name]), {"load": "load_sae"}.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACE])
