@@ -34,7 +34,16 @@ _PLACES = {
     "hedgelab.data.tensors": ["DatasetActivations", "TensorActivations"],
     "hedgelab.data.toy": ["ToyDataModule"],
     "hedgelab.errors": ["UserError"],
-    "hedgelab.saes": ["SAE", "BatchTopKSAE", "JumpReLUSAE", "MatryoshkaSAE", "SAEGroup", "TopKSAE", "VanillaSAE", "load"],
+    "hedgelab.saes": [
+        "SAE",
+        "BatchTopKSAE",
+        "JumpReLUSAE",
+        "MatryoshkaSAE",
+        "SAEGroup",
+        "TopKSAE",
+        "VanillaSAE",
+        "load",
+    ],
 }
 _PLACE = {name: module for module, names in _PLACES.items() for name in names}
 

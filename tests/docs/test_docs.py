@@ -57,11 +57,11 @@ def test_there_are_command_lines():
 def test_every_command_line_is_one(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     command, rest = words[0], list(words[1:])
-    assert command.startswith("-") or command in COMMANDS, f"no command '{command}'"
+    assert command[0] == "-" or "." in command or command in COMMANDS, f"no command '{command}'"  # or a class path
     for word in rest:
         if word.startswith("configs/"):
             assert (ROOT / word).is_file(), word
-    if command in LIGHT and not any(word.startswith("[") for word in rest):
+    if command in LIGHT and rest and not any(word.startswith("[") for word in rest):
         parse_light(command, rest, monkeypatch)
     elif command in BY_CONFIG and any(word.startswith("configs/") for word in rest):
         assert hedgelab.cli.main([command, *rest, "--print_config"]) == 0
