@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hedgelab.saes import SAEGroup as SAEGroup
     from hedgelab.saes import TopKSAE as TopKSAE
     from hedgelab.saes import VanillaSAE as VanillaSAE
-    from hedgelab.saes import load_sae as load
+    from hedgelab.saes import load_sae as load  # noqa: F401
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 import hedgelab.cli
 from hedgelab.cli import COMMANDS, dispatch
 from hedgelab.cli.light import LightParser
-
 from tests.docs.generated import ROOT, pages, renewed
 
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in pages()}
@@ -90,4 +88,4 @@ def test_python_examples_run(page, tmp_path, monkeypatch):
         for word, package in NEEDS.items():
             if word in block:
                 pytest.importorskip(package, reason=f"needs {package}")
-        exec(compile(block, f"{page}[{number}]", "exec"), names)  # noqa: S102
+        exec(compile(block, f"{page}[{number}]", "exec"), names)
