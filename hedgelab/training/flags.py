@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import lightning as L
@@ -24,6 +26,7 @@ INSTEAD = {
     stock.ModelPruning: "would replace the SAE's weights by masked ones; lower model.d_sae",
 }
 """Callbacks that are refused, and why."""
+_STOCK = ("hedgelab.", "lightning.", "torch.", "builtins", "abc", "typing")
 
 
 def check_trainer(trainer: L.Trainer) -> None:
@@ -43,11 +46,21 @@ def check_trainer(trainer: L.Trainer) -> None:
             f"latents) is counted over a step; make data.batch_size {trainer.accumulate_grad_batches} times as large"
         )
     for flag in ("limit_train_batches", "overfit_batches", "val_check_interval"):
-        value = getattr(trainer, flag)
+        value = getattr(trainer, flag, None)  # an interval in time leaves no val_check_interval
         if isinstance(value, float) and value not in (0.0, 1.0):
             raise UserError(
                 f"trainer.{flag}: a stream has no length of its own, so give steps (a whole number), not {value}"
             )
+    every = trainer.check_val_every_n_epoch or 1
+    if every > 1 and every > trainer.max_epochs and trainer.limit_val_batches:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch: must be 1, because a stream has one epoch, not {every}; set "
+            "trainer.val_check_interval to a number of steps"
+        )
+    if trainer.precision == "16-true":
+        raise UserError(
+            "trainer.precision: 16-true cannot hold the small numbers that Adam divides by; use bf16-true or 16-mixed"
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for refused, reason in INSTEAD.items():
             if isinstance(callback, refused):
@@ -102,10 +115,18 @@ def _monitor(callback: Any) -> str:
 
 
 def _others_log(trainer: L.Trainer, shell: Any) -> bool:
-    """Whether code from outside hedgelab and Lightning may log numbers of its own."""
-    ours = ("hedgelab.", "lightning.")
+    """Whether code from outside hedgelab and Lightning may log numbers of its own: whether its source speaks of logging."""
     parts = [*trainer.callbacks, shell, *(trainee.sae for trainee in shell.trainees)]  # type: ignore[attr-defined]
-    return any(not type(part).__module__.startswith(ours) for part in parts)
+    classes = {cls for part in parts for cls in type(part).__mro__ if not cls.__module__.startswith(_STOCK)}
+    return any(_speaks_of_logging(cls) for cls in classes)
+
+
+def _speaks_of_logging(cls: type) -> bool:
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # defined where no source is kept
+        return True
+    return re.search(r"\.log(_dict|_metrics)?\(|callback_metrics\[[^]]*\] *=", source) is not None
 
 
 @torch.no_grad()

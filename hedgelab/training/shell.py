@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ UNREPORTED = "hedgelab_unreported"
 """Where a checkpoint keeps loss terms that have not been reported yet."""
 ARCHITECTURES = "hedgelab_saes"
 """Where a checkpoint keeps what its SAEs are, so that they can be made of it without the config of the run."""
+_FACTORIES = ("optimizer", "lr_scheduler")
 
 
 class TrainingShell(L.LightningModule):
@@ -74,6 +76,13 @@ class TrainingShell(L.LightningModule):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: no training under way, and no connections to loggers."""
         return {**super().__getstate__(), "_trainees": {}, "_before_split": [], "member_loggers": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingShell:
+        """A copy with weights of its own, and the same optimiser factories: those of a config cannot always be copied."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        state = self.__getstate__()
+        made.__setstate__({key: v if key in _FACTORIES else copy.deepcopy(v, memo) for key, v in state.items()})
+        return made
 
     # -- before the first step ---------------------------------------------------------------------
 

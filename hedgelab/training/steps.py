@@ -98,8 +98,8 @@ def _watches_steps(trainer: L.Trainer) -> bool:
     flags = (
         trainer.fast_dev_run,
         trainer.overfit_batches,
-        trainer.limit_train_batches not in (1.0, None) or isinstance(trainer.limit_train_batches, int),
-        trainer.val_check_interval != 1.0 or isinstance(trainer.val_check_interval, int),
+        isinstance(trainer.limit_train_batches, int),
+        not isinstance(getattr(trainer, "val_check_interval", None), float),  # a number of steps, or a time
         trainer.check_val_every_n_epoch is None,
         not isinstance(trainer.profiler, PassThroughProfiler),
         not isinstance(trainer.strategy, SingleDeviceStrategy),
