@@ -65,6 +65,12 @@ def check_trainer(trainer: L.Trainer) -> None:
         for refused, reason in INSTEAD.items():
             if isinstance(callback, refused):
                 raise UserError(f"trainer.callbacks: {type(callback).__name__} {reason}")
+        by_time = getattr(callback, "_train_time_interval", None) is not None
+        if by_time and not type(callback).__module__.startswith("hedgelab."):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} saves by time under automatic optimisation only; use "
+                "hedgelab.training.checkpoints.RunCheckpoint with train_time_interval, or every_n_train_steps"
+            )
 
 
 def check_sae(sae: Any, trainer: L.Trainer) -> None:

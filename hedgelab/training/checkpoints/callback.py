@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from hedgelab.errors import Stopped, UserError
-from hedgelab.training.checkpoints.files import LAST, NEXT, promote
+from hedgelab.training.checkpoints.files import LAST, NEXT, is_remote, local_path, promote
 from hedgelab.training.checkpoints.folder import RunFolder, untracked_name
 from hedgelab.training.checkpoints.io import use_verified_io
 from hedgelab.training.checkpoints.stopping import StopFlag
@@ -25,7 +26,7 @@ _logger = logging.getLogger(__name__)
 class RunCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt`` and, one interval older, ``previous.ckpt`` under ``runs/checkpoints/<run id>/``.
 
-    Written between chunks of steps, after the validation of that step where one was due, and when training ends: so a
+    Written between steps, after the validation of that step where one was due, and when training ends: so a
     run that goes on from one repeats nothing and leaves nothing out. SIGTERM, SIGUSR1 and Ctrl-C have one written and
     end the run (:class:`~hedgelab.errors.Stopped`). What is logged up to a checkpoint is sent, or on the disk, before
     it appears.
@@ -43,21 +44,32 @@ class RunCheckpoint(ModelCheckpoint):
         self.facts: Callable[[], dict[str, Any]] | None = None
         self._flag = StopFlag()
         self._saving = False
+        self._interval_began = 0.0
         self._saved_at = -1
         self._warned = False
 
     @property
     def interval(self) -> dict[str, Any]:
         """Arguments of another callback that saves as often."""
-        return {"save_last": self.save_last, "save_top_k": 0, "every_n_train_steps": self._every_n_train_steps}
+        by = {"every_n_train_steps": self._every_n_train_steps, "train_time_interval": self._train_time_interval}
+        return {"save_last": self.save_last, "save_top_k": 0, **by}
 
     # -- where -------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Name the folder after the run."""
+        """Name the folder after the run.
+
+        Raises:
+            UserError: It is not on this machine's file system.
+        """
         use_verified_io(trainer)
         if stage == "fit" and self.dirpath is None:
             self.dirpath = str(default_folder(trainer))
+        if self.dirpath is not None and is_remote(self.dirpath):
+            raise UserError(
+                f"checkpoint.dirpath: '{self.dirpath}' is not a folder of this machine, where alone a checkpoint can be "
+                "replaced in one stroke; choose a local or mounted folder, and copy it from there"
+            )
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,7 +81,7 @@ class RunCheckpoint(ModelCheckpoint):
         if not trainer.is_global_zero:
             return
         if self.folder is None:
-            path = Path(str(self.dirpath))
+            path = Path(local_path(self.dirpath))
             if (path / LAST).exists() and trainer.ckpt_path is None:
                 raise UserError(
                     f"checkpoint.dirpath: '{path}' holds checkpoints of another run, which this one would replace; choose "
@@ -86,6 +98,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Listen to signals."""
         super().on_train_start(trainer, pl_module)
         self._saved_at = trainer.global_step
+        self._interval_began = time.monotonic()
         self._flag = StopFlag()
         kill = getattr(trainer.strategy.launcher, "kill", None)
         self._flag.install(lambda number: kill(number) if kill is not None else None)
@@ -93,16 +106,25 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Between two chunks: stop if asked to, and save where an interval has ended."""
-        step, every = trainer.global_step, self._every_n_train_steps
-        kept = self.save_last and not _is_trial(trainer)
+        """Between two steps: stop if asked to, and save where an interval has ended."""
+        step, kept = trainer.global_step, self.save_last and not _is_trial(trainer)
         number = self._signal(trainer)
-        due = every >= 1 and step % every == 0
+        due = self._is_due(trainer, step)
         if kept and step > self._saved_at and (due or number is not None):
             self._save(trainer)
         if number is not None:
             self._flag.remove()
             raise Stopped(number, self._state(step))
+
+    def _is_due(self, trainer: L.Trainer, step: int) -> bool:
+        """Whether an interval has ended: of steps, or of time, by the clock of rank zero."""
+        if self._train_time_interval is None:
+            return self._every_n_train_steps >= 1 and step % self._every_n_train_steps == 0
+        over = time.monotonic() - self._interval_began >= self._train_time_interval.total_seconds()
+        over = bool(trainer.strategy.broadcast(over)) if trainer.world_size > 1 else over
+        if over:
+            self._interval_began = time.monotonic()
+        return over
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step too, after its validation."""
@@ -152,7 +174,7 @@ class RunCheckpoint(ModelCheckpoint):
             check(trainer.global_step)
         for logger in trainer.loggers:
             logger.save()
-        folder = Path(str(self.dirpath))
+        folder = Path(local_path(self.dirpath))
         self._saving = True
         try:
             trainer.save_checkpoint(folder / NEXT, weights_only=False)
@@ -179,7 +201,7 @@ class RunCheckpoint(ModelCheckpoint):
             )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count the chunk that is about to start as not begun (Lightning's counters would be one ahead for good)."""
+        """Count the step that is about to start as not begun (Lightning's counters would be one ahead for good)."""
         if not self._saving:
             return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

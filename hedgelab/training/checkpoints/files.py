@@ -12,8 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from fsspec import get_filesystem_class
+from fsspec.utils import get_protocol
+
 LAST, PREVIOUS, NEXT = "last.ckpt", "previous.ckpt", ".next.ckpt"
 _BLOCK = 1 << 20
+
+
+def is_remote(path: object) -> bool:
+    """Whether a path names another place than this machine's file system, such as ``s3://bucket/folder``."""
+    return get_protocol(str(path)) not in ("file", "local")
+
+
+def local_path(path: object) -> str:
+    """A path of this machine's file system without the protocol that it may be written with (``file://``)."""
+    return str(path) if "://" not in str(path) else str(get_filesystem_class("file")._strip_protocol(str(path)))
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -1,6 +1,6 @@
 """Signals that ask a run to stop: Ctrl-C, SIGTERM (preemption, a node that goes down), SIGUSR1 (a scheduler's warning).
 
-Between steps the run is stopped at once; within training a flag is raised, and looked at between chunks of steps, where a
+Between steps the run is stopped at once; within training a flag is raised, and looked at between steps, where a
 checkpoint can be written that loses nothing. Lightning's own handlers are not used: they act in the middle of a step.
 """
 
