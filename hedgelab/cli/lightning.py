@@ -36,6 +36,7 @@ from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
 from hedgelab.tracking.params import searchable
 from hedgelab.training.checkpoints import RunCheckpoint, stop_at_once, use_verified_io
 from hedgelab.training.checkpoints.peers import lost, watch
+from hedgelab.training.flags import accelerator
 from hedgelab.training.guard import FiniteGuard
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${…} across config files
@@ -212,6 +213,8 @@ class HedgelabCLI(LightningCLI):
         check_checkpoint(self.command, config.get("ckpt_path"))
         config.name = config.name or "+".join(file.stem for file in config_files(self.words)) or None
         self._name_run(config)
+        if config.checkpoint.train_time_interval is not None:
+            config.checkpoint.every_n_train_steps = None  # Lightning takes one of them, and this one has a default
         for callback, switch in SWITCHES.items():
             if config.trainer[switch] is False:
                 self._parser(self.command).callback_keys.remove(callback)
@@ -263,6 +266,7 @@ class HedgelabCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the trainer; Lightning says most impossible values with a ValueError."""
+        kwargs["accelerator"] = accelerator(self.config_init[self.command].trainer.accelerator)
         try:
             trainer = super().instantiate_trainer(
                 **with_slurm_left_alone(kwargs, self.config_init[self.command].trainer)

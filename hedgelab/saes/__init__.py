@@ -5,7 +5,7 @@ from hedgelab.saes.batch_topk import BatchTopKSAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.fold import FoldedWeights, fold
 from hedgelab.saes.initialization import Initialization
-from hedgelab.saes.io import load_sae, save_sae, weights_sha256
+from hedgelab.saes.io import load_sae, sae_from_checkpoint, save_sae, weights_sha256
 from hedgelab.saes.jumprelu import JumpReLUSAE
 from hedgelab.saes.losses import LossTerms
 from hedgelab.saes.matryoshka import MatryoshkaSAE
@@ -30,6 +30,7 @@ __all__ = [
     "fold",
     "fresh",
     "load_sae",
+    "sae_from_checkpoint",
     "save_sae",
     "weights_sha256",
     "widen",

@@ -16,7 +16,7 @@ from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.saes.fold import FoldedWeights, fold
-from hedgelab.saes.io import CLASSES, class_name, init_arguments, load_checkpoint, save_sae
+from hedgelab.saes.io import CLASSES, class_name, init_arguments, sae_from_checkpoint, save_sae
 from hedgelab.saes.losses import LossTerms
 from hedgelab.training.sharding import full_tensor
 from hedgelab.training.shell import TrainingShell
@@ -166,20 +166,26 @@ class SAE(TrainingShell, ABC):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: Any = None, strict: bool | None = None, **kwargs: Any
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        strict: bool | None = None,
+        member: str | None = None,
+        **kwargs: Any,
     ) -> Self:
         """The SAE of a training checkpoint, of this class or one that inherits from it.
 
         Args:
-            checkpoint_path: The checkpoint, of one SAE.
+            checkpoint_path: The checkpoint.
             map_location: The device to put it on; None for the CPU.
             strict: Whether weights that are missing or too many are an error; None for yes.
+            member: Which SAE, where several were trained together.
             **kwargs: Arguments of ``__init__`` besides, or instead of, what the checkpoint says.
 
         Raises:
-            UserError: It is of several SAEs or of another class, or does not say of which and ``kwargs`` do not either.
+            UserError: It is of several SAEs and none is named, of another class, or does not say of which and ``kwargs`` do not either.
         """
-        sae = load_checkpoint(checkpoint_path, cls, strict is not False, kwargs)
+        sae = sae_from_checkpoint(checkpoint_path, member, cls, strict is not False, kwargs)
         return cast(Self, sae if map_location is None else sae.to(map_location))
 
     def __repr__(self) -> str:

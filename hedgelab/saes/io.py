@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hedgelab import __version__
 from hedgelab.errors import UserError
+from hedgelab.training.checkpoints.io import VerifiedCheckpointIO
 from hedgelab.training.sharding import full_tensor, is_split
 from hedgelab.training.shell import ARCHITECTURES
 
@@ -108,29 +109,40 @@ def load_sae(folder: str | Path, cls: type[SAE] | None = None) -> SAE:
     return sae
 
 
-def load_checkpoint(path: str | Path, cls: type[SAE], strict: bool, given: Mapping[str, Any]) -> SAE:
-    """The SAE of a training checkpoint.
+def sae_from_checkpoint(
+    path: str | Path,
+    member: str | None = None,
+    cls: type[SAE] | None = None,
+    strict: bool = True,
+    given: Mapping[str, Any] | None = None,
+) -> SAE:
+    """The SAE of a training checkpoint, ready to measure or to train on.
 
     Args:
         path: The checkpoint.
-        cls: The class that it must be or inherit from.
+        member: Which SAE, where several were trained together.
+        cls: The class that it must be or inherit from; None for any that is imported.
         strict: Whether weights that are missing or too many are an error.
         given: Arguments of ``__init__`` besides, or instead of, what the checkpoint says.
 
     Raises:
-        UserError: It is of several SAEs or of another class, or does not say what it is of and ``given`` does not either.
+        UserError: The checkpoint is damaged, is of another class, or does not say what it is of and ``given`` does not either.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    configs = checkpoint.get(ARCHITECTURES, {"": {}})
-    if "" not in configs:
-        raise UserError(f"{path}: holds several SAEs ({', '.join(configs)}); load them from the folders of their runs")
-    config = {key: value for key, value in configs[""].items() if key not in given}
-    if not config and inspect.isabstract(cls):
+    given = given or {}
+    checkpoint = VerifiedCheckpointIO().load_checkpoint(path, map_location="cpu")
+    configs: dict[str, Any] = checkpoint.get(ARCHITECTURES, {"": {}})
+    name = next(iter(configs)) if member is None and len(configs) == 1 else member
+    if name not in configs:
+        raise UserError(f"{path}: holds the SAEs {', '.join(configs)}; name one of them as member, got {member!r}")
+    config = {key: value for key, value in configs[name].items() if key not in given}
+    if not config and (cls is None or inspect.isabstract(cls)):
         raise UserError(
             f"{path}: does not say which SAE it holds; call load_from_checkpoint of its class, with its arguments"
         )
-    sae = build_sae(config, cls, **given).to(_weights_type(checkpoint["state_dict"]))
-    sae.load_state_dict(checkpoint["state_dict"], strict=strict)
+    prefix = f"members.{name}." if name else ""
+    state = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    sae = build_sae(config, cls, **given).to(_weights_type(state))
+    sae.load_state_dict(state, strict=strict)
     sae.initialized = True
     return sae
 

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from hedgelab.data.datamodule import ActivationDataModule, data_rank
-from hedgelab.data.source import ActivationSource
 from hedgelab.identity import EVERYTHING
 from hedgelab.tracking.history import ThinnedSeries
 from hedgelab.tracking.logger import MLflowTracker
@@ -42,7 +41,7 @@ class RunRecord(L.Callback):
     since the last. At the end: the SAE as the artifact ``sae/`` with the tag ``weights_sha256``, and figures. With
     known features: cosine heatmaps, the decoder bias, and how the cosines moved, and for at most 16 latents the metrics
     ``latent{i}/decoder_cos/feature{j}``, ``latent{i}/encoder_cos/feature{j}`` and ``b_dec_norm``. Without an
-    :class:`MLflowTracker` among the trainer's loggers it does nothing.
+    :class:`MLflowTracker` among the trainer's loggers it only keeps the SAE, as ``sae/`` beside the run's checkpoints.
     """
 
     draws_figures = True
@@ -67,7 +66,7 @@ class RunRecord(L.Callback):
             return
         if self._losses_before is not None:
             self._tracker.losses.load_state_dict(self._losses_before)
-        self._tracker.log_tags(provenance_tags(trainer.world_size))
+        self._tracker.log_tags({**provenance_tags(trainer.world_size), "threads": str(torch.get_num_threads())})
         data = _datamodule(trainer)
         if isinstance(data, ActivationDataModule) and trainer.ckpt_path is None:
             self._tracker.log_metrics(data.describe(), trainer.global_step)
@@ -113,11 +112,15 @@ class RunRecord(L.Callback):
             self._firing_rates = pl_module.trainee(self.member).firing_rates
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keeps the SAE, its final cosines and the figures."""
-        if self._tracker is not None:
-            from hedgelab.saes.io import gathered
+        """Keeps the SAE, its final cosines and the figures; where no tracker takes it, the SAE beside the checkpoints."""
+        from hedgelab.saes.io import gathered
+        from hedgelab.training.checkpoints import folder_of
 
-            self._finish(self._tracker, trainer, gathered(self.sae_of(pl_module)))
+        sae = gathered(self.sae_of(pl_module))
+        if self._tracker is not None:
+            self._finish(self._tracker, trainer, sae)
+        elif trainer.is_global_zero and (folder := folder_of(trainer)) is not None:
+            _save(sae, folder / "sae", _datamodule(trainer))
 
     def tracker_of(self, trainer: L.Trainer) -> MLflowTracker | None:
         """The tracker that is filled; None where there is none."""
@@ -155,8 +158,7 @@ class RunRecord(L.Callback):
     @rank_zero_only
     def _finish(self, tracker: MLflowTracker, trainer: L.Trainer, sae: Any) -> None:
         step, directions = trainer.global_step, _directions(trainer)
-        data = _datamodule(trainer)
-        _log_weights(tracker, sae, data.source() if isinstance(data, ActivationDataModule) else None)
+        _log_weights(tracker, sae, _datamodule(trainer))
         if directions is not None:
             cosines = _cosines(sae, directions)
             if sae.d_sae <= _MOST_LATENTS_LOGGED:
@@ -256,13 +258,20 @@ def _final_numbers(sae: SAE, cosines: Cosines) -> dict[str, float]:
     return numbers
 
 
-def _log_weights(tracker: MLflowTracker, sae: SAE, source: ActivationSource | None) -> None:
-    from hedgelab.saes import save_sae, weights_sha256
+def _save(sae: SAE, folder: Path, data: Any) -> None:
+    """Write an SAE, and with it where its activations come from."""
+    from hedgelab.saes import save_sae
+
+    save_sae(sae, folder)
+    if isinstance(data, ActivationDataModule) and (source := data.source()) is not None:
+        source.save(folder)
+
+
+def _log_weights(tracker: MLflowTracker, sae: SAE, data: Any) -> None:
+    from hedgelab.saes import weights_sha256
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "sae"
-        save_sae(sae, folder)
-        if source is not None:
-            source.save(folder)
+        _save(sae, folder, data)
         tracker.log_artifact(folder, "sae")
         tracker.log_tags({"weights_sha256": weights_sha256(folder)})

@@ -82,6 +82,11 @@ def check_sae(sae: Any, trainer: L.Trainer) -> None:
     check_optimization(sae, trainer.max_steps)
 
 
+def accelerator(asked: Any) -> Any:
+    """What ``trainer.accelerator`` means: ``auto`` is CUDA where it is there and else the CPU, never a Mac's MPS."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
 def check_device(device: torch.device) -> None:
     """See that SAEs can be measured on a device.
 
@@ -89,9 +94,7 @@ def check_device(device: torch.device) -> None:
         UserError: It is a Mac's GPU.
     """
     if device.type == "mps":
-        raise UserError(
-            "trainer.accelerator: MPS has no float64, in which SAEs are measured; set trainer.accelerator to cpu"
-        )
+        raise UserError("trainer.accelerator: MPS has no float64, in which SAEs are measured; set it to cpu")
 
 
 def check_monitors(trainer: L.Trainer, shell: Any) -> None:

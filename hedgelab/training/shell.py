@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from abc import abstractmethod
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -283,7 +285,11 @@ class TrainingShell(L.LightningModule):
         """Keep what has not been reported yet, and what the SAEs are."""
         states = {trainee.name: trainee.window_state() for trainee in self.trainees}
         checkpoint[UNREPORTED] = states.get("", states)
-        checkpoint[ARCHITECTURES] = {trainee.name: trainee.sae.config() for trainee in self.trainees}
+        with suppress(
+            TypeError, ValueError, AttributeError
+        ):  # a class of one's own need not follow the conventions of config
+            configs = {trainee.name: trainee.sae.config() for trainee in self.trainees}
+            checkpoint[ARCHITECTURES] = json.loads(json.dumps(configs))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what had not been reported yet, if it is a checkpoint of such SAEs.

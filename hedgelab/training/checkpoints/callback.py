@@ -219,11 +219,27 @@ def default_folder(trainer: L.Trainer) -> Path:
     """Where a run's checkpoints go unless told otherwise: beside the MLflow store, in a folder named after the run.
 
     Without an :class:`~hedgelab.tracking.MLflowTracker`, whatever other loggers there are, below the trainer's folder.
+
+    Raises:
+        UserError: That is not on this machine's file system.
     """
     tracker = _tracker(trainer)
+    root = str(trainer.default_root_dir if tracker is None else tracker.save_dir)
+    if is_remote(root):
+        raise UserError(f"checkpoint.dirpath: must be set to a local folder, since the run's own, '{root}', is not one")
     if tracker is None:
-        return Path(trainer.default_root_dir) / "runs" / "checkpoints" / untracked_name()
-    return Path(str(tracker.save_dir)) / "checkpoints" / str(tracker.version)
+        return Path(local_path(root)) / "runs" / "checkpoints" / untracked_name()
+    return Path(local_path(root)) / "checkpoints" / str(tracker.version)
+
+
+def folder_of(trainer: L.Trainer) -> Path | None:
+    """The folder of the run's checkpoints; None where neither checkpoints nor anything else of it is kept."""
+    kept = next((found for found in trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)), None)
+    if kept is None:
+        return None if trainer.logger is None or trainer.fast_dev_run else default_folder(trainer)  # type: ignore[attr-defined]
+    if kept.dirpath is None:
+        kept.dirpath = str(default_folder(trainer))
+    return Path(local_path(kept.dirpath))
 
 
 def _tracker(trainer: L.Trainer) -> Logger | None:
