@@ -52,7 +52,7 @@ def check_trainer(trainer: L.Trainer) -> None:
                 f"trainer.{flag}: a stream has no length of its own, so give steps (a whole number), not {value}"
             )
     every = trainer.check_val_every_n_epoch or 1
-    if every > 1 and every > trainer.max_epochs and trainer.limit_val_batches:
+    if every > 1 and every > (trainer.max_epochs or 1) and trainer.limit_val_batches:
         raise UserError(
             f"trainer.check_val_every_n_epoch: must be 1, because a stream has one epoch, not {every}; set "
             "trainer.val_check_interval to a number of steps"

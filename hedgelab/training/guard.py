@@ -41,8 +41,8 @@ class FiniteGuard(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Tell the shell, which looks at losses and batches anyway."""
-        pl_module.on_nonfinite = self.on_nonfinite
-        pl_module.measured_finite = MeasuredBatches()
+        shell: Any = pl_module
+        shell.on_nonfinite, shell.measured_finite = self.on_nonfinite, MeasuredBatches()
 
 
 class MeasuredBatches:

@@ -83,7 +83,8 @@ class TrainingShell(L.LightningModule):
         """A copy with weights of its own, and the same optimiser factories: those of a config cannot always be copied."""
         made = memo[id(self)] = type(self).__new__(type(self))
         state = self.__getstate__()
-        made.__setstate__({key: v if key in _FACTORIES else copy.deepcopy(v, memo) for key, v in state.items()})
+        copied = {key: v if key in _FACTORIES else copy.deepcopy(v, memo) for key, v in state.items()}
+        made.__setstate__(copied)  # type: ignore[no-untyped-call]
         return made
 
     # -- before the first step ---------------------------------------------------------------------
@@ -256,9 +257,10 @@ class TrainingShell(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """End a limited run with its epoch, since a stream has one, unless ``max_epochs`` says how many there are."""
-        limited = isinstance(self.trainer.limit_train_batches, int) and not self.trainer.overfit_batches
-        if limited and self.trainer.max_epochs == -1:
-            self.trainer.should_stop = True
+        trainer: Any = self.trainer
+        limited = isinstance(trainer.limit_train_batches, int) and not trainer.overfit_batches
+        if limited and trainer.max_epochs == -1:
+            trainer.should_stop = True
 
     def check_window(self, step: int) -> None:
         """See that no loss term since the last report is NaN or infinite.

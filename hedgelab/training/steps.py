@@ -92,7 +92,7 @@ def watches_steps(watcher: Any, hooks: tuple[str, ...] = STEP_HOOKS) -> bool:
     return any(owner is not None and not owner.__module__.startswith(_TRUSTED) for owner in owners)
 
 
-def _watches_steps(trainer: L.Trainer) -> bool:
+def _watches_steps(trainer: Any) -> bool:
     """Whether anything about a trainer needs each batch to be one step."""
     mixed = type(trainer.precision_plugin) not in (Precision, DoublePrecision)
     flags = (
@@ -105,7 +105,7 @@ def _watches_steps(trainer: L.Trainer) -> bool:
         not isinstance(trainer.strategy, SingleDeviceStrategy),
         mixed,
     )
-    watchers = any(watches_steps(callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    watchers = any(watches_steps(callback) for callback in trainer.callbacks)
     return any(flags) or watchers or watches_steps(trainer.lightning_module, MODULE_HOOKS)
 
 

@@ -101,7 +101,8 @@ class Trainee:
         self._window.clear()
         values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
         values["train/loss"] = sum(values.values())
-        return values | self.sae.training_numbers() | skipped
+        values |= self.sae.training_numbers()
+        return values | skipped
 
     def latest_terms(self) -> dict[str, Tensor]:
         """The last step's loss terms and their sum, named ``train/...``; mean over the ranks. Empty after a skipped batch."""
