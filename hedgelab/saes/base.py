@@ -183,7 +183,7 @@ class SAE(TrainingShell, ABC):
             **kwargs: Arguments of ``__init__`` besides, or instead of, what the checkpoint says.
 
         Raises:
-            UserError: It is of several SAEs and none is named, of another class, or does not say of which and ``kwargs`` do not either.
+            UserError: It is of several SAEs and none is named, is of another class, or says as little as ``kwargs`` of which.
         """
         sae = sae_from_checkpoint(checkpoint_path, member, cls, strict is not False, kwargs)
         return cast(Self, sae if map_location is None else sae.to(map_location))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Set
 from contextlib import suppress
@@ -91,6 +92,8 @@ class TrainingShell(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """No callbacks of its own; the moment at which impossible settings are found, before anything costly begins."""
+        # Lightning means modules that keep their weights of before each step; others are saved as they are after it.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         if self.trainer.state.fn == "fit":
             flags.check_trainer(self.trainer)
             for trainee in self.trainees:
