@@ -30,7 +30,7 @@ COMMANDS = {
     "balance": Command(
         "studies", "find the weighting of matryoshka levels that leaves a hierarchy's parent clean", "--config F"
     ),
-    "hedge": Command("hedge", "measure how much an SAE hedges: train, widen, train on, compare", "--config F"),
+    "hedge": Command("fit", "measure how much an SAE hedges: train, widen, train on, compare", "--config F"),
     "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations", "--config F"),
     "cache": Command("studies", "write a language model's activations to disk, for all later runs", "--config F"),
     "trial": Command("studies", "judge measures of hedging on toys that know the truth", "--config F"),

@@ -21,8 +21,8 @@ import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
 from hedgelab.cli.errors import root_cause, user_error
+from hedgelab.cli.fit import summary
 from hedgelab.cli.resume import Resumption, bare_flag, with_slurm_left_alone, with_stored_config
-from hedgelab.cli.summary import summary
 from hedgelab.config.explain import explain_construction, explain_parsing, resolve, top_level
 from hedgelab.config.folders import check_folders
 from hedgelab.config.tree import Tree, compose, config_files, opening_comment, without_configs

@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
+from hedgelab.cli.startup import begin
 from hedgelab.config.tree import compose, config_files, only_shows, opening_comment, without_configs
 from hedgelab.errors import UserError, stop_at_once
-from hedgelab.tracking.store import prepare_store_in_background
 
 GROUP = "hedgelab.studies"
 BUILT_IN = {
@@ -64,8 +64,7 @@ def run(command: str, words: list[str]) -> int:
     Raises:
         UserError: Anything the user can mend.
     """
-    if command not in _UNTRACKED and not only_shows(words):
-        prepare_store_in_background()  # beside the import of torch
+    begin(words, command not in _UNTRACKED)
     parsed = parse(study_class(command), command, words)
     print("\n".join(conduct(parsed)))
     return 0

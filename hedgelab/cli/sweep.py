@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hedgelab.tracking.store import prepare_store_in_background
+from hedgelab.cli.startup import begin
 
 _HELP = """\
 usage: hedgelab sweep --config FILE [--list] [--KEY VALUE ...]
@@ -43,8 +43,7 @@ def run(command: str, words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(_HELP, end="")
         return 0
-    if "--list" not in words:
-        prepare_store_in_background()
+    begin([word for word in words if word != "--list"], tracked="--list" not in words)
     from hedgelab.cli.sweep_run import run_sweep
 
     return run_sweep(words)

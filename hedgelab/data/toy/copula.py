@@ -7,8 +7,6 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.special import ndtr, ndtri, owens_t
 from torch import Tensor
 
 from hedgelab.data.toy.firing import Firing
@@ -119,6 +117,8 @@ class CopulaFiring(Firing):
 
     def _solve_thresholds(self) -> _Array:
         """Thresholds of every ``g``: quantiles, and for children the point where P(child and parent) is their rate."""
+        from scipy.special import ndtri  # late: scipy is slow to import
+
         thresholds: _Array = -ndtri(self._rates)
         first, last = self._parents, self._parents * (1 + self._children)
         if last > first:
@@ -148,6 +148,8 @@ def zipf_rates(n: int, exponent: float, max_rate: float, mean_l0: float | None) 
         raise UserError(
             f"data.firing.mean_l0: must be above 0 and below n * max_rate = {n * max_rate:.6g}, got {mean_l0}"
         )
+    from scipy.optimize import brentq  # late: scipy is slow to import
+
     largest = math.log(max_rate / law[-1])
     log_c = brentq(
         lambda c: np.minimum(max_rate, math.exp(c) * law).sum() - mean_l0, math.log(mean_l0 / n) - 1, largest
@@ -194,6 +196,8 @@ def _check_loadings(n: int, loadings: list[list[float]]) -> Tensor:
 
 def _joint_tail(h: _Array, k: _Array, correlation: _Array) -> _Array:
     """P(X > h, Y > k) of standard normals with the given correlations, by Owen's T function (Owen 1956)."""
+    from scipy.special import ndtr, owens_t  # late: scipy is slow to import
+
     h, k = (np.where(np.abs(v) < 1e-12, 1e-12, v) for v in (-h, -k))  # P(X < -h, Y < -k); zeros would divide
     root = np.sqrt(1 - correlation**2)
     tails = owens_t(h, (k / h - correlation) / root) + owens_t(k, (h / k - correlation) / root)

@@ -7,7 +7,6 @@ changes none of them; it is the convention under which encoder and decoder are c
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -84,6 +83,8 @@ def match_features(cosines: Tensor, live: Tensor | None = None, threshold: float
     Returns:
         At most ``min(live latents, n)`` pairs.
     """
+    from scipy.optimize import linear_sum_assignment  # late: scipy is slow to import
+
     d_sae, n = cosines.shape
     candidates = torch.arange(d_sae, device=cosines.device) if live is None else live.nonzero().squeeze(1)
     size = cosines[candidates].abs()

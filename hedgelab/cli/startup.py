@@ -1,0 +1,71 @@
+"""Before torch is imported: what can be done meanwhile, and what need not be imported yet.
+
+``import torchmetrics`` brings scipy.signal, and transformers where it is installed, which takes longer than Lightning itself.
+Lightning and hedgelab use two names of it, and the rest is left for whoever asks for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from hedgelab.config.tree import compose, only_shows
+from hedgelab.tracking.store import prepare_store_in_background
+
+_NAME = "torchmetrics"
+
+
+def begin(words: list[str], tracked: bool = True) -> None:
+    """Have an absent tracking store made while torch is imported, and import no more than a command needs.
+
+    Args:
+        words: Options of the command.
+        tracked: Whether it has a run, unless its config says ``trainer.logger: false``.
+
+    Raises:
+        UserError: A config file that cannot be read, or a word that is no option.
+    """
+    trainer = compose(words).get("trainer")
+    if tracked and not only_shows(words) and not (isinstance(trainer, dict) and trainer.get("logger") is False):
+        prepare_store_in_background()
+    defer_torchmetrics()
+
+
+class _Deferred(ModuleType):
+    """torchmetrics with its base classes only; it becomes the whole package as soon as another name of it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or self.__spec__ is None or self.__spec__.loader is None:
+            raise AttributeError(f"module '{_NAME}' has no attribute '{name}'")
+        self.__class__ = ModuleType
+        self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
+
+
+def defer_torchmetrics() -> None:
+    """Have ``import torchmetrics`` import its base classes only, until more of it is used; nothing where it is imported.
+
+    Where a release of torchmetrics does not allow that, it is imported whole, as if this had not been called.
+    """
+    spec = find_spec(_NAME) if _NAME not in sys.modules else None
+    if spec is None:
+        return
+    module = _Deferred(_NAME)
+    module.__spec__, module.__file__, module.__loader__ = spec, spec.origin, spec.loader
+    module.__path__ = list(spec.submodule_search_locations or ())
+    module.__package__ = _NAME
+    module.__dict__.update(__version__=version(_NAME), _logger=logging.getLogger(_NAME))
+    sys.modules[_NAME] = module
+    with suppress(ImportError, AttributeError):
+        import_module(f"{_NAME}.utilities")  # before the classes, which import it and are imported by it
+        module.__dict__["Metric"] = import_module(f"{_NAME}.metric").Metric
+        module.__dict__["MetricCollection"] = import_module(f"{_NAME}.collections").MetricCollection
+        return
+    for name in [name for name in sys.modules if name.partition(".")[0] == _NAME]:
+        del sys.modules[name]
