@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -86,6 +86,7 @@ class ActivationCache:
         d_in: int,
         storage_dtype: str,
         shard: int | None = None,
+        earlier: Callable[[ActivationCache], Identity] | None = None,
     ) -> ActivationCache:
         """A cache to write on: made if it is not there, made longer if it is too short.
 
@@ -96,6 +97,7 @@ class ActivationCache:
             d_in: Width of the activations.
             storage_dtype: Number format on disk.
             shard: Contexts a shard; None for about 16 thousand tokens.
+            earlier: Gives what earlier releases wrote for the identity.
 
         Raises:
             UserError: The folder holds other activations, or something else.
@@ -111,7 +113,7 @@ class ActivationCache:
                     raise UserError(f"data.cache: '{folder}' holds other files; give a folder that is new or empty")
                 _make(folder, identity, contexts, d_in, storage_dtype, shard)
             cache = cls.open(folder)
-            check_identity(folder, cache.manifest["activations"], identity)
+            check_identity(folder, cache.manifest["activations"], identity, earlier(cache) if earlier else None)
             cache.check_dtype(storage_dtype, exactly=True)
             return cache if contexts <= cache.contexts else cache._lengthened(contexts)
 

@@ -57,7 +57,9 @@ def write_cache(data: LLMDataModule, folder: str, verify: bool = False, shard: i
     """
     data.files.prepare()
     contexts = len(data.contexts.tokens)
-    cache = ActivationCache.begin(folder, data.identity(), contexts, data.d_in, data.storage_dtype, shard)
+    cache = ActivationCache.begin(
+        folder, data.identity(), contexts, data.d_in, data.storage_dtype, shard, data.earlier_identity
+    )
     if verify:
         for number in tqdm(cache.shards(), desc="Verifying", unit="shard"):
             if cache.is_done(number):

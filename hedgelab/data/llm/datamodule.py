@@ -179,11 +179,14 @@ class LLMDataModule(ActivationDataModule):
 
     def identity(self) -> dict[str, Any]:
         """What raw activations depend on, by config key."""
+        text = f"{self.text.fingerprint()}; {self.files.tokenizer_fingerprint()}"
+        return self.model_identity() | {"context_length": self.context_length, "text": text}
+
+    def model_identity(self) -> dict[str, str]:
+        """What the activations of given tokens depend on, by config key."""
         return {
             "model": self.files.fingerprint(),
             "hook": self.hook_path,
-            "context_length": self.context_length,
-            "text": f"{self.text.fingerprint()}; {self.files.tokenizer_fingerprint()}",
             "model_dtype": self.model_dtype,
             "attention": self.attention or self.files.attention(),
         }

@@ -176,7 +176,4 @@ class ModelReader:
     @cached_property
     def _model(self) -> tuple[str, ...]:
         """Tells models apart."""
-        data = self.data
-        hook = data.hook or f"layer {data.layer}"
-        return (data.files.name, data.files.config().to_json_string(), data.files.tokenizer_fingerprint(), hook,
-                data.model_dtype, data.attention)  # fmt: skip
+        return *self.data.model_identity().values(), self.data.files.tokenizer_fingerprint()

@@ -1,15 +1,19 @@
 """Activations from disk are those of the live stream, to the last bit, or are refused in one line."""
 
 import errno
+import hashlib
 import json
 import shutil
 import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
 from hedgelab.data.llm import TextFiles
 from hedgelab.data.llm.cache_files import ActivationCache
+from hedgelab.data.llm.cache_identity import sampled_fingerprint
 from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.errors import UserError
 
@@ -141,6 +145,48 @@ def test_another_text_or_model_is_refused(cached, make_data, tiny_text, tiny_mod
         make_data(cache=str(cached), model=str(tmp_path / "other")).setup("fit")
     same = shutil.copytree(tiny_model, tmp_path / "same")  # elsewhere, but the same model
     make_data(cache=str(cached), model=str(same)).setup("fit")
+
+
+def test_caches_of_release_0_1_0_still_open(own, make_data, tiny_model, tmp_path):
+    """It wrote a digest of samples, and the attention that it forced on every model."""
+    digest = hashlib.sha256((Path(tiny_model) / "config.json").read_bytes())
+    weights = (Path(tiny_model) / "model.safetensors").read_bytes()
+    digest.update(f"model.safetensors {len(weights)}".encode())
+    for window in range(256):
+        start = window * (len(weights) - 4096) // 255
+        digest.update(weights[start : start + 4096])
+    earlier = {"model": f"weights {digest.hexdigest()[:16]}", "attention": "sdpa"}
+    edited(own / "manifest.json", lambda manifest: manifest["activations"].update(earlier))
+    equal(make_data(cache=str(own)).batch("train", 3), make_data().batch("train", 3))
+    assert write_cache(make_data(), str(own)).repeatable is None  # nothing is left to write
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    (other / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"data\.model: "):
+        make_data(cache=str(own), model=str(other)).setup("fit")
+
+
+def test_samples_count_for_a_large_file_only_if_it_is_older_than_the_cache(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(2_000_000))
+    changed = datetime.fromtimestamp((tmp_path / "model.safetensors").stat().st_ctime, UTC)
+    assert sampled_fingerprint(tmp_path, changed - timedelta(seconds=1)) is None
+    assert sampled_fingerprint(tmp_path, changed + timedelta(seconds=1)).startswith("weights ")
+
+
+def test_the_attention_that_transformers_chooses_is_written_down(architecture, make_data, tmp_path):
+    options = {"model": architecture("Gemma2"), "max_contexts": 60}
+    write_cache(make_data(**options), str(tmp_path / "cache"))
+    assert ActivationCache.open(tmp_path / "cache").manifest["activations"]["attention"] == "eager"
+    for attention in (None, "eager"):
+        read = make_data(cache=str(tmp_path / "cache"), attention=attention, **options)
+        equal(read.batch("train", 1), make_data(**options).batch("train", 1))
+
+
+def test_names_of_a_hook_share_a_cache(cached, make_data):
+    for name in ("blocks.1.hook_resid_post", "blocks.2.hook_resid_pre", "layers.1", "model.layers.1.output"):
+        data = make_data(cache=str(cached), hook=name)
+        assert data.d_in == 32
+        equal(data.batch("train", 1), make_data().batch("train", 1))
+        assert data.source() == make_data().source()
 
 
 def test_absent_cut_off_and_missing_shards_are_refused_at_once(own, make_data, tmp_path):
