@@ -39,10 +39,11 @@ class RowActivations(ActivationDataModule):
     Args:
         n: Number of rows.
         batch_size: Rows a step, over all ranks together.
-        held_out: Share of the rows kept for validation and test, half each.
+        feature_directions: Directions of the known features, ``[n_features, d_in]``; None where they are unknown.
+        held_out: Share of the rows kept for validation and test, half each. Rows are held out at random: where neighbours
+            are alike (tokens of one text), validation is a little too easy.
         normalisation: ``unit_norm`` scales to a mean squared norm of 1, ``centred`` subtracts the mean; measured on the first
             65 536 training rows.
-        feature_directions: Directions of the known features, ``[n_features, d_in]``; None where they are unknown.
         seed: Seed of the order of the training rows; None takes the run's.
         val_batches: Batches of a validation or test pass; None: as many as the held-out rows fill. More repeat rows.
         chunk_steps: Most training steps a chunk.
@@ -52,12 +53,12 @@ class RowActivations(ActivationDataModule):
         self,
         n: int,
         batch_size: int,
-        held_out: float,
-        normalisation: Normalisation,
         feature_directions: Tensor | None,
-        seed: int | None,
-        val_batches: int | None,
-        chunk_steps: int,
+        held_out: float = 0.1,
+        normalisation: Normalisation = "none",
+        seed: int | None = None,
+        val_batches: int | None = None,
+        chunk_steps: int = 1,
     ) -> None:
         whole_number("data.batch_size", batch_size)
         if isinstance(held_out, bool) or not 0 < held_out < 1:
@@ -159,13 +160,7 @@ class TensorActivations(RowActivations):
         features: True magnitudes of known features in each row, ``[n, n_features]`` (0 where silent).
         feature_directions: Directions of these features, ``[n_features, d_in]``; they need ``features``.
         batch_size: Rows a step, over all ranks together.
-        held_out: Share of the rows kept for validation and test, half each. Rows are held out at random: where neighbours
-            are alike (tokens of one text), validation is a little too easy.
-        normalisation: ``unit_norm`` scales to a mean squared norm of 1, ``centred`` subtracts the mean; measured on the first
-            65 536 training rows.
-        seed: Seed of the order of the training rows; None takes the run's.
-        val_batches: Batches of a validation or test pass; None: as many as the held-out rows fill.
-        chunk_steps: Most training steps a chunk.
+        **kwargs: The other arguments of :class:`RowActivations`.
 
     Raises:
         UserError: What is given is no such file or tensor, holds numbers that are not finite, or too few rows.
@@ -177,11 +172,7 @@ class TensorActivations(RowActivations):
         features: Tensor | None = None,
         feature_directions: Tensor | None = None,
         batch_size: int = 1024,
-        held_out: float = 0.1,
-        normalisation: Normalisation = "none",
-        seed: int | None = None,
-        val_batches: int | None = None,
-        chunk_steps: int = 1,
+        **kwargs: Any,
     ) -> None:
         given = _load(Path(x)) if isinstance(x, str | Path) else {"x": x}
         given |= {
@@ -194,17 +185,8 @@ class TensorActivations(RowActivations):
         directions = tensors.get("feature_directions")
         if self._features is not None and len(self._features) != len(self._x):
             raise UserError(f"data.features: expected {len(self._x)} rows, as x has, got {len(self._features)}")
-        if directions is not None:
-            if self._features is None:
-                raise UserError("data.feature_directions: need data.features, the features' magnitudes in each row")
-            expected = (self._features.shape[1], self._x.shape[1])
-            if directions.shape != expected:
-                raise UserError(
-                    f"data.feature_directions: expected [n_features, d_in] = {list(expected)}, got {list(directions.shape)}"
-                )
-        super().__init__(
-            len(self._x), batch_size, held_out, normalisation, directions, seed, val_batches, chunk_steps
-        )  # fmt: skip
+        _check_directions(directions, self._features, self._x.shape[1])
+        super().__init__(len(self._x), batch_size, directions, **kwargs)
 
     @property
     def d_in(self) -> int:
@@ -228,13 +210,8 @@ class DatasetActivations(RowActivations):
             taken. The order of its rows is hedgelab's: a seeded permutation an epoch.
         feature_directions: Directions of the features, ``[n_features, d_in]``; items must then be pairs.
         batch_size: Rows a step, over all ranks together; None: the DataLoader's, else 1024.
-        held_out: Share of the rows kept for validation and test, half each.
-        normalisation: ``unit_norm`` scales to a mean squared norm of 1, ``centred`` subtracts the mean; measured on the first
-            65 536 training rows.
         num_workers: Processes that read ahead; None: the DataLoader's, else none.
-        seed: Seed of the order of the training rows; None takes the run's.
-        val_batches: Batches of a validation or test pass; None: as many as the held-out rows fill.
-        chunk_steps: Most training steps a chunk.
+        **kwargs: The other arguments of :class:`RowActivations`.
 
     Raises:
         UserError: The dataset has no length or other items; while reading, one that is not finite or of another width.
@@ -247,12 +224,8 @@ class DatasetActivations(RowActivations):
         dataset: Dataset[Any] | DataLoader[Any],
         feature_directions: Tensor | None = None,
         batch_size: int | None = None,
-        held_out: float = 0.1,
-        normalisation: Normalisation = "none",
         num_workers: int | None = None,
-        seed: int | None = None,
-        val_batches: int | None = None,
-        chunk_steps: int = 1,
+        **kwargs: Any,
     ) -> None:
         self._collate = default_collate
         if isinstance(dataset, DataLoader):
@@ -272,15 +245,8 @@ class DatasetActivations(RowActivations):
         if n:
             x, features = self.read(torch.tensor([0]))
             self._width = x.shape[1]
-            if feature_directions is not None:
-                expected = [0 if features is None else features.shape[1], self._width]
-                if list(feature_directions.shape) != expected:
-                    raise UserError(
-                        f"data.feature_directions: expected [n_features, d_in] = {expected} as the items have, "
-                        f"got {list(feature_directions.shape)}"
-                    )
-        size = 1024 if batch_size is None else batch_size
-        super().__init__(n, size, held_out, normalisation, feature_directions, seed, val_batches, chunk_steps)
+            _check_directions(feature_directions, features, self._width)
+        super().__init__(n, 1024 if batch_size is None else batch_size, feature_directions, **kwargs)
 
     @property
     def d_in(self) -> int:
@@ -324,6 +290,18 @@ def _check_order(loader: DataLoader[Any]) -> None:
         raise UserError(
             f"data.dataset: the DataLoader's own {own} would be ignored, for batch i must be a function of seed and i; "
             "give the dataset instead"
+        )
+
+
+def _check_directions(directions: Tensor | None, features: Tensor | None, d_in: int) -> None:
+    if directions is None:
+        return
+    if features is None:
+        raise UserError("data.feature_directions: need data.features, the features' magnitudes in each row")
+    expected = [features.shape[1], d_in]
+    if list(directions.shape) != expected:
+        raise UserError(
+            f"data.feature_directions: expected [n_features, d_in] = {expected}, got {list(directions.shape)}"
         )
 
 

@@ -4,6 +4,8 @@ import fits
 import pytest
 import torch
 
+from hedgelab.data.tensors import TensorActivations
+
 STREAMS = {"toy": (fits.toy, False), "correlated": (fits.Correlated, True), "population": (fits.population, False)}
 
 
@@ -110,3 +112,14 @@ def test_levels_balanced_in_training(tmp_path):
     name = "members.adaptive.log_factors"
     assert one.weights[name].abs().max() > 1e-3
     torch.testing.assert_close(many[0].weights[name], one.weights[name])
+
+
+def test_own_activations_on_two_ranks(tmp_path):
+    x = torch.cat([fits.Correlated().batch("train", i).x for i in range(20)])
+    outcomes = [
+        fits.fit(
+            fits.make("batch_topk", 24, True), TensorActivations(x, batch_size=64, seed=0), tmp_path / str(n), n, 30
+        )
+        for n in (1, 2)
+    ]
+    check(outcomes[0][0], outcomes[1])

@@ -110,7 +110,7 @@ def test_population_is_the_whole_support():
     assert batch.x.dtype == batch.weight.dtype == torch.float64
     assert torch.allclose(batch.x, batch.features @ data.feature_directions + 0.5)
     assert data.batch("val", 7) is batch
-    assert data.measure_batch_seconds() == 0.0
+    assert data.describe()["data/seconds_per_batch"] == 0.0
 
 
 def test_population_means_are_sample_means():
@@ -141,7 +141,7 @@ def test_the_seed_defaults_to_the_runs(monkeypatch):
 def test_cost_is_measured_without_moving_the_stream():
     data = hierarchical()
     before = data.batch("train", 3)
-    assert 0 < data.measure_batch_seconds() < 0.1
+    assert 0 < data.describe()["data/seconds_per_batch"] < 0.1
     assert data.batch("train", 3) is before
 
 
