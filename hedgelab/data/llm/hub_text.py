@@ -10,6 +10,7 @@ from typing import Any
 
 from hedgelab.data.llm.hub import hub_problem
 from hedgelab.data.llm.text import TextSource, as_text
+from hedgelab.digest import file_digest
 from hedgelab.errors import UserError, whole_number
 
 _ALTERNATIVES = (
@@ -70,8 +71,7 @@ class HubText(TextSource):
             return f"data set {self.dataset}, revision {self.revision}, {which}"
         digest = hashlib.sha256()
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            with path.open("rb") as file:
-                digest.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+            digest.update(f"{path.relative_to(folder)} {file_digest(path)}".encode())
         return f"data set {digest.hexdigest()}, {which}"
 
     def _rows(self) -> Iterator[dict[str, Any]]:

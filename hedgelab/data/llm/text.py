@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import codecs
 import gzip
-import hashlib
 import io
 import json
 import platform
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from hedgelab.digest import file_digest
 from hedgelab.errors import UserError
 
 # Tests, bundled third-party code and what an operating system's package leaves out would make the text differ
@@ -131,8 +131,7 @@ class TextFiles(TextSource):
         """The field and a digest of every file's contents."""
         digests = []
         for path in self.paths:
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+            digests.append(file_digest(path))
             if _kind(path) == ".txt" and _has_byte_order_mark(path):
                 digests.append("without its byte order mark")  # earlier releases tokenised the mark
         return f"files, field {self.field!r}: {' '.join(digests)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,11 +14,18 @@ from hedgelab.errors import UserError, whole_number
 
 
 class Modifier(ABC):
-    """A random change of firing patterns."""
+    """A random change of firing patterns.
 
-    @abstractmethod
+    Attributes:
+        naming: The arguments that name features, one or a list each.
+    """
+
+    naming: ClassVar[tuple[str, ...]] = ()
+
     def indices(self) -> dict[str, list[int]]:
         """The features that each argument names."""
+        named = {name: getattr(self, name) for name in self.naming}
+        return {name: value if isinstance(value, list) else [value] for name, value in named.items()}
 
     @abstractmethod
     def apply(self, states: Tensor, generator: torch.Generator) -> None:
@@ -31,6 +39,7 @@ class Modifier(ABC):
 class _Triggered(Modifier):
     """When one feature fires, another is forced into a state."""
 
+    naming = ("trigger", "target")
     _forced_state: bool
 
     def __init__(self, trigger: int, target: int, probability: float = 1.0) -> None:
@@ -38,10 +47,6 @@ class _Triggered(Modifier):
             raise UserError(f"data.firing.modifiers.target: must differ from trigger, both are {trigger}")
         check_probability("data.firing.modifiers.probability", probability)
         self.trigger, self.target, self.probability = trigger, target, probability
-
-    def indices(self) -> dict[str, list[int]]:
-        """The features that each argument names."""
-        return {"trigger": [self.trigger], "target": [self.target]}
 
     def apply(self, states: Tensor, generator: torch.Generator) -> None:
         """Change firing patterns, bool ``[count, n]``, in place."""
@@ -88,14 +93,12 @@ class MutualExclusion(Modifier):
         features: The features that exclude one another, counted from 0.
     """
 
+    naming = ("features",)
+
     def __init__(self, features: list[int]) -> None:
         if len(set(features)) != len(features) or len(features) < 2:
             raise UserError(f"data.firing.modifiers.features: needs two or more different features, got {features}")
         self.features = features
-
-    def indices(self) -> dict[str, list[int]]:
-        """The features that each argument names."""
-        return {"features": self.features}
 
     def apply(self, states: Tensor, generator: torch.Generator) -> None:
         """Change firing patterns, bool ``[count, n]``, in place."""
@@ -124,16 +127,14 @@ class ParentChild(Modifier):
         children: Features that are silenced where the parent is silent.
     """
 
+    naming = ("parent", "children")
+
     def __init__(self, parent: int, children: list[int]) -> None:
         if not children or parent in children:
             raise UserError(
                 f"data.firing.modifiers.children: needs features other than parent {parent}, got {children}"
             )
         self.parent, self.children = parent, children
-
-    def indices(self) -> dict[str, list[int]]:
-        """The features that each argument names."""
-        return {"parent": [self.parent], "children": self.children}
 
     def apply(self, states: Tensor, generator: torch.Generator) -> None:
         """Change firing patterns, bool ``[count, n]``, in place."""
