@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.logistic import LinearProbe, f1_score, logistic_regression
+from hedgelab.metrics.functional.accumulate import fold_decoder, on_cpu
+from hedgelab.metrics.functional.logistic import (
+    LinearProbe,
+    f1_score,
+    has_both,
+    logistic_regression,
+    warn_of_empty,
+)
 from hedgelab.metrics.functional.probing import columns, firing_magnitudes
 
 F1_JUMP = 0.03
@@ -36,14 +43,14 @@ _L1, _L1_STEPS, _SETTLED, _SILENT = 0.01, 400, 1e-4, 1e-8
 
 
 class FirstLetterScores(NamedTuple):
-    """Scores by letter, ``[letters]`` each, float64; NaN where the dense probe is too weak or finds no word.
+    """Scores by letter, ``[letters]`` each, float64 on the CPU; NaN where the dense probe is too weak or finds no word.
 
     Attributes:
         full: Share of the words that the dense probe finds which are fully absorbed.
         fraction: Mean absorption fraction over them.
         splits: Number of latents that the letter is split into.
         f1: F1 of the best single latent on the test words.
-        probe_f1: F1 of the dense probe on the test words; never NaN.
+        probe_f1: F1 of the dense probe on the test words; NaN for letters without a word in either split.
     """
 
     full: Tensor
@@ -66,9 +73,9 @@ class WordAbsorption(NamedTuple):
 
 
 def first_letter_scores(
-    train: Codes,
+    train: Tensor | Codes,
     train_labels: Tensor,
-    test: Codes,
+    test: Tensor | Codes,
     test_labels: Tensor,
     test_x: Tensor,
     probe: LinearProbe,
@@ -77,21 +84,27 @@ def first_letter_scores(
     """Absorption and splitting of every letter.
 
     Args:
-        train: Codes of the training words.
+        train: Latents of the training words, codes or dense ``[n, d_sae]``, of any device.
         train_labels: Their letters, bool ``[n, letters]``.
-        test: Codes of the test words.
+        test: Latents of the test words.
         test_labels: Their letters.
         test_x: Their activations as the SAE reads them, ``[n, d_in]``.
         probe: Dense probes of the letters on such activations.
-        W_dec: The SAE's decoder, ``[d_sae, d_in]``.
+        W_dec: The SAE's decoder of any norms, ``[d_sae, d_in]``; latents are folded here.
     """
-    norms = W_dec.detach().double().norm(dim=1)
+    train, test, train_labels, test_labels = on_cpu(train), on_cpu(test), train_labels.cpu(), test_labels.cpu()
+    test_x, W_dec, probe = test_x.detach().cpu(), W_dec.detach().cpu(), LinearProbe(*(part.cpu() for part in probe))
+    norms = fold_decoder(W_dec)[1]
+    known = has_both(train_labels) & has_both(test_labels)
+    warn_of_empty("first letters", known)
     scale = firing_magnitudes(train)
     ranked = l1_ranking(train, train_labels, scale)
     found = probe.scores(test_x) > 0
     letters = test_labels.shape[1]
     scores = {name: torch.full((letters,), torch.nan, dtype=torch.float64) for name in FirstLetterScores._fields}
     for letter in range(letters):
+        if not known[letter]:
+            continue
         y, y_test = train_labels[:, letter], test_labels[:, letter]
         scores["probe_f1"][letter] = probe_f1 = f1_score(found[:, letter], y_test)
         words = (found[:, letter] & y_test).nonzero().squeeze(1)
@@ -183,7 +196,7 @@ def l1_ranking(codes: Codes, labels: Tensor, scale: Tensor, k: int = MOST_SPLITS
     matrix = torch.sparse_csr_tensor(crow, latents, values.float(), (n, d_sae), check_invariants=False)
     transpose = matrix.t().to_sparse_csr()
     target = labels.float()
-    sample = torch.where(labels, (n - target.sum(0)) / target.sum(0), 1.0) / n
+    sample = torch.where(labels, (n - target.sum(0)) / target.sum(0).clamp_min(1), 1.0) / n
     lipschitz = _lipschitz(matrix, transpose, sample) + sample.sum(0) / 4  # of the latents and of the intercept
     w, b = torch.zeros(d_sae, labels.shape[1]), torch.zeros(labels.shape[1])
     ahead_w, ahead_b, t = w, b, 1.0

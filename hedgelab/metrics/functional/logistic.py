@@ -6,6 +6,7 @@ means ``s_i = n / (2 n_class)``. It is strictly convex in w, so any two exact so
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from hedgelab.errors import UserError
 
 _NEWTON_STEPS = 100
 _TOLERANCE = 1e-9
@@ -40,6 +43,17 @@ def balanced_weights(labels: Tensor) -> Tensor:
     return torch.where(labels, n / (2 * positive), n / (2 * (n - positive)))
 
 
+def has_both(labels: Tensor) -> Tensor:
+    """Whether members and others both occur, bool ``[...]`` of labels ``[n, ...]``: without either no score can be computed."""
+    return labels.any(0) & ~labels.all(0)
+
+
+def warn_of_empty(what: str, known: Tensor) -> None:
+    """Say which classes of ``known [classes]`` have members only, or none."""
+    if not bool(known.all()):
+        warnings.warn(f"{what}: classes {(~known).nonzero().flatten().tolist()} lack members or others: NaN", stacklevel=3)
+
+
 def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = True) -> LinearProbe:
     """One binary classifier on few columns, by Newton's method.
 
@@ -50,8 +64,14 @@ def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0, balanced: boo
         balanced: Let both classes weigh alike.
 
     Returns:
-        A probe of one class.
+        A probe of one class, on the CPU: so few numbers gain nothing from another device.
+
+    Raises:
+        UserError: All examples are of one kind, so that nothing tells them apart.
     """
+    x, labels = x.detach().cpu(), labels.cpu()
+    if not bool(has_both(labels)):
+        raise UserError(f"labels: need examples of both kinds, got {int(labels.sum())} positive of {len(labels)}")
     x = torch.cat([x.double(), x.new_ones(x.shape[0], 1, dtype=torch.float64)], dim=1)
     sample = C * (balanced_weights(labels) if balanced else torch.ones_like(labels, dtype=torch.float64))
     ridge = torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
@@ -88,8 +108,19 @@ def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = Tr
         labels: Class memberships, bool ``[n, classes]``.
         C: Inverse strength of the L2 penalty.
         balanced: Let both sides of each classifier weigh alike.
+
+    Returns:
+        Probes on the CPU; NaN, with a warning, for classes without members or without others.
     """
-    x = x.double()
+    x, labels = x.detach().cpu().double(), labels.cpu()
+    known = has_both(labels)
+    warn_of_empty("probes", known)
+    if not bool(known.all()):
+        weight = torch.full((len(known), x.shape[1]), torch.nan, dtype=torch.float64)
+        bias = weight[:, 0].clone()
+        if bool(known.any()):
+            weight[known], bias[known] = linear_probes(x, labels[:, known], C, balanced)
+        return LinearProbe(weight, bias)
     mean, scale = x.mean(0), x.std(0, unbiased=False).clamp_min(1e-12)
     standard = (x - mean) / scale
     sample = C * (balanced_weights(labels) if balanced else torch.ones_like(labels, dtype=torch.float64))
@@ -114,6 +145,7 @@ def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = Tr
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve of scores ``[n]``: P(positive above negative), ties counting half; NaN with one class."""
     values, inverse = torch.unique(scores, return_inverse=True)
+    labels = labels.to(scores.device)
     positive = torch.bincount(inverse[labels], minlength=len(values)).double()
     negative = torch.bincount(inverse[~labels], minlength=len(values)).double()
     below = negative.cumsum(0) - negative / 2
@@ -121,7 +153,12 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def f1_score(predicted: Tensor, labels: Tensor) -> float:
-    """F1 of predictions, both bool ``[n]``; 0 where nothing is found."""
-    hits = float((predicted & labels).sum())
-    total = float(predicted.sum() + labels.sum())
-    return 2 * hits / total if total else 0.0
+    """F1 of predictions, both bool ``[n]``: 0 where nothing of the class is found, NaN where the class has no members.
+
+    >>> f1_score(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
+    0.6666666666666666
+    """
+    labels = labels.to(predicted.device)
+    if not bool(labels.any()):
+        return float("nan")
+    return 2 * float((predicted & labels).sum()) / float(predicted.sum() + labels.sum())

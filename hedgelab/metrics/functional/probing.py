@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hedgelab.errors import whole_number
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.logistic import f1_score, logistic_regression, roc_auc
+from hedgelab.metrics.functional.accumulate import as_codes, float64, on_cpu
+from hedgelab.metrics.functional.logistic import f1_score, has_both, logistic_regression, roc_auc, warn_of_empty
 from hedgelab.seeding import generator
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -21,7 +23,7 @@ PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
 class ProbingScores(NamedTuple):
-    """What the probes reach on the test split, float64.
+    """What the probes reach on the test split, float64 on the CPU; NaN for classes without members or others in a split.
 
     Attributes:
         f1: ``[classes, len(ks)]``.
@@ -36,24 +38,29 @@ class ProbingScores(NamedTuple):
     latents: Tensor
 
 
-def firing_magnitudes(codes: Codes) -> Tensor:
+def firing_magnitudes(codes: Tensor | Codes) -> Tensor:
     """Mean activation of each latent where it fires, ``[d_sae]`` float64; 1 for latents that never do."""
-    fired = codes.firing_counts()
-    total = Codes(codes.d_sae, codes.values.detach().double(), codes.latents, codes.crow, codes.layout).sum_per_latent()
+    wide = _in_float64(codes)
+    fired, total = wide.firing_counts(), wide.sum_per_latent()
     return torch.where(fired > 0, total / fired.clamp_min(1), 1.0)
 
 
-def class_means(codes: Codes, labels: Tensor) -> tuple[Tensor, Tensor]:
+def class_means(codes: Tensor | Codes, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean activations within each class and outside it, ``[classes, d_sae]`` float64; ``labels``: bool ``[n, classes]``."""
-    wide = Codes(codes.d_sae, codes.values.detach().double(), codes.latents, codes.crow, codes.layout)
+    wide = _in_float64(codes)
     everything = wide.sum_per_latent()
     inside = torch.stack([wide.sum_per_latent(mask.double()) for mask in labels.T])
     count = labels.sum(0).double()[:, None]
     return inside / count, (everything - inside) / (labels.shape[0] - count)
 
 
+def _in_float64(latents: Tensor | Codes) -> Codes:
+    codes = as_codes(latents)
+    return Codes(codes.d_sae, float64(codes.values), codes.latents, codes.crow, codes.layout)
+
+
 def columns(codes: Codes, latents: Tensor) -> Tensor:
-    """Activations of chosen latents ``[k]`` alone, ``[batch, k]`` float64."""
+    """Activations of chosen latents ``[k]`` alone, ``[batch, k]`` float64, of codes on the CPU."""
     if codes.latents is None:
         return codes.values[:, latents].detach().double()
     place = torch.full((codes.d_sae,), -1, device=latents.device)
@@ -64,7 +71,7 @@ def columns(codes: Codes, latents: Tensor) -> Tensor:
     return dense.index_put(where, codes.values[entries].detach().double(), accumulate=True)
 
 
-def rank_latents(train: Codes, labels: Tensor, k: int) -> Tensor:
+def rank_latents(train: Tensor | Codes, labels: Tensor, k: int) -> Tensor:
     """The k latents of each class, best first, ``[classes, k]``; arguments as in :func:`k_sparse_probing`."""
     inside, outside = class_means(train, labels)
     difference = ((inside - outside) / firing_magnitudes(train)).abs()
@@ -72,9 +79,9 @@ def rank_latents(train: Codes, labels: Tensor, k: int) -> Tensor:
 
 
 def k_sparse_probing(
-    train: Codes,
+    train: Tensor | Codes,
     train_labels: Tensor,
-    test: Codes,
+    test: Tensor | Codes,
     test_labels: Tensor,
     ks: Sequence[int] = (1, 2, 5, 10),
     seed: int = 0,
@@ -82,19 +89,25 @@ def k_sparse_probing(
     """Probe every class, one against the rest, with k latents.
 
     Args:
-        train: Codes of the training split.
-        train_labels: Class memberships, bool ``[n, classes]``; every class needs members and others, some of each.
-        test: Codes of the test split.
+        train: Latents of the training split, codes or dense ``[n, d_sae]``, of any device.
+        train_labels: Class memberships, bool ``[n, classes]``. Classes without members, or without others, in either split
+            score NaN, with a warning.
+        test: Latents of the test split.
         test_labels: The same of it.
         ks: Numbers of latents.
         seed: Of the fifth of the training split by which C is chosen.
     """
-    ks = [min(k, train.d_sae) for k in ks]
+    train, test, train_labels, test_labels = on_cpu(train), on_cpu(test), train_labels.cpu(), test_labels.cpu()
+    ks = [min(whole_number("ks", k), train.d_sae) for k in ks]
+    known = has_both(train_labels) & has_both(test_labels)
+    warn_of_empty("k-sparse probing", known)
     latents = rank_latents(train, train_labels, max(ks))
     scale = firing_magnitudes(train)
     held = torch.randperm(train.batch_size, generator=generator(seed, "probing split")) < train.batch_size // 5
     f1, auc, chosen = (torch.full((len(latents), len(ks)), torch.nan, dtype=torch.float64) for _ in range(3))
     for row, best in enumerate(latents):
+        if not known[row]:
+            continue
         x, x_test = (columns(codes, best) / scale[best] for codes in (train, test))
         y, y_test = train_labels[:, row], test_labels[:, row]
         for column, k in enumerate(ks):

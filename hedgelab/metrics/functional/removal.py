@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.metrics.functional.logistic import LinearProbe, linear_probes
+from hedgelab.metrics.functional.logistic import LinearProbe, has_both, linear_probes, warn_of_empty
 
 
 class PooledTexts(NamedTuple):
@@ -26,6 +26,10 @@ class PooledTexts(NamedTuple):
 
     x: Tensor
     codes: Tensor
+
+    def cpu(self) -> PooledTexts:
+        """The same on the CPU, where probes are."""
+        return PooledTexts(self.x.detach().cpu(), self.codes.detach().cpu())
 
 
 class TPPScores(NamedTuple):
@@ -90,6 +94,9 @@ def targeted_probe_perturbation(
         W_dec: Decoder, ``[d_sae, d_in]``.
         counts: How many latents are silenced.
     """
+    train, test, train_labels, test_labels = train.cpu(), test.cpu(), train_labels.cpu(), test_labels.cpu()
+    W_dec = W_dec.detach().cpu()
+    warn_of_empty("targeted probe perturbation", has_both(train_labels) & has_both(test_labels))
     effects = attribution(probe, train.codes, train_labels, W_dec, positive_only=True)
     clean = _balanced_accuracies(probe, test.x, test_labels)
     classes = test_labels.shape[1]
@@ -99,7 +106,7 @@ def targeted_probe_perturbation(
         lost = torch.stack(
             [clean - _balanced_accuracies(probe, silence(test, W_dec, top(row, count)), test_labels) for row in effects]
         )
-        intended, unintended = lost.diagonal().mean(), lost[others].mean()
+        intended, unintended = lost.diagonal().nanmean(), lost[others].nanmean()
         result[:, column] = torch.stack([intended - unintended, intended, unintended])
     return TPPScores(*result)
 
@@ -139,6 +146,8 @@ def spurious_correlation_removal(
         W_dec: Decoder, ``[d_sae, d_in]``.
         counts: How many latents are silenced.
     """
+    train, test, train_labels, test_labels = train.cpu(), test.cpu(), train_labels.cpu(), test_labels.cpu()
+    W_dec = W_dec.detach().cpu()
     effects = attribution(probes.concepts, train.codes, train_labels, W_dec, positive_only=False)
     clean = _accuracies(probes.concepts.scores(test.x), test_labels)
     biased = _accuracies(probes.biased.scores(test.x).expand(-1, 2), test_labels)
@@ -148,7 +157,7 @@ def spurious_correlation_removal(
         for column, count in enumerate(counts):
             x = silence(test, W_dec, top(effects[removed], count))
             accuracy = _accuracies(probes.biased.scores(x), test_labels[:, kept : kept + 1])[0]
-            both[kept, column] = (accuracy - biased[kept]) / room if room >= 1e-3 else 0.0
+            both[kept, column] = (accuracy - biased[kept]) / room if room >= 1e-3 else torch.nan
     return SCRScores(both[int(biased.argmin())], both, biased, clean)
 
 
@@ -182,10 +191,12 @@ def silence(texts: PooledTexts, W_dec: Tensor, latents: Tensor) -> Tensor:
 
 def _accuracies(scores: Tensor, labels: Tensor) -> Tensor:
     """Share of right decisions of each class's classifier, ``[classes]`` float64."""
-    return ((scores > 0) == labels).double().mean(0)
+    return ((scores > 0) == labels).double().mean(0).masked_fill(scores.isnan().any(0), torch.nan)
 
 
 def _balanced_accuracies(probe: LinearProbe, x: Tensor, labels: Tensor) -> Tensor:
     """Accuracy of each class's classifier where the class and the rest weigh alike, ``[classes]``."""
-    found = probe.scores(x) > 0
-    return ((found & labels).sum(0) / labels.sum(0) + (~found & ~labels).sum(0) / (~labels).sum(0)).double() / 2
+    scores = probe.scores(x)
+    found = scores > 0
+    right = (found & labels).sum(0) / labels.sum(0) + (~found & ~labels).sum(0) / (~labels).sum(0)
+    return (right.double() / 2).masked_fill(scores.isnan().any(0), torch.nan)
