@@ -1,11 +1,15 @@
-"""What SAEs are measured by: torchmetrics classes; the pure functions are in :mod:`hedgelab.metrics.functional`."""
+"""What SAEs are measured by: torchmetrics classes; the pure functions are in :mod:`hedgelab.metrics.functional`.
+
+:mod:`hedgelab.metrics.direct` measures an SAE at hand in one call.
+"""
 
 from hedgelab.metrics.degree import HedgingDegree
+from hedgelab.metrics.direct import hedging, hedging_degree, residual_hedging
 from hedgelab.metrics.error_spread import ResidualHedgingMetric
 from hedgelab.metrics.evaluation import SAEMetrics, recovery_summary
 from hedgelab.metrics.reconstruction import ExplainedVariance, MeanSquaredError, Shrinkage
 from hedgelab.metrics.sparsity import L0, DeadLatents, FiringDensity
-from hedgelab.metrics.toys import Absorption, FeatureDetection, FeatureHierarchy
+from hedgelab.metrics.toys import Absorption, FeatureDetection, FeatureHierarchy, FeatureRegression
 
 __all__ = [
     "L0",
@@ -14,11 +18,15 @@ __all__ = [
     "ExplainedVariance",
     "FeatureDetection",
     "FeatureHierarchy",
+    "FeatureRegression",
     "FiringDensity",
     "HedgingDegree",
     "MeanSquaredError",
     "ResidualHedgingMetric",
     "SAEMetrics",
     "Shrinkage",
+    "hedging",
+    "hedging_degree",
     "recovery_summary",
+    "residual_hedging",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.additive import AdditiveMetric
+from hedgelab.metrics.functional.accumulate import as_codes, float64, total_weight
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores, hedging_degree
 
 
@@ -60,12 +61,14 @@ class HedgingDegree(AdditiveMetric):
         self.add_sum("control_fired", control.shape[0])
         self.add_sum("extended_fired", extended.shape[0])
 
-    def update(self, x: Tensor, control: Codes, extended: Codes, weight: Tensor | None = None) -> None:
-        """Add a batch; ``x``: ``[batch, d_in]``, with the codes of both SAEs, ``weight``: ``[batch]``."""
-        rows = x.double()
-        weighted = rows if weight is None else rows * weight.double()[:, None]
+    def update(
+        self, x: Tensor, control: Tensor | Codes, extended: Tensor | Codes, weight: Tensor | None = None
+    ) -> None:
+        """Add a batch; ``x``: ``[batch, d_in]``, with the latents of both SAEs, ``weight``: ``[batch]``."""
+        rows, control, extended = float64(x), as_codes(control), as_codes(extended)
+        weighted = rows if weight is None else rows * float64(weight)[:, None]
         self.add_to(
-            weight=rows.new_tensor(len(rows)) if weight is None else weight.double().sum(),
+            weight=total_weight(rows, weight),
             total=weighted.sum(0),
             products=rows.t() @ weighted,
             control_fired=control.firing_counts(),
@@ -74,6 +77,10 @@ class HedgingDegree(AdditiveMetric):
 
     def compute(self) -> DegreeScores:
         """The degree with its controls, over everything seen; without batches all latents count as live."""
+        return self.degree()
+
+    def degree(self) -> DegreeScores:
+        """The same, of this rank alone and without a warning where no batch was seen."""
         seen = bool(self.weight > 0)
         width = self.control.shape[0]
         mean = self.total / self.weight

@@ -1,14 +1,18 @@
 """Everything a validation pass of an SAE measures, behind one ``update`` and one ``compute``."""
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import Ranks
+from hedgelab.metrics.functional.accumulate import as_codes
 from hedgelab.metrics.functional.detection import CoFiring, detection_scores
-from hedgelab.metrics.functional.hierarchy import absorption_from_co_firing, parent_encoder_components
+from hedgelab.metrics.functional.hierarchy import absorption_from_co_firing, parent_encoder_components, parents_best_f1
 from hedgelab.metrics.functional.recovery import (
     decoder_cosines,
     match_features,
@@ -17,14 +21,19 @@ from hedgelab.metrics.functional.recovery import (
     uniqueness,
 )
 from hedgelab.metrics.functional.true_hedging import (
+    FIRINGS,
+    MOST_PAIRS,
+    HedgingScores,
+    RegressionSums,
     decoder_coordinates,
     encoder_coordinates,
     hedging,
+    regressed_hedging,
     tracked_features,
 )
 from hedgelab.metrics.reconstruction import ExplainedVariance, MeanSquaredError, Shrinkage
 from hedgelab.metrics.sparsity import FiringDensity
-from hedgelab.metrics.toys import FeatureDetection, FeatureHierarchy
+from hedgelab.metrics.toys import FeatureDetection, FeatureHierarchy, FeatureRegression
 
 MOST_INFERRED = 4096
 """Most features among which a hierarchy is inferred: its counts take 8 n² bytes."""
@@ -37,9 +46,11 @@ class SAEMetrics(nn.Module):
     features also ``mcc``, ``mean_max_cosine`` (over features), ``mean_max_cosine_latents`` (over latents),
     ``uniqueness``, ``tracked_features`` (how many), ``detector_precision``, ``detector_recall``, ``detector_f1`` (mean
     over the latents assigned to a feature for the MCC), ``hedging/decoder``, ``hedging/encoder`` (true hedging, mean over
-    live latents), ``hedging/decoder_signed``, ``hedging/encoder_signed`` (the largest component of each, mean over live
-    latents), and where the features have a hierarchy ``absorption`` (excess misses, mean over children),
-    ``absorption_missed`` (plain misses) and ``absorption_encoder`` (the parent's encoder component along its child).
+    live latents; NaN for encoders where features outnumber dimensions, see :mod:`.functional.true_hedging`),
+    ``hedging/decoder_signed``, ``hedging/encoder_signed`` (the largest component of each, mean over live latents), and where
+    the features have a hierarchy ``absorption`` (excess misses, mean over children), ``absorption_missed`` (plain misses),
+    ``absorption_encoder`` (the parent's encoder component along its child), all of parents that a latent tracks, and
+    ``absorption_parents_f1`` (F1 of the best detector of each parent, tracked or not).
 
     Args:
         d_in: Width of the activations.
@@ -72,15 +83,24 @@ class SAEMetrics(nn.Module):
         self.register_buffer("parents", parents, persistent=False)
         self.detection: FeatureDetection | None = None
         self.hierarchy: FeatureHierarchy | None = None
+        self.regression: FeatureRegression | None = None
         if feature_directions is not None:
             n = feature_directions.shape[0]
             self.detection = FeatureDetection(d_sae, n, **shared)
             if parents is None and n <= MOST_INFERRED:
                 self.hierarchy = FeatureHierarchy(n, **shared)
+            if n > d_in and d_sae * n <= MOST_PAIRS:
+                self.regression = FeatureRegression(d_sae, n, **shared)
+            elif n > d_in:
+                warnings.warn(
+                    f"hedging/decoder: {n} overlapping features and {d_sae} latents are more than {MOST_PAIRS} pairs; NaN",
+                    stacklevel=2,
+                )
 
-    def update(self, batch: Batch, x_hat: Tensor, codes: Codes) -> None:
-        """Add a batch, its reconstruction ``[batch, d_in]`` and its codes."""
+    def update(self, batch: Batch, x_hat: Tensor, codes: Tensor | Codes) -> None:
+        """Add a batch, its reconstruction ``[batch, d_in]`` and its latents."""
         x, features, weight = batch
+        codes = as_codes(codes)
         self.explained_variance.update(x, x_hat, weight)
         self.mse.update(x, x_hat, weight)
         self.shrinkage.update(x, x_hat, weight)
@@ -92,13 +112,15 @@ class SAEMetrics(nn.Module):
         self.detection.update(codes, features, weight)
         if self.hierarchy is not None:
             self.hierarchy.update(features, weight)
+        if self.regression is not None:
+            self.regression.update(codes, features, weight)
 
     def compute(self, W_enc: Tensor, W_dec: Tensor) -> dict[str, Tensor]:
         """Scalars over everything seen.
 
         Args:
-            W_enc: Folded encoder, ``[d_in, d_sae]``.
-            W_dec: Folded decoder, ``[d_sae, d_in]``.
+            W_enc: Encoder of any norms, ``[d_in, d_sae]``.
+            W_dec: Decoder of any norms, ``[d_sae, d_in]``.
         """
         rates = self.firing.compute().rates
         dead = rates == 0
@@ -113,35 +135,40 @@ class SAEMetrics(nn.Module):
         if self.detection is not None and self.feature_directions is not None:
             counts = self.detection.compute()
             parents = self.parents if self.hierarchy is None else self.hierarchy.compute()
-            results |= recovery_summary(W_enc, W_dec, self.feature_directions, counts, parents)
+            sums = None if self.regression is None else self.regression.compute()
+            results |= recovery_summary(W_enc, W_dec, self.feature_directions, counts, parents, sums)
         return results
 
     def reset(self) -> None:
         """Forget everything seen."""
-        for metric in (self.explained_variance, self.mse, self.shrinkage, self.firing, self.detection, self.hierarchy):
-            if metric is not None:
+        for metric in self.children():
+            if isinstance(metric, Metric):
                 metric.reset()
 
 
 def recovery_summary(
-    W_enc: Tensor, W_dec: Tensor, feature_directions: Tensor, counts: CoFiring, parents: Tensor | None = None
+    W_enc: Tensor,
+    W_dec: Tensor,
+    feature_directions: Tensor,
+    counts: CoFiring,
+    parents: Tensor | None = None,
+    sums: RegressionSums | None = None,
 ) -> dict[str, Tensor]:
-    """The scalars of :class:`SAEMetrics` that need known features, from folded weights and co-firing counts.
+    """The scalars of :class:`SAEMetrics` that need known features, from weights and co-firing counts.
 
     Args:
-        W_enc: Folded encoder, ``[d_in, d_sae]``.
-        W_dec: Folded decoder, ``[d_sae, d_in]``.
+        W_enc: Encoder of any norms, ``[d_in, d_sae]``.
+        W_dec: Decoder of any norms, ``[d_sae, d_in]``.
         feature_directions: True directions, ``[n, d_in]``.
         counts: Co-firing of latents and features.
         parents: Parent of each feature, ``[n]`` int64, -1 for none; None leaves absorption out.
+        sums: Of the regression of features on codes, which more features than dimensions need for their hedging.
     """
     cosines = decoder_cosines(W_dec, feature_directions)
     live = counts.latents > 0
     assigned, tracked = match_features(cosines), tracked_features(cosines, live)
     detection = detection_scores(counts, assigned.feature)
     reads = encoder_coordinates(W_enc, feature_directions)
-    writes = decoder_coordinates(W_dec, feature_directions)
-    in_decoder, in_encoder = (hedging(coordinates, cosines, tracked, live) for coordinates in (writes, reads))
     results = {
         "mcc": matched_cosines(cosines, assigned).abs().mean(),
         "mean_max_cosine": mean_max_cosine(cosines),
@@ -151,14 +178,42 @@ def recovery_summary(
         "detector_precision": detection.precision.nanmean(),
         "detector_recall": detection.recall.nanmean(),
         "detector_f1": detection.f1.nanmean(),
-        "hedging/decoder": in_decoder.norm[live].mean(),
-        "hedging/decoder_signed": in_decoder.largest[live].mean(),
-        "hedging/encoder": in_encoder.norm[live].mean(),
-        "hedging/encoder_signed": in_encoder.largest[live].mean(),
     }
+    for part, scores in _hedging_of_parts(W_dec, reads, feature_directions, cosines, counts, sums).items():
+        results[f"hedging/{part}"] = cosines.new_tensor(torch.nan) if scores is None else scores.norm[live].nanmean()
+        results[f"hedging/{part}_signed"] = (
+            cosines.new_tensor(torch.nan) if scores is None else scores.largest[live].nanmean()
+        )
     if parents is not None and bool((parents >= 0).any()):
         scores = absorption_from_co_firing(counts, tracked.latent, parents)
         results["absorption"] = scores.excess.nanmean()
         results["absorption_missed"] = scores.missed.nanmean()
         results["absorption_encoder"] = parent_encoder_components(reads, tracked.latent, parents).nanmean()
+        results["absorption_parents_f1"] = parents_best_f1(counts, parents).nanmean()
     return results
+
+
+def _hedging_of_parts(
+    W_dec: Tensor,
+    reads: Tensor,
+    feature_directions: Tensor,
+    cosines: Tensor,
+    counts: CoFiring,
+    sums: RegressionSums | None,
+) -> dict[str, HedgingScores | None]:
+    """True hedging of decoder and encoder; None where it is not known."""
+    live = counts.latents > 0
+    tracked = tracked_features(cosines, live)
+    if feature_directions.shape[0] <= feature_directions.shape[1]:
+        writes = decoder_coordinates(W_dec, feature_directions)
+        return {
+            name: hedging(coordinates, cosines, tracked, live)
+            for name, coordinates in (("decoder", writes), ("encoder", reads))
+        }
+    if sums is None:
+        return {"decoder": None, "encoder": None}
+    often = counts.latents >= FIRINGS if bool(sums.examples > 0) else live
+    return {
+        "decoder": regressed_hedging(sums, W_dec, feature_directions, cosines, tracked, often),
+        "encoder": None,
+    }

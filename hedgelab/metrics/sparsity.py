@@ -51,7 +51,7 @@ class L0(AdditiveMetric):
         self.add_sum("active")
         self.add_sum("weight")
 
-    def update(self, codes: Codes, weight: Tensor | None = None) -> None:
+    def update(self, codes: Tensor | Codes, weight: Tensor | None = None) -> None:
         """Add a batch of codes; ``weight``: ``[batch]``."""
         active, count = l0_update(codes, weight)
         self.add_to(active=active, weight=count)
@@ -78,7 +78,7 @@ class FiringRates(AdditiveMetric):
         self.add_sum("fired", d_sae)
         self.add_sum("weight")
 
-    def update(self, codes: Codes, weight: Tensor | None = None) -> None:
+    def update(self, codes: Tensor | Codes, weight: Tensor | None = None) -> None:
         """Add a batch of codes; ``weight``: ``[batch]``."""
         fired, count = firing_update(codes, weight)
         self.add_to(fired=fired, weight=count)

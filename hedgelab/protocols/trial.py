@@ -27,7 +27,15 @@ from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.error_spread import ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import hedging_degree
 from hedgelab.metrics.functional.recovery import decoder_cosines
-from hedgelab.metrics.functional.true_hedging import decoder_coordinates, hedging, tracked_features
+from hedgelab.metrics.functional.true_hedging import (
+    FIRINGS,
+    RegressionSums,
+    decoder_coordinates,
+    hedging,
+    regressed_hedging,
+    tracked_features,
+)
+from hedgelab.metrics.toys import FeatureRegression
 from hedgelab.plots.trial import hedging_of_levels, hedging_over_width, measures_against_truth
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study
@@ -302,26 +310,32 @@ def _trained(
 def _score(
     kind: str, width: int, toy: str, seed: int, data: ToyDataModule, control: SAE, extended: SAE, options: TrialOptions
 ) -> TrialScore:
-    batches = [data.batch("val", index).x for index in range(options.val_batches)]
-    metric = ResidualHedgingMetric(control.W_dec)
+    directions = data.feature_directions
+    metric, counts = ResidualHedgingMetric(control.W_dec), FeatureRegression(width, len(directions))
     fired, fired_extended = torch.zeros(width), torch.zeros(width + options.n_new)
-    for x in batches:
+    for index in range(options.val_batches):
+        x, features, _ = data.batch("val", index)
+        assert features is not None
         codes = control.encode(x)
         metric.update(x, control.decode(codes), codes)
+        if len(directions) > data.d_in:
+            counts.update(codes, features)
         fired += codes.firing_counts()
         fired_extended += extended.encode(x).firing_counts()
-    live, folded, directions = fired > 0, control.folded(), data.feature_directions
-    cosines = decoder_cosines(folded.W_dec, directions)
-    tracked = tracked_features(cosines, live)
-    true = hedging(decoder_coordinates(folded.W_dec, directions), cosines, tracked, live).norm
+    live = fired > 0
+    sums = counts.compute() if len(directions) > data.d_in else None
+    true = true_hedging(control.W_dec, directions, fired, sums)
     degree = hedging_degree(
         control.W_dec, extended.W_dec, live=live & (fired_extended[:width] > 0), live_new=fired_extended[width:] > 0, seed=seed
     )  # fmt: skip
     residual = metric.compute()
-    levels = level_hedging(control, folded.W_dec, directions, live) if isinstance(control, MatryoshkaSAE) else ()
+    levels = (
+        level_hedging(control, control.W_dec, directions, fired, sums) if isinstance(control, MatryoshkaSAE) else ()
+    )
+    tracked = tracked_features(decoder_cosines(control.W_dec, directions), live)
     return TrialScore(
         kind, width, toy, seed,
-        true_hedging=float(true[live].mean()),
+        true_hedging=float(true[live].nanmean()),
         residual_hedging=float(residual.hedging),
         residual_std=float(residual.std),
         degree=float(degree.degree),
@@ -330,21 +344,32 @@ def _score(
     )  # fmt: skip
 
 
-def level_hedging(sae: MatryoshkaSAE, W_dec: Tensor, directions: Tensor, live: Tensor) -> tuple[float, ...]:
+def level_hedging(
+    sae: MatryoshkaSAE, W_dec: Tensor, directions: Tensor, fired: Tensor, sums: RegressionSums | None = None
+) -> tuple[float, ...]:
     """True hedging of each level's own latents, innermost first: along features that no latent of *their prefix* tracks.
 
     An inner level must reconstruct without the latents that come after it, so it hedges on features that those track.
 
     Args:
         sae: Whose levels.
-        W_dec: Its folded decoder, ``[d_sae, d_in]``.
+        W_dec: Its decoder, ``[d_sae, d_in]``.
         directions: True directions, ``[n, d_in]``.
-        live: Latents that fire, ``[d_sae]`` bool.
+        fired: Firings of each latent, ``[d_sae]``.
+        sums: Of the regression of features on codes; None where features do not overlap.
     """
-    coordinates, cosines = decoder_coordinates(W_dec, directions), decoder_cosines(W_dec, directions)
     values = []
     for own in sae.level_slices():
-        tracked = tracked_features(cosines[: own.stop], live[: own.stop])
-        true = hedging(coordinates[: own.stop], cosines[: own.stop], tracked, live[: own.stop]).norm
-        values.append(float(true[own][live[own]].mean()))
+        prefix = None if sums is None else sums.first(own.stop)
+        true = true_hedging(W_dec[: own.stop], directions, fired[: own.stop], prefix)
+        values.append(float(true[own][fired[own] > 0].nanmean()))
     return tuple(values)
+
+
+def true_hedging(W_dec: Tensor, directions: Tensor, fired: Tensor, sums: RegressionSums | None) -> Tensor:
+    """True hedging of each latent, ``[d_sae]``: of the decoder, or by regression where sums are given."""
+    cosines, live = decoder_cosines(W_dec, directions), fired > 0
+    tracked = tracked_features(cosines, live)
+    if sums is not None:
+        return regressed_hedging(sums, W_dec, directions, cosines, tracked, fired >= FIRINGS).norm
+    return hedging(decoder_coordinates(W_dec, directions), cosines, tracked, live).norm

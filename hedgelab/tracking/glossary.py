@@ -73,6 +73,12 @@ GLOSSARY = {
         "absorption, plain", "", "lower", "how often the parent's latent is silent when the child fires"
     ),
     "absorption_encoder": Term("absorption enc", "", "", "parent's encoder along its child: < 0 absorbs, > 0 hedges"),
+    "absorption_parents_f1": Term(
+        "parents' F1",
+        "",
+        "higher",
+        "F1 of the best detector of each parent feature, tracked or not",
+    ),
     "hedging/degree": Term(
         "hedging degree", "", "lower", "how far old latents move into the span of new ones, above chance"
     ),

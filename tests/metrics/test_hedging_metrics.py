@@ -7,11 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hedgelab.batch import Batch
+from hedgelab.errors import UserError
+from hedgelab.kernels.codes import Codes
+from hedgelab.metrics import FeatureRegression, SAEMetrics, direct
 from hedgelab.metrics.functional import (
     decoder_coordinates,
     decoder_cosines,
     encoder_coordinates,
     hedging,
+    regressed_hedging,
     tracked_features,
 )
 
@@ -80,10 +85,98 @@ def test_overlapping_features_are_no_hedging_by_themselves():
     assert score(mixed, directions).largest.item() == pytest.approx(expected)
 
 
-def test_more_features_than_dimensions_fall_back_to_cosines():
-    directions = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    W_dec = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(decoder_coordinates(W_dec, directions), decoder_cosines(W_dec, directions))
+def overlapping(n, d_in, rows, rate, seed=0):
+    """Independent features along random directions."""
+    rng = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(n, d_in, generator=rng), dim=1)
+    return directions, (torch.rand(rows, n, generator=rng) < rate).float(), rng
+
+
+def test_more_features_than_dimensions_need_codes():
+    directions, features, _ = overlapping(5, 3, 10, 0.3)
+    with pytest.raises(UserError, match="5 directions in 3 dimensions overlap"):
+        decoder_coordinates(directions[:2], directions)
+    with pytest.raises(UserError, match="overlap"):
+        direct.hedging(directions[:2], directions)
+    with pytest.raises(UserError, match="give both"):
+        direct.hedging(directions[:2], directions, features[:, :2])
+
+
+@pytest.mark.parametrize("width", [128, 384])
+def test_perfect_latents_of_overlapping_features_do_not_hedge(width):
+    """384 features in 128 dimensions: cosines give 1.57 for a latent a feature."""
+    directions, features, _ = overlapping(384, 128, 8192, 0.03)
+    metrics = SAEMetrics(128, width, directions, parents=torch.full((384,), -1))
+    for part in features.split(1024):
+        metrics.update(Batch(part @ directions, part), part @ directions, 3 * part[:, :width])
+    results = metrics.compute(directions[:width].t(), directions[:width] / 3)
+    assert abs(float(results["hedging/decoder"])) < (0.02 if width < 384 else 1e-12)
+    assert abs(float(results["hedging/decoder_signed"])) < 0.02
+    assert results["hedging/encoder"].isnan()  # no truth of encoders is known there
+    assert results["tracked_features"] == width
+
+
+def test_a_latent_that_mixes_an_overlapping_feature_in_is_seen():
+    """Feature 1 fires on half of feature 0's firings and never else: its coefficient on the parent's code is .5."""
+    directions, features, rng = overlapping(12, 6, 8000, 0.1)
+    features[:, 1] = features[:, 0] * (torch.rand(8000, generator=rng) < 0.5)
+    latents = [0, *range(2, 12)]
+    W_dec = directions[latents].clone()
+    W_dec[0] += 0.5 * directions[1]
+    result = direct.hedging(W_dec, directions, features[:, latents], features)
+    expected = 0.5 / float(W_dec[0].norm())
+    assert float(result.norm[0]) == pytest.approx(expected, abs=0.02)
+    assert float(result.largest[0]) == pytest.approx(expected, abs=0.02)
+    assert float(result.components[0, 1]) == pytest.approx(expected, abs=0.02)
+    assert float(result.norm[1:].mean()) == pytest.approx(0, abs=0.02)
+
+
+def test_regression_agrees_with_coordinates_on_orthonormal_features():
+    """For the decoder of least squared error on these codes both are the same number."""
+    rng = torch.Generator().manual_seed(1)
+    directions = torch.linalg.qr(torch.randn(10, 10, generator=rng))[0][:6]
+    features = (torch.rand(6000, 6, generator=rng) < 0.2).float()
+    features[:, 4] *= features[:, 0]
+    features[:, 5] *= (features[:, 1] > 0) | (torch.rand(6000, generator=rng) < 0.3)
+    codes = features[:, :4]
+    x = features @ directions
+    W_dec = torch.linalg.lstsq(codes - codes.mean(0), x - x.mean(0)).solution
+    plain, regressed = direct.hedging(W_dec, directions), direct.hedging(W_dec, directions, codes, features)
+    assert regressed.norm.tolist() == pytest.approx(
+        plain.norm.tolist(), abs=0.04
+    )  # roots of noise where nothing hedges
+    assert regressed.norm.tolist()[0] == pytest.approx(float(plain.norm[0]), abs=0.01)
+    assert regressed.components.tolist()[0] == pytest.approx(plain.components.tolist()[0], abs=0.01)
+    assert float(plain.norm[0]) > 0.1
+
+
+def test_regression_sums_add_up_and_populations_are_exact():
+    directions, features, _ = overlapping(9, 4, 600, 0.3)
+    codes = features[:, :5] * torch.tensor([1.0, 2, 3, 4, 5])
+    once, parts = FeatureRegression(5, 9), FeatureRegression(5, 9)
+    once.update(codes, features)
+    for rows in torch.arange(600).split(120):
+        parts.update(Codes.from_csr(*Codes.from_dense(codes[rows]).csr(), 5), features[rows])
+    for one, other in zip(once.compute(), parts.compute(), strict=True):
+        torch.testing.assert_close(one, other)
+    population = FeatureRegression(5, 9)
+    population.update(codes, features, torch.full((600,), 1 / 600))
+    cosines = decoder_cosines(directions[:5], directions)
+    tracked = tracked_features(cosines)
+    scores = regressed_hedging(population.compute(), directions[:5], directions, cosines, tracked)
+    centred, z = (codes - codes.mean(0)).double(), features.double()
+    exact = torch.linalg.lstsq(centred, z - z.mean(0)).solution
+    scale = ((exact @ directions.double()) * directions[:5]).sum(1).abs()
+    assert scores.norm.tolist() == pytest.approx((exact[:, 5:].norm(dim=1) / scale).tolist(), rel=1e-4)
+
+
+def test_what_is_too_large_to_regress_is_nan_with_a_warning(monkeypatch):
+    monkeypatch.setattr("hedgelab.metrics.evaluation.MOST_PAIRS", 10)
+    directions, features, _ = overlapping(6, 4, 50, 0.3)
+    with pytest.warns(UserWarning, match="hedging/decoder: 6 overlapping features"):
+        metrics = SAEMetrics(4, 2, directions)
+    metrics.update(Batch(features @ directions, features), features @ directions, features[:, :2])
+    assert metrics.compute(directions[:2].t(), directions[:2])["hedging/decoder"].isnan()
 
 
 @settings(max_examples=20, deadline=None)

@@ -40,7 +40,8 @@ class ToyDataModule(ActivationDataModule):
         target_cosine: Cosine between the feature directions; at 0 they are orthonormal where ``n <= d_in``.
         magnitude_mean: Mean magnitude of a firing feature, one number or one a feature. None: those of the
             firing if it has its own (a tree), else 1.
-        magnitude_std: Standard deviation of the magnitude before the ReLU, one number or one a feature.
+        magnitude_std: Standard deviation of the magnitude before the ReLU, one number or one a feature. None: those of the
+            firing if it has its own (a tree), else 0.
         bias: Offset of all activations: its norm (in a random direction), or the vector ``[d_in]`` itself.
         sampling: ``samples`` draws batches; ``population`` makes every batch the complete support, weighted by
             probability, for exact expectations.
@@ -60,7 +61,7 @@ class ToyDataModule(ActivationDataModule):
         batch_size: int = 500,
         target_cosine: float = 0.0,
         magnitude_mean: float | list[float] | None = None,
-        magnitude_std: float | list[float] = 0.0,
+        magnitude_std: float | list[float] | None = None,
         bias: float | list[float] | None = None,
         sampling: Literal["samples", "population"] = "samples",
         dtype: Literal["float32", "float64"] = "float32",
@@ -76,9 +77,12 @@ class ToyDataModule(ActivationDataModule):
         super().__init__(batch_size, seed, val_batches, default_chunk if chunk_steps is None else chunk_steps)
         self.firing = firing
         self.block_batches = min(_MAX_BLOCK_BATCHES, max(1, _BLOCK_BYTES // batch_bytes))
-        own_magnitudes = firing.magnitudes()
         if magnitude_mean is None:
-            magnitude_mean = 1.0 if own_magnitudes is None else own_magnitudes.tolist()
+            own = firing.magnitudes()
+            magnitude_mean = 1.0 if own is None else own.tolist()
+        if magnitude_std is None:
+            own = firing.magnitude_spreads()
+            magnitude_std = 0.0 if own is None else own.tolist()
         self._mean = _per_feature("data.magnitude_mean", magnitude_mean, firing.n).to(self._dtype)
         self._std = _per_feature("data.magnitude_std", magnitude_std, firing.n).to(self._dtype)
         self._check_magnitudes()

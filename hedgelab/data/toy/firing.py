@@ -79,6 +79,10 @@ class Firing(ABC):
         """Firing magnitudes that come with the firing, ``[n]``; None where it has none of its own."""
         return None
 
+    def magnitude_spreads(self) -> Tensor | None:
+        """Standard deviations of magnitudes that come with the firing, ``[n]``; None where it has none of its own."""
+        return None
+
 
 class IndependentFiring(Firing):
     """Every feature fires by itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class TreeNode:
 
     Attributes:
         probability: That it fires given that its parent does.
-        magnitude: Activation along its direction when it fires.
+        magnitude: Mean activation along its direction when it fires.
+        magnitude_std: Standard deviation of that before the ReLU.
         is_read_out: Whether it is a feature with a direction of its own; if not, it only gates its children.
         mutually_exclusive_children: Whether at most one of its children fires at a time.
         children: The nodes below.
@@ -34,12 +35,13 @@ class TreeNode:
 
     probability: float
     magnitude: float = 1.0
+    magnitude_std: float = 0.0
     is_read_out: bool = True
     mutually_exclusive_children: bool = False
-    children: tuple[TreeNode, ...] = field(default=())
+    children: tuple[TreeNode, ...] = ()
 
 
-_KEYS = ("probability", "magnitude", "is_read_out", "mutually_exclusive_children", "children")
+_KEYS = tuple(field.name for field in fields(TreeNode))
 
 
 def parse_tree(raw: object, path: str = "tree") -> TreeNode:
@@ -66,6 +68,9 @@ def parse_tree(raw: object, path: str = "tree") -> TreeNode:
     magnitude = _number(raw, path, "magnitude", 1.0)
     if not 0 < magnitude < float("inf"):
         raise UserError(f"{path}.magnitude: must be positive and finite, got {magnitude}")
+    spread = _number(raw, path, "magnitude_std", 0.0)
+    if not 0 <= spread < float("inf"):
+        raise UserError(f"{path}.magnitude_std: must be at least 0 and finite, got {spread}")
     raw_children = raw.get("children", [])
     if not isinstance(raw_children, list):
         raise UserError(f"{path}.children: expected a list of nodes, got {_describe(raw_children)}")
@@ -74,7 +79,8 @@ def parse_tree(raw: object, path: str = "tree") -> TreeNode:
     total = sum(child.probability for child in children)
     if exclusive and total > 1 + _EXCLUSIVE_SLACK:
         raise UserError(f"{path}.children: probabilities of mutually exclusive children sum to {total:.6g}, above 1")
-    return TreeNode(probability, magnitude, _flag(raw, path, "is_read_out", not is_root), exclusive, children)
+    read_out = _flag(raw, path, "is_read_out", not is_root)
+    return TreeNode(probability, magnitude, spread, read_out, exclusive, children)
 
 
 def load_tree(file: str | Path) -> object:
@@ -119,7 +125,7 @@ class TreeFiring(Firing):
     Mutually exclusive siblings share one draw: each fires with exactly its own probability, never two at once.
 
     Args:
-        tree: The root as a mapping: ``probability``, ``magnitude``, ``is_read_out``,
+        tree: The root as a mapping: ``probability``, ``magnitude``, ``magnitude_std``, ``is_read_out``,
             ``mutually_exclusive_children``, ``children`` (a list of nodes of the same form). The root always fires
             and is not read out unless it says so.
         file: A YAML or JSON file with such a mapping, relative to the working directory; instead of ``tree``.
@@ -176,6 +182,10 @@ class TreeFiring(Firing):
     def magnitudes(self) -> Tensor:
         """Magnitude of each read-out node, ``[n]``."""
         return torch.tensor([self._flat[i].node.magnitude for i in self._read_out], dtype=torch.float64)
+
+    def magnitude_spreads(self) -> Tensor:
+        """Standard deviation of the magnitude of each read-out node, ``[n]``."""
+        return torch.tensor([self._flat[i].node.magnitude_std for i in self._read_out], dtype=torch.float64)
 
 
 @dataclass(frozen=True)

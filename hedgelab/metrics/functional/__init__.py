@@ -1,82 +1,90 @@
-"""Pure functions behind the metric classes: ``*_update`` gives additive sums of a batch, ``*_compute`` the result."""
+"""Pure functions behind the metric classes: ``*_update`` gives additive sums of a batch, ``*_compute`` the result.
 
-from hedgelab.metrics.functional.degree import DegreeScores, hedging_degree
-from hedgelab.metrics.functional.detection import CoFiring, DetectionScores, co_firing, detection_scores
-from hedgelab.metrics.functional.error_spread import ResidualHedging, residual_hedging
-from hedgelab.metrics.functional.hierarchy import (
-    AbsorptionScores,
-    absorption,
-    absorption_from_co_firing,
-    infer_parents,
-    parent_encoder_components,
-)
-from hedgelab.metrics.functional.reconstruction import explained_variance, mean_squared_error, shrinkage
-from hedgelab.metrics.functional.recovery import (
-    BestMatches,
-    Matching,
-    best_matches,
-    decoder_cosines,
-    encoder_cosines,
-    match_features,
-    matched_cosines,
-    mcc,
-    mean_max_cosine,
-    uniqueness,
-)
-from hedgelab.metrics.functional.sparsity import (
-    LOG_DENSITY_EDGES,
-    DensityHistogram,
-    dead_latents,
-    density_histogram,
-    firing_rates,
-    l0,
-)
-from hedgelab.metrics.functional.true_hedging import (
-    TRACKING_COSINE,
-    HedgingScores,
-    decoder_coordinates,
-    encoder_coordinates,
-    hedging,
-    tracked_features,
-)
+Latents are taken as codes or as dense tensors ``[batch, d_sae]``, decoders of any norms: folding happens inside.
+"""
 
-__all__ = [
-    "LOG_DENSITY_EDGES",
-    "TRACKING_COSINE",
-    "AbsorptionScores",
-    "BestMatches",
-    "CoFiring",
-    "DegreeScores",
-    "DensityHistogram",
-    "DetectionScores",
-    "HedgingScores",
-    "Matching",
-    "ResidualHedging",
-    "absorption",
-    "absorption_from_co_firing",
-    "best_matches",
-    "co_firing",
-    "dead_latents",
-    "decoder_coordinates",
-    "decoder_cosines",
-    "density_histogram",
-    "detection_scores",
-    "encoder_coordinates",
-    "encoder_cosines",
-    "explained_variance",
-    "firing_rates",
-    "hedging",
-    "hedging_degree",
-    "infer_parents",
-    "l0",
-    "match_features",
-    "matched_cosines",
-    "mcc",
-    "mean_max_cosine",
-    "mean_squared_error",
-    "parent_encoder_components",
-    "residual_hedging",
-    "shrinkage",
-    "tracked_features",
-    "uniqueness",
-]
+from hedgelab.metrics.functional.accumulate import SparseCoder as SparseCoder
+from hedgelab.metrics.functional.accumulate import as_codes as as_codes
+from hedgelab.metrics.functional.accumulate import fold_decoder as fold_decoder
+from hedgelab.metrics.functional.accumulate import orthonormal_basis as orthonormal_basis
+from hedgelab.metrics.functional.degree import DegreeScores as DegreeScores
+from hedgelab.metrics.functional.degree import hedging_degree as hedging_degree
+from hedgelab.metrics.functional.detection import CoFiring as CoFiring
+from hedgelab.metrics.functional.detection import DetectionScores as DetectionScores
+from hedgelab.metrics.functional.detection import co_firing as co_firing
+from hedgelab.metrics.functional.detection import detection_scores as detection_scores
+from hedgelab.metrics.functional.error_spread import ResidualHedging as ResidualHedging
+from hedgelab.metrics.functional.error_spread import residual_hedging as residual_hedging
+from hedgelab.metrics.functional.first_letter import FirstLetterScores as FirstLetterScores
+from hedgelab.metrics.functional.first_letter import WordAbsorption as WordAbsorption
+from hedgelab.metrics.functional.first_letter import first_letter_scores as first_letter_scores
+from hedgelab.metrics.functional.first_letter import word_absorption as word_absorption
+from hedgelab.metrics.functional.geometry import NEAR_DUPLICATE as NEAR_DUPLICATE
+from hedgelab.metrics.functional.geometry import DecoderGeometry as DecoderGeometry
+from hedgelab.metrics.functional.geometry import decoder_geometry as decoder_geometry
+from hedgelab.metrics.functional.hierarchy import AbsorptionScores as AbsorptionScores
+from hedgelab.metrics.functional.hierarchy import AbsorptionSums as AbsorptionSums
+from hedgelab.metrics.functional.hierarchy import absorption as absorption
+from hedgelab.metrics.functional.hierarchy import absorption_compute as absorption_compute
+from hedgelab.metrics.functional.hierarchy import absorption_from_co_firing as absorption_from_co_firing
+from hedgelab.metrics.functional.hierarchy import absorption_update as absorption_update
+from hedgelab.metrics.functional.hierarchy import infer_parents as infer_parents
+from hedgelab.metrics.functional.hierarchy import parent_encoder_components as parent_encoder_components
+from hedgelab.metrics.functional.hierarchy import parents_best_f1 as parents_best_f1
+from hedgelab.metrics.functional.logistic import LinearProbe as LinearProbe
+from hedgelab.metrics.functional.logistic import f1_score as f1_score
+from hedgelab.metrics.functional.logistic import linear_probes as linear_probes
+from hedgelab.metrics.functional.logistic import logistic_regression as logistic_regression
+from hedgelab.metrics.functional.logistic import roc_auc as roc_auc
+from hedgelab.metrics.functional.loss_recovered import RecoveredLoss as RecoveredLoss
+from hedgelab.metrics.functional.loss_recovered import next_token_divergences as next_token_divergences
+from hedgelab.metrics.functional.loss_recovered import next_token_losses as next_token_losses
+from hedgelab.metrics.functional.loss_recovered import recovered_loss as recovered_loss
+from hedgelab.metrics.functional.probing import ProbingScores as ProbingScores
+from hedgelab.metrics.functional.probing import class_means as class_means
+from hedgelab.metrics.functional.probing import firing_magnitudes as firing_magnitudes
+from hedgelab.metrics.functional.probing import k_sparse_probing as k_sparse_probing
+from hedgelab.metrics.functional.probing import rank_latents as rank_latents
+from hedgelab.metrics.functional.reconstruction import VarianceSums as VarianceSums
+from hedgelab.metrics.functional.reconstruction import explained_variance as explained_variance
+from hedgelab.metrics.functional.reconstruction import explained_variance_compute as explained_variance_compute
+from hedgelab.metrics.functional.reconstruction import explained_variance_update as explained_variance_update
+from hedgelab.metrics.functional.reconstruction import mean_squared_error as mean_squared_error
+from hedgelab.metrics.functional.reconstruction import mean_squared_error_update as mean_squared_error_update
+from hedgelab.metrics.functional.reconstruction import shrinkage as shrinkage
+from hedgelab.metrics.functional.reconstruction import shrinkage_update as shrinkage_update
+from hedgelab.metrics.functional.recovery import BestMatches as BestMatches
+from hedgelab.metrics.functional.recovery import Matching as Matching
+from hedgelab.metrics.functional.recovery import best_matches as best_matches
+from hedgelab.metrics.functional.recovery import decoder_cosines as decoder_cosines
+from hedgelab.metrics.functional.recovery import encoder_cosines as encoder_cosines
+from hedgelab.metrics.functional.recovery import match_features as match_features
+from hedgelab.metrics.functional.recovery import matched_cosines as matched_cosines
+from hedgelab.metrics.functional.recovery import mcc as mcc
+from hedgelab.metrics.functional.recovery import mean_max_cosine as mean_max_cosine
+from hedgelab.metrics.functional.recovery import uniqueness as uniqueness
+from hedgelab.metrics.functional.removal import BiasedProbes as BiasedProbes
+from hedgelab.metrics.functional.removal import PooledTexts as PooledTexts
+from hedgelab.metrics.functional.removal import SCRScores as SCRScores
+from hedgelab.metrics.functional.removal import TPPScores as TPPScores
+from hedgelab.metrics.functional.removal import attribution as attribution
+from hedgelab.metrics.functional.removal import biased_probes as biased_probes
+from hedgelab.metrics.functional.removal import spurious_correlation_removal as spurious_correlation_removal
+from hedgelab.metrics.functional.removal import targeted_probe_perturbation as targeted_probe_perturbation
+from hedgelab.metrics.functional.sparsity import LOG_DENSITY_EDGES as LOG_DENSITY_EDGES
+from hedgelab.metrics.functional.sparsity import DensityHistogram as DensityHistogram
+from hedgelab.metrics.functional.sparsity import dead_latents as dead_latents
+from hedgelab.metrics.functional.sparsity import density_histogram as density_histogram
+from hedgelab.metrics.functional.sparsity import firing_rates as firing_rates
+from hedgelab.metrics.functional.sparsity import firing_update as firing_update
+from hedgelab.metrics.functional.sparsity import l0 as l0
+from hedgelab.metrics.functional.sparsity import l0_update as l0_update
+from hedgelab.metrics.functional.true_hedging import TRACKING_COSINE as TRACKING_COSINE
+from hedgelab.metrics.functional.true_hedging import HedgingScores as HedgingScores
+from hedgelab.metrics.functional.true_hedging import RegressionSums as RegressionSums
+from hedgelab.metrics.functional.true_hedging import decoder_coordinates as decoder_coordinates
+from hedgelab.metrics.functional.true_hedging import encoder_coordinates as encoder_coordinates
+from hedgelab.metrics.functional.true_hedging import hedging as hedging
+from hedgelab.metrics.functional.true_hedging import regressed_hedging as regressed_hedging
+from hedgelab.metrics.functional.true_hedging import regression_update as regression_update
+from hedgelab.metrics.functional.true_hedging import tracked_features as tracked_features

@@ -13,6 +13,8 @@ from hedgelab.kernels.codes import Codes
 
 NO_FLOAT64 = frozenset({"mps"})
 """Device types without float64: sums of what lies there are kept on the CPU."""
+SPARSE_BELOW = 1 / 16
+"""Share of latents firing below which a sparse product beats a dense one (measured on CPU)."""
 
 
 class SparseCoder(Protocol):
@@ -91,6 +93,22 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def sparse_product(codes: Codes, matrix: Tensor, weight: Tensor | None = None) -> Tensor:
+    """``Σ_b w_b c_b m_bᵀ`` of codes and a ``matrix [batch, n]``, ``[d_sae, n]`` in the matrix' precision, autocast or not."""
+    device, dtype = matrix.device, matrix.dtype
+    stored = codes.values if codes.latents is not None else codes.values[codes.values > 0]
+    with torch.autocast(device.type, enabled=False):  # counts would come out rounded to 8 bits
+        if stored.numel() > SPARSE_BELOW * codes.batch_size * codes.d_sae:
+            left = codes.to_dense().to(device, dtype)
+            return (left if weight is None else left * weight.to(dtype)[:, None]).t() @ matrix
+        index = torch.stack([codes.csr()[1], codes.rows()]).to(device)
+        values = codes.csr()[2].to(device, dtype)
+        values = values if weight is None else values * weight.to(dtype)[index[1]]
+        shape = (codes.d_sae, codes.batch_size)
+        product: Tensor = torch.sparse_coo_tensor(index, values, shape, check_invariants=False) @ matrix
+        return product
+
+
 def total_weight(examples: Tensor, weight: Tensor | None) -> Tensor:
     """Weight of a batch, a float64 scalar: the sum of ``weight [batch]``, or the number of rows of ``examples``."""
     if weight is None:
@@ -102,7 +120,8 @@ def total_weight(examples: Tensor, weight: Tensor | None) -> Tensor:
 def weighted_sum(per_example: Tensor, weight: Tensor | None) -> Tensor:
     """Sum over the first dimension of ``[batch, ...]`` in float64, weighted by ``weight [batch]`` where given."""
     if weight is not None:
-        return torch.einsum("b,b...->...", float64(weight), float64(per_example))
+        total: Tensor = torch.einsum("b,b...->...", float64(weight), float64(per_example))
+        return total
     if per_example.device.type in NO_FLOAT64:
         return float64(per_example).sum(0)
     return per_example.detach().sum(0, dtype=torch.float64)

@@ -116,7 +116,7 @@ def hedging_degree(
     n_new = extended.shape[0] - width
     if not 1 <= n_new < d_in:
         raise UserError(f"hedge.n_new: must lie between 1 and d_in - 1 = {d_in - 1}, got {n_new}; more span everything")
-    old, (moved_to, new) = fold_decoder(control)[0], fold_decoder(extended)[0].split([width, n_new])
+    old, (moved_to, new) = fold_decoder(control)[0], torch.split(fold_decoder(extended)[0], [width, n_new])
     delta, basis = moved_to - old, orthonormal_basis(new)
     rank = basis.shape[1]
     if not rank:

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
-
-SPARSE_BELOW = 1 / 16
-"""Share of latents firing below which a sparse product beats a dense one (measured on CPU)."""
+from hedgelab.metrics.functional.accumulate import as_codes, float64, sparse_product
 
 
 class CoFiring(NamedTuple):
@@ -31,9 +29,10 @@ class DetectionScores(NamedTuple):
     """Each latent as a detector of its feature, ``[d_sae]`` each; NaN for latents without one.
 
     Attributes:
-        precision: P(feature fires | latent fires), 0 for a latent that never fires.
-        recall: P(latent fires | feature fires), 0 for a feature that never fires.
-        f1: Their harmonic mean.
+        precision: P(feature fires | latent fires); NaN for a latent that never fires.
+        recall: P(latent fires | feature fires); NaN for a feature that never fires.
+        f1: Their harmonic mean, ``2 · both / (latent's firings + feature's)``: 0 for a latent that never fires, NaN for a
+            feature that never does.
     """
 
     precision: Tensor
@@ -41,27 +40,22 @@ class DetectionScores(NamedTuple):
     f1: Tensor
 
 
-def co_firing(codes: Codes, features: Tensor, weight: Tensor | None = None) -> Tensor:
+def co_firing(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> Tensor:
     """Weight of the examples on which each latent fires together with each feature, ``[d_sae, n]``.
 
     Args:
-        codes: Latents of a batch.
+        codes: Latents of a batch, codes or dense ``[batch, d_sae]``.
         features: Firing magnitudes of the features, ``[batch, n]``.
         weight: Weight of each example, ``[batch]``; None weighs all alike.
 
     Returns:
         float64 with ``weight``, else exact whole numbers in float32.
     """
-    dtype = torch.float32 if weight is None else torch.float64
-    present = (features > 0).to(dtype)
-    rows, latents = _fired(codes)
-    if latents.shape[0] > SPARSE_BELOW * codes.batch_size * codes.d_sae:
-        firing = (codes.to_dense() > 0).to(dtype).T
-        return _product(firing if weight is None else firing * weight.to(dtype), present)
-    amounts = torch.ones_like(latents, dtype=dtype) if weight is None else weight.to(dtype)[rows]
-    shape = (codes.d_sae, codes.batch_size)
-    firing = torch.sparse_coo_tensor(torch.stack([latents, rows]), amounts, shape, check_invariants=False)
-    return _product(firing, present)
+    codes, present = as_codes(codes).detach(), features > 0
+    firing = Codes(codes.d_sae, (codes.values > 0).float(), codes.latents, codes.crow, codes.layout)
+    if weight is None:
+        return sparse_product(firing, present.float())
+    return sparse_product(firing, float64(present), float64(weight))
 
 
 def detection_scores(counts: CoFiring, feature: Tensor) -> DetectionScores:
@@ -76,21 +70,7 @@ def detection_scores(counts: CoFiring, feature: Tensor) -> DetectionScores:
     unmatched = feature < 0
 
     def ratio(amount: Tensor, of: Tensor) -> Tensor:
-        return torch.where(of > 0, amount / of, 0.0).masked_fill(unmatched, torch.nan)
+        return (amount / of).masked_fill(unmatched, torch.nan)
 
-    return DetectionScores(ratio(hits, fired), ratio(hits, present), ratio(2 * hits, fired + present))
-
-
-def _fired(codes: Codes) -> tuple[Tensor, Tensor]:
-    """Example and latent of each activation above 0, sorted by example."""
-    if codes.latents is None:
-        rows, columns = (codes.values > 0).nonzero(as_tuple=True)
-        return rows, columns
-    fired = codes.values > 0
-    return codes.rows()[fired], codes.latents[fired]
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product in the precision of its factors: under autocast counts would come out rounded to 8 bits."""
-    with torch.autocast(right.device.type, enabled=False):
-        return left @ right
+    f1 = ratio(2 * hits, fired + present).masked_fill(present == 0, torch.nan)
+    return DetectionScores(ratio(hits, fired), ratio(hits, present), f1)

@@ -153,19 +153,30 @@ def residual_hedging(
     if not bool(error.square().mean() > 1e-12 * float64(x.square().mean())):  # nothing is left: nothing is missing
         zero = torch.zeros_like(nothing)
         return ResidualHedging(zero, zero, torch.where(measured, 0.0, latents), count, zero)
-    weights = influence([part[:, chosen.to(part.device)] for part in dense.split(size)])
-    rows = torch.stack([float64(own).t() @ float64(part) for own, part in zip(weights, x.split(size), strict=True)])
+    parts = [part[:, chosen.to(part.device)] for part in torch.split(dense, size)]
+    weights = influence(parts)
+    rows = torch.stack(
+        [float64(own).t() @ float64(part) for own, part in zip(weights, torch.split(x, size), strict=True)]
+    )
     scale = (rows.sum(0) * directions).sum(1).abs().clamp_min(1e-30)
-    moments = _moments([part.float() for part in error.split(size)], weights)
+    moments = _moments([part.float() for part in torch.split(error, size)], weights)
     with torch.enable_grad():
         means = [part.mean(0).requires_grad_() for part in moments[:4]]
         own, magnitude = _hedging(means, moments.noise, mean_variance(error))
         hedging = (own / scale).mean()
         slopes = torch.autograd.grad(hedging, means)
-    by_pair = sum((part * slope).reshape(len(part), -1).sum(1) for part, slope in zip(moments[:4], slopes, strict=True))
+    own_share = torch.stack(
+        [(g - g.mean(0)).double().mul_(part.to(g)).sum(0) for g, part in zip(weights, parts, strict=True)]
+    )
+    excess = _pair_sums(
+        own_share / own_share.mean(0) - 1
+    )  # of a latent's variance in the two blocks: no error of a regression
+    second, third = (part - mean.detach() * excess for part, mean in zip(moments[:2], means[:2], strict=True))
+    by_pair = (second * slopes[0] + third * slopes[1]).sum(1)
+    by_pair += moments.second_of_all * slopes[2] + moments.third_of_all * slopes[3]
     latents[chosen] = (own / scale).detach()
     return ResidualHedging(
-        hedging.detach(), pairwise_standard_error(torch.as_tensor(by_pair), blocks), latents, count, magnitude.detach()
+        hedging.detach(), pairwise_standard_error(by_pair, blocks), latents, count, magnitude.detach()
     )
 
 
@@ -234,6 +245,12 @@ def odd_root(square: Tensor, bend: Tensor) -> Tensor:
     return square / (square.square() + bend.square()).clamp_min(1e-60).pow(0.25)
 
 
+def _pair_sums(of_blocks: Tensor) -> Tensor:
+    """Sums over both blocks of each pair, ``[pairs, ...]``, of values ``[blocks, ...]``."""
+    first, second = torch.triu_indices(len(of_blocks), len(of_blocks), 1, device=of_blocks.device)
+    return of_blocks[first] + of_blocks[second]
+
+
 def _moments(errors: Sequence[Tensor], weights: Sequence[Tensor]) -> _Moments:
     blocks = len(errors)
     centred = [(part - part.mean(0)) * blocks for part in weights]
@@ -243,13 +260,16 @@ def _moments(errors: Sequence[Tensor], weights: Sequence[Tensor]) -> _Moments:
     for a, b in combinations(range(blocks), 2):
         product = errors[a] @ errors[b].t()
         kernel = product.square()
-        second, second_of_all = _paired(kernel, centred[a], centred[b]), kernel.mean(dtype=torch.float64)
+        squares = _paired(kernel, centred[a], centred[b]), kernel.mean(dtype=torch.float64)
         spread.append((kernel.var() - kernel.mean(0).var() - kernel.mean(1).var()).double().clamp_min(0))
         amounts += sizes[a] * sizes[b]
         kernel *= product
-        parts.append((second, _paired(kernel, centred[a], centred[b]), second_of_all, kernel.mean(dtype=torch.float64)))
+        parts.append(
+            (squares[0], _paired(kernel, centred[a], centred[b]), squares[1], kernel.mean(dtype=torch.float64))
+        )
     noise = (torch.stack(spread).mean() * amounts).sqrt() / len(parts)
-    return _Moments(*(torch.stack(values) for values in zip(*parts, strict=True)), noise)
+    second, third, second_of_all, third_of_all = (torch.stack(values) for values in zip(*parts, strict=True))
+    return _Moments(second, third, second_of_all, third_of_all, noise)
 
 
 def _paired(kernel: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hedgelab.metrics.functional.accumulate import NO_FLOAT64
+
 NEAR_DUPLICATE = 0.9
 """Cosine from which two decoder rows count as the same direction."""
 
@@ -41,7 +43,8 @@ def decoder_geometry(W_dec: Tensor, live: Tensor | None = None, threshold: float
         live: Latents that count, ``[d_sae]`` bool; None for all. The results are of these, in their order.
         threshold: Cosine from which two latents are near-duplicates.
     """
-    rows = normalize(W_dec.detach().float() if live is None else W_dec.detach()[live].float(), dim=1)
+    weights = W_dec.detach().cpu() if W_dec.device.type in NO_FLOAT64 else W_dec.detach()
+    rows = normalize((weights if live is None else weights[live.to(weights.device)]).float(), dim=1)
     n = rows.shape[0]
     counts = torch.zeros(_BINS, dtype=torch.float64, device=rows.device)
     largest, nearest, total = [], [], torch.zeros((), dtype=torch.float64, device=rows.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.accumulate import weighted_sum
+from hedgelab.metrics.functional.accumulate import as_codes, weighted_sum
 from hedgelab.metrics.functional.detection import CoFiring
 
 IMPLIES = 0.999
@@ -75,12 +75,12 @@ def infer_parents(both: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
 
 
 def absorption_update(
-    codes: Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
+    codes: Tensor | Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
 ) -> AbsorptionSums:
     """Sums of one batch.
 
     Args:
-        codes: Latents of the batch.
+        codes: Latents of the batch, codes or dense ``[batch, d_sae]``.
         features: Firing magnitudes of the features, ``[batch, n]``.
         latent: The latent that tracks each feature, ``[n]`` int64; -1 for none.
         parents: Parent of each feature, ``[n]`` int64; -1 for none.
@@ -89,7 +89,7 @@ def absorption_update(
     fires = features > 0
     known = (parents >= 0) & (latent[parents] >= 0)
     parent_fires = fires[:, parents] & known
-    silent = codes.to_dense()[:, latent[parents]] <= 0
+    silent = as_codes(codes).to_dense()[:, latent[parents]] <= 0
     masks = (
         parent_fires & fires,
         parent_fires & fires & silent,
@@ -107,7 +107,7 @@ def absorption_compute(sums: AbsorptionSums) -> AbsorptionScores:
 
 
 def absorption(
-    codes: Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
+    codes: Tensor | Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
 ) -> AbsorptionScores:
     """Absorption of each child feature over one batch; arguments as in :func:`absorption_update`."""
     return absorption_compute(absorption_update(codes, features, latent, parents, weight))
@@ -148,3 +148,20 @@ def parent_encoder_components(encoder_coordinates: Tensor, latent: Tensor, paren
     known = (parents >= 0) & (latent[parents] >= 0)
     child = torch.arange(parents.shape[0], device=parents.device)
     return encoder_coordinates[latent[parents], child].masked_fill(~known, torch.nan)
+
+
+def parents_best_f1(counts: CoFiring, parents: Tensor) -> Tensor:
+    """F1 of the best detector that each parent feature has among *all* latents, ``[n]``; NaN for features without children.
+
+    Absorption is measured on parents that a latent tracks: a parent that was absorbed whole, or lost, is not among them. This
+    one looks at every parent, so it falls where the other has nothing left to see. A parent that never fires is NaN too.
+
+    Args:
+        counts: Co-firing of latents and features.
+        parents: Parent of each feature, ``[n]`` int64; -1 for none.
+    """
+    best = torch.full_like(counts.features, torch.nan)
+    known = torch.bincount(parents[parents >= 0], minlength=len(parents)).nonzero().squeeze(1)
+    total = counts.latents[:, None] + counts.features[known]
+    best[known] = (2 * counts.both[:, known] / total).nan_to_num(0).amax(0)
+    return best.masked_fill(counts.features == 0, torch.nan)

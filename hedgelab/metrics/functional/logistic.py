@@ -51,7 +51,9 @@ def has_both(labels: Tensor) -> Tensor:
 def warn_of_empty(what: str, known: Tensor) -> None:
     """Say which classes of ``known [classes]`` have members only, or none."""
     if not bool(known.all()):
-        warnings.warn(f"{what}: classes {(~known).nonzero().flatten().tolist()} lack members or others: NaN", stacklevel=3)
+        warnings.warn(
+            f"{what}: classes {(~known).nonzero().flatten().tolist()} lack members or others: NaN", stacklevel=3
+        )
 
 
 def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = True) -> LinearProbe:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
+from hedgelab.metrics.functional.accumulate import float64
+
 
 class RecoveredLoss(NamedTuple):
     """Mean losses in nats a token, float64 scalars.
@@ -69,10 +71,16 @@ def recovered_loss(sums: dict[str, Tensor], count: Tensor) -> RecoveredLoss:
     kl_sae, kl_zero, kl_mean = (sums[f"kl_{name}"] / count for name in ("sae", "zero", "mean"))
     return RecoveredLoss(
         clean, sae, zero, mean, kl_sae, kl_zero, kl_mean,
-        (zero - sae) / (zero - clean), (mean - sae) / (mean - clean), 1 - kl_sae / kl_zero, 1 - kl_sae / kl_mean,
+        _share(zero - sae, zero - clean), _share(mean - sae, mean - clean),
+        1 - _share(kl_sae, kl_zero), 1 - _share(kl_sae, kl_mean),
     )  # fmt: skip
 
 
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """A part of what an ablation loses; NaN where it loses nothing."""
+    return part / torch.where(whole == 0, torch.nan, whole)
+
+
 def sum64(values: Tensor) -> Tensor:
-    """Sum in float64."""
-    return values.sum(dtype=torch.float64)
+    """Sum in float64, on the CPU where the device has no such numbers."""
+    return float64(values).sum()

@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from hedgelab.metrics.functional.accumulate import at_least_float32, total_weight, weighted_sum
+from hedgelab.metrics.functional.accumulate import at_least_float32, float64, total_weight, weighted_sum
 
 
 class VarianceSums(NamedTuple):
@@ -38,17 +39,17 @@ def explained_variance_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = 
         return VarianceSums(zero, zero, zero, zero, count.new_zeros(x.shape[1]))
     shift = x.mean(0)
     centred = x - shift
-    offset = centred.mean(0).double() if weight is None else weighted_sum(centred, weight) / count  # rounding, weights
-    mean = shift.double() + offset
+    offset = float64(centred.mean(0)) if weight is None else weighted_sum(centred, weight) / count  # rounding, weights
+    mean = float64(shift) + offset
     within = weighted_sum(centred.square_().sum(1), weight) - count * offset.square().sum()
     residual = weighted_sum((x - x_hat).square_().sum(1), weight)
     return VarianceSums(count, residual, within, count * mean.square().sum(), count * mean)
 
 
 def explained_variance_compute(sums: VarianceSums) -> Tensor:
-    """Explained variance from its sums; NaN without examples, ``-inf`` or NaN where ``x`` does not vary."""
-    scatter_of_means = sums.between - sums.total.square().sum() / sums.weight
-    return 1 - sums.residual / (sums.within + scatter_of_means)
+    """Explained variance from its sums; NaN without examples and where ``x`` does not vary."""
+    variance = sums.within + sums.between - sums.total.square().sum() / sums.weight
+    return 1 - sums.residual / torch.where(variance > 0, variance, torch.nan)
 
 
 def explained_variance(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:

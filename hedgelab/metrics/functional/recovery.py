@@ -1,14 +1,14 @@
 """Recovery of known features: cosines, best matches, MCC, uniqueness.
 
-Weights come folded (decoder rows of unit norm, ``SAE.folded()``). Cosines do not depend on positive scales, so folding
-changes none of them; it is the convention under which encoder and decoder are compared elsewhere.
+Cosines do not depend on positive scales: weights may be folded or not.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from hedgelab.metrics.functional.accumulate import fold_decoder
 
 
 class BestMatches(NamedTuple):
@@ -43,18 +43,18 @@ def decoder_cosines(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
     """Cosine of each decoder row with each feature, ``[d_sae, n]`` float64; 0 for a zero row.
 
     Args:
-        W_dec: Folded decoder, ``[d_sae, d_in]``.
+        W_dec: Decoder of any norms, ``[d_sae, d_in]``.
         feature_directions: True directions, ``[n, d_in]``.
     """
     # float64: neither TF32 nor autocast touches it
-    return normalize(W_dec.detach().double(), dim=1) @ normalize(feature_directions.detach().double(), dim=1).T
+    return fold_decoder(W_dec)[0] @ fold_decoder(feature_directions)[0].T
 
 
 def encoder_cosines(W_enc: Tensor, feature_directions: Tensor) -> Tensor:
     """Cosine of each encoder column with each feature, ``[d_sae, n]`` float64; 0 for a zero column.
 
     Args:
-        W_enc: Folded encoder, ``[d_in, d_sae]``.
+        W_enc: Encoder of any norms, ``[d_in, d_sae]``.
         feature_directions: True directions, ``[n, d_in]``.
     """
     return decoder_cosines(W_enc.T, feature_directions)
@@ -89,7 +89,8 @@ def match_features(cosines: Tensor, live: Tensor | None = None, threshold: float
     candidates = torch.arange(d_sae, device=cosines.device) if live is None else live.nonzero().squeeze(1)
     size = cosines[candidates].abs()
     rows, columns = linear_sum_assignment(size.cpu().numpy(), maximize=True)
-    latents, features = candidates[torch.as_tensor(rows)], torch.as_tensor(columns, device=cosines.device)
+    latents, features = (torch.as_tensor(index, device=cosines.device) for index in (rows, columns))
+    latents = candidates[latents]
     kept = cosines[latents, features].abs() >= threshold
     latents, features = latents[kept], features[kept]
     feature = torch.full((d_sae,), -1, device=cosines.device)

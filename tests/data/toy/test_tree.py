@@ -1,11 +1,12 @@
 import json
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgelab.data.toy import TreeFiring
+from hedgelab.data.toy import ToyDataModule, TreeFiring
 from hedgelab.data.toy.firing import pattern_numbers
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
@@ -164,3 +165,23 @@ def test_tree_and_file_exclude_each_other():
         TreeFiring(TREE, file="tree.yaml")
     with pytest.raises(UserError, match="needs 'tree'"):
         TreeFiring()
+
+
+def test_nodes_have_a_spread_of_their_own(tmp_path):
+    tree = {"children": [{"probability": 0.5, "magnitude": 4.0, "magnitude_std": 0.5}, {"probability": 0.5}]}
+    file = tmp_path / "tree.json"
+    file.write_text(json.dumps(tree))
+    for firing in (TreeFiring(tree), TreeFiring(file=str(file))):
+        assert firing.magnitude_spreads().tolist() == [0.5, 0.0]
+        features = ToyDataModule(firing, d_in=4, batch_size=4000, seed=0).batch("train", 0).features
+        first, second = (column[column > 0] for column in features.T)
+        assert float(first.mean()) == pytest.approx(4, abs=0.05)
+        assert float(first.std()) == pytest.approx(0.5, abs=0.05)
+        assert set(second.tolist()) == {1.0}
+    steady = ToyDataModule(TreeFiring(tree), d_in=4, magnitude_std=0.0, seed=0).batch("train", 0).features
+    assert set(steady.flatten().tolist()) == {0.0, 1.0, 4.0}
+    for wrong in (-0.1, math.inf, math.nan):
+        with pytest.raises(UserError, match=r"tree.children\[0\].magnitude_std: must be at least 0 and finite"):
+            TreeFiring({"children": [{"probability": 0.5, "magnitude_std": wrong}]})
+    with pytest.raises(UserError, match="sampling: population, whose support must be finite"):
+        ToyDataModule(TreeFiring(tree), d_in=4, sampling="population")
