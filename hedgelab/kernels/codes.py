@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Codes:
         crow: Sparse layout: where each row starts in ``values``, ``[batch + 1]`` int64. None in the dense layout.
         layout: Sparse layout: ``crow`` and ``latents`` with the index structures derived from them, computed when asked
             and shared by all codes that differ in values only; made here unless given. None in the dense layout.
+        rates: How often each latent fires on average, ``[d_sae]``, with a gradient; only JumpReLU selections make it.
+        leading: The shape of the examples where they are no plain batch: of ``[..., d_in]`` all but the last. What is said
+            about rows below counts them one after the other.
     """
 
     d_sae: int
@@ -33,15 +36,20 @@ class Codes:
     latents: Tensor | None = None
     crow: Tensor | None = None
     layout: Layout | None = field(default=None, compare=False, repr=False)
+    rates: Tensor | None = field(default=None, compare=False, repr=False)
+    leading: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.layout is None and self.crow is not None and self.latents is not None:
             object.__setattr__(self, "layout", Layout(self.crow, self.latents, self.d_sae))
 
     @classmethod
-    def from_dense(cls, activations: Tensor) -> Codes:
-        """Wrap dense activations ``[batch, d_sae]``."""
-        return cls(activations.shape[1], activations)
+    def from_dense(cls, activations: Tensor, rates: Tensor | None = None) -> Codes:
+        """Wrap dense activations ``[..., d_sae]``."""
+        d_sae = activations.shape[-1]
+        if activations.dim() == 2:
+            return cls(d_sae, activations, rates=rates)
+        return cls(d_sae, activations.reshape(-1, d_sae), rates=rates, leading=tuple(activations.shape[:-1]))
 
     @classmethod
     def from_csr(cls, crow: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
@@ -49,9 +57,9 @@ class Codes:
         return cls(d_sae, values, latents, crow)
 
     @classmethod
-    def from_layout(cls, layout: Layout, values: Tensor) -> Codes:
+    def from_layout(cls, layout: Layout, values: Tensor, rates: Tensor | None = None) -> Codes:
         """Wrap values ``[nnz]`` of a layout."""
-        return cls(layout.d_sae, values, layout.latents, layout.crow, layout)
+        return cls(layout.d_sae, values, layout.latents, layout.crow, layout, rates)
 
     @classmethod
     def from_topk(cls, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
@@ -82,7 +90,16 @@ class Codes:
         return self.values.nonzero(as_tuple=True)[0] if self.layout is None else self.layout.rows
 
     def to_dense(self) -> Tensor:
-        """Activations ``[batch, d_sae]``; differentiable. Repeated indices add up."""
+        """Activations ``[..., d_sae]``; differentiable. Repeated indices add up.
+
+        >>> Codes.from_csr(torch.tensor([0, 1, 2]), torch.tensor([2, 0]), torch.tensor([5.0, 7.0]), 3).to_dense().tolist()
+        [[0.0, 0.0, 5.0], [7.0, 0.0, 0.0]]
+        """
+        dense = self.rows_to_dense()
+        return dense if self.leading is None else dense.view(*self.leading, self.d_sae)
+
+    def rows_to_dense(self) -> Tensor:
+        """Activations ``[batch, d_sae]``, whatever the shape of the examples."""
         if self.layout is None:
             return self.values
         flat = self.layout.rows * self.d_sae + self.layout.latents
@@ -91,22 +108,20 @@ class Codes:
 
     def detach(self) -> Codes:
         """The same codes without a gradient."""
-        return Codes(self.d_sae, self.values.detach(), self.latents, self.crow, self.layout)
+        return replace(self, values=self.values.detach(), rates=None)
 
     def scale(self, factor: Tensor) -> Codes:
         """Codes with latent i multiplied by ``factor[i]`` (decoder norms, when folding); ``factor``: ``[d_sae]``."""
-        if self.latents is None:
-            return Codes.from_dense(self.values * factor)
-        return Codes(self.d_sae, self.values * factor[self.latents], self.latents, self.crow, self.layout)
+        return replace(self, values=self.values * (factor if self.latents is None else factor[self.latents]))
 
     def prefix(self, count: int) -> Codes:
         """Codes of the first ``count`` latents alone, the others silent."""
         if self.layout is None:
             kept = torch.arange(self.d_sae, device=self.values.device) < count
-            return Codes.from_dense(torch.where(kept, self.values, 0.0))
+            return replace(self, values=torch.where(kept, self.values, 0.0))
         entries = (self.layout.latents < count).nonzero().squeeze(1)
         crow = row_pointers(self.layout.rows[entries], self.batch_size)
-        return Codes.from_csr(crow, self.layout.latents[entries], self.values[entries], self.d_sae)
+        return replace(self, values=self.values[entries], latents=self.layout.latents[entries], crow=crow, layout=None)
 
     def firing_counts(self) -> Tensor:
         """How many examples each latent fires on (activation > 0), ``[d_sae]`` int64."""
@@ -133,12 +148,14 @@ class Codes:
         return self
 
     def active_per_example(self) -> Tensor:
-        """L0 of each example, ``[batch]`` int64."""
+        """L0 of each example, ``[...]`` int64."""
         if self.crow is None:
-            return (self.values > 0).sum(1)
-        active = torch.zeros(self.values.shape[0] + 1, dtype=torch.long, device=self.values.device)
-        torch.cumsum(self.values > 0, 0, out=active[1:])
-        return active[self.crow[1:]] - active[self.crow[:-1]]
+            counts = (self.values > 0).sum(1)
+        else:
+            active = torch.zeros(self.values.shape[0] + 1, dtype=torch.long, device=self.values.device)
+            torch.cumsum(self.values > 0, 0, out=active[1:])
+            counts = active[self.crow[1:]] - active[self.crow[:-1]]
+        return counts if self.leading is None else counts.view(self.leading)
 
     def sum_per_latent(self, weight: Tensor | None = None) -> Tensor:
         """Sum of each latent's activations over the batch, ``[d_sae]``, weighted by ``weight [batch]``; differentiable."""

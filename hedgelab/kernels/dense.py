@@ -1,7 +1,7 @@
-"""Dense codes without waste: for ReLU and JumpReLU latents of which too many fire for sparse products to pay.
+"""Dense pre-activations without waste, for ReLU and JumpReLU latents of which too many fire for sparse products to pay.
 
-Results are those of :mod:`hedgelab.kernels.reference`. Autograd would pay a product as dear as the encoder's for the gradient
-of ``x - b_dec``; here that of ``b_dec`` alone follows from that of ``b_enc``.
+Autograd would pay a product as dear as the encoder's for the gradient of ``x - b_dec``; here that of ``b_dec`` alone follows
+from that of ``b_enc``.
 """
 
 from typing import Any
@@ -11,32 +11,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from hedgelab.kernels import reference
-from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.values import Encoder
 
 
-def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes:
-    """As :func:`reference.encode_relu`; pre-activations are overwritten."""
-    return Codes.from_dense(pre_activations(x, W_enc, b_enc, b_dec).relu_())
-
-
-def encode_jumprelu(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    log_threshold: Tensor,
-    bandwidth: float,
-    weight: Tensor | None = None,
-) -> tuple[Codes, Tensor]:
-    """As :func:`reference.encode_jumprelu`."""
-    pre = pre_activations(x, W_enc, b_enc, b_dec)
-    return reference.jumprelu_codes(pre, log_threshold, bandwidth, weight)
-
-
-def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
-    """As :func:`reference.pre_activations`, for one type of all tensors."""
-    pre: Tensor = PreActivations.apply(x, W_enc, b_enc, b_dec)  # type: ignore[no-untyped-call]
+def pre_activations(x: Tensor, encoder: Encoder) -> Tensor:
+    """As :func:`hedgelab.kernels.reference.pre_activations`, for one type of all tensors."""
+    pre: Tensor = PreActivations.apply(x, *encoder[:3])  # type: ignore[no-untyped-call]
     return pre
 
 

@@ -26,6 +26,11 @@ class LevelErrors(NamedTuple):
     losses: Sequence[Tensor]
     errors: Sequence[Tensor]
 
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> LevelErrors:
+        """Those of each level's :func:`squared_error`."""
+        return cls([loss for loss, _ in pairs], [error for _, error in pairs])
+
 
 def squared_error(x_hat: Tensor, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Squared error summed over ``d_in`` and averaged over the batch, or over ``weight [batch]``; and ``x_hat - x``.
@@ -35,7 +40,7 @@ def squared_error(x_hat: Tensor, x: Tensor, weight: Tensor | None = None) -> tup
     error = x_hat - x if x_hat.dtype == x.dtype and x.itemsize >= 4 else x_hat.float() - x.float()
     if weight is not None:
         return weight.to(error.dtype) @ error.square().sum(1), error.detach()
-    return error.square().sum() / x.shape[0], error.detach()
+    return error.square().sum() / max(1, x.shape[0]), error.detach()
 
 
 class SparseLevelErrors(Function):

@@ -2,29 +2,34 @@
 
 ``auto`` takes the dense reference for few latents, where overhead rules and ``torch.func`` must work, and a sparse path for
 many. ReLU and JumpReLU latents, whose number is not bounded, are compressed where a sample of rows says that few fire.
+
+A path is a module with ``encode(x, encoder, selection)``, ``decode(codes, decoder)`` and ``level_errors(codes, decoder,
+target)``: :mod:`~hedgelab.kernels.reference`, :mod:`~hedgelab.kernels.sparse` (CPU) and
+:mod:`~hedgelab.kernels.triton.entry` (CUDA). Weights of a tensor class of their own may bring kernels of their own
+(:func:`plug_in`), as those do whose latents are split over processes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
-from importlib import import_module
+from dataclasses import replace
+from functools import cache
 from types import ModuleType
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from hedgelab.errors import UserError
 from hedgelab.kernels import dense, reference, sparse
 from hedgelab.kernels.agreement import Share
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.errors import LevelErrors, squared_error
-from hedgelab.kernels.ranks import ALONE, Ranks
-from hedgelab.kernels.selection import sampled_density
+from hedgelab.kernels.errors import LevelErrors
+from hedgelab.kernels.selection import Product, sampled_density
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, Selection, Target, Threshold, TopK
 
-P = ParamSpec("P")
-R = TypeVar("R")
 Backend = Literal["auto", "dense", "sparse"]
 _backend: Backend = "auto"
+_plugged_in: dict[type, Any] = {}
 
 MIN_D_SAE = 512  # below, the sparse path gains nothing
 MAX_SHARE = 1 / 8  # share of latents kept, above which dense products win
@@ -41,200 +46,89 @@ def backend(name: Backend) -> Iterator[None]:
         _backend = previous
 
 
-def _of_whole_or_split_weights(kernel: Callable[P, R]) -> Callable[P, R]:
-    """A kernel that leaves weights whose latents are split over processes (DTensors) to that of its name in ``sharded``."""
-
-    @wraps(kernel)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if any(getattr(value, "device_mesh", None) is not None for value in args):
-            sharded = import_module("hedgelab.kernels.sharded")  # late: DTensor is slow to import
-            result: R = getattr(sharded, kernel.__name__)(*args, **kwargs)
-            return result
-        return kernel(*args, **kwargs)
-
-    return run
+def plug_in(tensors: type, kernels: Any) -> None:
+    """Let ``kernels`` (with a path's functions, and :func:`total`) serve weights that are of the class ``tensors``."""
+    _plugged_in[tensors] = kernels
 
 
-@_of_whole_or_split_weights
-def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, share: Share | None = None) -> Codes:
-    """Codes of a ReLU SAE. A ``share`` here and below: of which latents the weights are a part; all parts take one path."""
-    path = _path(W_enc, 0, share)
-    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, 0.0, share):
-        path = _dense_path(x, W_enc)
-    codes: Codes = path.encode_relu(x, W_enc, b_enc, b_dec)
-    return codes
+def as_rows(x: Tensor, like: Tensor) -> Tensor:
+    """Activations ``[..., d_in]`` as rows ``[batch, d_in]``, in the type of the weights if theirs is narrower.
 
+    Args:
+        x: The activations.
+        like: Any weight ``[d_in]``.
 
-@_of_whole_or_split_weights
-def encode_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    k: int,
-    selection_scale: Tensor | None = None,
-    share: Share | None = None,
-) -> Codes:
-    """Codes of the k largest pre-activations (times ``selection_scale [d_sae]``) of each example, then ReLU."""
-    codes: Codes = _path(W_enc, k, share).encode_topk(x, W_enc, b_enc, b_dec, k, selection_scale)
-    return codes
-
-
-@_of_whole_or_split_weights
-def encode_batch_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    k: int,
-    selection_scale: Tensor | None = None,
-    weight: Tensor | None = None,
-    ranks: Ranks = ALONE,
-) -> Codes:
-    """Codes of the k · batch largest of ``relu(pre)`` (times ``selection_scale [d_sae]``) over the batch.
-
-    With ``weight`` (population mode) entries are kept, largest first, until their weight reaches k: L0 is k on average.
-    With ``ranks`` the batch is that of all of them; ``x`` is this rank's part, and so are the codes.
+    Raises:
+        UserError: They are of another width.
     """
-    share = Share.of_rows(ranks, x.shape[0], W_enc.shape[1]) if ranks.size > 1 else None
-    return encode_share_of_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight, share)
+    if x.shape[-1:] != like.shape:
+        raise UserError(f"x: activations of shape {tuple(x.shape)} do not fit an SAE with d_in = {like.shape[0]}")
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows.to(like.dtype) if rows.itemsize > like.itemsize or not rows.is_floating_point() else rows
 
 
-def encode_share_of_batch_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    k: int,
-    selection_scale: Tensor | None,
-    weight: Tensor | None,
-    share: Share | None,
-) -> Codes:
-    """The codes of :func:`encode_batch_topk` that lie in a part of a batch's pre-activations; weights are that part's."""
-    codes: Codes = _path(W_enc, k, share).encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight, share)
-    return codes
+def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
+    """Codes of activations ``[..., d_in]``.
 
-
-@_of_whole_or_split_weights
-def encode_columns(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    columns: Tensor,
-    k: int,
-    share: Share | None = None,
-) -> Codes:
-    """Codes of the k largest pre-activations of each example among the latents ``columns`` only, then ReLU."""
-    codes: Codes = _path(W_enc, 0, share).encode_columns(x, W_enc, b_enc, b_dec, columns, k)
-    return codes
-
-
-@_of_whole_or_split_weights
-def encode_threshold(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    threshold: Tensor,
-    share: Share | None = None,
-) -> Codes:
-    """Codes ``pre · 1[pre > threshold]`` for a given threshold (a scalar or ``[d_sae]``), no gradient to it."""
-    path = _path(W_enc, 0, share)
-    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, threshold, share):
-        path = reference
-    codes: Codes = path.encode_threshold(x, W_enc, b_enc, b_dec, threshold)
-    return codes
-
-
-@_of_whole_or_split_weights
-def encode_jumprelu(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    log_threshold: Tensor,
-    bandwidth: float,
-    weight: Tensor | None = None,
-    share: Share | None = None,
-) -> tuple[Codes, Tensor]:
-    """Codes of a JumpReLU SAE, and how often each latent fires on average over the batch, ``[d_sae]``.
-
-    Both carry straight-through gradients to ``log_threshold`` (Rajamanoharan et al. 2024, section 3).
+    >>> from hedgelab.kernels.values import ReLU
+    >>> encoder = Encoder(torch.eye(2), torch.zeros(2), torch.zeros(2))
+    >>> encode(torch.tensor([[1.0, -2.0]]), encoder, ReLU()).to_dense().tolist()
+    [[1.0, 0.0]]
     """
-    path = _path(W_enc, 0, share)
-    if path is sparse and _many_above(x, W_enc, b_enc, b_dec, log_threshold.detach().exp() - bandwidth / 2, share):
-        path = _dense_path(x, W_enc)
-    result: tuple[Codes, Tensor] = path.encode_jumprelu(x, W_enc, b_enc, b_dec, log_threshold, bandwidth, weight)
-    return result
+    rows = as_rows(x, encoder.b_dec)
+    kernels = _plugged_in.get(type(encoder.W_enc))
+    if kernels is None:
+        if isinstance(selection, BatchTopK) and selection.ranks.size > 1 and encoder.share is None:
+            encoder = encoder._replace(share=Share.of_rows(selection.ranks, *rows.shape[:1], encoder.d_sae))
+        codes = encode_part(rows, encoder, selection)
+    else:
+        codes = kernels.encode(rows, encoder, selection)
+    return codes if x.dim() == 2 else replace(codes, leading=tuple(x.shape[:-1]))
 
 
-@_of_whole_or_split_weights
-def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """``a W_dec + b_dec``, ``[batch, d_in]``."""
-    x_hat: Tensor = decoder_path(codes, W_dec).decode(codes, W_dec, b_dec)
-    return x_hat
+def encode_part(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
+    """Codes of rows ``[batch, d_in]`` on the path for the SAE of which the encoder is all or a part."""
+    bounded = isinstance(selection, TopK | BatchTopK)
+    among_few = isinstance(selection, TopK) and selection.among is not None
+    path = _path(encoder, selection.k if isinstance(selection, TopK | BatchTopK) and not among_few else 0)
+    if path is sparse and not bounded and _many_fire(x, encoder, selection):
+        plain = x.dtype == encoder.W_enc.dtype and not torch.is_autocast_enabled(x.device.type)
+        # Mixed types and autocast are left to autograd.
+        return reference.encode(x, encoder, selection, dense.pre_activations if plain else reference.pre_activations)
+    return cast(Codes, path.encode(x, encoder, selection))
 
 
-def decode_levels(
-    codes: Codes, W_dec: Tensor, b_dec: Tensor, levels: Sequence[int], detach: bool = False
-) -> list[Tensor]:
-    """Reconstructions from the first ``m`` latents for each ``m`` of ``levels``, each ``[batch, d_in]``.
-
-    With ``detach`` an inner level feels no gradient from outer ones; ``b_dec`` then learns from the innermost level alone.
-    """
-    x_hats: list[Tensor] = decoder_path(codes, W_dec).decode_levels(codes, W_dec, b_dec, levels, detach)
-    return x_hats
+def decode(codes: Codes, decoder: Decoder) -> Tensor:
+    """``a W_dec + b_dec``, ``[..., d_in]``."""
+    path = _plugged_in.get(type(decoder.W_dec)) or decoder_path(codes, decoder)
+    x_hat: Tensor = path.decode(codes, decoder)
+    return x_hat if codes.leading is None else x_hat.view(*codes.leading, x_hat.shape[-1])
 
 
-@_of_whole_or_split_weights
-def level_errors(
-    codes: Codes,
-    x: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    levels: Sequence[int],
-    detach: bool = False,
-    weight: Tensor | None = None,
-) -> LevelErrors:
-    """Squared error of each level's reconstruction of ``x [batch, d_in]``, and the errors; levels as :func:`decode_levels`'.
-
-    The squared error is summed over ``d_in`` and averaged over the batch, or over ``weight [batch]`` (population mode).
-    """
-    path = decoder_path(codes, W_dec)
-    if path is sparse:
-        return sparse.level_errors(codes, x, W_dec, b_dec, levels, detach, weight)
-    if path is reference:
-        return reference.level_errors(codes, x, W_dec, b_dec, levels, detach, weight)
-    pairs = [squared_error(x_hat, x, weight) for x_hat in path.decode_levels(codes, W_dec, b_dec, levels, detach)]
-    return LevelErrors([loss for loss, _ in pairs], [error for _, error in pairs])
+def level_errors(codes: Codes, decoder: Decoder, target: Target) -> LevelErrors:
+    """Squared error of the reconstruction from each of the target's levels, and the errors ``x_hat - x``."""
+    path = _plugged_in.get(type(decoder.W_dec)) or decoder_path(codes, decoder)
+    return cast(LevelErrors, path.level_errors(codes, decoder, target))
 
 
-@_of_whole_or_split_weights
 def total(values: Tensor, latents: slice = slice(None)) -> Tensor:
     """Sum of some latents' values ``[d_sae]``, a scalar."""
-    return values[latents].sum()
+    kernels = _plugged_in.get(type(values))
+    return values[latents].sum() if kernels is None else cast(Tensor, kernels.total(values, latents))
 
 
-def _path(W_enc: Tensor, k: int, share: Share | None = None) -> Any:
+def _path(encoder: Encoder, k: int) -> Any:
     """The module whose kernels run; parts of an SAE run those that the whole would, so that their rounding is the same."""
-    d_sae = W_enc.shape[1] if share is None else share.d_sae
-    if _backend == "dense" or (_backend == "auto" and (d_sae < MIN_D_SAE or k > MAX_SHARE * d_sae)):
+    if _backend == "dense" or (_backend == "auto" and (encoder.d_sae < MIN_D_SAE or k > MAX_SHARE * encoder.d_sae)):
         return reference
-    return (_triton() or reference) if W_enc.is_cuda else sparse
+    return (_triton() or reference) if encoder.W_enc.is_cuda else sparse
 
 
-def decoder_path(codes: Codes, W_dec: Tensor) -> Any:
+def decoder_path(codes: Codes, decoder: Decoder) -> Any:
     """The module that decodes: codes keep the layout of the path that made them."""
     if codes.is_dense or _backend == "dense":
         return reference
-    return (_triton() or reference) if W_dec.is_cuda else sparse
-
-
-def _dense_path(x: Tensor, W_enc: Tensor) -> Any:
-    """The module for many active latents; mixed types and autocast are left to autograd."""
-    plain = x.dtype == W_enc.dtype and not torch.is_autocast_enabled(x.device.type)
-    return dense if plain else reference
+    return (_triton() or reference) if decoder.W_dec.is_cuda else sparse
 
 
 @cache
@@ -249,14 +143,17 @@ def _triton() -> ModuleType | None:
     return entry
 
 
-def _many_above(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor | float, share: Share | None
-) -> bool:
-    """Whether ``auto`` expects too many entries above a threshold for the sparse path to pay; over all parts together."""
+@torch.no_grad()
+def _many_fire(x: Tensor, encoder: Encoder, selection: Selection) -> bool:
+    """Whether ``auto`` expects too many entries for the sparse path to pay; over all parts of an SAE together."""
     if _backend == "sparse":
         return False
-    with torch.no_grad():
-        density = sampled_density(sparse.encoder(x, W_enc, b_enc, b_dec), threshold)
-    if share is not None:
-        density = float(share.ranks.mean(torch.tensor(density, dtype=torch.float64)))
+    threshold: Tensor | float = 0.0
+    if isinstance(selection, Threshold):
+        threshold = selection.threshold
+    elif isinstance(selection, JumpReLU):
+        threshold = selection.log_threshold.exp() - selection.bandwidth / 2
+    density = sampled_density(Product.of(x, encoder), threshold)
+    if encoder.share is not None:
+        density = float(encoder.share.ranks.mean(torch.tensor(density, dtype=torch.float64)))
     return density > MAX_SHARE

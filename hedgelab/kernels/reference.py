@@ -1,6 +1,6 @@
 """Dense reference of every kernel: plain PyTorch with autograd, right by inspection, the yardstick of fast paths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,55 +8,57 @@ from torch import Tensor
 from hedgelab.kernels.agreement import Share, among_largest
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.errors import LevelErrors, squared_error
-from hedgelab.kernels.jumprelu import JumpReLU, StepFunction
+from hedgelab.kernels.jumprelu import jump, step
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Selection, Target, Threshold, TopK
 
 
-def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+def pre_activations(x: Tensor, encoder: Encoder) -> Tensor:
     """``(x - b_dec) W_enc + b_enc``, ``[batch, d_sae]``."""
-    return torch.addmm(b_enc, x - b_dec, W_enc)
+    return torch.addmm(encoder.b_enc, x - encoder.b_dec, encoder.W_enc)
 
 
-def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes:
-    """Codes of a ReLU SAE."""
-    return Codes.from_dense(pre_activations(x, W_enc, b_enc, b_dec).relu())
-
-
-def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, selection_scale: Tensor | None = None
-) -> Codes:
-    """Codes of the k largest pre-activations of each example, then ReLU."""
-    pre = pre_activations(x, W_enc, b_enc, b_dec)
-    ranked = pre if selection_scale is None else pre * selection_scale
-    kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, ranked.detach().topk(k, dim=1).indices, True)
-    return Codes.from_dense(torch.where(kept, pre.relu(), 0.0))
-
-
-def encode_batch_topk(
+def encode(
     x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    k: int,
-    selection_scale: Tensor | None = None,
-    weight: Tensor | None = None,
-    share: Share | None = None,
+    encoder: Encoder,
+    selection: Selection,
+    product: Callable[[Tensor, Encoder], Tensor] = pre_activations,
 ) -> Codes:
-    """Codes of the k · batch largest of ``relu(pre)`` over the batch.
+    """Codes of activations ``[batch, d_in]``; ``product`` computes the pre-activations."""
+    if isinstance(selection, TopK) and selection.among is not None:
+        values, indices = product(x, encoder.columns(selection.among)).topk(selection.k, dim=1)
+        return Codes.from_topk(selection.among[indices], values.relu(), encoder.W_enc.shape[1])
+    pre = product(x, encoder)
+    match selection:
+        case ReLU():
+            return Codes.from_dense(pre.relu_())
+        case Threshold(threshold):
+            return Codes.from_dense(torch.where(pre > threshold, pre, 0.0))
+        case TopK(k):
+            ranked = pre if encoder.scale is None else pre * encoder.scale
+            kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, ranked.detach().topk(k, dim=1).indices, True)
+            return Codes.from_dense(torch.where(kept, pre.relu(), 0.0))
+        case BatchTopK():
+            return _batch_topk(pre.relu_(), encoder, selection)
+        case JumpReLU(log_threshold, bandwidth, weight):
+            threshold = log_threshold.exp()
+            fired = step(pre, threshold, bandwidth)
+            rates = fired.mean(0) if weight is None else weight.to(fired.dtype) @ fired
+            return Codes.from_dense(jump(pre, threshold, bandwidth), rates)
 
-    With ``weight`` (population mode) entries are kept, largest first, until their weight reaches k: L0 is k on average.
-    With a ``share`` this is that part of a larger product, of whose batch the largest entries are kept; the codes are those
-    that lie in the part. Weights then sum to 1 on average over the parts.
-    """
-    activations = pre_activations(x, W_enc, b_enc, b_dec).relu()
-    ranked = (activations if selection_scale is None else activations * selection_scale).detach().flatten()
+
+def _batch_topk(activations: Tensor, encoder: Encoder, selection: BatchTopK) -> Codes:
+    """The largest of ``activations [batch, d_sae]``; with a share, of those of all parts, as far as they lie in this one."""
+    k, weight, _ = selection
+    scaled = activations if encoder.scale is None else activations * encoder.scale
+    ranked, share = scaled.detach().flatten(), encoder.share
     if weight is not None:
         kept = _first_mass(ranked, weight, k, share)
     elif share is not None:
-        rows, latents = torch.meshgrid(*(torch.arange(n, device=x.device) for n in activations.shape), indexing="ij")
-        positions = share.positions(rows, latents).flatten()
+        ranges = (torch.arange(n, device=activations.device) for n in activations.shape)
+        positions = share.positions(*torch.meshgrid(*ranges, indexing="ij")).flatten()
         kept = among_largest(_at_least_single(ranked), positions, k * share.rows, share.ranks)
     else:
-        kept = torch.zeros_like(ranked, dtype=torch.bool).scatter(0, ranked.topk(k * x.shape[0]).indices, True)
+        kept = torch.zeros_like(ranked, dtype=torch.bool).scatter(0, ranked.topk(k * len(activations)).indices, True)
     return Codes.from_dense(torch.where(kept.view_as(activations), activations, 0.0))
 
 
@@ -81,81 +83,31 @@ def _at_least_single(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def encode_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, columns: Tensor, k: int) -> Codes:
-    """Codes of the k largest pre-activations of each example among the latents ``columns`` only, then ReLU."""
-    pre = pre_activations(x, W_enc[:, columns], b_enc[columns], b_dec)
-    values, indices = pre.topk(k, dim=1)
-    return Codes.from_topk(columns[indices], values.relu(), W_enc.shape[1])
-
-
-def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> Codes:
-    """Codes ``pre · 1[pre > threshold]`` for a given threshold (a scalar or ``[d_sae]``), no gradient to it."""
-    pre = pre_activations(x, W_enc, b_enc, b_dec)
-    return Codes.from_dense(torch.where(pre > threshold, pre, 0.0))
-
-
-def encode_jumprelu(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    log_threshold: Tensor,
-    bandwidth: float,
-    weight: Tensor | None = None,
-) -> tuple[Codes, Tensor]:
-    """Codes of a JumpReLU SAE, and how often each latent fires on average over the batch, ``[d_sae]``.
-
-    Both carry straight-through gradients to ``log_threshold`` (Rajamanoharan et al. 2024, section 3).
-    """
-    return jumprelu_codes(pre_activations(x, W_enc, b_enc, b_dec), log_threshold, bandwidth, weight)
-
-
-def jumprelu_codes(pre: Tensor, log_threshold: Tensor, bandwidth: float, weight: Tensor | None) -> tuple[Codes, Tensor]:
-    """What :func:`encode_jumprelu` makes of pre-activations ``[batch, d_sae]``."""
-    threshold = log_threshold.exp()
-    activations: Tensor = JumpReLU.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
-    fired: Tensor = StepFunction.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
-    rates = fired.mean(0) if weight is None else weight.to(fired.dtype) @ fired
-    return Codes.from_dense(activations), rates
-
-
-def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+def decode(codes: Codes, decoder: Decoder) -> Tensor:
     """``a W_dec + b_dec``, ``[batch, d_in]``."""
-    return torch.addmm(b_dec, codes.to_dense(), W_dec)
+    return torch.addmm(decoder.b_dec, codes.rows_to_dense(), decoder.W_dec)
 
 
-def level_errors(
-    codes: Codes,
-    x: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    levels: Sequence[int],
-    detach: bool = False,
-    weight: Tensor | None = None,
-) -> LevelErrors:
-    """Squared error of each level's reconstruction of ``x [batch, d_in]``, and the errors; levels as :func:`decode_levels`'."""
-    if len(levels) == 1:
-        loss, error = squared_error(decode(codes, W_dec, b_dec), x, weight)
-        return LevelErrors([loss], [error])
-    pairs = [squared_error(x_hat, x, weight) for x_hat in decode_levels(codes, W_dec, b_dec, levels, detach)]
-    return LevelErrors([loss for loss, _ in pairs], [error for _, error in pairs])
+def level_errors(codes: Codes, decoder: Decoder, target: Target) -> LevelErrors:
+    """Squared error of each level's reconstruction, and the errors."""
+    x, levels, detach, weight = target
+    one = len(levels) == 1 and levels[0] == codes.d_sae
+    x_hats = [decode(codes, decoder)] if one else decode_levels(codes, decoder, levels, detach)
+    return LevelErrors.of([squared_error(x_hat, x, weight) for x_hat in x_hats])
 
 
-def decode_levels(
-    codes: Codes, W_dec: Tensor, b_dec: Tensor, levels: Sequence[int], detach: bool = False
-) -> list[Tensor]:
+def decode_levels(codes: Codes, decoder: Decoder, levels: Sequence[int], detach: bool = False) -> list[Tensor]:
     """Reconstructions from the first ``m`` latents for each ``m`` of ``levels``, each ``[batch, d_in]``.
 
-    With ``detach`` the running reconstruction is detached before each level adds its own latents, so an inner level
-    feels no gradient from outer ones; ``b_dec`` then learns from the innermost level alone.
+    With ``detach`` the running reconstruction is detached before each level adds its own latents.
     """
-    activations = codes.to_dense()
+    activations = codes.rows_to_dense()
     reconstructions: list[Tensor] = []
-    running, start = b_dec.expand(activations.shape[0], -1), 0
+    running, start = decoder.b_dec.expand(activations.shape[0], -1), 0
     for stop in levels:
         if detach and start:
             running = running.detach()
-        running = running + activations[:, start:stop] @ W_dec[start:stop]
+        running = running + activations[:, start:stop] @ decoder.W_dec[start:stop]
         reconstructions.append(running)
         start = stop
     return reconstructions

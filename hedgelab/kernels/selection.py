@@ -17,6 +17,7 @@ from torch import Tensor
 from hedgelab.kernels.agreement import Share, among_largest
 from hedgelab.kernels.allocator import scratch
 from hedgelab.kernels.layout import Layout, row_pointers, stable_order
+from hedgelab.kernels.values import Encoder
 
 TILE_BYTES = 32 * 2**20  # a larger tile is mapped anew each step (see allocator), a smaller one slows the product down
 LEAST_ROWS = 512
@@ -38,7 +39,7 @@ class Entries(NamedTuple):
     pre: Tensor
 
 
-class Encoder(NamedTuple):
+class Product(NamedTuple):
     """The encoder's product, without a gradient.
 
     Attributes:
@@ -52,6 +53,14 @@ class Encoder(NamedTuple):
     W_enc: Tensor
     b_enc: Tensor
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor, encoder: Encoder) -> "Product":
+        """That of some activations, in the type that autocast asks for."""
+        dtype = encoder.compute_dtype
+        centred = (x - encoder.b_dec).to(dtype)
+        working = torch.promote_types(dtype, torch.float32)
+        return cls(centred, encoder.W_enc.to(dtype), encoder.b_enc.to(dtype), working)
 
     def tiles(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Rows (as a strided slice) and pre-activations ``[rows, padded]`` of each tile, overwritten by the next.
@@ -72,13 +81,13 @@ class Encoder(NamedTuple):
             yield slice(start, None, count), tile
 
 
-def select_topk(encoder: Encoder, k: int, scale: Tensor | None) -> Entries:
+def select_topk(product: Product, k: int, scale: Tensor | None) -> Entries:
     """The k largest of each row, ranked by pre-activation (times ``scale [d_sae]``)."""
-    batch, d_sae = encoder.x.shape[0], encoder.W_enc.shape[1]
+    batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
     latents = torch.empty(batch, k, dtype=torch.long)
-    pre = torch.empty(batch, k, dtype=encoder.dtype)
+    pre = torch.empty(batch, k, dtype=product.dtype)
     ranking = _Ranking(scale, d_sae)
-    for rows, tile in encoder.tiles():
+    for rows, tile in product.tiles():
         columns = largest_columns(ranking(tile), k, d_sae)
         latents[rows] = columns
         pre[rows] = tile.gather(1, columns)
@@ -105,10 +114,10 @@ def largest_columns(ranked: Tensor, k: int, d_sae: int) -> Tensor:
     return ranked[:, :d_sae].topk(k, dim=1, sorted=False).indices
 
 
-def select_batch_topk(encoder: Encoder, k: int, scale: Tensor | None, share: Share | None = None) -> Entries:
+def select_batch_topk(product: Product, k: int, scale: Tensor | None, share: Share | None = None) -> Entries:
     """The k · batch largest positive entries of the batch (all, if there are fewer), ranked by ``pre`` (times ``scale``).
 
-    With a ``share`` the encoder is that part of a larger one, of whose batch the largest entries are kept; returned are those
+    With a ``share`` the product is that part of a larger one, of whose batch the largest entries are kept; returned are those
     that lie in the part.
 
     Entries from a threshold on, estimated from the first tile, are collected from all tiles; the largest are then picked among
@@ -116,43 +125,43 @@ def select_batch_topk(encoder: Encoder, k: int, scale: Tensor | None, share: Sha
     full sort; of equal entries those with the lowest row, then latent, are kept. Memory holds no more candidates than one tile
     has, and twice what is kept.
     """
-    wanted = k * (encoder.x.shape[0] if share is None else share.rows)
-    density = k / (encoder.W_enc.shape[1] if share is None else share.d_sae)
-    candidates, floor = _candidates(encoder, scale, wanted, density, share)
+    wanted = k * (product.x.shape[0] if share is None else share.rows)
+    density = k / (product.W_enc.shape[1] if share is None else share.d_sae)
+    candidates, floor = _candidates(product, scale, wanted, density, share)
     found = candidates.ranked.shape[0]
     if share is not None:
         found = int(share.ranks.sum(torch.tensor(found)))
     if found < wanted and floor > 0:
-        candidates, _ = _candidates(encoder, scale, wanted, None, share)
+        candidates, _ = _candidates(product, scale, wanted, None, share)
     if share is not None:
         positions = share.positions(candidates.rows, candidates.latents)
         kept = _flatnonzero(among_largest(candidates.ranked, positions, wanted, share.ranks))
         candidates = candidates.at(kept)
     else:
-        candidates = _largest(candidates, wanted, encoder.W_enc.shape[1])
-    return _in_row_order(candidates, encoder.x.shape[0], encoder.W_enc.shape[1])
+        candidates = _largest(candidates, wanted, product.W_enc.shape[1])
+    return _in_row_order(candidates, product.x.shape[0], product.W_enc.shape[1])
 
 
-def select_above(encoder: Encoder, threshold: Tensor) -> Entries:
+def select_above(product: Product, threshold: Tensor) -> Entries:
     """All entries above ``threshold`` (a scalar or ``[d_sae]``)."""
-    batch, d_sae = encoder.x.shape[0], encoder.W_enc.shape[1]
+    batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
     parts = []
-    for rows, tile in encoder.tiles():
+    for rows, tile in product.tiles():
         flat = _flatnonzero(tile[:, :d_sae] > threshold)
         columns = flat % d_sae
         parts.append(_Candidates(_global_rows(flat // d_sae, rows), columns, _take(tile, flat // d_sae, columns), None))
-    found = _Candidates.cat(parts) if parts else _Candidates.none(encoder.dtype)
+    found = _Candidates.cat(parts) if parts else _Candidates.none(product.dtype)
     return _in_row_order(found, batch, d_sae)
 
 
-def sampled_density(encoder: Encoder, threshold: Tensor | float, rows: int = 32) -> float:
+def sampled_density(product: Product, threshold: Tensor | float, rows: int = 32) -> float:
     """Share of entries above a threshold, estimated from a few rows."""
-    batch = encoder.x.shape[0]
+    batch = product.x.shape[0]
     if not batch:
         return 0.0
-    sample = encoder._replace(x=encoder.x[:: -(-batch // rows)])
+    sample = product._replace(x=product.x[:: -(-batch // rows)])
     _, tile = next(sample.tiles())
-    return float((tile[:, : encoder.W_enc.shape[1]] > threshold).float().mean())
+    return float((tile[:, : product.W_enc.shape[1]] > threshold).float().mean())
 
 
 class _Candidates(NamedTuple):
@@ -202,24 +211,24 @@ class _Ranking:
 
 
 def _candidates(
-    encoder: Encoder, scale: Tensor | None, wanted: int, density: float | None, share: Share | None
+    product: Product, scale: Tensor | None, wanted: int, density: float | None, share: Share | None
 ) -> tuple[_Candidates, float]:
     """Entries among which are the ``wanted`` largest, if as many lie above the floor; and the floor.
 
     Args:
-        encoder: Its product is looked at tile by tile.
+        product: Its product is looked at tile by tile.
         scale: What pre-activations are multiplied by for the ranking.
         wanted: How many are sought over all parts.
         density: Share of all entries that is sought, by which a floor is estimated from the first tile (the lowest of all
             parts' estimates); None takes 0.
-        share: Which part of a larger encoder this is.
+        share: Which part of a larger product this is.
     """
-    d_sae = encoder.W_enc.shape[1]
+    d_sae = product.W_enc.shape[1]
     ranking, floor = _Ranking(scale, d_sae), 0.0 if density is None else None
     few = density is not None and MARGIN * density * GROUP < 1 / 2
     parts: list[_Candidates] = []
     found, above = 0, 0.0
-    for rows, tile in encoder.tiles():
+    for rows, tile in product.tiles():
         ranked = ranking(tile)
         if floor is None:
             assert density is not None
@@ -234,8 +243,8 @@ def _candidates(
         if found > 2 * wanted:  # more than can be kept: go on from the edge of the largest so far
             parts = [_largest(_Candidates.cat(parts), wanted, d_sae)]
             found = wanted
-            above = max(above, _just_below(float(parts[0].ranked.min()), encoder.dtype))
-    return _Candidates.cat(parts) if parts else _Candidates.none(encoder.dtype), floor or 0.0
+            above = max(above, _just_below(float(parts[0].ranked.min()), product.dtype))
+    return _Candidates.cat(parts) if parts else _Candidates.none(product.dtype), floor or 0.0
 
 
 def _estimated_floor(ranked: Tensor, density: float) -> float:

@@ -15,6 +15,7 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.values import Decoder
 from hedgelab.saes.fold import FoldedWeights, fold
 from hedgelab.saes.io import CLASSES, class_name, init_arguments, sae_from_checkpoint, save_sae
 from hedgelab.saes.losses import LossTerms
@@ -80,11 +81,13 @@ class SAE(TrainingShell, ABC):
 
     @abstractmethod
     def encode(self, x: Tensor) -> Codes:
-        """Latents of activations ``x [batch, d_in]``, as used for inference and measuring."""
+        """Latents of activations ``x [..., d_in]``, as used for inference and measuring."""
 
-    def decode(self, codes: Codes) -> Tensor:
-        """Reconstruction ``[batch, d_in]`` of latents."""
-        return ops.decode(codes, self.W_dec, self.b_dec)
+    def decode(self, codes: Codes | Tensor) -> Tensor:
+        """Reconstruction ``[..., d_in]`` of latents, or of dense activations ``[..., d_sae]``."""
+        if isinstance(codes, Tensor):
+            codes = Codes.from_dense(codes)
+        return ops.decode(codes, Decoder(self.W_dec, self.b_dec))
 
     @abstractmethod
     def loss(self, batch: Batch | Tensor) -> LossTerms:
@@ -113,13 +116,7 @@ class SAE(TrainingShell, ABC):
             UserError: They are of another width.
         """
         batch = given if isinstance(given, Batch) else Batch(given)
-        x = batch.x
-        if x.shape[-1:] != (self.d_in,):
-            raise UserError(f"x: activations of shape {tuple(x.shape)} do not fit an SAE with d_in = {self.d_in}")
-        if x.dim() != 2:
-            x = x.reshape(-1, self.d_in)
-        if x.itemsize > self.b_dec.itemsize:
-            x = x.to(self.b_dec.dtype)
+        x = ops.as_rows(batch.x, self.b_dec)
         return batch if x is batch.x else batch._replace(x=x)
 
     @property
@@ -140,7 +137,7 @@ class SAE(TrainingShell, ABC):
         return {"": self}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct ``x [batch, d_in]``."""
+        """Reconstruct ``x [..., d_in]``."""
         return self.decode(self.encode(x))
 
     def folded(self) -> FoldedWeights:

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from hedgelab.batch import Batch
-from hedgelab.kernels import ops
-from hedgelab.kernels.codes import Codes
-from hedgelab.saes.base import Activation
+from hedgelab.kernels.values import BatchTopK, Threshold
 from hedgelab.saes.k_sparse import KSparseSAE
 from hedgelab.saes.losses import LossTerms
 
@@ -38,15 +36,13 @@ class BatchTopKSAE(KSparseSAE):
         threshold, scale = self.threshold.nan_to_num(0.0), self.selection_scale()
         return threshold if scale is None else threshold / scale.clamp_min(1e-30)
 
-    def encode(self, x: Tensor) -> Codes:
+    def selection(self) -> Threshold:
         """Latents above the learned threshold."""
-        return ops.encode_threshold(x, self.W_enc, self.b_enc, self.b_dec, self.thresholds())
+        return Threshold(self.thresholds())
 
-    def activate(self, batch: Batch) -> Activation:
-        """The k · batch largest latents of the global batch; activity costs nothing."""
-        x, _, weight = batch
-        weights = (self.W_enc, self.b_enc, self.b_dec)
-        return Activation(ops.encode_batch_topk(x, *weights, self.k, self.selection_scale(), weight, self.ranks))
+    def training_selection(self, batch: Batch) -> BatchTopK:
+        """The k · batch largest latents of the global batch."""
+        return BatchTopK(self.k, batch.weight, self.ranks)
 
     @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:

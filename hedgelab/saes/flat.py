@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +13,8 @@ from torch.optim import Adam
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
+from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.values import Decoder, Encoder, Selection, Target
 from hedgelab.saes.base import SAE, Activation, OptimizerFactory, SchedulerFactory
 from hedgelab.saes.initialization import Initialization
 from hedgelab.saes.io import load_sae
@@ -101,31 +102,56 @@ class FlatSAE(SAE):
         super()._load_from_state_dict(given, prefix, local_metadata, strict, missing, *args)
         missing[:] = [prefix + "W_enc" if name == prefix + "W_enc_rows" else name for name in missing]
 
-    @abstractmethod
+    def selection(self) -> Selection:
+        """How latents are selected in inference; subclasses say it, or else define ``encode`` and ``activate``."""
+        raise NotImplementedError(f"{type(self).__name__}: define selection(), or encode() and activate()")
+
+    def training_selection(self, batch: Batch) -> Selection:
+        """How latents of a batch are selected in training."""
+        return self.selection()
+
+    def penalty(self, codes: Codes, batch: Batch) -> Tensor | None:
+        """Sparsity cost of each latent, mean over the batch, coefficient included, ``[d_sae]``; None without one."""
+        return None
+
+    def encoder(self) -> Encoder:
+        """The encoder's weights."""
+        return Encoder(self.W_enc, self.b_enc, self.b_dec)
+
+    def encode(self, x: Tensor) -> Codes:
+        """Latents of activations ``x [..., d_in]``, as used for inference and measuring."""
+        return ops.encode(x, self.encoder(), self.selection())
+
     def activate(self, batch: Batch) -> Activation:
         """Latents as training sees them, with the cost of their activity."""
+        codes = ops.encode(batch.x, self.encoder(), self.training_selection(batch))
+        return Activation(codes, self.penalty(codes, batch))
 
     def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | None = None) -> Tensor | None:
         """What revives dead latents (``among`` the given ones) from ``error = x_hat - x``; None if there is nothing to do."""
         return None
 
-    def decoder(self) -> tuple[Tensor, Tensor]:
-        """``W_dec`` and ``b_dec`` for a loss; with ``normalize_decoder`` a row's gradient has no part along the row."""
+    def decoder(self) -> Decoder:
+        """The decoder's weights for a loss; with ``normalize_decoder`` a row's gradient has no part along the row."""
         if not (self.normalize_decoder and torch.is_grad_enabled() and self.W_dec.requires_grad):
-            return self.W_dec, self.b_dec
+            return Decoder(self.W_dec, self.b_dec)
         rows = self.W_dec.view_as(self.W_dec)
         rows.register_hook(self._across_rows)
-        return rows, self.b_dec
+        return Decoder(rows, self.b_dec)
 
     def _across_rows(self, grad: Tensor) -> Tensor:
         rows = self.W_dec.detach()
         return grad.addcmul((grad * rows).sum(1, keepdim=True), rows, value=-1)
 
     def loss(self, batch: Batch | Tensor) -> LossTerms:
-        """Squared error, the sparsity penalty where there is one, and the auxiliary loss where latents are dead."""
+        """Squared error, the sparsity penalty where there is one, and the auxiliary loss where latents are dead.
+
+        ``mean_b ‖x_hat_b - x_b‖² + Σ_i penalty_i + auxiliary`` (SPEC section 2), the mean weighted in population mode.
+        """
         batch = self.as_batch(batch)
         codes, penalty = self.activate(batch)
-        (mse,), (error,) = ops.level_errors(codes, batch.x, *self.decoder(), (self.d_sae,), weight=batch.weight)
+        target = Target(batch.x, (self.d_sae,), weight=batch.weight)
+        (mse,), (error,) = ops.level_errors(codes, self.decoder(), target)
         terms = {"mse": mse}
         if penalty is not None:
             terms[self.penalty_name] = ops.total(penalty)

@@ -168,8 +168,8 @@ def build_sae(config: dict[str, Any], cls: type[SAE] | None = None, **training: 
         arguments["inner"] = functools.partial(_build_inner, inner)
     try:
         return cls(**arguments, **training)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"sae.json: {str(error).removeprefix('sae.json: ').removeprefix('model.')}") from error
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"sae.json: cannot be made into a {name} ({' '.join(str(error).split())})") from error
 

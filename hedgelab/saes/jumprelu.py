@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError, whole_number
-from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
-from hedgelab.saes.base import Activation
+from hedgelab.kernels.values import JumpReLU, Threshold
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import warmed_up
 
@@ -63,13 +62,15 @@ class JumpReLUSAE(FlatSAE):
         """θ, what pre-activations must exceed, ``[d_sae]``."""
         return self.log_threshold.exp()
 
-    def encode(self, x: Tensor) -> Codes:
-        """``pre · 1[pre > θ]``."""
-        return ops.encode_threshold(x, self.W_enc, self.b_enc, self.b_dec, self.thresholds())
+    def selection(self) -> Threshold:
+        """Latents above θ."""
+        return Threshold(self.thresholds())
 
-    def activate(self, batch: Batch) -> Activation:
-        """JumpReLU latents and the cost of how often each fires, both with straight-through gradients to θ."""
-        codes, rates = ops.encode_jumprelu(
-            batch.x, self.W_enc, self.b_enc, self.b_dec, self.log_threshold, self.bandwidth, batch.weight
-        )
-        return Activation(codes, warmed_up(self.l0_coefficient, self.steps_done, self.l0_warmup_steps) * rates)
+    def training_selection(self, batch: Batch) -> JumpReLU:
+        """The same, with straight-through gradients to θ."""
+        return JumpReLU(self.log_threshold, self.bandwidth, batch.weight)
+
+    def penalty(self, codes: Codes, batch: Batch) -> Tensor:
+        """``λ · mean_b 1[pre_i > θ_i]`` of each latent, with a straight-through gradient to θ, ``[d_sae]``."""
+        assert codes.rates is not None
+        return warmed_up(self.l0_coefficient, self.steps_done, self.l0_warmup_steps) * codes.rates

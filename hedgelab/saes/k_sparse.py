@@ -10,6 +10,7 @@ from torch import Tensor
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
+from hedgelab.kernels.values import Encoder, Target, TopK
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import LossTerms
 
@@ -62,11 +63,15 @@ class KSparseSAE(FlatSAE):
         """What pre-activations are multiplied by for the selection, ``[d_sae]``; None for nothing."""
         return self.W_dec.detach().norm(dim=1) if self.norm_aware_selection else None
 
+    def encoder(self) -> Encoder:
+        """The encoder's weights, and what ranks latents."""
+        return super().encoder()._replace(scale=self.selection_scale())
+
     def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | None = None) -> Tensor | None:
         """The top ``d_in // 2`` dead latents predict the residual (Gao et al. 2024, appendix A.2; scaled as in SPEC §2).
 
         The residual and ``b_dec`` are detached: the auxiliary loss moves dead latents only. ``among`` restricts it to a
-        level's latents.
+        level's latents. ``min(1, n_dead / k_aux) · mean_b ‖e_hat_b - (x_b - x_hat_b)‖²``; they reconstruct ``e_hat``.
         """
         if not self.auxiliary_coefficient:
             return None
@@ -76,11 +81,10 @@ class KSparseSAE(FlatSAE):
         if not len(columns):
             return None
         k_aux = max(1, self.d_in // 2)
-        codes = ops.encode_columns(
-            batch.x, self.W_enc, self.b_enc, self.b_dec.detach(), columns, min(k_aux, len(columns))
-        )
-        no_bias = torch.zeros_like(self.b_dec)
-        (missed,), _ = ops.level_errors(codes, -error, self.decoder()[0], no_bias, (self.d_sae,), weight=batch.weight)
+        encoder = Encoder(self.W_enc, self.b_enc, self.b_dec.detach())
+        codes = ops.encode(batch.x, encoder, TopK(min(k_aux, len(columns)), columns))
+        decoder = self.decoder()._replace(b_dec=torch.zeros_like(self.b_dec))
+        (missed,), _ = ops.level_errors(codes, decoder, Target(-error, (self.d_sae,), weight=batch.weight))
         return self.auxiliary_coefficient * min(1.0, len(columns) / k_aux) * missed
 
     @torch.no_grad()

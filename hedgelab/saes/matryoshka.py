@@ -14,6 +14,7 @@ from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.errors import LevelErrors
+from hedgelab.kernels.values import Target
 from hedgelab.saes.balance import asymmetry, outside_span
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
@@ -135,7 +136,7 @@ class MatryoshkaSAE(SAE):
         return self.inner.encode(x)
 
     def loss(self, batch: Batch | Tensor) -> LossTerms:
-        """Every level's weighted squared error and penalty, and the auxiliary loss."""
+        """Every level's weighted squared error and penalty: ``Σ_ℓ w_ℓ (MSE_ℓ + penalty_ℓ) + auxiliary`` (SPEC section 3)."""
         batch = self.as_batch(batch)
         codes, penalty = self.inner.activate(batch)
         losses, errors = self.level_errors(codes, batch)
@@ -182,21 +183,21 @@ class MatryoshkaSAE(SAE):
     def level_errors(self, codes: Codes, batch: Batch) -> LevelErrors:
         """Squared error of each level, and the errors; those of inner levels after their credit."""
         x, _, weight = batch
+        decoder, target = self.inner.decoder(), Target(x, self.levels, self.detached, weight)
         if isinstance(self.credit, float) and not self.credit:
-            return ops.level_errors(codes, x, *self.inner.decoder(), self.levels, self.detached, weight)
-        weights = self.inner.decoder()
+            return ops.level_errors(codes, decoder, target)
         if is_split(self.W_dec):
             raise UserError("model.credit: cannot be used where latents are split over processes, set it to 0")
         with torch.no_grad():
-            errors = ops.level_errors(codes.detach(), x, *weights, self.levels, weight=weight).errors
+            errors = ops.level_errors(codes.detach(), decoder, target).errors
             spared = [
                 self.credit * outside_span(errors[-1] - error, self.W_dec[:size])
                 for size, error in zip(self.levels[:-1], errors[:-1], strict=True)
             ]
         parts = [(codes.prefix(size), x - part) for size, part in zip(self.levels[:-1], spared, strict=True)]
         results = [
-            ops.level_errors(part, target, *weights, (self.d_sae,), weight=weight)
-            for part, target in [*parts, (codes, x)]
+            ops.level_errors(part, decoder, Target(wanted, (self.d_sae,), weight=weight))
+            for part, wanted in [*parts, (codes, x)]
         ]
         return LevelErrors([result.losses[0] for result in results], [result.errors[0] for result in results])
 

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError, whole_number
-from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
-from hedgelab.saes.base import Activation
+from hedgelab.kernels.values import ReLU
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import warmed_up
 
@@ -50,13 +49,12 @@ class VanillaSAE(FlatSAE):
         self.l1_warmup_steps = whole_number("model.l1_warmup_steps", l1_warmup_steps, 0)
         self.l1_warmup_start = l1_warmup_start
 
-    def encode(self, x: Tensor) -> Codes:
-        """``relu((x - b_dec) W_enc + b_enc)``."""
-        return ops.encode_relu(x, self.W_enc, self.b_enc, self.b_dec)
+    def selection(self) -> ReLU:
+        """All latents with a positive pre-activation."""
+        return ReLU()
 
-    def activate(self, batch: Batch) -> Activation:
-        """ReLU latents and their L1 cost."""
-        codes = self.encode(batch.x)
+    def penalty(self, codes: Codes, batch: Batch) -> Tensor:
+        """``λ · mean_b a_i ‖W_dec[i]‖`` of each latent, ``[d_sae]``."""
         coefficient = warmed_up(self.l1_coefficient, self.steps_done, self.l1_warmup_steps, self.l1_warmup_start)
         share = coefficient if batch.weight is not None else coefficient / batch.x.shape[0]
-        return Activation(codes, share * codes.sum_per_latent(batch.weight) * self.decoder()[0].norm(dim=1))
+        return share * codes.sum_per_latent(batch.weight) * self.decoder().W_dec.norm(dim=1)

@@ -130,6 +130,8 @@ def split_latents(sae: Any, mesh: DeviceMesh) -> dict[str, Tensor]:
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
+    import hedgelab.kernels.sharded  # noqa: F401  (plugs in kernels for such parameters)
+
     count, rank = mesh.size(), mesh.get_local_rank()
     if sae.d_sae % count:
         raise UserError(f"model.d_sae: {sae.d_sae} latents cannot be split evenly over {count} processes")

@@ -26,6 +26,9 @@ from hedgelab.kernels.triton import autograd, entry, selection, tiles
 from hedgelab.kernels.triton.decoding import decode_rows
 from hedgelab.kernels.triton.gradients import latent_gradients
 from hedgelab.kernels.triton.tiles import SelectionTile, Tile
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, TopK
+
+SELECTIONS: dict[str, Any] = {"topk": TopK, "batch_topk": BatchTopK}
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(128, 1), (256, 1), (256, 2), (512, 1), (512, 2), (512, 4), (1024, 2), (1024, 4), (4096, 8)]
@@ -109,8 +112,8 @@ def check_step() -> list[tuple[str, float, float]]:
     for kind in ("topk", "batch_topk"):
         found, expected = [], []
         for path, given, collected in ((entry, leaves, found), (reference, exact, expected)):
-            codes = getattr(path, f"encode_{kind}")(x.to(given[0].dtype), given[0], given[1], given[3], k)
-            levels = path.decode_levels(codes, given[2], given[3], [d_sae // 4, d_sae])
+            codes = path.encode(x.to(given[0].dtype), Encoder(given[0], given[1], given[3]), SELECTIONS[kind](k))
+            levels = path.decode_levels(codes, Decoder(given[2], given[3]), [d_sae // 4, d_sae])
             loss = sum(((level - x) ** 2).sum() for level in levels)
             collected.extend(torch.autograd.grad(loss, given))
         for name, a, b in zip(("W_enc", "b_enc", "W_dec", "b_dec"), found, expected, strict=True):
@@ -298,14 +301,14 @@ def make_step(options: argparse.Namespace, path: Any, kind: str, levels: list[in
     weights = make_weights(options.d_in, options.d_sae)
     adam = torch.optim.Adam(weights, lr=1e-4, fused=True)
     W_enc, b_enc, W_dec, b_dec = weights
-    encode = getattr(path, f"encode_{kind}")
+    selection = SELECTIONS[kind](options.k)
 
     def step() -> None:
         data.append(data.pop(0))
         x = data[0]
         with torch.autocast(DEVICE, BF16, cache_enabled=False):
-            codes = encode(x, W_enc, b_enc, b_dec, options.k)
-            x_hats = path.decode_levels(codes, W_dec, b_dec, levels)
+            codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), selection)
+            x_hats = path.decode_levels(codes, Decoder(W_dec, b_dec), levels)
             errors = [(x_hat.float() - x.float()).square().sum() / options.batch for x_hat in x_hats]
         adam.zero_grad()
         torch.stack(errors).sum().backward()

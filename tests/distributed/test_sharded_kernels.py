@@ -11,6 +11,7 @@ from hedgelab.kernels.agreement import Share, among_largest, edge_of_largest
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.kernels.sharded import ShardedCodes
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Target, Threshold, TopK
 
 D_IN, D_SAE, BATCH, K = 12, 640, 64, 5
 
@@ -34,26 +35,21 @@ def spread(made, mesh):
 
 
 def encode(kind, w, weight=None):
-    args = (w["x"], w["W_enc"], w["b_enc"], w["b_dec"])
-    scale = w["W_dec"].detach().norm(dim=1)
+    scale = w["W_dec"].detach().norm(dim=1) if kind.startswith("scaled") else None
+    args = (w["x"], Encoder(w["W_enc"], w["b_enc"], w["b_dec"], scale))
     match kind:
         case "relu":
-            return ops.encode_relu(*args), None
-        case "topk":
-            return ops.encode_topk(*args, K), None
-        case "scaled_topk":
-            return ops.encode_topk(*args, K, scale), None
-        case "batch_topk":
-            return ops.encode_batch_topk(*args, K, None, weight), None
-        case "scaled_batch_topk":
-            return ops.encode_batch_topk(*args, K, scale, weight), None
+            return ops.encode(*args, ReLU())
+        case "topk" | "scaled_topk":
+            return ops.encode(*args, TopK(K))
+        case "batch_topk" | "scaled_batch_topk":
+            return ops.encode(*args, BatchTopK(K, weight))
         case "columns":
-            return ops.encode_columns(*args, torch.arange(7, D_SAE // 3, 5), K), None
+            return ops.encode(*args, TopK(K, torch.arange(7, D_SAE // 3, 5)))
         case "threshold":
-            return ops.encode_threshold(*args, torch.tensor(3.0, dtype=torch.float64)), None
+            return ops.encode(*args, Threshold(torch.tensor(3.0, dtype=torch.float64)))
         case "jumprelu":
-            log_threshold = torch.zeros_like(w["b_enc"].detach()).requires_grad_()
-            return ops.encode_jumprelu(*args, log_threshold, 0.1)
+            return ops.encode(*args, JumpReLU(torch.zeros_like(w["b_enc"].detach()).requires_grad_(), 0.1))
     raise ValueError(kind)
 
 
@@ -67,8 +63,9 @@ def gradient(weight):
 
 def outcome(kind, w, backend, detach, weight=None):
     with ops.backend(backend):
-        codes, rates = encode(kind, w, weight)
-        errors = ops.level_errors(codes, w["x"], w["W_dec"], w["b_dec"], (100, 400, D_SAE), detach, weight)
+        codes, decoder = encode(kind, w, weight), Decoder(w["W_dec"], w["b_dec"])
+        rates = codes.rates
+        errors = ops.level_errors(codes, decoder, Target(w["x"], (100, 400, D_SAE), detach, weight))
         loss = torch.stack(list(errors.losses)) @ torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
         penalty = codes.sum_per_latent(weight) * w["W_dec"].norm(dim=1)
         loss = loss + ops.total(penalty) + 2 * ops.total(penalty, slice(100)) + ops.total(penalty, slice(100, 400))
@@ -78,7 +75,7 @@ def outcome(kind, w, backend, detach, weight=None):
             "codes": codes.gathered().to_dense().detach(),
             "fired": codes.fired(),
             "smallest": codes.smallest_positive(),
-            "reconstruction": ops.decode(codes, w["W_dec"], w["b_dec"]).detach(),
+            "reconstruction": ops.decode(codes, decoder).detach(),
             "loss": loss.detach(),
             **{f"error{level}": error for level, error in enumerate(errors.errors)},
             **{name: gradient(w[name]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
@@ -116,8 +113,8 @@ def test_split_latents(on_ranks, count):
 
 def lone_latents(w, levels):
     """Codes, errors and gradients where every row has one latent and can be no better: encoder gradients are 0."""
-    codes = ops.encode_topk(w["x"], w["W_enc"], w["b_enc"], w["b_dec"], 1)
-    losses, errors = ops.level_errors(codes, w["x"], w["W_dec"], w["b_dec"], levels)
+    codes = ops.encode(w["x"], Encoder(w["W_enc"], w["b_enc"], w["b_dec"]), TopK(1))
+    losses, errors = ops.level_errors(codes, Decoder(w["W_dec"], w["b_dec"]), Target(w["x"], levels))
     torch.stack(list(losses)).sum().backward()
     return codes, torch.stack(list(errors)), {name: gradient(w[name]) for name in ("W_enc", "b_enc", "W_dec")}
 
@@ -156,9 +153,10 @@ def check_layouts(rank):
     made = weights()
     made["b_enc"] = torch.where(torch.arange(D_SAE) < D_SAE // dist.get_world_size(), 3.0, -9.0).double()
     split = spread(made, mesh)
-    args = [split[name].detach() for name in ("x", "W_enc", "b_enc", "b_dec")]
-    whole = ops.encode_relu(*(made[name] for name in ("x", "W_enc", "b_enc", "b_dec")))
-    parts = ops.encode_relu(*args), ops.encode_threshold(*args, torch.tensor(0.0, dtype=torch.float64))
+    encoder = Encoder(*(split[name].detach() for name in ("W_enc", "b_enc", "b_dec")))
+    whole = ops.encode(made["x"], Encoder(made["W_enc"], made["b_enc"], made["b_dec"]), ReLU())
+    selections = (ReLU(), Threshold(torch.tensor(0.0, dtype=torch.float64)))
+    parts = [ops.encode(made["x"], encoder, selection) for selection in selections]
     for part in parts:
         torch.testing.assert_close(part.gathered().to_dense(), whole.to_dense())
     assert parts[0].is_dense == whole.is_dense
@@ -179,11 +177,11 @@ def check_split_batch(rank, ties):
             if ties:  # the same few examples again and again, as in toys
                 w["x"] = w["x"][torch.arange(BATCH) % 5]
             scale = w["W_dec"].norm(dim=1) if scaled else None
-            parameters = (w["W_enc"], w["b_enc"], w["b_dec"])
+            encoder = Encoder(w["W_enc"], w["b_enc"], w["b_dec"], scale)
             mine = slice(rank * BATCH // ranks.size, (rank + 1) * BATCH // ranks.size)
             with ops.backend(backend):
-                whole = ops.encode_batch_topk(w["x"], *parameters, K, scale).to_dense()
-                part = ops.encode_batch_topk(w["x"][mine], *parameters, K, scale, None, ranks).to_dense()
+                whole = ops.encode(w["x"], encoder, BatchTopK(K)).to_dense()
+                part = ops.encode(w["x"][mine], encoder, BatchTopK(K, None, ranks)).to_dense()
             found = ranks.cat(part)
             assert int((found > 0).sum()) == K * BATCH
             if ties:  # which of equals a single rank's dense path keeps is not said; what they sum to is

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from hedgelab.kernels import selection
-from hedgelab.kernels.selection import Encoder, select_above, select_batch_topk, select_topk
+from hedgelab.kernels.selection import Product as Encoder
+from hedgelab.kernels.selection import select_above, select_batch_topk, select_topk
 
 
 def encoder(batch: int, d_sae: int, dtype: torch.dtype = torch.float64, order: str = "shuffled") -> Encoder:

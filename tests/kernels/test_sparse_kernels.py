@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hedgelab.kernels import dense, ops, reference, sparse
 from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Target, Threshold, TopK
 
 
 class Weights:
@@ -27,52 +28,45 @@ class Weights:
         self.b_dec = draw(d_in).requires_grad_()
         self.log_threshold = (0.3 * draw(d_sae)).requires_grad_()
 
-    def encoder(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.W_enc, self.b_enc, self.b_dec
+    def encoder(self, scaled: bool = False) -> Encoder:
+        return Encoder(self.W_enc, self.b_enc, self.b_dec, self.W_dec.detach().norm(dim=1) if scaled else None)
+
+    def decoder(self) -> Decoder:
+        return Decoder(self.W_dec, self.b_dec)
 
     def gradients(self) -> list[Tensor]:
         leaves = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.log_threshold)
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
-Encode = Callable[..., tuple[Codes, Tensor]]
-
-
-def jumprelu(m, x: Tensor, w: Weights, k: int) -> tuple[Codes, Tensor]:
-    codes, rates = m.encode_jumprelu(x, *w.encoder(), w.log_threshold, 0.5)
-    return codes, (rates * torch.arange(len(rates))).sum()
-
-
-def scaled(w: Weights) -> Tensor:
-    return w.W_dec.detach().norm(dim=1)
-
+Encode = Callable[..., Codes]
 
 ENCODERS: dict[str, Encode] = {
-    "relu": lambda m, x, w, k: (m.encode_relu(x, *w.encoder()), 0.0),
-    "topk": lambda m, x, w, k: (m.encode_topk(x, *w.encoder(), k), 0.0),
-    "topk_norm_aware": lambda m, x, w, k: (m.encode_topk(x, *w.encoder(), k, scaled(w)), 0.0),
-    "batch_topk": lambda m, x, w, k: (m.encode_batch_topk(x, *w.encoder(), k), 0.0),
-    "batch_topk_norm_aware": lambda m, x, w, k: (m.encode_batch_topk(x, *w.encoder(), k, scaled(w)), 0.0),
-    "columns": lambda m, x, w, k: (m.encode_columns(x, *w.encoder(), torch.arange(w.W_enc.shape[1])[-k:], k), 0.0),
-    "threshold": lambda m, x, w, k: (m.encode_threshold(x, *w.encoder(), w.log_threshold.detach()), 0.0),
-    "negative_threshold": lambda m, x, w, k: (m.encode_threshold(x, *w.encoder(), torch.tensor(-0.5)), 0.0),
-    "jumprelu": jumprelu,
+    "relu": lambda m, x, w, k: m.encode(x, w.encoder(), ReLU()),
+    "topk": lambda m, x, w, k: m.encode(x, w.encoder(), TopK(k)),
+    "topk_norm_aware": lambda m, x, w, k: m.encode(x, w.encoder(scaled=True), TopK(k)),
+    "batch_topk": lambda m, x, w, k: m.encode(x, w.encoder(), BatchTopK(k)),
+    "batch_topk_norm_aware": lambda m, x, w, k: m.encode(x, w.encoder(scaled=True), BatchTopK(k)),
+    "columns": lambda m, x, w, k: m.encode(x, w.encoder(), TopK(k, torch.arange(w.W_enc.shape[1])[-k:])),
+    "threshold": lambda m, x, w, k: m.encode(x, w.encoder(), Threshold(w.log_threshold.detach())),
+    "negative_threshold": lambda m, x, w, k: m.encode(x, w.encoder(), Threshold(torch.tensor(-0.5))),
+    "jumprelu": lambda m, x, w, k: m.encode(x, w.encoder(), JumpReLU(w.log_threshold, 0.5)),
 }
 
 
 def run(m, name: str, x: Tensor, w: Weights, k: int, levels: list[int], detach: bool = False) -> list[Tensor]:
     """Everything a step produces on a path: activations, reconstructions, gradients of the weights and of ``x``."""
     x = x.detach().clone().requires_grad_()
-    codes, extra = ENCODERS[name](m, x, w, k)
-    x_hats = (
-        m.decode_levels(codes, w.W_dec, w.b_dec, levels, detach)
-        if len(levels) > 1
-        else [m.decode(codes, w.W_dec, w.b_dec)]
-    )
-    loss = sum((i + 1) * (x_hat - x.detach()).square().sum() for i, x_hat in enumerate(x_hats))
-    loss = loss + codes.sum_per_latent().dot(w.W_dec.norm(dim=1)) + extra
+    codes = ENCODERS[name](m, x, w, k)
+    result = m.level_errors(codes, w.decoder(), Target(x.detach(), levels, detach))
+    loss = sum((i + 1) * value for i, value in enumerate(result.losses)) * len(x)
+    if len(levels) == 1:
+        loss = loss + m.decode(codes, w.decoder()).sin().sum()
+    loss = loss + codes.sum_per_latent().dot(w.W_dec.norm(dim=1))
+    if codes.rates is not None:
+        loss = loss + (codes.rates * torch.arange(len(codes.rates))).sum()
     loss.backward()
-    return [codes.to_dense().detach(), *(x_hat.detach() for x_hat in x_hats), *w.gradients(), x.grad]
+    return [codes.to_dense().detach(), *result.errors, *w.gradients(), x.grad]
 
 
 def assert_same(name: str, batch: int, d_in: int, d_sae: int, k: int, levels: list[int], **options) -> None:
@@ -130,7 +124,7 @@ def test_tied_pre_activations_keep_as_many_and_as_large(name):
         w.W_enc.copy_(w.W_enc.round())
         w.b_enc.zero_()
         w.b_dec.zero_()
-    kept = [ENCODERS[name](m, x, w, 6)[0].to_dense().detach() for m in (reference, sparse)]
+    kept = [ENCODERS[name](m, x, w, 6).to_dense().detach() for m in (reference, sparse)]
     if name == "topk":
         kept = [activations.sort(dim=1).values for activations in kept]
     assert torch.equal(*(activations.flatten().sort().values for activations in kept))
@@ -139,7 +133,7 @@ def test_tied_pre_activations_keep_as_many_and_as_large(name):
 def test_ties_of_a_batch_go_to_the_lowest_row_then_latent():
     x = torch.ones(3, 1, dtype=torch.float64)
     W_enc = torch.tensor([[1.0, 3.0, 1.0, 1.0]], dtype=torch.float64)
-    codes = sparse.encode_batch_topk(x, W_enc, torch.zeros(4).double(), torch.zeros(1).double(), 2)
+    codes = sparse.encode(x, Encoder(W_enc, torch.zeros(4).double(), torch.zeros(1).double()), BatchTopK(2))
     assert codes.to_dense().tolist() == [[1, 3, 1, 1], [0, 3, 0, 0], [0, 3, 0, 0]]
 
 
@@ -180,25 +174,25 @@ def test_repeated_indices_add_up(levels):
     for m in (reference, sparse):
         w = Weights(3, 6)
         values = torch.arange(1.0, 6.0, dtype=torch.float64).requires_grad_()
-        x_hats = m.decode_levels(Codes.from_csr(crow, latents, values, 6), w.W_dec, w.b_dec, levels)
-        sum((x_hat**2).sum() for x_hat in x_hats).backward()
-        results.append([*x_hats, values.grad, w.W_dec.grad, w.b_dec.grad])
+        codes = Codes.from_csr(crow, latents, values, 6)
+        losses, errors = m.level_errors(codes, w.decoder(), Target(torch.zeros(3, 3).double(), levels))
+        (torch.stack(list(losses)).sum() + m.decode(codes, w.decoder()).square().sum()).backward()
+        results.append([*errors, values.grad, w.W_dec.grad, w.b_dec.grad])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("detach", [False, True])
-def test_gradients_by_finite_differences(detach):
+@pytest.mark.parametrize("one_level", [False, True])
+def test_gradients_by_finite_differences(one_level):
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
     w = Weights(3, 9)
 
     def step(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, ...]:
-        codes = sparse.encode_topk(x, W_enc, b_enc, b_dec, 3)
-        return (
-            tuple(sparse.decode_levels(codes, W_dec, b_dec, [4, 9], detach))
-            if not detach
-            else (sparse.decode(codes, W_dec, b_dec),)
-        )
+        codes = sparse.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(3))
+        decoder = Decoder(W_dec, b_dec)
+        if one_level:
+            return (sparse.decode(codes, decoder),)
+        return tuple(sparse.level_errors(codes, decoder, Target(x, [4, 9])).losses)
 
     assert torch.autograd.gradcheck(step, (x, w.W_enc, w.b_enc, w.W_dec, w.b_dec))
 
@@ -209,8 +203,8 @@ def test_bf16_weights_and_autocast_work_in_single_precision_after_the_product(na
     for narrow in (Weights(8, 96, torch.bfloat16), Weights(8, 96, torch.float32)):
         autocast = narrow.W_enc.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            codes, _ = ENCODERS[name](sparse, x.to(narrow.W_enc.dtype), narrow, 4)
-            x_hat = sparse.decode(codes, narrow.W_dec, narrow.b_dec)
+            codes = ENCODERS[name](sparse, x.to(narrow.W_enc.dtype), narrow, 4)
+            x_hat = sparse.decode(codes, narrow.decoder())
             loss = (x_hat.float() - x).square().sum()
         loss.backward()
         assert codes.values.dtype == torch.float32
@@ -219,7 +213,7 @@ def test_bf16_weights_and_autocast_work_in_single_precision_after_the_product(na
         with torch.no_grad():
             for a, b in zip((wide.W_dec, wide.b_dec), (narrow.W_dec, narrow.b_dec), strict=True):
                 a.copy_(b)
-        dense = reference.decode(Codes.from_dense(codes.to_dense().detach()), wide.W_dec, wide.b_dec)
+        dense = reference.decode(Codes.from_dense(codes.to_dense().detach()), wide.decoder())
         torch.testing.assert_close(x_hat.float(), dense, rtol=1e-2, atol=1e-2)
         for parameter in (narrow.W_enc, narrow.b_enc, narrow.W_dec, narrow.b_dec):
             assert parameter.grad.dtype == parameter.dtype
@@ -230,10 +224,12 @@ def test_bf16_weights_and_autocast_work_in_single_precision_after_the_product(na
 def test_lean_dense_path_equals_autograd(name):
     x = torch.randn(37, 12, dtype=torch.float64)
     results = []
-    for m in (reference, dense):
+    for product in (reference.pre_activations, dense.pre_activations):
         w, leaf = Weights(12, 203), x.clone().requires_grad_()
-        codes, extra = ENCODERS[name](m, leaf, w, 0)
-        (reference.decode(codes, w.W_dec, w.b_dec).square().sum() + extra).backward()
+        selection = ReLU() if name == "relu" else JumpReLU(w.log_threshold, 0.5)
+        codes = reference.encode(leaf, w.encoder(), selection, product)
+        loss = reference.decode(codes, w.decoder()).square().sum()
+        (loss if codes.rates is None else loss + (codes.rates * torch.arange(203)).sum()).backward()
         results.append([codes.to_dense().detach(), leaf.grad, *w.gradients()])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
@@ -243,19 +239,19 @@ def test_lean_dense_path_equals_autograd(name):
 @pytest.mark.parametrize(("d_sae", "k", "is_dense"), [(64, 4, True), (1024, 4, False), (1024, 512, True)])
 def test_auto_goes_sparse_where_it_pays(d_sae, k, is_dense):
     w, x = Weights(4, d_sae), torch.randn(8, 4, dtype=torch.float64)
-    assert ops.encode_topk(x, *w.encoder(), k).is_dense == is_dense
+    assert ops.encode(x, w.encoder(), TopK(k)).is_dense == is_dense
     with ops.backend("sparse"):
-        assert not ops.encode_topk(x, *w.encoder(), k).is_dense
+        assert not ops.encode(x, w.encoder(), TopK(k)).is_dense
     with ops.backend("dense"):
-        assert ops.encode_topk(x, *w.encoder(), k).is_dense
+        assert ops.encode(x, w.encoder(), TopK(k)).is_dense
 
 
 def test_auto_compresses_relu_latents_only_when_few_fire():
     w, x = Weights(4, 1024), torch.randn(64, 4, dtype=torch.float64)
-    assert ops.encode_relu(x, *w.encoder()).is_dense
+    assert ops.encode(x, w.encoder(), ReLU()).is_dense
     with torch.no_grad():
         w.b_enc.sub_(8.0)
-    assert not ops.encode_relu(x, *w.encoder()).is_dense
+    assert not ops.encode(x, w.encoder(), ReLU()).is_dense
 
 
 @pytest.mark.parametrize("name", ["relu", "topk", "batch_topk", "threshold", "jumprelu"])
@@ -264,12 +260,16 @@ def test_stacked_saes_vmap_over_the_dense_path(name):
     x, stack = torch.randn(16, 5, dtype=torch.float64), [Weights(5, 7, seed=seed) for seed in range(3)]
 
     def loss(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-        if name == "jumprelu":
-            codes, rates = ops.encode_jumprelu(x, W_enc, b_enc, b_dec, torch.zeros_like(b_enc), 0.5)
-            return (ops.decode(codes, W_dec, b_dec) - x).square().sum() + rates.sum()
-        arguments = {"topk": (2,), "batch_topk": (2,), "threshold": (torch.tensor(0.1),)}.get(name, ())
-        codes = getattr(ops, f"encode_{name}")(x, W_enc, b_enc, b_dec, *arguments)
-        return (ops.decode(codes, W_dec, b_dec) - x).square().sum()
+        selections = {
+            "relu": ReLU(),
+            "topk": TopK(2),
+            "batch_topk": BatchTopK(2),
+            "threshold": Threshold(torch.tensor(0.1)),
+            "jumprelu": JumpReLU(torch.zeros_like(b_enc), 0.5),
+        }
+        codes = ops.encode(x, Encoder(W_enc, b_enc, b_dec), selections[name])
+        loss = (ops.decode(codes, Decoder(W_dec, b_dec)) - x).square().sum()
+        return loss if codes.rates is None else loss + codes.rates.sum()
 
     leaves = [torch.stack([getattr(w, leaf) for w in stack]).detach() for leaf in ("W_enc", "b_enc", "W_dec", "b_dec")]
     gradients = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)))(*leaves)
@@ -295,8 +295,8 @@ def test_coherent_rows_with_an_encoder_just_off_have_the_gradients_of_dense_auto
     weight = torch.rand(4096, generator=generator) / 2048 if weighted else None
 
     def gradient(m, x, w, weight):
-        codes = m.encode_topk(x, *w.encoder(), 1)
-        losses, _ = m.level_errors(codes, x, w.W_dec, w.b_dec, levels, False, weight)
+        codes = m.encode(x, w.encoder(), TopK(1))
+        losses, _ = m.level_errors(codes, w.decoder(), Target(x, levels, False, weight))
         torch.stack(list(losses)).sum().backward()
         return w.W_enc.grad, w.b_enc.grad, w.W_dec.grad
 

@@ -76,7 +76,7 @@ def test_what_is_printed(name, shown):
 
 
 def test_activations_of_another_width_are_refused_in_one_line(sae):
-    for call in (sae.loss,):
+    for call in (sae.loss, sae.encode, sae):
         with pytest.raises(UserError, match=r"\(3, 7\).*d_in = 8") as error:
             call(torch.zeros(3, 7))
         assert "\n" not in str(error.value)
@@ -166,3 +166,33 @@ def test_checkpoints_that_do_not_say_what_they_are_of_take_arguments(checkpoint)
 def test_a_matryoshka_takes_an_sae_or_what_makes_one():
     inner = functools.partial(BatchTopKSAE, d_sae=16, k=3)
     assert MatryoshkaSAE(8, inner(8), levels=[4, 16]).config() == MatryoshkaSAE(8, inner, levels=[4, 16]).config()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("kind", [VanillaSAE, TopKSAE, BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE])
+def test_activations_of_any_shape(kind, wide):
+    """Codes remember the shape of the examples; sequences, single vectors and empty batches come back as they are."""
+    d_sae = 600 if wide else 16
+    own = {VanillaSAE: {"l1_coefficient": 0.1}, JumpReLUSAE: {"l0_coefficient": 0.1, "threshold": 0.5}}.get(
+        kind, {"k": 3}
+    )
+    sae = BatchTopKSAE(8, d_sae, k=3) if kind is MatryoshkaSAE else kind(8, d_sae, **own)
+    sae = MatryoshkaSAE(8, sae, levels=[4, d_sae]) if kind is MatryoshkaSAE else sae
+    sae.after_step(sae.loss(X))
+    flat = sae.encode(X.reshape(-1, 8))
+    for x, shape in (
+        (X, (2, 5)),
+        (X[0, 0], ()),
+        (X[:0], (0, 5)),
+        (X.double(), (2, 5)),
+        (X.reshape(2, 5, 1, 8), (2, 5, 1)),
+    ):
+        codes = sae.encode(x)
+        assert codes.to_dense().shape == (*shape, d_sae)
+        assert codes.active_per_example().shape == shape
+        assert sae.decode(codes).shape == (*shape, 8)
+        torch.testing.assert_close(sae.decode(codes.to_dense()), sae.decode(codes))
+        torch.testing.assert_close(sae.decode(codes.scale(torch.ones(d_sae)).prefix(d_sae).detach()), sae(x))
+    torch.testing.assert_close(sae.encode(X).to_dense().reshape(-1, d_sae), flat.to_dense())
+    assert sae.decode(flat).shape == (10, 8)
+    torch.testing.assert_close(sae.loss(X).total, sae.loss(X.reshape(-1, 8)).total)

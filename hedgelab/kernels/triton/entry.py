@@ -1,4 +1,4 @@
-"""Entry points of the Triton path, with the signatures of :mod:`hedgelab.kernels.reference`.
+"""Entry points of the Triton path, as :mod:`hedgelab.kernels.reference` has them.
 
 Codes come back sparse wherever touching only the latents that fired is faster than dense products; where it is not, the
 same numbers come from dense ones. Under autocast the encoder product runs in autocast's dtype and everything after it on
@@ -30,23 +30,13 @@ from torch import Tensor
 from hedgelab.kernels import reference
 from hedgelab.kernels.agreement import Share, among_largest
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.jumprelu import JumpReLU, StepFunction
+from hedgelab.kernels.errors import LevelErrors, squared_error
+from hedgelab.kernels.jumprelu import jump, step
 from hedgelab.kernels.layout import Layout, row_pointers
-from hedgelab.kernels.reference import encode_columns
-from hedgelab.kernels.triton import selection
+from hedgelab.kernels.triton import selection as kernels
 from hedgelab.kernels.triton.autograd import AttachEncoder, SparseDecode
 from hedgelab.kernels.triton.selection import Selected
-
-__all__ = [
-    "decode",
-    "decode_levels",
-    "encode_batch_topk",
-    "encode_columns",
-    "encode_jumprelu",
-    "encode_relu",
-    "encode_threshold",
-    "encode_topk",
-]
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Selection, Target, Threshold, TopK
 
 # Largest share of stored values at which gathering rows beats a dense product: matrix units multiply 16-bit numbers an
 # order of magnitude faster than memory delivers scattered rows, float32 ones hardly faster.
@@ -57,115 +47,94 @@ _SAMPLE = 1 << 16  # entries that estimate where a selection over several ranks 
 _MARGIN = 1.3  # candidates sought, as a multiple of what is kept
 
 
-def encode_relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Codes:
-    """Codes of a ReLU SAE."""
-    return encode_threshold(x, W_enc, b_enc, b_dec, b_enc.new_zeros(()))
+def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
+    """As :func:`reference.encode`, which also serves populations and TopK among few latents.
+
+    Among equal entries TopK keeps the lowest latent, BatchTopK the first in memory. Where TopK's kernel does not reach (k
+    above a quarter of a row's groups, float64, masses of equal pre-activations) ``torch.topk`` selects, and which of equals it
+    keeps is its own choice. Of JumpReLU, entries within reach of the estimate are stored even below the threshold, with value
+    0, so that their gradient is computed.
+    """
+    match selection:
+        case TopK(_, among) if among is not None:
+            return reference.encode(x, encoder, selection)
+        case BatchTopK(_, weight) if weight is not None:
+            return reference.encode(x, encoder, selection)
+    product = _product(x, encoder)
+    match selection:
+        case ReLU():
+            return _above(product, encoder.b_enc.new_zeros(()))
+        case Threshold(threshold):
+            return _above(product, threshold)
+        case TopK(k):
+            selected = _top_k(product.pre.detach(), k, encoder.scale)
+        case BatchTopK(k):
+            selected = _batch_top_k(product.pre.detach(), k, encoder)
+        case JumpReLU():
+            return _jumprelu(product, selection)
+    codes = product.attach(selected)
+    return Codes.from_layout(_layout(codes), codes.values.relu())
 
 
-def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> Codes:
-    """Codes ``pre · 1[pre > threshold]`` for a given threshold (a scalar or ``[d_sae]``), no gradient to it."""
-    product = _product(x, W_enc, b_enc, b_dec)
+def _above(product: "_Product", threshold: Tensor) -> Codes:
     kept = product.pre.detach() > threshold
     selected = _select(product.pre.detach(), kept)
     return Codes.from_dense(torch.where(kept, product.pre, 0.0)) if selected is None else product.attach(selected)
 
 
-def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, selection_scale: Tensor | None = None
-) -> Codes:
-    """Codes of the k largest pre-activations of each example, then ReLU; among equals the lowest latent is kept.
-
-    Where the selection kernel does not reach (k above a quarter of a row's groups, float64, masses of equal
-    pre-activations) ``torch.topk`` selects, and which of equals it keeps is its own choice.
-    """
-    product = _product(x, W_enc, b_enc, b_dec)
-    pre = product.pre.detach()
-    selected = selection.top_k(pre, k, selection_scale) if selection.fits(pre, k) else None
+def _top_k(pre: Tensor, k: int, scale: Tensor | None) -> Selected:
+    selected = kernels.top_k(pre, k, scale) if kernels.fits(pre, k) else None
     if selected is None:
-        latents = _ranked(pre, selection_scale).topk(k, dim=1, sorted=False).indices
-        crow = torch.arange(len(x) + 1, device=x.device) * k
+        latents = _ranked(pre, scale).topk(k, dim=1, sorted=False).indices
+        crow = torch.arange(len(pre) + 1, device=pre.device) * k
         selected = Selected(crow, latents.flatten(), pre.gather(1, latents).flatten())
-    return _rectified(product.attach(selected))
+    return selected
 
 
-def encode_batch_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    k: int,
-    selection_scale: Tensor | None = None,
-    weight: Tensor | None = None,
-    share: Share | None = None,
-) -> Codes:
-    """Codes of the k · batch largest of ``relu(pre)`` over the batch; among equals the first in memory are kept.
-
-    With ``weight`` (population mode, small batches) the dense reference does the work. With a ``share`` this is that part of
-    a larger product.
-    """
-    if weight is not None:
-        return reference.encode_batch_topk(x, W_enc, b_enc, b_dec, k, selection_scale, weight, share)
-    product = _product(x, W_enc, b_enc, b_dec)
-    pre = product.pre.detach()
-    if share is not None:
-        selected = _in_share(pre, k, selection_scale, share)
-    elif selection.fits(pre, 1):
-        selected = selection.batch_top_k(pre, k * len(x), selection_scale)
-    else:
-        width = pre.shape[1]
-        positions = _ranked(pre.relu(), selection_scale).flatten().topk(k * len(x), sorted=False).indices.sort().values
-        crow = torch.searchsorted(positions, torch.arange(len(x) + 1, device=x.device) * width)
-        selected = Selected(crow, positions % width, pre.flatten()[positions])
-    return _rectified(product.attach(selected))
+def _batch_top_k(pre: Tensor, k: int, encoder: Encoder) -> Selected:
+    batch, width = pre.shape
+    if encoder.share is not None:
+        return _in_share(pre, k, encoder.scale, encoder.share)
+    if kernels.fits(pre, 1):
+        return kernels.batch_top_k(pre, k * batch, encoder.scale)
+    positions = _ranked(pre.relu(), encoder.scale).flatten().topk(k * batch, sorted=False).indices.sort().values
+    crow = torch.searchsorted(positions, torch.arange(batch + 1, device=pre.device) * width)
+    return Selected(crow, positions % width, pre.flatten()[positions])
 
 
-def encode_jumprelu(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    log_threshold: Tensor,
-    bandwidth: float,
-    weight: Tensor | None = None,
-) -> tuple[Codes, Tensor]:
-    """Codes of a JumpReLU SAE, and how often each latent fires on average over the batch, ``[d_sae]``.
-
-    Both carry straight-through gradients to ``log_threshold`` (Rajamanoharan et al. 2024, section 3). Entries within reach of
-    the estimate are stored even below the threshold, with value 0, so that their gradient is computed.
-    """
-    product = _product(x, W_enc, b_enc, b_dec)
-    threshold = log_threshold.exp()
-    selected = _select(product.pre.detach(), product.pre.detach() > threshold.detach() - bandwidth / 2)
-    share = x.new_full((len(x),), 1 / max(1, len(x)), dtype=threshold.dtype) if weight is None else weight
+def _jumprelu(product: "_Product", selection: JumpReLU) -> Codes:
+    log_threshold, bandwidth, weight = selection
+    pre, threshold = product.pre, log_threshold.exp()
+    share = threshold.new_full((len(pre),), 1 / max(1, len(pre))) if weight is None else weight
+    selected = _select(pre.detach(), pre.detach() > threshold.detach() - bandwidth / 2)
     if selected is None:
-        activations: Tensor = JumpReLU.apply(product.pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
-        fired: Tensor = StepFunction.apply(product.pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
-        return Codes.from_dense(activations), share.to(fired.dtype) @ fired
+        fired = step(pre, threshold, bandwidth)
+        return Codes.from_dense(jump(pre, threshold, bandwidth), share.to(fired.dtype) @ fired)
     near = product.attach(selected)
     own = threshold.index_select(0, selected.latents)  # each stored value has a threshold of its own: a batch of one
-    activations = JumpReLU.apply(near.values[None], own, bandwidth)[0]  # type: ignore[no-untyped-call]
-    fired = StepFunction.apply(near.values[None], own, bandwidth)[0]  # type: ignore[no-untyped-call]
-    layout = _layout(near)
-    return Codes.from_layout(layout, activations), Codes.from_layout(layout, fired).sum_per_latent(share)
+    rates = Codes.from_layout(_layout(near), step(near.values[None], own, bandwidth)[0]).sum_per_latent(share)
+    return Codes.from_layout(_layout(near), jump(near.values[None], own, bandwidth)[0], rates)
 
 
-def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+def decode(codes: Codes, decoder: Decoder) -> Tensor:
     """``a W_dec + b_dec``, ``[batch, d_in]``."""
-    if not _sparse_pays(codes, W_dec):
-        return reference.decode(codes, W_dec, b_dec)
-    return _decode(codes, W_dec, b_dec, [codes.d_sae], detach=False)[0]
+    return decode_levels(codes, decoder, [codes.d_sae])[0]
 
 
-def decode_levels(
-    codes: Codes, W_dec: Tensor, b_dec: Tensor, levels: Sequence[int], detach: bool = False
-) -> list[Tensor]:
-    """Reconstructions from the first ``m`` latents for each ``m`` of ``levels``, each ``[batch, d_in]``, in one pass.
+def level_errors(codes: Codes, decoder: Decoder, target: Target) -> LevelErrors:
+    """As :func:`reference.level_errors`."""
+    x, levels, detach, weight = target
+    x_hats = decode_levels(codes, decoder, levels, detach)
+    return LevelErrors.of([squared_error(x_hat, x, weight) for x_hat in x_hats])
 
-    With ``detach`` an inner level feels no gradient from outer ones, as in the reference.
-    """
-    if not _sparse_pays(codes, W_dec):
-        return reference.decode_levels(codes, W_dec, b_dec, levels, detach)
-    return list(_decode(codes, W_dec, b_dec, levels, detach))
+
+def decode_levels(codes: Codes, decoder: Decoder, levels: Sequence[int], detach: bool = False) -> list[Tensor]:
+    """As :func:`reference.decode_levels`, in one pass."""
+    if not _sparse_pays(codes, decoder.W_dec):
+        if len(levels) == 1 and levels[0] == codes.d_sae:
+            return [reference.decode(codes, decoder)]
+        return reference.decode_levels(codes, decoder, levels, detach)
+    return list(_decode(codes, decoder, levels, detach))
 
 
 class _Product(NamedTuple):
@@ -186,16 +155,17 @@ class _Product(NamedTuple):
         return Codes.from_layout(layout, values)
 
 
-def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> _Product:
+def _product(x: Tensor, encoder: Encoder) -> _Product:
     """The encoder product in the dtype of the computation.
 
     Casts are made here, not by autocast: its cache would hand stale weights to the second step taken in one context.
     """
-    dtype = _compute_dtype(W_enc)
+    W_enc, b_enc, b_dec, *_ = encoder
+    dtype = encoder.compute_dtype
     with torch.autocast(x.device.type, enabled=False):
-        centred, encoder = (x - b_dec).to(dtype), W_enc.to(dtype)
-        pre = torch.addmm(b_enc.to(dtype), centred, encoder)
-    return _Product((x, W_enc, b_enc, b_dec), centred, encoder, pre)
+        centred, weights = (x - b_dec).to(dtype), W_enc.to(dtype)
+        pre = torch.addmm(b_enc.to(dtype), centred, weights)
+    return _Product((x, W_enc, b_enc, b_dec), centred, weights, pre)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -246,11 +216,6 @@ def _ranked(pre: Tensor, scale: Tensor | None) -> Tensor:
     return pre if scale is None else pre * scale
 
 
-def _rectified(codes: Codes) -> Codes:
-    """ReLU of sparse codes."""
-    return Codes.from_layout(_layout(codes), codes.values.relu())
-
-
 def _layout(codes: Codes) -> Layout:
     """The layout of sparse codes."""
     if codes.layout is None:
@@ -258,8 +223,8 @@ def _layout(codes: Codes) -> Layout:
     return codes.layout
 
 
-def _decode(codes: Codes, W_dec: Tensor, b_dec: Tensor, levels: Sequence[int], detach: bool) -> tuple[Tensor, ...]:
+def _decode(codes: Codes, decoder: Decoder, levels: Sequence[int], detach: bool) -> tuple[Tensor, ...]:
     decoded: tuple[Tensor, ...] = SparseDecode.apply(  # type: ignore[no-untyped-call]
-        codes.values, W_dec, b_dec, _layout(codes), levels, detach, _compute_dtype(W_dec)
+        codes.values, *decoder, _layout(codes), levels, detach, _compute_dtype(decoder.W_dec)
     )
     return decoded

@@ -13,6 +13,7 @@ from hedgelab.kernels.triton import available, entry, selection
 from hedgelab.kernels.triton.decoding import decode_rows
 from hedgelab.kernels.triton.gradients import latent_gradients
 from hedgelab.kernels.triton.tiles import SelectionTile, Tile
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Threshold, TopK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(not available(), reason="Triton is missing, or there is neither GPU nor interpreter")
@@ -80,7 +81,7 @@ def check_step(path_codes: Codes, true_codes: Codes, leaves: list[Tensor], x: Te
     assert relative(path_codes.to_dense(), true_codes.to_dense()) <= tolerance
     losses = []
     for decode, codes in ((entry.decode, path_codes), (reference.decode, true_codes)):
-        x_hat = decode(codes, W_dec, b_dec)
+        x_hat = decode(codes, Decoder(W_dec, b_dec))
         losses.append((x_hat - x.detach()).square().sum() + 0.3 * codes.sum_per_latent().sum())
     assert relative(losses[0], losses[1]) <= tolerance
     for found, expected in zip(gradients(losses[0], leaves), gradients(losses[1], leaves), strict=True):
@@ -95,8 +96,8 @@ def test_a_k_sparse_step_equals_the_dense_reference(
 ) -> None:
     leaves, x = weights(d_in, d_sae, dtype), examples(batch, d_in, dtype)
     W_enc, b_enc, _, b_dec = leaves
-    codes = getattr(entry, f"encode_{kind}")(x, W_enc, b_enc, b_dec, k)
-    expected = getattr(reference, f"encode_{kind}")(x, W_enc, b_enc, b_dec, k)
+    selection = {"topk": TopK, "batch_topk": BatchTopK}[kind](k)
+    codes, expected = (path.encode(x, Encoder(W_enc, b_enc, b_dec), selection) for path in (entry, reference))
     check_step(codes, expected, leaves, x, dtype)
 
 
@@ -105,8 +106,8 @@ def test_selection_by_scaled_pre_activations(kind: str) -> None:
     leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, W_dec, b_dec = leaves
     scale = W_dec.detach().norm(dim=1) * torch.linspace(0.1, 3, 64, device=DEVICE)
-    codes = getattr(entry, f"encode_{kind}")(x, W_enc, b_enc, b_dec, 4, scale)
-    expected = getattr(reference, f"encode_{kind}")(x, W_enc, b_enc, b_dec, 4, scale)
+    selection = {"topk": TopK, "batch_topk": BatchTopK}[kind](4)
+    codes, expected = (path.encode(x, Encoder(W_enc, b_enc, b_dec, scale), selection) for path in (entry, reference))
     check_step(codes, expected, leaves, x, torch.float32)
 
 
@@ -114,15 +115,15 @@ def test_gradient_of_the_activations_and_of_a_strided_input() -> None:
     leaves = weights(20, 64, torch.float32)
     x = examples(18, 20, torch.float32)[::2].requires_grad_()
     W_enc, b_enc, _, b_dec = leaves
-    codes = entry.encode_topk(x, W_enc, b_enc, b_dec, 4)
-    expected = reference.encode_topk(x, W_enc, b_enc, b_dec, 4)
+    codes = entry.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
+    expected = reference.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
     check_step(codes, expected, [*leaves, x], x, torch.float32)
 
 
 def test_encoder_gradient_lies_in_memory_like_the_encoder() -> None:
     W_enc, b_enc, W_dec, b_dec = weights(20, 64, torch.float32)
     x = examples(9, 20, torch.float32)
-    entry.decode(entry.encode_topk(x, W_enc, b_enc, b_dec, 4), W_dec, b_dec).sum().backward()
+    entry.decode(entry.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4)), Decoder(W_dec, b_dec)).sum().backward()
     assert W_enc.grad is not None
     assert W_enc.grad.stride() == W_enc.stride() == (1, 20)
 
@@ -131,8 +132,8 @@ def test_a_dense_backward_pass_of_the_encoder_agrees(monkeypatch: pytest.MonkeyP
     leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, _, b_dec = leaves
     monkeypatch.setattr(entry, "DENSITY_32_BIT", 0.0)
-    codes = entry.encode_topk(x, W_enc, b_enc, b_dec, 4)
-    check_step(codes, reference.encode_topk(x, W_enc, b_enc, b_dec, 4), leaves, x, torch.float32)
+    codes = entry.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
+    check_step(codes, reference.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4)), leaves, x, torch.float32)
 
 
 @pytest.mark.parametrize("threshold", ["scalar", "by latent"])
@@ -140,10 +141,10 @@ def test_relu_and_thresholds(threshold: str) -> None:
     leaves, x = weights(20, 24, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, _, b_dec = leaves
     limit = torch.tensor(0.7, device=DEVICE) if threshold == "scalar" else torch.linspace(-1, 2, 24, device=DEVICE)
-    codes = entry.encode_threshold(x, W_enc, b_enc, b_dec, limit)
-    check_step(codes, reference.encode_threshold(x, W_enc, b_enc, b_dec, limit), leaves, x, torch.float32)
-    codes = entry.encode_relu(x, W_enc, b_enc, b_dec)
-    check_step(codes, reference.encode_relu(x, W_enc, b_enc, b_dec), leaves, x, torch.float32)
+    codes = entry.encode(x, Encoder(W_enc, b_enc, b_dec), Threshold(limit))
+    check_step(codes, reference.encode(x, Encoder(W_enc, b_enc, b_dec), Threshold(limit)), leaves, x, torch.float32)
+    codes = entry.encode(x, Encoder(W_enc, b_enc, b_dec), ReLU())
+    check_step(codes, reference.encode(x, Encoder(W_enc, b_enc, b_dec), ReLU()), leaves, x, torch.float32)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -159,8 +160,10 @@ def test_jumprelu_with_its_straight_through_gradients(
     weight = torch.rand(30, device=DEVICE).softmax(0) if weighted else None
     outcomes = []
     for path in (entry, reference):
-        codes, rates = path.encode_jumprelu(x, W_enc, b_enc, b_dec, log_threshold, 0.8, weight)
-        x_hat = path.decode(codes, W_dec, b_dec)
+        codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), JumpReLU(log_threshold, 0.8, weight))
+        rates = codes.rates
+        assert rates is not None
+        x_hat = path.decode(codes, Decoder(W_dec, b_dec))
         loss = (x_hat - x).square().sum() + (rates * torch.arange(24, device=DEVICE)).sum()
         outcomes.append([codes.to_dense(), rates, *gradients(loss, [*leaves, log_threshold])])
     for found, expected in zip(*outcomes, strict=True):
@@ -175,8 +178,8 @@ def test_levels_in_one_pass(levels: list[int], detach: bool) -> None:
     W_enc, b_enc, W_dec, b_dec = leaves
     outcomes = []
     for path in (entry, reference):
-        codes = path.encode_batch_topk(x, W_enc, b_enc, b_dec, 6)
-        x_hats = path.decode_levels(codes, W_dec, b_dec, levels, detach)
+        codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), BatchTopK(6))
+        x_hats = path.decode_levels(codes, Decoder(W_dec, b_dec), levels, detach)
         loss = torch.stack([(level + 1) * (x_hat - x).square().sum() for level, x_hat in enumerate(x_hats)]).sum()
         outcomes.append([*x_hats, *gradients(loss, leaves)])
     for found, expected in zip(*outcomes, strict=True):
@@ -188,8 +191,8 @@ def test_levels_left_out_of_the_loss() -> None:
     W_enc, b_enc, W_dec, b_dec = leaves
     outcomes = []
     for path in (entry, reference):
-        codes = path.encode_topk(x, W_enc, b_enc, b_dec, 4)
-        x_hats = path.decode_levels(codes, W_dec, b_dec, [6, 30, 64])
+        codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
+        x_hats = path.decode_levels(codes, Decoder(W_dec, b_dec), [6, 30, 64])
         outcomes.append(gradients((x_hats[1] - x).square().sum(), leaves))
     for found, expected in zip(*outcomes, strict=True):
         assert relative(found, expected) <= 1e-5
@@ -251,7 +254,7 @@ def test_top_k_hands_masses_of_ties_back() -> None:
     assert selection.top_k(torch.ones(3, 320, device=DEVICE), 8) is None
     ones = torch.ones(3, 1, device=DEVICE)
     leaves = [torch.ones(1, 320, device=DEVICE), torch.zeros(320, device=DEVICE), torch.zeros(1, device=DEVICE)]
-    codes = entry.encode_topk(ones, *leaves, 8)
+    codes = entry.encode(ones, Encoder(*leaves), TopK(8))
     assert codes.active_per_example().tolist() == [8, 8, 8]
 
 
@@ -285,8 +288,8 @@ def test_bf16_autocast_stays_near_float64(kind: str) -> None:
     W_enc, b_enc, W_dec, b_dec = leaves
     x = examples(batch, d_in, torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        codes = getattr(entry, f"encode_{kind}")(x, W_enc, b_enc, b_dec, k)
-        x_hat = entry.decode(codes, W_dec, b_dec)
+        codes = entry.encode(x, Encoder(W_enc, b_enc, b_dec), {"topk": TopK, "batch_topk": BatchTopK}[kind](k))
+        x_hat = entry.decode(codes, Decoder(W_dec, b_dec))
         loss = (x_hat.float() - x.float()).square().sum()
     assert x_hat.dtype == torch.float32
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]

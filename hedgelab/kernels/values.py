@@ -1,0 +1,120 @@
+"""What the kernels take: an encoder, a way to select its latents, a decoder, and what it should reconstruct."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hedgelab.kernels.agreement import Share
+from hedgelab.kernels.ranks import ALONE, Ranks
+
+
+class Encoder(NamedTuple):
+    """Makes pre-activations ``pre = (x - b_dec) W_enc + b_enc``, ``[batch, d_sae]`` (SPEC section 2).
+
+    Attributes:
+        W_enc: ``[d_in, d_sae]``.
+        b_enc: ``[d_sae]``.
+        b_dec: ``[d_in]``.
+        scale: What pre-activations are multiplied by to rank them in TopK and BatchTopK, ``[d_sae]``; None for 1.
+        share: Which part of a global batch and of all latents these weights make; None for all of both.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    scale: Tensor | None = None
+    share: Share | None = None
+
+    @property
+    def d_sae(self) -> int:
+        """Latents of the whole SAE, of which the weights may be a part."""
+        return self.W_enc.shape[1] if self.share is None else self.share.d_sae
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What products are computed in: autocast's type where it is on, else the weights'."""
+        device = self.W_enc.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.W_enc.dtype
+
+    def columns(self, latents: Tensor) -> Encoder:
+        """The encoder of some latents alone, in their order."""
+        return Encoder(self.W_enc.t()[latents].t(), self.b_enc[latents], self.b_dec)
+
+
+class ReLU(NamedTuple):
+    """``a = relu(pre)``."""
+
+
+class Threshold(NamedTuple):
+    """``a = pre · 1[pre > threshold]``; the threshold (a scalar or ``[d_sae]``) gets no gradient."""
+
+    threshold: Tensor
+
+
+class TopK(NamedTuple):
+    """``a = relu(pre)`` of the k largest of each example; with ``among [n]`` of those latents only, whatever the scale."""
+
+    k: int
+    among: Tensor | None = None
+
+
+class BatchTopK(NamedTuple):
+    """``a = relu(pre)`` of the k · batch largest of the batch.
+
+    With ``weight [batch]`` (population mode) entries are kept, largest first, until their weight reaches k: L0 is k on
+    average. With ``ranks`` the batch is that of all of them; activations are this rank's part, and so are the codes.
+    """
+
+    k: int
+    weight: Tensor | None = None
+    ranks: Ranks = ALONE
+
+
+class JumpReLU(NamedTuple):
+    """``a = pre · 1[pre > θ]``, ``θ = exp(log_threshold)``, and how often each latent fires (:attr:`Codes.rates`).
+
+    Both have straight-through gradients to ``log_threshold [d_sae]`` with a rectangle kernel of the given bandwidth
+    (Rajamanoharan et al. 2024, section 3). ``weight [batch]``: probabilities of the examples.
+    """
+
+    log_threshold: Tensor
+    bandwidth: float
+    weight: Tensor | None = None
+
+
+Selection = ReLU | Threshold | TopK | BatchTopK | JumpReLU
+
+
+class Decoder(NamedTuple):
+    """Makes reconstructions ``x_hat = a W_dec + b_dec``, ``[batch, d_in]``.
+
+    Attributes:
+        W_dec: ``[d_sae, d_in]``.
+        b_dec: ``[d_in]``.
+    """
+
+    W_dec: Tensor
+    b_dec: Tensor
+
+
+class Target(NamedTuple):
+    """What nested prefixes of the latents should reconstruct (SPEC section 3).
+
+    Level ℓ reconstructs ``x_hat_ℓ = a[:, :m_ℓ] W_dec[:m_ℓ] + b_dec``; its loss is ``‖x_hat_ℓ - x‖²``, summed over ``d_in`` and
+    averaged over the batch.
+
+    Attributes:
+        x: Activations, ``[batch, d_in]``.
+        levels: The sizes ``m_ℓ``, rising; one of all latents is an ordinary SAE.
+        detach: Whether inner levels feel no gradient from outer ones; ``b_dec`` then learns from the innermost alone.
+        weight: Probabilities of the examples, ``[batch]``; None for equal ones.
+    """
+
+    x: Tensor
+    levels: Sequence[int]
+    detach: bool = False
+    weight: Tensor | None = None
