@@ -39,6 +39,7 @@ def _export(words: list[str]) -> int:
     parser.add_argument(
         "--class", dest="class_path", metavar="PATH", help="class of the SAE in a folder, where it is one of your own"
     )
+    parser.add_argument("--member", metavar="NAME", help="which SAE of a checkpoint of several")
     parser.add_argument("--push", metavar="USER/REPO", help="upload to the Hugging Face hub as well")
     options = parser.parse(words)
     folder = _empty_folder(options.to)
@@ -46,12 +47,17 @@ def _export(words: list[str]) -> int:
     from hedgelab.data.source import ActivationSource
     from hedgelab.interop.hub import push
     from hedgelab.interop.saelens import WRITTEN_FOR, export_saelens
-    from hedgelab.saes import save_sae
-    from hedgelab.tracking.runs import resolve_sae
+    from hedgelab.saes import sae_from_checkpoint, save_sae
+    from hedgelab.tracking.runs import import_class, resolve_sae
 
-    found = resolve_sae(options.run)
-    sae, source = found.load(options.class_path), ActivationSource.load(found.folder)
-    origin = f"run {found.run.run_id} ({found.run.name})" if found.run else str(found.folder)
+    source: ActivationSource | None = None
+    if (checkpoint := Path(options.run)).is_file():
+        import_class(options.class_path)
+        sae, origin = sae_from_checkpoint(checkpoint, options.member), options.run
+    else:
+        found = resolve_sae(options.run)
+        sae, source = found.load(options.class_path), ActivationSource.load(found.folder)
+        origin = f"run {found.run.run_id} ({found.run.name})" if found.run else str(found.folder)
     if options.format == "hedgelab":
         save_sae(sae, folder)
         if source is not None:

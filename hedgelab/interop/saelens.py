@@ -338,8 +338,9 @@ def _source(metadata: dict[str, Any], config: dict[str, Any], path: Path) -> Act
             f"it reads positions {positions} (seqpos_slice), and only first ones can be left out here"
         )
     model, loaded = metadata.get("model_name"), metadata.get("model_from_pretrained_kwargs")
-    if changed := [key for key in _CHANGES_THE_MODEL if isinstance(loaded, dict) and loaded.get(key)]:
-        unknown["model"] = f"{model} was loaded with {changed[0]}: {loaded[changed[0]]}, which data.model cannot say"
+    for key in _CHANGES_THE_MODEL:
+        if isinstance(loaded, dict) and loaded.get(key):
+            unknown["model"] = f"{model} was loaded with {key}: {loaded[key]}, which data.model cannot say"
     context, bos, text = (metadata.get(key) for key in ("context_size", "prepend_bos", "dataset_path"))
     return source_of(
         model,

@@ -79,15 +79,27 @@ class FoundSAE(NamedTuple):
             class_path: Where its class is; None takes what the config of its run said.
 
         Raises:
-            UserError: ``class_path`` leads to no class, or the folder is damaged.
+            UserError: ``class_path`` leads to no class, the SAE's is not imported, or the folder is damaged.
         """
         from hedgelab.identity import imported
         from hedgelab.saes import load_sae
 
-        said = class_path or ("" if self.run is None else self.run.params.get("model.class_path", ""))
-        if said and imported(said) is None and class_path is not None:
-            raise UserError(f"--class: cannot import {class_path!r}; expected package.module.Class, on PYTHONPATH")
+        import_class(class_path)
+        if self.run is not None:
+            imported(self.run.params.get("model.class_path", ""))
         return load_sae(self.folder).eval()
+
+
+def import_class(path: str | None) -> None:
+    """Import an SAE class of the user's own, so that files may name it.
+
+    Raises:
+        UserError: There is no such class.
+    """
+    from hedgelab.identity import imported
+
+    if path is not None and imported(path) is None:
+        raise UserError(f"--class: cannot import {path!r}; expected package.module.Class, its folder on PYTHONPATH")
 
 
 def resolve_run(word: str, with_sae: bool = False, uri: str | None = None) -> RunSummary:

@@ -174,6 +174,6 @@ class ModelReader:
         return load_file(file)["x"]
 
     @cached_property
-    def _model(self) -> tuple[str, ...]:
+    def _model(self) -> tuple[object, ...]:
         """Tells models apart."""
         return *self.data.model_identity().values(), self.data.files.tokenizer_fingerprint()
