@@ -1,4 +1,8 @@
-"""Reading YAML (and JSON, which is YAML) that a person, perhaps a stranger, has written: plain values and nothing else."""
+"""Reading YAML (and JSON, which is YAML) that a person, perhaps a stranger, has written: plain values and nothing else.
+
+PyYAML's own safe loader takes the last of two equal keys, and follows aliases that multiply or run in a circle; no library that
+refuses them is a dependency already.
+"""
 
 from __future__ import annotations
 

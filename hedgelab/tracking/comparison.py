@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hedgelab.tracking.glossary import title, worth_showing
-from hedgelab.tracking.listing import number, printable
+from hedgelab.tracking.listing import aligned, number, printable
 from hedgelab.tracking.runs import RunSummary
 from hedgelab.tracking.store import ensure_store
 
@@ -64,10 +64,7 @@ def as_text(table: Comparison) -> str:
     params = [[key, *values] for key, values in table.params.items()]
     metrics = [[f"{title(key)}  ({key})", *map(number, values)] for key, values in table.metrics.items()]
     rows = [*head, [], *params, [], *metrics] if params else [*head, [], *metrics]
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in rows if row) for column in range(len(table.runs) + 1)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
-    return "\n".join(lines)
+    return aligned([[printable(cell) for cell in row] for row in rows])
 
 
 def labels(runs: Sequence[RunSummary]) -> list[str]:

@@ -12,6 +12,8 @@ Sending an operation twice does no harm (MLflow ignores a metric point that it h
 the store has taken it. One that the store refuses for what it says, and always will, is set aside in
 ``<run_id>.refused``, so that it keeps nothing else from being sent.
 
+MLflow's own asynchronous logging loses what waits when a server dies, and raises at the end; hence this.
+
 A spool may come from elsewhere, with a folder of runs: artifacts are taken from its own folder only, links not followed.
 """
 
