@@ -3,6 +3,7 @@
 :mod:`hedgelab.metrics.direct` measures an SAE at hand in one call.
 """
 
+from hedgelab.metrics.additive import ValidationMetric
 from hedgelab.metrics.degree import HedgingDegree
 from hedgelab.metrics.direct import hedging, hedging_degree, residual_hedging
 from hedgelab.metrics.error_spread import ResidualHedgingMetric
@@ -25,6 +26,7 @@ __all__ = [
     "ResidualHedgingMetric",
     "SAEMetrics",
     "Shrinkage",
+    "ValidationMetric",
     "hedging",
     "hedging_degree",
     "recovery_summary",

@@ -1,8 +1,9 @@
 """The base of every metric here: float64 sums that add up over batches and over ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, Self
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Self
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -10,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from hedgelab.metrics.functional.accumulate import NO_FLOAT64
+from hedgelab.tracking.glossary import GROUP
 
 
 class ShapedMetric(Metric):
@@ -69,3 +71,43 @@ class AdditiveMetric(ShapedMetric):
             self._computed, exclude_state = None, tuple(self._defaults)
         super()._apply(fn, exclude_state)
         return self
+
+
+class ValidationMetric(AdditiveMetric):
+    """A metric of one's own, which every validation pass reports beside the others.
+
+    A subclass that gives itself a ``name`` is known from when it is imported: by an entry point of the group
+    ``hedgelab.metrics``, or because a config names it. It declares its sums in ``__init__`` (:meth:`add_sum`), adds to them in
+    ``update`` and returns a scalar, or scalars by name (logged as ``name/...``), from ``compute``.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+    """
+
+    name: ClassVar[str] = ""
+    declared: ClassVar[dict[str, type["ValidationMetric"]]] = {}
+
+    def __init__(self, d_in: int, d_sae: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.d_in, self.d_sae = d_in, d_sae
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if vars(cls).get("name"):
+            ValidationMetric.declared[cls.name] = cls
+
+    @classmethod
+    def known(cls) -> list[type["ValidationMetric"]]:
+        """Those that have been imported, and those of entry points."""
+        for point in entry_points(group=GROUP):
+            point.load()
+        return list(cls.declared.values())
+
+    def results(self) -> dict[str, Tensor]:
+        """What is logged, by name."""
+        value = self.compute()
+        if isinstance(value, Mapping):
+            return {f"{self.name}/{key}": number for key, number in value.items()}
+        return {self.name: value}

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import Ranks
+from hedgelab.metrics.additive import ValidationMetric
 from hedgelab.metrics.functional.accumulate import as_codes
 from hedgelab.metrics.functional.detection import CoFiring, detection_scores
 from hedgelab.metrics.functional.hierarchy import absorption_from_co_firing, parent_encoder_components, parents_best_f1
@@ -42,11 +43,12 @@ MOST_INFERRED = 4096
 class SAEMetrics(nn.Module):
     """The metrics of one SAE over a validation pass, on any device and any number of ranks.
 
-    Always: ``explained_variance``, ``mse``, ``shrinkage``, ``l0``, ``dead_latents``, ``dead_fraction``. With known
-    features also ``mcc``, ``mean_max_cosine`` (over features), ``mean_max_cosine_latents`` (over latents),
-    ``uniqueness``, ``tracked_features`` (how many), ``detector_precision``, ``detector_recall``, ``detector_f1`` (mean
-    over the latents assigned to a feature for the MCC), ``hedging/decoder``, ``hedging/encoder`` (true hedging, mean over
-    live latents; NaN for encoders where features outnumber dimensions, see :mod:`.functional.true_hedging`),
+    Always: ``explained_variance``, ``mse``, ``shrinkage``, ``l0``, ``dead_latents``, ``dead_fraction``, and the
+    results of every :class:`.ValidationMetric`. With known features also ``mcc``, ``mean_max_cosine`` (over features),
+    ``mean_max_cosine_latents`` (over latents), ``uniqueness``, ``tracked_features`` (how many), ``detector_precision``,
+    ``detector_recall``, ``detector_f1`` (mean over the latents assigned to a feature for the MCC), ``hedging/decoder``,
+    ``hedging/encoder`` (true hedging, mean over live latents; NaN for encoders where features outnumber dimensions, see
+    :mod:`.functional.true_hedging`),
     ``hedging/decoder_signed``, ``hedging/encoder_signed`` (the largest component of each, mean over live latents), and where
     the features have a hierarchy ``absorption`` (excess misses, mean over children), ``absorption_missed`` (plain misses),
     ``absorption_encoder`` (the parent's encoder component along its child), all of parents that a latent tracks, and
@@ -81,6 +83,7 @@ class SAEMetrics(nn.Module):
         self.firing = FiringDensity(d_sae, **shared)
         self.register_buffer("feature_directions", feature_directions, persistent=False)
         self.register_buffer("parents", parents, persistent=False)
+        self.own = nn.ModuleList(metric(d_in, d_sae, **shared) for metric in ValidationMetric.known())
         self.detection: FeatureDetection | None = None
         self.hierarchy: FeatureHierarchy | None = None
         self.regression: FeatureRegression | None = None
@@ -105,6 +108,8 @@ class SAEMetrics(nn.Module):
         self.mse.update(x, x_hat, weight)
         self.shrinkage.update(x, x_hat, weight)
         self.firing.update(codes, weight)
+        for metric in self.own:
+            metric.update(batch, x_hat, codes)
         if self.detection is None:
             return
         if features is None:
@@ -132,6 +137,8 @@ class SAEMetrics(nn.Module):
             "dead_latents": dead.sum().double(),
             "dead_fraction": dead.double().mean(),
         }
+        for metric in self.own:
+            results |= metric.results()  # type: ignore[operator]
         if self.detection is not None and self.feature_directions is not None:
             counts = self.detection.compute()
             parents = self.parents if self.hierarchy is None else self.hierarchy.compute()
@@ -141,7 +148,7 @@ class SAEMetrics(nn.Module):
 
     def reset(self) -> None:
         """Forget everything seen."""
-        for metric in self.children():
+        for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
 

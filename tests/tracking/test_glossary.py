@@ -1,11 +1,20 @@
 """Whatever is measured has an entry, and tables show what matters."""
 
+import json
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
 import torch
+from mlflow import MlflowClient
 
 from hedgelab.batch import Batch
+from hedgelab.cli import main
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics import SAEMetrics
+from hedgelab.metrics import SAEMetrics, ValidationMetric, additive, readme
 from hedgelab.metrics.functional.degree import hedging_degree
+from hedgelab.tracking import glossary
 from hedgelab.tracking.glossary import GLOSSARY, bare, term, title, worth_showing
 
 
@@ -40,3 +49,89 @@ def test_titles():
     assert title("probing/auc_k10") == "probing AUC, 10"
     assert bare("control/explained_variance") == "explained_variance"
     assert len({one.title for one in GLOSSARY.values()}) == len(GLOSSARY)
+
+
+def test_readme_of_the_metrics_is_fresh():
+    assert readme.FILE.read_text() == readme.readme(), "renew it: python -m hedgelab.metrics.readme"
+
+
+OWN_METRIC = '''"""A metric from outside."""
+import torch
+from hedgelab.metrics import ValidationMetric
+
+
+class Largest(ValidationMetric):
+    """Mean of the largest latent of an example.
+
+    Logged as:
+        largest_latent: largest latent [units] (higher): largest activation of an example, mean over examples
+    """
+
+    name = "largest_latent"
+
+    def __init__(self, d_in, d_sae, **kwargs):
+        super().__init__(d_in, d_sae, **kwargs)
+        self.add_sum("total")
+        self.add_sum("count")
+
+    def update(self, batch, x_hat, codes):
+        self.add_to(total=codes.to_dense().amax(1).double().sum(), count=torch.tensor(float(len(x_hat))))
+
+    def compute(self):
+        return self.total / self.count
+'''
+
+
+@pytest.fixture
+def own_metric(tmp_path, monkeypatch):
+    """One file on the path, and nothing of it left behind."""
+    (tmp_path / "metric_from_outside.py").write_text(OWN_METRIC)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ValidationMetric, "declared", {})
+    yield "metric_from_outside"
+    sys.modules.pop("metric_from_outside", None)
+
+
+def measured():
+    features = torch.tensor([[2.0, 0, 0], [1, 4, 0]])
+    metrics = SAEMetrics(4, 3)
+    metrics.update(Batch(features @ torch.eye(3, 4)), features @ torch.eye(3, 4), features)
+    return metrics.compute(torch.eye(4, 3), torch.eye(3, 4))
+
+
+def test_a_metric_of_an_entry_point_is_one_file(own_metric, monkeypatch):
+    """Measured in every validation pass, explained in tables."""
+    assert "largest_latent" not in measured()
+    point = EntryPoint("largest", f"{own_metric}:Largest", glossary.GROUP)
+    for module in (glossary, additive):
+        monkeypatch.setattr(module, "entry_points", lambda group: [point])
+    assert float(measured()["largest_latent"]) == 3.0
+    glossary.declarations.cache_clear()
+    try:
+        declared = {name: one for entry in glossary.declarations() for name, one in entry.terms.items()}
+    finally:
+        glossary.declarations.cache_clear()
+    expected = ("largest latent", "units", "higher", "largest activation of an example, mean over examples")
+    assert tuple(declared["largest_latent"]) == expected
+
+
+def test_a_metric_of_a_config_is_measured_in_a_fit(own_metric, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).parents[2] / "configs" / "toy" / "hierarchical.yaml"
+    callback = {
+        "class_path": "hedgelab.training.own_metrics.OwnMetrics",
+        "init_args": {"metrics": [f"{own_metric}.Largest"]},
+    }
+    words = [
+        "fit",
+        "--config",
+        str(config),
+        "--trainer.max_steps",
+        "100",
+        "--trainer.callbacks",
+        json.dumps([callback]),
+    ]
+    assert main(words) == 0
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    found = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert any("val/largest_latent" in run.data.metrics for run in found)

@@ -111,6 +111,25 @@ def hedging_degree(
 
     Raises:
         UserError: No new latents, or so many that they may span everything, or all new rows zero.
+
+    Logged as:
+        hedging/degree: hedging degree (lower): how far old latents move into the span of new ones, above chance
+        hedging/live_degree: live degree (lower): the degree over old latents that fire
+        hedging/covariance_degree: degree vs covariance (lower): above subspaces drawn with the data's covariance
+        hedging/foreign_degree: degree vs foreign (lower): above the span of another seed's new latents
+        hedging/projection: projection: movement of old latents within the span of new ones, relative
+        hedging/baseline: baseline: the same within random subspaces
+        hedging/baseline_std: baseline spread: its standard deviation over draws
+        hedging/covariance_baseline: covariance baseline: within random subspaces of the data's covariance
+        hedging/foreign_baseline: foreign baseline: within the span of other seeds' new latents
+        hedging/noise_floor: noise floor (lower): the projection of what merely reordering the data moves
+        hedging/noise_delta_norm: noise movement (lower): how far reordering the data moves decoder rows
+        hedging/delta_norm: movement: ‖Δ‖: how far old decoder rows moved, mean
+        hedging/mean_cosine: old with old: cosine of old rows in control and extended SAE, mean
+        hedging/rank: rank: dimension of the span of the new latents
+        hedging/live_latents: live old [latents]: old latents that fire in both SAEs
+        hedging/live_new_latents: live new [latents] (higher): new latents that fire; without them a degree says
+            nothing
     """
     width, d_in = control.shape
     n_new = extended.shape[0] - width

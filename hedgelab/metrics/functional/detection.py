@@ -64,6 +64,11 @@ def detection_scores(counts: CoFiring, feature: Tensor) -> DetectionScores:
     Args:
         counts: Co-firing counts, as :class:`hedgelab.metrics.FeatureDetection` computes them.
         feature: The feature that each latent should detect, ``[d_sae]`` int64; -1 for none.
+
+    Logged as:
+        detector_precision: precision (higher): of firings of a latent, the share where its feature is present
+        detector_recall: recall (higher): of examples with a feature, the share where its latent fires
+        detector_f1: F1 (higher): harmonic mean of precision and recall, mean over latents
     """
     hits = counts.both.gather(1, feature.clamp(min=0)[:, None]).squeeze(1)
     fired, present = counts.latents, counts.features[feature.clamp(min=0)]

@@ -133,6 +133,11 @@ def residual_hedging(
 
     Raises:
         UserError: Fewer than four blocks, or fewer than two examples a block.
+
+    Logged as:
+        hedging/residual_hedging: residual hedging (lower): norm of hedged components, from the spread of errors where
+            a latent fires; 0: none
+        hedging/residual_hedging_std: its std. error: standard error of residual hedging over examples
     """
     if blocks < 4:
         raise UserError(f"blocks: must be at least 4, got {blocks}")

@@ -91,6 +91,11 @@ def first_letter_scores(
         test_x: Their activations as the SAE reads them, ``[n, d_in]``.
         probe: Dense probes of the letters on such activations.
         W_dec: The SAE's decoder of any norms, ``[d_sae, d_in]``; latents are folded here.
+
+    Logged as:
+        absorption/full: full absorption (lower): first-letter task: words whose letter only another latent carries
+        absorption/fraction: absorption share (lower): first-letter task: the share of the letter that others carry
+        absorption/split_latents: splits [latents] (lower): latents that a letter is split into, mean
     """
     train, test, train_labels, test_labels = on_cpu(train), on_cpu(test), train_labels.cpu(), test_labels.cpu()
     test_x, W_dec, probe = test_x.detach().cpu(), W_dec.detach().cpu(), LinearProbe(*(part.cpu() for part in probe))

@@ -42,6 +42,9 @@ def decoder_geometry(W_dec: Tensor, live: Tensor | None = None, threshold: float
         W_dec: Decoder, ``[d_sae, d_in]``, of any norms.
         live: Latents that count, ``[d_sae]`` bool; None for all. The results are of these, in their order.
         threshold: Cosine from which two latents are near-duplicates.
+
+    Logged as:
+        geometry/near_duplicates: near duplicates (lower): latents with another at almost the same direction
     """
     weights = W_dec.detach().cpu() if W_dec.device.type in NO_FLOAT64 else W_dec.detach()
     rows = normalize((weights if live is None else weights[live.to(weights.device)]).float(), dim=1)

@@ -122,6 +122,10 @@ def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor)
         counts: Co-firing of latents and features.
         latent: The latent that tracks each feature, ``[n]`` int64; -1 for none.
         parents: Parent of each feature, ``[n]`` int64; -1 for none.
+
+    Logged as:
+        absorption: absorption (lower): how much more often the parent's latent is silent when the child fires
+        absorption_missed: absorption, plain (lower): how often the parent's latent is silent when the child fires
     """
     known = (parents >= 0) & (latent[parents] >= 0)
     reader = latent[parents].clamp(min=0)
@@ -144,6 +148,9 @@ def parent_encoder_components(encoder_coordinates: Tensor, latent: Tensor, paren
         encoder_coordinates: Of unit encoder columns, ``[d_sae, n]``.
         latent: The latent that tracks each feature, ``[n]`` int64; -1 for none.
         parents: Parent of each feature, ``[n]`` int64; -1 for none.
+
+    Logged as:
+        absorption_encoder: absorption enc: parent's encoder along its child: < 0 absorbs, > 0 hedges
     """
     known = (parents >= 0) & (latent[parents] >= 0)
     child = torch.arange(parents.shape[0], device=parents.device)
@@ -159,6 +166,9 @@ def parents_best_f1(counts: CoFiring, parents: Tensor) -> Tensor:
     Args:
         counts: Co-firing of latents and features.
         parents: Parent of each feature, ``[n]`` int64; -1 for none.
+
+    Logged as:
+        absorption_parents_f1: parents' F1 (higher): F1 of the best detector of each parent feature, tracked or not
     """
     best = torch.full_like(counts.features, torch.nan)
     known = torch.bincount(parents[parents >= 0], minlength=len(parents)).nonzero().squeeze(1)

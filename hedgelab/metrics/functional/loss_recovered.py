@@ -66,6 +66,10 @@ def recovered_loss(sums: dict[str, Tensor], count: Tensor) -> RecoveredLoss:
     Args:
         sums: ``clean``, and ``sae``, ``zero``, ``mean`` with their divergences ``kl_sae``, ``kl_zero``, ``kl_mean``.
         count: Tokens.
+
+    Logged as:
+        loss_recovered/recovered: loss recovered (higher): share of the model's loss kept with reconstructions put in
+        loss_recovered/kl_recovered: KL recovered (higher): the same of the divergence from the model's predictions
     """
     clean, sae, zero, mean = (sums[name] / count for name in ("clean", "sae", "zero", "mean"))
     kl_sae, kl_zero, kl_mean = (sums[f"kl_{name}"] / count for name in ("sae", "zero", "mean"))

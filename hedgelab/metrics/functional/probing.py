@@ -96,6 +96,10 @@ def k_sparse_probing(
         test_labels: The same of it.
         ks: Numbers of latents.
         seed: Of the fifth of the training split by which C is chosen.
+
+    Logged as:
+        probing/f1_k*: probing F1 (higher): F1 of a logistic regression on the k latents that tell classes apart
+        probing/auc_k*: probing AUC (higher): its area under the ROC curve
     """
     train, test, train_labels, test_labels = on_cpu(train), on_cpu(test), train_labels.cpu(), test_labels.cpu()
     ks = [min(whole_number("ks", k), train.d_sae) for k in ks]

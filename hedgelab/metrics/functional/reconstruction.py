@@ -66,6 +66,9 @@ def explained_variance(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -
 
     Returns:
         A float64 scalar, at most 1.
+
+    Logged as:
+        explained_variance: expl. var. (higher): 1 - squared error / variance of the activations; 1 is perfect
     """
     return explained_variance_compute(explained_variance_update(x, x_hat, weight))
 
@@ -83,6 +86,9 @@ def mean_squared_error(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -
         x: Activations, ``[batch, d_in]``.
         x_hat: Reconstructions, ``[batch, d_in]``.
         weight: Weight of each example, ``[batch]``; None weighs all alike.
+
+    Logged as:
+        mse: squared error (lower): ‖x - x̂‖², summed over d_in, mean over examples
     """
     residual, count = mean_squared_error_update(x, x_hat, weight)
     return residual / count
@@ -105,6 +111,9 @@ def shrinkage(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
         x: Activations, ``[batch, d_in]``.
         x_hat: Reconstructions, ``[batch, d_in]``.
         weight: Weight of each example, ``[batch]``; None weighs all alike.
+
+    Logged as:
+        shrinkage: shrinkage: best scale of the reconstruction, inverted: below 1 it is too short
     """
     norm, dot = shrinkage_update(x, x_hat, weight)
     return norm / dot

@@ -109,6 +109,9 @@ def mcc(cosines: Tensor) -> Tensor:
     """Mean absolute cosine over the ``min(d_sae, n)`` pairs of the best one-to-one assignment, dead latents included.
 
     The mean correlation coefficient of the identifiability literature, taken on directions; ``cosines``: ``[d_sae, n]``.
+
+    Logged as:
+        mcc: MCC (higher): mean absolute cosine of features with latents assigned one to one; 1 recovers all features
     """
     return matched_cosines(cosines, match_features(cosines)).abs().mean()
 
@@ -117,6 +120,12 @@ def mean_max_cosine(cosines: Tensor) -> Tensor:
     """Largest absolute cosine of each *feature* with any latent, averaged over features (Sharkey et al. 2022).
 
     An SAE narrower than the features cannot reach 1. ``mean_max_cosine(cosines.T)`` averages over latents instead.
+
+    Logged as:
+        mean_max_cosine: max cosine (higher): each feature's largest absolute cosine with any latent, mean over
+            features
+        mean_max_cosine_latents: max cosine of latents (higher): each latent's largest absolute cosine with any
+            feature, mean over latents
     """
     return cosines.abs().amax(0).mean()
 
@@ -125,6 +134,9 @@ def uniqueness(cosines: Tensor) -> Tensor:
     """Number of distinct best features, over the number of latents; 1 when no two latents share theirs.
 
     At most ``n / d_sae`` for an SAE wider than the features; ``cosines``: ``[d_sae, n]``.
+
+    Logged as:
+        uniqueness: uniqueness (higher): share of latents whose nearest feature no other latent has
     """
     best = cosines.abs().argmax(1)
     distinct = torch.bincount(best, minlength=cosines.shape[1]) > 0

@@ -93,6 +93,9 @@ def targeted_probe_perturbation(
         test_labels: Their classes.
         W_dec: Decoder, ``[d_sae, d_in]``.
         counts: How many latents are silenced.
+
+    Logged as:
+        tpp/n*: TPP (higher): targeted probe perturbation: what ablating a class's latents does to it alone
     """
     train, test, train_labels, test_labels = train.cpu(), test.cpu(), train_labels.cpu(), test_labels.cpu()
     W_dec = W_dec.detach().cpu()
@@ -145,6 +148,9 @@ def spurious_correlation_removal(
         test_labels: The same of them.
         W_dec: Decoder, ``[d_sae, d_in]``.
         counts: How many latents are silenced.
+
+    Logged as:
+        scr/n*: SCR (higher): spurious correlation removal: share of the bias that ablating latents removes
     """
     train, test, train_labels, test_labels = train.cpu(), test.cpu(), train_labels.cpu(), test_labels.cpu()
     W_dec = W_dec.detach().cpu()

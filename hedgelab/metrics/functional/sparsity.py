@@ -33,7 +33,11 @@ def l0_update(codes: Tensor | Codes, weight: Tensor | None = None) -> tuple[Tens
 
 
 def l0(codes: Tensor | Codes, weight: Tensor | None = None) -> Tensor:
-    """Mean number of latents active (> 0) on an example; ``weight``: ``[batch]``."""
+    """Mean number of latents active (> 0) on an example; ``weight``: ``[batch]``.
+
+    Logged as:
+        l0: L0 [latents]: latents that fire on an example, mean
+    """
     active, count = l0_update(codes, weight)
     return active / count
 
@@ -55,7 +59,12 @@ def firing_rates(codes: Tensor | Codes, weight: Tensor | None = None) -> Tensor:
 
 
 def dead_latents(codes: Tensor | Codes, weight: Tensor | None = None) -> Tensor:
-    """Number of latents that fire on no example (of positive weight), int64 scalar."""
+    """Number of latents that fire on no example (of positive weight), int64 scalar.
+
+    Logged as:
+        dead_latents: dead [latents] (lower): latents that fired on no example of the pass
+        dead_fraction: dead share (lower): the same as a share of d_sae
+    """
     return (firing_update(codes, weight)[0] == 0).sum()
 
 

@@ -92,7 +92,11 @@ def encoder_coordinates(W_enc: Tensor, feature_directions: Tensor) -> Tensor:
 
 
 def tracked_features(cosines: Tensor, live: Tensor | None = None, threshold: float = TRACKING_COSINE) -> Matching:
-    """Which live latent tracks which feature, from decoder ``cosines [d_sae, n]``; see the module."""
+    """Which live latent tracks which feature, from decoder ``cosines [d_sae, n]``; see the module.
+
+    Logged as:
+        tracked_features: tracked [features] (higher): features that some live latent has as its nearest
+    """
     return match_features(cosines, live, threshold)
 
 
@@ -104,6 +108,12 @@ def hedging(coordinates: Tensor, cosines: Tensor, tracked: Matching, live: Tenso
         cosines: Decoder cosines, ``[d_sae, n]``; they settle each latent's own feature and its sign.
         tracked: From :func:`tracked_features`.
         live: Latents that fire, ``[d_sae]`` bool; None for all.
+
+    Logged as:
+        hedging/decoder: hedging dec (lower): norm of the part of a decoder row along features that no latent tracks
+        hedging/decoder_signed: hedging dec ±: largest such component with its sign: > 0 for positive correlation
+        hedging/encoder: hedging enc (lower): the same of the encoder
+        hedging/encoder_signed: hedging enc ±: the same of the encoder, with its sign
     """
     side, counted = _counted(cosines, tracked, live)
     components = torch.where(counted, coordinates * side, 0.0)
