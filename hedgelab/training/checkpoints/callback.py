@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
@@ -39,12 +39,16 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except ImportError as error:  # fsspec lacks what a remote place needs
+            raise UserError(f"checkpoint.dirpath: must be a local folder ({error})") from error
         self.folder: RunFolder | None = None
         self.facts: Callable[[], dict[str, Any]] | None = None
         self._flag = StopFlag()
         self._saving = False
         self._interval_began = 0.0
+        self._unaveraged: dict[str, Tensor] | None = None
         self._saved_at = -1
         self._warned = False
 
@@ -99,6 +103,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._saved_at = trainer.global_step
         self._interval_began = time.monotonic()
+        self._unaveraged = None
         self._flag = StopFlag()
         kill = getattr(trainer.strategy.launcher, "kill", None)
         self._flag.install(lambda number: kill(number) if kill is not None else None)
@@ -125,6 +130,12 @@ class RunCheckpoint(ModelCheckpoint):
         if over:
             self._interval_began = time.monotonic()
         return over
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the weights as training left them: weight averaging puts its own in their place before the last save."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._unaveraged = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step too, after its validation."""
@@ -204,6 +215,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Count the step that is about to start as not begun (Lightning's counters would be one ahead for good)."""
         if not self._saving:
             return
+        if self._unaveraged is not None and "current_model_state" in checkpoint:
+            checkpoint["current_model_state"] = self._unaveraged
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts["ready"] = counts["started"] = counts["processed"] = counts["completed"]
