@@ -87,7 +87,7 @@ def local_paths(address: str) -> Iterator[Path]:
     """The local paths that an address leads to, as fsspec reads it and as a URL is read; none for a plain or a remote path.
 
     >>> [str(path) for path in local_paths("file://localhost/a/%2e%2e/b")]
-    ['/a/../b']
+    ['/a/../b', '/a/%2e%2e/b']
     >>> [str(path) for path in local_paths("s3://bucket/a")]
     []
     """
@@ -102,8 +102,9 @@ def local_paths(address: str) -> Iterator[Path]:
             rest = part[len(protocol) + 1 :]
             url = urlsplit(rest if rest.startswith("//") else f"//{rest}")
             paths = (unquote(url.path), url.path)
+            hosts = ("",) if url.netloc == "localhost" else (url.netloc, "")
             # fsspec takes a host for the first folder, other libraries leave it out.
-            yield from {Path(host + path): None for path in paths for host in {url.netloc, ""} - {"localhost"}}
+            yield from {Path(host + path): None for path in paths for host in hosts}
         elif protocol is None and "::" in address and "/" in part:
             yield Path(part).expanduser()
 
