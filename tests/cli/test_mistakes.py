@@ -210,7 +210,7 @@ ELSEWHERE = {
 
 @pytest.fixture(autouse=True)
 def _no_store(monkeypatch):
-    monkeypatch.setattr("hedgelab.cli.fit.prepare_store_in_background", lambda: None)
+    monkeypatch.setattr("hedgelab.cli.startup.prepare_store_in_background", lambda: None)
 
 
 def check(words, expected, capsys):

@@ -95,7 +95,6 @@ class _Filling:
     def __init__(self, data: LLMDataModule, cache: ActivationCache, bar: tqdm[None]) -> None:
         self._data, self._cache, self._bar = data, cache, bar
         self._length = cache.shape[0]
-        self._shown: dict[int, int] = {}
 
     def run(self) -> bool | None:
         """Write until everything is there; whether the model gave the same bits twice, None if nothing was to do."""
@@ -110,7 +109,7 @@ class _Filling:
                         if not held.enter_context(self._cache.claim(shard)) or self._cache.is_done(shard):
                             continue
                         numbers = torch.tensor(self._cache.contexts_of(shard))
-                        rows = self._rows(numbers, shard)
+                        rows = self._rows(numbers)
                         if repeatable is None:
                             repeatable = self._is_repeatable(numbers, rows)
                         if pending is not None:  # at most one shard waits
@@ -131,16 +130,10 @@ class _Filling:
         with held:
             self._cache.write(shard, rows)
 
-    def _rows(self, numbers: torch.Tensor, shard: int) -> torch.Tensor:
+    def _rows(self, numbers: torch.Tensor) -> torch.Tensor:
         """Activations at every position of some contexts, ``[n, length, d_in]``."""
         tokens = self._data.contexts.tokens[numbers]
-        self._shown[shard] = 0
-
-        def told(count: int) -> None:
-            self._shown[shard] += count
-            self._bar.update(count)
-
-        rows = self._data.harvester.rows(tokens, torch.ones_like(tokens, dtype=torch.bool), told)
+        rows = self._data.harvester.rows(tokens, torch.ones_like(tokens, dtype=torch.bool), self._bar.update)
         return rows.view(*tokens.shape, -1)
 
     def _is_repeatable(self, numbers: torch.Tensor, rows: torch.Tensor) -> bool:

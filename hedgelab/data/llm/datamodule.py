@@ -27,7 +27,7 @@ from hedgelab.data.llm.stream import BlockStream
 from hedgelab.data.llm.text import StandardLibraryText, TextSource
 from hedgelab.data.llm.tokens import Contexts, load_contexts
 from hedgelab.data.source import ActivationSource, Normalisation
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.seeding import generator
 
 
@@ -112,11 +112,13 @@ class LLMDataModule(ActivationDataModule):
         cache_dir: str = "runs/cache",
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, val_batches=val_batches, chunk_steps=chunk_steps)
-        counts = {"contexts_per_block": contexts_per_block, "contexts_at_once": contexts_at_once}
-        for name, value in {**counts, "max_contexts": max_contexts}.items():
-            if value is not None and value < 1:
-                raise UserError(f"data.{name}: must be at least 1, got {value}")
-        if not 0 <= skip_first < context_length:
+        whole_number("data.context_length", context_length)
+        whole_number("data.contexts_per_block", contexts_per_block)
+        whole_number("data.contexts_at_once", contexts_at_once)
+        if max_contexts is not None:
+            whole_number("data.max_contexts", max_contexts)
+        whole_number("data.layer", layer, least=-(2**31))
+        if whole_number("data.skip_first", skip_first, least=0) >= context_length:
             raise UserError(f"data.skip_first: must be from 0 to data.context_length - 1, got {skip_first}")
         if max_norm_ratio is not None and max_norm_ratio <= 1:
             raise UserError(f"data.max_norm_ratio: must be greater than 1, or null to keep all, got {max_norm_ratio}")

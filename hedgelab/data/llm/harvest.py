@@ -50,13 +50,13 @@ class Harvester:
         """Do ``work(number)`` in the background, after what was submitted before."""
         return self._running()[0].submit(work, number)
 
-    def rows(self, tokens: Tensor, usable: Tensor, told: Callable[[int], object] | None = None) -> Tensor:
+    def rows(self, tokens: Tensor, usable: Tensor, progress: Callable[[int], object] | None = None) -> Tensor:
         """Activations at the usable positions of some contexts, context by context.
 
         Args:
             tokens: ``[n, length]``.
             usable: Positions to keep, ``[n, length]``.
-            told: Is told of every forward pass's number of tokens, in place of a progress bar.
+            progress: Called with the number of tokens of each forward pass; None shows a progress bar.
 
         Returns:
             ``[rows, d_in]`` on the model's device.
@@ -67,14 +67,14 @@ class Harvester:
         """
         check_tokens(tokens, self._model.vocabulary)
         start = time.perf_counter()
-        parts = [torch.split(whole, self._contexts_at_once) for whole in (tokens, usable)]
-        # Only the first call has nothing else on the screen that moves.
-        quiet = self.tokens > 0 or told is not None
-        with tqdm(total=tokens.numel(), desc="First activations", unit=" tokens", disable=quiet) as progress:
+        parts = [torch.split(tensor, self._contexts_at_once) for tensor in (tokens, usable)]
+        # Later calls run in the background, where training shows its own progress.
+        quiet = self.tokens > 0 or progress is not None
+        with tqdm(total=tokens.numel(), desc="First activations", unit=" tokens", disable=quiet) as bar:
             kept = []
             for part, rows in zip(parts[0], self._running()[1].map(self._forward, *parts), strict=True):
                 kept.append(rows)
-                (told or progress.update)(part.numel())
+                (progress or bar.update)(part.numel())
         self.tokens += tokens.numel()
         self.seconds += time.perf_counter() - start
         return torch.cat(kept)

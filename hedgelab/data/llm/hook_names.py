@@ -141,7 +141,7 @@ def hook_path(model: Any, n_layers: int, name: str) -> str:
         if model.config.model_type.startswith("gemma"):  # TransformerLens scales its embeddings by sqrt(d_model)
             return block_path(model, n_layers, 0) + _INPUT
         embedding = model.get_input_embeddings()
-        return next(path for path, module in model.named_modules() if module is embedding)
+        return str(next(path for path, module in model.named_modules() if module is embedding))
     bare = name.removesuffix(_OUTPUT)
     for path in (bare, f"{getattr(model, 'base_model_prefix', '')}.{bare}"):
         try:

@@ -128,7 +128,8 @@ class ModelFiles:
 
     def attention(self) -> str:
         """The attention implementation that transformers chooses for the model where none is asked for."""
-        return str(self.skeleton().config._attn_implementation)
+        skeleton: Any = self.skeleton()
+        return str(skeleton.config._attn_implementation)
 
     def check_length(self, length: int) -> None:
         """Make sure that the model has a position for each token of a context.

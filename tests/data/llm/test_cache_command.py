@@ -17,7 +17,7 @@ def config(tiny_model, tiny_text, tmp_path, monkeypatch):
     """A config ``tiny.yaml`` in an empty working directory, as a tree; its cache would lie in ``acts``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HEDGELAB_DEBUG", raising=False)
-    monkeypatch.setattr("hedgelab.cli.fit.prepare_store_in_background", lambda: None)
+    monkeypatch.setattr("hedgelab.cli.startup.prepare_store_in_background", lambda: None)
     data = {
         "model": tiny_model,
         "layer": 1,
@@ -79,7 +79,7 @@ MISTAKES = {
     "folder of other things": (["cache", "--data.cache=."], ["data.cache", "holds other files"]),
     "unknown key": (["cache", "--data.layr=0"], ["data.layr: unknown key", "'layer'"]),
     "unknown option": (["cache", "--verfy"], ["unknown argument '--verfy'", "'--verify'"]),
-    "wrong value": (["cache", "--data.max_contexts=0"], ["data.max_contexts: must be at least 1"]),
+    "wrong value": (["cache", "--data.max_contexts=0"], ["data.max_contexts: expected a whole number of at least 1"]),
     "wrong type": (["cache", "--data.storage_dtype=int8"], ["data.storage_dtype", "bfloat16"]),
     "no such model": (["cache", "--data.model=no/such.gguf"], ["data.model: there is no file 'no/such.gguf'"]),
     "toy data": (["cache", "--config=toy.yaml"], ["ToyDataModule needs no cache"]),

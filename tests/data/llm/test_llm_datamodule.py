@@ -98,7 +98,12 @@ def test_norm_percentiles_report_outliers(make_data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"contexts_per_block": 0}, r"data\.contexts_per_block: must be at least 1"),
+        ({"contexts_per_block": 0}, r"data\.contexts_per_block: expected a whole number of at least 1, got 0"),
+        ({"contexts_at_once": True}, r"data\.contexts_at_once: expected a whole number"),
+        ({"max_contexts": 1.5}, r"data\.max_contexts: expected a whole number"),
+        ({"context_length": True}, r"data\.context_length: expected a whole number"),
+        ({"layer": True}, r"data\.layer: expected a whole number"),
+        ({"skip_first": False}, r"data\.skip_first: expected a whole number"),
         ({"skip_first": 16}, r"data\.skip_first: must be from 0 to"),
         ({"max_norm_ratio": 0.5}, r"data\.max_norm_ratio: must be greater than 1"),
         ({"held_out": 1.0}, r"data\.held_out: must lie between 0 and 1"),
