@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.data.llm.labelled import TEST_EVERY, spread
+from hedgelab.data.llm.labelled import TEST_EVERY, evenly_spaced
 from hedgelab.data.llm.text import as_text, json_lines
 from hedgelab.data.llm.tokens import opening_tokens
 from hedgelab.errors import UserError, whole_number
@@ -116,7 +116,7 @@ class ClassifiedTexts:
             raise UserError(f"texts.label: too few pieces of text of some class in {self.text}: {dict(counts)}")
         tokens, labels, test = [], [], []
         for (is_test, combination), found in sorted(kinds.items()):
-            for ids, _ in spread(found, per[is_test]):
+            for ids, _ in evenly_spaced(found, per[is_test]):
                 tokens.append(ids)
                 labels.append(self._row(combination))
                 test.append(is_test)

@@ -82,7 +82,7 @@ class TaggedWords:
         seen: set[tuple[int, int]] = set()
         twice = 0
         usable = [name for name in documents if name in tags]
-        for name in spread(usable, self.contexts):
+        for name in evenly_spaced(usable, self.contexts):
             ids, ends = _tokenised(tokenizer, documents[name], self.context_length)
             if len(ids) < self.context_length:
                 continue
@@ -136,7 +136,7 @@ def _compiled(pattern: str, key: str) -> re.Pattern[str]:
         raise UserError(f"{key}: {pattern!r} is no regular expression ({error})") from error
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
+def evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
     """At most ``count`` items, evenly spaced."""
     if len(items) <= count:
         return list(items)

@@ -66,8 +66,8 @@ def correlated_features(n: int, d_in: int, target_cosine: float, generator: torc
     if d_in < 2:
         raise UserError(f"data.d_in: a target cosine of {target_cosine} needs at least 2 dimensions, got {d_in}")
     basis = orthonormal_features(d_in, d_in, generator)
-    spread: Tensor = _tight_frame(n, d_in - 1, generator) @ basis[1:]
-    return math.sqrt(target_cosine) * basis[0] + math.sqrt(1 - target_cosine) * spread
+    frame: Tensor = _tight_frame(n, d_in - 1, generator) @ basis[1:]
+    return math.sqrt(target_cosine) * basis[0] + math.sqrt(1 - target_cosine) * frame
 
 
 def _tight_frame(n: int, d_in: int, generator: torch.Generator) -> Tensor:

@@ -28,14 +28,14 @@ class CorrelatedPair(ConditionalFiring):
             if rate in (0, 1):
                 raise UserError(f"data.firing.rates[{i}]: must lie between 0 and 1 for a correlation, got {rate}")
         first, second = rates
-        spread = math.sqrt(first * (1 - first) * second * (1 - second))
-        low = (max(0.0, first + second - 1) - first * second) / spread
-        high = (min(first, second) - first * second) / spread
+        deviations = math.sqrt(first * (1 - first) * second * (1 - second))
+        low = (max(0.0, first + second - 1) - first * second) / deviations
+        high = (min(first, second) - first * second) / deviations
         if not low - 1e-12 <= correlation <= high + 1e-12:
             raise UserError(
                 f"data.firing.correlation: features of rates {first:g} and {second:g} have correlations between "
                 f"{low:.4g} and {high:.4g}, got {correlation:g}"
             )
-        both = first * second + correlation * spread
+        both = first * second + correlation * deviations
         given, otherwise = (min(1.0, max(0.0, p)) for p in (both / first, (second - both) / (1 - first)))
         super().__init__([first, {"f0": given, "not f0": otherwise}])
