@@ -56,7 +56,10 @@ def run(command: str, words: list[str]) -> int:
     data, x, class_path, suite, suites = (tree.pop(key, None) for key in _OWN)
     names = str(suite).split(",") if suite is not None else [str(one) for one in suites or ["all"]]
     if names == ["saebench"]:
-        return _saebench(named)
+        from hedgelab.interop.saebench import run_saebench
+        from hedgelab.tracking.runs import resolve_sae
+
+        return run_saebench([resolve_sae(word) for word in named])
 
     from hedgelab.cli.studies import Parsed, conduct
     from hedgelab.protocols.evaluation.evaluate import Evaluate
@@ -84,11 +87,3 @@ def _swept(file: str, words: list[str]) -> str:
     if run_sweep(sweep_words):
         say("some cells failed; evaluating the others")
     return read_sweep(sweep_words).name
-
-
-def _saebench(named: list[str]) -> int:
-    from hedgelab.interop.saebench import run_saebench
-    from hedgelab.protocols.evaluation.subjects import say
-    from hedgelab.tracking.runs import resolve_sae
-
-    return run_saebench([resolve_sae(word) for word in named], say)

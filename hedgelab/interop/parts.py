@@ -41,9 +41,12 @@ class Parts(NamedTuple):
         Raises:
             UserError: One is missing, there are others than these and ``also``, or they do not fit each other.
         """
-        taken = take(tensors, names, where, also)
-        linear = [name.endswith(".weight") and value.dim() == 2 for name, value in zip(names, taken, strict=True)]
-        parts = cls(*(value.t() if turn else value for value, turn in zip(taken, linear, strict=True)))
+        if missing := [name for name in names if name not in tensors]:
+            raise UserError(f"{where}: lacks {', '.join(missing)}; it holds {', '.join(sorted(tensors)) or 'nothing'}")
+        if strange := sorted(set(tensors) - set(names) - set(also)):
+            raise UserError(f"{where}: holds {', '.join(strange)}, for which hedgelab has no place")
+        taken = {name: tensors[name] for name in names}
+        parts = cls(*(one.t() if name.endswith(".weight") and one.dim() == 2 else one for name, one in taken.items()))
         check(parts, where)
         return parts
 
@@ -164,16 +167,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def as_float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, floating ones in float32."""
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-
-
-def take(tensors: dict[str, Tensor], names: list[str], where: str, also: tuple[str, ...] = ()) -> list[Tensor]:
-    """Tensors by name.
-
-    Raises:
-        UserError: One is missing, or there are others than these and ``also``.
-    """
-    if missing := [name for name in names if name not in tensors]:
-        raise UserError(f"{where}: lacks {', '.join(missing)}; it holds {', '.join(sorted(tensors)) or 'nothing'}")
-    if strange := sorted(set(tensors) - set(names) - set(also)):
-        raise UserError(f"{where}: holds {', '.join(strange)}, for which hedgelab has no place")
-    return [tensors[name] for name in names]

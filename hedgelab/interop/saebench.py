@@ -13,9 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from hedgelab.data.llm.hub import hub_problem
 from hedgelab.data.source import ActivationSource
@@ -30,12 +32,11 @@ EVALUATIONS = ("absorption", "sparse_probing", "scr", "tpp")
 _WORKER = Path(__file__).with_name("saebench_worker.py")
 
 
-def run_saebench(found: Sequence[FoundSAE], say: Callable[[str], None]) -> int:
+def run_saebench(found: Sequence[FoundSAE]) -> int:
     """Run SAEBench on SAEs and put the scores into their runs as ``saebench/<evaluation>/...``.
 
     Args:
         found: The SAEs; each needs a run and a known source of activations.
-        say: Told what happens, in lines.
 
     Raises:
         UserError: SAEBench, its data, or what it must know of an SAE is not to be had; or it failed.
@@ -63,7 +64,7 @@ def run_saebench(found: Sequence[FoundSAE], say: Callable[[str], None]) -> int:
         for number, one in enumerate(found):
             metrics = dict(read_results(results, f"sae{number}"))
             _record(one, metrics, results, f"sae{number}")
-            say(f"saebench: {len(metrics)} scores of {one.run.name if one.run else one.folder}")
+            tqdm.write(f"evaluate: saebench: {len(metrics)} scores of {one.run.name if one.run else one.folder}")
     return 0
 
 

@@ -264,18 +264,15 @@ def _flag(config: dict[str, Any], key: str, default: bool, path: Path) -> bool:
 
 def _class_for(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The class of hedgelab that computes the same, with the arguments that the config has words for."""
-    match config["architecture"]:
-        case "standard":
-            return {"class": "VanillaSAE", "l1_coefficient": _number(config, "l1_coefficient")}
-        case "topk":
-            return {"class": "TopKSAE", **_selection(config, path)}
-        case "jumprelu":
-            return {"class": "JumpReLUSAE", "l0_coefficient": _number(config, "l0_coefficient")}
-        case "batchtopk":
-            return {"class": "BatchTopKSAE", **_selection(config, path)}
-        case _:
-            inner = {"class": "BatchTopKSAE", **_selection(config, path)}
-            return {"class": "MatryoshkaSAE", "inner": inner, "levels": config.get("matryoshka_widths", [])}
+    architecture = config["architecture"]
+    if architecture == "standard":
+        return {"class": "VanillaSAE", "l1_coefficient": _number(config, "l1_coefficient")}
+    if architecture == "jumprelu":
+        return {"class": "JumpReLUSAE", "l0_coefficient": _number(config, "l0_coefficient")}
+    selecting = {"class": "TopKSAE" if architecture == "topk" else "BatchTopKSAE", **_selection(config, path)}
+    if architecture != "matryoshka_batchtopk":
+        return selecting
+    return {"class": "MatryoshkaSAE", "inner": selecting, "levels": config.get("matryoshka_widths", [])}
 
 
 def _selection(config: dict[str, Any], path: Path) -> dict[str, Any]:

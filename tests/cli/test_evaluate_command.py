@@ -103,7 +103,7 @@ def test_a_sweeps_config_is_trained_evaluated_and_drawn(config, capsys, tmp_path
     lines = (folder / "evaluation.csv").read_text().splitlines()
     assert lines[0].startswith("sae,line,k,density/")
     assert len(lines) == 5
-    assert main(command) == 0
+    assert main([*command, "--data.chunk_steps", "2"]) == 0  # how it is computed changes no cell and no score
     assert "4 of 4 cells are finished already" in (again := capsys.readouterr().out)
     assert "density: was done before" in again
     assert "density/explained_variance" in again

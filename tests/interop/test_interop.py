@@ -167,7 +167,7 @@ def test_hedgelab_reads_what_sparsify_saves(peers):
     folder, acts, x_hat = answer_of(peers, "layers.3")
     sae, source = import_sparsify(folder)
     assert (type(sae).__name__, sae.k) == ("TopKSAE", 5)
-    assert (source.hook, source.layer) == ("model.layers.3", 3)
+    assert (source.hook, source.layer) == ("layers.3", 3)  # data.hook finds it below the body of any model
     compare(sae, acts, x_hat)
 
 
@@ -255,7 +255,7 @@ def test_hooks_as_transformer_lens_names_them(tmp_path):
         ({}, {"r_mag": torch.zeros(3)}, "holds r_mag, for which hedgelab has no place"),
         ({}, {"scaling_factor": torch.full((D_SAE,), 2.0)}, "fine-tuned scaling factor"),
         ({"architecture": "topk", "k": "many"}, {}, "k: expected a number, got 'many'"),
-        ({"architecture": "topk", "k": 400}, {}, "model.k: must lie between 1 and"),
+        ({"architecture": "topk", "k": 400}, {}, "k: must lie between 1 and"),
         ({"architecture": "jumprelu"}, {}, "lacks threshold"),
         ({"metadata": 3}, {}, "damaged"),
     ],

@@ -99,35 +99,34 @@ SOURCE = ActivationSource(model="org/gemma-2-2b", hook="model.layers.2", layer=2
 
 
 @pytest.mark.slow
-def test_scores_come_back_into_each_run(package, run):
+def test_scores_come_back_into_each_run(package, run, capsys):
     torch.manual_seed(0)
     found = [run("one", TopKSAE(6, 8, 2), SOURCE), run("two", VanillaSAE(6, 12, 0.1), SOURCE)]
-    said = []
-    assert saebench.run_saebench(found, said.append) == 0
+    assert saebench.run_saebench(found) == 0
     for one, d_sae in zip(found, (8, 12), strict=True):
         metrics = resolve_run(one.run.run_id).metrics
         names = {f"saebench/{name}/score" for name in saebench.EVALUATIONS}
         assert {key for key in metrics if key.startswith("saebench")} == names
         assert {metrics[name] for name in names} == {d_sae}
-    assert len(said) == 2
+    assert capsys.readouterr().out.count("evaluate: saebench: 4 scores of") == 2
 
 
 @pytest.mark.slow
 def test_what_is_missing_is_one_line(package, run, monkeypatch):
     found = [run("one", TopKSAE(6, 8, 2), SOURCE)]
     with pytest.raises(UserError, match="does not say which language model"):
-        saebench.run_saebench([run("other", TopKSAE(6, 8, 2), None)], print)
+        saebench.run_saebench([run("other", TopKSAE(6, 8, 2), None)])
     with pytest.raises(UserError, match="one language model at a time"):
-        saebench.run_saebench([*found, run("b", TopKSAE(6, 8, 2), ActivationSource(model="c", layer=1))], print)
+        saebench.run_saebench([*found, run("b", TopKSAE(6, 8, 2), ActivationSource(model="c", layer=1))])
     monkeypatch.setattr(saebench, "hub_problem", lambda: "no route")
     with pytest.raises(UserError, match=r"on the Hugging Face hub, which cannot be had \(no route\)"):
-        saebench.run_saebench(found, print)
+        saebench.run_saebench(found)
     monkeypatch.setenv("PYTHONPATH", os.devnull)
     with pytest.raises(UserError, match=r"sae_bench.* not installed; install sae-bench in an environment of its own"):
-        saebench.run_saebench(found, print)
+        saebench.run_saebench(found)
     monkeypatch.setenv(saebench.PYTHON, "no-such-python")
     with pytest.raises(UserError, match="SAEBENCH_PYTHON: cannot run no-such-python"):
-        saebench.run_saebench(found, print)
+        saebench.run_saebench(found)
 
 
 @pytest.mark.slow
