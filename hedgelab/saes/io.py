@@ -86,7 +86,7 @@ def load_sae(folder: str | Path, cls: type[SAE] | None = None) -> SAE:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: holds no {name}; expected a folder written by save_sae")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig"))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, RecursionError, MemoryError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged SAE ({error})") from error
