@@ -79,7 +79,7 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     kernels = _plugged_in.get(type(encoder.W_enc))
     if kernels is None:
         if isinstance(selection, BatchTopK) and selection.ranks.size > 1 and encoder.share is None:
-            encoder = encoder._replace(share=Share.of_rows(selection.ranks, *rows.shape[:1], encoder.d_sae))
+            encoder = encoder._replace(share=Share.of_rows(selection.ranks, rows.shape[0], encoder.d_sae))
         codes = encode_part(rows, encoder, selection)
     else:
         codes = kernels.encode(rows, encoder, selection)

@@ -97,9 +97,10 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     share = Share(ranks, x.shape[0], width * ranks.size, first_latent=first)
     part = Encoder(W_enc, _own(encoder.b_enc), b_dec, scale, share)
     match selection:
-        case TopK(k, None):
+        case TopK(k, among) if among is None:
             codes = _largest_of_rows(ops.encode_part(x, part, TopK(min(k, width))), k, scale, ranks)
         case TopK(k, among):
+            assert among is not None
             own = among[(among >= first) & (among < first + width)] - first
             if len(own):
                 codes = ops.encode_part(x, part, TopK(min(k, len(own)), own))

@@ -49,9 +49,10 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
 def _select(x: Tensor, encoder: Encoder, selection: Selection) -> Entries:
     """The entries of the pre-activations that codes store."""
     match selection:
-        case TopK(k, None):
+        case TopK(k, among) if among is None:
             return select_topk(Product.of(x, encoder), k, encoder.scale)
         case TopK(k, among):
+            assert among is not None
             found, values = select_topk(Product.of(x, encoder.columns(among)), k, None)
             return Entries(Layout(found.crow, among[found.latents], encoder.W_enc.shape[1]), values)
         case BatchTopK(k):

@@ -107,6 +107,7 @@ def resume(rank, folder):
         strategy="sharded",
         devices=2,
         accelerator="cpu",
+        precision="64-true",
         max_steps=10,
         logger=False,
         enable_checkpointing=False,

@@ -171,7 +171,7 @@ def test_measuring_a_checkpoint(on_ranks, tmp_path):
 def refused(rank, strategy, message):
     module, data = make("vanilla")
     with pytest.raises(UserError, match=rf"trainer\.strategy: .*{message}"):
-        fits.fit(module, data, None, 1, 2, strategy=strategy, devices=2, callbacks=[])
+        fits.fit(module, data, None, 1, 2, strategy=strategy, devices=2, callbacks=[], precision="32-true")
 
 
 @pytest.mark.parametrize(
