@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -30,7 +30,7 @@ class Recipe(Generic[T]):
     def __init__(self, base: Callable[..., T], section: Mapping[str, Any] | Namespace, key: str) -> None:
         self.base, self.section, self.key = base, section, key
         self._parser = ArgumentParser(exit_on_error=False)
-        self._parser.add_subclass_arguments(base, "made", required=False)
+        self._parser.add_subclass_arguments(cast(type[T], base), "made", required=False)
 
     def __call__(self, **arguments: Any) -> T:
         """Make an object.
