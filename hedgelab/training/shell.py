@@ -94,6 +94,7 @@ class TrainingShell(L.LightningModule):
         """No callbacks of its own; the moment at which impossible settings are found, before anything costly begins."""
         # Lightning means modules that keep their weights of before each step; others are saved as they are after it.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        warnings.filterwarnings("ignore", message="You called `self.log.* but have no logger")  # results are returned
         if self.trainer.state.fn == "fit":
             flags.check_trainer(self.trainer)
             for trainee in self.trainees:

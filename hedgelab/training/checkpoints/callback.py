@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -43,6 +44,8 @@ class RunCheckpoint(ModelCheckpoint):
             super().__init__(*args, **kwargs)
         except ImportError as error:  # fsspec lacks what a remote place needs
             raise UserError(f"checkpoint.dirpath: must be a local folder ({error})") from error
+        if self.dirpath is not None:  # Lightning takes "file:///kept" for a folder "file:" below the current one
+            self.dirpath = re.sub(r"^.*/(file|local):/+", "/", str(self.dirpath))
         self.folder: RunFolder | None = None
         self.facts: Callable[[], dict[str, Any]] | None = None
         self._flag = StopFlag()
