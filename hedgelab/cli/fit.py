@@ -24,7 +24,7 @@ def run(command: str, words: list[str]) -> int:
     """
     begin(words)
     if command == "hedge":
-        from hedgelab.cli.hedging import run_hedge
+        from hedgelab.cli.hedge import run_hedge
 
         return run_hedge(command, words)
     from hedgelab.cli.lightning import run_lightning

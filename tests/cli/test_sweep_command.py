@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hedgelab.cli import main
-from hedgelab.cli.sweep_cells import check_sweep, packed
-from hedgelab.cli.sweep_config import read_sweep
+from hedgelab.cli.cells import parse_cell
+from hedgelab.protocols.sweep.cells import check_sweep, packed
+from hedgelab.protocols.sweep.config import read_sweep
 from hedgelab.saes import load_sae
 
 SWEEP = """\
@@ -106,24 +107,24 @@ def test_a_sweep_that_a_launcher_started_several_times_is_refused(sweep, capsys,
 def test_folders_elsewhere_are_the_users_choice(sweep):
     read = read_sweep([*sweep[1:], "--config=root.yaml", "--trainer.default_root_dir=/elsewhere"])
     assert read.said == ("--trainer.default_root_dir=/elsewhere",)
-    assert {unit.said for unit in check_sweep(read)} == {read.said}
+    assert {unit.said for unit in check_sweep(read, parse_cell)} == {read.said}
 
 
 def test_cells_with_the_same_stream_are_packed(sweep):
     read = read_sweep([*sweep[1:], "--sweep.axes.data.batch_size=[8, 16]"])
-    units = check_sweep(read)
+    units = check_sweep(read, parse_cell)
     assert len(units) == 16
     groups = packed(units, None)
     assert [len(group) for group in groups] == [8, 8]
     assert {unit.name.split("batch_size=")[1][:2] for unit in groups[0]} == {"8/"} or len(groups[0]) == 8
     assert len({unit.stream for unit in groups[0]}) == 1
     assert [len(group) for group in packed(units, 3)] == [3, 3, 2, 3, 3, 2]
-    assert [unit.id for unit in check_sweep(read)] == [unit.id for unit in units]
+    assert [unit.id for unit in check_sweep(read, parse_cell)] == [unit.id for unit in units]
     assert len({unit.id for unit in units}) == 16
 
 
 def test_seeds_of_a_hedging_degree_are_one_unit(sweep):
-    (top_k, vanilla) = check_sweep(read_sweep([*sweep[1:], *HEDGE]))
+    (top_k, vanilla) = check_sweep(read_sweep([*sweep[1:], *HEDGE]), parse_cell)
     assert (top_k.name, top_k.seeds, len(top_k.cells)) == ("TopK/d_sae=3", (0, 1), 2)
     assert top_k.stream == vanilla.stream
 

@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch.callbacks import Timer
 
 from hedgelab.cli import main
-from hedgelab.cli.sweep_cells import check_sweep
-from hedgelab.cli.sweep_config import read_sweep
+from hedgelab.cli.cells import parse_cell
 from hedgelab.config.plain_yaml import read_value, write_yaml
-from hedgelab.protocols.sweep_locks import CellLocks
+from hedgelab.protocols.sweep.cells import check_sweep
+from hedgelab.protocols.sweep.config import read_sweep
+from hedgelab.protocols.sweep.locks import CellLocks
 
 SWEEP = """\
 sweep: {base: tiny.yaml, axes: {model.d_sae: [3, 4]}}
@@ -50,7 +51,7 @@ def sweep(config, empty_database, tmp_path, monkeypatch):
 
 
 def ids(sweep, *words):
-    return [unit.id for unit in check_sweep(read_sweep([*sweep[1:], *words]), construct=False)]
+    return [unit.id for unit in check_sweep(read_sweep([*sweep[1:], *words]), parse_cell, construct=False)]
 
 
 def cells(client=None):
@@ -94,9 +95,11 @@ def test_numbers_without_a_point_are_numbers(sweep):
 
 
 def test_cells_with_callbacks_of_the_users_train_one_at_a_time(sweep):
-    units = check_sweep(read_sweep([*sweep[1:], "--trainer.callbacks=own_of_sweeps.Notes"]), construct=False)
+    units = check_sweep(
+        read_sweep([*sweep[1:], "--trainer.callbacks=own_of_sweeps.Notes"]), parse_cell, construct=False
+    )
     assert len({unit.stream for unit in units}) == 2
-    assert len({unit.stream for unit in check_sweep(read_sweep(sweep[1:]), construct=False)}) == 1
+    assert len({unit.stream for unit in check_sweep(read_sweep(sweep[1:]), parse_cell, construct=False)}) == 1
 
 
 def test_callbacks_loggers_and_guard_are_kept(sweep, tmp_path):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hedgelab.cli.sweep_cells import parse_cell
-from hedgelab.cli.sweep_config import read_sweep, with_seed
+from hedgelab.cli.cells import parse_cell
 from hedgelab.config.tree import load, opening_comment
+from hedgelab.protocols.sweep.config import read_sweep, with_seed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TRAINING = sorted(file for file in CONFIGS.rglob("*.yaml") if {"data", "sweep"} & set(yaml.safe_load(file.read_text())))

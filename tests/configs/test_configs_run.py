@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from hedgelab.cli import main
-from hedgelab.cli.sweep_config import read_sweep, with_seed
 from hedgelab.config.tree import load
+from hedgelab.protocols.sweep.config import read_sweep, with_seed
 from hedgelab.tracking.store import create_database
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hedgelab.cli.sweep_config import read_sweep
 from hedgelab.config.tree import load
 from hedgelab.protocols.evaluation.suite import choose, make_suites, suite_classes
+from hedgelab.protocols.sweep.config import read_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs/llm"
 

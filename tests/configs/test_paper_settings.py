@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hedgelab.cli.sweep_config import read_sweep
 from hedgelab.config.tree import load
 from hedgelab.data.toy import IndependentFiring, ToyDataModule
+from hedgelab.protocols.sweep.config import read_sweep
 from hedgelab.saes import BatchTopKSAE
 from hedgelab.saes.initialization import Initialization
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgelab.errors import UserError
-from hedgelab.protocols.sweep_axes import Line, axis_keys, expand
+from hedgelab.protocols.sweep.axes import Line, axis_keys, expand
 
 KEYS = st.text("abcdefgh", min_size=1, max_size=6).filter(lambda key: key != "zip")
 VALUES = st.lists(st.integers(-5, 5), min_size=1, max_size=4, unique=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hedgelab.errors import UserError
-from hedgelab.protocols.sweep_executors import InProcess, LocalProcesses, Outcome, Processes, Slurm
+from hedgelab.protocols.sweep.executors import InProcess, LocalProcesses, Outcome, Processes, Slurm
 
 
 def work(job):

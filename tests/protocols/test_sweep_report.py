@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from hedgelab.protocols.sweep_axes import Cell
-from hedgelab.protocols.sweep_report import Row, as_csv, as_json, default_axis, figure, rows_of, summary
+from hedgelab.protocols.sweep.axes import Cell
+from hedgelab.protocols.sweep.report import Row, as_csv, as_json, default_axis, figure, rows_of, summary
 
 
 class Run:

@@ -16,7 +16,7 @@ from pathlib import Path
 WARM = (
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.tracking",
-    "hedgelab.cli.hedging",
+    "hedgelab.cli.hedge",
     "hedgelab.metrics.evaluation",
     "hedgelab.plots",
 )

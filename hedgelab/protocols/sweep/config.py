@@ -16,8 +16,8 @@ from hedgelab.config.signatures import Parameter
 from hedgelab.config.tree import Tree, compose, config_files, load, options_of, overlay, overlay_value
 from hedgelab.config.walk import Walk, show
 from hedgelab.errors import UserError, one_line
-from hedgelab.protocols.sweep_axes import SEED, Cell, Line, axis_keys, expand
-from hedgelab.protocols.sweep_executors import Executor, InProcess
+from hedgelab.protocols.sweep.axes import SEED, Cell, Line, axis_keys, expand
+from hedgelab.protocols.sweep.executors import Executor, InProcess
 
 FLAGS = ("--list", "--retrain")
 

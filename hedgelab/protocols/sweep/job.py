@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hedgelab.cli.sweep_cells import HedgeCell, ParsedCell, Unit, parse_cell
 from hedgelab.errors import UserError, one_line
 from hedgelab.identity import SCHEME
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.protocols.group_checkpoints import GroupCheckpoints
 from hedgelab.protocols.ranks import decided_by_rank_zero, on_every_rank
-from hedgelab.protocols.sweep import CELL_TAG, SCHEME_TAG, Member, measure_hedging, train_fits
-from hedgelab.protocols.sweep_executors import ONE_PROCESS, Processes
-from hedgelab.protocols.sweep_locks import FOREVER, CellLocks
-from hedgelab.protocols.sweep_report import finished_run, interrupted_run
+from hedgelab.protocols.sweep.cells import Parse, ParsedCell, Unit
+from hedgelab.protocols.sweep.executors import ONE_PROCESS, Processes
+from hedgelab.protocols.sweep.locks import FOREVER, CellLocks
+from hedgelab.protocols.sweep.members import CELL_TAG, SCHEME_TAG, Member, measure_hedging, train_fits
+from hedgelab.protocols.sweep.report import finished_run, interrupted_run
 from hedgelab.protocols.training_phases import CutShortError, outcome_of
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.store import ensure_store, runs_dir
@@ -37,6 +38,7 @@ class Job:
         parent: Id of the sweep's run.
         uri: Tracking URI.
         experiment: MLflow experiment.
+        parse: Parses their configs, in whatever process does the job.
         processes: How many do the job together; each of them gets all of it.
         retrain: Train units that have finished too, all from their beginning.
         waits: Whether to wait for another process that is training some of the units.
@@ -47,6 +49,7 @@ class Job:
     parent: str
     uri: str
     experiment: str
+    parse: Parse
     processes: Processes = ONE_PROCESS
     retrain: bool = False
     waits: bool = False
@@ -81,7 +84,7 @@ def _attempt(job: Job, units: Sequence[Unit]) -> dict[str, str]:
 
 
 def _train(job: Job, units: Sequence[Unit]) -> dict[str, str]:
-    first = parse_cell(job.command, units[0].tree, units[0].said)
+    first = job.parse(job.command, units[0].tree, units[0].said)
     first.make()
     return on_every_rank(first.trainer, lambda: _train_on_this_rank(job, units, first))
 
@@ -127,16 +130,23 @@ def _member(job: Job, unit: Unit, parsed: ParsedCell | None) -> Member:
     """An SAE with its run, which is the one that an earlier job of the same sweep has begun, if there is one."""
     system_metrics = parsed is not None  # of the first alone
     if parsed is None:
-        parsed = parse_cell(job.command, unit.tree, unit.said)
+        parsed = job.parse(job.command, unit.tree, unit.said)
         parsed.make()
     tags = {"mlflow.parentRunId": job.parent, CELL_TAG: unit.id, SCHEME_TAG: SCHEME}
     tracker = MLflowTracker(job.experiment, unit.name, tags, uri=job.uri, system_metrics=system_metrics)
     if not job.retrain and (run_id := interrupted_run(ensure_store(job.uri), unit.id, job.parent)) is not None:
         tracker.go_on_with(run_id)
     resolved = parsed.resolved()
-    options = parsed.config_init[job.command].hedge if isinstance(parsed, HedgeCell) else None
     return Member(
-        unit.name, unit.id, parsed.model, tracker, parsed.text(), resolved, outcome_of(resolved), options, unit.seeds
+        unit.name,
+        unit.id,
+        parsed.model,
+        tracker,
+        parsed.text(),
+        resolved,
+        outcome_of(resolved),
+        parsed.hedge_options(),
+        unit.seeds,
     )
 
 
@@ -151,4 +161,10 @@ def _announce(line: str) -> None:
     """Say what happens, of long lists of names the first only."""
     names = line.split(", ")
     shown = ", ".join(names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], f"… ({len(names)} in all)"])
-    print(f"sweep: {shown}", flush=True)
+    say(f"sweep: {shown}")
+
+
+def say(line: str) -> None:
+    """Tell the user at once, wherever the job runs."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hedgelab.plots.sweep import Point, sweep_panels
-from hedgelab.protocols.sweep import CELL_TAG
-from hedgelab.protocols.sweep_axes import SEED, Cell, is_number
+from hedgelab.protocols.sweep.axes import SEED, Cell, is_number
+from hedgelab.protocols.sweep.members import CELL_TAG
 from hedgelab.tracking.runs import search_runs
 
 if TYPE_CHECKING:

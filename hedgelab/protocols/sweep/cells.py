@@ -3,68 +3,48 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import yaml
 from tqdm import tqdm
 
-from hedgelab.cli.hedging import HedgeCLI
-from hedgelab.cli.lightning import HedgelabCLI, run_cli
-from hedgelab.cli.sweep_config import Sweep, with_seed
-from hedgelab.config.plain_yaml import write_yaml
 from hedgelab.config.tree import Tree
+from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding, stable_id
-from hedgelab.protocols.hedge import HedgeProtocol
+from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol
 from hedgelab.protocols.hedge_trainer import HedgeTrainer
-from hedgelab.protocols.sweep_axes import Cell
-from hedgelab.protocols.sweep_executors import ONE_PROCESS, Processes
+from hedgelab.protocols.sweep.axes import Cell
+from hedgelab.protocols.sweep.config import Sweep, with_seed
+from hedgelab.protocols.sweep.executors import ONE_PROCESS, Processes
 from hedgelab.protocols.training_phases import PhaseRunner, TrainerFactory
+from hedgelab.saes import SAE
 
 
-class ParsedCell(HedgelabCLI):
-    """Parses a config; makes what it names only when asked to, and runs nothing.
+class ParsedCell(Protocol):
+    """One cell's config, parsed."""
 
-    Attributes:
-        folder: Where its config is, which mistakes are looked up in; gone when the cell is.
-    """
-
-    folder: tempfile.TemporaryDirectory[str]
-    trainer_type = HedgeTrainer
+    command: str
+    model: SAE
+    datamodule: ActivationDataModule
     trainer: HedgeTrainer
-
-    def instantiate_classes(self) -> None:
-        """Not yet."""
 
     def make(self) -> None:
         """Make data, model and trainer."""
-        super().instantiate_classes()
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Never."""
 
     def text(self) -> str:
         """The whole config."""
-        text: str = self._parser(self.command).dump(self.config[self.command], skip_none=False)
-        return text
 
     def resolved(self) -> dict[str, Any]:
         """The same as plain values."""
-        values: dict[str, Any] = yaml.safe_load(self.text())
-        values.pop("config", None)
-        return values
+
+    def hedge_options(self, made: bool = True) -> HedgeOptions | None:
+        """How the hedging degree is measured, as made or as parsed; None of a plain fit."""
 
 
-class FitCell(ParsedCell):
-    """One cell of a sweep of fits."""
-
-
-class HedgeCell(ParsedCell, HedgeCLI):
-    """One cell of a sweep of hedging degrees."""
+Parse = Callable[[str, Tree, Sequence[str]], ParsedCell]
+"""Parses a command's config (``fit`` or ``hedge``), with the options in which the user names folders to write to."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +74,7 @@ class Unit:
     said: tuple[str, ...] = ()
 
 
-def parse_cell(command: str, tree: Tree, said: Sequence[str] = ()) -> ParsedCell:
-    """Parse one cell's config; ``said`` are options in which the user names folders to write to.
-
-    Raises:
-        UserError: A wrong key or value.
-    """
-    folder = tempfile.TemporaryDirectory()
-    file = Path(folder.name) / "cell.yaml"
-    file.write_text(write_yaml(tree))
-    cell = run_cli(HedgeCell if command == "hedge" else FitCell, command, ["--config", str(file), *said])
-    assert isinstance(cell, ParsedCell)
-    cell.folder = folder
-    return cell
-
-
-def check_sweep(sweep: Sweep, construct: bool = True) -> list[Unit]:
+def check_sweep(sweep: Sweep, parse: Parse, construct: bool = True) -> list[Unit]:
     """Parse every cell, and make each SAE once to find impossible values, before anything runs.
 
     Raises:
@@ -119,7 +84,7 @@ def check_sweep(sweep: Sweep, construct: bool = True) -> list[Unit]:
     with tqdm(total=len(sweep.cells), desc="Checking cells", unit="cell", delay=1, leave=False, disable=None) as bar:
         for group in _groups(sweep):
             try:
-                units += _units(sweep, group, construct)
+                units += _units(sweep, group, parse, construct)
             except UserError as error:
                 raise UserError(f"cell '{group[0][0].group}': {error}") from error
             bar.update(len(group))
@@ -152,7 +117,7 @@ def _groups(sweep: Sweep) -> list[list[tuple[Cell, Tree]]]:
     return list(groups.values())
 
 
-def _units(sweep: Sweep, group: list[tuple[Cell, Tree]], construct: bool) -> list[Unit]:
+def _units(sweep: Sweep, group: list[tuple[Cell, Tree]], parse: Parse, construct: bool) -> list[Unit]:
     """The units of cells that differ in their seed only; the first is made, to see whether that can be done."""
     command, said = sweep.options.command, sweep.said
     cells = tuple(cell for cell, _ in group)
@@ -161,8 +126,9 @@ def _units(sweep: Sweep, group: list[tuple[Cell, Tree]], construct: bool) -> lis
         tree = {**group[0][1], "name": cells[0].group}
         if seeds is not None:
             tree = with_seed(tree, None)
-        parsed = parse_cell(command, tree, said)
-        if seeds is not None and parsed.config[command].hedge.seeds != 1:
+        parsed = parse(command, tree, said)
+        options = parsed.hedge_options(made=False)
+        if seeds is not None and options is not None and options.seeds != 1:
             raise UserError("hedge.seeds: seeds are an axis of the sweep already; leave it at 1")
         if construct:
             _make_once(parsed)
@@ -170,7 +136,7 @@ def _units(sweep: Sweep, group: list[tuple[Cell, Tree]], construct: bool) -> lis
     units: list[Unit] = []
     for cell, plain in group:
         tree = plain if cell.seed is None else with_seed(plain, cell.seed)
-        parsed = parse_cell(command, tree, said)
+        parsed = parse(command, tree, said)
         if construct and not units:
             _make_once(parsed)
         units.append(_unit(parsed, cell.name, (cell,), tree, None, said))
@@ -181,8 +147,7 @@ def _make_once(parsed: ParsedCell) -> None:
     parsed.make()
     if parsed.trainer.max_steps < 1:
         raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
-    if isinstance(parsed, HedgeCell):
-        options = parsed.config_init[parsed.command].hedge
+    if (options := parsed.hedge_options()) is not None:
         HedgeProtocol(parsed.model, parsed.datamodule, 1, options, PhaseRunner(TrainerFactory({})), {})
 
 

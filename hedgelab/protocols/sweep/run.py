@@ -9,17 +9,17 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from hedgelab.cli.sweep_cells import Unit, check_sweep, packed
-from hedgelab.cli.sweep_config import Sweep, read_sweep
-from hedgelab.cli.sweep_job import BUSY, Job, do
 from hedgelab.config.tree import config_files, opening_comment
 from hedgelab.errors import Stopped, UserError
 from hedgelab.identity import SCHEME, stable_id
 from hedgelab.protocols.group_checkpoints import GroupCheckpoints
-from hedgelab.protocols.sweep import CELL_TAG, SCHEME_TAG
-from hedgelab.protocols.sweep_axes import is_number
-from hedgelab.protocols.sweep_executors import ONE_PROCESS, InProcess, Outcome
-from hedgelab.protocols.sweep_report import (
+from hedgelab.protocols.sweep.axes import is_number
+from hedgelab.protocols.sweep.cells import Parse, Unit, check_sweep, packed
+from hedgelab.protocols.sweep.config import Sweep, read_sweep
+from hedgelab.protocols.sweep.executors import ONE_PROCESS, InProcess, Outcome
+from hedgelab.protocols.sweep.job import BUSY, Job, do, say
+from hedgelab.protocols.sweep.members import CELL_TAG, SCHEME_TAG
+from hedgelab.protocols.sweep.report import (
     DEFAULT_METRICS,
     Row,
     as_csv,
@@ -39,30 +39,29 @@ FAILED = 1
 _SWEEP_TAG = "sweep"
 
 
-def run_sweep(words: list[str]) -> int:
-    """Run the whole; 1 where cells failed."""
+def run_sweep(words: list[str], parse: Parse) -> int:
+    """Run the whole, with what parses the configs of its cells; 1 where cells failed."""
     _refuse_several()
     listing, retrain = "--list" in words, "--retrain" in words
     sweep = read_sweep(words)
-    units = check_sweep(sweep)
+    units = check_sweep(sweep, parse)
     uri = units[0].tracking[1] or tracking_uri()
     finished = set() if retrain else {unit.id for unit in units if finished_run(ensure_store(uri), unit.id) is not None}
     groups = packed(units, sweep.options.pack) if retrain else _groups(sweep, units, finished, uri)
+    if not retrain and (older := _of_another_scheme(uri, {unit.name for group in groups for unit in group})):
+        say(
+            f"sweep: {older} cells have finished under an earlier release, which did not keep all that decides their numbers; "
+            "they are trained anew"
+        )
     if listing:
-        print("\n".join(listed(units, groups)))
+        say("\n".join(listed(units, groups)))
         return 0
     tracker = _parent(sweep, units, uri, opening_comment(config_files(words)))
     try:
         with stop_at_once():
             if finished:
-                print(f"sweep: {len(finished)} of {len(units)} cells are finished already", flush=True)
-            if not retrain and (older := _of_another_scheme(uri, {unit.name for group in groups for unit in group})):
-                print(
-                    f"sweep: {older} cells have finished under an earlier release, which did not keep what decides their "
-                    "numbers; they are trained anew",
-                    flush=True,
-                )
-            failures = _train(sweep, groups, tracker, uri, retrain)
+                say(f"sweep: {len(finished)} of {len(units)} cells are finished already")
+            failures = _train(sweep, groups, tracker, uri, parse, retrain)
             rows = _rows(units, uri, failures)
             lines = _report(sweep, tracker, rows, failures, len(units))
     except Stopped as stop:
@@ -72,9 +71,9 @@ def run_sweep(words: list[str]) -> int:
         tracker.finalize("failed")
         raise
     tracker.finalize("failed" if failures else "success")
-    print("\n".join(lines))
+    say("\n".join(lines))
     for name, reason in failures.items():
-        print(f"hedgelab: cell '{name}' failed: {reason}", file=sys.stderr)
+        sys.stderr.write(f"hedgelab: cell '{name}' failed: {reason}\n")
     return FAILED if failures else 0
 
 
@@ -141,12 +140,21 @@ def _parent(sweep: Sweep, units: Sequence[Unit], uri: str, description: str | No
 
 
 def _train(
-    sweep: Sweep, groups: Sequence[Sequence[Unit]], tracker: MLflowTracker, uri: str, retrain: bool
+    sweep: Sweep, groups: Sequence[Sequence[Unit]], tracker: MLflowTracker, uri: str, parse: Parse, retrain: bool
 ) -> dict[str, str]:
     """Run the jobs; why cells failed, by name. Those that another process is training come last, and are waited for."""
     failures: dict[str, str] = {}
     jobs = [
-        Job(sweep.options.command, tuple(group), tracker.run_id or "", uri, tracker.name, group[0].processes, retrain)
+        Job(
+            sweep.options.command,
+            tuple(group),
+            tracker.run_id or "",
+            uri,
+            tracker.name,
+            parse,
+            group[0].processes,
+            retrain,
+        )
         for group in groups
     ]
     executor, processes = sweep.options.executor, jobs[0].processes if jobs else ONE_PROCESS
@@ -169,13 +177,13 @@ def _train(
                 bar.update(len(job.units))
                 bar.set_postfix(failed=len(failures))
                 if quiet:
-                    print(f"sweep: {done} of {cells} cells done, {len(failures)} failed", flush=True)
+                    say(f"sweep: {done} of {cells} cells done, {len(failures)} failed")
 
             if jobs:
                 executor.run(do, jobs, ended, processes)
             if busy and not waits:
                 names = sum(len(job.units) for job in busy)
-                print(f"sweep: another process is training {names} cells; waiting for it", flush=True)
+                say(f"sweep: another process is training {names} cells; waiting for it")
             jobs = busy
     return failures
 

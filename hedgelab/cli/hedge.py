@@ -1,4 +1,4 @@
-"""LightningCLI with the hedging protocol as a command."""
+"""``hedgelab hedge``: LightningCLI with the hedging protocol as a command."""
 
 from __future__ import annotations
 
