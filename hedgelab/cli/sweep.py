@@ -43,14 +43,8 @@ def run(command: str, words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(_HELP, end="")
         return 0
-<<<<<<< HEAD
     begin([word for word in words if word != "--list"], tracked="--list" not in words)
-    from hedgelab.cli.sweep_run import run_sweep
-=======
-    if "--list" not in words:
-        prepare_store_in_background()
     from hedgelab.cli.cells import parse_cell
     from hedgelab.protocols.sweep.run import run_sweep
->>>>>>> 05c7e30 (Sweeps live in protocols/sweep; cli parses their cells and dispatches; hedge is one module)
 
     return run_sweep(words, parse_cell)
