@@ -1,7 +1,6 @@
 """What a sweep promises: cells are known by what decides their numbers, trained once, with the user's callbacks and loggers."""
 
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -165,11 +164,17 @@ def test_a_failing_cell_does_not_have_the_good_ones_trained_again(sweep, capsys,
     assert (after.info.run_id, after.info.end_time) == (before.info.run_id, before.info.end_time)
 
 
-def test_cells_that_another_process_trains_are_waited_for(sweep, capsys):
-    first = ids(sweep)[0]
-    with CellLocks(Path("runs/locks"), [first]) as held:
+def test_cells_that_another_process_trains_are_waited_for(sweep, capsys, monkeypatch):
+    real = CellLocks.take
+    with CellLocks(Path("runs/locks"), ids(sweep)[:1]) as held:
+
+        def take(self, patience):
+            if patience:  # now it waits
+                held.release()
+            return real(self, patience)
+
         assert held.take(0)
-        threading.Timer(6.0, held.release).start()
+        monkeypatch.setattr(CellLocks, "take", take)
         assert main([*sweep, "--sweep.pack=1"]) == 0
     said = capsys.readouterr().out
     assert said.index("training d_sae=4") < said.index("another process is training 1 cells; waiting for it")
