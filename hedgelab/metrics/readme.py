@@ -28,7 +28,7 @@ renew it with `python -m hedgelab.metrics.readme`. ↑ marks numbers of which mo
 """
 
 
-def readme() -> str:
+def page() -> str:
     """The page: for every module that declares metrics its docstring with the formulas, then what each function declares."""
     parts = [_INTRODUCTION]
     for file, entries in groupby(
@@ -58,4 +58,4 @@ def _table(entry: Entry) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(readme())
+    FILE.write_text(page())

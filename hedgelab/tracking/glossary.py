@@ -63,9 +63,11 @@ def declarations() -> list[Entry]:
         if _MARK.strip() not in source:
             continue
         for node in ast.walk(ast.parse(source)):
-            text = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else None
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            text = ast.get_docstring(node)
             if text and _MARK in text:
-                name = file.stem if isinstance(node, ast.Module) else node.name  # type: ignore[union-attr]
+                name = file.stem if isinstance(node, ast.Module) else node.name
                 found.append(Entry(file, name, *_read(text)))
     return found
 

@@ -52,7 +52,7 @@ def test_titles():
 
 
 def test_readme_of_the_metrics_is_fresh():
-    assert readme.FILE.read_text() == readme.readme(), "renew it: python -m hedgelab.metrics.readme"
+    assert readme.FILE.read_text() == readme.page(), "renew it: python -m hedgelab.metrics.readme"
 
 
 OWN_METRIC = '''"""A metric from outside."""

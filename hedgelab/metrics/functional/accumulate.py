@@ -137,6 +137,7 @@ def orthonormal_basis(rows: Tensor) -> Tensor:
     """
     tolerance = max(rows.shape) * torch.finfo(rows.dtype).eps
     if rows.shape[0] <= rows.shape[1]:
+        q: Tensor
         q, r = torch.linalg.qr(rows.t())
         sizes = r.diagonal().abs()
         if bool((sizes > tolerance * sizes.max()).all()):
