@@ -41,11 +41,6 @@ class Harvester:
         self._interrupted = Event()
         self.tokens, self.seconds = 0, 0.0
 
-    @property
-    def hook(self) -> str:
-        """Path of the hooked module."""
-        return self._model.hook.path
-
     def submit(self, work: Callable[[int], T], number: int) -> Future[T]:
         """Do ``work(number)`` in the background, after what was submitted before."""
         return self._running()[0].submit(work, number)

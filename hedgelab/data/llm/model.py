@@ -34,6 +34,9 @@ class ModelFiles:
         name: ``smollm2``, a ``.gguf`` file, a local folder, or an id on the Hugging Face hub.
         cache_dir: Folder for converted models, and for the digests of weights.
 
+    Attributes:
+        location: What transformers loads: a folder (that of a GGUF file as converted, once it is), or an id on the hub.
+
     Raises:
         UserError: The model is not there, or a package that it needs is not installed.
     """
@@ -44,23 +47,18 @@ class ModelFiles:
         self._gguf = find_gguf(name)
         folder = converted_folder(name, self._gguf, Path(cache_dir)) if self._gguf else Path(name)
         self._is_local = self._gguf is not None or folder.is_dir()
-        self._location = str(folder) if self._is_local else name
-
-    @property
-    def location(self) -> str:
-        """What transformers loads: a folder (that of a GGUF file as converted, once it is), or an id on the hub."""
-        return self._location
+        self.location = str(folder) if self._is_local else name
 
     def prepare(self) -> None:
         """Convert a GGUF file that has not been converted yet."""
         if self._gguf:
-            convert(self._gguf, Path(self._location))
+            convert(self._gguf, Path(self.location))
 
     def config(self) -> Any:
         """The configuration (transformers' ``PretrainedConfig``), without touching any weights."""
-        if self._gguf and not Path(self._location).is_dir():
+        if self._gguf and not Path(self.location).is_dir():
             return load("AutoConfig", str(self._gguf.parent), local=True, gguf_file=self._gguf.name)
-        return load("AutoConfig", self._location, self._is_local)
+        return load("AutoConfig", self.location, self._is_local)
 
     @cached_property
     def n_layers(self) -> int:
@@ -70,14 +68,14 @@ class ModelFiles:
     def tokenizer(self) -> Any:
         """The tokenizer (transformers' ``PreTrainedTokenizerBase``)."""
         self.prepare()
-        return load("AutoTokenizer", self._location, self._is_local)
+        return load("AutoTokenizer", self.location, self._is_local)
 
     def tokenizer_fingerprint(self) -> str:
         """A string that changes whenever the tokenizer does; cheaper to have than the tokenizer itself."""
         self.prepare()
         if not self._is_local:
             return self._hub_version()
-        folder, digest = Path(self._location), hashlib.sha256()
+        folder, digest = Path(self.location), hashlib.sha256()
         for pattern in (
             _TOKENIZER_FILES if (folder / "tokenizer.json").is_file() else _TOKENIZER_FILES + _TOKENIZER_PARTS
         ):
@@ -90,7 +88,7 @@ class ModelFiles:
         self.prepare()
         if not self._is_local:
             return self._hub_version()
-        folder, digest = Path(self._location), hashlib.sha256()
+        folder, digest = Path(self.location), hashlib.sha256()
         for pattern in ("config.json", "adapter_config.json", *_WEIGHT_FILES):
             for file in sorted(folder.glob(pattern)):
                 digest.update(f"{file.name} {file_digest(file, self._digests)}\n".encode())
@@ -107,7 +105,7 @@ class ModelFiles:
         if attention is not None:
             self.skeleton(attention)  # names data.attention where that is what is wrong
             options["attn_implementation"] = attention
-        model: nn.Module = load("AutoModelForCausalLM", self._location, self._is_local, **options)
+        model: nn.Module = load("AutoModelForCausalLM", self.location, self._is_local, **options)
         return model.eval().requires_grad_(False)
 
     def skeleton(self, attention: Attention | None = None) -> nn.Module:

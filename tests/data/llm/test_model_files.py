@@ -161,3 +161,22 @@ def test_merges_belong_to_the_tokenizer(tmp_path):
     first = ModelFiles(str(tmp_path)).tokenizer_fingerprint()
     (tmp_path / "merges.txt").write_text("b a")
     assert ModelFiles(str(tmp_path)).tokenizer_fingerprint() != first
+
+
+def test_kept_evaluation_activations_are_those_of_the_weights(own, make_data, tmp_path):
+    """Weights edited in place, under the same name and configuration, are another model."""
+    from hedgelab.protocols.evaluation import Readings
+
+    def rows():
+        data = make_data(model=str(own), cache_dir=str(tmp_path / "cache"))
+        tokens = data.contexts.tokens[:4]
+        found = Readings(data).model.rows("a test", tokens, torch.ones_like(tokens, dtype=torch.bool)).x
+        data.teardown("fit")
+        return found
+
+    before = rows()
+    assert torch.equal(rows(), before)
+    rewrite(
+        own, lambda weights: weights.update({"model.embed_tokens.weight": 2 * weights["model.embed_tokens.weight"]})
+    )
+    assert not torch.allclose(rows(), before)
