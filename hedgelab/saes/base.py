@@ -201,7 +201,7 @@ class SAE(TrainingShell, ABC):
         """Move or convert all tensors, but for what accumulates: that never becomes narrower than single precision."""
         own = {**self._buffers, **{name: self._parameters.get(name) for name in self.full_precision}}
         exact = {name: value.detach() for name, value in own.items() if value is not None and value.is_floating_point()}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in exact.items():
             value = getattr(self, name)
             if value.itemsize < 4:

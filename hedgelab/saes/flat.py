@@ -15,10 +15,11 @@ from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import Decoder, Encoder, Selection, Target
-from hedgelab.saes.base import SAE, Activation, OptimizerFactory, SchedulerFactory
+from hedgelab.saes.base import SAE, Activation
 from hedgelab.saes.initialization import Initialization
 from hedgelab.saes.io import load_sae
 from hedgelab.saes.losses import LossTerms
+from hedgelab.training.trainee import OptimizerFactory, SchedulerFactory
 
 
 class FlatSAE(SAE):
@@ -136,7 +137,7 @@ class FlatSAE(SAE):
         if not (self.normalize_decoder and torch.is_grad_enabled() and self.W_dec.requires_grad):
             return Decoder(self.W_dec, self.b_dec)
         rows = self.W_dec.view_as(self.W_dec)
-        rows.register_hook(self._across_rows)
+        rows.register_hook(self._across_rows)  # type: ignore[no-untyped-call]
         return Decoder(rows, self.b_dec)
 
     def _across_rows(self, grad: Tensor) -> Tensor:
