@@ -228,7 +228,8 @@ class Resumption:
                 for key in sorted(inputs.keys() & today.keys())
                 if inputs[key] != today[key]
             ]
-        code = about.get("code") if isinstance(about.get("code"), dict) else {}
+        code: Any = about.get("code")
+        code = code if isinstance(code, dict) else {}
         other = [
             path for path, digest in self._facts["code"].items() if path in code and not _same_code(code[path], digest)
         ]

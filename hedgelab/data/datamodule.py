@@ -130,7 +130,8 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("train_dataloader needs a trainer; ask batch('train', i) for single batches")
-        epoch = trainer.overfit_batches or trainer.limit_train_batches
+        overfit: int | float = getattr(trainer, "overfit_batches", 0)
+        epoch = overfit or trainer.limit_train_batches
         if trainer.max_steps >= 0:
             stop = trainer.max_steps
         elif isinstance(epoch, int) and trainer.max_epochs is not None and trainer.max_epochs >= 0:
@@ -139,7 +140,7 @@ class ActivationDataModule(L.LightningDataModule, ABC):
             raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
         steps_a_batch = getattr(trainer.lightning_module, "steps_a_batch", None)
         chunk_steps = 1 if steps_a_batch is None else steps_a_batch(self.chunk_steps)
-        return BatchStream(self, "train", stop, chunk_steps, int(trainer.overfit_batches))
+        return BatchStream(self, "train", stop, chunk_steps, int(overfit))
 
     def val_dataloader(self) -> BatchStream:
         """The first ``val_batches`` batches of the validation stage."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hedgelab.errors import UserError
@@ -98,7 +99,7 @@ def residual_hedging(x: Tensor, sae: SparseCoder, blocks: int = BLOCKS) -> Resid
     rows = x.reshape(-1, x.shape[-1])
     run_sae(sae, rows[:1])
     metric = ResidualHedgingMetric(sae.W_dec, len(rows), blocks, sync_on_compute=False).to(sae.W_dec.device)
-    for part in rows.to(sae.W_dec.device).split(_ROWS_AT_ONCE):
+    for part in torch.split(rows.to(sae.W_dec.device), _ROWS_AT_ONCE):
         metric.update(part, *run_sae(sae, part))
     return metric.compute()
 
@@ -143,6 +144,6 @@ def hedging_degree(
         return metric.degree()
     if isinstance(control, Tensor) or isinstance(extended, Tensor):
         raise UserError("x: activations need SAEs for control and extended, not decoders alone")
-    for part in x.reshape(-1, x.shape[-1]).to(old.device).split(_ROWS_AT_ONCE):
+    for part in torch.split(x.reshape(-1, x.shape[-1]).to(old.device), _ROWS_AT_ONCE):
         metric.update(part, run_sae(control, part)[1], run_sae(extended, part)[1])
     return metric.compute()

@@ -109,7 +109,7 @@ class SAEMetrics(nn.Module):
         self.shrinkage.update(x, x_hat, weight)
         self.firing.update(codes, weight)
         for metric in self.own:
-            metric.update(batch, x_hat, codes)
+            metric.update(batch, x_hat, codes)  # type: ignore[operator]
         if self.detection is None:
             return
         if features is None:
@@ -192,9 +192,9 @@ def recovery_summary(
             cosines.new_tensor(torch.nan) if scores is None else scores.largest[live].nanmean()
         )
     if parents is not None and bool((parents >= 0).any()):
-        scores = absorption_from_co_firing(counts, tracked.latent, parents)
-        results["absorption"] = scores.excess.nanmean()
-        results["absorption_missed"] = scores.missed.nanmean()
+        absorbed = absorption_from_co_firing(counts, tracked.latent, parents)
+        results["absorption"] = absorbed.excess.nanmean()
+        results["absorption_missed"] = absorbed.missed.nanmean()
         results["absorption_encoder"] = parent_encoder_components(reads, tracked.latent, parents).nanmean()
         results["absorption_parents_f1"] = parents_best_f1(counts, parents).nanmean()
     return results

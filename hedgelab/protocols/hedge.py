@@ -150,9 +150,10 @@ class HedgeProtocol:
         width = self.model.d_sae
         foreign = [own.extended.W_dec[width:].to(device) for other, own in trained.items() if other != seed]
         with moved(saes, device):
-            decoders = [sae.W_dec for sae in saes]
-            metric = HedgingDegree(*decoders, foreign, draws=self.options.draws, seed=seed, sync_on_compute=False)
-            metric = metric.to(device)
+            control, extended, reordered = (sae.W_dec for sae in saes)
+            metric = HedgingDegree(
+                control, extended, reordered, foreign, self.options.draws, seed, sync_on_compute=False
+            ).to(device)
             for x, _, weight in batches:
                 metric.update(x, saes.control.encode(x), saes.extended.encode(x), weight)
             return _with_residual_hedging(metric.compute(), saes.control, batches)

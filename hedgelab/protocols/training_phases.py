@@ -168,8 +168,8 @@ class PhaseRunner:
         if self.retrain:
             for group in GroupCheckpoints.all_unfinished(checkpoints_root(self.tracker), ids):
                 group.end()
-        group = GroupCheckpoints.unfinished(checkpoints_root(self.tracker), ids)
-        return [] if group is None else list(group.members)
+        begun = GroupCheckpoints.unfinished(checkpoints_root(self.tracker), ids)
+        return [] if begun is None else list(begun.members)
 
     def _fit(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
         saes = {phase.name: phase.start() for phase in phases}

@@ -57,5 +57,5 @@ class VanillaSAE(FlatSAE):
         """``λ · mean_b a_i ‖W_dec[i]‖`` of each latent, ``[d_sae]``."""
         coefficient = warmed_up(self.l1_coefficient, self.steps_done, self.l1_warmup_steps, self.l1_warmup_start)
         share = coefficient if batch.weight is not None else coefficient / batch.x.shape[0]
-        norms: Tensor = self.decoder().W_dec.norm(dim=1)  # type: ignore[no-untyped-call]
+        norms: Tensor = self.decoder().W_dec.norm(dim=1)
         return share * codes.sum_per_latent(batch.weight) * norms

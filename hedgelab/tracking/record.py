@@ -109,7 +109,7 @@ class RunRecord(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the firing rates that the validation pass has measured, before the SAE forgets them."""
         if not trainer.sanity_checking:
-            self._firing_rates = pl_module.trainee(self.member).firing_rates
+            self._firing_rates = pl_module.trainee(self.member).firing_rates  # type: ignore[operator]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the SAE, its final cosines and the figures; where no tracker takes it, the SAE beside the checkpoints."""

@@ -227,7 +227,7 @@ def _prepare_http(uri: str) -> None:
         return
     for name, value in _HTTP_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    import requests  # type: ignore[import-untyped]
+    import requests
 
     # Who answers late, or with a certificate that MLflow may be told to trust, is for MLflow to judge.
     with suppress(requests.exceptions.SSLError, requests.exceptions.ReadTimeout):

@@ -86,8 +86,8 @@ class ProbingSuite(Suite):
             )
             metrics: dict[str, float] = {}
             for column, k in enumerate(ks):
-                metrics[f"probing/f1_k{k}"] = float(scores.f1[:, column].mean())
-                metrics[f"probing/auc_k{k}"] = float(scores.auc[:, column].mean())
+                metrics[f"probing/f1_k{k}"] = float(scores.f1[:, column].nanmean())
+                metrics[f"probing/auc_k{k}"] = float(scores.auc[:, column].nanmean())
             rows = [
                 [label, k, float(scores.f1[i, c]), float(scores.auc[i, c]), float(scores.C[i, c]),
                  " ".join(map(str, scores.latents[i, :k].tolist()))]
@@ -137,7 +137,7 @@ class AbsorptionSuite(Suite):
                 "absorption/fraction": float(scores.fraction.nanmean()),
                 "absorption/split_latents": float(scores.splits.nanmean()),
                 "absorption/f1_k1": float(scores.f1.nanmean()),
-                "absorption/probe_f1": float(scores.probe_f1.mean()),
+                "absorption/probe_f1": float(scores.probe_f1.nanmean()),
                 "absorption/letters": float((~scores.full.isnan()).sum()),
             }
             columns = [values.tolist() for values in scores]
