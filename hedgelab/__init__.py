@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hedgelab.saes import load_sae as load  # noqa: F401
     from hedgelab.saes import sae_from_checkpoint as sae_from_checkpoint
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PLACES = {
     "hedgelab.batch": "Batch",
