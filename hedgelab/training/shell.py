@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 UNREPORTED = "hedgelab_unreported"
 """Where a checkpoint keeps loss terms that have not been reported yet."""
+_MOST_RETURNED = 4
+"""Most SAEs whose numbers all go to ``callback_metrics`` where a process must return them through a pipe."""
 ARCHITECTURES = "hedgelab_saes"
 """Where a checkpoint keeps what its SAEs are, so that they can be made of it without the config of the run."""
 _FACTORIES = ("optimizer", "lr_scheduler")
@@ -374,5 +376,7 @@ class TrainingShell(L.LightningModule):
         losses = [own["train/loss"] for own in values.values() if "train/loss" in own]
         if losses:
             named["train/loss"] = sum(losses) / len(losses)
+        if len(self.trainees) > _MOST_RETURNED and steps.returns_through_a_pipe(self.trainer):
+            named = {"train/loss": named["train/loss"]} if losses else {}
         # Lightning logs at its own count of batches, so in a fit it is not asked to.
         self.log_dict(named, logger=not in_fit and not self.member_loggers, batch_size=1)

@@ -120,3 +120,12 @@ def count_batches_as_steps(checkpoint: dict[str, Any]) -> None:
             counts["ready"] = counts["started"] = counts["processed"] = step
             counts["completed"] = step - begun
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - begun
+
+
+def returns_through_a_pipe(trainer: L.Trainer) -> bool:
+    """Whether processes were forked or spawned (``ddp_fork``, ``ddp_spawn``, ``ddp_notebook``).
+
+    Lightning then sends ``callback_metrics`` back through a pipe that holds 64 KiB, which it reads only after the process has
+    ended, so that both would wait for ever if there were more.
+    """
+    return "multiprocessing" in type(trainer.strategy.launcher).__module__
