@@ -81,6 +81,12 @@ class FlatSAE(SAE):
             encoder.grad = rows.grad.t()
         return encoder
 
+    @W_enc.setter
+    def W_enc(self, value: Tensor) -> None:
+        """Take other values, as ``sae.W_enc += update`` does under ``torch.no_grad()``."""
+        with torch.no_grad():
+            self.W_enc_rows.copy_(value.t())
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         own: dict[str, Any] = {}
         super()._save_to_state_dict(own, prefix, keep_vars)

@@ -52,7 +52,7 @@ def test_defaults_can_be_overridden(config, printed_config):
 
 def test_short_class_names_resolve(config, printed_config):
     resolved = printed_config("--config=tiny.yaml")
-    assert resolved["model"]["class_path"].startswith("hedgelab.saes.")
+    assert resolved["model"]["class_path"] == "hedgelab.TopKSAE"
     assert resolved["data"]["init_args"]["firing"]["class_path"].startswith("hedgelab.data.toy.")
 
 

@@ -94,7 +94,7 @@ IN_FILE = {
         ["trainer.num_sanity_val_steps: expected int", "0.0"],
     ),
     "missing argument": ("    d_sae: 3\n", "", ["model.d_sae: is required", "int"]),
-    "impossible value": ("d_sae: 3", "d_sae: -3", ["model.d_sae: must be at least 1, got -3"]),
+    "impossible value": ("d_sae: 3", "d_sae: -3", ["model.d_sae: expected a whole number of at least 1, got -3"]),
     "impossible value in a class": ("0.2", "2.0", ["data.firing.probabilities[1]", "2.0"]),
     "linked key": ("d_sae: 3", "d_sae: 3\n    d_in: 6", ["model.d_in: is taken from the data"]),
     "no such interpolated key": ("k: 2", "k: ${data.init_args.d_inn}", ["model.k", "'${data.init_args.d_in}'"]),
@@ -255,7 +255,7 @@ def test_debugging_shows_the_traceback(config, capsys, monkeypatch):
 
 
 def test_bugs_show_a_traceback(config, capsys, monkeypatch):
-    monkeypatch.setattr("hedgelab.cli.fit.compose", lambda words: 1 / 0)
+    monkeypatch.setattr("hedgelab.cli.startup.compose", lambda words: 1 / 0)
     assert main(["fit"]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
 
@@ -264,7 +264,7 @@ def test_interrupt(config, capsys, monkeypatch):
     def interrupt(words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hedgelab.cli.fit.compose", interrupt)
+    monkeypatch.setattr("hedgelab.cli.startup.compose", interrupt)
     assert main(["fit"]) == 130
     assert capsys.readouterr().err == "hedgelab: interrupted\n"
 

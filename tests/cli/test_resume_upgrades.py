@@ -127,7 +127,7 @@ def test_a_changed_default_that_is_written_now_is_another_experiment(begun, caps
             "model.optimizer.class_path",
         ),
         (lambda about: arguments(about).update(lr_scheduler="os.system"), "model.lr_scheduler was 'os.system'"),
-        (lambda about: arguments(about).update(dead_after_steps=-5), "dead_after_steps: must be"),
+        (lambda about: arguments(about).update(dead_after_steps=-5), "dead_after_steps: expected a whole number"),
         (lambda about: arguments(about).update(dead_after_steps=[5]), "dead_after_steps=[5], the default then, which"),
     ],
 )

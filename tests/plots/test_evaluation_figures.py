@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from hedgelab.errors import UserError
 from hedgelab.plots.evaluation import (
     absorption_by_letter,
     cosine_distribution,
@@ -42,8 +43,6 @@ PARAMS = {
     f"{beta}/{seed}": {
         "model.beta": beta,
         "model.init.seed": seed,
-        "name": f"{beta}/{seed}",
-        "trainer.logger.run_name": f"{beta}/{seed}",
         "model.k": "5",
     }
     for beta in ("0", "0.5")
@@ -56,7 +55,8 @@ def test_the_axis_is_the_number_in_which_runs_differ():
     assert (axis.key, axis.label) == ("model.beta", "beta")
     assert axis.places == {"0/0": 0, "0/1": 0, "0.5/0": 0.5, "0.5/1": 0.5}
     assert find_axis(PARAMS, "beta").key == "model.beta"
-    assert find_axis(PARAMS, "k") is None
+    with pytest.raises(UserError, match="--x: the SAEs do not differ in a number 'k'"):
+        find_axis(PARAMS, "k")
     assert find_axis({"a": {"model.x": "one"}, "b": {"model.x": "two"}}) is None
     kinds = {f"{kind}{k}": {"model.class_path": kind, "model.k": k} for kind in ("topk", "relu") for k in ("1", "2")}
     assert find_axis(kinds).lines == {"topk1": "topk", "topk2": "topk", "relu1": "relu", "relu2": "relu"}
@@ -69,8 +69,9 @@ def test_scores_are_averaged_over_seeds():
     }
     rows = rows_of(axis, results)
     drawn = figure(axis, rows, "T")
-    assert texts(drawn)[:2] == ["full absorption ↓", "TPP, 10 latents ↑"]
-    assert list(drawn.axes[0].get_lines()[0].get_ydata()) == pytest.approx([0.05, 0.55])
+    assert sorted(texts(drawn)[:2]) == ["TPP, 10 latents ↑", "full absorption ↓"]
+    panel = drawn.axes[texts(drawn).index("full absorption ↓")]
+    assert list(panel.get_lines()[0].get_ydata()) == pytest.approx([0.05, 0.55])
     table = means(axis, rows)
     assert table[1].split()[:5] == ["absorption/full", "0.050", "±0.071", "0.550", "±0.071"]
     lines = as_csv(axis, rows).splitlines()

@@ -247,7 +247,7 @@ def odd_root(square: Tensor, bend: Tensor) -> Tensor:
     >>> odd_root(torch.tensor([4.0, -9.0, 0.0]), torch.zeros(3)).tolist()
     [2.0, -3.0, 0.0]
     """
-    return square / (square.square() + bend.square()).clamp_min(1e-60).pow(0.25)
+    return square / (square.square() + bend.square()).clamp_min(torch.finfo(square.dtype).tiny).pow(0.25)
 
 
 def _pair_sums(of_blocks: Tensor) -> Tensor:

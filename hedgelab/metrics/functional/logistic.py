@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -136,6 +135,8 @@ def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = Tr
         loss = (sample * (softplus(logits) - target * logits)).sum() + 0.5 * w[:, :d].square().sum()
         gradient = torch.cat([pull.T @ standard + w[:, :d], pull.sum(0)[:, None]], dim=1)
         return float(loss), gradient.flatten().numpy()
+
+    from scipy.optimize import minimize  # slow to import, and needed by probes alone
 
     start = np.zeros(classes * (d + 1))
     found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "gtol": 1e-4 * C})
