@@ -9,6 +9,7 @@ import os
 import zlib
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -37,3 +38,11 @@ def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == number - 1]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def restored_default_dtype():
+    """Put back the default type of tensors, which a model that fails to load in half precision leaves changed."""
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)

@@ -255,7 +255,17 @@ class DatasetActivations(RowActivations):
 
     def read(self, rows: Tensor) -> Pair:
         """Rows by number, float32."""
-        return self._checked(self._collate([self._dataset[row] for row in rows.tolist()]), rows)
+        items = [self._dataset[row] for row in rows.tolist()]
+        try:
+            return self._checked(self._collate(items), rows)
+        except RuntimeError as error:  # items that do not stack
+            for item in items:
+                x = item[0] if isinstance(item, tuple | list) else item
+                if isinstance(x, Tensor) and x.dim() == 1 and len(x) != self._width:
+                    raise UserError(
+                        f"data.dataset: expected items of width {self._width}, as item 0 has, got {len(x)}"
+                    ) from error
+            raise
 
     def read_each(self, batches: Iterable[Tensor]) -> Iterator[Pair]:
         """The same, read ahead by the workers."""

@@ -69,7 +69,7 @@ class FlatSAE(SAE):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     @property
-    def W_enc(self) -> Tensor:  # type: ignore[override]
+    def W_enc(self) -> Tensor:
         """Encoder weights, ``[d_in, d_sae]``: the transpose of the parameter ``W_enc_rows``, on the same memory.
 
         Sparse gradients come latent by latent, and fused optimisers want contiguous parameters. ``state_dict`` and files hold

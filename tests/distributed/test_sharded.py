@@ -58,10 +58,14 @@ def test_single_precision_rounds_and_no_more(stream, on_ranks, tmp_path):
     check(*both(on_ranks, "matryoshka", *STREAMS[stream], tmp_path, precision="32-true"), 1e-2)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_four_processes(groups, on_ranks, tmp_path):
-    """All share latents, or two groups of two share rows."""
-    check(*both(on_ranks, ["batch_topk", "matryoshka"], fits.toy, False, tmp_path, ranks=4, groups=groups))
+    """All share latents, or two groups of two share rows, which Lightning's strategy does in single precision only."""
+    settings = {"precision": "32-true"} if groups > 1 else {}
+    outcomes = both(
+        on_ranks, ["batch_topk", "matryoshka"], fits.toy, False, tmp_path, ranks=4, groups=groups, **settings
+    )
+    check(*outcomes, 1e-2 if groups > 1 else 1e-9)
 
 
 @pytest.mark.slow

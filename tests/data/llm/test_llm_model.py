@@ -85,6 +85,7 @@ def test_half_precision(tiny_model, tokens):
     ],
 )
 def test_models_that_cannot_be_had_are_one_quick_line(monkeypatch, name, message):
+    pytest.importorskip("transformers", reason="needs hedgelab[llm]")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     start = time.perf_counter()
@@ -95,6 +96,7 @@ def test_models_that_cannot_be_had_are_one_quick_line(monkeypatch, name, message
 
 
 def test_offline_mode_is_respected(monkeypatch):
+    pytest.importorskip("transformers", reason="needs hedgelab[llm]")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(hub, "urlopen", lambda *args, **options: pytest.fail("asked the network"))
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
@@ -102,6 +104,7 @@ def test_offline_mode_is_respected(monkeypatch):
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path):
+    pytest.importorskip("transformers", reason="needs hedgelab[llm]")
     with pytest.raises(UserError, match=r"data\.model: cannot load '.*'") as caught:
         ModelFiles(str(tmp_path)).config()
     assert "\n" not in str(caught.value)
