@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
 import uuid
 from contextlib import closing, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
@@ -183,7 +185,8 @@ def check_database(database: Path) -> None:
 def create_database(database: Path) -> None:
     """Creates MLflow's SQLite database unless it exists; the file appears whole or not at all.
 
-    MLflow itself migrates in place, so a second process meets half a schema and crashes; hence the lock and the rename.
+    MLflow takes seconds to make an empty database, so the first one of each version of MLflow is kept in the user's cache
+    folder, and later ones are copies of it.
     """
     if database.exists():
         return
@@ -191,29 +194,71 @@ def create_database(database: Path) -> None:
     with FileLock(f"{database}.lock"):
         if database.exists():
             return
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         partial = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
         try:
-            store = SqlAlchemyStore(f"{_SQLITE}{partial}", (database.parent / "artifacts").as_uri())  # type: ignore[no-untyped-call]
-            store.engine.dispose()
+            _make_database(_template())
+            shutil.copyfile(_template(), partial)
+        except (OSError, RuntimeError):  # this user has no cache folder, or may not write there
+            _make_database(partial)
+        try:
+            with closing(sqlite3.connect(partial)) as connection, connection:
+                location = f"{(database.parent / 'artifacts').as_uri()}/0"
+                connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (location,))
             partial.replace(database)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def prepare_store_in_background(uri: str | None = None) -> None:
-    """Starts the creation of an absent SQLite store in a process of its own and returns at once.
+def _template() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "hedgelab" / f"mlflow-{version('mlflow')}.db"
 
-    Creating costs seconds of pure Python (MLflow's imports and its chain of schema migrations): a thread would only
-    take turns with the import of torch, a process runs beside it. :func:`ensure_store` waits for it through the lock,
-    and creates the store itself should the process have died.
+
+def _is_database(path: Path) -> bool:
+    try:
+        check_database(path)
+    except UserError:
+        return False
+    return True
+
+
+def _make_database(path: Path) -> None:
+    """Has MLflow make an empty database where there is none; it appears at the path when it is complete.
+
+    MLflow changes its schema in place, step by step: a second process would meet half of it and crash.
+    """
+    if _is_database(path):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if _is_database(path):
+            return
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        try:
+            store = SqlAlchemyStore(f"{_SQLITE}{partial}", (path.parent / "artifacts").as_uri())  # type: ignore[no-untyped-call]
+            store.engine.dispose()
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def prepare_store_in_background(uri: str | None = None) -> None:
+    """Starts the creation of an absent SQLite store and returns at once.
+
+    The first database of a version of MLflow costs seconds of pure Python (imports and a chain of schema migrations). A
+    thread would only take turns with the import of torch; a process runs beside it. :func:`ensure_store` waits for it
+    through the lock, and creates the store itself should the process have died.
     """
     database = sqlite_file(uri or tracking_uri())
     if database is None or database.exists():
         return
-    with suppress(OSError):  # ensure_store will meet the same trouble and say so
+    with suppress(OSError, RuntimeError):  # ensure_store will meet the same trouble and say so
+        if _is_database(_template()):
+            create_database(database)
+            return
         command = [sys.executable, "-m", "hedgelab.tracking.store", str(database)]
         _creators.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 

@@ -1,9 +1,13 @@
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -125,14 +129,47 @@ def test_interrupted_creation_leaves_nothing_behind(tmp_path, monkeypatch):
         sqlite3.connect(uri.removeprefix("sqlite:///")).execute("create table half (x)")
         raise RuntimeError("stopped half-way")
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", fail)
     with pytest.raises(RuntimeError, match="half-way"):
         store.create_database(tmp_path / "mlflow.db")
-    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def experiments(database):
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute("SELECT name, artifact_location FROM experiments").fetchall()
+
+
+@pytest.mark.parametrize("cached", ["nothing", "a database", "damage", "no folder", "no home"])
+def test_a_store_is_a_copy_of_the_first_one_where_that_can_be_kept(cached, empty_database, tmp_path, monkeypatch):
+    from mlflow.store.tracking import sqlalchemy_store
+
+    made = []
+    monkeypatch.setattr(
+        sqlalchemy_store,
+        "SqlAlchemyStore",
+        lambda uri, root: made.append(shutil.copy(empty_database, uri[10:])) or Mock(),
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    template = store._template()
+    if cached == "no folder":
+        (tmp_path / "cache").write_text("a file stands here")
+    elif cached == "no home":
+        monkeypatch.setenv("XDG_CACHE_HOME", "")
+        monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    elif cached != "nothing":
+        template.parent.mkdir(parents=True)
+        template.write_bytes(empty_database.read_bytes() if cached == "a database" else b"no database")
+    for name in ("a", "b"):
+        store.create_database(tmp_path / name / "mlflow.db")
+        assert experiments(tmp_path / name / "mlflow.db") == [("Default", f"file://{tmp_path}/{name}/artifacts/0")]
+    assert len(made) == {"a database": 0, "nothing": 1, "damage": 1}.get(cached, 2)
 
 
 @pytest.mark.slow
-def test_three_processes_at_once_on_an_absent_store(tmp_path):
+def test_three_processes_at_once_on_an_absent_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
     code = (
         "import sys; from hedgelab.tracking.store import ensure_store; "
@@ -148,7 +185,8 @@ def test_three_processes_at_once_on_an_absent_store(tmp_path):
 
 
 @pytest.mark.slow
-def test_background_creation_is_waited_for(tmp_path):
+def test_background_creation_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
     start = time.monotonic()
     store.prepare_store_in_background(uri)
