@@ -79,12 +79,11 @@ def run(command: str, words: list[str]) -> int:
 
 def _swept(file: str, words: list[str]) -> str:
     """Train what a sweep's config lists; the name of its run."""
-    from hedgelab.cli.cells import parse_cell
+    from hedgelab.cli.sweep import sweep
     from hedgelab.protocols.evaluation.subjects import say
     from hedgelab.protocols.sweep.config import read_sweep
-    from hedgelab.protocols.sweep.run import run_sweep
 
     sweep_words = ["--config", file, *words]
-    if run_sweep(sweep_words, parse_cell):
+    if sweep("sweep", sweep_words):
         say("some cells failed; evaluating the others")
     return read_sweep(sweep_words).name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from hedgelab.cli.startup import begin
 
 _HELP = """\
@@ -44,7 +46,17 @@ def run(command: str, words: list[str]) -> int:
         print(_HELP, end="")
         return 0
     begin([word for word in words if word != "--list"], tracked="--list" not in words)
-    from hedgelab.cli.cells import parse_cell
-    from hedgelab.protocols.sweep.run import run_sweep
+    return sweep(command, words)
 
-    return run_sweep(words, parse_cell)
+
+def sweep(command: str, words: list[str]) -> int:
+    """Run the cells that the words describe; 1 where some failed."""
+    from hedgelab.cli.cells import parse_cell
+    from hedgelab.cli.studies import Parsed, conduct
+    from hedgelab.protocols.sweep.run import Sweep
+
+    study = Sweep(words, parse_cell)
+    print("\n".join(conduct(Parsed(study, command, study.experiment, 0, study.grid.text, None))))
+    for name, reason in study.failures.items():
+        sys.stderr.write(f"hedgelab: cell '{name}' failed: {reason}\n")
+    return 1 if study.failures else 0

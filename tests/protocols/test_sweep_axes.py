@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgelab.errors import UserError
-from hedgelab.protocols.sweep.axes import Line, axis_keys, expand
+from hedgelab.protocols.sweep.axes import Line, expand
 
 KEYS = st.text("abcdefgh", min_size=1, max_size=6).filter(lambda key: key != "zip")
 VALUES = st.lists(st.integers(-5, 5), min_size=1, max_size=4, unique=True)
@@ -55,7 +55,6 @@ def test_lines_have_values_and_axes_of_their_own():
     assert [cell.line for cell in cells] == ["a"] * 2 + ["b"] * 4
     assert cells[2].fixed == {"model": {"class_path": "B"}}
     assert cells[2].varied == {"model.l1": 0.1, "model.d_sae": 4}
-    assert axis_keys(lines, {"model.d_sae": [4, 8]}) == {"model.l1", "model.d_sae"}
 
 
 def test_labels_stand_for_what_they_set():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hedgelab.errors import UserError
-from hedgelab.protocols.sweep.executors import InProcess, LocalProcesses, Outcome, Processes, Slurm
+from hedgelab.protocols.sweep.executors import Ended, InProcess, LocalProcesses, Processes, Slurm
 
 
 def work(job):
@@ -15,9 +15,8 @@ def work(job):
 
 
 def test_jobs_that_die_do_not_stop_the_rest():
-    ended = []
-    InProcess().run(work, ["fine", "dies", "fails"], ended.append)
-    assert ended == [Outcome(0, {}), Outcome(1, None, "RuntimeError: boom"), Outcome(2, {"fails": "why"})]
+    ended = list(InProcess().run(work, ["fine", "dies", "fails"]))
+    assert ended == [Ended(0, {}), Ended(1, None, "RuntimeError: boom"), Ended(2, {"fails": "why"})]
 
 
 def test_an_interrupt_stops_all():
@@ -25,7 +24,7 @@ def test_an_interrupt_stops_all():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        InProcess().run(interrupted, ["a", "b"], pytest.fail)
+        list(InProcess().run(interrupted, ["a", "b"]))
 
 
 def test_slurm_gets_the_options_in_its_own_words(tmp_path):
@@ -67,9 +66,7 @@ def test_local_processes_know_which_they_are(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the processes import this module
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    ended = []
-    InProcess().run(who_am_i, [str(tmp_path)], ended.append, Processes(2))
-    assert ended == [Outcome(0, {"rank": "0"})]
+    assert list(InProcess().run(who_am_i, [str(tmp_path)], Processes(2))) == [Ended(0, {"rank": "0"})]
     first, second = ((tmp_path / rank).read_text().split() for rank in "01")
     port = first[4]
     assert first == ["0", "0", "2", "127.0.0.1", port, "4,6", "0"]
@@ -86,9 +83,8 @@ def only_rank_zero_says_why(job):
 
 def test_what_rank_zero_says_counts(tmp_path):
     pytest.importorskip("submitit", reason="needs submitit")
-    ended = []
-    LocalProcesses(1, log_dir=str(tmp_path)).run(only_rank_zero_says_why, ["job"], ended.append, Processes(2))
-    assert ended == [Outcome(0, {"cell": "why"})]
+    ended = list(LocalProcesses(1, log_dir=str(tmp_path)).run(only_rank_zero_says_why, ["job"], Processes(2)))
+    assert ended == [Ended(0, {"cell": "why"})]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +124,7 @@ def test_gpus_that_are_not_visible_are_not_dealt_out(monkeypatch, visible):
 )
 def test_too_many_processes_name_the_key(executor, processes, message):
     with pytest.raises(UserError, match=message):
-        executor.run(work, ["fine"], pytest.fail, processes)
+        executor.run(work, ["fine"], processes)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import math
 
 import pytest
 
+from hedgelab.protocols.study import as_csv
 from hedgelab.protocols.sweep.axes import Cell
-from hedgelab.protocols.sweep.report import Row, as_csv, as_json, default_axis, figure, rows_of, summary
+from hedgelab.protocols.sweep.report import Row, as_json, default_axis, figure, flat, rows_of, summary, table
 
 
 class Run:
@@ -35,10 +36,13 @@ def test_spreads_are_those_of_the_seeds():
 
 
 def test_the_table_has_a_line_a_row():
-    table = list(csv.DictReader(io.StringIO(as_csv([*ROWS, row("a", 8, 0, 0.5, extra=1.0)]))))
-    assert len(table) == len(ROWS) + 1
-    assert [table[0][key] for key in ("line", "model.d_sae", "seed", "run", "extra")] == ["a", "4", "0", "a4", ""]
-    assert table[-1]["extra"] == "1"
+    lines = list(csv.DictReader(io.StringIO(as_csv(flat([*ROWS, row("a", 8, 0, 0.5, extra=1.0)])))))
+    assert len(lines) == len(ROWS) + 1
+    assert [lines[0][key] for key in ("line", "model.d_sae", "seed", "run", "extra")] == ["a", "4", "0", "a4", ""]
+    assert lines[-1]["extra"] == "1"
+    shown = table([*ROWS, row("a", 8, 0, 0.5, extra=1.0)], ["hedging/degree", "extra"])
+    assert shown[:2] == [["line", "d_sae", "hedging/degree", "extra"], ["a", "4", "0.26 ± 0.01", ""]]
+    assert shown[-1] == ["a", "8", "0.5", "1"]
     document = json.loads(as_json(ROWS, {"a": "boom"}))
     assert document["failures"] == {"a": "boom"}
     assert len(document["rows"]) == 18

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,17 +13,12 @@ from hedgelab.errors import UserError
 
 SEED = "seed"
 """The axis of the weights' seeds: its cells share their activations, and figures show their mean and spread."""
-_ZIP = "zip"
+Point = tuple[Any, dict[str, Any]]  # one value of an axis, and what it sets
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a sweep's figure: what its cells have in common, and axes of its own.
-
-    Attributes:
-        set: Values that its cells take, by dotted key.
-        axes: Axes of this line alone, before those of the whole sweep.
-    """
+    """One curve of a sweep's figure: what its cells have in common (``set``), and axes of its own."""
 
     set: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
@@ -31,14 +26,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Cell:
-    """One place in a sweep.
+    """One place in a sweep: values by axis, and what its line (``fixed``) and its place (``varied``) set, by dotted key.
 
-    Attributes:
-        name: What it is called, such as ``vanilla/d_sae=64/seed=0``.
-        line: The line it belongs to.
-        values: Where it stands on each axis, by the axis' key; the seed, if that is an axis, among them.
-        fixed: Values that its line sets, by dotted key.
-        varied: Values that its place on the axes sets, by dotted key; without the seed.
+    The seed, where that is an axis, is among the values but not among what is set.
     """
 
     name: str
@@ -53,28 +43,21 @@ class Cell:
         return self.values.get(SEED)
 
     @property
+    def place(self) -> dict[str, Any]:
+        """Its values but for the seed."""
+        return {key: value for key, value in self.values.items() if key != SEED}
+
+    @property
     def group(self) -> str:
         """Its name without the seed."""
-        return _name(self.line, {key: value for key, value in self.values.items() if key != SEED})
-
-
-@dataclass(frozen=True)
-class _Point:
-    """One value of an axis, and what it sets."""
-
-    value: Any
-    settings: dict[str, Any]
+        return _name(self.line, self.place)
 
 
 def expand(lines: Mapping[str, Line], axes: Mapping[str, Any]) -> list[Cell]:
-    """All cells, line by line; the last axis runs fastest.
+    """All cells, line by line; the last axis runs fastest. No lines are a single one without a name.
 
     An axis is a dotted key with a list of values; or a name with either ``zip`` and several dotted keys with lists, which
     go together, or a mapping of labels to the dotted keys and values that each of them sets. ``seed`` is the weights'.
-
-    Args:
-        lines: The lines, by name; none is a single one without a name.
-        axes: Axes of all lines.
 
     Raises:
         UserError: An axis without values, with a value twice, of another form, or set twice; lists of unequal length.
@@ -84,15 +67,17 @@ def expand(lines: Mapping[str, Line], axes: Mapping[str, Any]) -> list[Cell]:
         if again := line.axes.keys() & axes.keys():
             key = min(again)
             raise UserError(f"sweep.lines.{name}.axes.{key}: is an axis of all lines already (sweep.axes.{key})")
-        own = {key: _points(f"sweep.lines.{name}.axes.{key}", key, axis) for key, axis in line.axes.items()}
-        shared = {key: _points(f"sweep.axes.{key}", key, axis) for key, axis in axes.items()}
-        cells += _product(name, line.set, own | shared)
+        points = {key: _points(f"sweep.lines.{name}.axes.{key}", key, axis) for key, axis in line.axes.items()}
+        points |= {key: _points(f"sweep.axes.{key}", key, axis) for key, axis in axes.items()}
+        for combination in itertools.product(*points.values()):
+            varied: dict[str, Any] = {}
+            for key, (_, settings) in zip(points, combination, strict=True):
+                if twice := varied.keys() & settings.keys():
+                    raise UserError(f"sweep.axes.{key}: sets {min(twice)}, which another axis sets as well")
+                varied |= settings
+            values = {key: value for key, (value, _) in zip(points, combination, strict=True)}
+            cells.append(Cell(_name(name, values), name, values, dict(line.set), varied))
     return cells
-
-
-def axis_keys(lines: Mapping[str, Line], axes: Mapping[str, Any]) -> set[str]:
-    """Every dotted key that some axis sets."""
-    return {key for cell in expand(lines, axes) for key in cell.varied}
 
 
 def is_number(value: Any) -> bool:
@@ -100,56 +85,41 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _product(line: str, fixed: dict[str, Any], axes: dict[str, list[_Point]]) -> Iterator[Cell]:
-    for points in itertools.product(*axes.values()):
-        values = {key: point.value for key, point in zip(axes, points, strict=True)}
-        varied: dict[str, Any] = {}
-        for axis, point in zip(axes, points, strict=True):
-            if twice := varied.keys() & point.settings.keys():
-                raise UserError(f"sweep.axes.{axis}: sets {min(twice)}, which another axis sets as well")
-            varied |= point.settings
-        yield Cell(_name(line, values), line, values, dict(fixed), varied)
+def show(value: Any) -> str:
+    """A value in a name: a class by its name, plain values as they are."""
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rsplit(".", 1)[-1]
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _points(where: str, key: str, axis: Any) -> list[_Point]:
+def _points(where: str, key: str, axis: Any) -> list[Point]:
     """The values of one axis."""
-    if isinstance(axis, list):
-        points = [_Point(value, {} if key == SEED else {key: value}) for value in axis]
-        if key == SEED and (wrong := [value for value in axis if type(value) is not int]):
-            raise UserError(f"{where}: expected whole numbers, got {wrong[0]!r}")
-    elif isinstance(axis, dict) and set(axis) == {_ZIP}:
-        points = _zipped(where, axis[_ZIP])
-    elif isinstance(axis, dict) and axis and all(isinstance(settings, dict) for settings in axis.values()):
-        points = [_Point(label, settings) for label, settings in axis.items()]
-    else:
-        raise UserError(
-            f"{where}: expected a list of values, {{zip: {{key: list, ...}}}}, or labels with what each sets, got {axis!r}"
-        )
+    match axis:
+        case list():
+            if key == SEED and (wrong := [value for value in axis if type(value) is not int]):
+                raise UserError(f"{where}: expected whole numbers, got {wrong[0]!r}")
+            points: list[Point] = [(value, {} if key == SEED else {key: value}) for value in axis]
+        case {"zip": lists} if len(axis) == 1:
+            if not isinstance(lists, dict) or not lists or not all(isinstance(one, list) for one in lists.values()):
+                raise UserError(f"{where}.zip: expected dotted keys with a list of values each, got {lists!r}")
+            lengths = {name: len(values) for name, values in lists.items()}
+            if len(set(lengths.values())) > 1:
+                raise UserError(f"{where}.zip: lists go together and must be equally long, got {lengths}")
+            rows = zip(*lists.values(), strict=True)
+            points = [(row[0], dict(zip(lists, row, strict=True))) for row in rows]
+        case dict() if axis and all(isinstance(settings, dict) for settings in axis.values()):
+            points = list(axis.items())
+        case _:
+            expected = "a list of values, {zip: {key: list, ...}}, or labels with what each sets"
+            raise UserError(f"{where}: expected {expected}, got {axis!r}")
     if not points:
         raise UserError(f"{where}: needs at least one value")
-    shown = [_show(point.value) for point in points]
+    shown = [show(value) for value, _ in points]
     if twice := [value for value in shown if shown.count(value) > 1]:
         raise UserError(f"{where}: has {twice[0]} twice")
     return points
 
 
-def _zipped(where: str, lists: Any) -> list[_Point]:
-    if not isinstance(lists, dict) or not lists or not all(isinstance(values, list) for values in lists.values()):
-        raise UserError(f"{where}.zip: expected dotted keys with a list of values each, got {lists!r}")
-    lengths = {key: len(values) for key, values in lists.items()}
-    if len(set(lengths.values())) > 1:
-        raise UserError(f"{where}.zip: lists go together and must be equally long, got {lengths}")
-    rows = zip(*lists.values(), strict=True)
-    return [_Point(row[0], dict(zip(lists, row, strict=True))) for row in rows]
-
-
 def _name(line: str, values: Mapping[str, Any]) -> str:
-    parts = [f"{key.rsplit('.', 1)[-1]}={_show(value)}" for key, value in values.items()]
+    parts = [f"{key.rsplit('.', 1)[-1]}={show(value)}" for key, value in values.items()]
     return "/".join([line, *parts] if line else parts) or "all"
-
-
-def _show(value: Any) -> str:
-    """A value in a name: a class by its name, plain values as they are."""
-    if isinstance(value, dict) and "class_path" in value:
-        return str(value["class_path"]).rsplit(".", 1)[-1]
-    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -16,7 +16,7 @@ from hedgelab.identity import deciding, stable_id
 from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol
 from hedgelab.protocols.hedge_trainer import HedgeTrainer
 from hedgelab.protocols.sweep.axes import Cell
-from hedgelab.protocols.sweep.config import Sweep, with_seed
+from hedgelab.protocols.sweep.config import Grid, with_seed
 from hedgelab.protocols.sweep.executors import ONE_PROCESS, Processes
 from hedgelab.protocols.training_phases import PhaseRunner, TrainerFactory
 from hedgelab.saes import SAE
@@ -74,7 +74,7 @@ class Unit:
     said: tuple[str, ...] = ()
 
 
-def check_sweep(sweep: Sweep, parse: Parse, construct: bool = True) -> list[Unit]:
+def check_sweep(sweep: Grid, parse: Parse, construct: bool = True) -> list[Unit]:
     """Parse every cell, and make each SAE once to find impossible values, before anything runs.
 
     Raises:
@@ -109,7 +109,7 @@ def packed(units: Sequence[Unit], most: int | None) -> list[list[Unit]]:
     ]
 
 
-def _groups(sweep: Sweep) -> list[list[tuple[Cell, Tree]]]:
+def _groups(sweep: Grid) -> list[list[tuple[Cell, Tree]]]:
     """Cells that differ in their seed only, together."""
     groups: dict[str, list[tuple[Cell, Tree]]] = {}
     for cell, tree in sweep.cells:
@@ -117,7 +117,7 @@ def _groups(sweep: Sweep) -> list[list[tuple[Cell, Tree]]]:
     return list(groups.values())
 
 
-def _units(sweep: Sweep, group: list[tuple[Cell, Tree]], parse: Parse, construct: bool) -> list[Unit]:
+def _units(sweep: Grid, group: list[tuple[Cell, Tree]], parse: Parse, construct: bool) -> list[Unit]:
     """The units of cells that differ in their seed only; the first is made, to see whether that can be done."""
     command, said = sweep.options.command, sweep.said
     cells = tuple(cell for cell, _ in group)

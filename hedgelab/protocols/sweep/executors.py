@@ -10,29 +10,23 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
-from hedgelab.errors import Stopped, UserError, whole_number
-from hedgelab.training.checkpoints.stopping import stop_at_once
+from hedgelab.errors import Stopped, UserError, stop_at_once, whole_number
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 30.0
 _PATIENCE_SECONDS = 300
-_OWN_OPTIONS = frozenset({"array", "chdir", "error", "ntasks-per-node", "open-mode", "output", "signal", "wrap"})
+_OWN_OPTIONS = ("array", "chdir", "error", "ntasks-per-node", "open-mode", "output", "signal", "wrap")
 
 
 class Processes(NamedTuple):
-    """How many processes do a job together.
-
-    Attributes:
-        per_node: On each node.
-        nodes: Nodes.
-    """
+    """How many processes do a job together."""
 
     per_node: int = 1
     nodes: int = 1
@@ -46,20 +40,15 @@ class Processes(NamedTuple):
 ONE_PROCESS = Processes()
 
 
-class Outcome(NamedTuple):
-    """How a job ended.
-
-    Attributes:
-        job: Its number.
-        failures: What went wrong with each cell that has no result, by the cell's name; None where the whole job died.
-        error: Why the whole job died.
-    """
+class Ended(NamedTuple):
+    """How the job of a number ended: why cells failed, by name; or, with ``failures`` None, why the whole job died."""
 
     job: int
     failures: dict[str, str] | None
     error: str = ""
 
 
+Ends = Generator[Ended, None, None]
 Work = Callable[[Any], dict[str, str]]
 """Does a job and says which of its cells failed, with the reason of each; both travel to other processes.
 
@@ -71,28 +60,24 @@ class Executor(ABC):
     """Runs jobs; one that dies does not stop the others."""
 
     @abstractmethod
-    def run(
-        self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None], processes: Processes = ONE_PROCESS
-    ) -> None:
-        """Do all jobs, in any order, each by so many processes, and report each as it ends."""
+    def run(self, work: Work, jobs: Sequence[Any], processes: Processes = ONE_PROCESS) -> Ends:
+        """Do all jobs, in any order, each by so many processes; closing the iterator stops what still runs."""
 
 
 class InProcess(Executor):
     """One job after another, in this process; where several do a job together, in processes of their own."""
 
-    def run(
-        self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None], processes: Processes = ONE_PROCESS
-    ) -> None:
+    def run(self, work: Work, jobs: Sequence[Any], processes: Processes = ONE_PROCESS) -> Ends:
         """Do all jobs in their order."""
         if processes.several:
-            LocalProcesses(at_once=1, gpus=None).run(work, jobs, ended, processes)
+            yield from LocalProcesses(at_once=1, gpus=None).run(work, jobs, processes)
             return
         for number, job in enumerate(jobs):
             try:
-                outcome = Outcome(number, work(job))
+                ended = Ended(number, work(job))
             except Exception as error:
-                outcome = Outcome(number, None, _line(error))
-            ended(outcome)
+                ended = Ended(number, None, _line(error))
+            yield ended
 
 
 class LocalProcesses(Executor):
@@ -104,21 +89,15 @@ class LocalProcesses(Executor):
             keeps its GPUs to itself, so that no more jobs run at a time than there are GPUs for. Where
             ``CUDA_VISIBLE_DEVICES`` is set, those that it names are dealt out, by number or UUID.
         log_dir: Where submitit keeps the processes' logs.
-
-    Raises:
-        UserError: A number that is too small.
     """
 
     def __init__(self, at_once: int = 2, gpus: int | None = 0, log_dir: str = "runs/sweeps") -> None:
         self.at_once = whole_number("sweep.executor.at_once", at_once)
-        self.gpus, self.log_dir = gpus, log_dir
-        if gpus is not None:
-            whole_number("sweep.executor.gpus", gpus, least=0)
+        self.gpus = None if gpus is None else whole_number("sweep.executor.gpus", gpus, least=0)
+        self.log_dir = log_dir
 
-    def run(
-        self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None], processes: Processes = ONE_PROCESS
-    ) -> None:
-        """Keep ``at_once`` jobs going until all are done; an interrupt ends them.
+    def run(self, work: Work, jobs: Sequence[Any], processes: Processes = ONE_PROCESS) -> Ends:
+        """Keep ``at_once`` jobs going until all are done.
 
         Raises:
             UserError: Several nodes, fewer GPUs than one job's processes, or fewer visible than are to be dealt out.
@@ -128,28 +107,21 @@ class LocalProcesses(Executor):
             raise UserError("trainer.num_nodes: a sweep reaches other nodes through SLURM; set sweep.executor to Slurm")
         if self.gpus and self.gpus < count:
             raise UserError(f"sweep.executor.gpus: {self.gpus} are too few for trainer.devices: {count}")
-        submitit = _submitit()
-        shares = self.shares(count)
-        waiting = list(enumerate(jobs))
-        running: dict[int, tuple[int, Any]] = {}  # by slot
-        try:
-            while waiting or running:
-                for slot, gpus in enumerate(shares):
-                    if slot not in running and waiting:
-                        number, job = waiting.pop(0)
-                        executor = submitit.LocalExecutor(folder=Path(self.log_dir).absolute())
-                        executor.update_parameters(timeout_min=60 * 24 * 365, tasks_per_node=count)
-                        task = Rank(work, _free_port()) if count > 1 else work
-                        running[slot] = number, executor.submit(Attended(task, os.getpid(), gpus), job)
-                for slot, (number, submitted) in list(running.items()):
-                    if submitted.done():
-                        del running[slot]
-                        ended(_outcome(number, submitted))
-                time.sleep(_POLL_SECONDS)
-        except BaseException:
-            for _, submitted in running.values():
-                submitted.cancel()
-            raise
+        executor = _submitit().LocalExecutor(folder=Path(self.log_dir).absolute())
+        executor.update_parameters(timeout_min=60 * 24 * 365, tasks_per_node=count)
+        shares, waiting = self.shares(count), list(enumerate(jobs))
+        running: dict[int, Any] = {}
+        slots: dict[int, int] = {}  # by job
+
+        def submit() -> None:
+            for slot in set(range(len(shares))) - {slots[number] for number in running}:
+                if waiting:
+                    number, job = waiting.pop(0)
+                    slots[number] = slot
+                    port = _free_port() if count > 1 else None
+                    running[number] = executor.submit(LocalWork(work, os.getpid(), shares[slot], port), job)
+
+        return _ends(running, submit)
 
     def shares(self, count: int) -> Sequence[str | None]:
         """What each of the jobs that run at a time sees of the GPUs, as ``CUDA_VISIBLE_DEVICES`` has it; None is not set.
@@ -163,8 +135,9 @@ class LocalProcesses(Executor):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if not self.gpus:
             return [visible if self.gpus is None else ""] * self.at_once
-        there = list(map(str, range(self.gpus))) if visible is None else [name.strip() for name in visible.split(",")]
-        if visible is not None and len([name for name in there if name]) < self.gpus:
+        names = range(self.gpus) if visible is None else filter(None, map(str.strip, visible.split(",")))
+        there = list(map(str, names))
+        if len(there) < self.gpus:
             raise UserError(
                 f"sweep.executor.gpus: {self.gpus} are to be dealt out, but CUDA_VISIBLE_DEVICES={visible!r} shows fewer"
             )
@@ -172,52 +145,28 @@ class LocalProcesses(Executor):
         return [",".join(there[slot * count : (slot + 1) * count]) for slot in range(slots)]
 
 
-class Attended:
-    """Work of a process that ends soon after the sweep which has started it: as if told to, with a checkpoint.
+class LocalWork:
+    """Work in a local process, which ends with a checkpoint soon after the sweep that has started it (process ``sweep``).
 
-    Args:
-        work: What it does.
-        sweep: Id of the sweep's process.
-        gpus: The GPUs that it sees, as ``CUDA_VISIBLE_DEVICES`` has them; CUDA reads that when it is first used. None is all.
+    ``gpus`` are those that it sees, as ``CUDA_VISIBLE_DEVICES`` has them, None for all; with a ``port``, several processes do
+    the work together and find each other there.
     """
 
-    def __init__(self, work: Work, sweep: int, gpus: str | None = None) -> None:
-        self.work, self.sweep, self.gpus = work, sweep, gpus
+    def __init__(self, work: Work, sweep: int, gpus: str | None = None, port: int | None = None) -> None:
+        self.work, self.sweep, self.gpus, self.port = work, sweep, gpus, port
 
     def __call__(self, job: Any) -> dict[str, str]:
         """Do it."""
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # submitit has set it
-        os.environ |= {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": self.gpus}
-        threading.Thread(target=self._attend, name="hedgelab-sweep", daemon=True).start()
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # submitit has set it; CUDA reads it when it is first used
+        if self.gpus is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
+        if self.port is not None:
+            self._say_which_rank()
+        threading.Thread(target=self._end_with_the_sweep, name="hedgelab-sweep", daemon=True).start()
         with stop_at_once():  # submitit ignores SIGTERM; training answers it between steps
             return self.work(job)
 
-    def _attend(self) -> None:
-        with suppress(psutil.NoSuchProcess):
-            sweep = psutil.Process(self.sweep)
-            while sweep.is_running() and sweep.status() != psutil.STATUS_ZOMBIE:
-                time.sleep(_POLL_SECONDS)
-        sys.stderr.write(
-            "hedgelab: the sweep that has started this job is gone; the job stops too, to be gone on with\n"
-        )
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_GRACE_SECONDS)
-        os._exit(128 + signal.SIGTERM)
-
-
-class Rank:
-    """Work that several local processes do together: tells each of them, in its environment, which one it is.
-
-    Args:
-        work: What they do.
-        port: Where they find each other.
-    """
-
-    def __init__(self, work: Work, port: int) -> None:
-        self.work, self.port = work, port
-
-    def __call__(self, job: Any) -> dict[str, str]:
-        """Do it."""
+    def _say_which_rank(self) -> None:
         from lightning.pytorch.utilities import rank_zero_only
 
         here = _submitit().JobEnvironment()
@@ -230,7 +179,18 @@ class Rank:
         }
         # Lightning has looked for it already, when it was imported.
         rank_zero_only.rank = here.global_rank  # type: ignore[attr-defined]
-        return self.work(job)
+
+    def _end_with_the_sweep(self) -> None:
+        with suppress(psutil.NoSuchProcess):
+            sweep = psutil.Process(self.sweep)
+            while sweep.is_running() and sweep.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(_POLL_SECONDS)
+        sys.stderr.write(
+            "hedgelab: the sweep that has started this job is gone; the job stops too, to be gone on with\n"
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_SECONDS)
+        os._exit(128 + signal.SIGTERM)
 
 
 class Requeueable:
@@ -283,24 +243,20 @@ class Slurm(Executor):
         extra: dict[str, Any] | None = None,
         log_dir: str = "runs/sweeps",
     ) -> None:
-        for name, value, least in (
-            ("minutes", minutes, 1),
-            ("gpus", gpus, 0),
-            ("cpus", cpus, 1),
-            ("at_once", at_once, 1),
-        ):
-            whole_number(f"sweep.executor.{name}", value, least)
+        self.minutes = whole_number("sweep.executor.minutes", minutes)
+        self.gpus = whole_number("sweep.executor.gpus", gpus, least=0)
+        self.cpus = whole_number("sweep.executor.cpus", cpus)
+        self.at_once = whole_number("sweep.executor.at_once", at_once)
         if memory_gb is not None and not (isinstance(memory_gb, (int, float)) and 0 < memory_gb < 1e6):
             raise UserError(f"sweep.executor.memory_gb: expected a number above 0, got {memory_gb!r}")
-        _check_option("partition", "partition" if partition is None else partition)
-        for option, given in (extra or {}).items():
-            _check_name(option)
-            _check_option(f"extra.{option}", given)
-        self.partition, self.minutes, self.gpus, self.cpus = partition, minutes, gpus, cpus
-        self.memory_gb, self.at_once, self.extra, self.log_dir = memory_gb, at_once, extra or {}, log_dir
+        if partition is not None:
+            _check_value("sweep.executor.partition", partition)
+        for option, value in (extra or {}).items():
+            _check_option(f"sweep.executor.extra.{option}", option, value)
+        self.partition, self.memory_gb, self.extra, self.log_dir = partition, memory_gb, extra or {}, log_dir
 
     def parameters(self, processes: Processes = ONE_PROCESS) -> dict[str, Any]:
-        """What submitit is told."""
+        """What submitit is given."""
         given: dict[str, Any] = {
             "partition": self.partition,
             "time": self.minutes,
@@ -309,71 +265,62 @@ class Slurm(Executor):
             "mem": f"{round(self.memory_gb * 1024)}M" if self.memory_gb else None,
             "array_parallelism": self.at_once,
             "additional_parameters": self.extra or None,
+            "ntasks_per_node": processes.per_node,
         }
         if processes.several:  # those that are left wait for one that died
             given |= {"nodes": processes.nodes, "srun_args": ["--kill-on-bad-exit=1"]}
-        tasks = {"ntasks_per_node": processes.per_node}
-        return {**tasks, **{key: value for key, value in given.items() if value is not None}}
+        return {key: value for key, value in given.items() if value is not None}
 
-    def run(
-        self, work: Work, jobs: Sequence[Any], ended: Callable[[Outcome], None], processes: Processes = ONE_PROCESS
-    ) -> None:
-        """Submit all jobs as one array and wait for them; an interrupt cancels them."""
-        submitit = _submitit()
+    def run(self, work: Work, jobs: Sequence[Any], processes: Processes = ONE_PROCESS) -> Ends:
+        """Submit all jobs as one array and wait for them."""
         try:
-            executor = submitit.SlurmExecutor(folder=Path(self.log_dir).absolute())
+            executor = _submitit().SlurmExecutor(folder=Path(self.log_dir).absolute())
         except RuntimeError as error:  # no srun
             raise UserError(f"sweep.executor: Slurm is not to be had here ({error}); take LocalProcesses") from error
         executor.update_parameters(job_name="hedgelab", **self.parameters(processes))
-        submitted = executor.map_array(Requeueable(work), list(jobs))
-        waiting = dict(enumerate(submitted))
-        try:
-            while waiting:
-                for number, job in list(waiting.items()):
-                    if job.done():
-                        del waiting[number]
-                        ended(_outcome(number, job))
-                time.sleep(_POLL_SECONDS)
-        except BaseException:
-            for job in waiting.values():
-                job.cancel()
-            raise
+        return _ends(dict(enumerate(executor.map_array(Requeueable(work), list(jobs)))))
 
 
-def _check_name(option: Any) -> None:
-    """See that something is the name of an option of ``sbatch`` that is the user's to set.
-
-    Raises:
-        UserError: It would set another, by what follows it in the batch script or as the beginning of a longer name.
-    """
-    key = f"sweep.executor.extra.{option}"
+def _check_option(key: str, option: Any, value: Any) -> None:
+    """Raise a UserError unless an option of ``sbatch`` is the user's to set, and its value cannot set another."""
     if not isinstance(option, str) or re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", option) is None:
         raise UserError(
             f"{key!r}: expected the long name of an option of sbatch, such as account, without dashes before it"
         )
-    if own := [
-        name for name in sorted(_OWN_OPTIONS) if name.startswith(option.replace("_", "-"))
-    ]:  # sbatch completes names
+    # sbatch completes names
+    if own := [name for name in _OWN_OPTIONS if name.startswith(option.replace("_", "-"))]:
         raise UserError(f"{key}: --{own[0]} is set by hedgelab; remove it (log_dir says where logs go)")
+    _check_value(key, value)
 
 
-def _check_option(key: str, value: Any) -> None:
-    """See that a value can stand in one line of the batch script.
-
-    Raises:
-        UserError: It cannot.
-    """
+def _check_value(key: str, value: Any) -> None:
+    """Raise a UserError unless a value can stand in one line of the batch script."""
     plain = value is True or (isinstance(value, (str, int, float)) and value is not False)
     if not plain or not str(value).isprintable() or not str(value).strip():
-        raise UserError(f"sweep.executor.{key}: must be one line of plain text, a number or true, got {value!r}")
+        raise UserError(f"{key}: must be one line of plain text, a number or true, got {value!r}")
 
 
-def _outcome(number: int, job: Any) -> Outcome:
-    """How a submitit job ended."""
+def _ends(running: dict[int, Any], submit: Callable[[], None] = lambda: None) -> Ends:
+    """How submitit's jobs end, by number, one after another; ``submit`` adds what may run beside them.
+
+    Jobs that still run when this is left, by an interrupt or an error, are cancelled.
+    """
     try:
-        return Outcome(number, job.task(0).result())
-    except Exception as error:
-        return Outcome(number, None, f"{_line(error)}; log: {job.task(0).paths.stderr}")
+        submit()
+        while running:
+            for number, job in list(running.items()):
+                if job.done():
+                    del running[number]
+                    try:
+                        ended = Ended(number, job.task(0).result())
+                    except Exception as error:
+                        ended = Ended(number, None, f"{_line(error)}; log: {job.task(0).paths.stderr}")
+                    yield ended
+            submit()
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for job in running.values():
+            job.cancel()
 
 
 def _line(error: Exception) -> str:

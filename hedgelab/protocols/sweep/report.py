@@ -1,18 +1,16 @@
-"""What a sweep leaves behind: a table of every cell and seed, means and spreads, the figure."""
+"""What the cells of a sweep, or SAEs side by side, have given: rows, their means and spreads, tables, the figure."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hedgelab.plots.sweep import Point, sweep_panels
-from hedgelab.protocols.sweep.axes import SEED, Cell, is_number
+from hedgelab.protocols.sweep.axes import Cell, is_number, show
 from hedgelab.protocols.sweep.members import CELL_TAG
 from hedgelab.tracking.runs import search_runs
 
@@ -34,15 +32,7 @@ _REPORTED = ("hedging/", "control/", "extended/", "val/", "train/", "samples/s")
 
 @dataclass(frozen=True)
 class Row:
-    """What one seed of one cell gave.
-
-    Attributes:
-        line: Line of the sweep.
-        values: Where the cell stands on the axes, without the seed.
-        seed: Its seed; None where there was but one, of no axis.
-        run_id: Its run.
-        metrics: What was measured.
-    """
+    """What one seed of one cell gave: its line, its place on the axes (without the seed), its run, and metrics by name."""
 
     line: str
     values: Mapping[str, Any]
@@ -67,59 +57,67 @@ def interrupted_run(client: MlflowClient, cell_id: str, parent: str) -> str | No
 
 def rows_of(cell: Cell, run: Run) -> list[Row]:
     """A run's rows: one a seed, where it tells seeds apart."""
-    values = {key: value for key, value in cell.values.items() if key != SEED}
     metrics = {name: value for name, value in run.data.metrics.items() if name.startswith(_REPORTED)}
-    by_seed: dict[int, dict[str, float]] = {}
+    by_seed: dict[Any, dict[str, float]] = {}
     for name, value in metrics.items():
         if found := _OF_A_SEED.fullmatch(name):
             by_seed.setdefault(int(found[2]), {})[f"{found[1]}/{found[3]}"] = value
-    if not by_seed:
-        by_seed_or_none: dict[int | None, dict[str, float]] = {cell.seed: metrics}
-    else:
-        by_seed_or_none = dict(sorted(by_seed.items()))
-    return [Row(cell.line, values, seed, run.info.run_id, own) for seed, own in by_seed_or_none.items()]
+    rows = sorted(by_seed.items()) or [(cell.seed, metrics)]
+    return [Row(cell.line, cell.place, seed, run.info.run_id, own) for seed, own in rows]
 
 
-def summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Mean, standard deviation (None of one seed) and number of seeds of every metric, for each place in the sweep."""
+    result = []
+    for own in _places(rows):
+        metrics = {}
+        for name in _metrics(own):
+            values = [row.metrics[name] for row in own if name in row.metrics]
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            metrics[name] = {"mean": statistics.fmean(values), "std": deviation, "n": len(values)}
+        result.append({"line": own[0].line, **own[0].values, "seeds": len(own), "metrics": metrics})
+    return result
+
+
+def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows of a CSV file: line, axes, seed, run, metrics."""
+    axes, metrics = _axes(rows), _metrics(rows)
     return [
         {
-            "line": own[0].line,
-            **own[0].values,
-            "seeds": len(own),
-            "metrics": {
-                name: _spread([row.metrics[name] for row in own if name in row.metrics]) for name in _names(own)
-            },
+            "line": row.line,
+            **{key: show(row.values.get(key, "")) for key in axes},
+            "seed": "" if row.seed is None else row.seed,
+            "run": row.run_id,
+            **{name: row.metrics.get(name, "") for name in metrics},
         }
-        for own in _places(rows)
+        for row in rows
     ]
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """One line a row: line, axes, seed, run, metrics."""
-    axes = list(dict.fromkeys(key for row in rows for key in row.values))
-    metrics = _names(rows)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["line", *axes, "seed", "run", *metrics])
-    for row in rows:
-        measured = [f"{row.metrics[name]:.7g}" if name in row.metrics else "" for name in metrics]
-        place = [_cell_text(row.values.get(key, "")) for key in axes]
-        writer.writerow([row.line, *place, "" if row.seed is None else row.seed, row.run_id, *measured])
-    return text.getvalue()
 
 
 def as_json(rows: Sequence[Row], failures: Mapping[str, str]) -> str:
     """The rows, their summary, and what failed."""
-    document = {
-        "rows": [
-            {"line": row.line, **row.values, "seed": row.seed, "run": row.run_id, "metrics": dict(row.metrics)}
-            for row in rows
-        ],
-        "summary": summary(rows),
-        "failures": dict(failures),
-    }
-    return json.dumps(document, indent=1, default=str)
+    plain = [
+        {"line": row.line, **row.values, "seed": row.seed, "run": row.run_id, "metrics": dict(row.metrics)}
+        for row in rows
+    ]
+    return json.dumps({"rows": plain, "summary": summary(rows), "failures": dict(failures)}, indent=1, default=str)
+
+
+def table(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
+    """A header, and for each place its line, its values, and the means over seeds with their spread."""
+    axes = _axes(rows)
+    result = [["line", *(key.rsplit(".", 1)[-1] for key in axes), *metrics]]
+    for place in summary(rows):
+        values = [place.get(key, "") for key in axes]
+        shown = [f"{value:g}" if is_number(value) else show(value) for value in values]
+        found = [place["metrics"].get(name, {"mean": None, "std": None}) for name in metrics]
+        numbers = [
+            ("" if one["mean"] is None else f"{one['mean']:.4g}")
+            + ("" if one["std"] is None else f" ± {one['std']:.2g}")
+            for one in found
+        ]
+        result.append([place["line"], *shown, *numbers])
+    return result
 
 
 def figure(
@@ -130,41 +128,47 @@ def figure(
     log_x: bool | None = None,
     log_y: bool = False,
 ) -> Figure | None:
-    """Each metric against an axis or another metric; None where nothing can be drawn.
+    """Each metric of ``y`` that some row has against an axis or another metric; None where nothing can be drawn.
 
-    Lines, and the values of all other axes, make curves; seeds make the spread.
-
-    Args:
-        rows: What was measured.
-        x: Axis or metric; None is the first numeric axis with several values, else the first axis.
-        y: Metrics; those that no row has are left out.
-        title: Title of the figure.
-        log_x: Whether x is logarithmic; None decides by the values.
-        log_y: Whether y is logarithmic.
+    Lines, and the values of all other axes, make curves; seeds make the spread. Without ``x`` it is the first numeric axis with
+    several values, else the first axis; without ``log_x`` the values decide whether it is logarithmic.
     """
     x = x or default_axis(rows) or ""
-    panels: dict[str, dict[str, list[Point]]] = {}
-    names = _categories(rows, x)
-    for place in _places(rows):
-        at = _position(place, x, names)
-        if at is None:
+    on_axis = [row.values[x] for row in rows if x in row.values]
+    names = None if all(map(is_number, on_axis)) else list(dict.fromkeys(map(show, on_axis)))
+    panels: dict[str, dict[str, list[Point]]] = {metric: {} for metric in y}
+    positions: list[float] = []
+    for own in _places(rows):
+        values = own[0].values
+        measured = [row.metrics[x] for row in own if x in row.metrics]
+        if x in values:
+            at = float(values[x] if names is None else names.index(show(values[x])))
+        elif measured or not x:
+            at = statistics.fmean(measured) if measured else 0.0
+        else:
             continue
-        for metric in y:
-            values = [row.metrics[metric] for row in place if metric in row.metrics]
-            if values:
-                panels.setdefault(metric, {}).setdefault(_label(place[0], x, rows), []).append(Point(at, values))
-    if not panels:
+        others = {key: value for key, value in values.items() if key != x} if on_axis else {}
+        label = ", ".join(
+            [
+                *filter(None, [own[0].line]),
+                *(f"{key.rsplit('.', 1)[-1]} {show(value)}" for key, value in others.items()),
+            ]
+        )
+        for metric, curves in panels.items():
+            if numbers := [row.metrics[metric] for row in own if metric in row.metrics]:
+                curves.setdefault(label, []).append(Point(at, numbers))
+                positions.append(at)
+    if not positions:
         return None
-    ordered = {metric: panels[metric] for metric in y if metric in panels}
-    positions = [point.x for curves in ordered.values() for points in curves.values() for point in points]
     if log_x is None:
         log_x = names is None and min(positions) > 0 and max(positions) >= 20 * min(positions)
-    return sweep_panels(ordered, x.rsplit(".", 1)[-1], title, (log_x, log_y), names)
+    drawn = {metric: curves for metric, curves in panels.items() if curves}
+    return sweep_panels(drawn, x.rsplit(".", 1)[-1], title, (log_x, log_y), names)
 
 
 def default_axis(rows: Sequence[Row]) -> str | None:
     """The first numeric axis with several values, else the first axis."""
-    axes = list(dict.fromkeys(key for row in rows for key in row.values))
+    axes = _axes(rows)
     for key in axes:
         values = [row.values[key] for row in rows if key in row.values]
         if all(map(is_number, values)) and len(set(values)) > 1:
@@ -172,7 +176,7 @@ def default_axis(rows: Sequence[Row]) -> str | None:
     return axes[0] if axes else None
 
 
-def _places(rows: Iterable[Row]) -> list[list[Row]]:
+def _places(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows that differ in their seed only, together."""
     places: dict[str, list[Row]] = {}
     for row in rows:
@@ -180,41 +184,9 @@ def _places(rows: Iterable[Row]) -> list[list[Row]]:
     return list(places.values())
 
 
-def _position(place: Sequence[Row], x: str, names: Sequence[str] | None) -> float | None:
-    """Where a place stands on x; None where it does not."""
-    first = place[0]
-    if not x:
-        return 0.0
-    if x in first.values:
-        return float(names.index(_cell_text(first.values[x])) if names is not None else first.values[x])
-    measured = [row.metrics[x] for row in place if x in row.metrics]
-    return statistics.fmean(measured) if measured else None
+def _axes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row.values))
 
 
-def _categories(rows: Sequence[Row], x: str) -> list[str] | None:
-    """The labels of an axis that is none of numbers."""
-    values = [row.values[x] for row in rows if x in row.values]
-    return None if all(map(is_number, values)) else list(dict.fromkeys(map(_cell_text, values)))
-
-
-def _label(row: Row, x: str, rows: Sequence[Row]) -> str:
-    """Name of the curve that a row belongs to; a measured x has a curve a line."""
-    measured = not any(x in other.values for other in rows)
-    others = {} if measured else {key: value for key, value in row.values.items() if key != x}
-    parts = [f"{key.rsplit('.', 1)[-1]} {_cell_text(value)}" for key, value in others.items()]
-    return ", ".join([row.line, *parts] if row.line else parts)
-
-
-def _cell_text(value: Any) -> str:
-    if isinstance(value, dict) and "class_path" in value:
-        return str(value["class_path"]).rsplit(".", 1)[-1]
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _names(rows: Sequence[Row]) -> list[str]:
+def _metrics(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.metrics))
-
-
-def _spread(values: Sequence[float]) -> dict[str, float | int | None]:
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": deviation, "n": len(values)}
