@@ -27,6 +27,6 @@ def run(command: str, words: list[str]) -> int:
     sent = sync(announce=lambda line: print(f"sync: {line}", flush=True))
     if sent.left:
         raise UserError(f"sync: {len(sent.left)} left: {'; '.join(sent.left)}")
-    runs = len(set(sent.spools) | set(sent.runs))
+    runs = len(sent.runs)
     print(f"sync: sent what waited of {runs} run{'s' * (runs != 1)}" if runs else "sync: nothing waits")
     return 0

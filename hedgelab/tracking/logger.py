@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from hedgelab.errors import Stopped, UserError
 from hedgelab.tracking.history import ThinnedSeries
-from hedgelab.tracking.opening import OnUnreachable, RunToOpen, logged_steps, open_run
+from hedgelab.tracking.opening import OnUnreachable, choose_store, continue_run, start_run
 from hedgelab.tracking.params import MAX_VALUE, clean_key, file_name, flatten
-from hedgelab.tracking.spool import Artifact, Params, Spool, Status, Tags
+from hedgelab.tracking.runs import PARENT_TAG
+from hedgelab.tracking.spool import Artifact, Params, Spool, Status, Tags, last_steps
 from hedgelab.tracking.store import INTENDED, runs_dir, tracking_uri, without_credentials
 from hedgelab.tracking.system import SystemSampler
 from hedgelab.tracking.writer import RunWriter
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 _KEPT_LOSSES = 1000
+_MOST_TAG = 5000  # MLflow's limit for a tag's value
 
 
 class MLflowTracker(Logger):
@@ -71,12 +73,10 @@ class MLflowTracker(Logger):
         super().__init__()
         if buffer_points < 1:
             raise UserError(f"trainer.logger.buffer_points: must be at least 1, got {buffer_points}")
-        self._experiment, self._run_name, self._description = experiment, run_name, description
-        self._tags = tags or {}
+        self._experiment, self._run_name, self._run_id = experiment, run_name, run_id
+        self._tags = {**({} if description is None else {"mlflow.note.content": description}), **(tags or {})}
         self._uri = uri or tracking_uri()
-        self._buffer_points = buffer_points
-        self._run_id = run_id
-        self._system_metrics = system_metrics
+        self._buffer_points, self._system_metrics = buffer_points, system_metrics
         self._client: MlflowClient | None = None
         self._writer: RunWriter | None = None
         self._params: dict[str, str] = {}
@@ -158,7 +158,7 @@ class MLflowTracker(Logger):
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, Any]) -> None:
         """Sets tags of the run."""
-        self._open().deliver(Tags({clean_key(key): str(value)[:5000] for key, value in tags.items()}))
+        self._open().deliver(Tags({clean_key(key): str(value)[:_MOST_TAG] for key, value in tags.items()}))
 
     @rank_zero_only
     def log_config(self, text: str) -> None:
@@ -174,20 +174,12 @@ class MLflowTracker(Logger):
     @rank_zero_only
     def log_text(self, text: str, artifact_file: str) -> None:
         """Logs text as an artifact, such as ``config.yaml`` or ``notes/first.md``."""
-        target = Path(artifact_file)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / target.name
-            file.write_text(text)
-            self.log_artifact(file, None if target.parent == Path() else str(target.parent))
+        self._log_made(artifact_file, lambda file: file.write_text(text))
 
     @rank_zero_only
     def log_figure(self, figure: Figure, artifact_file: str) -> None:
         """Logs a figure as an artifact, such as ``figures/decoder.png``."""
-        target = Path(artifact_file)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / target.name
-            figure.savefig(file)
-            self.log_artifact(file, None if target.parent == Path() else str(target.parent))
+        self._log_made(artifact_file, figure.savefig)
 
     def go_on_with(self, run_id: str) -> None:
         """Log to a run that was cut short, and what it has already not again.
@@ -199,7 +191,7 @@ class MLflowTracker(Logger):
 
     def child(self, run_name: str, tags: dict[str, str], run_id: str | None = None) -> MLflowTracker:
         """A logger of a new run below this one, in the same experiment; or of one that was cut short, and goes on."""
-        below = {"mlflow.parentRunId": self.run_id or "", **tags}
+        below = {PARENT_TAG: self.run_id or "", **tags}
         if INTENDED in self._tags:
             below[INTENDED] = self._tags[INTENDED]
         made = MLflowTracker(
@@ -242,21 +234,33 @@ class MLflowTracker(Logger):
     def _clean(self, key: str) -> str:
         return self._keys.setdefault(key, clean_key(key))
 
+    def _log_made(self, artifact_file: str, write: Callable[[Path], Any]) -> None:
+        target = Path(artifact_file)
+        with tempfile.TemporaryDirectory() as folder:
+            write(file := Path(folder) / target.name)
+            self.log_artifact(file, None if target.parent == Path() else str(target.parent))
+
     def _open(self) -> RunWriter:
-        if self._writer is None:
-            wanted = RunToOpen(self._experiment, self._run_name, self._description, self._tags, self._run_id)
-            opened = open_run(wanted, self._uri, self._goes_on, self._on_unreachable)
-            self._client, self._uri, self._run_id = opened.client, opened.uri, opened.run_id
-            self._tags = {**self._tags, **opened.tags}
-            spool = Spool(runs_dir(self._uri) / "spool", self._run_id, without_credentials(self._uri))
-            run = opened.run
-            if wanted.run_id is not None and run is not None:
-                self._params = dict(run.data.params)
-                self._logged_to = logged_steps(run, spool) if self._goes_on else {}
-            started = int(time.time() * 1000) if run is None else run.info.start_time
-            sampler = SystemSampler(started) if self._system_metrics else None
-            self._writer = RunWriter(
-                self._client, self._run_id, spool, self._buffer_points, sample=sampler, repeats=run is None
-            )
-            atexit.register(self._writer.close)  # for a process that ends without finalize
+        if self._writer is not None:
+            return self._writer
+        self._client, self._uri, tags = choose_store(self._uri, self._run_id, self._goes_on, self._on_unreachable)
+        self._tags |= tags or {}
+        if self._run_id is None:
+            run = start_run(self._client, self._uri, self._experiment, self._run_name, self._tags)
+            self._run_id = str(run.info.run_id)
+        else:
+            run = None if tags is None else continue_run(self._client, self._uri, self._run_id)
+        spool = Spool(runs_dir(self._uri) / "spool", self._run_id, without_credentials(self._uri))
+        if run is not None:
+            self._params = dict(run.data.params)
+            if self._goes_on:
+                self._logged_to = last_steps(run)
+                for key, step in spool.last_steps().items():
+                    self._logged_to[key] = max(step, self._logged_to.get(key, step))
+        began = int(time.time() * 1000) if run is None else run.info.start_time
+        sampler = SystemSampler(began) if self._system_metrics else None
+        self._writer = RunWriter(
+            self._client, self._run_id, spool, self._buffer_points, sample=sampler, repeats=run is None
+        )
+        atexit.register(self._writer.close)  # for a process that ends without finalize
         return self._writer

@@ -8,12 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from hedgelab.errors import UserError
-from hedgelab.tracking.spool import Spool, last_steps
 from hedgelab.tracking.store import (
     INTENDED,
     artifact_location,
@@ -35,108 +33,61 @@ _PATIENCE = 30.0
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunToOpen:
-    """What is asked for.
+def choose_store(
+    uri: str, run_id: str | None, goes_on: bool, on_unreachable: OnUnreachable
+) -> tuple[MlflowClient, str, dict[str, str] | None]:
+    """A client of the store that a run goes to, the store, and the tags that a new run gets in addition.
 
-    Attributes:
-        experiment: Name of the experiment, made if absent.
-        name: Name of a new run.
-        description: Text at the head of a new run's page.
-        tags: Tags of a new run.
-        run_id: The run to go on with; None for a new one.
-    """
-
-    experiment: str
-    name: str | None
-    description: str | None
-    tags: Mapping[str, str]
-    run_id: str | None
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What came of it.
-
-    Attributes:
-        client: Client of the store.
-        uri: The store.
-        run_id: The run.
-        run: The same as the store has it; None where the server of a run that goes on cannot be reached.
-        tags: Tags that the run got in addition.
-    """
-
-    client: MlflowClient
-    uri: str
-    run_id: str
-    run: Run | None
-    tags: Mapping[str, str] = field(default_factory=dict)
-
-
-def open_run(wanted: RunToOpen, uri: str, goes_on: bool, on_unreachable: OnUnreachable) -> Opened:
-    """Open a run.
-
-    Args:
-        wanted: Which.
-        uri: Tracking URI.
-        goes_on: It was cut short: it may have begun in the local store while the server could not be reached.
-        on_unreachable: What to do where the server cannot be reached.
+    A run that goes on may have begun in the local store while its server could not be reached, and stays there. No tags
+    (None) mean that the run is on a server that cannot be reached now: what is logged waits in the spool.
 
     Raises:
-        UserError: The store cannot be reached or is locked, the experiment is deleted, or there is no such run.
+        UserError: The store cannot be reached, and ``on_unreachable`` is ``fail``.
     """
-    run_id, tags = wanted.run_id, {}
+    tags: dict[str, str] = {}
     try:
         client = ensure_store(uri)
     except UserError as error:
         if on_unreachable == "fail" or sqlite_file(uri) is not None:
             raise
-        said = str(error).partition("; start")[0].removeprefix("MLFLOW_TRACKING_URI: ")
+        reason = str(error).partition("; start")[0].removeprefix("MLFLOW_TRACKING_URI: ")
         if run_id is not None and not _is_local(run_id):
             from mlflow.tracking import MlflowClient
 
-            _logger.warning("%s: what is logged waits in runs/spool/ for `hedgelab sync`", said)
-            return Opened(MlflowClient(tracking_uri=uri), uri, run_id, None)
-        _logger.warning("%s: the run goes to runs/mlflow.db; send it later with `hedgelab sync`", said)
-        tags, uri = {INTENDED: without_credentials(uri)}, local_uri()
-        client = ensure_store(uri)
-    if run_id is not None and goes_on and sqlite_file(uri) is None and _is_local(run_id):
-        uri = local_uri()
-        client = ensure_store(uri)
-    if run_id is not None:
-        run = _patiently(uri, lambda: _go_on(client, uri, run_id))
+            _logger.warning("%s: what is logged waits in runs/spool/ for `hedgelab sync`", reason)
+            return MlflowClient(tracking_uri=uri), uri, None
+        _logger.warning("%s: the run goes to runs/mlflow.db; send it later with `hedgelab sync`", reason)
+        tags[INTENDED] = without_credentials(uri)
     else:
-        new = replace(wanted, tags={**wanted.tags, **tags})
-        run = _patiently(uri, lambda: _start(client, uri, new))
-    return Opened(client, uri, str(run.info.run_id), run, tags)
+        if run_id is None or not goes_on or sqlite_file(uri) is not None or not _is_local(run_id):
+            return client, uri, tags
+    return ensure_store(local_uri()), local_uri(), tags
 
 
-def logged_steps(run: Run, spool: Spool) -> dict[str, int]:
-    """The last step at which each metric of a run was logged, whether the store has it or the spool still does."""
-    steps = last_steps(run)
-    for key, step in spool.last_steps().items():
-        steps[key] = max(step, steps.get(key, -1))
-    return steps
+def start_run(client: MlflowClient, uri: str, experiment: str, name: str | None, tags: Mapping[str, str]) -> Run:
+    """A new run in an experiment, which is made if absent.
 
-
-def _start(client: MlflowClient, uri: str, wanted: RunToOpen) -> Run:
-    tags = {
-        "mlflow.user": _user(),
-        "mlflow.source.name": Path(sys.argv[0]).name,
-        "mlflow.source.type": "LOCAL",
-    }
-    if wanted.description is not None:
-        tags["mlflow.note.content"] = wanted.description
-    experiment = _experiment(client, uri, wanted.experiment)
-    return client.create_run(experiment, run_name=wanted.name, tags={**tags, **wanted.tags})
-
-
-def _user() -> str:
-    """Who runs this; a container may run under a number that has no name."""
+    Raises:
+        UserError: The experiment is deleted, or the store is locked or refuses.
+    """
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        user = str(os.getuid())
+    source = {"mlflow.user": user, "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    return _patiently(
+        uri,
+        lambda: client.create_run(_experiment(client, uri, experiment), run_name=name, tags={**source, **tags}),
+    )
+
+
+def continue_run(client: MlflowClient, uri: str, run_id: str) -> Run:
+    """A run that is there, and runs again.
+
+    Raises:
+        UserError: There is no such run, it is deleted, or the store is locked or refuses.
+    """
+    return _patiently(uri, lambda: _continue(client, uri, run_id))
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:
@@ -163,19 +114,19 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     return str(experiment.experiment_id)
 
 
-def _go_on(client: MlflowClient, uri: str, run_id: str) -> Run:
+def _continue(client: MlflowClient, uri: str, run_id: str) -> Run:
     from mlflow.exceptions import MlflowException
 
+    where = without_credentials(uri)
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
         if _is_locked(error):
             raise
-        where = without_credentials(uri)
         raise UserError(f"trainer.logger.run_id: no run '{run_id}' in {where}; see `hedgelab runs`") from error
     if run.info.lifecycle_stage != "active":
         raise UserError(
-            f"trainer.logger.run_id: run '{run_id}' is deleted in {without_credentials(uri)}: restore it there (`mlflow runs "
+            f"trainer.logger.run_id: run '{run_id}' is deleted in {where}: restore it there (`mlflow runs "
             f"restore --run-id {run_id}`), or leave out --resume to train anew"
         )
     client.update_run(run_id, status="RUNNING")
@@ -183,11 +134,7 @@ def _go_on(client: MlflowClient, uri: str, run_id: str) -> Run:
 
 
 def _patiently(uri: str, act: Callable[[], T]) -> T:
-    """What ``act`` gives; a database that another process has locked is tried again for half a minute.
-
-    Raises:
-        UserError: It stays locked, or the store refuses.
-    """
+    """What ``act`` gives; a database that another process has locked is tried again for half a minute."""
     from mlflow.exceptions import MlflowException
 
     end = time.monotonic() + _PATIENCE

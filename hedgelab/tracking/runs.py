@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _HAS_SAE = "tags.weights_sha256 LIKE '%'"
 _SAE_FILE = "sae.json"
-_PARENT = "mlflow.parentRunId"
+PARENT_TAG = "mlflow.parentRunId"
 _PAGE = 100
 REPORT_TAG = "hedgelab.report"
 """Tag of the run that holds an experiment's report; it is no run of anything."""
@@ -244,7 +244,7 @@ def _both(first: str, second: str) -> str:
 
 def _newest_of_its_own(client: MlflowClient, experiments: list[str], wanted: str = "") -> list[Run]:
     """The newest run that stands below no other, as a list of one; empty where there is none."""
-    own = (run for run in search_runs(client, wanted, experiments) if not {_PARENT, REPORT_TAG} & set(run.data.tags))
+    own = (run for run in search_runs(client, wanted, experiments) if not {PARENT_TAG, REPORT_TAG} & set(run.data.tags))
     return list(islice(own, 1))
 
 
@@ -263,5 +263,5 @@ def _summary(run: Run, experiments: dict[str, str]) -> RunSummary:
         metrics=dict(sorted(metrics.items())),
         artifact_uri=info.artifact_uri,
         description=data.tags.get("mlflow.note.content"),
-        parent=data.tags.get(_PARENT),
+        parent=data.tags.get(PARENT_TAG),
     )

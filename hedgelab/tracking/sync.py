@@ -1,8 +1,8 @@
 """Sends to the tracking store what an outage kept from it: spools of unsent operations, and whole runs kept locally.
 
 A run that began while its server could not be reached lives in the local store ``runs/mlflow.db``, with the tag
-``hedgelab.intended_for``; sending it makes a run of the same name, times, parameters, tags, metrics and artifacts on the
-server, whose tag ``hedgelab.local_run`` says which local run it is: sent twice, it is brought up to date, not doubled.
+``hedgelab.intended_for``. Its copy on the server has the tag ``hedgelab.local_run``, which says which local run it is:
+sent twice, it is brought up to date, not doubled.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from filelock import FileLock, Timeout
 
 from hedgelab.errors import UserError
-from hedgelab.tracking.runs import search_runs
-from hedgelab.tracking.spool import Artifact, Metrics, Params, Status, Tags, spools
+from hedgelab.tracking.runs import PARENT_TAG, search_runs
+from hedgelab.tracking.spool import Artifact, Metrics, Params, Spool, Status, Tags
 from hedgelab.tracking.store import (
     INTENDED,
     all_experiments,
@@ -33,111 +33,105 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 LOCAL_RUN = "hedgelab.local_run"
-_PARENT = "mlflow.parentRunId"
 _PAGE = 1000
 
 
 class Sent(NamedTuple):
-    """What a synchronisation has done.
+    """Ids of the runs that something was sent of, and why something stayed behind, one line each."""
 
-    Attributes:
-        spools: Runs whose unsent operations were sent.
-        runs: Local runs that were sent whole.
-        left: Why something stayed behind, one line each.
-    """
-
-    spools: list[str]
     runs: list[str]
     left: list[str]
 
 
-def sync(uri: str | None = None, announce: Callable[[str], None] = lambda line: None) -> Sent:
-    """Send everything that waits for a store.
+def sync(uri: str | None = None, announce: Callable[[str], object] = str) -> Sent:
+    """Send everything that waits for a store (None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``).
 
-    Args:
-        uri: Tracking URI; None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``.
-        announce: Told of each run as its turn comes.
+    ``announce`` hears of each run as its turn comes.
 
     Raises:
-        UserError: The store cannot be reached.
+        UserError: The store cannot be reached, or another process is sending.
     """
-    uri = uri or tracking_uri()
+    uri, local = uri or tracking_uri(), local_uri()
     client = ensure_store(uri)
-    local = local_uri()
-    folder = runs_dir(local)
+    folder, database = runs_dir(local), sqlite_file(local)
     folder.mkdir(exist_ok=True)
     try:
         with FileLock(folder / ".sync.lock", timeout=0):
-            return _sync(client, uri, local, announce)
+            sent = _send_spools(client, uri, announce)
+            if database is not None and database.exists() and not same_store(local, uri):
+                runs, left = _send_runs(ensure_store(local), client, uri, announce)
+                sent = Sent([*sent.runs, *runs], [*sent.left, *left])
+            return sent
     except Timeout:
         raise UserError(f"sync: another `hedgelab sync` is at work in {folder}; wait for its end") from None
 
 
-def _sync(client: MlflowClient, uri: str, local: str, announce: Callable[[str], None]) -> Sent:
-    sent = Sent([], [], [])
-    for spool in spools(runs_dir(uri) / "spool"):
+def _send_spools(client: MlflowClient, uri: str, announce: Callable[[str], object]) -> Sent:
+    """What waits in spools, the longest waiting first."""
+    sent = Sent([], [])
+    paths = (runs_dir(uri) / "spool").glob("*.jsonl")
+    for path in sorted(paths, key=lambda path: path.stat().st_ctime):
+        spool = Spool(path.parent, path.stem)
         if spool.uri is not None and not same_store(spool.uri, uri):
-            sent.left.append(f"{spool.path}: waits for {spool.uri}; set MLFLOW_TRACKING_URI to it")
+            sent.left.append(f"{path}: waits for {spool.uri}; set MLFLOW_TRACKING_URI to it")
             continue
         announce(f"unsent operations of run {spool.run_id}")
         try:
-            spool.replay(
-                lambda operation, run_id=spool.run_id: operation.send(client, run_id),  # type: ignore[misc]
-                sent.left.append,
-            )
-            sent.spools.append(spool.run_id)
+            refused, failure = spool.replay(client)
         except Exception as error:  # the store may take the next one
-            sent.left.append(f"{spool.path}: {reason_of(error)}")
-    database = sqlite_file(local)
-    if database is not None and database.exists() and not same_store(local, uri):
-        _send_runs(ensure_store(local), client, uri, sent, announce)
+            refused, failure = [], error
+        sent.left.extend(refused)
+        if failure is None:
+            sent.runs.append(spool.run_id)
+        else:
+            sent.left.append(f"{path}: {reason_of(failure)}")
     return sent
 
 
-def _send_runs(
-    local: MlflowClient, remote: MlflowClient, uri: str, sent: Sent, announce: Callable[[str], None]
-) -> None:
+def _send_runs(local: MlflowClient, remote: MlflowClient, uri: str, announce: Callable[[str], object]) -> Sent:
     """Every local run that is meant for the store, those above others first."""
+    sent = Sent([], [])
     names = all_experiments(local)
     found = search_runs(local, f"tags.`{INTENDED}` LIKE '%'", names)
     waiting = [run for run in found if same_store(run.data.tags[INTENDED], uri)]
     ids: dict[str, str] = {}
-    for run in sorted(waiting, key=lambda run: (_PARENT in run.data.tags, run.info.start_time)):
-        announce(f"local run {run.info.run_name} ({run.info.run_id[:8]})")
+    for run in sorted(waiting, key=lambda run: (PARENT_TAG in run.data.tags, run.info.start_time)):
+        name = f"{run.info.run_name} ({run.info.run_id[:8]})"
+        announce(f"local run {name}")
         try:
             ids[run.info.run_id] = _send_run(local, remote, run, names[run.info.experiment_id], ids)
         except Exception as error:
-            sent.left.append(f"run {run.info.run_name} ({run.info.run_id[:8]}): {reason_of(error)}")
+            sent.left.append(f"run {name}: {reason_of(error)}")
             continue
         if run.info.status != "RUNNING":  # one that still runs is sent again next time
             local.delete_tag(run.info.run_id, INTENDED)
         sent.runs.append(run.info.run_id)
+    return sent
 
 
 def _send_run(local: MlflowClient, remote: MlflowClient, run: Run, experiment: str, ids: dict[str, str]) -> str:
     """One run; its id in the store."""
-    tags = {key: value for key, value in run.data.tags.items() if key != INTENDED} | {LOCAL_RUN: run.info.run_id}
-    if _PARENT in tags:
-        tags[_PARENT] = ids.get(tags[_PARENT], tags[_PARENT])
-    there = _its_copy(remote, run, experiment, tags)
-    Tags(tags).send(remote, there.info.run_id)
-    Params({key: value for key, value in run.data.params.items() if key not in there.data.params}).send(
-        remote, there.info.run_id
-    )
+    own = run.info.run_id
+    tags = {key: value for key, value in run.data.tags.items() if key != INTENDED} | {LOCAL_RUN: own}
+    if PARENT_TAG in tags:
+        tags[PARENT_TAG] = ids.get(tags[PARENT_TAG], tags[PARENT_TAG])
+    there = _copy_of(remote, run, experiment, tags)
+    copy = str(there.info.run_id)
+    Tags(tags).send(remote, copy)
+    Params({key: value for key, value in run.data.params.items() if key not in there.data.params}).send(remote, copy)
     for key in run.data.metrics:
-        points = [(m.key, m.value, m.timestamp, m.step) for m in local.get_metric_history(run.info.run_id, key)]
+        points = [(m.key, m.value, m.timestamp, m.step) for m in local.get_metric_history(own, key)]
         for start in range(0, len(points), _PAGE):
-            Metrics(points[start : start + _PAGE]).send(remote, there.info.run_id)
-    if local.list_artifacts(run.info.run_id):
+            Metrics(points[start : start + _PAGE]).send(remote, copy)
+    if local.list_artifacts(own):
         with tempfile.TemporaryDirectory() as folder:
-            path = local.download_artifacts(run.info.run_id, "", folder)
-            Artifact(path).send(remote, there.info.run_id)
+            Artifact(local.download_artifacts(own, "", folder)).send(remote, copy)
     if run.info.status != "RUNNING":
-        Status(run.info.status, run.info.end_time).send(remote, there.info.run_id)
-    return str(there.info.run_id)
+        Status(run.info.status, run.info.end_time).send(remote, copy)
+    return copy
 
 
-def _its_copy(remote: MlflowClient, run: Run, experiment: str, tags: dict[str, str]) -> Run:
+def _copy_of(remote: MlflowClient, run: Run, experiment: str, tags: dict[str, str]) -> Run:
     """The run in the store that a local run was sent to before; else a new one."""
     found = remote.get_experiment_by_name(experiment)
     if found is not None and found.lifecycle_stage != "active":

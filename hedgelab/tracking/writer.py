@@ -1,4 +1,4 @@
-"""Delivers what a run has to say, off the training path, and never raises: what cannot be sent is spooled."""
+"""Delivers what a run has to say, off the training path, and never raises: what cannot be sent waits in the spool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from hedgelab.tracking.spool import Artifact, FilesLeftError, Metrics, Operation, Point, Spool, is_refusal
+from hedgelab.tracking.spool import Artifact, Metrics, Operation, Point, Spool, is_refusal
 from hedgelab.tracking.store import reason_of
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _MAX_POINTS_PER_CALL = 1000
+_MOST_QUEUED = 20
 _SAMPLE_SECONDS = 10.0
 _RETRY_SECONDS = 15.0
 _MOST_RETRY_SECONDS = 240.0
@@ -25,23 +26,20 @@ _PATIENCE = 5.0
 
 
 class RunWriter:
-    """Buffers metric points, and writes them in batches from a thread of its own, through which all else goes too.
+    """Sends what a run has to say, in order, from a thread of its own.
 
-    :meth:`add` costs microseconds. :meth:`deliver` waits until the store has taken the operation, but not for long: where
-    the store hangs, the operation goes to the spool. When the store fails, so do all that come, and the store is tried
-    again after 15 seconds, then after twice as long each time up to four minutes, and at every :meth:`flush`; order is
-    kept, as nothing is sent past a spool that waits, unless only files do. What a full disk does not take either waits in
-    memory (files cannot) and goes to the disk as soon as it can.
+    Operations queue in memory. When the store fails or takes longer than a caller can wait, or the queue grows long, they
+    move to the spool; from then on all that comes goes behind it, and the thread sends the spool, after 15 seconds first, then
+    after twice as long each time up to four minutes. What a full disk does not take stays in memory (files cannot).
 
     Args:
         client: Client of the tracking store.
         run_id: The run to write to.
         spool: Where unsent operations wait.
-        buffer_points: Points that trigger a write at once. A backlog of 20 times as many, from a store slower than
-            training, goes to the spool, which bounds the memory taken.
+        buffer_points: Points that trigger a write at once.
         flush_seconds: Longest time that a point waits.
-        repeats: Points may be repetitions (see :class:`~hedgelab.tracking.spool.Metrics`).
         sample: Called from the thread every ten seconds, for points to write along (system metrics).
+        repeats: Points may be repetitions (see :class:`~hedgelab.tracking.spool.Metrics`).
     """
 
     def __init__(
@@ -56,35 +54,31 @@ class RunWriter:
     ) -> None:
         self._client, self._run_id, self._spool = client, run_id, spool
         self._buffer_points, self._flush_seconds = buffer_points, flush_seconds
-        self._sample = sample
-        self._repeats = repeats
+        self._sample, self._repeats = sample, repeats
         self._points: deque[tuple[int, int, Mapping[str, float]]] = deque()
         self._points_in = self._points_out = 0  # the first is written by the caller of add only
         self._queue: deque[Operation] = deque()
-        self._flying: Operation | None = None  # what is being sent, and its line in the spool if that took too long
-        self._flying_line: str | None = None
-        self._in_memory: deque[Operation] = deque()
-        self._lost = 0
-        self._only_files = False  # wait in the spool, so that nothing else need wait for them
+        self._in_flight: Operation | None = None  # and the line that it has in the spool, where it took too long
+        self._line_in_flight: str | None = None
+        self._waiting = bool(spool)  # the spool holds something that must be sent before what is in memory
+        self._spilled = self._lost = 0  # operations that went to the spool; files that a full disk did not take
+        self._hangs = False
+        self._retry_at, self._retry_seconds = 0.0, _RETRY_SECONDS
         self._sending = threading.Lock()  # held by whoever talks to the store
         self._order = threading.RLock()  # held for moments: guards what is above
-        self._empty = threading.Condition(self._order)
-        self._wake = threading.Event()
-        self._stop = threading.Event()
+        self._settled = threading.Condition(self._order)
+        self._wake, self._stop = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._retry_at = 0.0
-        self._retry_seconds = _RETRY_SECONDS
-        self._hangs = False  # the last failure was long in coming
         self._warned: set[str] = set()
 
     @property
     def unkept(self) -> str | None:
         """What neither the store nor the disk has taken, in words; None if all is well."""
-        waiting = len(self._in_memory)
-        return f"{waiting + self._lost} operations ({self._lost} of them files)" if waiting or self._lost else None
+        waiting = len(self._queue) + self._lost
+        return f"{waiting} operations ({self._lost} of them files)" if waiting else None
 
     def add(self, metrics: Mapping[str, float], step: int) -> None:
-        """Takes points in; they are written later."""
+        """Take points in, within microseconds; they are written later."""
         self._points.append((int(time.time() * 1000), step, metrics))
         self._points_in += len(metrics)
         if self._thread is None:
@@ -93,25 +87,32 @@ class RunWriter:
             self._wake.set()
 
     def deliver(self, operation: Operation) -> None:
-        """Has an operation sent, or spooled where something waits already or the store takes too long."""
-        self._enqueue(operation)
-        self._settle()
-
-    def settle(self) -> None:
-        """Has everything that waits in memory written, to the store or to the disk; asks no store that has just failed."""
+        """Have an operation sent, or kept on disk where the store fails or takes too long."""
         with self._order:
             self._collect()
-        self._settle()
+            self._queue.append(operation)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until all is with the store or on the disk; a store that has just failed, or hangs, is not waited for."""
+        if self._thread is None:
+            self._start()
+        self._wake.set()
         with self._order:
-            self._empty_memory()
+            self._collect()
+            if not self._hangs:
+                done = self._settled.wait_for(lambda: self._failing or not (self._queue or self._waiting), _PATIENCE)
+                self._hangs = not done
+            if self._hangs or self._failing:
+                self._spill()
 
     def flush(self) -> None:
-        """Writes everything that waits, trying the store even where it has just failed, for as long as that takes."""
-        self._retry_at = 0.0
+        """Write everything that waits, trying the store even where it has just failed, for as long as that takes."""
+        self._retry_at, self._waiting = 0.0, bool(self._spool)
         self._work()
 
     def close(self) -> None:
-        """Stops the thread and flushes, unless the store was found to hang; :meth:`add` starts it again."""
+        """Stop the thread and flush, unless the store was found to hang; :meth:`add` starts it again."""
         if self._thread is not None:
             self._stop.set()
             self._wake.set()
@@ -122,33 +123,10 @@ class RunWriter:
         else:
             self.flush()
 
-    # -- in the caller's thread --------------------------------------------------------------------
-
     def _start(self) -> None:
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, name="hedgelab-tracking", daemon=True)
         self._thread.start()
-
-    def _enqueue(self, operation: Operation) -> None:
-        """Puts an operation behind all others."""
-        with self._order:
-            self._collect()
-            if self._waiting:
-                self._keep_queue()
-                self._keep(operation)
-            else:
-                self._queue.append(operation)
-
-    def _settle(self) -> None:
-        """Waits until the queue is empty; what the store does not take in time is spooled."""
-        if self._thread is None:
-            self._start()
-        self._wake.set()
-        with self._order:
-            if self._waiting or not self._empty.wait_for(lambda: not self._queue, _PATIENCE):
-                self._keep_queue()
-
-    # -- in the writer's thread, or whoever flushes ------------------------------------------------
 
     def _run(self) -> None:
         next_sample = time.monotonic() + 1.0
@@ -157,142 +135,107 @@ class RunWriter:
             self._wake.clear()
             if self._sample is not None and time.monotonic() >= next_sample:
                 next_sample = time.monotonic() + _SAMPLE_SECONDS
-                self._enqueue(self._sample())
+                with self._order:
+                    self._queue.append(self._sample())
             self._work()
 
     def _work(self) -> None:
-        """Sends all there is, what waits longest first, up to the first failure."""
+        """Send all there is, what waits longest first, up to the first failure."""
         with self._sending:
-            with self._order:
-                self._collect()
-            if (self._waiting or self._spool) and time.monotonic() >= self._retry_at:
-                self._replay()
-            while (operation := self._next()) is not None:
-                began, failure = time.monotonic(), None
+            while self._next():
+                began = time.monotonic()
                 try:
-                    operation.send(self._client, self._run_id)
+                    if self._in_flight is None:
+                        self._send_spool()
+                    else:
+                        self._send_first(self._in_flight)
                 except Exception as error:
-                    failure = error
-                self._done(operation, failure, time.monotonic() - began)
-
-    def _next(self) -> Operation | None:
-        """The operation to send now, which stays in the queue meanwhile; None where there is none."""
-        with self._order:
-            if self._waiting:
-                self._keep_queue()
-            while self._queue and isinstance(self._queue[0], Artifact) and self._spool:
-                self._keep(self._queue.popleft())  # behind other files that wait
-            self._flying, self._flying_line = self._queue[0] if self._queue else None, None
-            if self._flying is None:
-                self._empty.notify_all()
-            return self._flying
-
-    def _done(self, operation: Operation, failure: Exception | None, seconds: float) -> None:
-        """What comes of an operation that was sent: it leaves the queue, or goes to the spool with all behind it."""
-        with self._order:
-            if failure is not None and not is_refusal(failure):
-                self._note_failure(failure, seconds)
-                if isinstance(operation, Artifact) and self._queue and self._queue[0] is operation:
-                    self._keep(self._queue.popleft())
+                    self._note_failure(error, time.monotonic() - began)
                 else:
-                    self._keep_queue()
-                return
-            if not self._spool:
-                self._retry_seconds, self._hangs = _RETRY_SECONDS, False
-            if failure is not None:
-                self._refuse(operation, failure)
+                    self._hangs, self._retry_seconds = False, _RETRY_SECONDS
+
+    def _next(self) -> bool:
+        """Whether there is something to send now: the spool, or else the operation in flight."""
+        with self._order:
+            self._collect()
+            if self._failing or (self._queue and isinstance(self._queue[0], Artifact) and self._spool):
+                self._spill()  # a file goes behind other files that wait
+            self._in_flight = self._queue[0] if self._queue and not self._waiting else None
+            self._line_in_flight = None
+            self._settled.notify_all()
+            return not self._failing and (self._waiting or bool(self._queue))
+
+    def _send_first(self, operation: Operation) -> None:
+        try:
+            operation.send(self._client, self._run_id)
+        except Exception as error:
+            with self._order:
+                self._spill()
+                if is_refusal(error) and not self._queue:
+                    return  # the spool sets it aside
+            raise
+        with self._order:
             if self._queue and self._queue[0] is operation:
                 self._queue.popleft()
-            elif self._flying_line is not None:
-                self._spool.discard(self._flying_line)
+            elif self._line_in_flight is not None:
+                self._spool.discard(self._line_in_flight)
 
-    def _replay(self) -> None:
-        began = time.monotonic()
-        try:
-            try:
-                self._spool.replay(lambda operation: operation.send(self._client, self._run_id), self._note_refusal)
-            except FilesLeftError as left:
-                with self._order:
-                    self._only_files = self._spool.holds_only_files
-                self._note_failure(left, time.monotonic() - began)
-            while self._in_memory:
-                operation = self._in_memory[0]
-                operation.send(self._client, self._run_id)
-                with self._order:
-                    if self._in_memory and self._in_memory[0] is operation:
-                        self._in_memory.popleft()
-        except Exception as error:
-            self._note_failure(error, time.monotonic() - began)
-        else:
-            if not self._spool:
-                self._retry_seconds, self._hangs = _RETRY_SECONDS, False
+    def _send_spool(self) -> None:
+        spilled = self._spilled
+        refused, failure = self._spool.replay(self._client)
+        with self._order:
+            self._waiting = self._spilled != spilled
+        for line in refused:
+            self._warn("refusal", "%s", line)
+        if failure is not None:
+            self._warn_of_store(failure)
 
-    # -- under the lock ----------------------------------------------------------------------------
+    @property
+    def _failing(self) -> bool:
+        return time.monotonic() < self._retry_at
 
     def _collect(self) -> None:
-        """Moves the points that came so far into the queue, or past it to the disk where they are too many."""
+        """Make operations of the points that came so far."""
         points: list[Point] = []
-        backlog = self._points_in - self._points_out > 20 * self._buffer_points
         while self._points:
             timestamp, step, metrics = self._points.popleft()
             self._points_out += len(metrics)
             points += [(key, value, timestamp, step) for key, value in metrics.items()]
         for start in range(0, len(points), _MAX_POINTS_PER_CALL):
             self._queue.append(Metrics(points[start : start + _MAX_POINTS_PER_CALL], self._repeats))
-        if backlog:
-            self._keep_queue()
+        if len(self._queue) > _MOST_QUEUED:
+            self._spill()
 
-    @property
-    def _waiting(self) -> bool:
-        """Whether anything must be sent before what comes now."""
-        return bool(self._in_memory) or (bool(self._spool) and not self._only_files)
-
-    def _keep_queue(self) -> None:
-        """Moves the queue behind what waits, what is being sent right now included."""
+    def _spill(self) -> None:
+        """Move the queue behind what waits on the disk, what is in flight included, as far as the disk takes it."""
         while self._queue:
-            operation = self._queue.popleft()
-            line = self._keep(operation)
-            if operation is self._flying:
-                self._flying_line = line
-        self._empty.notify_all()
-
-    def _keep(self, operation: Operation) -> str | None:
-        """Puts an operation behind those that wait; its line in the spool, None where the disk is full."""
-        self._empty_memory()
-        if not self._in_memory:
+            operation = self._queue[0]
             try:
-                self._only_files = isinstance(operation, Artifact) and (self._only_files or not self._spool)
-                return self._spool.append(operation)
+                line = self._spool.append(operation)
             except OSError as error:
-                self._note_full_disk(error)
-        if isinstance(operation, Artifact):  # its file may be gone in a moment
-            self._lost += 1
-        else:
-            self._in_memory.append(operation)
-        return None
-
-    def _empty_memory(self) -> None:
-        """Moves what a full disk did not take to the disk, as far as it takes it now."""
-        while self._in_memory:
-            try:
-                self._spool.append(self._in_memory[0])
-                self._only_files = False
-            except OSError:
-                return
-            self._in_memory.popleft()
-
-    def _refuse(self, operation: Operation, error: Exception) -> None:
-        try:
-            self._note_refusal(self._spool.refuse(operation, error))
-        except OSError as full:
-            self._note_full_disk(full)
-
-    # -- saying so, once ---------------------------------------------------------------------------
+                self._warn(
+                    "disk",
+                    "nor does the disk (%s): what is unsent waits in memory and is lost if this process ends; free some space",
+                    error.strerror or reason_of(error),
+                )
+                if not isinstance(operation, Artifact):
+                    return
+                self._lost += 1  # its file may be gone in a moment
+            else:
+                self._waiting = True
+                self._spilled += 1
+                if operation is self._in_flight:
+                    self._line_in_flight = line
+            self._queue.popleft()
 
     def _note_failure(self, error: Exception, seconds: float) -> None:
-        self._hangs = seconds > _PATIENCE
-        self._retry_at = time.monotonic() + self._retry_seconds
-        self._retry_seconds = min(2 * self._retry_seconds, _MOST_RETRY_SECONDS)
+        self._warn_of_store(error)
+        with self._order:
+            self._hangs = self._hangs or seconds > _PATIENCE
+            self._retry_at = time.monotonic() + self._retry_seconds
+            self._retry_seconds = min(2 * self._retry_seconds, _MOST_RETRY_SECONDS)
+
+    def _warn_of_store(self, error: Exception) -> None:
         self._warn(
             "store",
             "the tracking store does not take what is sent (%s); training goes on, and what is unsent waits in %s "
@@ -301,18 +244,8 @@ class RunWriter:
             self._spool.path,
         )
 
-    def _note_refusal(self, refused: str) -> None:
-        self._warn("refusal", "%s", refused)
-
-    def _note_full_disk(self, error: OSError) -> None:
-        self._warn(
-            "disk",
-            "nor does the disk (%s): what is unsent waits in memory and is lost if this process ends; free some space",
-            error.strerror or reason_of(error),
-        )
-
     def _warn(self, about: str, message: str, *values: object) -> None:
-        """Says something once."""
+        """Say something once."""
         if about not in self._warned:
             self._warned.add(about)
             _logger.warning(message, *values)

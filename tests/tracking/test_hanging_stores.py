@@ -138,7 +138,7 @@ def test_a_store_that_hangs_is_not_waited_for_twice_at_the_end(store, spool, tmp
     assert time.monotonic() - start < 1
     assert spool
     store.gate.set()
-    spool.replay(lambda operation: operation.send(store, "r"))
+    spool.replay(store)
     arrived(store)
 
 
@@ -153,7 +153,7 @@ def test_files_that_cannot_be_uploaded_keep_nothing_else_back(store, spool, tmp_
     writer.deliver(Status("FINISHED", 1))
     writer.close()
     assert (store.steps, store.ended, store.files) == ([0, 1, 2, 3, 4], "FINISHED", [])
-    assert spool.holds_only_files
+    assert all(isinstance(operation, Artifact) for operation in spool._decode(spool._lines()))
     assert len([message for message in caplog.messages if "no credentials" in message]) == 1
     store.no_files = False
     writer.flush()
@@ -167,11 +167,11 @@ def test_after_an_outage_files_that_fail_keep_no_metrics_back(store, spool, tmp_
     spool.append(Metrics([("a", 1.0, 0, 1)]))
     spool.append(Status("FINISHED", 1))
     store.no_files = True
-    with pytest.raises(Exception, match="no credentials"):
-        spool.replay(lambda operation: operation.send(store, "r"))
+    refused, failure = spool.replay(store)
+    assert (refused, str(failure)) == ([], "no credentials for the bucket")
     assert (store.steps, store.ended) == ([1], "FINISHED")
     store.no_files = False
-    spool.replay(lambda operation: operation.send(store, "r"))
+    spool.replay(store)
     assert (store.steps, store.files) == ([1], ["kept"])
     assert not spool
 
@@ -187,10 +187,9 @@ def test_what_a_store_refuses_for_good_keeps_nothing_else_back(store, spool, cap
 
     spool.append(Params({"longer": "y" * 30}))
     spool.append(Tags({"t": "v"}))
-    told = []
-    spool.replay(lambda operation: operation.send(store, "r"), told.append)
+    refused, failure = spool.replay(store)
     assert store.tags == {"t": "v"}
-    assert len(told) == 1
+    assert (len(refused), failure) == (1, None)
     assert len(spool.refused.read_text().splitlines()) == 2
     writer.close()
 
@@ -223,7 +222,7 @@ def test_a_hostile_or_damaged_spool_sends_nothing_that_is_not_its_own(line, spoo
     (spool.files / "link.txt").symlink_to(secret)
     spool.path.write_text(line.replace("SECRET", str(secret)) + "\n")
     with pytest.raises(UserError, match=r"r\.jsonl, line 1: damaged") as error:
-        spool.replay(lambda operation: operation.send(store, "r"))
+        spool.replay(store)
     assert "\n" not in str(error.value)
     assert store.files == []
     assert spool

@@ -419,7 +419,7 @@ def test_a_sync_that_was_interrupted_goes_on_in_the_same_copy(uri, other, monkey
         broken.setattr(Artifact, "send", interrupt)
         with pytest.raises(KeyboardInterrupt):
             sync(other)
-    assert sync(other) == ([], [tracker.run_id], [])
+    assert sync(other) == ([tracker.run_id], [])
     server = ensure_store(other)
     (copy,) = server.search_runs([server.get_experiment_by_name("there").experiment_id])
     assert points(server, copy.info.run_id, "loss") == [(step, step / 7) for step in range(30)]
