@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from hedgelab.cli.hedge import HedgeCLI
+from hedgelab.cli.hedge import HedgeCLI, HedgeTrainer
 from hedgelab.cli.lightning import HedgelabCLI, run_cli
 from hedgelab.config.plain_yaml import write_yaml
 from hedgelab.config.tree import Tree
 from hedgelab.protocols.hedge import HedgeOptions
-from hedgelab.protocols.hedge_trainer import HedgeTrainer
+from hedgelab.protocols.training_phases import PhaseTrainer
 
 
 class ParsedCell(HedgelabCLI):
@@ -26,7 +26,7 @@ class ParsedCell(HedgelabCLI):
 
     folder: tempfile.TemporaryDirectory[str]
     trainer_type = HedgeTrainer
-    trainer: HedgeTrainer
+    trainer: PhaseTrainer
 
     def instantiate_classes(self) -> None:
         """Not yet."""

@@ -61,8 +61,9 @@ def run(command: str, words: list[str]) -> int:
 
         return run_saebench([resolve_sae(word) for word in named])
 
-    from hedgelab.cli.studies import Parsed, conduct
+    from hedgelab.cli.studies import conduct
     from hedgelab.protocols.evaluation.evaluate import Evaluate
+    from hedgelab.protocols.study import Bench
 
     known = {"config", *_OWN, *option_parser(suite_classes(names))[1]}
     others = [(key.split(".")[0], text) for key, text in pairs if key.split(".")[0] not in known]
@@ -73,7 +74,7 @@ def run(command: str, words: list[str]) -> int:
         raise UserError(f"evaluate: unknown option {others[0][1]}; {suggest(others[0][0], known)}")
     words = [text for _, text in others] + [text for key, text in pairs if key.split(".")[0] == "data"]
     evaluation.saes = [_swept(word, words) if word in of_sweeps else word for word in named]
-    print("\n".join(conduct(Parsed(evaluation, command, "evaluation", 0, "", None))))
+    print("\n".join(conduct(evaluation, Bench(), "")))
     return 0
 
 

@@ -65,8 +65,13 @@ def run(command: str, words: list[str]) -> int:
         UserError: Anything the user can mend.
     """
     begin(words, command not in _UNTRACKED)
+    from hedgelab.protocols.study import Bench
+    from hedgelab.tracking import MLflowTracker
+
     parsed = parse(study_class(command), command, words)
-    print("\n".join(conduct(parsed)))
+    tracked = parsed.study.tracked
+    tracker = MLflowTracker(parsed.experiment, parsed.name, description=parsed.description) if tracked else None
+    print("\n".join(conduct(parsed.study, Bench(parsed.seed, tracker), parsed.text)))
     return 0
 
 
@@ -201,32 +206,39 @@ def make_parser(cls: type[Any], command: str) -> tuple[Any, dict[str, type], dic
     return parser, recipes, parameters
 
 
-def conduct(parsed: Parsed) -> list[str]:
-    """Run a study in an MLflow run of its own, which is ended whatever happens; the lines to print.
+def conduct(study: Any, bench: Any, text: str) -> list[str]:
+    """Run a study in the run of its bench, if it has one, which is ended whatever happens; the lines to print.
 
     An exception ends the run as FAILED, a signal (SIGTERM, SIGUSR1, Ctrl-C) as KILLED.
+
+    Args:
+        study: The study.
+        bench: What it works with.
+        text: Its resolved config.
     """
-    from hedgelab.protocols.study import Bench
-    from hedgelab.tracking import MLflowTracker
     from hedgelab.tracking.params import searchable
     from hedgelab.tracking.provenance import provenance_tags
+    from hedgelab.training.checkpoints.stopping import stopped
 
-    if not parsed.study.tracked:
-        with stop_at_once():
-            return list(parsed.study.run(Bench(parsed.seed)).headline)
-    tracker = MLflowTracker(parsed.experiment, parsed.name, description=parsed.description)
+    tracker = bench.tracker
     with stop_at_once():
-        try:
-            tracker.log_config(parsed.text)
-            tracker.log_hyperparams(searchable(yaml.safe_load(parsed.text)))
-            tracker.log_tags(provenance_tags(1))
-            bench = Bench(parsed.seed, tracker)
-            outcome = parsed.study.run(bench)
-            bench.keep(outcome)
-        except BaseException:
-            tracker.finalize("failed")
-            raise
-        tracker.finalize("success")
+        if tracker is None:
+            outcome = study.run(bench)
+        else:
+            try:
+                tracker.log_config(text)
+                tracker.log_hyperparams(searchable(yaml.safe_load(text)))
+                tracker.log_tags(provenance_tags(1))
+                outcome = study.run(bench)
+                bench.keep(outcome)
+            except BaseException:
+                tracker.finalize("killed" if stopped() else "failed")
+                raise
+            tracker.finalize("success" if outcome.failure is None else "failed")
+    if outcome.failure is not None:
+        raise UserError(outcome.failure)
+    if tracker is None:
+        return list(outcome.headline)
     first, *others = outcome.headline or ["done"]
     return [f"run {tracker.run_id}: {first}", *(f"  {line}" for line in others), "look at it: hedgelab ui"]
 

@@ -52,11 +52,12 @@ def run(command: str, words: list[str]) -> int:
 def sweep(command: str, words: list[str]) -> int:
     """Run the cells that the words describe; 1 where some failed."""
     from hedgelab.cli.cells import parse_cell
-    from hedgelab.cli.studies import Parsed, conduct
+    from hedgelab.cli.studies import conduct
+    from hedgelab.protocols.study import Bench
     from hedgelab.protocols.sweep.run import Sweep
 
     study = Sweep(words, parse_cell)
-    print("\n".join(conduct(Parsed(study, command, study.experiment, 0, study.grid.text, None))))
+    print("\n".join(conduct(study, Bench(), study.grid.text)))
     for name, reason in study.failures.items():
         sys.stderr.write(f"hedgelab: cell '{name}' failed: {reason}\n")
     return 1 if study.failures else 0

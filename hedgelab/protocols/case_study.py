@@ -1,11 +1,10 @@
-"""What a single new latent took from the old ones: the report of a hedging degree with N = 1 (SPEC section 5)."""
+"""What a single new latent took from the old ones: the page of a hedging degree with N = 1 (SPEC section 5)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,14 +31,7 @@ td, th { padding: .15em .9em .15em 0; text-align: right }
 
 
 class Snippet(NamedTuple):
-    """Text around a token on which a latent fires.
-
-    Attributes:
-        before: Text in front of it.
-        token: The token.
-        after: Text behind it.
-        activation: How strongly the latent fires there.
-    """
+    """A token on which a latent fires, the text before and after it, and how strongly the latent fires there."""
 
     before: str
     token: str
@@ -47,8 +39,7 @@ class Snippet(NamedTuple):
     activation: float
 
 
-@dataclass(frozen=True)
-class MovedLatent:
+class MovedLatent(NamedTuple):
     """An old latent and how it moved when the new one came.
 
     Attributes:
@@ -66,24 +57,8 @@ class MovedLatent:
     after: float
 
 
-class TextProbe(Protocol):
-    """What tokens and texts have to do with directions and latents."""
-
-    def promoted(self, direction: Tensor) -> list[str]:
-        """Tokens whose logits a direction ``[d_in]`` raises most, the first most."""
-
-    def contexts(self, sae: SAE, latents: Sequence[int]) -> dict[int, list[Snippet]]:
-        """Where each of the latents fires most."""
-
-
 def most_moved(control: Tensor, extended: Tensor, count: int = _SHOWN_LATENTS) -> list[MovedLatent]:
-    """The old latents that moved furthest along the new one's direction, either way.
-
-    Args:
-        control: Decoder of the control, ``[W, d_in]``.
-        extended: Decoder of the extended SAE, ``[W + 1, d_in]``.
-        count: Most latents listed.
-    """
+    """The old latents of decoders ``[W, d_in]`` and ``[W + 1, d_in]`` that moved furthest along the new one's direction."""
     rows = normalize(extended.detach().double(), dim=1)
     old, moved, new = normalize(control.detach().double(), dim=1), rows[:-1], rows[-1]
     toward = (moved - old) @ new
@@ -94,11 +69,7 @@ def most_moved(control: Tensor, extended: Tensor, count: int = _SHOWN_LATENTS) -
 
 
 class LLMProbe:
-    """Reads directions through a language model's unembedding, and latents on evenly spaced contexts of its text.
-
-    Args:
-        data: Activations of the residual stream.
-    """
+    """Reads directions through a language model's unembedding, and latents on evenly spaced contexts of its text."""
 
     def __init__(self, data: LLMDataModule) -> None:
         self._tokenizer = data.files.tokenizer()
@@ -144,14 +115,8 @@ class LLMProbe:
         return str(self._tokenizer.decode(tokens.tolist()))
 
 
-def report(control: SAE, extended: SAE, probe: TextProbe | None = None) -> str:
-    """The case study as one HTML page.
-
-    Args:
-        control: Trained on without a new latent.
-        extended: Trained on with one.
-        probe: Shows what directions and latents mean; None where activations are not those of a language model.
-    """
+def page(control: SAE, extended: SAE, probe: LLMProbe | None = None) -> str:
+    """The case study as one HTML page; without a probe the table of moved latents alone."""
     moved = most_moved(control.W_dec, extended.W_dec)
     lines = [
         f"<!doctype html><meta charset=utf-8><title>Case study</title><style>{_STYLE}</style>",
@@ -166,17 +131,13 @@ def report(control: SAE, extended: SAE, probe: TextProbe | None = None) -> str:
         "</table>",
     ]
     if probe is not None:
-        new = control.d_sae
-        before = probe.contexts(control, [m.latent for m in moved])
-        after = probe.contexts(extended, [new, *(m.latent for m in moved)])
+        new, old = control.d_sae, [m.latent for m in moved]
+        before, after = probe.contexts(control, old), probe.contexts(extended, [new, *old])
         lines += [f"<h2>New latent {new}</h2>", _side(probe.promoted(extended.W_dec[new]), after[new])]
-        for m in moved:
-            sides = (
-                ("before (control)", control.W_dec[m.latent], before[m.latent]),
-                ("after (extended)", extended.W_dec[m.latent], after[m.latent]),
-            )
-            lines.append(f"<h2>Latent {m.latent}</h2><div class=two>")
-            lines += [f"<div><b>{name}</b>{_side(probe.promoted(row), found)}</div>" for name, row, found in sides]
+        for latent in old:
+            lines.append(f"<h2>Latent {latent}</h2><div class=two>")
+            for name, sae, found in (("before (control)", control, before), ("after (extended)", extended, after)):
+                lines.append(f"<div><b>{name}</b>{_side(probe.promoted(sae.W_dec[latent]), found[latent])}</div>")
             lines.append("</div>")
     return "\n".join(lines) + "\n"
 

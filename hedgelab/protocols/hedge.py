@@ -8,9 +8,9 @@ new latents) share the stream and train as one group too; each one's new latents
 
 from __future__ import annotations
 
+import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,20 +22,28 @@ from torch.optim.lr_scheduler import PolynomialLR
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.data.llm import LLMDataModule
 from hedgelab.errors import UserError
 from hedgelab.metrics.degree import HedgingDegree
 from hedgelab.metrics.error_spread import ROWS, ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores
 from hedgelab.metrics.functional.error_spread import BLOCKS
+from hedgelab.plots.hedging import degree_and_baselines, projection_of_latents
+from hedgelab.protocols.case_study import LLMProbe, page
 from hedgelab.protocols.phase_data import PhaseData
-from hedgelab.protocols.ranks import decided_by_rank_zero
-from hedgelab.protocols.training_phases import Phase, PhaseRunner
+from hedgelab.protocols.ranks import decided_by_rank_zero, on_every_rank, say
+from hedgelab.protocols.study import Bench, Outcome, Row, Study
+from hedgelab.protocols.training_phases import Phase, PhaseRunner, PhaseTrainer
 from hedgelab.saes import SAE, JumpReLUSAE, VanillaSAE, duplicate, fresh, widen
 from hedgelab.saes.widen import flat_part, train_like
 from hedgelab.seeding import resolve_seed
 from hedgelab.tracking import MLflowTracker
+from hedgelab.tracking.provenance import provenance_tags
 
-ROLES = ("control", "extended", "reordered")
+_SHOWN = (
+    "residual_hedging", "degree", "live_degree", "covariance_degree", "foreign_degree", "projection", "baseline",
+    "baseline_std", "noise_floor", "delta_norm", "live_new_latents",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,15 +89,54 @@ class Continuations(NamedTuple):
     reordered: SAE
 
 
-class HedgeProtocol:
-    """Trains everything that the hedging degree needs, and measures it.
+class Hedge(Study):
+    """Measure how much an SAE hedges: train, widen, train on, compare.
+
+    Its config has the sections of ``hedgelab fit`` and one more, ``hedge``.
 
     Args:
-        model: The SAE to be trained, as configured; serves as the pattern of all others and stays as it is.
-        data: Where activations come from; the stream's first ``2 * steps`` batches are trained on.
+        model: The SAE to be trained, the pattern of all others; it stays as it is.
+        data: Where activations come from; the stream's first ``2 * max_steps`` batches are trained on.
+        trainer: Trains; its ``max_steps`` are the steps of each of the two phases.
+        hedge: How the hedging degree is measured.
+        outcome: Plain values that decide what training gives: phases found in the store with the same ones are not trained
+            again. None trains all.
+        retrain: Train all phases, those too that the store has already.
+
+    Raises:
+        UserError: No number of steps, or more new latents than directions.
+    """
+
+    def __init__(
+        self,
+        model: SAE,
+        data: ActivationDataModule,
+        trainer: PhaseTrainer,
+        hedge: HedgeOptions = HedgeOptions(),
+        outcome: Mapping[str, Any] | None = None,
+        retrain: bool = False,
+    ) -> None:
+        if trainer.max_steps < 1:
+            raise UserError("trainer.max_steps: must be set: it is the number of steps of each phase")
+        self.protocol = HedgeProtocol(model, data, trainer.max_steps, hedge, outcome or {})
+        self.trainer, self.reuse, self.retrain = trainer, outcome is not None, retrain
+
+    def run(self, bench: Bench) -> Outcome:
+        """Train what the store has not, and measure."""
+        if bench.tracker is not None:
+            bench.tracker.log_tags({"protocol": "hedge", **provenance_tags(self.trainer.world_size)})
+        runner = PhaseRunner(self.trainer, bench.tracker, self.reuse, self.retrain)
+        return on_every_rank(self.trainer, lambda: measure_hedging([self.protocol], runner)[0])
+
+
+class HedgeProtocol:
+    """What the hedging degree of one SAE needs to have trained.
+
+    Args:
+        model: The pattern of all SAEs.
+        data: Where activations come from.
         steps: Optimiser steps of each of the two phases.
         options: How the degree is measured.
-        runner: Trains phases.
         config: Plain values that, with steps and options, determine the outcome: the resolved config of model and data.
         seeds: The seeds, instead of as many as the options say from the model's own on.
         tracker: The run below which the phases' runs stand; None is the runner's.
@@ -105,7 +152,6 @@ class HedgeProtocol:
         data: ActivationDataModule,
         steps: int,
         options: HedgeOptions,
-        runner: PhaseRunner,
         config: Mapping[str, Any],
         seeds: Sequence[int] | None = None,
         tracker: MLflowTracker | None = None,
@@ -116,18 +162,20 @@ class HedgeProtocol:
                 f"hedge.n_new: must be below d_in = {data.d_in}, or they span everything, got {options.n_new}"
             )
         self.model, self.data, self.steps, self.options = model, data, steps, options
-        self.runner, self.config = runner, {**config, "steps": steps}
+        self.config = {**config, "steps": steps}
         first = resolve_seed(flat_part(model).init.seed)
         self.seeds = list(seeds or [first + repeat for repeat in range(options.seeds)])
         self.tracker, self.label = tracker, label
 
-    def train(self) -> dict[int, Continuations]:
-        """Both phases, for every seed; what the store has already is taken from there."""
-        return train_together([self])[0]
-
     def initial_phases(self) -> dict[int, Phase]:
         """Phase one, by seed."""
-        return {seed: self._initial(seed) for seed in self.seeds}
+        return {
+            seed: Phase(
+                f"{self.label}initial/seed{seed}", {**self.config, "phase": "initial", "seed": seed},
+                partial(fresh, self.model, seed), self.tracker,
+            )
+            for seed in self.seeds
+        }  # fmt: skip
 
     def continuation_phases(self, trained: Mapping[str, SAE]) -> dict[tuple[int, str], Phase]:
         """Phase two, by seed and role, from what phase one has given by name."""
@@ -137,30 +185,8 @@ class HedgeProtocol:
         return {
             (seed, role): self._continuation(role, seed, start.id, trained[start.name])
             for seed, start in starts.items()
-            for role in ROLES
+            for role in Continuations._fields
         }
-
-    def measure(self, trained: Mapping[int, Continuations]) -> dict[int, DegreeScores]:
-        """The degree of every seed with all controls; the validation batches tell which latents live."""
-        return measure_together([self], [trained])[0]
-
-    def scores(self, trained: Mapping[int, Continuations], seed: int, batches: Sequence[Batch]) -> DegreeScores:
-        """The degree of one seed on batches of activations, on their device."""
-        saes, device = trained[seed], batches[0].x.device
-        width = self.model.d_sae
-        foreign = [own.extended.W_dec[width:].to(device) for other, own in trained.items() if other != seed]
-        with moved(saes, device):
-            control, extended, reordered = (sae.W_dec for sae in saes)
-            metric = HedgingDegree(
-                control, extended, reordered, foreign, self.options.draws, seed, sync_on_compute=False
-            ).to(device)
-            for x, _, weight in batches:
-                metric.update(x, saes.control.encode(x), saes.extended.encode(x), weight)
-            return _with_residual_hedging(metric.compute(), saes.control, batches)
-
-    def _initial(self, seed: int) -> Phase:
-        config = {**self.config, "phase": "initial", "seed": seed}
-        return Phase(f"{self.label}initial/seed{seed}", config, partial(fresh, self.model, seed), self.tracker)
 
     def _continuation(self, role: str, seed: int, initial_id: str, initial: SAE) -> Phase:
         options = self.options
@@ -175,21 +201,33 @@ class HedgeProtocol:
         return Phase(name, config, lambda: continued(make(), options, self.steps), self.tracker)
 
 
-def train_together(protocols: Sequence[HedgeProtocol]) -> list[dict[int, Continuations]]:
-    """Both phases of several protocols with the same data, steps and runner, each phase of all of them as one group.
+def measure_hedging(protocols: Sequence[HedgeProtocol], runner: PhaseRunner) -> list[Outcome]:
+    """The hedging degrees of several protocols with the same data and steps, each phase of all of them as one group."""
+    data = protocols[0].data
+    try:
+        trained = train_together(protocols, runner)
+        say("measuring")
+        scores = measure_together(protocols, trained)
+        studied = any(protocol.options.n_new == 1 for protocol in protocols)
+        probe = LLMProbe(data) if studied and isinstance(data, LLMDataModule) else None
+        return [outcome_of(*one, probe) for one in zip(protocols, trained, scores, strict=True)]
+    finally:
+        data.teardown("fit")
+
+
+def train_together(protocols: Sequence[HedgeProtocol], runner: PhaseRunner) -> list[dict[int, Continuations]]:
+    """Both phases, for every seed of every protocol; what the store has already is taken from there.
 
     The activations are read once for all, and what several protocols have in common (the same SAE and its controls, where
     only the new latents differ) is trained once; each protocol gets what it would get alone.
     """
-    data, steps, runner = protocols[0].data, protocols[0].steps, protocols[0].runner
+    data, steps = protocols[0].data, protocols[0].steps
     starts = [phase for protocol in protocols for phase in protocol.initial_phases().values()]
-    initial = _train_each_once(runner, starts, lambda _: PhaseData(data, 0, steps))
+    initial = runner.train(starts, PhaseData(data, 0, steps))
     phases = [protocol.continuation_phases(initial) for protocol in protocols]
-    reordered = {phase.name for own in phases for (_, role), phase in own.items() if role == "reordered"}
-    trained = _train_each_once(
-        runner,
-        [phase for own in phases for phase in own.values()],
-        lambda names: PhaseData(data, steps, steps, [name for name in names if name in reordered]),
+    reordered = [phase.name for own in phases for (_, role), phase in own.items() if role == "reordered"]
+    trained = runner.train(
+        [phase for own in phases for phase in own.values()], PhaseData(data, steps, steps, reordered)
     )
     return [
         {
@@ -198,21 +236,6 @@ def train_together(protocols: Sequence[HedgeProtocol]) -> list[dict[int, Continu
         }
         for protocol, own in zip(protocols, phases, strict=True)
     ]
-
-
-def _train_each_once(
-    runner: PhaseRunner, phases: Sequence[Phase], data: Callable[[list[str]], PhaseData]
-) -> dict[str, SAE]:
-    """The SAE of every phase, by name; ``data`` is told the names of those that are trained."""
-    first: dict[str, Phase] = {}
-    for phase in phases:
-        first.setdefault(phase.id, phase)
-    trained = runner.train(list(first.values()), data([phase.name for phase in first.values()]))
-    for phase in phases:
-        if phase.name not in trained:
-            trained[phase.name] = trained[first[phase.id].name]
-            runner.share(phase, first[phase.id])
-    return trained
 
 
 @torch.no_grad()
@@ -230,22 +253,27 @@ def measure_together(
     data.setup("fit")
     batches = [data.batch("val", index) for index in range(data.val_batches)]
     return [
-        {seed: protocol.scores(own, seed, batches) for seed in own}
+        {seed: _degree(own, seed, protocol.options.draws, batches) for seed in own}
         for protocol, own in zip(protocols, trained, strict=True)
     ]
 
 
-@contextmanager
-def moved(saes: Sequence[SAE], device: torch.device) -> Iterator[None]:
-    """Have SAEs on a device for a while, and then back where they were."""
-    before = [sae.W_dec.device for sae in saes]
+def _degree(trained: Mapping[int, Continuations], seed: int, draws: int, batches: Sequence[Batch]) -> DegreeScores:
+    """The degree of one seed, the other seeds' new latents as its foreign baseline, and the control's residual hedging."""
+    saes, device = trained[seed], batches[0].x.device
+    width = saes.control.d_sae
+    foreign = [own.extended.W_dec[width:].to(device) for other, own in trained.items() if other != seed]
+    homes = [sae.W_dec.device for sae in saes]
     for sae in saes:
         sae.to(device)
-    try:
-        yield
-    finally:
-        for sae, old in zip(saes, before, strict=True):
-            sae.to(old)
+    control, extended, reordered = (sae.W_dec for sae in saes)
+    metric = HedgingDegree(control, extended, reordered, foreign, draws, seed, sync_on_compute=False).to(device)
+    for x, _, weight in batches:
+        metric.update(x, saes.control.encode(x), saes.extended.encode(x), weight)
+    scores = _with_residual_hedging(metric.compute(), saes.control, batches)
+    for sae, home in zip(saes, homes, strict=True):
+        sae.to(home)
+    return scores
 
 
 def _with_residual_hedging(scores: DegreeScores, control: SAE, batches: Sequence[Batch]) -> DegreeScores:
@@ -278,25 +306,70 @@ def continued(sae: SAE, options: HedgeOptions, steps: int) -> SAE:
     return sae
 
 
-def check_live(scores: Mapping[int, DegreeScores], n_new: int) -> None:
-    """Warn where fewer than half of the new latents fire.
-
-    Raises:
-        UserError: None fires at all, so that the degree says nothing.
-    """
-    for seed, result in scores.items():
-        live = int(result.live_new_latents)
-        if live == 0:
-            raise UserError(
-                f"hedge.new_norm: none of the {n_new} new latents ever fires (seed {seed}), so the degree says nothing; "
-                "raise it, or train longer, or with an auxiliary loss that revives them (model.dead_after_steps)"
-            )
-        if 2 * live < n_new:
-            warnings.warn(f"only {live} of {n_new} new latents fire (seed {seed}): the degree is too low", stacklevel=2)
-
-
 def _with_lr(optimizer: Callable[[Iterable[Any]], Optimizer], lr: float, parameters: Iterable[Any]) -> Optimizer:
     made = optimizer(parameters)
     for group in made.param_groups:
         group["lr"] = lr
     return made
+
+
+def outcome_of(
+    protocol: HedgeProtocol,
+    trained: Mapping[int, Continuations],
+    scores: Mapping[int, DegreeScores],
+    probe: LLMProbe | None = None,
+) -> Outcome:
+    """Numbers with their spread over seeds, the distribution over latents, and for one new latent its case study."""
+    numbers = summary_numbers(scores)
+    columns = ("projections", "delta_norms", "cosines", "live")
+    rows: list[Row] = [
+        {"seed": seed, "latent": latent, "projection": p, "delta_norm": d, "cosine": c, "live": int(live)}
+        for seed, own in scores.items()
+        for latent, (p, d, c, live) in enumerate(zip(*(getattr(own, name).tolist() for name in columns), strict=True))
+    ]
+    projections = [own.projections.tolist() for own in scores.values()]
+    figures = {
+        "hedging_degree.png": degree_and_baselines([own.scalars() for own in scores.values()]),
+        "hedging_by_latent.png": projection_of_latents(
+            projections, numbers["hedging/baseline"], numbers.get("hedging/noise_floor")
+        ),
+    }
+    shown = [name for short in _SHOWN if (name := f"hedging/{short}") in numbers]
+    spreads = {name: f" ± {numbers[f'{name}_seed_std']:.2g}" if f"{name}_seed_std" in numbers else "" for name in shown}
+    headline = [
+        f"{len(scores)} seeds, {protocol.steps} steps a phase" if len(scores) > 1 else f"{protocol.steps} steps a phase"
+    ]
+    headline += [f"{name:<{max(map(len, shown))}}  {numbers[name]:.4g}{spreads[name]}" for name in shown]
+    studied = trained.items() if protocol.options.n_new == 1 else ()
+    texts = {f"case_study/seed{seed}.html": page(own.control, own.extended, probe) for seed, own in studied}
+    return Outcome(
+        numbers, {"hedging/latents.csv": rows}, figures, headline, step=2 * protocol.steps, texts=texts,
+        failure=dead_latents(scores, protocol.options.n_new),
+    )  # fmt: skip
+
+
+def summary_numbers(scores: Mapping[int, DegreeScores]) -> dict[str, float]:
+    """``hedging/...``: means over seeds; with several seeds also ``..._seed_std`` and every seed's own numbers."""
+    by_seed = {seed: result.scalars() for seed, result in scores.items()}
+    numbers: dict[str, float] = {}
+    for name in dict.fromkeys(name for values in by_seed.values() for name in values):
+        values = [own[name] for own in by_seed.values() if name in own]
+        numbers[f"hedging/{name}"] = statistics.fmean(values)
+        if len(by_seed) > 1:
+            numbers[f"hedging/{name}_seed_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+            numbers |= {f"hedging/seed{seed}/{name}": own[name] for seed, own in by_seed.items() if name in own}
+    return numbers
+
+
+def dead_latents(scores: Mapping[int, DegreeScores], n_new: int) -> str | None:
+    """Why the degree says nothing where none of the new latents fires; warns where fewer than half of them do."""
+    for seed, result in scores.items():
+        live = int(result.live_new_latents)
+        if live == 0:
+            return (
+                f"hedge.new_norm: none of the {n_new} new latents ever fires (seed {seed}), so the degree says nothing; "
+                "raise it, or train longer, or with an auxiliary loss that revives them (model.dead_after_steps)"
+            )
+        if 2 * live < n_new:
+            warnings.warn(f"only {live} of {n_new} new latents fire (seed {seed}): the degree is too low", stacklevel=2)
+    return None

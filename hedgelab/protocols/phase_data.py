@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +31,7 @@ class PhaseData(ActivationDataModule):
         start: Batch of its stream that is this phase's first.
         steps: Batches of the phase.
         reordered: Members of a group that see them in another order.
-        serves: ``both`` gives a group its batches in order and the reordered members theirs; ``in order`` and ``reordered``
-            give every SAE plain batches in that order.
+        all_reordered: Serve every SAE plain batches in the other order.
     """
 
     def __init__(
@@ -42,15 +40,19 @@ class PhaseData(ActivationDataModule):
         start: int,
         steps: int,
         reordered: Sequence[str] = (),
-        serves: Literal["both", "in order", "reordered"] = "both",
+        all_reordered: bool = False,
     ) -> None:
         super().__init__(data.batch_size, data.seed, data.val_batches, data.chunk_steps)
-        self.data, self.start, self.steps, self.serves = data, start, steps, serves
-        self.reordered = list(reordered)
+        self.data, self.start, self.steps = data, start, steps
+        self.reordered, self.all_reordered = list(reordered), all_reordered
 
     def only(self, name: str) -> PhaseData:
         """The phase as one member sees it: plain batches, in the member's own order."""
-        return PhaseData(self.data, self.start, self.steps, (), "reordered" if name in self.reordered else "in order")
+        return PhaseData(self.data, self.start, self.steps, all_reordered=name in self.reordered)
+
+    def renamed(self, names: Mapping[str, str]) -> PhaseData:
+        """The phase for members that go by other names."""
+        return PhaseData(self.data, self.start, self.steps, [names[name] for name in self.reordered if name in names])
 
     @property
     def d_in(self) -> int:
@@ -83,10 +85,10 @@ class PhaseData(ActivationDataModule):
         """This rank's slices of the phase's batches; as :class:`~hedgelab.training.steps.StepBatches` where orders differ."""
         if stage != "train":
             yield from self.data.batches(stage, start, stop)
-        elif self.serves == "reordered":
-            yield from self.data.batches_at("train", [self._number(index) for index in range(start, stop)])
         elif self.reordered:
             yield from self._in_two_orders(start, stop)  # type: ignore[misc]
+        elif self.all_reordered:
+            yield from self.data.batches_at("train", [self._number(index) for index in range(start, stop)])
         else:
             yield from self.data.batches("train", start + self.start, stop + self.start)
 
@@ -102,21 +104,17 @@ class PhaseData(ActivationDataModule):
 
     def _number(self, index: int) -> int:
         """Which batch of the data's stream is number ``index`` here."""
-        return self.start + (self.order[index] if self.serves == "reordered" else index)
+        return self.start + (self.order[index] if self.all_reordered else index)
 
     def _in_two_orders(self, start: int, stop: int) -> Iterator[StepBatches]:
         if 4 * self.batch_size * self.d_in * self.steps <= _HELD_BYTES:
-            held = self._held()
-            for index in range(start, stop):
-                yield StepBatches(held[index], dict.fromkeys(self.reordered, held[self.order[index]]))
-            return
-        shared = self.data.batches("train", start + self.start, stop + self.start)
-        own = self.data.batches_at("train", [self.start + number for number in self.order[start:stop]])
-        for one, other in zip(shared, own, strict=True):
+            batches = self.data.batches("train", self.start, self.start + self.steps)
+            shown = tqdm(batches, "Activations", self.steps, delay=2, unit="batch", miniters=1, mininterval=1)
+            held = [Batch(batch.x, None, batch.weight) for batch in shown]
+            pairs: Iterator[tuple[Batch, Batch]] = ((held[i], held[self.order[i]]) for i in range(start, stop))
+        else:
+            shared = self.data.batches("train", start + self.start, stop + self.start)
+            own = self.data.batches_at("train", [self.start + number for number in self.order[start:stop]])
+            pairs = zip(shared, own, strict=True)
+        for one, other in pairs:
             yield StepBatches(one, dict.fromkeys(self.reordered, other))
-
-    def _held(self) -> list[Batch]:
-        """This rank's slices of all of the phase's batches, without what training does not need."""
-        batches = self.data.batches("train", self.start, self.start + self.steps)
-        shown = tqdm(batches, "Activations", self.steps, delay=2, unit="batch", miniters=1, mininterval=1)
-        return [Batch(batch.x, None, batch.weight) for batch in shown]

@@ -1,18 +1,16 @@
-"""What protocols need where their fits run on several ranks: all ranks at work from the start, deciding alike.
-
-Every rank runs the whole protocol. What it finds on disk or in the tracking store, rank zero looks up for all of them; what it
-computes from trained SAEs, every rank computes for itself, from the same weights.
-"""
+"""Protocols on several ranks: every rank runs the whole protocol, and rank zero looks up what is on disk for all of them."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed as dist
 
 from hedgelab.errors import UserError
@@ -20,24 +18,13 @@ from hedgelab.saes import SAE
 from hedgelab.saes.io import copy_of
 
 T = TypeVar("T")
-
-
-class _Answer(NamedTuple):
-    """What rank zero tells the others: a value, or why there is none."""
-
-    value: Any = None
-    mistake: str | None = None
-    bug: str | None = None
+_MOST_NAMES = 6
 
 
 def on_every_rank(trainer: L.Trainer, work: Callable[[], T]) -> T:
     """Do ``work`` in every process of a trainer, started here where no launcher (torchrun, srun) has started them.
 
     Fits within ``work`` have trainers of their own, with the same strategy and devices; they find the processes there.
-
-    Args:
-        trainer: Says how many processes there are, and how they find each other.
-        work: What each of them does.
 
     Raises:
         UserError: A strategy whose processes last for one fit only.
@@ -68,9 +55,6 @@ def on_every_rank(trainer: L.Trainer, work: Callable[[], T]) -> T:
 def decided_by_rank_zero(decide: Callable[[], T]) -> T:
     """What ``decide`` gives on rank zero, on every rank; all must call this at the same point.
 
-    Args:
-        decide: Looks something up; called on rank zero only.
-
     Raises:
         UserError: ``decide`` has raised it: on every rank, with the same words.
         RuntimeError: ``decide`` has raised anything else.
@@ -78,26 +62,24 @@ def decided_by_rank_zero(decide: Callable[[], T]) -> T:
     if ranks_at_work() == 1:
         return decide()
     error: Exception | None = None
-    answer: list[_Answer] = [_Answer()]
+    answer: list[Any] = [None, None, ""]  # the value, or what kind of error there was, and its words
     if dist.get_rank() == 0:
         try:
-            answer = [_Answer(decide())]
+            answer[0] = decide()
         except Exception as caught:
-            error, words = caught, str(caught)
-            answer = [_Answer(mistake=words) if isinstance(caught, UserError) else _Answer(bug=words)]
+            error = caught
+            answer = [None, UserError if isinstance(caught, UserError) else RuntimeError, str(caught)]
     dist.broadcast_object_list(answer, src=0)
     if error is not None:
         raise error
-    ((value, mistake, bug),) = answer
-    if mistake is not None:
-        raise UserError(mistake)
-    if bug is not None:
-        raise RuntimeError(f"rank 0: {bug}")
+    value, kind, words = answer
+    if kind is not None:
+        raise kind(words)
     return value  # type: ignore[no-any-return]
 
 
 def found_by_rank_zero(find: Callable[[], SAE | None]) -> SAE | None:
-    """The SAE that ``find`` gives on rank zero, whole on every rank, each with memory of its own; None where it finds none."""
+    """The SAE that ``find`` gives on rank zero, on every rank, each with memory of its own; None where it finds none."""
     if ranks_at_work() == 1:
         return find()
 
@@ -112,6 +94,19 @@ def found_by_rank_zero(find: Callable[[], SAE | None]) -> SAE | None:
 def ranks_at_work() -> int:
     """How many ranks there are, once :func:`on_every_rank` has them at work."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Tell the user a line at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def say_names(what: str, names: Sequence[str]) -> None:
+    """Tell the user what happens to things with names, of which the first few are shown."""
+    more = [f"… ({len(names)} in all)"] if len(names) > _MOST_NAMES else []
+    say(f"{what} {', '.join([*names[: _MOST_NAMES - len(more)], *more])}")
 
 
 class _Nobody(L.LightningModule):

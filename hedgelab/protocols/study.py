@@ -1,8 +1,6 @@
 """A study is a class: its signature is its config, ``run`` does the work, and one runner does all the rest.
 
-A command such as ``hedgelab phase`` is a subclass of :class:`Study`. The arguments of its ``__init__``, with their types,
-defaults and docstring, are the keys of its config. ``run`` gets a :class:`Bench` and returns an :class:`Outcome`. The runner
-(``hedgelab.cli.studies``) reads the config, opens the MLflow run, logs config, metrics, tables and figures, and ends the run
+The runner (``hedgelab.cli.studies``) reads the config, opens the MLflow run, logs what ``run`` returns, and ends the run
 whatever happens. A study of another package is a command too: by its class path (``hedgelab my_package.MyStudy --config F``),
 or by a name that the package registers as an entry point of the group ``hedgelab.studies``.
 """
@@ -18,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -36,13 +33,7 @@ Row = Mapping[str, Any]
 
 
 class Part(NamedTuple):
-    """What becomes a child run of a study's run.
-
-    Attributes:
-        name: Name of the child run, below that of its parent.
-        params: Its parameters.
-        metrics: Its metrics.
-    """
+    """What becomes a child run of a study's run: its name, its parameters and its metrics."""
 
     name: str
     params: Mapping[str, Any]
@@ -60,6 +51,8 @@ class Outcome:
         headline: Lines for the terminal; the first follows the run's id.
         parts: Child runs.
         step: Optimiser steps after which the metrics hold.
+        texts: Other files by name.
+        failure: Why all that says nothing: the run keeps it and has failed.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -68,10 +61,12 @@ class Outcome:
     headline: Sequence[str] = ()
     parts: Sequence[Part] = ()
     step: int = 0
+    texts: Mapping[str, str] = field(default_factory=dict)
+    failure: str | None = None
 
 
 class Bench:
-    """What a study works with: a seed, SAEs, training, progress bars, and the run that takes what it finds.
+    """What a study works with: a seed, SAEs, training, a progress bar, and the run that takes what it finds.
 
     ``Bench()`` needs no tracking store, so a study runs in a notebook too: ``Phase(...).run(Bench()).metrics``.
 
@@ -82,12 +77,13 @@ class Bench:
 
     def __init__(self, seed: int = 0, tracker: MLflowTracker | None = None) -> None:
         self.seed, self.tracker = seed, tracker
+        self._bar = tqdm(disable=True)
 
     @contextmanager
-    def progress(self, total: int, what: str = "Training", unit: str = "step") -> Iterator[Callable[[int], None]]:
-        """A progress bar on a terminal; gives the function that moves it on by a number of units."""
-        with tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty()) as bar:
-            yield lambda units: bar.update(units) and None
+    def progress(self, total: int, what: str = "Training", unit: str = "step") -> Iterator[Callable[[int], Any]]:
+        """A bar on a terminal, which :meth:`train` moves on; gives the function that does so by a number of units."""
+        with tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty()) as self._bar:
+            yield self._bar.update
 
     def make_sae(self, recipe: Recipe[SAE], data: ToyDataModule, seed: int = 0, **arguments: Any) -> SAE:
         """An SAE for a toy, initialised on the toy's first batch, in the dtype of its activations.
@@ -104,23 +100,10 @@ class Bench:
         sae.initialize(first, data.feature_directions)
         return sae
 
-    def train(
-        self,
-        saes: Sequence[SAE],
-        batches: Batch | Callable[[int], Batch],
-        steps: int,
-        advance: Callable[[int], None] | None = None,
-    ) -> EnsembleSAE:
-        """Train SAEs of one architecture side by side.
-
-        Args:
-            saes: The SAEs; they are not changed.
-            batches: The batch of every step, or a function from the number of a step to its batch.
-            steps: Optimiser steps.
-            advance: Moves a progress bar on, one step at a time.
-        """
+    def train(self, saes: Sequence[SAE], batches: Batch | Callable[[int], Batch], steps: int) -> EnsembleSAE:
+        """Train copies of SAEs of one architecture side by side, on one batch or on a function from step to batch."""
         ensemble = EnsembleSAE(saes)
-        ensemble.fit(batches, steps, None if advance is None else lambda _: advance(1))
+        ensemble.fit(batches, steps, lambda _: self._bar.update())
         return ensemble
 
     def keep(self, outcome: Outcome) -> None:
@@ -129,8 +112,8 @@ class Bench:
             return
         if outcome.metrics:
             self.tracker.log_metrics(outcome.metrics, outcome.step)
-        for file, rows in outcome.tables.items():
-            self.tracker.log_text(as_csv(rows), file)
+        for file, text in {**outcome.texts, **{name: as_csv(rows) for name, rows in outcome.tables.items()}}.items():
+            self.tracker.log_text(text, file)
         for file, figure in outcome.figures.items():
             self.tracker.log_figure(figure, f"figures/{file}")
         for part in tqdm(outcome.parts, "Child runs", unit="run", disable=not sys.stderr.isatty()):
@@ -180,19 +163,23 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def aligned(numbers: Mapping[str, float]) -> list[str]:
+    """A line for each number, its name in front.
+
+    >>> aligned({"mcc": 0.98765, "explained": 1.0})
+    ['mcc        0.9877', 'explained  1']
+    """
+    width = max(map(len, numbers), default=0)
+    return [f"{name:<{width}}  {value:.4g}" for name, value in numbers.items()]
+
+
 def make_toy(
     recipe: Recipe[ActivationDataModule], key: str, population: bool = False, **arguments: Any
 ) -> ToyDataModule:
-    """The toy of a recipe.
-
-    Args:
-        recipe: The section of the config.
-        key: Key of that section, for messages.
-        population: Whether it must enumerate its population (``sampling: population``).
-        arguments: Arguments that replace those of the recipe.
+    """The toy of the config's section ``key``, with some arguments replaced.
 
     Raises:
-        UserError: It is something else.
+        UserError: It is something else, or does not enumerate its population where it must.
     """
     data = recipe(**arguments)
     needed = "a ToyDataModule with sampling: population" if population else "a ToyDataModule"
@@ -202,8 +189,7 @@ def make_toy(
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return " ".join(str(_cell(one)) for one in value)
     return f"{value:.7g}" if isinstance(value, float) else value

@@ -1,9 +1,13 @@
-"""Phases: fits with a stable id, trained together, and not again where a finished run of them is in the store."""
+"""Phases: fits with a stable id, trained together, gone on with where they were cut short, and not again once finished."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +24,18 @@ from lightning.pytorch.loggers import Logger
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding, stable_id
-from hedgelab.protocols.group_checkpoints import GroupCheckpoints
 from hedgelab.protocols.phase_data import PhaseData
-from hedgelab.protocols.ranks import decided_by_rank_zero, found_by_rank_zero
+from hedgelab.protocols.ranks import decided_by_rank_zero, found_by_rank_zero, say_names
 from hedgelab.saes import SAE, SAEGroup, load_sae, weights_sha256
 from hedgelab.saes.io import gathered
 from hedgelab.tracking import MemberRecord, MLflowTracker, RunRecord, StepProgressBar
 from hedgelab.tracking.params import searchable
 from hedgelab.tracking.runs import search_runs
-from hedgelab.training.checkpoints import RunCheckpoint, use_verified_io
+from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole, use_verified_io
 from hedgelab.training.guard import FiniteGuard
+
+_PATIENCE = 60.0
+_logger = logging.getLogger(__name__)
 
 
 class CutShortError(UserError):
@@ -58,54 +64,43 @@ class Phase:
         return stable_id(self.config)
 
 
-class TrainerFactory:
-    """Makes the trainers of several fits from one set of trainer arguments.
-
-    Every trainer gets copies of the user's callbacks and loggers. The callbacks that every run has (record, progress bar,
-    checkpoints) are replaced by those of each fit.
-
-    Args:
-        settings: Lightning's trainer arguments.
+class PhaseTrainer(L.Trainer):
+    """A trainer that makes the trainers of several fits from its own arguments.
 
     Attributes:
         one_at_a_time: Whether SAEs are trained one after the other: the user's callbacks and loggers are made for one SAE.
     """
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        callbacks = settings.get("callbacks") or []
-        given = callbacks if isinstance(callbacks, list) else [callbacks]
-        loggers = settings.get("logger")
-        own = (RunRecord, ProgressBar, RunCheckpoint, SaveConfigCallback)
-        self._kept = [callback for callback in given if not isinstance(callback, own)]
-        self._loggers = [
-            logger
-            for logger in (loggers if isinstance(loggers, list) else [loggers])
-            if isinstance(logger, Logger) and not isinstance(logger, MLflowTracker)
-        ]
-        self._saving = next((callback for callback in given if isinstance(callback, RunCheckpoint)), None)
-        # A strategy that no trainer has set up.
+    def __init__(self, **kwargs: Any) -> None:
+        self._remember(kwargs)
+        super().__init__(**kwargs)
+
+    def _remember(self, settings: dict[str, Any]) -> None:
+        """Keep the arguments as they are before a trainer sets up its strategy."""
         self._settings = {**settings, "strategy": copy.deepcopy(settings.get("strategy", "auto"))}
-        self.one_at_a_time = bool(self._loggers) or any(not isinstance(one, FiniteGuard) for one in self._kept)
+        callbacks, loggers = (
+            given if isinstance(given, list) else [given]
+            for given in (settings.get("callbacks"), settings.get("logger"))
+        )
+        of_every_run = (RunRecord, ProgressBar, RunCheckpoint, SaveConfigCallback)
+        self._callbacks = [one for one in callbacks if one is not None and not isinstance(one, of_every_run)]
+        self._loggers = [one for one in loggers if isinstance(one, Logger) and not isinstance(one, MLflowTracker)]
+        self._saving = next((one for one in callbacks if isinstance(one, RunCheckpoint)), None)
+        self.one_at_a_time = bool(self._loggers or [one for one in self._callbacks if not isinstance(one, FiniteGuard)])
 
-    def __call__(
-        self, trackers: Sequence[MLflowTracker], callbacks: Sequence[L.Callback], checkpoints: bool = False
+    def another(
+        self, trackers: Sequence[MLflowTracker], callbacks: Sequence[L.Callback], checkpoints: bool
     ) -> L.Trainer:
-        """A trainer.
-
-        Args:
-            trackers: The runs that it logs to, beside the user's other loggers.
-            callbacks: Callbacks of this fit.
-            checkpoints: Whether it saves checkpoints, as often as the settings say.
-        """
+        """A trainer with copies of the user's callbacks and loggers, and those of one fit."""
         bars: list[L.Callback] = [StepProgressBar()] if self._settings.get("enable_progress_bar", True) else []
         saving = [RunCheckpoint(**self._saving.interval)] if checkpoints and self._saving is not None else []
-        options: dict[str, Any] = {
+        own: dict[str, Any] = {
             "logger": [*trackers, *copy.deepcopy(self._loggers)] or False,
-            "callbacks": [*bars, *copy.deepcopy(self._kept), *callbacks, *saving],
-            "enable_checkpointing": bool(saving) or any(isinstance(one, Checkpoint) for one in self._kept),
+            "callbacks": [*bars, *copy.deepcopy(self._callbacks), *callbacks, *saving],
+            "enable_checkpointing": bool(saving) or any(isinstance(one, Checkpoint) for one in self._callbacks),
             "strategy": copy.deepcopy(self._settings["strategy"]),
         }
-        trainer = L.Trainer(**{**self._settings, **options})
+        trainer = L.Trainer(**{**self._settings, **own})
         use_verified_io(trainer)
         start_time_limit_anew(trainer)
         return trainer
@@ -118,7 +113,6 @@ class PhaseRunner:
         trainer: Makes the trainer of a group.
         tracker: The parent run; None tracks nothing, and nothing is found again.
         reuse: Take phases that the store has from there, and go on with those that were cut short.
-        announce: Told what happens, in lines.
         retrain: Train every phase from its beginning, whatever the store has.
 
     Attributes:
@@ -126,69 +120,54 @@ class PhaseRunner:
     """
 
     def __init__(
-        self,
-        trainer: TrainerFactory,
-        tracker: MLflowTracker | None = None,
-        reuse: bool = True,
-        announce: Callable[[str], None] = lambda line: None,
-        retrain: bool = False,
+        self, trainer: PhaseTrainer, tracker: MLflowTracker | None = None, reuse: bool = True, retrain: bool = False
     ) -> None:
-        self.trainer, self.tracker, self.reuse, self.announce = trainer, tracker, reuse, announce
-        self.retrain = retrain
+        self.trainer, self.tracker, self.reuse, self.retrain = trainer, tracker, reuse, retrain
         self.run_ids: dict[str, str] = {}
 
     def train(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
-        """The trained SAE of every phase, by name: from the store where it is there, else trained now."""
-        if self.trainer.one_at_a_time:
-            return {name: sae for phase in phases for name, sae in self._train_group([phase], data).items()}
-        return self._train_group(phases, data)
+        """The trained SAE of every phase, by name: from the store where it is there, else trained now; equal ones once."""
+        first: dict[str, Phase] = {}
+        for phase in phases:
+            first.setdefault(phase.id, phase)
+        distinct = list(first.values())
+        trained: dict[str, SAE] = {}
+        for group in [[phase] for phase in distinct] if self.trainer.one_at_a_time else [distinct]:
+            trained |= self._train_group(group, data)
+        for phase in phases:
+            if (same := first[phase.id]) is not phase:
+                trained[phase.name] = trained[same.name]
+                self._link(phase, self.run_ids.get(same.name))
+        return trained
 
     def _train_group(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
         begun = decided_by_rank_zero(partial(self._begun, phases))
-        found: dict[str, SAE] = {}
+        trained: dict[str, SAE] = {}
         for phase in phases:
             if phase.name not in begun and (sae := found_by_rank_zero(partial(self._finished, phase))) is not None:
-                found[phase.name] = sae
+                trained[phase.name] = sae
         if begun:
-            self.announce(f"going on with {', '.join(begun)}")
-            found |= self._fit([phase for phase in phases if phase.name in begun], data)
-        missing = [phase for phase in phases if phase.name not in found]
-        if found.keys() - begun:
-            self.announce(f"already trained: {', '.join(name for name in found if name not in begun)}")
-        if missing:
-            self.announce(f"training {', '.join(phase.name for phase in missing)}")
-            found |= self._fit(missing, data)
-        return {phase.name: found[phase.name] for phase in phases}
+            say_names("going on with", begun)
+            trained |= self._fit([phase for phase in phases if phase.name in begun], data)
+        if found := [name for name in trained if name not in begun]:
+            say_names("already trained:", found)
+        if missing := [phase for phase in phases if phase.name not in trained]:
+            say_names("training", [phase.name for phase in missing])
+            trained |= self._fit(missing, data)
+        return trained
 
     def _begun(self, phases: Sequence[Phase]) -> list[str]:
         """Names of the phases that were being trained together when something stopped them, not all of them finished."""
         if self.tracker is None or not self.reuse:
             return []
-        ids = {phase.name: phase.id for phase in phases}
+        groups = GroupCheckpoints.all_unfinished(
+            checkpoints_root(self.tracker), {phase.name: phase.id for phase in phases}
+        )
         if self.retrain:
-            for group in GroupCheckpoints.all_unfinished(checkpoints_root(self.tracker), ids):
+            for group in groups:
                 group.end()
-        begun = GroupCheckpoints.unfinished(checkpoints_root(self.tracker), ids)
-        return [] if begun is None else list(begun.members)
-
-    def _fit(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
-        saes = {phase.name: phase.start() for phase in phases}
-        trackers: dict[str, MLflowTracker] = {}
-        for phase in phases:
-            if (above := phase.tracker or self.tracker) is not None:
-                trackers[phase.name] = above.child(phase.name, {"phase": phase.name, "phase_id": phase.id})
-        ids = {phase.name: phase.id for phase in phases} if self.reuse else None
-
-        def begin() -> None:
-            for phase in phases if trackers else []:
-                trackers[phase.name].log_hyperparams(searchable(phase.config))
-                self._link(phase, trackers[phase.name].run_id)
-
-        return fit_group(self.trainer, saes, trackers, data, begin, ids)
-
-    def share(self, phase: Phase, trained: Phase) -> None:
-        """Let a phase have the run of another that is the same."""
-        self._link(phase, self.run_ids.get(trained.name))
+            return []
+        return list(groups[0].members) if groups else []
 
     def _finished(self, phase: Phase) -> SAE | None:
         """The SAE of the phase's latest finished run whose weights are whole; None without one."""
@@ -209,12 +188,27 @@ class PhaseRunner:
                     return load_sae(path)
         return None
 
+    def _fit(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
+        saes = {phase.name: phase.start() for phase in phases}
+        trackers = {
+            phase.name: above.child(phase.name, {"phase": phase.name, "phase_id": phase.id})
+            for phase in phases
+            if (above := phase.tracker or self.tracker) is not None
+        }
+
+        def begin() -> None:
+            for phase in phases if trackers else []:
+                trackers[phase.name].log_hyperparams(searchable(phase.config))
+                self._link(phase, trackers[phase.name].run_id)
+
+        ids = {phase.name: phase.id for phase in phases} if self.reuse else None
+        return fit_group(self.trainer, saes, trackers, data, begin, ids)
+
     def _link(self, phase: Phase, run_id: str | None) -> None:
         """Say in the parent run where the phase's run is; it may stand below another parent."""
         if run_id is not None:
             self.run_ids[phase.name] = run_id
-        tracker = phase.tracker or self.tracker
-        if tracker is not None:
+        if (tracker := phase.tracker or self.tracker) is not None:
             tracker.log_tags({f"phase.{phase.name}": run_id})
 
 
@@ -225,7 +219,7 @@ def outcome_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fit_group(
-    trainer: TrainerFactory,
+    trainer: PhaseTrainer,
     saes: Mapping[str, SAE],
     trackers: Mapping[str, MLflowTracker],
     data: ActivationDataModule,
@@ -261,35 +255,105 @@ def fit_group(
         for name, run_id in group.runs.items():
             trackers[name].go_on_with(run_id)
     records: list[L.Callback] = [MemberRecord("" if lone else keys[name], one) for name, one in trackers.items()]
-    made = trainer(list(trackers.values()), [_ReachesTheEnd(), *records], checkpoints=group is not None)
+    made = trainer.another(list(trackers.values()), [_ReachesTheEnd(), *records], checkpoints=group is not None)
     begin()
     checkpoint = None
     if group is not None:
         runs = {name: tracker.run_id for name, tracker in trackers.items()}
         checkpoint = decided_by_rank_zero(partial(group.begin, made, runs))
         group.use(made)
+    module: L.LightningModule
     if lone:
-        ((name, sae),) = saes.items()
-        module: L.LightningModule = sae
+        ((name, module),) = saes.items()
         data = data.only(name) if isinstance(data, PhaseData) else data
     else:
         loggers = {keys[name]: tracker for name, tracker in trackers.items()}
         module = SAEGroup({keys[name]: sae for name, sae in saes.items()}, loggers)
+        data = data.renamed(keys) if isinstance(data, PhaseData) else data
     made.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
     if group is not None and made.is_global_zero:
         group.end()
     return {name: gathered(sae) for name, sae in saes.items()}
 
 
+class GroupCheckpoints:
+    """The checkpoints of SAEs that are trained together, ``runs/checkpoints/group-<hash>/``, found again by what is trained.
+
+    Args:
+        root: Where checkpoints are kept, ``runs/checkpoints``.
+        members: What is trained: stable ids by name.
+        lone: Whether the one member is trained by itself, whose checkpoints are those of an SAE and not of a group.
+    """
+
+    def __init__(self, root: Path, members: Mapping[str, str], lone: bool = False) -> None:
+        self.members = dict(members)
+        digest = hashlib.sha256(json.dumps(self.members, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = RunFolder(root / f"group-{digest}{'-lone' if lone else ''}")
+
+    @classmethod
+    def all_unfinished(cls, root: Path, members: Mapping[str, str]) -> list[GroupCheckpoints]:
+        """The groups of some of these members whose training was cut short."""
+        return [
+            cls(root, group, path.name.endswith("-lone"))
+            for path, group in _groups(root)
+            if group and group.items() <= members.items()
+        ]
+
+    @classmethod
+    def forget(cls, root: Path, names: Sequence[str]) -> None:
+        """Remove the checkpoints of all groups whose members are these, or phases of these (``name/...``)."""
+        own = tuple(f"{name}/" for name in names)
+        for path, group in _groups(root):
+            if all(f"{member}/".startswith(own) for member in group):
+                shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def runs(self) -> dict[str, str]:
+        """The MLflow runs of the members, by name; nothing where training has not begun yet."""
+        return {name: run_id for name, run_id in self.folder.members.items() if run_id is not None}
+
+    def begin(self, trainer: L.Trainer, runs: Mapping[str, str | None]) -> Path | None:
+        """Claim the folder, on rank zero; the checkpoint to go on from, None to start from the beginning.
+
+        Raises:
+            UserError: Another process trains the same SAEs right now, and goes on doing so; or has just done it.
+        """
+        if _saves(trainer) is None:
+            return None
+        if self.folder.claim(_PATIENCE) and not self.folder.about:
+            self.folder.release()
+            raise UserError(f"another process has just trained {', '.join(self.members)}; run the same command again")
+        self.folder.note(group=self.members, members=dict(runs))
+        return newest_whole(self.folder.path, _logger.warning)
+
+    def use(self, trainer: L.Trainer) -> None:
+        """Let a trainer write its checkpoints here; on every rank."""
+        if (callback := _saves(trainer)) is not None:
+            callback.folder, callback.dirpath = self.folder, str(self.folder.path)
+
+    def end(self) -> None:
+        """Training has ended well, and what came of it is kept elsewhere."""
+        self.folder.release()
+        shutil.rmtree(self.folder.path, ignore_errors=True)
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Folders of groups with their members' ids by name."""
+    for path in sorted(root.glob("group-*/")):
+        members = RunFolder(path).about.get("group")
+        if isinstance(members, dict):
+            yield path, members
+
+
+def _saves(trainer: L.Trainer) -> RunCheckpoint | None:
+    return next((found for found in trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)), None)
+
+
 class _ReachesTheEnd(L.Callback):
     """Has a training that ``max_time`` has cut end as one that goes on later, before anything is recorded of its end."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Called after the last checkpoint.
-
-        Raises:
-            CutShortError: The last step was not reached.
-        """
+        """Called after the last checkpoint."""
         if was_cut(trainer):
             raise CutShortError(
                 f"trainer.max_time: ended training at step {trainer.global_step} of {trainer.max_steps}; run the same command "

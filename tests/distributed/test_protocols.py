@@ -1,14 +1,18 @@
 """The hedging degree on several ranks: all ranks at work, deciding alike, and the degree of one."""
 
+import io
+from contextlib import redirect_stdout
+
 import fits
 import pytest
 import torch
 
 from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError
-from hedgelab.protocols.hedge import HedgeOptions
-from hedgelab.protocols.hedge_trainer import HedgeTrainer
+from hedgelab.protocols.hedge import Hedge, HedgeOptions
 from hedgelab.protocols.ranks import decided_by_rank_zero, found_by_rank_zero, on_every_rank
+from hedgelab.protocols.study import Bench
+from hedgelab.protocols.training_phases import PhaseTrainer
 from hedgelab.saes import BatchTopKSAE, Initialization, MatryoshkaSAE
 from hedgelab.saes.io import same_weights
 from hedgelab.tracking import MLflowTracker
@@ -29,21 +33,21 @@ def sae():
 
 
 def hedge(ranks, logger=False, outcome=None, **settings):
+    """What was measured, with every latent's own numbers, and the lines that rank zero told."""
     torch.set_num_threads(1)
-    trainer = HedgeTrainer(max_steps=30, devices=ranks, logger=logger, **QUIET, **settings)
-    trainer.outcome_config = outcome
-    said = []
-    trainer.announce = said.append
-    return trainer.measure_hedging(sae(), data(), OPTIONS), said
-
-
-def numbers(scores):
-    return {seed: {**own.scalars(), "projections": own.projections.tolist()} for seed, own in scores.items()}
+    trainer = PhaseTrainer(max_steps=30, devices=ranks, logger=logger, **QUIET, **settings)
+    study = Hedge(sae(), data(), trainer, OPTIONS, outcome)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        found = study.run(Bench(tracker=logger or None))
+    if logger:
+        logger.finalize("success")
+    return (dict(found.metrics), found.tables["hedging/latents.csv"]), said.getvalue().splitlines()
 
 
 def measure(rank, strategy, folder):
-    scores, _ = hedge(2, strategy=strategy)
-    torch.save(numbers(scores), folder / f"{rank}.pt")
+    found, _ = hedge(2, strategy=strategy)
+    torch.save(found, folder / f"{rank}.pt")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("sharded", marks=pytest.mark.slow)])
@@ -51,18 +55,17 @@ def test_two_ranks_measure_what_one_does(strategy, on_ranks, tmp_path):
     on_ranks(2, measure, strategy, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert str(first) == str(second)
-    alone = numbers(hedge(1)[0])
-    assert alone.keys() == first.keys() == {0, 1}
-    for seed, own in alone.items():
-        assert own["live_new_latents"] > 0
-        assert first[seed].pop("projections") == pytest.approx(own.pop("projections"), rel=1e-4, abs=1e-6)
-        assert first[seed] == pytest.approx(own, rel=1e-4, abs=1e-6)
+    (metrics, latents), _ = hedge(1)
+    assert metrics["hedging/live_new_latents"] > 0
+    assert first[0] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert {row["seed"] for row in latents} == {0, 1}
+    for one, other in zip(first[1], latents, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 def tracked(rank, uri, folder):
     tracker = MLflowTracker(uri=uri, system_metrics=False)
-    scores, said = hedge(2, tracker, {"sae": "tiny"}, strategy="ddp")
-    torch.save((numbers(scores), said), folder / f"{rank}.pt")
+    torch.save(hedge(2, tracker, {"sae": "tiny"}, strategy="ddp"), folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
@@ -76,14 +79,14 @@ def test_phases_that_one_rank_finds_in_the_store_are_trained_by_none(on_ranks, t
         folder.mkdir()
         on_ranks(2, tracked, uri, folder)
         first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
-        assert str(first) == str(second)
+        assert str(first[0]) == str(second[0])
         outcomes.append(first)
     (trained, said), (found, said_again) = outcomes
     assert str(found) == str(trained)
     assert [line.split()[0] for line in said] == ["training", "training", "measuring"]
     assert [line.split(":")[0] for line in said_again] == ["already trained", "already trained", "measuring"]
     # one rank's phases are found by a single process too
-    assert str(numbers(hedge(1, MLflowTracker(uri=uri, system_metrics=False), {"sae": "tiny"})[0])) == str(trained)
+    assert str(hedge(1, MLflowTracker(uri=uri, system_metrics=False), {"sae": "tiny"})[0]) == str(trained)
     from mlflow.tracking import MlflowClient
 
     runs = MlflowClient(uri).search_runs(["1"])
@@ -121,10 +124,10 @@ def test_rank_zero_decides_for_all(on_ranks):
 def test_alone_nothing_is_asked():
     own = fits.make("topk", 10, False)
     assert found_by_rank_zero(lambda: own) is own
-    assert on_every_rank(HedgeTrainer(logger=False, devices=1, **QUIET), lambda: 7) == 7
+    assert on_every_rank(PhaseTrainer(logger=False, devices=1, **QUIET), lambda: 7) == 7
 
 
 def test_processes_that_end_with_a_fit_are_refused():
-    trainer = HedgeTrainer(strategy="ddp_fork", devices=2, max_steps=2, logger=False, **QUIET)
+    trainer = PhaseTrainer(strategy="ddp_fork", devices=2, max_steps=2, logger=False, **QUIET)
     with pytest.raises(UserError, match=r"trainer\.strategy: hedge and sweep train in several fits"):
-        trainer.measure_hedging(fits.make("vanilla", 12, False), data(), OPTIONS)
+        Hedge(fits.make("vanilla", 12, False), data(), trainer, OPTIONS).run(Bench())

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hedgelab.protocols.case_study import Snippet, most_moved, report
+from hedgelab.protocols.case_study import Snippet, most_moved, page
 from hedgelab.saes import TopKSAE, duplicate, widen
 
 
@@ -35,18 +35,18 @@ class Probe:
 def test_page_shows_every_moved_latent_before_and_after_and_escapes_text():
     control = TopKSAE(8, 4, k=2)
     extended = widen(duplicate(control), 1)
-    page = report(control, extended, Probe())
-    assert "<h2>New latent 4</h2>" in page
-    assert all(f"<h2>Latent {latent}</h2>" in page for latent in range(4))
-    assert page.count("before (control)") == page.count("after (extended)") == 4
-    assert "&lt;1&gt;" in page
-    assert "a &amp; " in page
-    assert "fires nowhere" in page
-    assert "promotes" not in report(control, extended)
+    text = page(control, extended, Probe())
+    assert "<h2>New latent 4</h2>" in text
+    assert all(f"<h2>Latent {latent}</h2>" in text for latent in range(4))
+    assert text.count("before (control)") == text.count("after (extended)") == 4
+    assert "&lt;1&gt;" in text
+    assert "a &amp; " in text
+    assert "fires nowhere" in text
+    assert "promotes" not in page(control, extended)
 
 
 def test_page_without_text_is_the_table_alone():
     control = TopKSAE(8, 4, k=2)
-    page = report(control, widen(control, 1))
-    assert page.count("<tr>") == 1 + 4
-    assert "<h2>" not in page
+    text = page(control, widen(control, 1))
+    assert text.count("<tr>") == 1 + 4
+    assert "<h2>" not in text

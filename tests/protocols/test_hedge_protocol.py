@@ -9,11 +9,21 @@ import torch
 from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.metrics.functional import hedging_degree
-from hedgelab.protocols.hedge import Continuations, HedgeOptions, HedgeProtocol, check_live, continued
-from hedgelab.protocols.hedge_report import latents_table, summary_numbers
-from hedgelab.protocols.hedge_trainer import HedgeTrainer
+from hedgelab.protocols.hedge import (
+    Continuations,
+    Hedge,
+    HedgeOptions,
+    HedgeProtocol,
+    continued,
+    dead_latents,
+    measure_together,
+    outcome_of,
+    summary_numbers,
+    train_together,
+)
 from hedgelab.protocols.phase_data import PhaseData
-from hedgelab.protocols.training_phases import Phase, PhaseRunner, TrainerFactory
+from hedgelab.protocols.study import Bench
+from hedgelab.protocols.training_phases import Phase, PhaseRunner, PhaseTrainer
 from hedgelab.saes import (
     BatchTopKSAE,
     Initialization,
@@ -49,15 +59,18 @@ def toy():
     return ToyDataModule(CopulaFiring(12, strength=0.6, rank=2), d_in=D_IN, batch_size=32, val_batches=4, seed=0)
 
 
-def protocol(model, **options):
-    runner = PhaseRunner(TrainerFactory({**QUIET, "max_steps": STEPS}))
-    return HedgeProtocol(model, toy(), STEPS, HedgeOptions(n_new=2, new_norm=1.0, **options), runner, {})
+def protocol(model, label="", **options):
+    return HedgeProtocol(model, toy(), STEPS, HedgeOptions(n_new=2, new_norm=1.0, **options), {}, label=label)
+
+
+def train(made):
+    return train_together([made], PhaseRunner(PhaseTrainer(max_steps=STEPS, **QUIET)))[0]
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_every_phase_is_what_it_would_be_alone(kind):
     model = MAKERS[kind](D_IN)
-    trained = protocol(model, lr=1e-2).train()[0]
+    trained = train(protocol(model, lr=1e-2))[0]
 
     def alone(sae, start, **reordered):
         trainer = L.Trainer(max_steps=STEPS, enable_checkpointing=False, **QUIET)
@@ -71,10 +84,16 @@ def test_every_phase_is_what_it_would_be_alone(kind):
     assert not same_weights(trained.control, trained.reordered)
 
 
+def test_names_with_dots_see_their_own_order_too():
+    """A module's name has no dots, so members that are called by values such as lr=0.1 go by other names in training."""
+    plain, dotted = (train(protocol(TopKSAE(D_IN, D_SAE, k=2), label))[0] for label in ("", "lr=0.1/"))
+    assert all(same_weights(one, other) for one, other in zip(plain, dotted, strict=True))
+
+
 def test_scores_are_those_of_the_decoders_with_all_controls():
     made = protocol(BATCH_TOPK(D_IN), seeds=2)
-    trained = made.train()
-    scores = made.measure(trained)
+    trained = train(made)
+    (scores,) = measure_together([made], [trained])
     assert set(scores) == {0, 1}
     control, extended, reordered = (sae.W_dec for sae in trained[0])
     expected = hedging_degree(control, extended, reordered=reordered, foreign=[trained[1].extended.W_dec[D_SAE:]])
@@ -84,16 +103,17 @@ def test_scores_are_those_of_the_decoders_with_all_controls():
     assert scores[0].live_new_latents == 2
 
 
-def test_trainer_measures_and_repeats_itself():
+def test_a_study_measures_and_repeats_itself_without_a_store():
     def measure():
-        trainer = HedgeTrainer(max_steps=STEPS, **QUIET)
-        return trainer.hedge(TopKSAE(D_IN, D_SAE, k=2), toy(), HedgeOptions(n_new=2, new_norm=1.0))[0]
+        trainer = PhaseTrainer(max_steps=STEPS, **QUIET)
+        return Hedge(TopKSAE(D_IN, D_SAE, k=2), toy(), trainer, HedgeOptions(n_new=2, new_norm=1.0)).run(Bench())
 
     first, second = measure(), measure()
-    assert torch.equal(first.projections, second.projections)
-    assert 0 < first.projection < 1
-    assert torch.equal(first.residual_hedging, second.residual_hedging)
-    assert first.scalars()["residual_hedging"] == first.residual_hedging  # not NaN
+    assert first.tables == second.tables
+    assert first.metrics == second.metrics
+    assert 0 < first.metrics["hedging/projection"] < 1
+    assert first.metrics["hedging/residual_hedging"] == first.metrics["hedging/residual_hedging"]  # not NaN
+    assert first.failure is None
 
 
 class OnGPU(torch.Tensor):
@@ -124,7 +144,7 @@ def test_saes_are_measured_on_the_device_of_the_activations(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", to)
     monkeypatch.setattr(TopKSAE, "encode", encoding)
     monkeypatch.setattr(made.data, "batch", on_gpu)
-    made.measure(saes)
+    measure_together([made], [saes])
     assert len(seen) >= 3 * made.data.val_batches
     assert set(seen) == {("cuda", "cuda")}
     assert {where[sae] for sae in saes[0]} == {"cpu"}
@@ -132,7 +152,7 @@ def test_saes_are_measured_on_the_device_of_the_activations(monkeypatch):
 
 def test_phases_need_a_number_of_steps():
     with pytest.raises(UserError, match=r"trainer\.max_steps"):
-        HedgeTrainer(**QUIET).hedge(TopKSAE(D_IN, D_SAE, k=2), toy(), HedgeOptions(n_new=2))
+        Hedge(TopKSAE(D_IN, D_SAE, k=2), toy(), PhaseTrainer(**QUIET), HedgeOptions(n_new=2))
 
 
 def test_continued_l1_warms_up_from_where_the_spec_says():
@@ -157,7 +177,8 @@ def test_continuations_may_have_a_learning_rate_of_their_own_that_decays():
 def test_phase_ids_depend_on_what_determines_the_outcome():
     def ids(**options):
         made = protocol(TopKSAE(D_IN, D_SAE, k=2), **options)
-        return [made._continuation(role, 0, "abc", TopKSAE(D_IN, D_SAE, k=2)).id for role in ("control", "extended")]
+        phases = made.continuation_phases({"initial/seed0": TopKSAE(D_IN, D_SAE, k=2)})
+        return [phases[0, role].id for role in ("control", "extended")]
 
     assert ids() == ids()
     assert ids()[0] != ids(lr=1e-3)[0]
@@ -172,11 +193,12 @@ def fake_scores(live_new, n_new=4):
 
 
 def test_dead_new_latents_are_said():
-    check_live({0: fake_scores(2)}, 4)
+    assert dead_latents({0: fake_scores(2)}, 4) is None
     with pytest.warns(UserWarning, match="only 1 of 4"):
-        check_live({0: fake_scores(1)}, 4)
-    with pytest.raises(UserError, match=r"hedge\.new_norm: none of the 4 new latents"):
-        check_live({0: fake_scores(2), 1: fake_scores(0)}, 4)
+        assert dead_latents({0: fake_scores(1)}, 4) is None
+    assert dead_latents({0: fake_scores(2), 1: fake_scores(0)}, 4).startswith(
+        "hedge.new_norm: none of the 4 new latents"
+    )
 
 
 def test_numbers_have_means_and_spreads_over_seeds():
@@ -188,10 +210,14 @@ def test_numbers_have_means_and_spreads_over_seeds():
     assert both["hedging/live_new_latents"] == 3
     assert both["hedging/live_new_latents_seed_std"] == pytest.approx(2**0.5)
     assert both["hedging/seed1/live_new_latents"] == 4
-    lines = latents_table({0: one, 1: two}).splitlines()
-    assert lines[0] == "seed,latent,projection,delta_norm,cosine,live"
-    assert len(lines) == 1 + 2 * 5
-    assert lines[1].split(",")[2] == f"{float(one.projections[0]):.6g}"
+
+
+def test_every_latent_is_a_line_of_the_table():
+    one, two = fake_scores(2), fake_scores(4)
+    rows = outcome_of(protocol(TopKSAE(D_IN, 5, k=2)), {}, {0: one, 1: two}).tables["hedging/latents.csv"]
+    assert list(rows[0]) == ["seed", "latent", "projection", "delta_norm", "cosine", "live"]
+    assert len(rows) == 2 * 5
+    assert rows[0]["projection"] == float(one.projections[0])
 
 
 @pytest.mark.parametrize(
@@ -212,6 +238,4 @@ def test_impossible_options_name_their_key(wrong, key):
 
 def test_too_many_new_latents_are_refused_before_training():
     with pytest.raises(UserError, match=r"hedge\.n_new: must be below d_in = 12"):
-        HedgeProtocol(
-            TopKSAE(D_IN, D_SAE, k=2), toy(), 1, HedgeOptions(n_new=D_IN), PhaseRunner(TrainerFactory({})), {}
-        )
+        HedgeProtocol(TopKSAE(D_IN, D_SAE, k=2), toy(), 1, HedgeOptions(n_new=D_IN), {})

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
-from hedgelab.protocols.training_phases import Phase, PhaseRunner, TrainerFactory
+from hedgelab.protocols.training_phases import Phase, PhaseRunner, PhaseTrainer
 from hedgelab.saes import BatchTopKSAE, Initialization, TopKSAE, VanillaSAE, duplicate
 from hedgelab.saes.io import save_sae
 from hedgelab.tracking import MLflowTracker, RunRecord
@@ -72,7 +72,7 @@ def group(folder):
     """Two phases, the first of two SAEs, the second going on from one of them."""
     tracker = MLflowTracker(uri=tracking_uri())
     callback = RunCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=EVERY)
-    runner = PhaseRunner(TrainerFactory(settings(callback, LONG)), tracker, announce=partial(print, flush=True))
+    runner = PhaseRunner(PhaseTrainer(**settings(callback, LONG)), tracker)
     first = [
         Phase("vanilla", {"kind": "vanilla"}, lambda: VanillaSAE(8, 3, 0.01, l1_warmup_steps=50)),
         Phase("topk", {"kind": "topk"}, lambda: TopKSAE(8, 5, k=2, dead_after_steps=5)),

@@ -14,11 +14,10 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding, stable_id
 from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol
-from hedgelab.protocols.hedge_trainer import HedgeTrainer
 from hedgelab.protocols.sweep.axes import Cell
 from hedgelab.protocols.sweep.config import Grid, with_seed
 from hedgelab.protocols.sweep.executors import ONE_PROCESS, Processes
-from hedgelab.protocols.training_phases import PhaseRunner, TrainerFactory
+from hedgelab.protocols.training_phases import PhaseTrainer
 from hedgelab.saes import SAE
 
 
@@ -28,7 +27,7 @@ class ParsedCell(Protocol):
     command: str
     model: SAE
     datamodule: ActivationDataModule
-    trainer: HedgeTrainer
+    trainer: PhaseTrainer
 
     def make(self) -> None:
         """Make data, model and trainer."""
@@ -148,7 +147,7 @@ def _make_once(parsed: ParsedCell) -> None:
     if parsed.trainer.max_steps < 1:
         raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
     if (options := parsed.hedge_options()) is not None:
-        HedgeProtocol(parsed.model, parsed.datamodule, 1, options, PhaseRunner(TrainerFactory({})), {})
+        HedgeProtocol(parsed.model, parsed.datamodule, 1, options, {})
 
 
 def _unit(

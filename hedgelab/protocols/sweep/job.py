@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +10,18 @@ from dataclasses import dataclass
 from hedgelab.errors import UserError, one_line
 from hedgelab.identity import SCHEME
 from hedgelab.kernels.allocator import keep_large_blocks
-from hedgelab.protocols.group_checkpoints import GroupCheckpoints
-from hedgelab.protocols.ranks import decided_by_rank_zero, on_every_rank
+from hedgelab.protocols.ranks import decided_by_rank_zero, on_every_rank, say, say_names
 from hedgelab.protocols.sweep.cells import Parse, ParsedCell, Unit
 from hedgelab.protocols.sweep.executors import ONE_PROCESS, Processes
 from hedgelab.protocols.sweep.locks import FOREVER, CellLocks
 from hedgelab.protocols.sweep.members import CELL_TAG, SCHEME_TAG, Member, measure_hedging, train_fits
 from hedgelab.protocols.sweep.report import finished_run, interrupted_run
-from hedgelab.protocols.training_phases import CutShortError, outcome_of
+from hedgelab.protocols.training_phases import CutShortError, GroupCheckpoints, outcome_of
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.store import ensure_store, runs_dir
 
 BUSY = "another process is training it"
 """Why a unit was not trained: another process is at it, and may be waited for."""
-_MOST_NAMES = 4
 _PATIENCE_OF_RANKS = 1200.0  # other ranks wait for what rank zero says, half an hour at most
 
 
@@ -76,7 +73,7 @@ def _attempt(job: Job, units: Sequence[Unit]) -> dict[str, str]:
         if job.processes.several:
             reason = f"{_reason(error)} (trained together with others; --sweep.pack 1 tells which is to blame)"
             return {unit.name: reason for unit in units}
-        _announce(f"{len(units)} cells failed together ({_reason(error)}); trying half of them at a time")
+        say(f"sweep: {len(units)} cells failed together ({_reason(error)}); trying half of them at a time")
     # What they had reached together is of no use to the halves, and must not make a later sweep train all of them again.
     GroupCheckpoints.forget(runs_dir(job.uri) / "checkpoints", [unit.name for unit in units])
     half = len(units) // 2
@@ -97,13 +94,11 @@ def _train_on_this_rank(job: Job, units: Sequence[Unit], first: ParsedCell) -> d
         if not missing:
             return {}
         members = [_member(job, unit, first if unit is units[0] else None) for unit in units if unit.name in missing]
-        _announce(f"training {', '.join(missing)}")
+        say_names("sweep: training", missing)
         data, trainer = first.datamodule, first.trainer
         if job.command == "hedge":
-            return measure_hedging(
-                members, data, trainer.phase_trainer, trainer.max_steps, _announce, retrain=job.retrain
-            )
-        train_fits(members, data, trainer.phase_trainer)
+            return measure_hedging(members, data, trainer, job.retrain)
+        train_fits(members, data, trainer)
         return {}
 
 
@@ -155,16 +150,3 @@ def _reason(error: Exception) -> str:
         traceback.print_exception(error)
     text = one_line(str(error))
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-
-
-def _announce(line: str) -> None:
-    """Say what happens, of long lists of names the first only."""
-    names = line.split(", ")
-    shown = ", ".join(names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], f"… ({len(names)} in all)"])
-    say(f"sweep: {shown}")
-
-
-def say(line: str) -> None:
-    """Tell the user at once, wherever the job runs."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()

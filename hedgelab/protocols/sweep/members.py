@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hedgelab.data.datamodule import ActivationDataModule
-from hedgelab.errors import UserError
-from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol, check_live, measure_together, train_together
-from hedgelab.protocols.hedge_report import record
-from hedgelab.protocols.hedge_trainer import log_case_studies
+from hedgelab.protocols import hedge
+from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol
 from hedgelab.protocols.ranks import ranks_at_work
-from hedgelab.protocols.training_phases import PhaseRunner, TrainerFactory, fit_group
+from hedgelab.protocols.study import Bench
+from hedgelab.protocols.training_phases import PhaseRunner, PhaseTrainer, fit_group
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.params import searchable
@@ -57,7 +56,7 @@ class Member:
         self.tracker.log_hyperparams(searchable(self.config))
 
 
-def train_fits(members: Sequence[Member], data: ActivationDataModule, trainer: TrainerFactory) -> None:
+def train_fits(members: Sequence[Member], data: ActivationDataModule, trainer: PhaseTrainer) -> None:
     """Plain fits, as one group."""
 
     def begin() -> None:
@@ -70,62 +69,38 @@ def train_fits(members: Sequence[Member], data: ActivationDataModule, trainer: T
 
 
 def measure_hedging(
-    members: Sequence[Member],
-    data: ActivationDataModule,
-    trainer: TrainerFactory,
-    steps: int,
-    announce: Callable[[str], None],
-    retrain: bool = False,
+    members: Sequence[Member], data: ActivationDataModule, trainer: PhaseTrainer, retrain: bool = False
 ) -> dict[str, str]:
     """The hedging degree of every member, each phase of all as one group.
 
     Returns:
         Why a member's degree says nothing, by its name; whatever else goes wrong is raised and fails all their runs.
     """
-    runner = PhaseRunner(trainer, members[0].tracker, announce=announce, retrain=retrain)
+    runner, steps = PhaseRunner(trainer, members[0].tracker, retrain=retrain), trainer.max_steps
     try:
-        protocols = [_protocol(member, data, runner, steps) for member in members]
+        protocols = [
+            HedgeProtocol(
+                member.model, data, steps, member.options or HedgeOptions(), member.outcome, member.seeds,
+                member.tracker, f"{member.name}/",
+            )
+            for member in members
+        ]  # fmt: skip
         for member in members:
             member.begin()
             member.tracker.log_tags({"protocol": "hedge", **provenance_tags(ranks_at_work())})
-        try:
-            trained = train_together(protocols)
-            announce(f"measuring {', '.join(member.name for member in members)}")
-            scores = measure_together(protocols, trained)
-            for member, protocol, own in zip(members, protocols, trained, strict=True):
-                if protocol.options.n_new == 1:
-                    log_case_studies(member.tracker, own, data)
-        finally:
-            data.teardown("fit")
+        outcomes = hedge.measure_hedging(protocols, runner)
     except BaseException:
         for member in members:
             member.tracker.finalize("failed")
         raise
     failures: dict[str, str] = {}
-    for member, protocol, degrees in zip(members, protocols, scores, strict=True):
-        record(member.tracker, degrees, 2 * steps)
+    for member, protocol, outcome in zip(members, protocols, outcomes, strict=True):
+        Bench(tracker=member.tracker).keep(outcome)
         member.tracker.log_metrics(_quality(protocol, runner, member.tracker), 2 * steps)
-        try:
-            check_live(degrees, protocol.options.n_new)
-        except UserError as error:
-            failures[member.name] = str(error)
-        member.tracker.finalize("failed" if member.name in failures else "success")
+        if outcome.failure is not None:
+            failures[member.name] = outcome.failure
+        member.tracker.finalize("success" if outcome.failure is None else "failed")
     return failures
-
-
-def _protocol(member: Member, data: ActivationDataModule, runner: PhaseRunner, steps: int) -> HedgeProtocol:
-    assert member.options is not None
-    return HedgeProtocol(
-        member.model,
-        data,
-        steps,
-        member.options,
-        runner,
-        member.outcome,
-        member.seeds,
-        member.tracker,
-        f"{member.name}/",
-    )
 
 
 def _quality(protocol: HedgeProtocol, runner: PhaseRunner, tracker: MLflowTracker) -> dict[str, float]:

@@ -12,12 +12,12 @@ from tqdm import tqdm
 from hedgelab.config.tree import config_files, opening_comment
 from hedgelab.errors import Stopped, UserError
 from hedgelab.identity import SCHEME, stable_id
-from hedgelab.protocols.group_checkpoints import GroupCheckpoints
+from hedgelab.protocols.ranks import say
 from hedgelab.protocols.study import Bench, Outcome, Study
 from hedgelab.protocols.sweep.cells import Parse, Unit, check_sweep, packed
 from hedgelab.protocols.sweep.config import read_sweep
 from hedgelab.protocols.sweep.executors import ONE_PROCESS, InProcess
-from hedgelab.protocols.sweep.job import BUSY, Job, do, say
+from hedgelab.protocols.sweep.job import BUSY, Job, do
 from hedgelab.protocols.sweep.members import CELL_TAG, SCHEME_TAG
 from hedgelab.protocols.sweep.report import (
     DEFAULT_METRICS,
@@ -29,6 +29,7 @@ from hedgelab.protocols.sweep.report import (
     rows_of,
     table,
 )
+from hedgelab.protocols.training_phases import GroupCheckpoints
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.listing import aligned
 from hedgelab.tracking.provenance import provenance_tags
