@@ -130,10 +130,10 @@ def test_only_seeds_are_averaged():
     axis = find_axis(params)
     assert axis.label == "k"
     assert set(axis.lines.values()) == {"lr=1", "lr=2"}
-    lines = means(axis, rows_of(axis, results))
-    assert lines[0].split() == ["k", "lr=1", "8", "lr=1", "32", "lr=2", "8", "lr=2", "32"]
-    assert lines[1].split()[2::2] == ["±0.007"] * 4
-    assert lines[1].split()[1::2] == ["0.185", "0.425", "0.285", "0.525"]
+    lines = [line.split() for line in means(rows_of(axis, results))]
+    assert lines[:2] == [["line", "lr=1", "lr=1", "lr=2", "lr=2"], ["k", "8", "32", "8", "32"]]
+    assert lines[2][3::3] == ["0.0071"] * 4
+    assert lines[2][1::3] == ["0.185", "0.425", "0.285", "0.525"]
     assert find_axis(params, "lr").label == "lr"
     with pytest.raises(UserError, match=r"--x: the SAEs do not differ in a number 'width'; they do in data.k, data.lr"):
         find_axis(params, "width")

@@ -1,45 +1,27 @@
-"""Scores of many SAEs put side by side: a table, and a figure of each score against what distinguishes them."""
+"""Scores of many SAEs put side by side: what distinguishes them, a table, and a figure of each score against it."""
 
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
-
-from matplotlib.figure import Figure
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgelab.errors import UserError
-from hedgelab.plots.scores import Panel, scores_against
-from hedgelab.protocols.evaluation.suite import Title, suite_classes, table
+from hedgelab.protocols.evaluation.suite import Title, suite_classes
+from hedgelab.protocols.sweep import report
+from hedgelab.protocols.sweep.report import Row
+from hedgelab.tracking.listing import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SEED = re.compile(r"(^|[._])seed(_everything)?$")
 
 
-class Row(NamedTuple):
-    """One SAE.
-
-    Attributes:
-        name: Its name.
-        place: Where it stands on the axis.
-        line: The curve it belongs to.
-        metrics: Its scores.
-    """
-
-    name: str
-    place: float
-    line: str
-    metrics: Mapping[str, float]
-
-
 class Axis(NamedTuple):
-    """What distinguishes SAEs.
-
-    Attributes:
-        key: Parameter of their runs.
-        places: Its value for each, by name.
-        lines: Values of all other parameters but seeds that distinguish them, by name.
-    """
+    """The parameter in which SAEs differ, its value for each by name, and the values of all others but seeds, as text."""
 
     key: str
     places: dict[str, float]
@@ -65,89 +47,75 @@ def find_axis(params: Mapping[str, Mapping[str, str]], key: str | None = None) -
     >>> axis.places, axis.lines
     ({'a': 1.0, 'b': 2.0}, {'a': '', 'b': ''})
     """
-    keys = sorted({name for own in params.values() for name in own if not _SEED.search(name)})
-    differing = [name for name in keys if len({own.get(name) for own in params.values()}) > 1]
-    numeric = [name for name in differing if all(_number(own.get(name)) is not None for own in params.values())]
-    at_hand = [name for name in numeric if key is None or name == key or name.endswith(f".{key}")]
-    if key is not None and not at_hand:
+    names = sorted({name for own in params.values() for name in own if not _SEED.search(name)})
+    differing = {name: [own.get(name) for own in params.values()] for name in names}
+    differing = {name: values for name, values in differing.items() if len(set(values)) > 1}
+    numeric: dict[str, list[float]] = {}
+    for name, values in differing.items():
+        with suppress(TypeError, ValueError):
+            numeric[name] = [float(value) for value in values]  # type: ignore[arg-type]
+    fitting = [name for name in numeric if key is None or name == key or name.endswith(f".{key}")]
+    if key is not None and not fitting:
         raise UserError(f"--x: the SAEs do not differ in a number {key!r}; they do in {', '.join(numeric) or 'none'}")
-    if not at_hand:
+    if not fitting:
         return None
-    chosen = at_hand[0]
-    places = {name: float(own[chosen]) for name, own in params.items()}
-    lines = dict.fromkeys(params, "")
-    for other in sorted(set(differing) - {chosen}, key=lambda name: (name in numeric, name)):
-        short = f"{other.rsplit('.', 1)[-1]}=" if other in numeric else ""
-        finer = {name: f"{lines[name]} {short}{own.get(other)}".strip() for name, own in params.items()}
-        if len(_groups(places, finer)) > len(_groups(places, lines)):  # else it says nothing that is not said yet
-            lines = finer
-    return Axis(chosen, places, lines)
-
-
-def _groups(places: Mapping[str, float], lines: Mapping[str, str]) -> set[tuple[float, str]]:
-    return {(places[name], lines[name]) for name in places}
+    places = numeric[fitting[0]]
+    lines = [""] * len(params)
+    for name in sorted(set(differing) - {fitting[0]}, key=lambda name: (name in numeric, name)):
+        short = f"{name.rsplit('.', 1)[-1]}=" if name in numeric else ""
+        finer = [f"{line} {short}{value}".strip() for line, value in zip(lines, differing[name], strict=True)]
+        if len(set(zip(places, finer, strict=True))) > len(set(zip(places, lines, strict=True))):
+            lines = finer  # else it says nothing that is not said yet
+    return Axis(fitting[0], dict(zip(params, places, strict=True)), dict(zip(params, lines, strict=True)))
 
 
 def rows_of(axis: Axis, results: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    """The SAEs in order of their places."""
-    rows = [Row(name, axis.places[name], axis.lines[name], metrics) for name, metrics in results.items()]
-    return sorted(rows, key=lambda row: (row.line, row.place, row.name))
+    """A row for each SAE, by line and place; where sweeps have the run's id, its name."""
+    rows = [
+        Row(axis.lines[name], {axis.label: axis.places[name]}, None, name, metrics) for name, metrics in results.items()
+    ]
+    return sorted(rows, key=lambda row: (row.line, row.values[axis.label], row.run_id))
 
 
-def as_csv(axis: Axis, rows: Sequence[Row]) -> str:
-    """All scores, an SAE a line."""
-    metrics = sorted({name for row in rows for name in row.metrics})
-    lines = [[row.name, row.line, row.place, *(row.metrics.get(name, "") for name in metrics)] for row in rows]
-    return table(["sae", "line", axis.label, *metrics], lines)
+def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows of a CSV file: all scores, an SAE a line."""
+    return [
+        {"sae": row["run"], **{key: value for key, value in row.items() if key not in ("run", "seed")}}
+        for row in report.flat(rows)
+    ]
 
 
-def means(axis: Axis, rows: Sequence[Row]) -> list[str]:
+def means(rows: Sequence[Row]) -> list[str]:
     """Means over seeds with their spread, as lines of text: scores down, places across."""
-    places = sorted({(row.line, row.place) for row in rows})
-    header = [axis.label, *(f"{line} {place:g}".strip() for line, place in places)]
-    lines = [header]
-    for metric in shown_metrics(rows):
-        cells = []
-        for line, place in places:
-            values = [r.metrics[metric] for r in rows if (r.line, r.place) == (line, place) and metric in r.metrics]
-            spread = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.3f}{spread}" if values else "")
-        lines.append([metric, *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    columns = zip(*report.table(rows, shown_metrics(rows)), strict=True)
+    return aligned([column for column in columns if any(column[1:])]).splitlines()
 
 
 def shown_metrics(rows: Sequence[Row]) -> list[str]:
     """Scores worth showing that at least one SAE has, in a fixed order: those with a title, and all of suites without any."""
     known = {name for row in rows for name in row.metrics}
     titled = {name.partition("/")[0] for name in titles()}
-    return [
-        *(name for name in titles() if name in known),
-        *sorted(n for n in known if n.partition("/")[0] not in titled),
-    ]
+    others = sorted(name for name in known if name.partition("/")[0] not in titled)
+    return [*(name for name in titles() if name in known), *others]
 
 
-def figure(axis: Axis, rows: Sequence[Row], title: str) -> Figure:
-    """Each score that has a panel against the axis."""
-    panels = []
+def figure(axis: Axis, rows: Sequence[Row], title: str) -> Figure | None:
+    """Each score that has a panel against the axis, whose places stand at equal distances: grids are rarely even."""
     known, shown = titles(), shown_metrics(rows)
-    for metric in [name for name in shown if known.get(name, Title(name)).drawn] or shown:
-        curves: dict[str, dict[float, list[float]]] = {}
-        for row in rows:
-            if metric in row.metrics:
-                curves.setdefault(row.line, {}).setdefault(row.place, []).append(row.metrics[metric])
-        text, better, _ = known.get(metric, Title(metric))
-        panels.append(Panel(text, better, curves))
-    return scores_against(axis.label, panels, title)
+    panels = {name: known.get(name, Title(name)) for name in shown}
+    panels = {name: one for name, one in panels.items() if one.drawn} or panels
+    names = {name: one.text + {"higher": " ↑", "lower": " ↓"}.get(one.better, "") for name, one in panels.items()}
+    renamed = [
+        replace(
+            row,
+            values={axis.label: f"{row.values[axis.label]:g}"},
+            metrics={names[name]: value for name, value in row.metrics.items() if name in names},
+        )
+        for row in sorted(rows, key=lambda row: float(row.values[axis.label]))
+    ]
+    return report.figure(renamed, axis.label, list(names.values()), f"{title} (↑ higher is better, ↓ lower)")
 
 
 def titles() -> dict[str, Title]:
     """Titles of the scores of all suites."""
     return {metric: title for cls in suite_classes().values() for metric, title in cls.titles.items()}
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text) if text is not None else None
-    except ValueError:
-        return None

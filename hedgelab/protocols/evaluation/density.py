@@ -7,6 +7,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+from torch.nn.functional import normalize
 
 from hedgelab.errors import whole_number
 from hedgelab.metrics.functional.geometry import NEAR_DUPLICATE, decoder_geometry
@@ -16,7 +17,7 @@ from hedgelab.metrics.functional.sparsity import density_histogram
 from hedgelab.plots.density import firing_density
 from hedgelab.plots.evaluation import cosine_distribution
 from hedgelab.protocols.evaluation.reader import Readings
-from hedgelab.protocols.evaluation.suite import Scores, Suite, Title, encode_rows, table
+from hedgelab.protocols.evaluation.suite import Scores, Suite, Title, encode_rows, rows_of
 from hedgelab.saes import SAE
 
 OFTEN, SELDOM = 0.1, 1e-4
@@ -48,9 +49,8 @@ class DensitySuite(Suite):
         for name, sae in saes.items():
             codes = encode_rows(sae, x)
             rates = codes.firing_counts().double() / len(x)
-            magnitudes = firing_magnitudes(codes)
             x_hat = sae.decode(sae.encode(x.to(sae.W_dec.device))).cpu()
-            histogram = density_histogram(rates)
+            counts, edges, _ = density_histogram(rates)
             live = rates[rates > 0]
             metrics = {
                 "density/l0": float(rates.sum()),
@@ -60,13 +60,12 @@ class DensitySuite(Suite):
                 "density/rare_fraction": float(((rates > 0) & (rates < SELDOM)).double().mean()),
                 "density/median_rate": float(live.median()) if len(live) else 0.0,
             }
-            bins = zip(
-                histogram.edges[:-1].tolist(), histogram.edges[1:].tolist(), histogram.counts.tolist(), strict=True
-            )
-            latents = zip(range(sae.d_sae), rates.tolist(), magnitudes.tolist(), strict=True)
+            latents = {"latent": range(sae.d_sae), "firing_rate": rates, "mean_magnitude": firing_magnitudes(codes)}
             tables = {
-                "density/histogram.csv": table(["log10_rate_from", "log10_rate_to", "latents"], list(bins)),
-                "density/latents.csv": table(["latent", "firing_rate", "mean_magnitude"], list(latents)),
+                "density/histogram.csv": rows_of(
+                    {"log10_rate_from": edges[:-1], "log10_rate_to": edges[1:], "latents": counts}
+                ),
+                "density/latents.csv": rows_of(latents),
             }
             yield name, Scores(metrics, tables, {"density.png": partial(firing_density, rates)})
 
@@ -93,17 +92,16 @@ class GeometrySuite(Suite):
         for name, sae in saes.items():
             live = encode_rows(sae, readings.rows(self.rows)).fired()
             geometry = decoder_geometry(sae.W_dec.detach().cpu(), live)
-            count = max(1, int(live.sum()))
-            W_enc = torch.nn.functional.normalize(sae.W_enc.detach().T.float(), dim=1)
-            tied = (W_enc * torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)).sum(1).cpu()[live]
+            W_enc, W_dec = (normalize(weight.detach().float(), dim=1) for weight in (sae.W_enc.T, sae.W_dec))
+            tied = (W_enc * W_dec).sum(1).cpu()[live]
+            count = int(live.sum())
             metrics = {
-                "geometry/mean_max_cosine": float(geometry.largest.double().mean()) if int(live.sum()) else 0.0,
+                "geometry/mean_max_cosine": float(geometry.largest.double().mean()) if count else 0.0,
                 "geometry/mean_absolute_cosine": float(geometry.mean_absolute),
-                "geometry/near_duplicates": float(geometry.near_duplicates) / count,
-                "geometry/encoder_decoder_cosine": float(tied.double().mean()) if len(tied) else 0.0,
+                "geometry/near_duplicates": float(geometry.near_duplicates) / max(1, count),
+                "geometry/encoder_decoder_cosine": float(tied.double().mean()) if count else 0.0,
             }
-            numbers = live.nonzero().squeeze(1)
-            rows = zip(numbers.tolist(), numbers[geometry.nearest].tolist(), geometry.largest.tolist(), strict=True)
-            tables = {"geometry/nearest.csv": table(["latent", "nearest", "cosine"], list(rows))}
+            latents = live.nonzero().squeeze(1)
+            nearest = {"latent": latents, "nearest": latents[geometry.nearest], "cosine": geometry.largest}
             draw = partial(cosine_distribution, geometry.counts, geometry.largest, NEAR_DUPLICATE)
-            yield name, Scores(metrics, tables, {"geometry.png": draw})
+            yield name, Scores(metrics, {"geometry/nearest.csv": rows_of(nearest)}, {"geometry.png": draw})

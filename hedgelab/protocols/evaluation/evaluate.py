@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -23,9 +21,12 @@ from hedgelab.protocols.evaluation import across
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.protocols.evaluation.subjects import TAG, Subject, distinct, find, say
 from hedgelab.protocols.evaluation.suite import Scores, Suite, choose, make_suites, names_of, suite_classes
-from hedgelab.protocols.study import Bench, Outcome, Study
+from hedgelab.protocols.study import Bench, Outcome, Study, as_csv
+from hedgelab.tracking.listing import aligned
 from hedgelab.tracking.runs import RunSummary
 from hedgelab.tracking.store import ensure_store
+
+Results = dict[str, dict[str, float]]  # metrics by SAE
 
 
 class Evaluate(Study):
@@ -38,9 +39,6 @@ class Evaluate(Study):
         data: What replaces parts of the SAEs' own section ``data``.
         x: What several SAEs are drawn against: a parameter in which they differ; None is the first numeric one.
         class_path: Class of SAEs in folders, where it is one of the user's own.
-
-    Raises:
-        UserError: A wrong key or value.
     """
 
     tracked = False
@@ -62,23 +60,20 @@ class Evaluate(Study):
         """Find the SAEs, score them, and put several side by side."""
         found = [find(word, self.class_path) for word in self.saes]
         subjects = distinct([one for some, _ in found for one in some])
-        results: dict[str, dict[str, float]] = {subject.name: {} for subject in subjects}
-        for tree, members in self._groups(subjects):
-            results |= self._score(tree, members)
-        above = found[0][1] if len(found) == 1 else None
-        return Outcome(headline=side_by_side(results, subjects, self.x, above))
-
-    def _groups(self, subjects: Sequence[Subject]) -> list[tuple[Tree, list[Subject]]]:
-        """SAEs that read the same activations, with their section ``data``."""
-        groups: dict[str, tuple[Tree, list[Subject]]] = {}
+        groups: dict[str, tuple[Tree, list[Subject]]] = {}  # those that read the same activations
         for one in subjects:
             tree = one.data(self.data)
             known = None if one.source is None else [one.source.normalisation, one.source.scale, one.source.mean]
             key = json.dumps([tree, known], sort_keys=True, default=str)
             groups.setdefault(key, (tree, []))[1].append(one)
-        return list(groups.values())
+        scored: Results = {}
+        for tree, members in groups.values():
+            scored |= self._score(tree, members)
+        results = {subject.name: scored[subject.name] for subject in subjects}
+        parent = found[0][1] if len(found) == 1 else None
+        return Outcome(headline=side_by_side(results, subjects, self.x, parent))
 
-    def _score(self, tree: Tree, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
+    def _score(self, tree: Tree, subjects: Sequence[Subject]) -> Results:
         data = make_data(tree)
         suites, left_out = choose(self.suites, self.wanted, isinstance(data, LLMDataModule))
         for name, reason in left_out.items():
@@ -96,34 +91,27 @@ class Evaluate(Study):
             data.teardown("fit")
 
 
-def score(
-    subjects: Sequence[Subject], suites: Sequence[Suite], readings: Readings, tree: Tree
-) -> dict[str, dict[str, float]]:
-    """Score every SAE by every suite; each result is in the SAE's run as soon as it is there.
+def score(subjects: Sequence[Subject], suites: Sequence[Suite], readings: Readings, tree: Tree) -> Results:
+    """The metrics of each SAE by every suite; each result is in the SAE's run as soon as it is there.
 
     A suite that was run on an SAE before, with the same options, texts and data, is not run again.
-
-    Returns:
-        The metrics of each SAE, by its name.
     """
-    results: dict[str, dict[str, float]] = {subject.name: {} for subject in subjects}
-    by_name = {subject.name: subject for subject in subjects}
+    results: Results = {subject.name: {} for subject in subjects}
     for suite in suites:
-        mark = suite.mark(tree)
-        done = [subject for subject in subjects if subject.done.get(suite.name) == mark]
-        for subject in done:
-            before = {} if subject.run is None else subject.run.metrics
-            results[subject.name] |= {k: value for k, value in before.items() if k.startswith(f"{suite.name}/")}
-        missing = {subject.name: subject.sae for subject in subjects if subject not in done}
+        mark, start = suite.mark(tree), time.monotonic()
+        missing: dict[str, Subject] = {}
+        for subject in subjects:
+            if (known := subject.known_scores(suite.name, mark)) is not None:
+                results[subject.name] |= known
+            else:
+                missing[subject.name] = subject
         if not missing:
             say(f"{suite.name}: was done before")
             continue
-        start, count = time.monotonic(), 0
-        for name, scores in suite.score(missing, readings):
-            record(by_name[name].run_id, suite.name, mark, scores)
+        for name, scores in suite.score({name: subject.sae for name, subject in missing.items()}, readings):
+            record(missing[name].run_id, suite.name, mark, scores)
             results[name] |= scores.metrics
-            count += 1
-        say(f"{suite.name}: {count} SAE{'s' if count > 1 else ''} in {time.monotonic() - start:.0f} s")
+        say(f"{suite.name}: {len(missing)} SAE{'s' * (len(missing) > 1)} in {time.monotonic() - start:.0f} s")
     return results
 
 
@@ -133,33 +121,22 @@ def record(run_id: str, suite: str, mark: str, scores: Scores) -> None:
 
     client, now = ensure_store(), int(time.time() * 1000)
     client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in scores.metrics.items()])
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in scores.tables.items():
-            file = Path(folder) / "evaluation" / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        for name, draw in scores.figures.items():
-            file = Path(folder) / "figures" / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draw().savefig(file)
-        client.log_artifacts(run_id, folder)
+    for file, table in scores.tables.items():
+        client.log_text(run_id, table if isinstance(table, str) else as_csv(table), f"evaluation/{file}")
+    for file, draw in scores.figures.items():
+        client.log_figure(run_id, draw(), f"figures/{file}")
     client.set_tag(run_id, f"{TAG}.{suite}", mark)
 
 
 def make_data(tree: Tree) -> ActivationDataModule:
-    """A DataModule from its section.
-
-    Raises:
-        UserError: A wrong key or value.
-    """
+    """A DataModule from its section."""
     parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf+")
     parser.add_subclass_arguments(ActivationDataModule, "data", required=True)
     try:
-        data = parser.instantiate(parser.parse_object({"data": tree})).data
+        data: ActivationDataModule = parser.instantiate(parser.parse_object({"data": tree})).data
     except Exception as error:
         walk = Walk({"data": tree}, {"data": Parameter(ActivationDataModule)})
         raise UserError(walk.first or one_line(str(error))) from error
-    assert isinstance(data, ActivationDataModule)
     return data
 
 
@@ -169,22 +146,20 @@ def side_by_side(
     """What to print; with an axis, table and figure also go to the run above."""
     if len(results) == 1:
         ((name, metrics),) = results.items()
-        width = max((len(key) for key in metrics), default=0)
-        return [name, *(f"  {key:<{width}}  {value:.4g}" for key, value in metrics.items())]
+        return [name, *aligned([[f"  {key}", f"{value:.4g}"] for key, value in metrics.items()]).splitlines()]
     axis = across.find_axis({one.name: one.params for one in subjects}, x)
     if axis is None:
-        names = sorted({key for metrics in results.values() for key in metrics})
-        return [f"{name}: " + ", ".join(f"{key} {metrics[key]:.3g}" for key in names if key in metrics)
-                for name, metrics in results.items()]  # fmt: skip
+        return [
+            f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in sorted(metrics.items()))
+            for name, metrics in results.items()
+        ]
     rows = across.rows_of(axis, results)
-    lines = across.means(axis, rows)
+    lines = across.means(rows)
     if parent is not None:
         client = ensure_store()
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "figures").mkdir()
-            (Path(folder) / "evaluation.csv").write_text(across.as_csv(axis, rows))
-            across.figure(axis, rows, parent.name).savefig(Path(folder) / "figures" / "evaluation.png")
-            client.log_artifacts(parent.run_id, folder)
+        client.log_text(parent.run_id, as_csv(across.flat(rows)), "evaluation.csv")
+        if (drawn := across.figure(axis, rows, parent.name)) is not None:
+            client.log_figure(parent.run_id, drawn, "figures/evaluation.png")
         lines.append(
             f"figure and table: run {parent.run_id[:8]} ({parent.name}), figures/evaluation.png, evaluation.csv"
         )

@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from hedgelab.data.llm.splice import Replacement
 from hedgelab.errors import whole_number
-from hedgelab.metrics.functional.loss_recovered import RecoveredLoss
 from hedgelab.metrics.loss_recovered import LossRecovered, baseline_sums
 from hedgelab.plots.evaluation import losses_spliced
-from hedgelab.protocols.evaluation.reader import ModelReader, Readings
-from hedgelab.protocols.evaluation.suite import Scores, Suite, Title
+from hedgelab.protocols.evaluation.reader import Readings
+from hedgelab.protocols.evaluation.suite import Scores, Suite, Title, finite
 from hedgelab.saes import SAE
 
 _CONTEXTS_AT_ONCE = 2  # logits of a large vocabulary are what takes memory
@@ -49,45 +48,33 @@ class LossSuite(Suite):
         contexts = reader.data.stage_contexts("test")
         tokens = contexts.tokens[: self.loss_contexts].long().to(model.device)
         usable = contexts.usable(reader.data.skip_first)[: self.loss_contexts].to(model.device)
-        mean = _mean(reader, tokens, usable)
+        parts = list(zip(tokens.split(_CONTEXTS_AT_ONCE), usable.split(_CONTEXTS_AT_ONCE), strict=True))
+        total = sum(model.activations(part)[where].double().sum(0) for part, where in parts)
+        mean = (torch.as_tensor(total) / usable.sum()).float()
         metrics = {name: LossRecovered().to(model.device) for name in saes}
-        parts = list(zip(torch.split(tokens, _CONTEXTS_AT_ONCE), torch.split(usable, _CONTEXTS_AT_ONCE), strict=True))
         with tqdm(total=len(parts) * (len(saes) + 3), desc="Loss recovered", unit="pass", delay=1) as bar:
             for part, where in parts:
-                clean = model.logits(part)
-                bar.update()
-                zero = model.logits(part, partial(replaced, where, torch.zeros_like))
-                bar.update()
-                ablated = model.logits(part, partial(replaced, where, mean.expand_as))
-                bar.update()
-                baselines = baseline_sums(part, where, clean, zero, ablated)
-                del zero, ablated
-                for name, sae in saes.items():
-                    metrics[name].update(
-                        part, where, clean, model.logits(part, partial(replaced, where, _through(reader, sae)))
-                    )
-                    metrics[name].update_baselines(baselines)
+
+                def logits(
+                    replacement: Replacement | None = None, part: Tensor = part, where: Tensor = where
+                ) -> Tensor:
                     bar.update()
+                    return model.logits(part, replacement and partial(replaced, where, replacement))
+
+                clean = logits()
+                baselines = baseline_sums(part, where, clean, logits(torch.zeros_like), logits(mean.expand_as))
+                for name, sae in saes.items():
+
+                    def reconstruct(rows: Tensor, sae: SAE = sae) -> Tensor:
+                        x = reader.normalise(rows.float()).to(sae.W_dec.device)
+                        return reader.restore(sae(x).to(rows.device))
+
+                    metrics[name].update(part, where, clean, logits(reconstruct))
+                    metrics[name].update_baselines(baselines)
         for name, metric in metrics.items():
-            result = metric.compute()
-            values = {f"loss_recovered/{key}": float(value) for key, value in result._asdict().items()}
-            yield name, Scores(_finite(values), {}, {"loss_recovered.png": partial(losses_spliced, _plain(result))})
-
-
-def _mean(reader: ModelReader, tokens: Tensor, usable: Tensor) -> Tensor:
-    """Mean activation of the model over the replaced positions, ``[d_in]``."""
-    rows = reader.spliced.activations
-    parts = zip(torch.split(tokens, _CONTEXTS_AT_ONCE), torch.split(usable, _CONTEXTS_AT_ONCE), strict=True)
-    total = sum((rows(part)[where].double().sum(0) for part, where in parts), torch.zeros(1, dtype=torch.float64))
-    return (total / usable.sum()).float()
-
-
-def _through(reader: ModelReader, sae: SAE) -> Replacement:
-    def reconstruct(rows: Tensor) -> Tensor:
-        x = reader.normalise(rows.float())
-        return reader.restore(sae(x.to(sae.W_dec.device)).to(rows.device))
-
-    return reconstruct
+            losses = {key: float(value) for key, value in metric.compute()._asdict().items()}
+            values = finite({f"loss_recovered/{key}": value for key, value in losses.items()})
+            yield name, Scores(values, {}, {"loss_recovered.png": partial(losses_spliced, losses)})
 
 
 def replaced(where: Tensor, by: Replacement, hooked: Tensor) -> Tensor:
@@ -95,12 +82,3 @@ def replaced(where: Tensor, by: Replacement, hooked: Tensor) -> Tensor:
     result = hooked.clone()
     result[where] = by(hooked[where]).to(hooked.dtype)
     return result
-
-
-def _finite(values: dict[str, float]) -> dict[str, float]:
-    """Only finite numbers."""
-    return {key: value for key, value in values.items() if value == value}
-
-
-def _plain(result: RecoveredLoss) -> dict[str, float]:
-    return {name: float(value) for name, value in result._asdict().items()}

@@ -25,11 +25,9 @@ _CONTEXTS_PER_PART = 64
 
 
 class Rows(NamedTuple):
-    """Activations as an SAE reads them.
+    """Activations ``x [rows, d_in]``, float32, as an SAE reads them.
 
-    Attributes:
-        x: ``[rows, d_in]``, float32.
-        kept: Which of the usable positions they come from: bool ``[usable]``, outliers of the norm left out.
+    ``kept`` says which of the usable positions they come from, bool ``[usable]``: outliers of the norm are left out.
     """
 
     x: Tensor
@@ -56,23 +54,17 @@ class Readings:
 
     def rows(self, least: int) -> Tensor:
         """At least so many activations of the validation stage, in whole batches or contexts, ``[rows, d_in]``."""
-        if least not in self._rows:
-            self._rows[least] = (
-                self._from_model(least) if isinstance(self.data, LLMDataModule) else self._from_data(least)
-            )
-        return self._rows[least]
-
-    def _from_model(self, least: int) -> Tensor:
-        data = self.model.data
-        contexts = data.stage_contexts("val")
-        count = -(-least // (data.context_length - data.skip_first))
-        usable = contexts.usable(data.skip_first)[:count]
-        return self.model.rows("density", contexts.tokens[:count].long(), usable).x
-
-    def _from_data(self, least: int) -> Tensor:
-        self.data.prepare_data()
-        count = -(-least // self.data.batch_size)
-        return torch.cat([self.data.batch("val", index).x.float().cpu() for index in range(count)])
+        if least in self._rows:
+            return self._rows[least]
+        if isinstance(data := self.data, LLMDataModule):
+            reader, contexts = self.model, data.stage_contexts("val")
+            count = -(-least // (data.context_length - data.skip_first))
+            x = reader.rows("density", contexts.tokens[:count].long(), contexts.usable(data.skip_first)[:count]).x
+        else:
+            data.prepare_data()
+            x = torch.cat([data.batch("val", i).x.float().cpu() for i in range(-(-least // data.batch_size))])
+        self._rows[least] = x
+        return x
 
 
 class ModelReader:
@@ -102,31 +94,16 @@ class ModelReader:
         return SplicedModel(model.to(self.data.device), self.data.hook_path)
 
     def rows(self, name: str, tokens: Tensor, usable: Tensor) -> Rows:
-        """Activations at the usable positions of contexts, in reading order.
-
-        Args:
-            name: What they are for, shown beside the progress.
-            tokens: ``[n, length]``.
-            usable: bool ``[n, length]``.
-        """
-        parts = list(zip(torch.split(tokens, _CONTEXTS_PER_PART), torch.split(usable, _CONTEXTS_PER_PART), strict=True))
-        raw = torch.cat(
-            [
-                self._kept((part, mask), partial(self._harvest, part, mask))
-                for part, mask in tqdm(parts, f"Activations for {name}", unit="part", delay=1)
-            ]
-        )
-        return self._usual(raw)
-
-    def _harvest(self, tokens: Tensor, usable: Tensor) -> Tensor:
-        return self.data.harvester.rows(tokens, usable).float().cpu()
+        """Activations at the usable positions (bool ``[n, length]``) of contexts, in reading order; ``name`` says what for."""
+        parts = list(zip(tokens.split(_CONTEXTS_PER_PART), usable.split(_CONTEXTS_PER_PART), strict=True))
+        shown = tqdm(parts, f"Activations for {name}", unit="part", delay=1)
+        return self._usual(torch.cat([self._kept(part, partial(self._harvest, *part)) for part in shown]))
 
     def word_rows(self, words: LabelledWords) -> Rows:
         """Activations at words behind their common prompt."""
 
         def run() -> Tensor:
-            parts = torch.split(words.words, _WORDS_AT_ONCE)
-            shown = tqdm(parts, "Activations for first letters", unit="part", delay=1)
+            shown = tqdm(words.words.split(_WORDS_AT_ONCE), "Activations for first letters", unit="part", delay=1)
             return torch.cat([self.spliced.last_activations(words.prefix, part).float().cpu() for part in shown])
 
         return self._usual(self._kept((words.prefix, words.words), run))
@@ -141,13 +118,6 @@ class ModelReader:
         raw = x / self._scale
         return raw if self._mean is None else raw + self._mean.to(raw)
 
-    def _usual(self, raw: Tensor) -> Rows:
-        """Drop outliers of the norm, as in training."""
-        norms = raw.norm(dim=-1)
-        ratio = self.data.max_norm_ratio
-        kept = torch.ones_like(norms, dtype=torch.bool) if ratio is None else norms <= ratio * norms.median()
-        return Rows(self.normalise(raw[kept]), kept)
-
     @cached_property
     def _mean(self) -> Tensor | None:
         if self._known is None:
@@ -158,13 +128,21 @@ class ModelReader:
     def _scale(self) -> float:
         return self.data.activation_scale if self._known is None else self._known.scale
 
-    def _kept(self, of: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
-        """A tensor from disk, or made now and kept there; known by the model, the hook and ``of``."""
+    def _harvest(self, tokens: Tensor, usable: Tensor) -> Tensor:
+        return self.data.harvester.rows(tokens, usable).float().cpu()
+
+    def _usual(self, raw: Tensor) -> Rows:
+        """Drop outliers of the norm, as in training."""
+        norms = raw.norm(dim=-1)
+        ratio = self.data.max_norm_ratio
+        kept = torch.ones_like(norms, dtype=torch.bool) if ratio is None else norms <= ratio * norms.median()
+        return Rows(self.normalise(raw[kept]), kept)
+
+    def _kept(self, inputs: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A tensor from disk, or made now and kept there; known by model, tokenizer and hook, and by what it is made of."""
         digest = hashlib.sha256(repr((_FORMAT, self._model)).encode())
-        for part in of:
-            digest.update(
-                part.numpy().tobytes() + str(part.shape).encode() if isinstance(part, Tensor) else repr(part).encode()
-            )
+        for part in inputs:
+            digest.update(part.numpy().tobytes() + str(part.shape).encode())
         file = Path(self.data.cache_dir) / "evaluation" / f"{digest.hexdigest()[:20]}.safetensors"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,5 +153,4 @@ class ModelReader:
 
     @cached_property
     def _model(self) -> tuple[object, ...]:
-        """Tells models apart."""
         return *self.data.model_identity().values(), self.data.files.tokenizer_fingerprint()

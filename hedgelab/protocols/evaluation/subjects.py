@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -19,13 +18,13 @@ from hedgelab.data.llm import LLMDataModule
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding
+from hedgelab.protocols.evaluation.suite import class_path
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.params import flatten
 from hedgelab.tracking.runs import FoundSAE, RunSummary, artifact, children_with_sae, resolve_run, resolve_sae
 
 TAG = "evaluated"
-_SAYS_WHAT_IT_READS = ("model", "layer", "hook", "normalisation")
 
 
 class Subject:
@@ -35,17 +34,13 @@ class Subject:
         name: What it is called, different from all others.
         folder: Where it lies.
         run: Its run; None for a folder, which gets a run when there are scores to put into it.
-        class_path: Its class, where it is one of the user's own and no run says so.
-
-    Attributes:
-        source: What is known of its activations; None for nothing.
-        config: The resolved config of its run; empty where there is none.
+        sae_class: Class path of its class, where that is one of the user's own and no run says so.
     """
 
-    def __init__(self, name: str, folder: Path, run: RunSummary | None, class_path: str | None = None) -> None:
-        self.name, self.folder, self.run, self._class_path = name, folder, run, class_path
-        self.source = ActivationSource.load(folder)
-        self.config: Tree = {}
+    def __init__(self, name: str, folder: Path, run: RunSummary | None, sae_class: str | None = None) -> None:
+        self.name, self.folder, self.run, self._sae_class = name, folder, run, sae_class
+        self.source = ActivationSource.load(folder)  # what is known of its activations
+        self.config: Tree = {}  # the resolved config of its run
         if run is not None:
             with suppress(UserError):  # a run of older days, or of another tool
                 self.config = yaml.safe_load(artifact(run, "config.yaml").read_text()) or {}
@@ -53,7 +48,7 @@ class Subject:
     @cached_property
     def sae(self) -> SAE:
         """The SAE, ready to measure."""
-        return FoundSAE(self.folder, self.run).load(self._class_path)
+        return FoundSAE(self.folder, self.run).load(self._sae_class)
 
     @cached_property
     def run_id(self) -> str:
@@ -64,11 +59,11 @@ class Subject:
         tracker.finalize("success")
         return str(tracker.run_id)
 
-    @property
-    def done(self) -> dict[str, str]:
-        """Marks of the suites that were run on it before, by suite."""
-        tags = {} if self.run is None else self.run.tags
-        return {key.removeprefix(f"{TAG}."): value for key, value in tags.items() if key.startswith(f"{TAG}.")}
+    def known_scores(self, suite: str, mark: str) -> dict[str, float] | None:
+        """Its scores of a suite that was run on it before with the same mark; None where none was."""
+        if self.run is None or self.run.tags.get(f"{TAG}.{suite}") != mark:
+            return None
+        return {name: value for name, value in self.run.metrics.items() if name.startswith(f"{suite}/")}
 
     @property
     def params(self) -> dict[str, str]:
@@ -79,62 +74,43 @@ class Subject:
         return flatten({key: value for key, value in facts.items() if key not in ("code", "inputs")})
 
     def data(self, said: Tree) -> Tree:
-        """Its section ``data``: what its run's config says, or its own source, and what the user says over that.
-
-        Args:
-            said: The user's own section ``data``.
-
-        Raises:
-            UserError: Nothing says what it reads.
-        """
-        tree = copy.deepcopy(self.config.get("data") or {})
+        """Its section ``data``: what its run's config says, or its own source, and what the user says over that."""
+        tree, source = copy.deepcopy(self.config.get("data") or {}), self.source
         said_class = class_of(said, ActivationDataModule) if "class_path" in said else None
-        if not tree and self.source is not None and (said_class is None or issubclass(said_class, LLMDataModule)):
-            tree = {"class_path": _path(LLMDataModule), "init_args": self._reads(self.source)}
         arguments = {key: value for key, value in said.get("init_args", said).items() if key != "class_path"}
+        if not tree and source is not None and (said_class is None or issubclass(said_class, LLMDataModule)):
+            keys = ("model", "layer" if source.layer is not None else "hook", "context_length", "skip_first")
+            known = {key: getattr(source, key) for key in keys if getattr(source, key) is not None}
+            tree = {"class_path": class_path(LLMDataModule), "init_args": known}
         if "layer" in arguments and "hook" in arguments:
             raise UserError("--data.layer and --data.hook: both say where in the model; give one")
         if "layer" in arguments or "hook" in arguments:
             for key in ("layer", "hook"):
                 tree.get("init_args", {}).pop(key, None)
-        overlay(tree, {**({"class_path": _path(said_class)} if said_class else {}), "init_args": arguments})
+        overlay(tree, {**({"class_path": class_path(said_class)} if said_class else {}), "init_args": arguments})
         if "class_path" not in tree:
             raise UserError(
                 f"{self.name}: nothing says what activations it reads; set --data.class_path and --data.model or the like"
             )
-        if self.source is not None:
-            self._tell_conflicts(self.source, arguments)
+        for key in ("model", "layer", "hook", "normalisation"):
+            own = getattr(source, key, None)
+            if key in arguments and own is not None and arguments[key] != own:
+                say(f"{self.name}: was made for {key} {own}; measured with {arguments[key]}, as --data.{key} says")
         cls = class_of(tree, ActivationDataModule)
         if not self.config and cls is not None and issubclass(cls, LLMDataModule):
             self._require_place(tree["init_args"])
         return tree
 
-    def _reads(self, source: ActivationSource) -> Tree:
-        known = {
-            "model": source.model,
-            "layer": source.layer,
-            "hook": source.hook if source.layer is None else None,
-            "context_length": source.context_length,
-            "skip_first": source.skip_first,
-        }
-        return {key: value for key, value in known.items() if value is not None}
-
-    def _tell_conflicts(self, source: ActivationSource, said: Tree) -> None:
-        for key in _SAYS_WHAT_IT_READS:
-            own: Any = getattr(source, key)
-            if key in said and own is not None and said[key] != own:
-                say(f"{self.name}: was made for {key} {own}; measured with {said[key]}, as --data.{key} says")
-
     def _require_place(self, arguments: Tree) -> None:
-        """Raise a UserError unless model and layer or hook are said: the defaults are those of no SAE in particular."""
+        """Raise a UserError unless model and layer or hook are known: the defaults are those of no SAE in particular."""
         unknown = {} if self.source is None else self.source.unknown
-        missing = [
-            key for key in ("model", "layer") if key not in arguments and not (key == "layer" and "hook" in arguments)
-        ]
-        for key in missing:
-            reason = unknown.get(key, "nothing says what it is")
-            option = "--data.layer or --data.hook" if key == "layer" else f"--data.{key}"
-            raise UserError(f"{self.name}: data.{key}: not known ({reason}); set {option}")
+        for key, option, there in (
+            ("model", "--data.model", "model" in arguments),
+            ("layer", "--data.layer or --data.hook", "layer" in arguments or "hook" in arguments),
+        ):
+            if not there:
+                reason = unknown.get(key, "nothing says what it is")
+                raise UserError(f"{self.name}: data.{key}: not known ({reason}); set {option}")
 
 
 def say(line: str) -> None:
@@ -142,27 +118,19 @@ def say(line: str) -> None:
     tqdm.write(f"evaluate: {line}")
 
 
-def find(word: str, class_path: str | None = None) -> tuple[list[Subject], RunSummary | None]:
-    """The SAEs that a word means, and the run above them if there is one.
-
-    Args:
-        word: A run, a run whose parts have SAEs, or a folder with an SAE.
-        class_path: Class of an SAE in a folder, where it is one of the user's own.
-
-    Raises:
-        UserError: It means none.
-    """
+def find(word: str, sae_class: str | None = None) -> tuple[list[Subject], RunSummary | None]:
+    """The SAEs that a word means: a run's, those of a run's parts, or a folder's; and the run above them, if there is one."""
     if Path(word).is_dir():
-        return [Subject(word, resolve_sae(word).folder, None, class_path)], None
+        return [Subject(word, resolve_sae(word).folder, None, sae_class)], None
     run = resolve_run(word)
     if "weights_sha256" in run.tags:
-        return [_of_run(run)], None
+        return [Subject(run.name, artifact(run, "sae"), run)], None
     members = children_with_sae(run)
     if not members:
         raise UserError(
             f"run {run.run_id[:8]} ({run.name}): has no SAE, and none of its parts has; see `hedgelab runs`"
         )
-    return [_of_run(member) for member in members], run
+    return [Subject(member.name, artifact(member, "sae"), member) for member in members], run
 
 
 def distinct(found: Sequence[Subject]) -> list[Subject]:
@@ -173,11 +141,3 @@ def distinct(found: Sequence[Subject]) -> list[Subject]:
         if names.count(one.name) > 1 and one.run is not None:
             one.name = f"{one.name} ({one.run.run_id[:8]})"
     return once
-
-
-def _of_run(run: RunSummary) -> Subject:
-    return Subject(run.name, artifact(run, "sae"), run)
-
-
-def _path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -7,9 +7,7 @@ path (``--suite my_package.MySuite``), or registered as an entry point of the gr
 
 from __future__ import annotations
 
-import csv
 import inspect
-import io
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +28,6 @@ from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.saes import SAE
 
 GROUP = "hedgelab.suites"
-NEEDS_TEXT = "needs labelled text; set {} (see configs/llm/evaluate_brown.yaml)"
 _ROWS_AT_ONCE = 4096
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -38,10 +35,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 class Title(NamedTuple):
     """How a score is shown where several SAEs stand side by side.
 
-    Attributes:
-        text: What it is.
-        better: ``higher`` or ``lower``; empty where neither is.
-        drawn: Whether it has a panel in the figure; the table has every score.
+    ``better`` is ``higher`` or ``lower``, empty where neither is; every score is in the table, those ``drawn`` have a panel.
     """
 
     text: str
@@ -55,13 +49,13 @@ class Scores:
 
     Attributes:
         metrics: Numbers, named ``<suite>/...``.
-        tables: Details as CSV, by file name.
+        tables: Details by file name: rows (values by column), or CSV text.
         figures: Figures, made when asked for, by file name.
     """
 
     metrics: dict[str, float]
-    tables: dict[str, str] = field(default_factory=dict)
-    figures: dict[str, Callable[[], Figure]] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Mapping[str, Any]] | str] = field(default_factory=dict)
+    figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
 
 
 class Suite(ABC):
@@ -74,46 +68,41 @@ class Suite(ABC):
         name: Its name; its scores are called ``<name>/...``.
         titles: The scores that are shown side by side; empty shows all.
         reads_language_model: Whether it needs activations of a language model.
+        needs: The argument that names its labelled text, without which it cannot run; empty where it needs none.
     """
 
     name: ClassVar[str]
     titles: ClassVar[Mapping[str, Title]] = {}
     reads_language_model: ClassVar[bool] = True
+    needs: ClassVar[str] = ""
 
     @abstractmethod
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
-        """Scores of each SAE, by its name, as they come.
-
-        Args:
-            saes: The SAEs.
-            readings: What they read.
-        """
+        """Scores of each SAE, by its name, as they come."""
 
     def lacks(self) -> str | None:
         """What must be set before it can run; None for nothing."""
+        if self.needs and getattr(self, self.needs) is None:
+            return f"needs labelled text; set {self.needs} (see configs/llm/evaluate_brown.yaml)"
         return None
-
-    def options(self) -> dict[str, Any]:
-        """Its arguments, as plain values."""
-        found = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-        return {name: asdict(value) if is_dataclass(value) else value for name, value in found.items()}  # type: ignore[arg-type]
 
     def mark(self, data: Tree) -> str:
         """Changes with all that its scores depend on beside the SAE: code, options and texts, and the data's section."""
-        own = {"class_path": _path(type(self)), "init_args": self.options()}
+        given = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        plain = {name: asdict(value) if is_dataclass(value) else value for name, value in given.items()}  # type: ignore[arg-type]
+        own = {"class_path": class_path(type(self)), "init_args": plain}
         return stable_id(deciding({"suite": own, "data": data}))
 
 
 def suite_classes(names: Sequence[str] = ()) -> dict[str, type[Suite]]:
-    """All suites by name: those of this package, registered ones, and those that ``names`` give by class path.
-
-    Raises:
-        UserError: A class path leads to no suite.
-    """
-    own = [
-        import_module(f"{_PACKAGE}.{module.name}") for module in pkgutil.iter_modules(import_module(_PACKAGE).__path__)
+    """All suites by name: those of this package, registered ones, and those that ``names`` give by class path."""
+    modules = [module.name for module in pkgutil.iter_modules(import_module(_PACKAGE).__path__, f"{_PACKAGE}.")]
+    found = [
+        value
+        for module in map(import_module, modules)
+        for value in vars(module).values()
+        if _is_suite(value) and value.__module__ == module.__name__
     ]
-    found = [value for module in own for value in vars(module).values() if _is_suite(value, module.__name__)]
     found += [point.load() for point in entry_points(group=GROUP)]
     for path in (name for name in names if "." in name):
         if not _is_suite(cls := imported(path)):
@@ -122,9 +111,10 @@ def suite_classes(names: Sequence[str] = ()) -> dict[str, type[Suite]]:
     return {cls.name: cls for cls in found}
 
 
-def _is_suite(value: Any, module: str | None = None) -> bool:
-    is_one = inspect.isclass(value) and issubclass(value, Suite) and not inspect.isabstract(value)
-    return is_one and hasattr(value, "name") and module in (None, value.__module__)
+def _is_suite(value: Any) -> bool:
+    return (
+        inspect.isclass(value) and issubclass(value, Suite) and not inspect.isabstract(value) and hasattr(value, "name")
+    )
 
 
 def option_parser(classes: Mapping[str, type[Suite]]) -> tuple[Any, dict[str, Any]]:
@@ -143,15 +133,7 @@ def option_parser(classes: Mapping[str, type[Suite]]) -> tuple[Any, dict[str, An
 
 
 def make_suites(tree: Tree, classes: Mapping[str, type[Suite]]) -> list[Suite]:
-    """All suites, with what a config says.
-
-    Args:
-        tree: Options of the suites, by key.
-        classes: The suites.
-
-    Raises:
-        UserError: A wrong key or value.
-    """
+    """All suites, with the options that a config has, by key."""
     from hedgelab.config.explain import explain_parsing, resolve
     from hedgelab.config.walk import Walk
 
@@ -165,86 +147,64 @@ def make_suites(tree: Tree, classes: Mapping[str, type[Suite]]) -> list[Suite]:
         raise
     except Exception as error:
         cause = error.__cause__
-        raise UserError(
-            one_line(str(cause)) if isinstance(cause, UserError) else explain_parsing(error, tree, walk)
-        ) from error
+        line = one_line(str(cause)) if isinstance(cause, UserError) else explain_parsing(error, tree, walk)
+        raise UserError(line) from error
 
 
 def choose(suites: Sequence[Suite], wanted: Sequence[str], language_model: bool) -> tuple[list[Suite], dict[str, str]]:
-    """The suites to be run, and why others are left out.
-
-    Args:
-        suites: All of them.
-        wanted: Names or class paths; ``all`` are all that can be run.
-        language_model: Whether activations come from a language model.
-
-    Raises:
-        UserError: There is no such suite, or one that was asked for by name cannot be run.
-    """
-    by_name = {suite.name: suite for suite in suites}
+    """The suites to be run, and why others are left out; ``all`` of the wanted names are all that can be run."""
     names = names_of(suites, wanted)
-    reasons = {suite.name: reason for suite in suites if (reason := _reason(suite, language_model))}
-    for name in names:
-        if name in reasons:
-            raise UserError(f"--suite {name}: {reasons[name]}")
-    asked = list(by_name) if "all" in names else list(dict.fromkeys(names))
-    left_out = {name: reason for name, reason in reasons.items() if name in asked}
-    return [by_name[name] for name in asked if name not in reasons], left_out
+    chosen, left_out = [], {}
+    by_name = {suite.name: suite for suite in suites}
+    for suite in by_name.values() if "all" in names else [by_name[name] for name in dict.fromkeys(names)]:
+        no_model = suite.reads_language_model and not language_model
+        reason = "needs activations of a language model" if no_model else suite.lacks()
+        if reason is None:
+            chosen.append(suite)
+        elif suite.name in names:
+            raise UserError(f"--suite {suite.name}: {reason}")
+        else:
+            left_out[suite.name] = reason
+    return chosen, left_out
 
 
 def names_of(suites: Sequence[Suite], wanted: Sequence[str]) -> list[str]:
-    """Names of suites that were given by name or class path; ``all`` stays.
-
-    Raises:
-        UserError: There is no such suite.
-    """
-    known = {name: suite.name for suite in suites for name in (suite.name, _path(type(suite)))} | {"all": "all"}
+    """Names of suites that were given by name or class path; ``all`` stays."""
+    known = {"all": "all"} | {word: one.name for one in suites for word in (one.name, class_path(type(one)))}
     for word in wanted:
         if word not in known:
             raise UserError(f"--suite: expected some of {', '.join(one.name for one in suites)}, or all, got {word!r}")
     return [known[word] for word in wanted]
 
 
-def _path(cls: type) -> str:
+def class_path(cls: type) -> str:
+    """Where a class is found."""
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _reason(suite: Suite, language_model: bool) -> str | None:
-    if suite.reads_language_model and not language_model:
-        return "needs activations of a language model"
-    return suite.lacks()
 
 
 @torch.no_grad()
 def encode_rows(sae: SAE, x: Tensor) -> Codes:
     """Latents of activations ``x [rows, d_in]`` as the SAE reads them, in sparse form, on the CPU."""
-    device = sae.W_dec.device
-    rows, latents, values = [], [], []
-    for part in torch.split(x, _ROWS_AT_ONCE):
-        crow, columns, active = sae.encode(part.to(device)).csr()
-        rows.append(crow.diff().cpu())
-        latents.append(columns.cpu())
-        values.append(active.cpu())
-    crow = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(rows).cumsum(0)])
+    parts = [[part.cpu() for part in sae.encode(rows.to(sae.W_dec.device)).csr()] for rows in x.split(_ROWS_AT_ONCE)]
+    crows, latents, values = zip(*parts, strict=True)
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat([crow.diff() for crow in crows]).cumsum(0)])
     return Codes.from_csr(crow, torch.cat(latents), torch.cat(values), sae.d_sae)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """CSV text; numbers with six digits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
-        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in row])
-    return text.getvalue()
+def rows_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a table, from its columns: sequences or tensors of equal length."""
+    plain = [column.tolist() if isinstance(column, Tensor) else column for column in columns.values()]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*plain, strict=True)]
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, float]:
+    """The values as numbers, those that are NaN left out."""
+    numbers = {key: float(value) for key, value in values.items()}
+    return {key: value for key, value in numbers.items() if value == value}
 
 
 def whole_numbers(key: str, values: Sequence[Any]) -> list[int]:
-    """The values, if they are whole numbers of at least 1, and at least one of them.
-
-    Raises:
-        UserError: They are not.
-    """
+    """The values, if they are whole numbers of at least 1, and at least one of them."""
     if not values or any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
         raise UserError(f"{key}: expected whole numbers of at least 1, got {list(values)}")
     return list(values)

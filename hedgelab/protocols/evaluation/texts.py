@@ -25,19 +25,14 @@ from hedgelab.metrics.functional.removal import (
 )
 from hedgelab.plots.evaluation import scores_by_count
 from hedgelab.protocols.evaluation.reader import ModelReader, Readings
-from hedgelab.protocols.evaluation.suite import NEEDS_TEXT, Scores, Suite, Title, encode_rows, table, whole_numbers
+from hedgelab.protocols.evaluation.suite import Scores, Suite, Title, encode_rows, rows_of, whole_numbers
 from hedgelab.saes import SAE
 
 
 class TextActivations(NamedTuple):
-    """Activations of texts, token by token and pooled.
+    """Activations ``x [rows, d_in]`` of every token with the text it belongs to, and their means over each text.
 
-    Attributes:
-        x: Of every token, ``[rows, d_in]``.
-        text: Which text it belongs to, ``[rows]`` int64.
-        pooled: Means of the texts, ``[texts, d_in]``.
-        labels: bool ``[texts, classes]``.
-        test: bool ``[texts]``.
+    ``labels`` (bool ``[texts, classes]``) and ``test`` (bool ``[texts]``) are of the texts.
     """
 
     x: Tensor
@@ -46,12 +41,14 @@ class TextActivations(NamedTuple):
     labels: Tensor
     test: Tensor
 
-    def of(self, sae: SAE) -> tuple[PooledTexts, PooledTexts]:
-        """Texts for training and for testing, by their mean activations and latents."""
-        codes = pooled(encode_rows(sae, self.x), self.text, len(self.labels))
+    def of(self, sae: SAE) -> tuple[PooledTexts, Tensor, PooledTexts, Tensor]:
+        """Texts for training and for testing, by their mean activations and latents, each with its labels."""
+        codes, test = pooled(encode_rows(sae, self.x), self.text, len(self.labels)), self.test
         return (
-            PooledTexts(self.pooled[~self.test], codes[~self.test]),
-            PooledTexts(self.pooled[self.test], codes[self.test]),
+            PooledTexts(self.pooled[~test], codes[~test]),
+            self.labels[~test],
+            PooledTexts(self.pooled[test], codes[test]),
+            self.labels[test],
         )
 
 
@@ -84,6 +81,7 @@ class TPPSuite(Suite):
     """
 
     name = "tpp"
+    needs = "topics"
     titles: ClassVar[Mapping[str, Title]] = {
         f"tpp/n{n}": Title(f"TPP, {n} latents", "higher", drawn=n == 10) for n in (2, 10, 20)
     }
@@ -91,23 +89,15 @@ class TPPSuite(Suite):
     def __init__(self, topics: ClassifiedTexts | None = None, silenced: list[int] = [2, 5, 10, 20, 50]) -> None:  # noqa: B006
         self.topics, self.silenced = topics, whole_numbers("silenced", silenced)
 
-    def lacks(self) -> str | None:
-        """Its texts."""
-        return NEEDS_TEXT.format("topics") if self.topics is None else None
-
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
         assert self.topics is not None
         data, counts = text_activations(readings.model, self.topics, self.name), self.silenced
-        labels = data.labels[~data.test], data.labels[data.test]
-        probe = linear_probes(data.pooled[~data.test], labels[0], C=0.01)  # one classifier a class
+        probe = linear_probes(data.pooled[~data.test], data.labels[~data.test], C=0.01)  # one classifier a class
         for name, sae in saes.items():
-            train, test = data.of(sae)
-            W_dec = sae.W_dec.detach().cpu()
-            scores = targeted_probe_perturbation(probe, train, labels[0], test, labels[1], W_dec, counts)
+            scores = targeted_probe_perturbation(probe, *data.of(sae), sae.W_dec.detach().cpu(), counts)
             metrics = {f"tpp/n{count}": float(value) for count, value in zip(counts, scores.total, strict=True)}
-            rows = [list(row) for row in zip(counts, *(values.tolist() for values in scores), strict=True)]
-            tables = {"tpp/counts.csv": table(["silenced", *scores._fields], rows)}
+            tables = {"tpp/counts.csv": rows_of({"silenced": counts, **scores._asdict()})}
             draw = partial(scores_by_count, counts, scores._asdict(), "Targeted probe perturbation", "accuracy lost")
             yield name, Scores(metrics, tables, {"tpp.png": draw})
 
@@ -121,6 +111,7 @@ class SCRSuite(Suite):
     """
 
     name = "scr"
+    needs = "removal"
     titles: ClassVar[Mapping[str, Title]] = {
         f"scr/n{n}": Title(f"SCR, {n} latents", "higher", drawn=n == 20) for n in (2, 10, 20)
     }
@@ -130,28 +121,21 @@ class SCRSuite(Suite):
         if removal is not None and removal.spurious is None:
             raise UserError("removal.spurious: missing; spurious correlation removal needs a second property")
 
-    def lacks(self) -> str | None:
-        """Its texts."""
-        return NEEDS_TEXT.format("removal") if self.removal is None else None
-
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
         assert self.removal is not None
         data, counts = text_activations(readings.model, self.removal, self.name), self.silenced
-        labels = data.labels[~data.test], data.labels[data.test]
-        probes = biased_probes(data.pooled[~data.test], labels[0][:, 0], labels[0][:, 1], C=0.01)
+        label, spurious = data.labels[~data.test].T
+        probes = biased_probes(data.pooled[~data.test], label, spurious, C=0.01)
         for name, sae in saes.items():
-            train, test = data.of(sae)
-            W_dec = sae.W_dec.detach().cpu()
-            scores = spurious_correlation_removal(probes, train, labels[0], test, labels[1], W_dec, counts)
+            scores = spurious_correlation_removal(probes, *data.of(sae), sae.W_dec.detach().cpu(), counts)
             metrics = {f"scr/n{count}": float(value) for count, value in zip(counts, scores.score, strict=True)}
             metrics |= {
                 "scr/accuracy_biased": float(scores.biased.min()),
                 "scr/accuracy_clean": float(scores.clean.mean()),
             }
-            columns = [values.tolist() for values in (scores.score, *scores.both)]
-            rows = [list(row) for row in zip(counts, *columns, strict=True)]
-            tables = {"scr/counts.csv": table(["silenced", "score", "label_kept", "spurious_kept"], rows)}
+            columns = {"score": scores.score, "label_kept": scores.both[0], "spurious_kept": scores.both[1]}
+            tables = {"scr/counts.csv": rows_of({"silenced": counts, **columns})}
             lines = {"score": scores.score, "label kept": scores.both[0], "spurious property kept": scores.both[1]}
             draw = partial(scores_by_count, counts, lines, "Spurious correlation removal", "accuracy regained")
             yield name, Scores(metrics, tables, {"scr.png": draw})

@@ -58,9 +58,6 @@ def expand(lines: Mapping[str, Line], axes: Mapping[str, Any]) -> list[Cell]:
 
     An axis is a dotted key with a list of values; or a name with either ``zip`` and several dotted keys with lists, which
     go together, or a mapping of labels to the dotted keys and values that each of them sets. ``seed`` is the weights'.
-
-    Raises:
-        UserError: An axis without values, with a value twice, of another form, or set twice; lists of unequal length.
     """
     cells: list[Cell] = []
     for name, line in (lines or {"": Line()}).items():

@@ -79,11 +79,7 @@ class Grid:
 
 
 def read_sweep(words: list[str]) -> Grid:
-    """Read config files and options.
-
-    Raises:
-        UserError: No file, or a mistake in the section ``sweep``.
-    """
+    """Read config files and options."""
     words = [word for word in words if word not in FLAGS]
     files = config_files(words)
     if not files:

@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,7 @@ class InProcess(Executor):
             yield ended
 
 
+@dataclass
 class LocalProcesses(Executor):
     """Every job in a process of its own on this machine, a bounded number at a time.
 
@@ -91,17 +93,17 @@ class LocalProcesses(Executor):
         log_dir: Where submitit keeps the processes' logs.
     """
 
-    def __init__(self, at_once: int = 2, gpus: int | None = 0, log_dir: str = "runs/sweeps") -> None:
-        self.at_once = whole_number("sweep.executor.at_once", at_once)
-        self.gpus = None if gpus is None else whole_number("sweep.executor.gpus", gpus, least=0)
-        self.log_dir = log_dir
+    at_once: int = 2
+    gpus: int | None = 0
+    log_dir: str = "runs/sweeps"
+
+    def __post_init__(self) -> None:
+        whole_number("sweep.executor.at_once", self.at_once)
+        if self.gpus is not None:
+            whole_number("sweep.executor.gpus", self.gpus, least=0)
 
     def run(self, work: Work, jobs: Sequence[Any], processes: Processes = ONE_PROCESS) -> Ends:
-        """Keep ``at_once`` jobs going until all are done.
-
-        Raises:
-            UserError: Several nodes, fewer GPUs than one job's processes, or fewer visible than are to be dealt out.
-        """
+        """Keep ``at_once`` jobs going until all are done."""
         count = processes.per_node
         if processes.nodes > 1:
             raise UserError("trainer.num_nodes: a sweep reaches other nodes through SLURM; set sweep.executor to Slurm")
@@ -128,9 +130,6 @@ class LocalProcesses(Executor):
 
         Args:
             count: Processes of a job, each of which needs a GPU.
-
-        Raises:
-            UserError: Fewer GPUs are visible than are to be dealt out.
         """
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if not self.gpus:
@@ -215,6 +214,7 @@ class Requeueable:
         return _submitit().helpers.DelayedSubmission(self, job)
 
 
+@dataclass
 class Slurm(Executor):
     """Every job as a task of one SLURM job array; preempted ones are submitted again and go on.
 
@@ -227,33 +227,26 @@ class Slurm(Executor):
         at_once: Most jobs that run at a time.
         extra: Further options of ``sbatch``, such as ``{account: name}``.
         log_dir: Where submitit keeps scripts and logs; all nodes must see it, and the tracking store.
-
-    Raises:
-        UserError: A number that is too small, or an option that would break out of the batch script.
     """
 
-    def __init__(
-        self,
-        partition: str | None = None,
-        minutes: int = 60,
-        gpus: int = 0,
-        cpus: int = 1,
-        memory_gb: float | None = None,
-        at_once: int = 256,
-        extra: dict[str, Any] | None = None,
-        log_dir: str = "runs/sweeps",
-    ) -> None:
-        self.minutes = whole_number("sweep.executor.minutes", minutes)
-        self.gpus = whole_number("sweep.executor.gpus", gpus, least=0)
-        self.cpus = whole_number("sweep.executor.cpus", cpus)
-        self.at_once = whole_number("sweep.executor.at_once", at_once)
-        if memory_gb is not None and not (isinstance(memory_gb, (int, float)) and 0 < memory_gb < 1e6):
-            raise UserError(f"sweep.executor.memory_gb: expected a number above 0, got {memory_gb!r}")
-        if partition is not None:
-            _check_value("sweep.executor.partition", partition)
-        for option, value in (extra or {}).items():
+    partition: str | None = None
+    minutes: int = 60
+    gpus: int = 0
+    cpus: int = 1
+    memory_gb: float | None = None
+    at_once: int = 256
+    extra: dict[str, Any] | None = None
+    log_dir: str = "runs/sweeps"
+
+    def __post_init__(self) -> None:
+        for name, least in (("minutes", 1), ("gpus", 0), ("cpus", 1), ("at_once", 1)):
+            whole_number(f"sweep.executor.{name}", getattr(self, name), least)
+        if self.memory_gb is not None and not (isinstance(self.memory_gb, (int, float)) and 0 < self.memory_gb < 1e6):
+            raise UserError(f"sweep.executor.memory_gb: expected a number above 0, got {self.memory_gb!r}")
+        if self.partition is not None:
+            _check_value("sweep.executor.partition", self.partition)
+        for option, value in (self.extra or {}).items():
             _check_option(f"sweep.executor.extra.{option}", option, value)
-        self.partition, self.memory_gb, self.extra, self.log_dir = partition, memory_gb, extra or {}, log_dir
 
     def parameters(self, processes: Processes = ONE_PROCESS) -> dict[str, Any]:
         """What submitit is given."""

@@ -85,7 +85,7 @@ def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {
             "line": row.line,
-            **{key: show(row.values.get(key, "")) for key in axes},
+            **{key: value if is_number(value := row.values.get(key, "")) else show(value) for key in axes},
             "seed": "" if row.seed is None else row.seed,
             "run": row.run_id,
             **{name: row.metrics.get(name, "") for name in metrics},

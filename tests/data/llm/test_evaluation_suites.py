@@ -205,7 +205,7 @@ def test_first_letters_end_to_end(readings, saes):
 
 
 def test_split():
-    parts = split(torch.arange(3.0), torch.tensor([True, False, True]), torch.tensor([False, True, False]), ["x"])
+    parts = split(torch.arange(3.0), torch.tensor([True, False, True]), torch.tensor([False, True, False]))
     assert parts.train.tolist() == [0, 2]
     assert parts.test.tolist() == [1]
 
