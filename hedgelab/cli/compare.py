@@ -38,7 +38,7 @@ def run(command: str, words: list[str]) -> int:
     print(as_text(table))
     drawn = curves(runs, options.metrics or curve_metrics(runs))
     if drawn:
-        from hedgelab.plots.comparison import overlaid_curves
+        from hedgelab.plots.training import overlaid_curves
 
         ids = "-".join(one.run_id[:8] for one in runs[:6])
         file = Path(options.to) if options.to else runs_dir(tracking_uri()) / "comparisons" / f"{ids}.png"

@@ -9,7 +9,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from hedgelab.plots.style import DIVERGING, INK, MUTED, PALETTE, new_figure, tidy
+from hedgelab.plots.style import DIVERGING, INK, MUTED, PALETTE, color_bar, new_figure, note, tidy
 
 _MOST_NAMED = 32
 """Most rows or columns with a name each and values in the cells."""
@@ -18,22 +18,18 @@ _MOST_BLOCKS = 200
 
 
 def cosine_heatmaps(decoder: ArrayLike, encoder: ArrayLike) -> Figure:
-    """Signed cosines of decoder rows and encoder columns with the true features, on one scale from -1 to 1.
+    """Signed cosines of decoder rows and encoder columns with the true features, ``[d_sae, n]``, on one scale from -1 to 1.
 
     Small matrices show their values. In large ones the latents are ordered by the feature that their decoder is closest
     to, in both panels, so that recovered features form a diagonal; beyond 200 rows or columns a dot of the picture shows
     the largest cosine (by magnitude) of the block of latents and features that it stands for.
-
-    Args:
-        decoder: Cosines of the decoder, ``[d_sae, n]``.
-        encoder: Cosines of the encoder, ``[d_sae, n]``.
     """
     panels = {"decoder": np.asarray(decoder, dtype=float), "encoder": np.asarray(encoder, dtype=float)}
     rows, columns = panels["decoder"].shape
     ordered = rows > _MOST_NAMED
     if ordered:
-        best = np.abs(panels["decoder"]).argmax(axis=1)
-        order = np.lexsort((-np.abs(panels["decoder"]).max(axis=1), best))
+        strength = np.abs(panels["decoder"])
+        order = np.lexsort((-strength.max(axis=1), strength.argmax(axis=1)))
         panels = {name: cosines[order] for name, cosines in panels.items()}
     stacked = columns > 2 * max(rows, 4)
     width, height = _panel_size(rows, columns)
@@ -42,44 +38,29 @@ def cosine_heatmaps(decoder: ArrayLike, encoder: ArrayLike) -> Figure:
     figure = new_figure(*size, title=f"Cosine of each latent with the true features{pooled}")
     grid = figure.subplots(*((2, 1) if stacked else (1, 2)), squeeze=False).flat
     for axes, (name, cosines) in zip(grid, panels.items(), strict=True):
-        image = _heatmap(axes, cosines, "latent, by nearest feature" if ordered else "latent")
-        axes.set_title(name, fontsize=10, color=INK)
-    bar = figure.colorbar(image, ax=list(figure.axes), shrink=0.9, aspect=18, ticks=[-1, -0.5, 0, 0.5, 1])
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, labelcolor=MUTED, length=0)
-    bar.set_label("cosine", fontsize=9, color=INK)
+        image = _heatmap(axes, cosines, name, "latent, by nearest feature" if ordered else "latent")
+    color_bar(figure, image, "cosine", shrink=0.9, aspect=18, ticks=[-1, -0.5, 0, 0.5, 1])
     return figure
 
 
 def decoder_bias(projections: ArrayLike, norm: float) -> Figure:
-    """How far the decoder bias points along each true feature.
-
-    Args:
-        projections: ``b_dec · f_j`` for each feature j, ``[n]``, in units of the activations.
-        norm: Norm of ``b_dec``.
-    """
+    """How far the decoder bias, of a norm, points along each true feature: ``b_dec · f_j``, ``[n]``, in activation units."""
     values = np.asarray(projections, dtype=float)
     n = len(values)
+    named = n <= _MOST_NAMED
     figure = new_figure(min(10.0, max(4.2, 2.2 + 0.42 * n)), 3.2, "Decoder bias along the true features")
     axes = figure.subplots()
     colors = np.where(values >= 0, PALETTE[1], PALETTE[0])
-    named = n <= _MOST_NAMED
     axes.bar(np.arange(n), values, width=0.62 if named else 1.0, color=colors)
     axes.axhline(0, color=MUTED, linewidth=0.8)
     tidy(axes, f"‖b_dec‖ = {norm:.3g}", "true feature", "b_dec · f  (activation units)")
     axes.set_xlim(-0.6 if named else -0.5, n - 0.4 if named else n - 0.5)
     axes.margins(y=0.18)
-    if named:
-        axes.set_xticks(range(n), [f"f{j}" for j in range(n)])
-        decimals = 2 if np.abs(values).max() >= 0.1 else 3
-        for j, value in enumerate(values) if n <= 16 else ():
-            offset, side = (3, "bottom") if value >= 0 else (-3, "top")
-            axes.annotate(
-                _number(value, decimals), (j, value), (0, offset), textcoords="offset points",
-                ha="center", va=side, fontsize=8, color=INK,
-            )  # fmt: skip
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _name_columns(axes, n)
+    decimals = 2 if np.abs(values).max() >= 0.1 else 3
+    for j, value in enumerate(values) if n <= 16 else ():
+        above = value >= 0
+        note(axes, _number(value, decimals), (j, value), (0, 3 if above else -3), va="bottom" if above else "top")
     return figure
 
 
@@ -91,35 +72,38 @@ def _panel_size(rows: int, columns: int) -> tuple[float, float]:
     return (9.0 if columns > 2 * rows else 5.2), float(np.clip(5.2 * rows / columns, 1.6, 5.2))
 
 
-def _heatmap(axes: Axes, cosines: NDArray[np.float64], row_name: str) -> AxesImage:
+def _heatmap(axes: Axes, cosines: NDArray[np.float64], title: str, row_name: str) -> AxesImage:
     rows, columns = cosines.shape
     small = max(rows, columns) <= _MOST_NAMED
     image = axes.imshow(
-        _strongest_of_blocks(cosines),
-        cmap=DIVERGING,
-        vmin=-1,
-        vmax=1,
-        aspect="equal" if small else "auto",
-        interpolation="nearest",
-        extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
-    )
-    tidy(axes, "", "true feature", row_name, grid=False)
+        _strongest_of_blocks(cosines), cmap=DIVERGING, vmin=-1, vmax=1, aspect="equal" if small else "auto",
+        interpolation="nearest", extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
+    )  # fmt: skip
+    tidy(axes, title, "true feature", row_name, grid=False)
     axes.spines[:].set_visible(False)
     if rows <= _MOST_NAMED:
         axes.set_yticks(range(rows))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-    if columns <= _MOST_NAMED:
-        axes.set_xticks(range(columns), [f"f{j}" for j in range(columns)])
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _name_columns(axes, columns)
     if small:
         axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1.2)
         axes.tick_params(which="both", length=0)
-        _print_values(axes, cosines)
+        size = 9.0 if max(rows, columns) <= 8 else 6.5 if max(rows, columns) <= 20 else 5.0
+        for (i, j), value in np.ndenumerate(cosines):
+            color = "white" if abs(value) > 0.6 else INK
+            cell = axes.text(j, i, _number(value), ha="center", va="center", fontsize=size, color=color)
+            cell.set_in_layout(False)  # it lies within the axes; measuring hundreds of texts takes a second
     return image
+
+
+def _name_columns(axes: Axes, columns: int) -> None:
+    if columns <= _MOST_NAMED:
+        axes.set_xticks(range(columns), [f"f{j}" for j in range(columns)])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def _strongest_of_blocks(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -134,11 +118,3 @@ def _strongest_of_blocks(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _number(value: float, decimals: int = 2) -> str:
     return f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: no "-0.00"
-
-
-def _print_values(axes: Axes, cosines: NDArray[np.float64]) -> None:
-    size = 9.0 if max(cosines.shape) <= 8 else 6.5 if max(cosines.shape) <= 20 else 5.0
-    for (i, j), value in np.ndenumerate(cosines):
-        color = "white" if abs(value) > 0.6 else INK
-        cell = axes.text(j, i, _number(value), ha="center", va="center", fontsize=size, color=color)
-        cell.set_in_layout(False)  # it lies within the axes; measuring hundreds of texts takes a second

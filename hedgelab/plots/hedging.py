@@ -1,15 +1,29 @@
-"""The hedging degree, beside what it is judged by."""
+"""Hedging: its degree beside what that is judged by, and its truth beside measures, widths and matryoshka levels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from hedgelab.plots.style import FAINT, INK, MUTED, PALETTE, new_figure, tidy
+from hedgelab.plots.style import (
+    DASHED,
+    FAINT,
+    INK,
+    MUTED,
+    PALETTE,
+    color_of,
+    grouped_bars,
+    histogram,
+    legend,
+    legend_below,
+    new_figure,
+    note,
+    tidy,
+)
 
 _DEGREES = {
     "degree": "random\n(the degree)",
@@ -29,9 +43,8 @@ _MOTIONS = {
 def degree_and_baselines(scores: Sequence[Mapping[str, float]]) -> Figure:
     """How far old latents moved within which subspace, and the degree that follows against each baseline.
 
-    Args:
-        scores: The scalars of each seed, by the names of :class:`~hedgelab.metrics.functional.DegreeScores`; bars are means,
-            dots are seeds.
+    ``scores`` are the scalars of each seed, by the names of :class:`~hedgelab.metrics.functional.DegreeScores`; bars are
+    means, dots are seeds.
     """
     figure = new_figure(11.0, 3.8, "Hedging degree")
     left, right = figure.subplots(1, 2, width_ratios=[5, 4])
@@ -47,47 +60,93 @@ def degree_and_baselines(scores: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def _bars(axes: Axes, names: Mapping[str, str], scores: Sequence[Mapping[str, float]]) -> None:
+    shown = [name for name in names if name in scores[0]]
+    for place, name in enumerate(shown):
+        values = [own[name] for own in scores if name in own]
+        axes.bar(place, np.mean(values), width=0.62, color=FAINT if place else PALETTE[0], zorder=2)
+        if len(values) > 1:
+            axes.scatter([place] * len(values), values, s=14, color=INK, zorder=3)
+        note(axes, f"{np.mean(values):.3f}", (place, max(values)), (0, 4))
+    axes.set_xticks(range(len(shown)), [names[name] for name in shown])
+    axes.margins(y=0.12)
+
+
 def projection_of_latents(
     projections: Sequence[Sequence[float]], baseline: float, noise_floor: float | None = None
 ) -> Figure:
-    """How much of each old latent moved into the new latents' span: sorted, and as a histogram.
+    """How much of each old latent moved into the new latents' span, ``‖Δ_i Q Qᵀ‖``, a sequence a seed: sorted, and binned.
 
-    Args:
-        projections: ``‖Δ_i Q Qᵀ‖`` of every latent, for each seed.
-        baseline: Mean within random subspaces.
-        noise_floor: Mean of what reordering the data moves; None leaves it out.
+    ``baseline`` is the mean within random subspaces, ``noise_floor`` the mean of what reordering the data moves.
     """
     figure = new_figure(9.6, 3.6, "Which latents made way for the new ones")
     left, right = figure.subplots(1, 2)
-    for color, values in zip(PALETTE, projections, strict=False):
+    for i, values in enumerate(projections):
         ranked = np.sort(np.asarray(values, dtype=float))[::-1]
-        left.plot(np.arange(1, len(ranked) + 1), ranked, color=color, linewidth=1.4)
-    everything: NDArray[np.float64] = np.concatenate([np.asarray(values, dtype=float) for values in projections])
-    right.hist(
-        everything, bins=min(60, max(10, everything.size // 8)), color=PALETTE[0], edgecolor="white", linewidth=0.4
-    )
-    lines = {"random subspaces": (baseline, INK), "reordering alone": (noise_floor, MUTED)}
-    for label, (value, color) in lines.items():
+        left.plot(np.arange(1, len(ranked) + 1), ranked, color=color_of(i), linewidth=1.4)
+    everything = np.concatenate([np.asarray(values, dtype=float) for values in projections])
+    histogram(right, everything, min(60, max(10, everything.size // 8)))
+    for label, value, color in (("random subspaces", baseline, INK), ("reordering alone", noise_floor, MUTED)):
         if value is not None:
-            left.axhline(value, color=color, linewidth=1.0, linestyle=(0, (4, 3)), label=label)
-            right.axvline(value, color=color, linewidth=1.0, linestyle=(0, (4, 3)))
+            left.axhline(value, color=color, linewidth=1.0, linestyle=DASHED, label=label)
+            right.axvline(value, color=color, linewidth=1.0, linestyle=DASHED)
     left.set_xlim(1, max(2, max(len(values) for values in projections)))
-    left.legend(frameon=False, fontsize=8, labelcolor=INK)
+    legend(left)
     tidy(left, "sorted; a curve a seed", "old latent, most moved first", "motion within the new latents' span")
     tidy(right, "how they spread", "motion within the new latents' span", "latents")
     return figure
 
 
-def _bars(axes: Axes, names: Mapping[str, str], scores: Sequence[Mapping[str, float]]) -> None:
-    shown = [name for name in names if name in scores[0]]
-    for place, name in enumerate(shown):
-        values = [own[name] for own in scores if name in own]
-        axes.bar(place, np.mean(values), width=0.62, color=PALETTE[0] if place == 0 else FAINT, zorder=2)
-        if len(values) > 1:
-            axes.scatter([place] * len(values), values, s=14, color=INK, zorder=3)
-        axes.annotate(
-            f"{np.mean(values):.3f}", (place, max(values)), (0, 4), textcoords="offset points", ha="center", fontsize=8,
-            color=INK,
-        )  # fmt: skip
-    axes.set_xticks(range(len(shown)), [names[name] for name in shown])
-    axes.margins(y=0.12)
+def measures_against_truth(
+    measures: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
+    ranks: Mapping[str, Mapping[str, float]],
+) -> Figure:
+    """A scatter of pairs (true hedging, measure) by measure (rows), kind of SAE (columns) and toy (colours).
+
+    Measures named "residual…" are in the units of the truth and get its diagonal; ``ranks`` are Spearman's correlations.
+    """
+    kinds = list(next(iter(measures.values())))
+    size = (2.5 * len(kinds) + 0.6, 2.35 * len(measures) + 0.9)
+    figure = new_figure(*size, "Do measures without ground truth see hedging?")
+    grid = figure.subplots(len(measures), len(kinds), squeeze=False, sharex="col", sharey="row")
+    for row, (measure, by_kind) in zip(grid, measures.items(), strict=True):
+        for axes, (kind, points) in zip(row, by_kind.items(), strict=True):
+            for i, (toy, pairs) in enumerate(points.items()):
+                true, value = np.array(pairs, dtype=float).reshape(-1, 2).T
+                axes.scatter(true, value, s=12, color=color_of(i), alpha=0.85, linewidths=0, label=toy, zorder=3)
+            if measure.startswith("residual"):
+                axes.axline((0, 0), slope=1, color=FAINT, linewidth=1)
+            axes.axhline(0, color=FAINT, linewidth=0.8)
+            title = f"{kind}: Spearman {ranks[measure][kind]:.3f}"
+            tidy(axes, title, "true hedging" if row is grid[-1] else "", measure if axes is row[0] else "")
+    legend_below(figure, grid[0][0])
+    return figure
+
+
+def hedging_over_width(curves: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]) -> Figure:
+    """True hedging over the SAE's width: a panel a kind, a curve a toy (mean over the seeds' values)."""
+    figure = new_figure(2.6 * len(curves) + 0.4, 3.1, "Hedging falls as SAEs get wider")
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for axes, (kind, by_toy) in zip(panels, curves.items(), strict=True):
+        for i, (toy, by_width) in enumerate(by_toy.items()):
+            means = [np.mean(values) for values in by_width.values()]
+            axes.plot(list(by_width), means, marker="o", ms=3, color=color_of(i), label=toy)
+        widths = sorted({width for by_width in by_toy.values() for width in by_width})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(widths, [str(width) for width in widths])
+        axes.minorticks_off()
+        tidy(axes, kind, "width", "true hedging" if axes is panels[0] else "")
+    legend_below(figure, panels[0])
+    return figure
+
+
+def hedging_of_levels(levels: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """True hedging of matryoshka levels' own latents, innermost first: a panel a toy, a group of bars a width."""
+    figure = new_figure(2.2 * len(levels) + 0.4, 2.9, "Where matryoshka SAEs hedge")
+    panels = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
+    for axes, (toy, by_width) in zip(panels, levels.items(), strict=True):
+        by_level = enumerate(zip_longest(*by_width.values(), fillvalue=np.nan), start=1)
+        grouped_bars(axes, [str(width) for width in by_width], {f"level {i}": values for i, values in by_level})
+        tidy(axes, toy, "width", "true hedging" if axes is panels[0] else "")
+    legend_below(figure, panels[0])
+    return figure

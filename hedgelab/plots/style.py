@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from numpy.typing import ArrayLike
 
 INK, MUTED, FAINT = "#22272e", "#6b7480", "#d9dde2"
 PALETTE = ("#2f6db5", "#d1632a", "#3f9160", "#8a5fb0", "#c2425f", "#8f7a2e", "#3a9aa8", "#6f6f6f")
 DIVERGING = "RdBu_r"
+DASHED = (0, (4, 3))
 _DPI = 140
 _POWER = re.compile(r"\$(\\mathdefault\{)?-?[\d.]*(\\times)?(10\^\{[-\d.]+\})?\}?\$")
 
@@ -36,6 +42,11 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
+def color_of(number: int) -> str:
+    """A colour of the palette, which begins again after its last."""
+    return PALETTE[number % len(PALETTE)]
+
+
 def tidy(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", grid: bool = True) -> None:
     """Labels, and the quiet frame of every pair of axes."""
     axes.set_title(title, fontsize=10, color=INK)
@@ -48,3 +59,45 @@ def tidy(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", grid: 
     if grid:
         axes.grid(axis="y", color=FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
+
+
+def legend(owner: Axes | Figure, **options: Any) -> None:
+    """A legend without a frame."""
+    owner.legend(**{"frameon": False, "fontsize": 8, "labelcolor": INK, **options})
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int | None = None) -> None:
+    """A legend under the whole figure, of what one pair of axes shows."""
+    handles, labels = axes.get_legend_handles_labels()
+    legend(figure, handles=handles, labels=labels, loc="outside lower center", ncols=columns or max(1, len(labels)))
+
+
+def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **options: Any) -> None:
+    """Small text at a point, moved by an offset in points."""
+    axes.annotate(
+        text, at, offset, textcoords="offset points", **{"ha": "center", "fontsize": 8, "color": INK, **options}
+    )
+
+
+def grouped_bars(axes: Axes, names: Sequence[str], groups: Mapping[str, ArrayLike]) -> None:
+    """Bars side by side at each name, one of each group."""
+    places, width = np.arange(len(names)), 0.8 / len(groups)
+    for i, (label, heights) in enumerate(groups.items()):
+        shift = (i - (len(groups) - 1) / 2) * width
+        axes.bar(
+            places + shift, np.asarray(heights, dtype=float), 0.92 * width, color=color_of(i), label=label, zorder=2
+        )
+    axes.set_xticks(places, names)
+
+
+def histogram(axes: Axes, values: ArrayLike, bins: int | Sequence[float]) -> None:
+    """How values are distributed."""
+    axes.hist(values, bins=bins, color=PALETTE[0], edgecolor="white", linewidth=0.4)
+
+
+def color_bar(figure: Figure, image: ScalarMappable, label: str, **options: Any) -> None:
+    """A scale of colours beside all axes."""
+    bar = figure.colorbar(image, ax=list(figure.axes), **options)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, labelcolor=MUTED, length=0)
+    bar.set_label(label, fontsize=9, color=INK)

@@ -18,7 +18,7 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import ToyDataModule
 from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.functional import mcc
-from hedgelab.plots.balance import balance_figure
+from hedgelab.plots.theory import balance_figure
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Row, Study, make_toy
 from hedgelab.saes import SAE, MatryoshkaSAE

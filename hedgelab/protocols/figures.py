@@ -17,7 +17,7 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.metrics.functional import decoder_cosines, encoder_cosines
 from hedgelab.plots import cosine_heatmaps, decoder_bias
-from hedgelab.plots.landscape import loss_landscapes
+from hedgelab.plots.theory import loss_landscapes
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Row, Study, make_toy
 from hedgelab.saes import SAE, VanillaSAE

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import ToyDataModule
 from hedgelab.errors import UserError, whole_number
-from hedgelab.plots.phase import Overlay, phase_diagram
+from hedgelab.plots.theory import Overlay, phase_diagram
 from hedgelab.protocols.phase_cells import Array, Cell, PhaseResult, Quantity, Target, run_phase
 from hedgelab.protocols.phase_theory import Theory, theory_of
 from hedgelab.protocols.recipe import Recipe

@@ -36,7 +36,7 @@ from hedgelab.metrics.functional.true_hedging import (
     tracked_features,
 )
 from hedgelab.metrics.toys import FeatureRegression
-from hedgelab.plots.trial import hedging_of_levels, hedging_over_width, measures_against_truth
+from hedgelab.plots.hedging import hedging_of_levels, hedging_over_width, measures_against_truth
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study
 from hedgelab.saes import SAE, MatryoshkaSAE, widen

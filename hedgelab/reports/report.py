@@ -26,17 +26,7 @@ _MOST_COLUMNS = 6
 
 
 def build(experiment: str, limit: int = 100, address: str | None = None, uri: str | None = None) -> str:
-    """The report of an experiment as one HTML document.
-
-    Args:
-        experiment: Name of the experiment.
-        limit: Most runs, the newest.
-        address: Where the MLflow UI answers, for links; None leaves links out.
-        uri: Tracking URI; None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``.
-
-    Raises:
-        UserError: There is no store, no such experiment, or no run in it.
-    """
+    """The report of an experiment as one HTML document."""
     client, experiments = open_runs(uri)
     runs = [run for run in list_runs(experiment, limit=limit, uri=uri) if REPORT_TAG not in run.tags]
     if not runs:
@@ -152,7 +142,7 @@ def _listed(client: MlflowClient, run_id: str, folder: str | None) -> list[tuple
 
 def curves_png(drawn: dict[str, Any]) -> bytes:
     """The overlaid curves as a PNG."""
-    from hedgelab.plots.comparison import overlaid_curves
+    from hedgelab.plots.training import overlaid_curves
 
     buffer = io.BytesIO()
     overlaid_curves(drawn, {key: title(key) for key in drawn}, "").savefig(buffer, format="png")

@@ -16,13 +16,7 @@ _NOISE = re.compile(r"^(name|experiment|ckpt_path|config|record|progress|checkpo
 
 
 class Comparison(NamedTuple):
-    """A table of runs.
-
-    Attributes:
-        runs: Its columns.
-        params: Values of each parameter that differs, by key.
-        metrics: Last values of each metric, by key; None where a run has none.
-    """
+    """A table of runs."""
 
     runs: Sequence[RunSummary]
     params: dict[str, list[str]]
@@ -30,12 +24,7 @@ class Comparison(NamedTuple):
 
 
 def compare(runs: Sequence[RunSummary], metrics: Sequence[str] | None = None) -> Comparison:
-    """Set runs side by side.
-
-    Args:
-        runs: The runs.
-        metrics: What to show; None takes what the glossary puts first.
-    """
+    """Set runs side by side."""
     keys = sorted({key for run in runs for key in run.params if not _NOISE.match(key)})
     params = {key: [short_value(run.params.get(key)) for run in runs] for key in keys}
     params = {key: values for key, values in params.items() if len(set(values)) > 1}

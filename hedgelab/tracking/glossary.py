@@ -21,14 +21,7 @@ STAGES = ("test", "val")
 
 
 class Term(NamedTuple):
-    """One metric in words.
-
-    Attributes:
-        title: Short name for tables and axes.
-        unit: What one of it is; empty for pure numbers.
-        better: ``higher``, ``lower``, or empty where neither is good in itself.
-        meaning: What it says.
-    """
+    """One metric in words."""
 
     title: str
     unit: str

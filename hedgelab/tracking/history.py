@@ -9,11 +9,7 @@ T = TypeVar("T")
 
 
 class ThinnedSeries(Generic[T]):
-    """At most ``limit`` values over training steps, evenly thinned as more are offered.
-
-    Args:
-        limit: Most values kept; when it is exceeded, every second value goes and only every second offer is taken.
-    """
+    """At most ``limit`` values over training steps, evenly thinned as more are offered."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

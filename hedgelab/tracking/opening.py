@@ -40,9 +40,6 @@ def choose_store(
 
     A run that goes on may have begun in the local store while its server could not be reached, and stays there. No tags
     (None) mean that the run is on a server that cannot be reached now: what is logged waits in the spool.
-
-    Raises:
-        UserError: The store cannot be reached, and ``on_unreachable`` is ``fail``.
     """
     tags: dict[str, str] = {}
     try:
@@ -65,11 +62,7 @@ def choose_store(
 
 
 def start_run(client: MlflowClient, uri: str, experiment: str, name: str | None, tags: Mapping[str, str]) -> Run:
-    """A new run in an experiment, which is made if absent.
-
-    Raises:
-        UserError: The experiment is deleted, or the store is locked or refuses.
-    """
+    """A new run in an experiment, which is made if absent."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container may run under a number that has no name
@@ -82,11 +75,7 @@ def start_run(client: MlflowClient, uri: str, experiment: str, name: str | None,
 
 
 def continue_run(client: MlflowClient, uri: str, run_id: str) -> Run:
-    """A run that is there, and runs again.
-
-    Raises:
-        UserError: There is no such run, it is deleted, or the store is locked or refuses.
-    """
+    """A run that is there, and runs again."""
     return _patiently(uri, lambda: _continue(client, uri, run_id))
 
 

@@ -17,11 +17,7 @@ _PACKAGES = ("hedgelab", "torch", "lightning", "mlflow")
 
 
 def provenance_tags(world_size: int) -> dict[str, str]:
-    """Git commit, package versions, host and hardware of this process.
-
-    Args:
-        world_size: Number of ranks of the run.
-    """
+    """Git commit, package versions, host and hardware of this process."""
     tags = {f"version.{name}": _version(name) for name in _PACKAGES}
     tags |= {
         "version.python": platform.python_version(),

@@ -203,12 +203,7 @@ class RunRecord(L.Callback):
 
 
 class MemberRecord(RunRecord):
-    """Records one member of an :class:`~hedgelab.saes.SAEGroup` in a run of its own, without figures: groups are large.
-
-    Args:
-        member: Name of the member; empty where the SAE is trained by itself.
-        tracker: Its run.
-    """
+    """Records one member of an :class:`~hedgelab.saes.SAEGroup` in a run of its own, without figures: groups are large."""
 
     draws_figures = False
 

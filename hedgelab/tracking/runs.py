@@ -30,22 +30,7 @@ REPORT_TAG = "hedgelab.report"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run.
-
-    Attributes:
-        name: Name of the run.
-        run_id: MLflow's id.
-        experiment: Name of the experiment.
-        status: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
-        start: When it began, ISO 8601, UTC.
-        duration_seconds: How long it took; None while it runs.
-        params: Flat parameters.
-        tags: Tags, MLflow's own (``mlflow.…``) left out.
-        metrics: Last value of each metric.
-        artifact_uri: Where its artifacts are.
-        description: What it says about itself; None if nothing.
-        parent: Id of the run that it is part of; None for none.
-    """
+    """One run."""
 
     name: str
     run_id: str
@@ -62,25 +47,13 @@ class RunSummary:
 
 
 class FoundSAE(NamedTuple):
-    """An SAE on disk.
-
-    Attributes:
-        folder: Holds ``sae.json`` and ``sae.safetensors``, and where known ``activations.json`` (what the SAE reads).
-        run: The run that it comes from; None for a folder of the user's.
-    """
+    """An SAE on disk."""
 
     folder: Path
     run: RunSummary | None
 
     def load(self, class_path: str | None = None) -> SAE:
-        """The SAE, ready to measure; a class of the user's own is imported first.
-
-        Args:
-            class_path: Where its class is; None takes what the config of its run said.
-
-        Raises:
-            UserError: ``class_path`` leads to no class, the SAE's is not imported, or the folder is damaged.
-        """
+        """The SAE, ready to measure; a class of the user's own is imported first."""
         from hedgelab.identity import imported
         from hedgelab.saes import load_sae
 
@@ -91,11 +64,7 @@ class FoundSAE(NamedTuple):
 
 
 def import_class(path: str | None) -> None:
-    """Import an SAE class of the user's own, so that files may name it.
-
-    Raises:
-        UserError: There is no such class.
-    """
+    """Import an SAE class of the user's own, so that files may name it."""
     from hedgelab.identity import imported
 
     if path is not None and imported(path) is None:
@@ -103,17 +72,7 @@ def import_class(path: str | None) -> None:
 
 
 def resolve_run(word: str, with_sae: bool = False, uri: str | None = None) -> RunSummary:
-    """The run that a word on the command line means.
-
-    Args:
-        word: ``last`` (the newest run that is not part of another), a run id or its first characters as ``hedgelab runs``
-            shows them, or the name of a run; of several with one name, the newest.
-        with_sae: Look only among runs that kept an SAE.
-        uri: Tracking URI; None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``.
-
-    Raises:
-        UserError: There is no store or no such run, or the first characters fit several.
-    """
+    """The run that a word on the command line means."""
     client, names = open_runs(uri)
     wanted = _HAS_SAE if with_sae else ""
     if word == "last":
@@ -133,11 +92,7 @@ def resolve_run(word: str, with_sae: bool = False, uri: str | None = None) -> Ru
 
 
 def resolve_sae(word: str, uri: str | None = None) -> FoundSAE:
-    """The SAE that a word on the command line means: a folder that holds one, or a run (see :func:`resolve_run`).
-
-    Raises:
-        UserError: The folder holds none, or there is no such run.
-    """
+    """The SAE that a word on the command line means: a folder that holds one, or a run (see :func:`resolve_run`)."""
     folder = Path(word)
     for candidate in (folder, folder / "sae"):
         if (candidate / _SAE_FILE).is_file():
@@ -156,11 +111,7 @@ def children_with_sae(run: RunSummary, uri: str | None = None) -> list[RunSummar
 
 
 def artifact(run: RunSummary, path: str, uri: str | None = None) -> Path:
-    """A run's artifact on this machine: where it lies if it is here, else a copy.
-
-    Raises:
-        UserError: The run has no such artifact, or it cannot be had.
-    """
+    """A run's artifact on this machine: where it lies if it is here, else a copy."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar a file says nothing
     try:
         return Path(ensure_store(uri).download_artifacts(run.run_id, path))
@@ -170,11 +121,7 @@ def artifact(run: RunSummary, path: str, uri: str | None = None) -> Path:
 
 
 def open_runs(uri: str | None = None) -> tuple[MlflowClient, dict[str, str]]:
-    """A client of a store that exists, and the names of its experiments by id.
-
-    Raises:
-        UserError: There is no store, or it cannot be reached.
-    """
+    """A client of a store that exists, and the names of its experiments by id."""
     uri = uri or tracking_uri()
     database = sqlite_file(uri)
     if database is not None and not database.exists():
@@ -186,17 +133,7 @@ def open_runs(uri: str | None = None) -> tuple[MlflowClient, dict[str, str]]:
 def list_runs(
     experiment: str | None = None, last: bool = False, limit: int = 20, uri: str | None = None
 ) -> list[RunSummary]:
-    """The latest runs, newest first.
-
-    Args:
-        experiment: Name of the experiment; None for all.
-        last: Only the newest one that is not part of another.
-        limit: Most runs listed.
-        uri: Tracking URI; None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``.
-
-    Raises:
-        UserError: There is no store, it cannot be reached, or it has no such experiment.
-    """
+    """The latest runs, newest first."""
     client, names = open_runs(uri)
     if experiment is not None:
         if experiment not in names.values():
@@ -210,14 +147,7 @@ def list_runs(
 def search_runs(
     client: MlflowClient, wanted: str, experiments: Iterable[str] | None = None, order: str = "DESC"
 ) -> Iterator[Run]:
-    """Runs by the time at which they began, however many, in however many experiments.
-
-    Args:
-        client: Client of the store.
-        wanted: A filter in MLflow's language; empty for all runs.
-        experiments: Ids of the experiments that are searched; None for all.
-        order: ``DESC``: the newest first; ``ASC``: the oldest.
-    """
+    """Runs by the time at which they began, however many, in however many experiments."""
     experiments = list(all_experiments(client) if experiments is None else experiments)
     token = None
     while True:

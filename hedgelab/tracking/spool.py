@@ -172,10 +172,6 @@ class Spool:
 
         Files are a matter of their own: where they cannot be uploaded, as happens to those who may only log metrics, they
         stay, all else is sent, and the error is returned. So is what the store refuses for good, a line each.
-
-        Raises:
-            UserError: A line is damaged.
-            Exception: What the store failed with.
         """
         done = 0
         kept: list[str] = []

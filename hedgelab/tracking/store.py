@@ -103,12 +103,6 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
     """A client of the store, which is created first where it is an SQLite file that does not exist yet.
 
     Any number of processes may call this at once: one creates the file, the others wait for it.
-
-    Args:
-        uri: Tracking URI; None takes :func:`tracking_uri`.
-
-    Raises:
-        UserError: The store cannot be reached, opened or created.
     """
     uri = uri or tracking_uri()
     database = sqlite_file(uri)
@@ -168,11 +162,7 @@ def unusable(uri: str, reason: str) -> str:
 
 
 def check_database(database: Path) -> None:
-    """See that a file is a database of MLflow, without MLflow.
-
-    Raises:
-        UserError: It is not.
-    """
+    """See that a file is a database of MLflow, without MLflow."""
     try:
         with closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True)) as connection:
             # Not read only: where a writer was killed, this rolls back what it left unfinished.

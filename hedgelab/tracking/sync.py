@@ -47,9 +47,6 @@ def sync(uri: str | None = None, announce: Callable[[str], object] = str) -> Sen
     """Send everything that waits for a store (None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``).
 
     ``announce`` hears of each run as its turn comes.
-
-    Raises:
-        UserError: The store cannot be reached, or another process is sending.
     """
     uri, local = uri or tracking_uri(), local_uri()
     client = ensure_store(uri)

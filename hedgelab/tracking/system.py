@@ -12,11 +12,7 @@ from hedgelab.tracking.spool import Metrics
 
 
 class SystemSampler:
-    """Processor, memory and GPU use, over seconds since the run began (which go on where a run is resumed).
-
-    Args:
-        start_time_ms: When the run began, in ms since the epoch.
-    """
+    """Processor, memory and GPU use, over seconds since the run began (which go on where a run is resumed)."""
 
     def __init__(self, start_time_ms: int) -> None:
         self._start_time_ms = start_time_ms

@@ -31,15 +31,6 @@ class RunWriter:
     Operations queue in memory. When the store fails or takes longer than a caller can wait, or the queue grows long, they
     move to the spool; from then on all that comes goes behind it, and the thread sends the spool, after 15 seconds first, then
     after twice as long each time up to four minutes. What a full disk does not take stays in memory (files cannot).
-
-    Args:
-        client: Client of the tracking store.
-        run_id: The run to write to.
-        spool: Where unsent operations wait.
-        buffer_points: Points that trigger a write at once.
-        flush_seconds: Longest time that a point waits.
-        sample: Called from the thread every ten seconds, for points to write along (system metrics).
-        repeats: Points may be repetitions (see :class:`~hedgelab.tracking.spool.Metrics`).
     """
 
     def __init__(

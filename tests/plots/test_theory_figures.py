@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from hedgelab.plots.balance import balance_figure
-from hedgelab.plots.phase import Overlay, phase_diagram
+from hedgelab.plots.theory import Overlay, balance_figure, phase_diagram
 
 
 def legend_of(figure):

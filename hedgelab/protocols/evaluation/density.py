@@ -14,8 +14,8 @@ from hedgelab.metrics.functional.geometry import NEAR_DUPLICATE, decoder_geometr
 from hedgelab.metrics.functional.probing import firing_magnitudes
 from hedgelab.metrics.functional.reconstruction import explained_variance
 from hedgelab.metrics.functional.sparsity import density_histogram
-from hedgelab.plots.density import firing_density
 from hedgelab.plots.evaluation import cosine_distribution
+from hedgelab.plots.training import firing_density
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.protocols.evaluation.suite import Scores, Suite, Title, encode_rows, rows_of
 from hedgelab.saes import SAE

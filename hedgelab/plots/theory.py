@@ -1,0 +1,148 @@
+"""What closed forms and population optima say: loss landscapes, phase diagrams, and the balance of matryoshka levels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from textwrap import wrap
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from hedgelab.plots.style import (
+    DIVERGING,
+    INK,
+    MUTED,
+    color_bar,
+    color_of,
+    grouped_bars,
+    legend,
+    new_figure,
+    note,
+    tidy,
+)
+
+_CLOSED_FORM = "#1b7f3b"
+
+
+def loss_landscapes(t: ArrayLike, panels: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
+    """Loss over the mixture of two features, ``[points]``: a panel a title, a curve a name; a dot marks each minimum."""
+    mixture = np.asarray(t, dtype=float)
+    figure = new_figure(4.0 * len(panels) + 0.6, 3.6, "Expected loss of a tied latent between two features")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(row, panels.items(), strict=True):
+        lowest = min(curves, key=lambda name: float(np.min(curves[name])))  # its label goes below, the others' above
+        for i, (name, curve) in enumerate(curves.items()):
+            loss = np.asarray(curve, dtype=float)
+            best = (mixture[loss.argmin()], loss.min())
+            axes.plot(mixture, loss, color=color_of(i), linewidth=1.5, label=name)
+            axes.plot(*best, "o", color=color_of(i), markersize=5)
+            note(axes, f"t = {best[0]:.2f}", best, (0, -14 if name == lowest else 8), color=color_of(i))
+        axes.margins(y=0.12)
+        tidy(axes, title, "t   (0: feature 0, 1: feature 1)", "loss" if axes is row[0] else "")
+    legend(row[-1])
+    return figure
+
+
+class Overlay(NamedTuple):
+    """What closed forms say about a diagram, ``[h, w]`` each.
+
+    ``values`` is the quantity at the minimum that each point's SAE is in (NaN where none is known), ``shallower`` whether a
+    deeper minimum exists.
+    """
+
+    values: ArrayLike
+    shallower: ArrayLike
+
+
+def phase_diagram(
+    x: ArrayLike,
+    y: ArrayLike,
+    values: ArrayLike,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    quantity: str,
+    theory: Overlay | None = None,
+    logarithmic: tuple[bool, bool] = (False, False),
+) -> Figure:
+    """A heatmap of values, ``[h, w]``, over x, ``[w]``, and y, ``[h]``, either of which may be logarithmic.
+
+    The scale is symmetric about zero; the zero contour is black, contours of theory are green. NaN is left white.
+    """
+    x, y, shown = (np.asarray(part, dtype=float) for part in (x, y, values))
+    size = np.nanmax(np.abs(shown)) if np.isfinite(shown).any() else 1.0
+    figure = new_figure(6.4, 5.2, title)
+    axes = figure.subplots()
+    limits = {"vmin": -(size or 1.0), "vmax": size or 1.0}
+    mesh = axes.pcolormesh(x, y, shown, cmap=DIVERGING, shading="nearest", rasterized=True, **limits)
+    tidy(axes, "", xlabel, ylabel, grid=False)
+    entries: list[Artist] = []
+    if np.nanmin(shown) < -0.01 * size and np.nanmax(shown) > 0.01 * size:
+        axes.contour(x, y, shown, levels=[0], colors=INK, linewidths=1.4)
+        entries.append(Line2D([], [], color=INK, linewidth=1.4, label="zero, trained SAEs"))
+    if theory is not None and np.isfinite(np.asarray(theory.values, dtype=float)).any():
+        levels = MaxNLocator(8, symmetric=True).tick_values(-size, size)
+        closed = np.asarray(theory.values, dtype=float)
+        lines = axes.contour(x, y, closed, levels=levels, colors=_CLOSED_FORM, linewidths=0.9, linestyles="dashed")
+        axes.clabel(lines, fontsize=7, fmt="%.2g")
+        entries.append(Line2D([], [], color=_CLOSED_FORM, linewidth=0.9, linestyle="dashed", label="closed form"))
+        shallower = np.asarray(theory.shallower, dtype=float)
+        if shallower.any():
+            with rc_context({"hatch.linewidth": 0.4, "hatch.color": MUTED}):
+                axes.contourf(x, y, shallower, levels=[0.5, 1.5], colors="none", hatches=["////"])
+            entries.append(Patch(facecolor="none", edgecolor=MUTED, hatch="////", label="in a shallower minimum"))
+    for set_scale, log in zip((axes.set_xscale, axes.set_yscale), logarithmic, strict=True):
+        if log:
+            set_scale("log")
+    if entries:
+        legend(figure, handles=entries, loc="outside lower center", ncols=3)
+    color_bar(figure, mesh, quantity, aspect=30)
+    return figure
+
+
+def balance_figure(
+    betas: ArrayLike,
+    curves: Mapping[str, ArrayLike],
+    points: Mapping[str, tuple[float, float]],
+    components: Mapping[str, ArrayLike],
+    children: Sequence[str],
+    title: str,
+) -> Figure:
+    """How clean a hierarchy's parent is under each weighting of a matryoshka SAE's levels.
+
+    Left: the parent's encoder error over β, ``[b]`` by name, and single SAEs as points (weight of the innermost level,
+    error). Right: the parent's encoder cosine with each child by method, ``[children]`` each.
+    """
+    x = np.asarray(betas, dtype=float)
+    figure = new_figure(10.4, 4.4, title)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    lowest = min(error for _, error in points.values())
+    for i, (name, values) in enumerate(curves.items()):
+        errors = np.asarray(values, dtype=float)
+        best = int(np.nanargmin(errors))
+        lowest = min(lowest, errors[best])
+        left.plot(x, errors, color=color_of(i), linewidth=1.8, label=name)
+        note(left, f"{errors[best]:.3f} at β = {x[best]:.2g}", (x[best], errors[best]), (0, -13), color=color_of(i))
+    for i, ((name, place), marker) in enumerate(zip(points.items(), "o*Dsv^", strict=False)):
+        left.plot(*place, marker, color=color_of(2 + i), markersize=8, label=name)
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_ylim(bottom=0.6 * lowest)
+    heading = "Distance of the parent's encoder from its feature"
+    tidy(left, heading, "weight of the innermost level (β)", "encoder error")
+    legend(left, loc="lower left")
+    heights = np.asarray(list(components.values()), dtype=float).T
+    methods = ["\n".join(wrap(name, 11)) for name in components]
+    grouped_bars(right, methods, dict(zip(children, heights, strict=True)))
+    right.axhline(0, color=MUTED, linewidth=0.8)
+    tidy(right, "Its part along each child: above zero hedging, below absorption", "", "encoder cosine")
+    right.tick_params(axis="x", length=0, labelcolor=INK, labelsize=7.5)
+    legend(right)
+    return figure
