@@ -4,13 +4,22 @@
 """
 
 from hedgelab.metrics.additive import ValidationMetric
+from hedgelab.metrics.classes import (
+    L0,
+    Absorption,
+    DeadLatents,
+    ExplainedVariance,
+    FeatureDetection,
+    FeatureHierarchy,
+    FeatureRegression,
+    FiringDensity,
+    MeanSquaredError,
+    Shrinkage,
+)
 from hedgelab.metrics.degree import HedgingDegree
 from hedgelab.metrics.direct import hedging, hedging_degree, residual_hedging
 from hedgelab.metrics.error_spread import ResidualHedgingMetric
 from hedgelab.metrics.evaluation import SAEMetrics, recovery_summary
-from hedgelab.metrics.reconstruction import ExplainedVariance, MeanSquaredError, Shrinkage
-from hedgelab.metrics.sparsity import L0, DeadLatents, FiringDensity
-from hedgelab.metrics.toys import Absorption, FeatureDetection, FeatureHierarchy, FeatureRegression
 
 __all__ = [
     "L0",

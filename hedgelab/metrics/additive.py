@@ -1,12 +1,14 @@
-"""The base of every metric here: float64 sums that add up over batches and over ranks."""
+"""The bases of every metric here: float64 sums that add up over batches and over ranks."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -15,34 +17,19 @@ from hedgelab.tracking.glossary import GROUP
 
 
 class ShapedMetric(Metric):
-    """A metric whose results keep their shapes: torchmetrics squeezes ``[1]``, all that an SAE of one latent has.
-
-    Args:
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
-    """
+    """A metric whose results keep their shapes: torchmetrics squeezes ``[1]``, all that an SAE of one latent has."""
 
     is_differentiable = False
     full_state_update = False
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.result_shapes: list[torch.Size] = []
-
     def _wrap_compute(self, compute: Callable[[], Any]) -> Callable[[], Any]:
-        def recording() -> Any:
-            value = compute()
-            self.result_shapes = []
-            apply_to_collection(value, Tensor, lambda tensor: self.result_shapes.append(tensor.shape))
-            return value
+        boxed = super()._wrap_compute(wraps(compute)(lambda: SimpleNamespace(value=compute())))  # no box is looked into
+        return wraps(compute)(lambda: boxed().value)
 
-        squeezing = super()._wrap_compute(wraps(compute)(recording))
-
-        @wraps(compute)
-        def restored() -> Any:
-            value, shapes = squeezing(), iter(self.result_shapes)
-            return apply_to_collection(value, Tensor, lambda tensor: tensor.reshape(next(shapes)))
-
-        return restored
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Self:
+        self._computed = None
+        super()._apply(fn, exclude_state)
+        return self
 
 
 class AdditiveMetric(ShapedMetric):
@@ -51,14 +38,11 @@ class AdditiveMetric(ShapedMetric):
     ``update`` takes an optional ``weight [batch]``: the probability of each example (population mode). Without it each
     example weighs 1. The states are not part of a ``state_dict``, stay float64 whatever precision the module gets, and stay on
     the CPU where the module's device has no float64 (MPS).
-
-    Args:
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
     """
 
-    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
-        """Declare a state: zeros of the given shape, summed over ranks."""
-        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+    def add_sum(self, name: str, *shape: int) -> None:
+        """Declare a state: zeros of the given shape in float64, summed over ranks."""
+        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def add_to(self, **amounts: Tensor) -> None:
         """Add the sums of a batch to the states of those names, in place: some are large."""
@@ -67,10 +51,38 @@ class AdditiveMetric(ShapedMetric):
             state.add_(amount.to(state.device))
 
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Self:
-        if fn(torch.zeros(1)).device.type in NO_FLOAT64:
-            self._computed, exclude_state = None, tuple(self._defaults)
-        super()._apply(fn, exclude_state)
-        return self
+        on_cpu = fn(torch.zeros(1)).device.type in NO_FLOAT64
+        return super()._apply(fn, tuple(self._defaults) if on_cpu else exclude_state)
+
+
+class FunctionMetric(AdditiveMetric):
+    """A metric made of two pure functions: one gives the sums of a batch, the other the result of all sums.
+
+    Args:
+        sums_of: Takes what ``update`` takes, ``weight`` last, and returns sums in a NamedTuple.
+        result_of: Takes the sums; None returns them as they are.
+        empty: A batch without examples: its sums are where the metric starts.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+    """
+
+    def __init__(
+        self, sums_of: Callable[..., Any], result_of: Callable[[Any], Any] | None, *empty: Tensor, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sums_of, self.result_of = sums_of, result_of
+        zero = sums_of(*empty, torch.zeros(0))
+        self.sums = type(zero)
+        for name, value in zero._asdict().items():
+            self.add_state(name, value.clone(), dist_reduce_fx="sum")
+
+    def update(self, *batch: Any, **named: Any) -> None:
+        """Add a batch; arguments as the function of sums takes them."""
+        self.add_to(**self.sums_of(*batch, **named)._asdict())
+
+    def compute(self) -> Any:
+        """The result over everything seen."""
+        sums = self.sums(*(getattr(self, name) for name in self.sums._fields))
+        return sums if self.result_of is None else self.result_of(sums)
 
 
 class ValidationMetric(AdditiveMetric):
@@ -78,7 +90,7 @@ class ValidationMetric(AdditiveMetric):
 
     A subclass that gives itself a ``name`` is known from when it is imported: by an entry point of the group
     ``hedgelab.metrics``, or because a config names it. It declares its sums in ``__init__`` (:meth:`add_sum`), adds to them in
-    ``update`` and returns a scalar, or scalars by name (logged as ``name/...``), from ``compute``.
+    ``update(batch, x_hat, codes)`` and returns a scalar, or scalars by name (logged as ``name/...``), from ``compute``.
 
     Args:
         d_in: Width of the activations.
@@ -87,7 +99,7 @@ class ValidationMetric(AdditiveMetric):
     """
 
     name: ClassVar[str] = ""
-    declared: ClassVar[dict[str, type["ValidationMetric"]]] = {}
+    declared: ClassVar[dict[str, type[ValidationMetric]]] = {}
 
     def __init__(self, d_in: int, d_sae: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -99,7 +111,7 @@ class ValidationMetric(AdditiveMetric):
             ValidationMetric.declared[cls.name] = cls
 
     @classmethod
-    def known(cls) -> list[type["ValidationMetric"]]:
+    def known(cls) -> list[type[ValidationMetric]]:
         """Those that have been imported, and those of entry points."""
         for point in entry_points(group=GROUP):
             point.load()

@@ -14,18 +14,10 @@ from hedgelab.metrics.functional.degree import DRAWS, DegreeScores, hedging_degr
 
 
 class HedgingDegree(AdditiveMetric):
-    """How much an SAE hedges, from its continuations with and without new latents; see :func:`.functional.hedging_degree`.
+    """How much an SAE hedges, from its continuations with and without new latents.
 
-    Batches settle which latents live and the activations' covariance; the degree itself needs only the decoders.
-
-    Args:
-        control: Decoder of the control, ``[W, d_in]``.
-        extended: Decoder of the extended SAE, ``[W + N, d_in]``, the old latents first.
-        reordered: Decoder of a control that saw the same data in another order, ``[W, d_in]``.
-        foreign: Other seeds' new decoder rows, ``[N, d_in]`` each.
-        draws: Random subspaces a baseline is averaged over.
-        seed: Seed of the draws.
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
+    Arguments as in :func:`.functional.hedging_degree`. Batches settle which latents live and the activations' covariance; the
+    degree itself needs only the decoders, and without batches all latents count as live.
     """
 
     higher_is_better = False
@@ -50,39 +42,38 @@ class HedgingDegree(AdditiveMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, decoder in (("control", control), ("extended", extended), ("reordered", reordered)):
+        rows = {"control": control, "extended": extended, "reordered": reordered}
+        for name, decoder in (rows | {"foreign": torch.stack(foreign) if foreign else None}).items():
             self.register_buffer(name, None if decoder is None else decoder.detach(), persistent=False)
-        self.register_buffer("foreign", torch.stack(foreign).detach() if foreign else None, persistent=False)
         self.draws, self.seed = draws, seed
         d_in = control.shape[1]
         self.add_sum("weight")
         self.add_sum("total", d_in)
         self.add_sum("products", d_in, d_in)
-        self.add_sum("control_fired", control.shape[0])
-        self.add_sum("extended_fired", extended.shape[0])
+        self.add_sum("control_fired", len(control))
+        self.add_sum("extended_fired", len(extended))
 
     def update(
         self, x: Tensor, control: Tensor | Codes, extended: Tensor | Codes, weight: Tensor | None = None
     ) -> None:
         """Add a batch; ``x``: ``[batch, d_in]``, with the latents of both SAEs, ``weight``: ``[batch]``."""
-        rows, control, extended = float64(x), as_codes(control), as_codes(extended)
+        rows = float64(x)
         weighted = rows if weight is None else rows * float64(weight)[:, None]
         self.add_to(
             weight=total_weight(rows, weight),
             total=weighted.sum(0),
             products=rows.t() @ weighted,
-            control_fired=control.firing_counts(),
-            extended_fired=extended.firing_counts(),
+            control_fired=as_codes(control).firing_counts(),
+            extended_fired=as_codes(extended).firing_counts(),
         )
 
     def compute(self) -> DegreeScores:
-        """The degree with its controls, over everything seen; without batches all latents count as live."""
+        """The degree with its controls, over everything seen."""
         return self.degree()
 
     def degree(self) -> DegreeScores:
         """The same, of this rank alone and without a warning where no batch was seen."""
-        seen = bool(self.weight > 0)
-        width = self.control.shape[0]
+        width, seen = len(self.control), bool(self.weight > 0)
         mean = self.total / self.weight
         return hedging_degree(
             self.control,

@@ -1,10 +1,4 @@
-"""Hedging of an SAE that one has, of whatever library: plain functions of tensors, or of anything with encode, decode, W_dec.
-
->>> import torch
->>> W_dec = torch.tensor([[0.8, 0.6, 0.0]])  # one latent that mixes .6 of a second feature in
->>> hedging(W_dec, torch.eye(3)).norm
-tensor([0.6000], dtype=torch.float64)
-"""
+"""Hedging of an SAE that one has, of whatever library: of its decoder, or of anything with encode, decode and W_dec."""
 
 from __future__ import annotations
 
@@ -18,34 +12,28 @@ from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.degree import HedgingDegree
 from hedgelab.metrics.error_spread import ResidualHedgingMetric
-from hedgelab.metrics.functional.accumulate import SparseCoder, as_codes, run_sae
+from hedgelab.metrics.functional import true_hedging
+from hedgelab.metrics.functional.accumulate import as_codes, run_sae
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores
 from hedgelab.metrics.functional.error_spread import BLOCKS, ResidualHedging
 from hedgelab.metrics.functional.recovery import decoder_cosines
-from hedgelab.metrics.functional.true_hedging import (
-    FIRINGS,
-    HedgingScores,
-    decoder_coordinates,
-    regressed_hedging,
-    regression_update,
-    tracked_features,
-)
-from hedgelab.metrics.functional.true_hedging import hedging as hedging_of_coordinates
+from hedgelab.metrics.functional.true_hedging import HedgingScores, tracked_features
 
 _ROWS_AT_ONCE = 4096
 
 
 def hedging(
-    W_dec: Tensor | SparseCoder,
-    features: Tensor,
-    codes: Tensor | Codes | None = None,
-    activations: Tensor | None = None,
+    W_dec: Any, features: Tensor, codes: Tensor | Codes | None = None, activations: Tensor | None = None
 ) -> HedgingScores:
     """True hedging of each latent: how much of the features that no latent tracks its decoder row holds.
 
     Formulas in :mod:`hedgelab.metrics.functional.true_hedging`. ``.norm [d_sae]`` is 0 for a clean latent and at most about 1;
     ``.largest`` has the sign: positive for features that fire together. Trust it where ``features`` are all that there is;
     directions that are missing from them are not seen.
+
+    >>> W_dec = torch.tensor([[0.8, 0.6, 0.0]])  # one latent that mixes .6 of a second feature in
+    >>> hedging(W_dec, torch.eye(3)).norm
+    tensor([0.6000], dtype=torch.float64)
 
     Args:
         W_dec: Decoder of any norms, ``[d_sae, d_in]``, or an SAE.
@@ -57,7 +45,7 @@ def hedging(
     Raises:
         UserError: Shapes that do not fit, or more features than dimensions without codes and activations.
     """
-    decoder = W_dec if isinstance(W_dec, Tensor) else W_dec.W_dec
+    decoder = _decoder(W_dec)
     if features.ndim != 2 or features.shape[1] != decoder.shape[1]:
         raise UserError(
             f"features: expected directions [n, {decoder.shape[1]}] (W_dec's width), got {list(features.shape)}"
@@ -67,8 +55,8 @@ def hedging(
     features = features.to(decoder.device)
     cosines = decoder_cosines(decoder, features)
     if codes is None or activations is None:
-        coordinates = decoder_coordinates(decoder, features)
-        return hedging_of_coordinates(coordinates, cosines, tracked_features(cosines))
+        coordinates = true_hedging.decoder_coordinates(decoder, features)
+        return true_hedging.hedging(coordinates, cosines, tracked_features(cosines))
     codes = as_codes(codes)
     if (codes.batch_size, codes.d_sae) != (len(activations), len(decoder)) or activations.shape[1] != len(features):
         raise UserError(
@@ -76,13 +64,14 @@ def hedging(
             f"got {[codes.batch_size, codes.d_sae]} and {list(activations.shape)}"
         )
     fired = codes.firing_counts().to(cosines.device)
-    sums = regression_update(codes, activations)
-    tracked = tracked_features(cosines, fired > 0)
-    sums = type(sums)(*(part.to(cosines.device) for part in sums))
-    return regressed_hedging(sums, decoder, features, cosines, tracked, fired >= FIRINGS)
+    sums = true_hedging.RegressionSums(
+        *(part.to(cosines.device) for part in true_hedging.regression_update(codes, activations))
+    )
+    tracked, often = tracked_features(cosines, fired > 0), fired >= true_hedging.FIRINGS
+    return true_hedging.regressed_hedging(sums, decoder, features, cosines, tracked, often)
 
 
-def residual_hedging(x: Tensor, sae: SparseCoder, blocks: int = BLOCKS) -> ResidualHedging:
+def residual_hedging(x: Tensor, sae: Any, blocks: int = BLOCKS) -> ResidualHedging:
     """Hedging of an SAE read off its errors on held-out activations; no ground truth is needed.
 
     Formulas, and when to trust it, in :mod:`hedgelab.metrics.functional.error_spread`. ``.hedging`` is about 0 where nothing
@@ -105,41 +94,28 @@ def residual_hedging(x: Tensor, sae: SparseCoder, blocks: int = BLOCKS) -> Resid
 
 
 def hedging_degree(
-    control: Tensor | SparseCoder,
-    extended: Tensor | SparseCoder,
+    control: Any,
+    extended: Any,
     x: Tensor | None = None,
     *,
-    reordered: Tensor | SparseCoder | None = None,
+    reordered: Any = None,
     foreign: Sequence[Tensor] = (),
     draws: int = DRAWS,
     seed: int = 0,
 ) -> DegreeScores:
     """The hedging degree of an SAE from its two continuations: as it is, and with latents appended.
 
-    Formulas in :mod:`hedgelab.metrics.functional.degree`. ``.degree`` is 0 where old latents moved no more into the span of
-    the new ones than into any other, and at most 1. Trust it only where most new latents fire, and above the noise floor.
-
-    Args:
-        control: Decoder of the control, ``[W, d_in]``, or the SAE.
-        extended: Decoder of the extended SAE, ``[W + N, d_in]``, the old latents first, or the SAE.
-        x: Activations, ``[..., d_in]``, to see which latents live, and their covariance; both must be SAEs then.
-        reordered: A control that saw the same data in another order: decoder or SAE.
-        foreign: Other seeds' new decoder rows, ``[N, d_in]`` each.
-        draws: Random subspaces that a baseline is averaged over.
-        seed: Seed of the draws.
+    Each continuation is an SAE or its decoder; the rest is as in :func:`hedgelab.metrics.functional.hedging_degree`.
+    Activations ``x [..., d_in]`` show which latents live, and their covariance; control and extended must be SAEs then.
 
     Raises:
         UserError: Shapes that do not fit, or activations without SAEs.
     """
-    old, new, other = (
-        one if one is None or isinstance(one, Tensor) else one.W_dec for one in (control, extended, reordered)
-    )
-    assert old is not None
-    assert new is not None
+    old, new = _decoder(control), _decoder(extended)
     if old.shape[1] != new.shape[1]:
         raise UserError(f"extended: expected decoder rows of width {old.shape[1]}, got {new.shape[1]}")
-    options: dict[str, Any] = {"draws": draws, "seed": seed, "sync_on_compute": False}
-    metric = HedgingDegree(old, new, other, list(foreign), **options).to(old.device)
+    other = None if reordered is None else _decoder(reordered)
+    metric = HedgingDegree(old, new, other, list(foreign), draws, seed, sync_on_compute=False).to(old.device)
     if x is None:
         return metric.degree()
     if isinstance(control, Tensor) or isinstance(extended, Tensor):
@@ -147,3 +123,9 @@ def hedging_degree(
     for part in torch.split(x.reshape(-1, x.shape[-1]).to(old.device), _ROWS_AT_ONCE):
         metric.update(part, run_sae(control, part)[1], run_sae(extended, part)[1])
     return metric.compute()
+
+
+def _decoder(sae: Any) -> Tensor:
+    """The decoder of an SAE, or the tensor that is one."""
+    W_dec: Tensor = sae if isinstance(sae, Tensor) else sae.W_dec
+    return W_dec

@@ -20,12 +20,6 @@ class ResidualHedgingMetric(ShapedMetric):
     """How much each latent of an SAE hedges, from held-out activations alone; see :func:`.functional.residual_hedging`.
 
     Holds the first ``rows`` examples of each rank with their codes: ``4 · rows · (2 d_in + d_sae)`` bytes.
-
-    Args:
-        W_dec: The SAE's decoder of any norms, ``[d_sae, d_in]``.
-        rows: Examples kept; later ones are ignored.
-        blocks: Parts that they are split into.
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
     """
 
     higher_is_better = False
@@ -41,24 +35,15 @@ class ResidualHedgingMetric(ShapedMetric):
         for name in ("x", "error", "codes"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    @property
-    def kept(self) -> int:
-        """Examples kept so far."""
-        return sum(map(len, self.x))
-
     def update(self, x: Tensor, reconstruction: Tensor, codes: Tensor | Codes) -> None:
         """Add a batch; ``x``, ``reconstruction``: ``[batch, d_in]``, with the latents that were decoded."""
-        room = max(0, self.rows - self.kept)
-        if room:
+        room = self.rows - sum(map(len, self.x))
+        if room > 0:
             self.x.append(x[:room].detach().float())
             self.error.append((x - reconstruction)[:room].detach().float())
             self.codes.append(as_codes(codes).to_dense()[:room].detach().float())
 
     def compute(self) -> ResidualHedging:
-        """Hedging over everything kept.
-
-        Raises:
-            UserError: Hardly any examples.
-        """
+        """Hedging over everything kept."""
         x, error, codes = (dim_zero_cat(state) for state in (self.x, self.error, self.codes))
         return residual_hedging(x, error, codes, self.W_dec, self.blocks)

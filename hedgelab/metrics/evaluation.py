@@ -1,5 +1,7 @@
 """Everything a validation pass of an SAE measures, behind one ``update`` and one ``compute``."""
 
+from __future__ import annotations
+
 import warnings
 from typing import Any
 
@@ -11,6 +13,16 @@ from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import Ranks
 from hedgelab.metrics.additive import ValidationMetric
+from hedgelab.metrics.classes import (
+    ExplainedVariance,
+    FeatureDetection,
+    FeatureHierarchy,
+    FeatureRegression,
+    FiringDensity,
+    MeanSquaredError,
+    Shrinkage,
+)
+from hedgelab.metrics.functional import true_hedging
 from hedgelab.metrics.functional.accumulate import as_codes
 from hedgelab.metrics.functional.detection import CoFiring, detection_scores
 from hedgelab.metrics.functional.hierarchy import absorption_from_co_firing, parent_encoder_components, parents_best_f1
@@ -21,38 +33,18 @@ from hedgelab.metrics.functional.recovery import (
     mean_max_cosine,
     uniqueness,
 )
-from hedgelab.metrics.functional.true_hedging import (
-    FIRINGS,
-    MOST_PAIRS,
-    HedgingScores,
-    RegressionSums,
-    decoder_coordinates,
-    encoder_coordinates,
-    hedging,
-    regressed_hedging,
-    tracked_features,
-)
-from hedgelab.metrics.reconstruction import ExplainedVariance, MeanSquaredError, Shrinkage
-from hedgelab.metrics.sparsity import FiringDensity
-from hedgelab.metrics.toys import FeatureDetection, FeatureHierarchy, FeatureRegression
+from hedgelab.metrics.functional.true_hedging import MOST_PAIRS, RegressionSums, tracked_features
 
 MOST_INFERRED = 4096
 """Most features among which a hierarchy is inferred: its counts take 8 n² bytes."""
 
 
 class SAEMetrics(nn.Module):
-    """The metrics of one SAE over a validation pass, on any device and any number of ranks.
+    """The metrics of one SAE over a validation pass, on any device and any number of ranks; ``README.md`` explains each.
 
-    Always: ``explained_variance``, ``mse``, ``shrinkage``, ``l0``, ``dead_latents``, ``dead_fraction``, and the
-    results of every :class:`.ValidationMetric`. With known features also ``mcc``, ``mean_max_cosine`` (over features),
-    ``mean_max_cosine_latents`` (over latents), ``uniqueness``, ``tracked_features`` (how many), ``detector_precision``,
-    ``detector_recall``, ``detector_f1`` (mean over the latents assigned to a feature for the MCC), ``hedging/decoder``,
-    ``hedging/encoder`` (true hedging, mean over live latents; NaN for encoders where features outnumber dimensions, see
-    :mod:`.functional.true_hedging`),
-    ``hedging/decoder_signed``, ``hedging/encoder_signed`` (the largest component of each, mean over live latents), and where
-    the features have a hierarchy ``absorption`` (excess misses, mean over children), ``absorption_missed`` (plain misses),
-    ``absorption_encoder`` (the parent's encoder component along its child), all of parents that a latent tracks, and
-    ``absorption_parents_f1`` (F1 of the best detector of each parent, tracked or not).
+    Always reconstruction, sparsity and the results of every :class:`.ValidationMetric`; with known features also their
+    recovery, detection and hedging, and absorption where they have a hierarchy. Detection is the mean over the latents assigned
+    to a feature for the MCC, hedging over live latents, absorption over children.
 
     Args:
         d_in: Width of the activations.
@@ -81,35 +73,35 @@ class SAEMetrics(nn.Module):
         self.mse = MeanSquaredError(**shared)
         self.shrinkage = Shrinkage(**shared)
         self.firing = FiringDensity(d_sae, **shared)
-        self.register_buffer("feature_directions", feature_directions, persistent=False)
-        self.register_buffer("parents", parents, persistent=False)
         self.own = nn.ModuleList(metric(d_in, d_sae, **shared) for metric in ValidationMetric.known())
         self.detection: FeatureDetection | None = None
         self.hierarchy: FeatureHierarchy | None = None
         self.regression: FeatureRegression | None = None
-        if feature_directions is not None:
-            n = feature_directions.shape[0]
-            self.detection = FeatureDetection(d_sae, n, **shared)
-            if parents is None and n <= MOST_INFERRED:
-                self.hierarchy = FeatureHierarchy(n, **shared)
-            if n > d_in and d_sae * n <= MOST_PAIRS:
-                self.regression = FeatureRegression(d_sae, n, **shared)
-            elif n > d_in:
-                warnings.warn(
-                    f"hedging/decoder: {n} overlapping features and {d_sae} latents are more than {MOST_PAIRS} pairs; NaN",
-                    stacklevel=2,
-                )
+        self.register_buffer("feature_directions", feature_directions, persistent=False)
+        self.register_buffer("parents", parents, persistent=False)
+        if feature_directions is None:
+            return
+        n = feature_directions.shape[0]
+        self.detection = FeatureDetection(d_sae, n, **shared)
+        if parents is None and n <= MOST_INFERRED:
+            self.hierarchy = FeatureHierarchy(n, **shared)
+        if n > d_in and d_sae * n <= MOST_PAIRS:
+            self.regression = FeatureRegression(d_sae, n, **shared)
+        elif n > d_in:
+            warnings.warn(
+                f"hedging/decoder: {n} overlapping features and {d_sae} latents are more than {MOST_PAIRS} pairs; NaN",
+                stacklevel=2,
+            )
 
     def update(self, batch: Batch, x_hat: Tensor, codes: Tensor | Codes) -> None:
         """Add a batch, its reconstruction ``[batch, d_in]`` and its latents."""
         x, features, weight = batch
         codes = as_codes(codes)
-        self.explained_variance.update(x, x_hat, weight)
-        self.mse.update(x, x_hat, weight)
-        self.shrinkage.update(x, x_hat, weight)
+        for metric in (self.explained_variance, self.mse, self.shrinkage):
+            metric.update(x, x_hat, weight)
         self.firing.update(codes, weight)
-        for metric in self.own:
-            metric.update(batch, x_hat, codes)  # type: ignore[operator]
+        for own in self.own:
+            own.update(batch, x_hat, codes)  # type: ignore[operator]
         if self.detection is None:
             return
         if features is None:
@@ -121,12 +113,7 @@ class SAEMetrics(nn.Module):
             self.regression.update(codes, features, weight)
 
     def compute(self, W_enc: Tensor, W_dec: Tensor) -> dict[str, Tensor]:
-        """Scalars over everything seen.
-
-        Args:
-            W_enc: Encoder of any norms, ``[d_in, d_sae]``.
-            W_dec: Decoder of any norms, ``[d_sae, d_in]``.
-        """
+        """Scalars over everything seen, by name; weights ``[d_in, d_sae]`` and ``[d_sae, d_in]`` may have any norms."""
         rates = self.firing.compute().rates
         dead = rates == 0
         results = {
@@ -175,7 +162,7 @@ def recovery_summary(
     live = counts.latents > 0
     assigned, tracked = match_features(cosines), tracked_features(cosines, live)
     detection = detection_scores(counts, assigned.feature)
-    reads = encoder_coordinates(W_enc, feature_directions)
+    reads = true_hedging.encoder_coordinates(W_enc, feature_directions)
     results = {
         "mcc": matched_cosines(cosines, assigned).abs().mean(),
         "mean_max_cosine": mean_max_cosine(cosines),
@@ -186,11 +173,17 @@ def recovery_summary(
         "detector_recall": detection.recall.nanmean(),
         "detector_f1": detection.f1.nanmean(),
     }
-    for part, scores in _hedging_of_parts(W_dec, reads, feature_directions, cosines, counts, sums).items():
-        results[f"hedging/{part}"] = cosines.new_tensor(torch.nan) if scores is None else scores.norm[live].nanmean()
-        results[f"hedging/{part}_signed"] = (
-            cosines.new_tensor(torch.nan) if scores is None else scores.largest[live].nanmean()
-        )
+    decoder = encoder = None
+    if feature_directions.shape[0] <= feature_directions.shape[1]:
+        writes = true_hedging.decoder_coordinates(W_dec, feature_directions)
+        decoder, encoder = (true_hedging.hedging(part, cosines, tracked, live) for part in (writes, reads))
+    elif sums is not None:
+        often = counts.latents >= true_hedging.FIRINGS if bool(sums.examples > 0) else live
+        decoder = true_hedging.regressed_hedging(sums, W_dec, feature_directions, cosines, tracked, often)
+    for part, scores in (("decoder", decoder), ("encoder", encoder)):
+        unknown = cosines.new_tensor(torch.nan)
+        results[f"hedging/{part}"] = unknown if scores is None else scores.norm[live].nanmean()
+        results[f"hedging/{part}_signed"] = unknown if scores is None else scores.largest[live].nanmean()
     if parents is not None and bool((parents >= 0).any()):
         absorbed = absorption_from_co_firing(counts, tracked.latent, parents)
         results["absorption"] = absorbed.excess.nanmean()
@@ -198,29 +191,3 @@ def recovery_summary(
         results["absorption_encoder"] = parent_encoder_components(reads, tracked.latent, parents).nanmean()
         results["absorption_parents_f1"] = parents_best_f1(counts, parents).nanmean()
     return results
-
-
-def _hedging_of_parts(
-    W_dec: Tensor,
-    reads: Tensor,
-    feature_directions: Tensor,
-    cosines: Tensor,
-    counts: CoFiring,
-    sums: RegressionSums | None,
-) -> dict[str, HedgingScores | None]:
-    """True hedging of decoder and encoder; None where it is not known."""
-    live = counts.latents > 0
-    tracked = tracked_features(cosines, live)
-    if feature_directions.shape[0] <= feature_directions.shape[1]:
-        writes = decoder_coordinates(W_dec, feature_directions)
-        return {
-            name: hedging(coordinates, cosines, tracked, live)
-            for name, coordinates in (("decoder", writes), ("encoder", reads))
-        }
-    if sums is None:
-        return {"decoder": None, "encoder": None}
-    often = counts.latents >= FIRINGS if bool(sums.examples > 0) else live
-    return {
-        "decoder": regressed_hedging(sums, W_dec, feature_directions, cosines, tracked, often),
-        "encoder": None,
-    }

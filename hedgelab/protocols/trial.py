@@ -24,6 +24,7 @@ from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError, whole_number
+from hedgelab.metrics import FeatureRegression
 from hedgelab.metrics.error_spread import ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import hedging_degree
 from hedgelab.metrics.functional.recovery import decoder_cosines
@@ -35,7 +36,6 @@ from hedgelab.metrics.functional.true_hedging import (
     regressed_hedging,
     tracked_features,
 )
-from hedgelab.metrics.toys import FeatureRegression
 from hedgelab.plots.hedging import hedging_of_levels, hedging_over_width, measures_against_truth
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study

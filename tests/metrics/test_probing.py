@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.probing import PENALTIES, columns, firing_magnitudes, k_sparse_probing, rank_latents
+from hedgelab.metrics.functional.accumulate import picked
+from hedgelab.metrics.functional.probing import PENALTIES, firing_magnitudes, k_sparse_probing, rank_latents
 from hedgelab.seeding import generator
 
 KS = (1, 2, 5)
@@ -73,7 +74,9 @@ def test_latents_that_know_a_class_come_first_whatever_their_scale():
 
 def test_columns_and_magnitudes():
     values = torch.tensor([[0.0, 2, 0, 1], [3, 0, 0, 0], [1, 4, 0, 0]])
-    assert columns(sparse(values), torch.tensor([3, 0])).tolist() == [[1, 0], [0, 3], [0, 1]]
+    for codes in (sparse(values), Codes.from_dense(values)):
+        assert picked(codes, 1, torch.tensor([3, 0])).tolist() == [[1, 0], [0, 3], [0, 1]]
+        assert picked(codes, 0, torch.tensor([2])).tolist() == [[1, 4, 0, 0]]
     assert firing_magnitudes(sparse(values)).tolist() == [2, 3, 1, 1]
 
 

@@ -3,7 +3,6 @@
 Latents are taken as codes or as dense tensors ``[batch, d_sae]``, decoders of any norms: folding happens inside.
 """
 
-from hedgelab.metrics.functional.accumulate import SparseCoder as SparseCoder
 from hedgelab.metrics.functional.accumulate import as_codes as as_codes
 from hedgelab.metrics.functional.accumulate import fold_decoder as fold_decoder
 from hedgelab.metrics.functional.accumulate import orthonormal_basis as orthonormal_basis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,17 @@ class SparseCoder(Protocol):
         """Reconstructions of latents."""
 
 
+class Ratio(NamedTuple):
+    """Two sums whose ratio is a metric, such as a total and the weight of its examples; float64 scalars."""
+
+    numerator: Tensor
+    denominator: Tensor
+
+    def value(self) -> Tensor:
+        """The metric."""
+        return self.numerator / self.denominator
+
+
 def as_codes(latents: Tensor | Codes) -> Codes:
     """Codes of whatever an SAE gives: codes as they are, a dense tensor ``[..., d_sae]`` as one row an example.
 
@@ -43,7 +54,8 @@ def as_codes(latents: Tensor | Codes) -> Codes:
     if isinstance(latents, Codes):
         return latents
     if not isinstance(latents, Tensor) or latents.ndim < 2:
-        raise UserError(f"codes: expected Codes or a tensor [examples, d_sae], got {_described(latents)}")
+        got = f"a tensor of shape {list(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise UserError(f"codes: expected Codes or a tensor [examples, d_sae], got {got}")
     return Codes.from_dense(latents.reshape(-1, latents.shape[-1]))
 
 
@@ -52,6 +64,20 @@ def on_cpu(latents: Tensor | Codes) -> Codes:
     codes = as_codes(latents)
     crow, index = (None if part is None else part.cpu() for part in (codes.crow, codes.latents))
     return Codes(codes.d_sae, codes.values.detach().cpu(), index, crow)
+
+
+def picked(codes: Codes, dim: int, index: Tensor) -> Tensor:
+    """Some rows (``dim`` 0) or some latents (1) of codes, dense and in float64."""
+    values = codes.values.detach()
+    if codes.latents is None:
+        return values.index_select(dim, index).double()
+    entries = torch.stack([codes.rows(), codes.latents])
+    shape = (codes.batch_size, codes.d_sae)
+    return (
+        torch.sparse_coo_tensor(entries, values.double(), shape, check_invariants=False)
+        .index_select(dim, index)
+        .to_dense()
+    )
 
 
 def run_sae(sae: SparseCoder, x: Tensor) -> tuple[Tensor, Codes]:
@@ -82,10 +108,14 @@ def fold_decoder(W_dec: Tensor) -> tuple[Tensor, Tensor]:
     return normalize(rows, dim=1, eps=1e-30), rows.norm(dim=1)
 
 
+def detached(tensor: Tensor) -> Tensor:
+    """The tensor without a gradient, on the CPU where its device has no float64."""
+    return tensor.detach().cpu() if tensor.device.type in NO_FLOAT64 else tensor.detach()
+
+
 def float64(tensor: Tensor) -> Tensor:
     """The detached tensor in float64, on the CPU where its device has no such numbers."""
-    detached = tensor.detach()
-    return (detached.cpu() if tensor.device.type in NO_FLOAT64 else detached).double()
+    return detached(tensor).double()
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -111,20 +141,15 @@ def sparse_product(codes: Codes, matrix: Tensor, weight: Tensor | None = None) -
 
 def total_weight(examples: Tensor, weight: Tensor | None) -> Tensor:
     """Weight of a batch, a float64 scalar: the sum of ``weight [batch]``, or the number of rows of ``examples``."""
-    if weight is None:
-        device = "cpu" if examples.device.type in NO_FLOAT64 else examples.device
-        return torch.tensor(examples.shape[0], dtype=torch.float64, device=device)
-    return float64(weight).sum()
+    return float64(examples.new_ones(len(examples)) if weight is None else weight).sum()
 
 
 def weighted_sum(per_example: Tensor, weight: Tensor | None) -> Tensor:
     """Sum over the first dimension of ``[batch, ...]`` in float64, weighted by ``weight [batch]`` where given."""
-    if weight is not None:
-        total: Tensor = torch.einsum("b,b...->...", float64(weight), float64(per_example))
-        return total
-    if per_example.device.type in NO_FLOAT64:
-        return float64(per_example).sum(0)
-    return per_example.detach().sum(0, dtype=torch.float64)
+    if weight is None:
+        return detached(per_example).sum(0, dtype=torch.float64)
+    total: Tensor = torch.einsum("b,b...->...", float64(weight), float64(per_example))
+    return total
 
 
 def orthonormal_basis(rows: Tensor) -> Tensor:
@@ -145,7 +170,3 @@ def orthonormal_basis(rows: Tensor) -> Tensor:
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
     spanned: Tensor = vectors[values > tolerance * values.max()].t()
     return spanned
-
-
-def _described(value: object) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -12,7 +12,6 @@ With decoders folded (rows of norm 1), ``Δ = W_dec^ext[:W] - W_dec^ctl`` and Q 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,33 +26,7 @@ DRAWS = 50
 
 
 class DegreeScores(NamedTuple):
-    """The hedging degree and what it is judged by; float64 scalars unless a shape is given.
-
-    Attributes:
-        degree: ``max(0, (projection - baseline) / (1 - baseline))``.
-        projection: How far old rows moved within the span of the new ones, mean over old latents.
-        baseline: The same within random subspaces.
-        baseline_std: Its standard deviation over draws.
-        live_degree: The degree over those old latents that fire in both SAEs; NaN where none does.
-        live_latents: Number of those.
-        live_new_latents: Number of new latents that fire.
-        covariance_baseline: Within subspaces drawn with the activations' covariance; NaN where that is not known.
-        covariance_degree: The degree against it.
-        foreign_baseline: Within the span of other seeds' new rows, mean over those seeds; NaN without any.
-        foreign_degree: The degree against it.
-        noise_floor: The projection of what reordering the control's data moves; NaN without a reordered control.
-        noise_delta_norm: How far that moves rows in all, mean over latents.
-        delta_norm: ``‖Δ_i‖``, mean over old latents.
-        mean_cosine: Cosine between old rows of control and extended, mean over old latents.
-        rank: Dimension of the span of the new rows; below N where they are linearly dependent.
-        projections: ``‖Δ_i Q Qᵀ‖`` of each old latent, ``[W]``.
-        delta_norms: ``‖Δ_i‖`` of each, ``[W]``.
-        cosines: Cosine of each, ``[W]``.
-        live: Which old latents fire in both, ``[W]`` bool.
-        residual_hedging: Hedging of the control as its errors' spread shows it, mean over latents; of another kind than all the
-            above, see :mod:`.error_spread`. NaN unless added.
-        residual_hedging_std: Its standard error.
-    """
+    """The hedging degree and what it is judged by, as :func:`hedging_degree` declares it: float64, NaN where not known."""
 
     degree: Tensor
     projection: Tensor
@@ -70,12 +43,14 @@ class DegreeScores(NamedTuple):
     noise_delta_norm: Tensor
     delta_norm: Tensor
     mean_cosine: Tensor
-    rank: Tensor
-    projections: Tensor
-    delta_norms: Tensor
-    cosines: Tensor
-    live: Tensor
-    residual_hedging: Tensor = torch.tensor(torch.nan)
+    rank: Tensor  # below N where the new rows are linearly dependent
+    projections: Tensor  # ‖Δ_i Q Qᵀ‖ of each old latent, [W]
+    delta_norms: Tensor  # ‖Δ_i‖ of each, [W]
+    cosines: Tensor  # of each, old with old, [W]
+    live: Tensor  # which old latents fire in both SAEs, [W] bool
+    residual_hedging: Tensor = torch.tensor(
+        torch.nan
+    )  # of the control, another kind of measure; only where it was added
     residual_hedging_std: Tensor = torch.tensor(torch.nan)
 
     def scalars(self) -> dict[str, float]:
@@ -98,8 +73,15 @@ def hedging_degree(
 ) -> DegreeScores:
     """The hedging degree with its controls, in float64; see the module.
 
+    From 0, where old latents moved no more into the span of the new ones than into any other, to 1. Trust it only where most
+    new latents fire, and above the noise floor. Rows may have any norms (a zero row stays zero).
+
+    >>> control = torch.tensor([[0.8, 0.6, 0, 0, 0, 0, 0, 0]])  # it gives up what the new latent takes over
+    >>> hedging_degree(control, torch.eye(8)[:2]).projection
+    tensor(0.6000, dtype=torch.float64)
+
     Args:
-        control: Decoder of the control, ``[W, d_in]``; rows are folded to norm 1 here (a zero row stays zero).
+        control: Decoder of the control, ``[W, d_in]``.
         extended: Decoder of the extended SAE, ``[W + N, d_in]``, the old latents first.
         live: Old latents that fire in both SAEs, ``[W]`` bool; None for all.
         live_new: New latents that fire, ``[N]`` bool; None for all.
@@ -140,36 +122,48 @@ def hedging_degree(
     rank = basis.shape[1]
     if not rank:
         raise UserError("hedge.new_norm: the new latents' decoder rows are all zero; choose a larger one")
-    if live is None:
-        live = torch.ones(width, dtype=torch.bool, device=old.device)
+    live = torch.ones(width, dtype=torch.bool, device=old.device) if live is None else live
+    unknown = old.new_tensor(torch.nan)
+
+    def moved_within(rows: Tensor) -> Tensor:
+        """``‖Δ_i‖`` within the span of rows, ``[W]``."""
+        norms: Tensor = (delta @ orthonormal_basis(rows)).norm(dim=1)
+        return norms
+
+    def at_random(root: Tensor | None) -> Tensor:
+        """The same within the spans of random vectors of covariance ``root rootᵀ``, ``[draws, W]``."""
+        source = generator(seed, "hedging baseline")
+        drawn = (torch.randn(rank, d_in, generator=source, dtype=old.dtype).to(old.device) for _ in range(draws))
+        return torch.stack([moved_within(vectors if root is None else vectors @ root.t()) for vectors in drawn])
+
+    def above(projection: Tensor, baseline: Tensor) -> Tensor:
+        return ((projection - baseline) / (1 - baseline)).clamp_min(0)
+
     size, live_size = old.norm(dim=1).mean(), old[live].norm(dim=1).mean()  # NaN, with what follows, where none is live
-    projections, delta_norms, cosines = norms_along(delta, basis), delta.norm(dim=1), (moved_to * old).sum(1)
-    random = torch.stack([norms_along(delta, spanned) for spanned in _random_subspaces(rank, draws, seed, old)])
-    projection, baselines = projections.mean() / size, random.mean(1) / size
-    live_baseline = random[:, live].mean() / live_size
-    matched = _covariance_baseline(delta, covariance, rank, draws, seed) / size
-    elsewhere = (
-        _mean([norms_along(delta, orthonormal_basis(fold_decoder(rows)[0])).mean() for rows in foreign or []], old)
-        / size
-    )
+    projections, delta_norms, cosines = (delta @ basis).norm(dim=1), delta.norm(dim=1), (moved_to * old).sum(1)
+    projection, random = projections.mean() / size, at_random(None)
+    baselines = random.mean(1) / size
+    matched = unknown if covariance is None else at_random(_root(covariance, old)).mean(1).mean() / size
+    others = [moved_within(fold_decoder(rows)[0]).mean() for rows in foreign or []]
+    elsewhere = torch.stack(others).mean() / size if others else unknown
     noise = torch.full_like(old, torch.nan) if reordered is None else fold_decoder(reordered)[0] - old
     return DegreeScores(
-        degree=above_baseline(projection, baselines.mean()),
+        degree=above(projection, baselines.mean()),
         projection=projection,
         baseline=baselines.mean(),
         baseline_std=baselines.std(),
-        live_degree=above_baseline(projections[live].mean() / live_size, live_baseline),
+        live_degree=above(projections[live].mean() / live_size, random[:, live].mean() / live_size),
         live_latents=live.sum().double(),
-        live_new_latents=_count(n_new if live_new is None else int(live_new.sum()), old),
+        live_new_latents=old.new_tensor(n_new if live_new is None else int(live_new.sum())),
         covariance_baseline=matched,
-        covariance_degree=above_baseline(projection, matched),
+        covariance_degree=above(projection, matched),
         foreign_baseline=elsewhere,
-        foreign_degree=above_baseline(projection, elsewhere),
-        noise_floor=norms_along(noise, basis).mean() / size,
+        foreign_degree=above(projection, elsewhere),
+        noise_floor=(noise @ basis).norm(dim=1).mean() / size,
         noise_delta_norm=noise.norm(dim=1).mean(),
         delta_norm=delta_norms.mean(),
         mean_cosine=cosines.mean(),
-        rank=_count(rank, old),
+        rank=old.new_tensor(rank),
         projections=projections,
         delta_norms=delta_norms,
         cosines=cosines,
@@ -177,41 +171,9 @@ def hedging_degree(
     )
 
 
-def norms_along(delta: Tensor, basis: Tensor) -> Tensor:
-    """Norms ``[W]`` of the parts of ``delta [W, d_in]`` in the span of an orthonormal ``basis [d_in, N]``."""
-    norms: Tensor = (delta @ basis).norm(dim=1)
-    return norms
-
-
-def above_baseline(projection: Tensor, baseline: Tensor) -> Tensor:
-    """``max(0, (projection - baseline) / (1 - baseline))``; NaN where the baseline is."""
-    return ((projection - baseline) / (1 - baseline)).clamp_min(0)
-
-
-def _random_subspaces(n: int, draws: int, seed: int, like: Tensor, root: Tensor | None = None) -> Iterator[Tensor]:
-    """Bases of the spans of n random vectors of covariance ``root rootᵀ`` (the identity without one)."""
-    source = generator(seed, "hedging baseline")
-    for _ in range(draws):
-        vectors = torch.randn(n, like.shape[1], generator=source, dtype=like.dtype).to(like.device)
-        yield orthonormal_basis(vectors if root is None else vectors @ root.t())
-
-
-def _covariance_baseline(delta: Tensor, covariance: Tensor | None, n: int, draws: int, seed: int) -> Tensor:
-    """Mean motion within subspaces drawn with the activations' covariance; NaN where that is not known."""
-    if covariance is None:
-        return _mean([], delta)
-    symmetric = float64(covariance).to(delta)
+def _root(covariance: Tensor, like: Tensor) -> Tensor:
+    """A square root of a covariance matrix."""
+    symmetric = float64(covariance).to(like)
     values, vectors = torch.linalg.eigh((symmetric + symmetric.t()) / 2)
-    root = vectors * values.clamp_min(0).sqrt()
-    return _mean(
-        [norms_along(delta, spanned).mean() for spanned in _random_subspaces(n, draws, seed, delta, root)], delta
-    )
-
-
-def _mean(values: list[Tensor], like: Tensor) -> Tensor:
-    """Mean of scalars; NaN of none."""
-    return torch.stack(values).mean() if values else torch.full((), torch.nan, dtype=like.dtype, device=like.device)
-
-
-def _count(count: int, like: Tensor) -> Tensor:
-    return torch.full((), count, dtype=like.dtype, device=like.device)
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root

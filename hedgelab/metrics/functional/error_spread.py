@@ -68,13 +68,7 @@ from torch import Tensor
 
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.accumulate import (
-    as_codes,
-    float64,
-    fold_decoder,
-    orthonormal_basis,
-    weighted_sum,
-)
+from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, orthonormal_basis, weighted_sum
 
 BLOCKS = 16
 """Parts that examples are split into; errors are compared between different ones only."""
@@ -87,50 +81,28 @@ _NOISE = 1.5
 
 
 class ResidualHedging(NamedTuple):
-    """Hedging as the errors' spread shows it; float64.
+    """Hedging as the errors' spread shows it; float64."""
 
-    Attributes:
-        hedging: Mean over measured latents; of either sign where nothing hedges. NaN where none is measured.
-        std: Standard error of it over examples.
-        latents: Signed hedging of each latent, ``[W]``; NaN for those that fire too rarely to be measured.
-        measured: Number of latents measured.
-        magnitude: Magnitude m of what is missing.
-    """
-
-    hedging: Tensor
-    std: Tensor
-    latents: Tensor
-    measured: Tensor
-    magnitude: Tensor
-
-
-class _Moments(NamedTuple):
-    """For each pair of blocks: q and t of each latent, ``[pairs, W]``, those of the whole error, ``[pairs]``; σ ``[W]``."""
-
-    second: Tensor
-    third: Tensor
-    second_of_all: Tensor
-    third_of_all: Tensor
-    noise: Tensor
+    hedging: Tensor  # mean over measured latents; of either sign where nothing hedges, NaN where none is measured
+    std: Tensor  # standard error of it over examples
+    latents: Tensor  # signed hedging of each latent, [W]; NaN for those that fire too rarely to be measured
+    measured: Tensor  # number of latents measured
+    magnitude: Tensor  # magnitude m of what is missing
 
 
 def residual_hedging(
     x: Tensor, error: Tensor, codes: Tensor | Codes, W_dec: Tensor, blocks: int = BLOCKS
 ) -> ResidualHedging:
-    """How much each latent hedges, from held-out activations and the SAE's errors on them; formulas in the module.
+    """How much each latent hedges, from held-out activations and the SAE's errors on them; formulas, and trust, in the module.
 
-    Examples should be independent of one another and of training: blocks are successive parts of them. Needs about ``8 · W ·
-    (examples + 2 W)`` bytes, and ``W · examples²`` multiplications.
+    From about 0 (none) to 1 (a latent that is mostly other features). ``x``, ``error = x - x_hat``: ``[examples, d_in]``;
+    latents as the SAE gives them, codes or dense ``[examples, W]``; ``W_dec [W, d_in]``, whose norms do not matter. Examples
+    should be independent of one another and of training: blocks are successive parts of them. Needs about ``8 · W · (examples +
+    2 W)`` bytes, and ``W · examples²`` multiplications.
 
-    Args:
-        x: Activations, ``[examples, d_in]``.
-        error: ``x - x_hat``, ``[examples, d_in]``.
-        codes: Activations of latents as the SAE gives them, codes or dense ``[examples, W]``.
-        W_dec: The SAE's decoder of any norms, ``[W, d_in]``; its norms and the scale of codes do not matter.
-        blocks: Parts that examples are split into.
-
-    Returns:
-        Hedging of about 0 (none) to 1 (a latent that is mostly other features); lower is better.
+    >>> x = torch.eye(3).repeat(200, 1)[:, [0, 1, 1]]  # a perfect SAE leaves no error
+    >>> residual_hedging(x, 0 * x, x[:, :1], torch.eye(3)[:1]).hedging.item()
+    0.0
 
     Raises:
         UserError: Fewer than four blocks, or fewer than two examples a block.
@@ -155,53 +127,41 @@ def residual_hedging(
         return ResidualHedging(nothing, nothing, latents, count, nothing)
     chosen = measured.nonzero().squeeze(1)
     directions = directions[chosen]
-    error = project_off(float64(error) - float64(error).mean(0), directions)
+    error = float64(error) - float64(error).mean(0)
+    if len(directions) <= directions.shape[1]:
+        basis = orthonormal_basis(directions)
+        error = error - (error @ basis) @ basis.t()
     if not bool(error.square().mean() > 1e-12 * float64(x.square().mean())):  # nothing is left: nothing is missing
         zero = torch.zeros_like(nothing)
         return ResidualHedging(zero, zero, torch.where(measured, 0.0, latents), count, zero)
     parts = [part[:, chosen.to(part.device)] for part in torch.split(dense, size)]
     weights = influence(parts)
-    rows = torch.stack(
-        [float64(own).t() @ float64(part) for own, part in zip(weights, torch.split(x, size), strict=True)]
-    )
+    rows = torch.stack([float64(g).t() @ float64(part) for g, part in zip(weights, torch.split(x, size), strict=True)])
     scale = (rows.sum(0) * directions).sum(1).abs().clamp_min(1e-30)
-    moments = _moments([part.float() for part in torch.split(error, size)], weights)
+    moments, noise = _moments([part.float() for part in torch.split(error, size)], weights)
     with torch.enable_grad():
-        means = [part.mean(0).requires_grad_() for part in moments[:4]]
-        own, magnitude = _hedging(means, moments.noise, mean_variance(error))
+        means = [part.mean(0).requires_grad_() for part in moments]
+        own, magnitude = _hedging(means, noise, _mean_variance(error))
         hedging = (own / scale).mean()
         slopes = torch.autograd.grad(hedging, means)
     own_share = torch.stack(
         [(g - g.mean(0)).double().mul_(part.to(g)).sum(0) for g, part in zip(weights, parts, strict=True)]
     )
-    excess = _pair_sums(
-        own_share / own_share.mean(0) - 1
-    )  # of a latent's variance in the two blocks: no error of a regression
-    second, third = (part - mean.detach() * excess for part, mean in zip(moments[:2], means[:2], strict=True))
-    by_pair = (second * slopes[0] + third * slopes[1]).sum(1)
-    by_pair += moments.second_of_all * slopes[2] + moments.third_of_all * slopes[3]
+    first, second = torch.triu_indices(blocks, blocks, 1, device=own_share.device)
+    excess = own_share / own_share.mean(0) - 1  # of a latent's variance in a block: no error of a regression
+    excess = excess[first] + excess[second]
+    q, t = (part - mean.detach() * excess for part, mean in zip(moments[:2], means[:2], strict=True))
+    by_pair = (q * slopes[0] + t * slopes[1]).sum(1) + (moments[2] * slopes[2] + moments[3] * slopes[3])
     latents[chosen] = (own / scale).detach()
     return ResidualHedging(
         hedging.detach(), pairwise_standard_error(by_pair, blocks), latents, count, magnitude.detach()
     )
 
 
-def project_off(error: Tensor, rows: Tensor) -> Tensor:
-    """Errors ``[examples, d_in]`` without their part in the span of ``rows [W, d_in]``; as they are where ``W > d_in``."""
-    if len(rows) > rows.shape[1]:
-        return error
-    basis = orthonormal_basis(rows)
-    return error - (error @ basis) @ basis.t()
-
-
 def influence(codes: Sequence[Tensor]) -> list[Tensor]:
     """Weights g of each block: the sum over blocks of ``gᵀ y`` are the coefficients of codes in the regression of y on them.
 
-    Args:
-        codes: Blocks of codes, ``[examples, W]`` each; float64 copies are made of one block at a time.
-
-    Returns:
-        float32, of the same shapes.
+    float32, of the shapes of the blocks ``[examples, W]``; float64 copies are made of one block at a time.
     """
     examples, width = sum(map(len, codes)), codes[0].shape[1]
     mean = torch.stack([weighted_sum(part, None) for part in codes]).sum(0) / examples
@@ -217,13 +177,6 @@ def influence(codes: Sequence[Tensor]) -> list[Tensor]:
     covariance.diagonal().add_(shrinkage * variance)
     factor = torch.linalg.cholesky(covariance)
     return [(torch.cholesky_solve((float64(part) - mean).t(), factor).t() / examples).float() for part in codes]
-
-
-def mean_variance(error: Tensor) -> Tensor:
-    """``tr C³ / tr C²`` of the errors' covariance C: its eigenvalues' mean, weighted by their squares."""
-    covariance = error.t() @ error / len(error)
-    squared = covariance @ covariance
-    return (squared * covariance).sum() / squared.diagonal().sum().clamp_min(1e-30)
 
 
 def pairwise_standard_error(values: Tensor, blocks: int) -> Tensor:
@@ -242,45 +195,30 @@ def pairwise_standard_error(values: Tensor, blocks: int) -> Tensor:
     return (4 * of_blocks / blocks + of_pairs / len(values)).sqrt()
 
 
-def odd_root(square: Tensor, bend: Tensor) -> Tensor:
-    """``q / (q² + τ²)^¼``: a signed square root that is straight, not steep, where ``|q|`` is below ``τ``.
-
-    >>> odd_root(torch.tensor([4.0, -9.0, 0.0]), torch.zeros(3)).tolist()
-    [2.0, -3.0, 0.0]
-    """
-    return square / (square.square() + bend.square()).clamp_min(torch.finfo(square.dtype).tiny).pow(0.25)
+def _mean_variance(error: Tensor) -> Tensor:
+    """``tr C³ / tr C²`` of the errors' covariance C: its eigenvalues' mean, weighted by their squares."""
+    covariance = error.t() @ error / len(error)
+    squared = covariance @ covariance
+    return (squared * covariance).sum() / squared.diagonal().sum().clamp_min(1e-30)
 
 
-def _pair_sums(of_blocks: Tensor) -> Tensor:
-    """Sums over both blocks of each pair, ``[pairs, ...]``, of values ``[blocks, ...]``."""
-    first, second = torch.triu_indices(len(of_blocks), len(of_blocks), 1, device=of_blocks.device)
-    return of_blocks[first] + of_blocks[second]
-
-
-def _moments(errors: Sequence[Tensor], weights: Sequence[Tensor]) -> _Moments:
+def _moments(errors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """For each pair of blocks q and t of each latent, ``[pairs, W]``, and of the whole error, ``[pairs]``; then σ ``[W]``."""
     blocks = len(errors)
     centred = [(part - part.mean(0)) * blocks for part in weights]
     sizes = [part.double().square().sum(0) for part in centred]
     parts: list[tuple[Tensor, ...]] = []
-    spread, amounts = [], torch.zeros_like(sizes[0])
+    scatter, amounts = [], torch.zeros_like(sizes[0])
     for a, b in combinations(range(blocks), 2):
         product = errors[a] @ errors[b].t()
-        kernel = product.square()
-        squares = _paired(kernel, centred[a], centred[b]), kernel.mean(dtype=torch.float64)
-        spread.append((kernel.var() - kernel.mean(0).var() - kernel.mean(1).var()).double().clamp_min(0))
+        square = product.square()
+        scatter.append((square.var() - square.mean(0).var() - square.mean(1).var()).double().clamp_min(0))
         amounts += sizes[a] * sizes[b]
-        kernel *= product
-        parts.append(
-            (squares[0], _paired(kernel, centred[a], centred[b]), squares[1], kernel.mean(dtype=torch.float64))
-        )
-    noise = (torch.stack(spread).mean() * amounts).sqrt() / len(parts)
-    second, third, second_of_all, third_of_all = (torch.stack(values) for values in zip(*parts, strict=True))
-    return _Moments(second, third, second_of_all, third_of_all, noise)
-
-
-def _paired(kernel: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """``g_iᵀ K g_i'`` of each latent, ``[W]`` float64."""
-    return ((kernel @ second) * first).sum(0).double()
+        cube = square * product
+        of_latents = [((kernel @ centred[b]) * centred[a]).sum(0).double() for kernel in (square, cube)]
+        parts.append((*of_latents, square.mean(dtype=torch.float64), cube.mean(dtype=torch.float64)))
+    noise = (torch.stack(scatter).mean() * amounts).sqrt() / len(parts)
+    return [torch.stack(values) for values in zip(*parts, strict=True)], noise
 
 
 def _hedging(means: Sequence[Tensor], noise: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,4 +230,6 @@ def _hedging(means: Sequence[Tensor], noise: Tensor, variance: Tensor) -> tuple[
     known = second.square() + bend.square()
     squared_ratio = ((second * third).clamp_min(0) + (magnitude * bend).square()) / known.clamp_min(1e-60)
     ratio = torch.minimum(squared_ratio.clamp_min(1e-30).sqrt(), magnitude)
-    return 2 * odd_root(second, bend) / (magnitude + ratio), magnitude
+    fourth_power = (second.square() + bend.square()).clamp_min(torch.finfo(second.dtype).tiny)
+    root = second / fourth_power.pow(0.25)  # signed, and straight where |q| is below τ
+    return 2 * root / (magnitude + ratio), magnitude

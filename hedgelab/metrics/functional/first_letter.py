@@ -19,15 +19,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.accumulate import fold_decoder, on_cpu
-from hedgelab.metrics.functional.logistic import (
-    LinearProbe,
-    f1_score,
-    has_both,
-    logistic_regression,
-    warn_of_empty,
-)
-from hedgelab.metrics.functional.probing import columns, firing_magnitudes
+from hedgelab.metrics.functional.accumulate import fold_decoder, on_cpu, picked
+from hedgelab.metrics.functional.logistic import LinearProbe, f1_score, has_both, logistic_regression, warn_of_empty
+from hedgelab.metrics.functional.probing import firing_magnitudes
 
 F1_JUMP = 0.03
 """What a further latent must add to the F1 to count as a split."""
@@ -43,32 +37,19 @@ _L1, _L1_STEPS, _SETTLED, _SILENT = 0.01, 400, 1e-4, 1e-8
 
 
 class FirstLetterScores(NamedTuple):
-    """Scores by letter, ``[letters]`` each, float64 on the CPU; NaN where the dense probe is too weak or finds no word.
+    """Scores by letter, ``[letters]`` each, float64 on the CPU; NaN where the dense probe is too weak or finds no word."""
 
-    Attributes:
-        full: Share of the words that the dense probe finds which are fully absorbed.
-        fraction: Mean absorption fraction over them.
-        splits: Number of latents that the letter is split into.
-        f1: F1 of the best single latent on the test words.
-        probe_f1: F1 of the dense probe on the test words; NaN for letters without a word in either split.
-    """
-
-    full: Tensor
-    fraction: Tensor
-    splits: Tensor
-    f1: Tensor
-    probe_f1: Tensor
+    full: Tensor  # share of the words that the dense probe finds which are fully absorbed
+    fraction: Tensor  # mean absorption fraction over them
+    splits: Tensor  # number of latents that the letter is split into
+    f1: Tensor  # of the best single latent on the test words
+    probe_f1: Tensor  # of the dense probe on the test words; NaN for letters without a word in either split
 
 
 class WordAbsorption(NamedTuple):
-    """Absorption of single words.
+    """Absorption of single words, ``[words]`` each."""
 
-    Attributes:
-        full: Whether the word is fully absorbed, bool ``[words]``.
-        fraction: Absorption fraction, ``[words]``.
-    """
-
-    full: Tensor
+    full: Tensor  # whether the word is fully absorbed, bool
     fraction: Tensor
 
 
@@ -81,16 +62,11 @@ def first_letter_scores(
     probe: LinearProbe,
     W_dec: Tensor,
 ) -> FirstLetterScores:
-    """Absorption and splitting of every letter.
+    """Absorption (from 0 to 1) and splitting (from 1) of every letter.
 
-    Args:
-        train: Latents of the training words, codes or dense ``[n, d_sae]``, of any device.
-        train_labels: Their letters, bool ``[n, letters]``.
-        test: Latents of the test words.
-        test_labels: Their letters.
-        test_x: Their activations as the SAE reads them, ``[n, d_in]``.
-        probe: Dense probes of the letters on such activations.
-        W_dec: The SAE's decoder of any norms, ``[d_sae, d_in]``; latents are folded here.
+    Latents of training and test words are codes or dense ``[n, d_sae]`` of any device, labels bool ``[n, letters]``;
+    ``test_x [n, d_in]`` are the activations as the SAE reads them, ``probe`` the letters' dense probes on such, ``W_dec
+    [d_sae, d_in]`` the decoder of any norms. It sees first letters alone, and only absorption along the probe.
 
     Logged as:
         absorption/full: full absorption (lower): first-letter task: words whose letter only another latent carries
@@ -105,11 +81,8 @@ def first_letter_scores(
     scale = firing_magnitudes(train)
     ranked = l1_ranking(train, train_labels, scale)
     found = probe.scores(test_x) > 0
-    letters = test_labels.shape[1]
-    scores = {name: torch.full((letters,), torch.nan, dtype=torch.float64) for name in FirstLetterScores._fields}
-    for letter in range(letters):
-        if not known[letter]:
-            continue
+    scores = {name: torch.full(known.shape, torch.nan, dtype=torch.float64) for name in FirstLetterScores._fields}
+    for letter in known.nonzero().flatten().tolist():
         y, y_test = train_labels[:, letter], test_labels[:, letter]
         scores["probe_f1"][letter] = probe_f1 = f1_score(found[:, letter], y_test)
         words = (found[:, letter] & y_test).nonzero().squeeze(1)
@@ -117,9 +90,7 @@ def first_letter_scores(
             continue
         f1 = k_sparse_f1(train, y, test, y_test, ranked[letter], scale)
         main = ranked[letter, : split_count(f1)]
-        absorption = word_absorption(
-            _rows(test, words) * norms, test_x[words].double(), probe.weight[letter], main, W_dec.detach().double()
-        )
+        absorption = word_absorption(picked(test, 0, words) * norms, test_x[words], probe.weight[letter], main, W_dec)
         scores["full"][letter] = absorption.full.double().mean()
         scores["fraction"][letter] = absorption.fraction.mean()
         scores["splits"][letter] = len(main)
@@ -130,12 +101,12 @@ def first_letter_scores(
 def word_absorption(activations: Tensor, x: Tensor, direction: Tensor, main: Tensor, W_dec: Tensor) -> WordAbsorption:
     """Absorption of words that the dense probe finds.
 
-    Args:
-        activations: Latents in units of decoder norm (folded), ``[words, d_sae]``.
-        x: Activations of the model, ``[words, d_in]``.
-        direction: The probe's weight, ``[d_in]``.
-        main: The latents that the letter is split into, ``[splits]`` int64.
-        W_dec: Decoder, ``[d_sae, d_in]``.
+    ``activations [words, d_sae]`` are latents in units of decoder norm (folded), ``x [words, d_in]`` activations of the model,
+    ``direction [d_in]`` is the probe's weight, ``main [splits]`` the latents that the letter is split into.
+
+    >>> x, W_dec = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    >>> word_absorption(torch.tensor([[1.0, 1.25]]), x, x[0], torch.tensor([0]), W_dec).fraction  # half by the second latent
+    tensor([0.5000], dtype=torch.float64)
     """
     direction = normalize(direction.double(), dim=0)
     cosines = normalize(W_dec.double(), dim=1) @ direction
@@ -175,11 +146,8 @@ def split_count(f1: Tensor) -> int:
 
 
 def k_sparse_f1(train: Codes, y: Tensor, test: Codes, y_test: Tensor, ranked: Tensor, scale: Tensor) -> Tensor:
-    """F1 on the test words of class-balanced logistic regressions on the first 1, 2, … of ``ranked`` latents.
-
-    The latents are divided by ``scale [d_sae]``.
-    """
-    x, x_test = (columns(codes, ranked) / scale[ranked] for codes in (train, test))
+    """F1 on the test words of probes on the first 1, 2, … of ``ranked`` latents, which are divided by ``scale [d_sae]``."""
+    x, x_test = (picked(codes, 1, ranked) / scale[ranked] for codes in (train, test))
     scores: list[float] = []
     for k in range(1, len(ranked) + 1):
         probe = logistic_regression(x[:, :k], y)
@@ -202,8 +170,11 @@ def l1_ranking(codes: Codes, labels: Tensor, scale: Tensor, k: int = MOST_SPLITS
     transpose = matrix.t().to_sparse_csr()
     target = labels.float()
     sample = torch.where(labels, (n - target.sum(0)) / target.sum(0).clamp_min(1), 1.0) / n
-    lipschitz = _lipschitz(matrix, transpose, sample) + sample.sum(0) / 4  # of the latents and of the intercept
-    w, b = torch.zeros(d_sae, labels.shape[1]), torch.zeros(labels.shape[1])
+    v = torch.ones(d_sae, labels.shape[1])
+    for _ in range(20):  # power iteration: the largest curvature of each class's loss
+        v = transpose @ (sample * (matrix @ normalize(v, dim=0)))
+    lipschitz = v.norm(dim=0) * (1.1 / 4) + sample.sum(0) / 4  # of the latents and of the intercept
+    w, b = torch.zeros_like(v), torch.zeros(labels.shape[1])
     ahead_w, ahead_b, t = w, b, 1.0
     for _ in range(_L1_STEPS):
         pull = sample * (torch.sigmoid(matrix @ ahead_w + ahead_b) - target)
@@ -217,23 +188,3 @@ def l1_ranking(codes: Codes, labels: Tensor, scale: Tensor, k: int = MOST_SPLITS
         if settled:
             break
     return w.T.sort(dim=1, descending=True, stable=True).indices[:, :k]
-
-
-def _lipschitz(matrix: Tensor, transpose: Tensor, sample: Tensor) -> Tensor:
-    """Upper estimates of the largest curvature of each class's loss, ``[classes]``, by power iteration."""
-    v = torch.ones(matrix.shape[1], sample.shape[1])
-    for _ in range(20):
-        v = transpose @ (sample * (matrix @ normalize(v, dim=0)))
-    largest: Tensor = v.norm(dim=0) * (1.1 / 4)
-    return largest
-
-
-def _rows(codes: Codes, rows: Tensor) -> Tensor:
-    """Some rows, dense, ``[len(rows), d_sae]`` float64."""
-    if codes.crow is None or codes.latents is None:
-        return codes.values[rows].detach().double()
-    dense = torch.zeros(len(rows), codes.d_sae, dtype=torch.float64)
-    for place, row in enumerate(rows.tolist()):
-        entries = slice(int(codes.crow[row]), int(codes.crow[row + 1]))
-        dense[place, codes.latents[entries]] = codes.values[entries].detach().double()
-    return dense

@@ -1,11 +1,13 @@
 """Absorption on toys: a parent's latent that falls silent when a child feature fires.
 
 A hierarchy is a parent for each feature (``parents [n]``, -1 for none): the child fires only if its parent does. For a
-parent that a latent tracks, *missed* is the fraction of examples with parent and child on which the parent's latent is
-silent (Chanin et al. 2024, *A is for Absorption*). A latent may also be deaf for other reasons, so the same fraction over
-the examples with the parent but without this child is given beside it. Siblings that are absorbed too raise the latter:
-the difference (``excess``) is then a lower bound.
+parent that a latent tracks (``latent [n]``, the latent of each feature, -1 for none), *missed* is the fraction of examples with
+parent and child on which the parent's latent is silent (Chanin et al. 2024, *A is for Absorption*). A latent may also be deaf
+for other reasons, so the same fraction over the examples with the parent but without this child is given beside it. Siblings
+that are absorbed too raise the latter: the difference (``excess``) is then a lower bound.
 """
+
+from __future__ import annotations
 
 import math
 from typing import NamedTuple
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.accumulate import as_codes, weighted_sum
-from hedgelab.metrics.functional.detection import CoFiring
+from hedgelab.metrics.functional.accumulate import as_codes, total_weight, weighted_sum
+from hedgelab.metrics.functional.detection import CoFiring, co_firing
 
 IMPLIES = 0.999
 """P(parent | child) from which a feature counts as a parent."""
@@ -23,46 +25,51 @@ CHANCE = 1e-9
 """A parent is believed only when independent features would show it with a smaller probability than this."""
 
 
+class HierarchySums(NamedTuple):
+    """Weight of the examples on which features fire together, float64; those of batches and ranks add up."""
+
+    both: Tensor  # of each pair, [n, n]; the diagonal holds single features
+    weight: Tensor  # of all examples, scalar
+    exact: Tensor  # of those that came with weights, which are probabilities and leave nothing to chance, scalar
+
+    def parents(self) -> Tensor:
+        """Parent of each feature; see :func:`infer_parents`."""
+        return infer_parents(self.both, self.weight, exact=bool(self.exact > 0))
+
+
 class AbsorptionSums(NamedTuple):
-    """Weight of examples for each child feature, ``[n]`` each, float64; sums of batches and ranks add up.
+    """Weight of examples for each child feature, ``[n]`` each, float64; sums of batches and ranks add up."""
 
-    Attributes:
-        with_child: Parent and child fire.
-        missed_with_child: They do, and the parent's latent is silent.
-        without_child: The parent fires, the child does not.
-        missed_without_child: As before, and the parent's latent is silent.
-    """
-
-    with_child: Tensor
-    missed_with_child: Tensor
-    without_child: Tensor
-    missed_without_child: Tensor
+    with_child: Tensor  # parent and child fire
+    missed_with_child: Tensor  # they do, and the parent's latent is silent
+    without_child: Tensor  # the parent fires, the child does not
+    missed_without_child: Tensor  # as before, and the parent's latent is silent
 
 
 class AbsorptionScores(NamedTuple):
-    """Absorption of each child feature, ``[n]`` each; NaN without a parent, a latent for it, or examples.
+    """Absorption of each child feature, ``[n]`` each; NaN without a parent, a latent for it, or examples."""
 
-    Attributes:
-        missed: P(parent's latent silent | parent and child fire).
-        missed_without_child: P(parent's latent silent | parent fires, child does not).
-        excess: The first less the second: 1 for a parent fully absorbed by its only child, 0 for none.
-    """
+    missed: Tensor  # P(parent's latent silent | parent and child fire)
+    missed_without_child: Tensor  # P(parent's latent silent | parent fires, child does not)
+    excess: Tensor  # the first less the second: 1 for a parent fully absorbed by its only child, 0 for none
 
-    missed: Tensor
-    missed_without_child: Tensor
-    excess: Tensor
+
+def hierarchy_update(features: Tensor, weight: Tensor | None = None) -> HierarchySums:
+    """Sums of one batch of firing magnitudes ``[batch, n]``; ``weight``: ``[batch]``."""
+    total = total_weight(features, weight)
+    both = co_firing(Codes.from_dense(features), features, weight)
+    return HierarchySums(both, total, torch.zeros_like(total) if weight is None else total)
 
 
 def infer_parents(both: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
     """Parent of each feature, ``[n]`` int64 (-1 for none), from how often features fire together.
 
     ``p`` is an ancestor of ``c`` when P(p | c) ≥ .999 while P(c | p) and P(p) stay below that, and ``c`` fired often
-    enough for this not to be chance; the parent is the rarest ancestor.
+    enough for this not to be chance (``exact`` sums are probabilities, which leave nothing to it); the parent is the rarest
+    ancestor. ``both`` and ``weight`` are as in :class:`HierarchySums`.
 
-    Args:
-        both: Weight of examples on which each pair fires, ``[n, n]``; the diagonal holds single features.
-        weight: Weight of all examples, scalar.
-        exact: Whether ``both`` holds probabilities (population mode), which leave nothing to chance.
+    >>> infer_parents(torch.tensor([[0.3, 0.1], [0.1, 0.1]]), torch.tensor(1.0), exact=True).tolist()
+    [-1, 0]
     """
     fired = both.diagonal()
     rate = fired / weight
@@ -77,25 +84,12 @@ def infer_parents(both: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
 def absorption_update(
     codes: Tensor | Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
 ) -> AbsorptionSums:
-    """Sums of one batch.
-
-    Args:
-        codes: Latents of the batch, codes or dense ``[batch, d_sae]``.
-        features: Firing magnitudes of the features, ``[batch, n]``.
-        latent: The latent that tracks each feature, ``[n]`` int64; -1 for none.
-        parents: Parent of each feature, ``[n]`` int64; -1 for none.
-        weight: Weight of each example, ``[batch]``; None weighs all alike.
-    """
+    """Sums of one batch; arguments as in :func:`absorption`."""
     fires = features > 0
-    known = (parents >= 0) & (latent[parents] >= 0)
-    parent_fires = fires[:, parents] & known
+    parent_fires = fires[:, parents] & _tracked(latent, parents)
     silent = as_codes(codes).to_dense()[:, latent[parents]] <= 0
-    masks = (
-        parent_fires & fires,
-        parent_fires & fires & silent,
-        parent_fires & ~fires,
-        parent_fires & ~fires & silent,
-    )
+    with_child, without_child = parent_fires & fires, parent_fires & ~fires
+    masks = (with_child, with_child & silent, without_child, without_child & silent)
     return AbsorptionSums(*(weighted_sum(mask, weight) for mask in masks))
 
 
@@ -109,25 +103,30 @@ def absorption_compute(sums: AbsorptionSums) -> AbsorptionScores:
 def absorption(
     codes: Tensor | Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
 ) -> AbsorptionScores:
-    """Absorption of each child feature over one batch; arguments as in :func:`absorption_update`."""
+    """Absorption of each child feature over one batch, each score from 0 to 1 and ``excess`` from -1 to 1.
+
+    Latents are codes or dense ``[batch, d_sae]``, ``features [batch, n]`` firing magnitudes, ``weight [batch]`` probabilities;
+    ``latent`` and ``parents`` as in the module. Needs true features: of a language model see :mod:`.first_letter`.
+
+    >>> features = torch.tensor([[1.0, 1], [1, 0]])  # a parent, and its child
+    >>> codes = torch.tensor([[0.0, 1], [1, 0]])  # the parent's latent is silent on the child
+    >>> absorption(codes, features, torch.tensor([0, 1]), torch.tensor([-1, 0])).excess.tolist()
+    [nan, 1.0]
+    """
     return absorption_compute(absorption_update(codes, features, latent, parents, weight))
 
 
 def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor) -> AbsorptionScores:
-    """The same from pairwise counts alone, which may be gathered before latents are matched or parents known.
+    """The same as :func:`absorption` from pairwise counts alone, gathered before latents are matched or parents known.
 
-    Exact when children never fire without their parent; off by at most the rate at which they do.
-
-    Args:
-        counts: Co-firing of latents and features.
-        latent: The latent that tracks each feature, ``[n]`` int64; -1 for none.
-        parents: Parent of each feature, ``[n]`` int64; -1 for none.
+    Exact when children never fire without their parent; off by at most the rate at which they do. Only parents that a latent
+    tracks are seen: read it beside :func:`parents_best_f1`.
 
     Logged as:
         absorption: absorption (lower): how much more often the parent's latent is silent when the child fires
         absorption_missed: absorption, plain (lower): how often the parent's latent is silent when the child fires
     """
-    known = (parents >= 0) & (latent[parents] >= 0)
+    known = _tracked(latent, parents)
     reader = latent[parents].clamp(min=0)
     child = torch.arange(parents.shape[0], device=parents.device)
     heard, heard_always = counts.both[reader, child], counts.both[reader, parents]
@@ -140,21 +139,20 @@ def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor)
 
 
 def parent_encoder_components(encoder_coordinates: Tensor, latent: Tensor, parents: Tensor) -> Tensor:
-    """Encoder coordinate of the parent's latent along each child, ``[n]``; NaN where there is none.
+    """Encoder coordinate of the parent's latent along each child, ``[n]`` from -1 to 1; NaN where there is none.
 
-    The geometric sign of the disease: negative for absorption, positive for hedging, 0 for a clean parent.
+    The geometric sign of the disease, of unit encoder columns' coordinates ``[d_sae, n]``: negative for absorption, positive
+    for hedging, 0 for a clean parent.
 
-    Args:
-        encoder_coordinates: Of unit encoder columns, ``[d_sae, n]``.
-        latent: The latent that tracks each feature, ``[n]`` int64; -1 for none.
-        parents: Parent of each feature, ``[n]`` int64; -1 for none.
+    >>> reads = torch.tensor([[0.8, -0.6], [0, 1]])  # the parent's latent is inhibited by the child
+    >>> parent_encoder_components(reads, torch.tensor([0, 1]), torch.tensor([-1, 0]))[1].item() < 0
+    True
 
     Logged as:
         absorption_encoder: absorption enc: parent's encoder along its child: < 0 absorbs, > 0 hedges
     """
-    known = (parents >= 0) & (latent[parents] >= 0)
     child = torch.arange(parents.shape[0], device=parents.device)
-    return encoder_coordinates[latent[parents], child].masked_fill(~known, torch.nan)
+    return encoder_coordinates[latent[parents], child].masked_fill(~_tracked(latent, parents), torch.nan)
 
 
 def parents_best_f1(counts: CoFiring, parents: Tensor) -> Tensor:
@@ -162,10 +160,6 @@ def parents_best_f1(counts: CoFiring, parents: Tensor) -> Tensor:
 
     Absorption is measured on parents that a latent tracks: a parent that was absorbed whole, or lost, is not among them. This
     one looks at every parent, so it falls where the other has nothing left to see. A parent that never fires is NaN too.
-
-    Args:
-        counts: Co-firing of latents and features.
-        parents: Parent of each feature, ``[n]`` int64; -1 for none.
 
     Logged as:
         absorption_parents_f1: parents' F1 (higher): F1 of the best detector of each parent feature, tracked or not
@@ -175,3 +169,8 @@ def parents_best_f1(counts: CoFiring, parents: Tensor) -> Tensor:
     total = counts.latents[:, None] + counts.features[known]
     best[known] = (2 * counts.both[:, known] / total).nan_to_num(0).amax(0)
     return best.masked_fill(counts.features == 0, torch.nan)
+
+
+def _tracked(latent: Tensor, parents: Tensor) -> Tensor:
+    """Which features have a parent that a latent tracks, ``[n]`` bool."""
+    return (parents >= 0) & (latent[parents] >= 0)

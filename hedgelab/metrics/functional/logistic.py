@@ -21,25 +21,14 @@ _TOLERANCE = 1e-9
 
 
 class LinearProbe(NamedTuple):
-    """Linear classifiers, one a class.
+    """Linear classifiers, one a class."""
 
-    Attributes:
-        weight: ``[classes, d]``.
-        bias: ``[classes]``.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # [classes, d]
+    bias: Tensor  # [classes]
 
     def scores(self, x: Tensor) -> Tensor:
         """Log odds of examples ``x [n, d]``, ``[n, classes]``, in the probe's precision."""
         return x.to(self.weight) @ self.weight.T + self.bias
-
-
-def balanced_weights(labels: Tensor) -> Tensor:
-    """Weight of each example so that both classes weigh n / 2; ``labels``: bool ``[n, ...]``, float64 of that shape."""
-    n, positive = labels.shape[0], labels.sum(0).double()
-    return torch.where(labels, n / (2 * positive), n / (2 * (n - positive)))
 
 
 def has_both(labels: Tensor) -> Tensor:
@@ -50,22 +39,18 @@ def has_both(labels: Tensor) -> Tensor:
 def warn_of_empty(what: str, known: Tensor) -> None:
     """Say which classes of ``known [classes]`` have members only, or none."""
     if not bool(known.all()):
-        warnings.warn(
-            f"{what}: classes {(~known).nonzero().flatten().tolist()} lack members or others: NaN", stacklevel=3
-        )
+        empty = (~known).nonzero().flatten().tolist()
+        warnings.warn(f"{what}: classes {empty} lack members or others: NaN", stacklevel=3)
 
 
 def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = True) -> LinearProbe:
-    """One binary classifier on few columns, by Newton's method.
+    """One binary classifier on few columns, by Newton's method; on the CPU, where so few numbers gain most.
 
-    Args:
-        x: Examples, ``[n, d]``.
-        labels: Which are positive, bool ``[n]``; both kinds must occur.
-        C: Inverse strength of the L2 penalty.
-        balanced: Let both classes weigh alike.
+    ``x [n, d]``, ``labels [n]`` bool; C is the inverse strength of the L2 penalty, ``balanced`` lets both classes weigh alike.
 
-    Returns:
-        A probe of one class, on the CPU: so few numbers gain nothing from another device.
+    >>> probe = logistic_regression(torch.tensor([[0.0], [1.0]]), torch.tensor([False, True]))
+    >>> bool(probe.weight > 0), (probe.scores(torch.tensor([[0.5]])).abs() < 1e-9).item()
+    (True, True)
 
     Raises:
         UserError: All examples are of one kind, so that nothing tells them apart.
@@ -74,19 +59,18 @@ def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0, balanced: boo
     if not bool(has_both(labels)):
         raise UserError(f"labels: need examples of both kinds, got {int(labels.sum())} positive of {len(labels)}")
     x = torch.cat([x.double(), x.new_ones(x.shape[0], 1, dtype=torch.float64)], dim=1)
-    sample = C * (balanced_weights(labels) if balanced else torch.ones_like(labels, dtype=torch.float64))
-    ridge = torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
+    target, sample = labels.double(), C * _example_weights(labels, balanced)
+    ridge = torch.ones(x.shape[1], dtype=torch.float64)
     ridge[-1] = 0
-    sign = labels.double() * 2 - 1
     w = torch.zeros_like(ridge)
 
     def objective(w: Tensor) -> Tensor:
-        return 0.5 * (ridge * w * w).sum() + (sample * softplus(-sign * (x @ w))).sum()
+        return 0.5 * (ridge * w * w).sum() + (sample * softplus(-(target * 2 - 1) * (x @ w))).sum()
 
     value = objective(w)
     for _ in range(_NEWTON_STEPS):
         p = torch.sigmoid(x @ w)
-        gradient = ridge * w + x.T @ (sample * (p - labels.double()))
+        gradient = ridge * w + x.T @ (sample * (p - target))
         curvature = x.T @ (x * (sample * p * (1 - p))[:, None]) + torch.diag(ridge)
         curvature[-1, -1] += 1e-12 * (1 + curvature[-1, -1])
         step = torch.linalg.solve(curvature, gradient)
@@ -100,18 +84,10 @@ def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0, balanced: boo
 
 
 def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = True) -> LinearProbe:
-    """Binary classifiers on many columns (raw activations), one against the rest each, by L-BFGS.
+    """Binary classifiers on many columns (raw activations), one against the rest each, by L-BFGS on the CPU.
 
-    Columns are centred and scaled to a mean square of 1 for the fit alone; C refers to that scale.
-
-    Args:
-        x: Examples, ``[n, d]``.
-        labels: Class memberships, bool ``[n, classes]``.
-        C: Inverse strength of the L2 penalty.
-        balanced: Let both sides of each classifier weigh alike.
-
-    Returns:
-        Probes on the CPU; NaN, with a warning, for classes without members or without others.
+    ``x [n, d]``, ``labels [n, classes]`` bool. Columns are centred and scaled to a mean square of 1 for the fit alone; C refers
+    to that scale. NaN, with a warning, for classes without members or without others.
     """
     x, labels = x.detach().cpu().double(), labels.cpu()
     known = has_both(labels)
@@ -124,8 +100,7 @@ def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = Tr
         return LinearProbe(weight, bias)
     mean, scale = x.mean(0), x.std(0, unbiased=False).clamp_min(1e-12)
     standard = (x - mean) / scale
-    sample = C * (balanced_weights(labels) if balanced else torch.ones_like(labels, dtype=torch.float64))
-    target = labels.double()
+    target, sample = labels.double(), C * _example_weights(labels, balanced)
     classes, d = labels.shape[1], x.shape[1]
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -145,8 +120,20 @@ def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = Tr
     return LinearProbe(weight, w[:, d] - weight @ mean)
 
 
+def _example_weights(labels: Tensor, balanced: bool) -> Tensor:
+    """Weight of each example, float64 of the shape of ``labels [n, ...]``: 1, or such that both classes weigh n / 2."""
+    if not balanced:
+        return torch.ones_like(labels, dtype=torch.float64)
+    n, positive = labels.shape[0], labels.sum(0).double()
+    return torch.where(labels, n / (2 * positive), n / (2 * (n - positive)))
+
+
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve of scores ``[n]``: P(positive above negative), ties counting half; NaN with one class."""
+    """Area under the ROC curve of scores ``[n]``: P(positive above negative), ties counting half; NaN with one class.
+
+    >>> roc_auc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([False, True, False, True]))
+    0.875
+    """
     values, inverse = torch.unique(scores, return_inverse=True)
     labels = labels.to(scores.device)
     positive = torch.bincount(inverse[labels], minlength=len(values)).double()

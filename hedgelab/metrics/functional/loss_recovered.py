@@ -12,42 +12,26 @@ from hedgelab.metrics.functional.accumulate import float64
 
 
 class RecoveredLoss(NamedTuple):
-    """Mean losses in nats a token, float64 scalars.
+    """Mean losses in nats a token, float64 scalars."""
 
-    Attributes:
-        cross_entropy: Of the untouched model.
-        cross_entropy_sae: With the reconstruction spliced in.
-        cross_entropy_zero: With zeros spliced in.
-        cross_entropy_mean: With the mean activation spliced in.
-        kl_sae: KL divergence of the spliced model's next-token distribution from the untouched one's.
-        kl_zero: The same with zeros.
-        kl_mean: The same with the mean activation.
-        recovered: Share of the cross-entropy lost to zero ablation that the SAE gives back: 1 for a perfect reconstruction.
-        recovered_mean: The same against mean ablation.
-        kl_recovered: ``1 - kl_sae / kl_zero``.
-        kl_recovered_mean: ``1 - kl_sae / kl_mean``.
-    """
-
-    cross_entropy: Tensor
-    cross_entropy_sae: Tensor
-    cross_entropy_zero: Tensor
-    cross_entropy_mean: Tensor
-    kl_sae: Tensor
-    kl_zero: Tensor
-    kl_mean: Tensor
-    recovered: Tensor
-    recovered_mean: Tensor
-    kl_recovered: Tensor
-    kl_recovered_mean: Tensor
+    cross_entropy: Tensor  # of the untouched model
+    cross_entropy_sae: Tensor  # with the reconstruction spliced in
+    cross_entropy_zero: Tensor  # with zeros spliced in
+    cross_entropy_mean: Tensor  # with the mean activation spliced in
+    kl_sae: Tensor  # KL divergence of the spliced model's next-token distribution from the untouched one's
+    kl_zero: Tensor  # the same with zeros
+    kl_mean: Tensor  # the same with the mean activation
+    recovered: Tensor  # share of the cross-entropy lost to zero ablation that the SAE gives back
+    recovered_mean: Tensor  # the same against mean ablation
+    kl_recovered: Tensor  # 1 - kl_sae / kl_zero
+    kl_recovered_mean: Tensor  # 1 - kl_sae / kl_mean
 
 
 def next_token_losses(logits: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
     """Cross-entropy of the next token wherever ``keep`` says so, ``[kept]``, in nats.
 
-    Args:
-        logits: ``[n, length, vocabulary]``.
-        tokens: ``[n, length]``.
-        keep: Positions whose prediction counts, bool ``[n, length]``; the last position predicts nothing.
+    ``logits [n, length, vocabulary]``, ``tokens [n, length]``, ``keep [n, length]`` bool: positions whose prediction counts;
+    the last position predicts nothing.
     """
     kept = keep[:, :-1]
     return cross_entropy(logits[:, :-1][kept].float(), tokens[:, 1:][kept].long(), reduction="none")
@@ -60,12 +44,25 @@ def next_token_divergences(clean: Tensor, logits: Tensor, keep: Tensor) -> Tenso
     return (p.exp() * (p - q)).sum(-1)
 
 
-def recovered_loss(sums: dict[str, Tensor], count: Tensor) -> RecoveredLoss:
-    """Means and shares from sums over tokens.
+def baseline_sums(tokens: Tensor, keep: Tensor, clean: Tensor, zero: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    """Sums over tokens of what does not depend on an SAE, from the logits of the model untouched and with both ablations."""
+    sums = {"count": float64(keep[:, :-1]).sum(), "clean": float64(next_token_losses(clean, tokens, keep)).sum()}
+    for name, logits in (("zero", zero), ("mean", mean)):
+        sums[name] = float64(next_token_losses(logits, tokens, keep)).sum()
+        sums[f"kl_{name}"] = float64(next_token_divergences(clean, logits, keep)).sum()
+    return sums
 
-    Args:
-        sums: ``clean``, and ``sae``, ``zero``, ``mean`` with their divergences ``kl_sae``, ``kl_zero``, ``kl_mean``.
-        count: Tokens.
+
+def recovered_loss(sums: dict[str, Tensor], count: Tensor) -> RecoveredLoss:
+    """Means and shares from sums over ``count`` tokens: ``recovered = (CE_zero - CE_sae) / (CE_zero - CE)``.
+
+    1 is a perfect reconstruction, 0 no better than the ablation, below 0 worse; NaN where the ablation loses nothing. Sums are
+    ``clean``, and ``sae``, ``zero``, ``mean`` with their divergences ``kl_…``. Zero ablation breaks most models, so that any
+    SAE looks good against it: compare by KL, or against the mean.
+
+    >>> losses = {"clean": 2.0, "sae": 3.0, "zero": 6.0, "mean": 4.0, "kl_sae": 1.0, "kl_zero": 4.0, "kl_mean": 2.0}
+    >>> recovered_loss({name: torch.tensor(loss) for name, loss in losses.items()}, torch.tensor(1)).recovered.item()
+    0.75
 
     Logged as:
         loss_recovered/recovered: loss recovered (higher): share of the model's loss kept with reconstructions put in
@@ -73,18 +70,12 @@ def recovered_loss(sums: dict[str, Tensor], count: Tensor) -> RecoveredLoss:
     """
     clean, sae, zero, mean = (sums[name] / count for name in ("clean", "sae", "zero", "mean"))
     kl_sae, kl_zero, kl_mean = (sums[f"kl_{name}"] / count for name in ("sae", "zero", "mean"))
+
+    def share(part: Tensor, lost: Tensor) -> Tensor:
+        return part / torch.where(lost == 0, torch.nan, lost)
+
     return RecoveredLoss(
         clean, sae, zero, mean, kl_sae, kl_zero, kl_mean,
-        _share(zero - sae, zero - clean), _share(mean - sae, mean - clean),
-        1 - _share(kl_sae, kl_zero), 1 - _share(kl_sae, kl_mean),
+        share(zero - sae, zero - clean), share(mean - sae, mean - clean),
+        1 - share(kl_sae, kl_zero), 1 - share(kl_sae, kl_mean),
     )  # fmt: skip
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """A part of what an ablation loses; NaN where it loses nothing."""
-    return part / torch.where(whole == 0, torch.nan, whole)
-
-
-def sum64(values: Tensor) -> Tensor:
-    """Sum in float64, on the CPU where the device has no such numbers."""
-    return float64(values).sum()

@@ -6,7 +6,7 @@ between the class and the rest; a class-balanced logistic regression reads the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hedgelab.errors import whole_number
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.accumulate import as_codes, float64, on_cpu
+from hedgelab.metrics.functional.accumulate import as_codes, float64, on_cpu, picked
 from hedgelab.metrics.functional.logistic import f1_score, has_both, logistic_regression, roc_auc, warn_of_empty
 from hedgelab.seeding import generator
 
@@ -23,19 +23,12 @@ PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
 class ProbingScores(NamedTuple):
-    """What the probes reach on the test split, float64 on the CPU; NaN for classes without members or others in a split.
+    """What the probes reach on the test split, float64 on the CPU; NaN for classes without members or others in a split."""
 
-    Attributes:
-        f1: ``[classes, len(ks)]``.
-        auc: ``[classes, len(ks)]``.
-        C: The penalties chosen, ``[classes, len(ks)]``.
-        latents: The latents of each class, best first, ``[classes, max(ks)]`` int64.
-    """
-
-    f1: Tensor
-    auc: Tensor
-    C: Tensor
-    latents: Tensor
+    f1: Tensor  # [classes, len(ks)]
+    auc: Tensor  # [classes, len(ks)]
+    C: Tensor  # the penalties chosen, [classes, len(ks)]
+    latents: Tensor  # of each class, best first, [classes, max(ks)] int64
 
 
 def firing_magnitudes(codes: Tensor | Codes) -> Tensor:
@@ -59,18 +52,6 @@ def _in_float64(latents: Tensor | Codes) -> Codes:
     return Codes(codes.d_sae, float64(codes.values), codes.latents, codes.crow, codes.layout)
 
 
-def columns(codes: Codes, latents: Tensor) -> Tensor:
-    """Activations of chosen latents ``[k]`` alone, ``[batch, k]`` float64, of codes on the CPU."""
-    if codes.latents is None:
-        return codes.values[:, latents].detach().double()
-    place = torch.full((codes.d_sae,), -1, device=latents.device)
-    place[latents] = torch.arange(len(latents), device=latents.device)
-    entries = (place[codes.latents] >= 0).nonzero().squeeze(1)
-    dense = torch.zeros(codes.batch_size, len(latents), dtype=torch.float64, device=latents.device)
-    where = (codes.rows()[entries], place[codes.latents[entries]])
-    return dense.index_put(where, codes.values[entries].detach().double(), accumulate=True)
-
-
 def rank_latents(train: Tensor | Codes, labels: Tensor, k: int) -> Tensor:
     """The k latents of each class, best first, ``[classes, k]``; arguments as in :func:`k_sparse_probing`."""
     inside, outside = class_means(train, labels)
@@ -86,16 +67,15 @@ def k_sparse_probing(
     ks: Sequence[int] = (1, 2, 5, 10),
     seed: int = 0,
 ) -> ProbingScores:
-    """Probe every class, one against the rest, with k latents.
+    """Probe every class, one against the rest, with k latents; scores from 0 to 1, an AUC of .5 is chance.
 
-    Args:
-        train: Latents of the training split, codes or dense ``[n, d_sae]``, of any device.
-        train_labels: Class memberships, bool ``[n, classes]``. Classes without members, or without others, in either split
-            score NaN, with a warning.
-        test: Latents of the test split.
-        test_labels: The same of it.
-        ks: Numbers of latents.
-        seed: Of the fifth of the training split by which C is chosen.
+    Latents are codes or dense ``[n, d_sae]`` of any device, labels bool ``[n, classes]``. ``seed`` picks the fifth of the
+    training split by which C is chosen. Small k tell whether *single* latents know a class; with many latents any SAE does
+    well. Classes without members, or without others, in either split score NaN, with a warning.
+
+    >>> codes, labels = torch.eye(2).repeat(20, 1), torch.eye(2).repeat(20, 1) > 0
+    >>> k_sparse_probing(codes, labels, codes, labels, ks=[1]).auc.tolist()
+    [[1.0], [1.0]]
 
     Logged as:
         probing/f1_k*: probing F1 (higher): F1 of a logistic regression on the k latents that tell classes apart
@@ -109,10 +89,8 @@ def k_sparse_probing(
     scale = firing_magnitudes(train)
     held = torch.randperm(train.batch_size, generator=generator(seed, "probing split")) < train.batch_size // 5
     f1, auc, chosen = (torch.full((len(latents), len(ks)), torch.nan, dtype=torch.float64) for _ in range(3))
-    for row, best in enumerate(latents):
-        if not known[row]:
-            continue
-        x, x_test = (columns(codes, best) / scale[best] for codes in (train, test))
+    for row in known.nonzero().flatten().tolist():
+        x, x_test = (picked(codes, 1, latents[row]) / scale[latents[row]] for codes in (train, test))
         y, y_test = train_labels[:, row], test_labels[:, row]
         for column, k in enumerate(ks):
             C = _best_penalty(x[:, :k], y, held)
@@ -124,11 +102,10 @@ def k_sparse_probing(
 
 def _best_penalty(x: Tensor, y: Tensor, held: Tensor) -> float:
     """The first of the penalties whose AUC on the held-out part is best."""
-    if not (y[held].any() and (~y[held]).any() and y[~held].any() and (~y[~held]).any()):
+    if not (has_both(y[held]) and has_both(y[~held])):
         return 1.0
 
-    def tried() -> Iterator[tuple[float, float]]:
-        for C in PENALTIES:
-            yield roc_auc(logistic_regression(x[~held], y[~held], C).scores(x[held])[:, 0], y[held]), -C
+    def auc(C: float) -> float:
+        return roc_auc(logistic_regression(x[~held], y[~held], C).scores(x[held])[:, 0], y[held])
 
-    return -max(tried())[1]
+    return max(PENALTIES, key=auc)

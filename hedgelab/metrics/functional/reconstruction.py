@@ -1,37 +1,36 @@
-"""How well a reconstruction matches: explained variance, squared error, shrinkage."""
+"""How well a reconstruction matches: explained variance, squared error, shrinkage.
+
+``x`` and ``x_hat`` are ``[batch, d_in]``; ``weight [batch]`` are the examples' probabilities (population mode), None weighs all
+alike. Each result is a float64 scalar.
+"""
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hedgelab.metrics.functional.accumulate import at_least_float32, float64, total_weight, weighted_sum
+from hedgelab.metrics.functional.accumulate import Ratio, at_least_float32, float64, total_weight, weighted_sum
 
 
 class VarianceSums(NamedTuple):
-    """Additive sums behind explained variance; those of two batches, or of two ranks, add up entry by entry.
+    """Sums behind explained variance; those of two batches, or of two ranks, add up entry by entry.
 
     The scatter of a batch about its own mean enters in ``within``, where nothing cancels; only the scatter of the batch
     means is taken from raw float64 sums (``between``). The relative error is therefore about 1e-16 (mean / std)² times
     the share of the variance that lies between batches.
-
-    Attributes:
-        weight: Weight of the examples, scalar.
-        residual: Σ‖x - x_hat‖², scalar.
-        within: Σ_batches Σ‖x - batch mean‖², scalar.
-        between: Σ_batches weight · ‖batch mean‖², scalar.
-        total: Σ x, ``[d_in]``.
     """
 
-    weight: Tensor
-    residual: Tensor
-    within: Tensor
-    between: Tensor
-    total: Tensor
+    weight: Tensor  # of the examples, scalar
+    residual: Tensor  # Σ‖x - x_hat‖², scalar
+    within: Tensor  # Σ_batches Σ‖x - batch mean‖², scalar
+    between: Tensor  # Σ_batches weight · ‖batch mean‖², scalar
+    total: Tensor  # Σ x, [d_in]
 
 
 def explained_variance_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> VarianceSums:
-    """Sums of one batch; ``x`` and ``x_hat``: ``[batch, d_in]``, ``weight``: ``[batch]``."""
+    """Sums of one batch."""
     x, x_hat = at_least_float32(x), at_least_float32(x_hat)
     count = total_weight(x, weight)
     if x.shape[0] == 0 or (weight is not None and count == 0):
@@ -53,19 +52,15 @@ def explained_variance_compute(sums: VarianceSums) -> Tensor:
 
 
 def explained_variance(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Share of the variance that the reconstruction explains: ``1 - Σ‖x - x_hat‖² / Σ‖x - mean x‖²``.
+    """Share of the variance that the reconstruction explains, ``1 - Σ‖x - x_hat‖² / Σ‖x - mean x‖²``: at most 1.
 
-    Squares are summed over examples *and* dimensions before the one division (1 - FVU of Gao et al. 2024). Other numbers
-    go by the same name: the mean of a ratio for each example or dimension, and the one of scikit-learn and torchmetrics
-    that takes the mean residual off first. A constant offset of ``x_hat`` counts as error here.
+    Squares are summed over examples *and* dimensions before the one division (1 - FVU of Gao et al. 2024). Do not compare it
+    with other numbers of the same name: the mean of a ratio for each example or dimension, or the one of scikit-learn and
+    torchmetrics that takes the mean residual off first. A constant offset of ``x_hat`` counts as error here.
 
-    Args:
-        x: Activations, ``[batch, d_in]``.
-        x_hat: Reconstructions, ``[batch, d_in]``.
-        weight: Weight of each example, ``[batch]``; None weighs all alike.
-
-    Returns:
-        A float64 scalar, at most 1.
+    >>> x = torch.tensor([[0.0, 0], [2, 0]])
+    >>> explained_variance(x, torch.tensor([[0.5, 0], [1.5, 0]])).item()
+    0.75
 
     Logged as:
         explained_variance: expl. var. (higher): 1 - squared error / variance of the activations; 1 is perfect
@@ -73,47 +68,45 @@ def explained_variance(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -
     return explained_variance_compute(explained_variance_update(x, x_hat, weight))
 
 
-def mean_squared_error_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Σ‖x - x_hat‖² and the weight of one batch, float64 scalars."""
+def mean_squared_error_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Ratio:
+    """Σ‖x - x_hat‖² of one batch, over its weight."""
     error = at_least_float32(x) - at_least_float32(x_hat)
-    return weighted_sum(error.square_().sum(1), weight), total_weight(x, weight)
+    return Ratio(weighted_sum(error.square_().sum(1), weight), total_weight(x, weight))
 
 
 def mean_squared_error(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Squared error, **summed** over d_in and averaged over examples, as in every loss here.
+    """Squared error ``E‖x - x_hat‖²``, **summed** over d_in and averaged over examples, as in every loss here.
 
-    Args:
-        x: Activations, ``[batch, d_in]``.
-        x_hat: Reconstructions, ``[batch, d_in]``.
-        weight: Weight of each example, ``[batch]``; None weighs all alike.
+    It has the scale of the activations: compare it between SAEs of the same activations only.
+
+    >>> mean_squared_error(torch.zeros(4, 3), torch.full((4, 3), 2.0)).item()
+    12.0
 
     Logged as:
         mse: squared error (lower): ‖x - x̂‖², summed over d_in, mean over examples
     """
-    residual, count = mean_squared_error_update(x, x_hat, weight)
-    return residual / count
+    return mean_squared_error_update(x, x_hat, weight).value()
 
 
-def shrinkage_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Σ‖x_hat‖² and Σ x·x_hat of one batch, float64 scalars."""
+def shrinkage_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Ratio:
+    """Σ‖x_hat‖² of one batch, over Σ x·x_hat."""
     x, x_hat = at_least_float32(x), at_least_float32(x_hat)
-    return weighted_sum(x_hat.square().sum(1), weight), weighted_sum((x * x_hat).sum(1), weight)
+    return Ratio(weighted_sum(x_hat.square().sum(1), weight), weighted_sum((x * x_hat).sum(1), weight))
 
 
 def shrinkage(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Relative reconstruction bias γ = E‖x_hat‖² / E[x·x_hat]; below 1 the reconstruction is shrunk, 1 is unbiased.
+    """Relative reconstruction bias ``γ = E‖x_hat‖² / E[x·x_hat]``; below 1 the reconstruction is shrunk, 1 is unbiased.
 
     γ is the scale by which ``x_hat`` would have to be *divided* for the least squared error (Rajamanoharan et al. 2024,
     *Improving Dictionary Learning with Gated Sparse Autoencoders*). Unlike ‖x_hat‖ / ‖x‖ it is 1 for an orthogonal
-    projection, which loses norm without shrinking, and it is defined where single examples are all zero (toys).
+    projection, which loses norm without shrinking, and it is defined where single examples are all zero (toys). Of
+    reconstructions that hardly correlate with ``x`` it says nothing.
 
-    Args:
-        x: Activations, ``[batch, d_in]``.
-        x_hat: Reconstructions, ``[batch, d_in]``.
-        weight: Weight of each example, ``[batch]``; None weighs all alike.
+    >>> x = torch.tensor([[1.0, 2.0]])
+    >>> shrinkage(x, x / 2).item()
+    0.5
 
     Logged as:
         shrinkage: shrinkage: best scale of the reconstruction, inverted: below 1 it is too short
     """
-    norm, dot = shrinkage_update(x, x_hat, weight)
-    return norm / dot
+    return shrinkage_update(x, x_hat, weight).value()

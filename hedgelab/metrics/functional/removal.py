@@ -3,6 +3,9 @@
 Targeted probe perturbation (TPP) and spurious correlation removal (SCR, after SHIFT of Marks et al. 2024) as SAEBench
 defines them (Karvonen et al. 2025). Probes read the mean activation of a text. Silencing latents subtracts their mean
 activations times their decoder rows from it; the reconstruction's error stays.
+
+The field advises against both: TPP falls as training goes on, and SCR with many latents goes against the truth on synthetic
+SAEs (Chanin, *Are SAE Benchmarks Reliable?*, arXiv 2605.18229). Use them for comparison with published numbers.
 """
 
 from __future__ import annotations
@@ -17,15 +20,10 @@ from hedgelab.metrics.functional.logistic import LinearProbe, has_both, linear_p
 
 
 class PooledTexts(NamedTuple):
-    """Texts by their mean activations and latents.
+    """Texts by their mean activations and latents."""
 
-    Attributes:
-        x: Mean activations as the SAE reads them, ``[texts, d_in]``.
-        codes: Mean latents, ``[texts, d_sae]``.
-    """
-
-    x: Tensor
-    codes: Tensor
+    x: Tensor  # as the SAE reads them, [texts, d_in]
+    codes: Tensor  # [texts, d_sae]
 
     def cpu(self) -> PooledTexts:
         """The same on the CPU, where probes are."""
@@ -33,45 +31,27 @@ class PooledTexts(NamedTuple):
 
 
 class TPPScores(NamedTuple):
-    """Accuracy that probes lose when the latents of a class are silenced, mean over classes, ``[len(counts)]`` each.
+    """Accuracy that probes lose when the latents of a class are silenced, mean over classes, ``[len(counts)]`` each."""
 
-    Attributes:
-        total: ``intended - unintended``: 0 for latents that know nothing, high for latents that know one class each.
-        intended: Loss of the class's own probe.
-        unintended: Mean loss of the other classes' probes.
-    """
-
-    total: Tensor
-    intended: Tensor
-    unintended: Tensor
+    total: Tensor  # intended - unintended: 0 for latents that know nothing, high for latents that know one class each
+    intended: Tensor  # loss of the class's own probe
+    unintended: Tensor  # mean loss of the other classes' probes
 
 
 class BiasedProbes(NamedTuple):
-    """The probes of one removal task, which no SAE enters.
+    """The probes of one removal task, which no SAE enters."""
 
-    Attributes:
-        biased: Trained where both concepts go together; scores of one class.
-        concepts: Trained on each concept with the other balanced: two classes, ``label`` and ``spurious``.
-    """
-
-    biased: LinearProbe
-    concepts: LinearProbe
+    biased: LinearProbe  # trained where both concepts go together; scores of one class
+    concepts: LinearProbe  # trained on each concept with the other balanced: two classes, label and spurious
 
 
 class SCRScores(NamedTuple):
-    """Spurious correlation removal.
+    """Spurious correlation removal."""
 
-    Attributes:
-        score: ``(A_ablated - A_biased) / (A_clean - A_biased)`` where the bias hurts more, ``[len(counts)]``.
-        both: The same for the label and for the spurious concept as the one to predict, ``[2, len(counts)]``.
-        biased: Accuracy of the biased probe on each concept, ``[2]``.
-        clean: Accuracy of each concept's own probe, ``[2]``.
-    """
-
-    score: Tensor
-    both: Tensor
-    biased: Tensor
-    clean: Tensor
+    score: Tensor  # (A_ablated - A_biased) / (A_clean - A_biased) where the bias hurts more, [len(counts)]
+    both: Tensor  # the same for the label and for the spurious concept as the one to predict, [2, len(counts)]
+    biased: Tensor  # accuracy of the biased probe on each concept, [2]
+    clean: Tensor  # accuracy of each concept's own probe, [2]
 
 
 def targeted_probe_perturbation(
@@ -83,16 +63,11 @@ def targeted_probe_perturbation(
     W_dec: Tensor,
     counts: Sequence[int],
 ) -> TPPScores:
-    """TPP for several numbers of silenced latents.
+    """TPP for several numbers of silenced latents, from -.5 to .5: a blind probe loses half.
 
-    Args:
-        probe: One classifier a class, against the rest, on mean activations.
-        train: Texts by which latents are attributed to classes.
-        train_labels: Their classes, bool ``[texts, classes]``, one each.
-        test: Texts on which accuracy is measured, class against equally many others.
-        test_labels: Their classes.
-        W_dec: Decoder, ``[d_sae, d_in]``.
-        counts: How many latents are silenced.
+    ``probe`` holds one classifier a class on mean activations. Latents are attributed to classes on ``train`` texts, accuracy
+    is measured on ``test`` texts, class and others weighing alike; labels are bool ``[texts, classes]``, one each. ``W_dec
+    [d_sae, d_in]``, ``counts`` how many latents are silenced.
 
     Logged as:
         tpp/n*: TPP (higher): targeted probe perturbation: what ablating a class's latents does to it alone
@@ -101,27 +76,30 @@ def targeted_probe_perturbation(
     W_dec = W_dec.detach().cpu()
     warn_of_empty("targeted probe perturbation", has_both(train_labels) & has_both(test_labels))
     effects = attribution(probe, train.codes, train_labels, W_dec, positive_only=True)
-    clean = _balanced_accuracies(probe, test.x, test_labels)
-    classes = test_labels.shape[1]
-    others = ~torch.eye(classes, dtype=torch.bool)
-    result = torch.zeros(3, len(counts), dtype=torch.float64)
-    for column, count in enumerate(counts):
-        lost = torch.stack(
-            [clean - _balanced_accuracies(probe, silence(test, W_dec, top(row, count)), test_labels) for row in effects]
+
+    def accuracies(x: Tensor) -> Tensor:
+        """Of each class's classifier where the class and the rest weigh alike, ``[classes]``."""
+        scores = probe.scores(x)
+        found = scores > 0
+        right = (found & test_labels).sum(0) / test_labels.sum(0) + (~found & ~test_labels).sum(0) / (~test_labels).sum(
+            0
         )
+        return (right.double() / 2).masked_fill(scores.isnan().any(0), torch.nan)
+
+    clean, others = accuracies(test.x), ~torch.eye(len(effects), dtype=torch.bool)
+    result = []
+    for count in counts:
+        lost = torch.stack([clean - accuracies(silence(test, W_dec, top(row, count))) for row in effects])
         intended, unintended = lost.diagonal().nanmean(), lost[others].nanmean()
-        result[:, column] = torch.stack([intended - unintended, intended, unintended])
-    return TPPScores(*result)
+        result.append(torch.stack([intended - unintended, intended, unintended]))
+    return TPPScores(*torch.stack(result, dim=1))
 
 
 def biased_probes(x: Tensor, label: Tensor, spurious: Tensor, C: float = 1.0) -> BiasedProbes:
     """Train the probes of a removal task on equally many texts of all four kinds.
 
-    Args:
-        x: Mean activations, ``[texts, d_in]``.
-        label: The concept that should be predicted, bool ``[texts]``.
-        spurious: The concept that goes along with it, bool ``[texts]``.
-        C: Inverse strength of the L2 penalty.
+    ``x [texts, d_in]`` mean activations, ``label [texts]`` (bool) the concept to predict, ``spurious [texts]`` the one that
+    goes along with it; C is the inverse strength of the L2 penalty.
     """
     together = label == spurious
     return BiasedProbes(
@@ -138,16 +116,10 @@ def spurious_correlation_removal(
     W_dec: Tensor,
     counts: Sequence[int],
 ) -> SCRScores:
-    """SCR for several numbers of silenced latents.
+    """SCR for several numbers of silenced latents: 1 where the bias is gone, 0 where it stays, below 0 where it grows.
 
-    Args:
-        probes: Made by :func:`biased_probes`.
-        train: Texts of all four kinds, by which latents are attributed.
-        train_labels: Label and spurious concept, bool ``[texts, 2]``.
-        test: Texts of all four kinds, equally many.
-        test_labels: The same of them.
-        W_dec: Decoder, ``[d_sae, d_in]``.
-        counts: How many latents are silenced.
+    ``probes`` are made by :func:`biased_probes`; labels are label and spurious concept, bool ``[texts, 2]``; texts are of all
+    four kinds, those of ``test`` equally many. The rest is as in :func:`targeted_probe_perturbation`.
 
     Logged as:
         scr/n*: SCR (higher): spurious correlation removal: share of the bias that ablating latents removes
@@ -155,14 +127,18 @@ def spurious_correlation_removal(
     train, test, train_labels, test_labels = train.cpu(), test.cpu(), train_labels.cpu(), test_labels.cpu()
     W_dec = W_dec.detach().cpu()
     effects = attribution(probes.concepts, train.codes, train_labels, W_dec, positive_only=False)
-    clean = _accuracies(probes.concepts.scores(test.x), test_labels)
-    biased = _accuracies(probes.biased.scores(test.x).expand(-1, 2), test_labels)
+
+    def accuracies(probe: LinearProbe, x: Tensor) -> Tensor:
+        """Of the classifiers on both concepts, ``[2]``."""
+        scores = probe.scores(x)
+        return ((scores > 0) == test_labels).double().mean(0).masked_fill(scores.isnan().any(0), torch.nan)
+
+    clean, biased = accuracies(probes.concepts, test.x), accuracies(probes.biased, test.x)
     both = torch.zeros(2, len(counts), dtype=torch.float64)
     for kept, removed in ((0, 1), (1, 0)):
         room = clean[kept] - biased[kept]
         for column, count in enumerate(counts):
-            x = silence(test, W_dec, top(effects[removed], count))
-            accuracy = _accuracies(probes.biased.scores(x), test_labels[:, kept : kept + 1])[0]
+            accuracy = accuracies(probes.biased, silence(test, W_dec, top(effects[removed], count)))[kept]
             both[kept, column] = (accuracy - biased[kept]) / room if room >= 1e-3 else torch.nan
     return SCRScores(both[int(biased.argmin())], both, biased, clean)
 
@@ -170,12 +146,7 @@ def spurious_correlation_removal(
 def attribution(probe: LinearProbe, codes: Tensor, labels: Tensor, W_dec: Tensor, positive_only: bool) -> Tensor:
     """What each latent does to each class's probe: difference of its means times the probe along its row, ``[classes, d_sae]``.
 
-    Args:
-        probe: The classifiers.
-        codes: Mean latents of texts, ``[texts, d_sae]``.
-        labels: Classes, bool ``[texts, classes]``.
-        W_dec: Decoder, ``[d_sae, d_in]``.
-        positive_only: Count only latents more active in the class (TPP); else the size of either sign (SCR).
+    ``positive_only`` counts only latents more active in the class (TPP); else the size of either sign (SCR).
     """
     inside = labels.double() / labels.sum(0)
     outside = (~labels).double() / (~labels).sum(0)
@@ -193,16 +164,3 @@ def top(effects: Tensor, count: int) -> Tensor:
 def silence(texts: PooledTexts, W_dec: Tensor, latents: Tensor) -> Tensor:
     """Mean activations of texts once some latents are silent, ``[texts, d_in]`` float64."""
     return texts.x.double() - texts.codes[:, latents].double() @ W_dec.detach()[latents].double()
-
-
-def _accuracies(scores: Tensor, labels: Tensor) -> Tensor:
-    """Share of right decisions of each class's classifier, ``[classes]`` float64."""
-    return ((scores > 0) == labels).double().mean(0).masked_fill(scores.isnan().any(0), torch.nan)
-
-
-def _balanced_accuracies(probe: LinearProbe, x: Tensor, labels: Tensor) -> Tensor:
-    """Accuracy of each class's classifier where the class and the rest weigh alike, ``[classes]``."""
-    scores = probe.scores(x)
-    found = scores > 0
-    right = (found & labels).sum(0) / labels.sum(0) + (~found & ~labels).sum(0) / (~labels).sum(0)
-    return (right.double() / 2).masked_fill(scores.isnan().any(0), torch.nan)

@@ -51,25 +51,40 @@ _FEATURES_AT_ONCE = 1024
 
 
 class HedgingScores(NamedTuple):
-    """Hedging of each latent; all zero for latents that are not live.
+    """Hedging of each latent; all zero for latents that are not live."""
 
-    Attributes:
-        components: Signed hedging components, ``[d_sae, n]``; float32 by regression.
-        norm: True hedging of each latent, ``[d_sae]``.
-        largest: Signed component of largest size of each latent, ``[d_sae]``.
+    components: Tensor  # signed hedging components, [d_sae, n]; float32 by regression
+    norm: Tensor  # true hedging of each latent, [d_sae]
+    largest: Tensor  # signed component of largest size of each latent, [d_sae]
+
+
+class RegressionSums(NamedTuple):
+    """Sums behind the regression of true activations on codes; those of batches and ranks add up.
+
+    The first dimension of 2 is that of the even and the odd examples of a batch; weighted batches are populations, which
+    count in full for both.
     """
 
-    components: Tensor
-    norm: Tensor
-    largest: Tensor
+    examples: Tensor  # how many without weights, scalar
+    weight: Tensor  # their weight, [2]
+    codes: Tensor  # sums of codes, [2, d_sae]
+    features: Tensor  # sums of true activations, [2, n]
+    code_products: Tensor  # Σ c cᵀ over both, [d_sae, d_sae]
+    products: Tensor  # Σ c zᵀ, [2, d_sae, n] float32: 8 · d_sae · n bytes
+
+    def first(self, count: int) -> RegressionSums:
+        """The sums of the first ``count`` latents alone."""
+        products = self.code_products[:count, :count]
+        return self._replace(codes=self.codes[:, :count], code_products=products, products=self.products[:, :count])
 
 
 def decoder_coordinates(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
-    """Least-squares coordinates of the unit decoder rows along the unit features, ``[d_sae, n]`` float64.
+    """Least-squares coordinates of the rows of ``W_dec [d_sae, d_in]`` along ``feature_directions [n, d_in]``, all of norm 1.
 
-    Args:
-        W_dec: Decoder of any norms, ``[d_sae, d_in]``.
-        feature_directions: True directions, ``[n, d_in]``.
+    ``[d_sae, n]`` float64.
+
+    >>> decoder_coordinates(torch.tensor([[3.0, 4.0]]), torch.eye(2)).tolist()
+    [[0.6, 0.8]]
 
     Raises:
         UserError: More features than dimensions, whose coordinates are not unique.
@@ -82,12 +97,7 @@ def decoder_coordinates(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
 
 
 def encoder_coordinates(W_enc: Tensor, feature_directions: Tensor) -> Tensor:
-    """Response of the unit encoder columns to the unit features, ``[d_sae, n]``: their coordinates in the dual basis.
-
-    Args:
-        W_enc: Encoder of any norms, ``[d_in, d_sae]``.
-        feature_directions: True directions, ``[n, d_in]``.
-    """
+    """Response of the unit columns of ``W_enc [d_in, d_sae]`` to the unit features: their coordinates in the dual basis."""
     return encoder_cosines(W_enc, feature_directions)
 
 
@@ -101,13 +111,15 @@ def tracked_features(cosines: Tensor, live: Tensor | None = None, threshold: flo
 
 
 def hedging(coordinates: Tensor, cosines: Tensor, tracked: Matching, live: Tensor | None = None) -> HedgingScores:
-    """Hedging of each latent along the features that no latent tracks.
+    """Hedging of each latent along the features that no latent tracks, from 0 to about 1; see the module.
 
-    Args:
-        coordinates: Of the decoder or of the encoder, ``[d_sae, n]``.
-        cosines: Decoder cosines, ``[d_sae, n]``; they settle each latent's own feature and its sign.
-        tracked: From :func:`tracked_features`.
-        live: Latents that fire, ``[d_sae]`` bool; None for all.
+    ``coordinates [d_sae, n]`` are those of the decoder or of the encoder; decoder ``cosines [d_sae, n]`` settle each latent's
+    own feature and its sign; ``live [d_sae]`` (bool; None for all) are latents that fire. Trust it where the features are all
+    that there is: directions that are missing from them are not seen.
+
+    >>> cosines = torch.tensor([[0.8, 0.6]])  # one latent for the first feature, with .6 of the second
+    >>> hedging(cosines, cosines, tracked_features(cosines)).norm
+    tensor([0.6000])
 
     Logged as:
         hedging/decoder: hedging dec (lower): norm of the part of a decoder row along features that no latent tracks
@@ -121,49 +133,14 @@ def hedging(coordinates: Tensor, cosines: Tensor, tracked: Matching, live: Tenso
     return HedgingScores(components, components.norm(dim=1), largest)
 
 
-class RegressionSums(NamedTuple):
-    """Sums behind the regression of true activations on codes; those of batches and ranks add up.
-
-    The first dimension of 2 is that of the even and the odd examples of a batch; weighted batches are populations, which
-    count in full for both.
-
-    Attributes:
-        examples: How many without weights, scalar.
-        weight: Their weight, ``[2]``.
-        codes: Sums of codes, ``[2, d_sae]``.
-        features: Sums of true activations, ``[2, n]``.
-        code_products: Σ c cᵀ over both, ``[d_sae, d_sae]``.
-        products: Σ c zᵀ, ``[2, d_sae, n]`` float32: ``8 · d_sae · n`` bytes.
-    """
-
-    examples: Tensor
-    weight: Tensor
-    codes: Tensor
-    features: Tensor
-    code_products: Tensor
-    products: Tensor
-
-    def first(self, count: int) -> RegressionSums:
-        """The sums of the first ``count`` latents alone."""
-        return self._replace(
-            codes=self.codes[:, :count],
-            code_products=self.code_products[:count, :count],
-            products=self.products[:, :count],
-        )
-
-
 def regression_update(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> RegressionSums:
-    """Sums of one batch.
+    """Sums of one batch of latents, codes or dense ``[batch, d_sae]``, and true activations ``[batch, n]``.
 
-    Args:
-        codes: Latents, codes or dense ``[batch, d_sae]``.
-        features: True activations, ``[batch, n]``.
-        weight: Weight of each example, ``[batch]``; None weighs all alike.
+    ``weight``: of each example, ``[batch]``; None weighs all alike.
     """
     codes, features = as_codes(codes).detach(), features.detach()
     rows = torch.arange(len(features), device=features.device) % 2
-    halves = (rows == 0, rows == 1)
-    amounts = [half.double() if weight is None else float64(weight) for half in halves]
+    amounts = [(rows == half).double() if weight is None else float64(weight) for half in (0, 1)]
     dense = float64(codes.to_dense())
     weighted = dense if weight is None else dense * 2 * float64(weight).to(dense.device)[:, None]
     return RegressionSums(
@@ -184,17 +161,10 @@ def regressed_hedging(
     tracked: Matching,
     live: Tensor | None = None,
 ) -> HedgingScores:
-    """Hedging of each latent along features that no latent tracks, by regression; see the module.
+    """The same by regression, for more features than dimensions; see the module. NaN for latents that are not live.
 
-    Takes about ``4 · d_sae² · n`` multiplications, and 4 bytes a pair of latent and feature beside the sums.
-
-    Args:
-        sums: Of codes and true activations.
-        W_dec: Decoder of any norms, ``[d_sae, d_in]``.
-        feature_directions: True directions, ``[n, d_in]``.
-        cosines: Decoder cosines, ``[d_sae, n]``; they settle each latent's own feature and its sign.
-        tracked: From :func:`tracked_features`.
-        live: Latents that fire often enough, ``[d_sae]`` bool; None for all. The others are NaN.
+    ``live [d_sae]`` are latents that fire often enough. Takes about ``4 · d_sae² · n`` multiplications, and 4 bytes a pair of
+    latent and feature beside the sums.
     """
     side, counted = _counted(cosines, tracked, live)
     d_sae, n = cosines.shape
@@ -221,14 +191,13 @@ def regressed_hedging(
     even, odd = found
     square = (even * odd).sum(1, dtype=torch.float64)
     # the component that looks largest in one half, as the other half sees it: no choice among noise
-    largest = (
-        odd.gather(1, even.abs().argmax(1, keepdim=True)) + even.gather(1, odd.abs().argmax(1, keepdim=True))
-    ) / 2
-    nothing = torch.full((d_sae,), torch.nan, dtype=torch.float64, device=cosines.device)
+    seen = [there.gather(1, here.abs().argmax(1, keepdim=True)) for here, there in ((even, odd), (odd, even))]
+    largest = ((seen[0] + seen[1]) / 2).squeeze(1).double()
     components = torch.full((d_sae, n), torch.nan, device=cosines.device)
     components[chosen] = (even + odd) / 2
+    nothing = torch.full((d_sae,), torch.nan, dtype=torch.float64, device=cosines.device)
     norm = nothing.index_copy(0, chosen, square.sign() * square.abs().sqrt())
-    return HedgingScores(components, norm, nothing.index_copy(0, chosen, largest.squeeze(1).double()))
+    return HedgingScores(components, norm, nothing.index_copy(0, chosen, largest))
 
 
 def _counted(cosines: Tensor, tracked: Matching, live: Tensor | None) -> tuple[Tensor, Tensor]:
