@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hedgelab.data.llm.hook_names import HookPoint, read_hook_name
-from hedgelab.data.llm.model_names import find_model
+from hedgelab.data.llm.hub import find_model
 from hedgelab.data.source import ActivationSource
 
 

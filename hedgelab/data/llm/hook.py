@@ -35,15 +35,19 @@ class Hook:
     def register(self, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call ``change`` with each activation tensor as the model has it; what it returns takes the tensor's place."""
 
+        def replaced(values: Any) -> Any:
+            changed = change(values[0])
+            return values if changed is None else (changed, *values[1:])
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
-                return _replaced(args, change), kwargs
+                return replaced(args), kwargs
             name = next(iter(kwargs))
             changed = change(kwargs[name])
             return args, kwargs if changed is None else kwargs | {name: changed}
 
         def after(module: nn.Module, args: object, output: Any) -> Any:
-            return change(output) if isinstance(output, Tensor) else _replaced(output, change)
+            return change(output) if isinstance(output, Tensor) else replaced(output)
 
         if self.is_input:
             return self.module.register_forward_pre_hook(before, with_kwargs=True)
@@ -56,9 +60,7 @@ class Hook:
     def run(self, tokens: Tensor, cache: Any = None) -> Tensor:
         """Activations ``[n, length, width]`` of token ids ``[n, length]``, after :meth:`stop`.
 
-        Args:
-            tokens: The token ids.
-            cache: Keys and values of a prefix (transformers' ``Cache``), which grows; None for none.
+        ``cache`` holds keys and values of a prefix (transformers' ``Cache``), and grows.
 
         Raises:
             UserError: The model does not run the hooked module, or what it gives has no activation for each token.
@@ -92,12 +94,9 @@ class Hook:
     @cached_property
     def heads_first(self) -> bool:
         """Whether the hook gives ``[n, heads, length, width]``, as attention does inside."""
-        probe = next(self.model.parameters())
-        handle = self.stop()
-        try:
-            two, three = (self._reach(torch.zeros(1, n, dtype=torch.long, device=probe.device)).shape for n in (2, 3))
-        finally:
-            handle.remove()
+        device = next(self.model.parameters()).device
+        with self.stop():
+            two, three = (self._reach(torch.zeros(1, n, dtype=torch.long, device=device)).shape for n in (2, 3))
         return len(two) == 4 and two[1] == three[1]
 
     def _reach(self, tokens: Tensor, cache: Any = None) -> Tensor:
@@ -133,11 +132,7 @@ class CutModel(nn.Module):
         self.hook.stop()
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Run the blocks through ``torch.compile``; what leads to a hook inside the last one stays as it is.
-
-        Args:
-            backend: Of ``torch.compile``.
-        """
+        """Run the blocks through ``torch.compile``; what leads to a hook inside the last one stays as it is."""
         hooked = [] if self.hook.is_input else [self.hook.module]
         for block in [*self._before, *hooked]:
             # The hook that ends the forward pass stays outside: it is an exception.
@@ -162,11 +157,7 @@ class CutModel(nn.Module):
 
 
 def check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """Make sure that a model has an embedding for every token.
-
-    Raises:
-        UserError: It has not.
-    """
+    """Raise a UserError unless a model has an embedding for every token."""
     if tokens.numel() and (largest := int(tokens.max())) >= vocabulary:
         raise UserError(
             f"data.model: its tokenizer gives token {largest}, its embedding has {vocabulary} rows; tokenizer and weights are "
@@ -184,12 +175,6 @@ class _ReachedError(Exception):
 
 def _stop(output: Tensor) -> NoReturn:
     raise _ReachedError(output)
-
-
-def _replaced(values: Any, change: Callable[[Tensor], Tensor | None]) -> Any:
-    """Values of a module with the first of them changed."""
-    changed = change(values[0])
-    return values if changed is None else (changed, *values[1:])
 
 
 def _lists_around(model: nn.Module, hook: str) -> Iterator[tuple[nn.ModuleList, int]]:

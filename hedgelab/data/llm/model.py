@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,30 +13,24 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hedgelab.data.llm.conversion import convert, converted_folder, find_gguf
-from hedgelab.data.llm.hub import load, transformers
+from hedgelab.data.llm.hub import default_dtype_kept, first_line, load, transformers
 from hedgelab.digest import file_digest
 from hedgelab.errors import UserError
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
-_TOKENIZER_FILES = ("*token*", "vocab*")
-_TOKENIZER_PARTS = ("merges*", "*.model")  # of tokenizers that have no tokenizer.json
-_WEIGHT_FILES = ("*.safetensors", "*.bin")
-
 
 class ModelFiles:
     """The files of one language model, and what transformers makes of them.
 
     A GGUF file is converted to safetensors in the cache on first use. Nothing but a hub id ever asks the hub, and code that
-    a model brings along is never run.
+    a model brings along is never run. ``location`` is what transformers loads: a folder (that of a GGUF file as converted,
+    once it is), or an id on the hub.
 
     Args:
         name: ``smollm2``, a ``.gguf`` file, a local folder, or an id on the Hugging Face hub.
         cache_dir: Folder for converted models, and for the digests of weights.
-
-    Attributes:
-        location: What transformers loads: a folder (that of a GGUF file as converted, once it is), or an id on the hub.
 
     Raises:
         UserError: The model is not there, or a package that it needs is not installed.
@@ -57,7 +52,7 @@ class ModelFiles:
     def config(self) -> Any:
         """The configuration (transformers' ``PretrainedConfig``), without touching any weights."""
         if self._gguf and not Path(self.location).is_dir():
-            return load("AutoConfig", str(self._gguf.parent), local=True, gguf_file=self._gguf.name)
+            return load("AutoConfig", str(self._gguf.parent), True, gguf_file=self._gguf.name)
         return load("AutoConfig", self.location, self._is_local)
 
     @cached_property
@@ -73,26 +68,15 @@ class ModelFiles:
     def tokenizer_fingerprint(self) -> str:
         """A string that changes whenever the tokenizer does; cheaper to have than the tokenizer itself."""
         self.prepare()
-        if not self._is_local:
-            return self._hub_version()
-        folder, digest = Path(self.location), hashlib.sha256()
-        for pattern in (
-            _TOKENIZER_FILES if (folder / "tokenizer.json").is_file() else _TOKENIZER_FILES + _TOKENIZER_PARTS
-        ):
-            for file in sorted(folder.glob(pattern)):
-                digest.update(file.name.encode() + file.read_bytes())
-        return f"tokenizer {digest.hexdigest()}"
+        parts = () if (Path(self.location) / "tokenizer.json").is_file() else ("merges*", "*.model")
+        return self._fingerprint("tokenizer", ("*token*", "vocab*", *parts), lambda file: file.read_bytes())
 
     def fingerprint(self) -> str:
         """A string that changes whenever a byte of the configuration or the weights does."""
-        self.prepare()
-        if not self._is_local:
-            return self._hub_version()
-        folder, digest = Path(self.location), hashlib.sha256()
-        for pattern in ("config.json", "adapter_config.json", *_WEIGHT_FILES):
-            for file in sorted(folder.glob(pattern)):
-                digest.update(f"{file.name} {file_digest(file, self._digests)}\n".encode())
-        return f"weights sha256 {digest.hexdigest()}"
+        patterns = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
+        return self._fingerprint(
+            "weights sha256", patterns, lambda file: f" {file_digest(file, self._digests)}\n".encode()
+        )
 
     def causal_lm(self, dtype: ModelDtype = "float32", attention: Attention | None = None) -> nn.Module:
         """The whole causal language model: on the CPU, frozen, in evaluation mode.
@@ -108,6 +92,7 @@ class ModelFiles:
         model: nn.Module = load("AutoModelForCausalLM", self.location, self._is_local, **options)
         return model.eval().requires_grad_(False)
 
+    @default_dtype_kept()
     def skeleton(self, attention: Attention | None = None) -> nn.Module:
         """The causal language model with weights that have shapes and no numbers (``FakeTensor``)."""
         automatic, config = transformers().AutoModelForCausalLM, self.config()
@@ -118,10 +103,10 @@ class ModelFiles:
                     config, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
                 )
         except Exception as error:
-            key = "data.model" if attention is None else "data.attention"
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            hint = "" if attention is None else f"{attention!r} is not to be had for {self.name!r}; leave the key out: "
-            raise UserError(f"{key}: {hint}{first}") from error
+            if attention is None:
+                raise UserError(f"data.model: {first_line(error)}") from error
+            hint = f"{attention!r} is not to be had for {self.name!r}; leave the key out"
+            raise UserError(f"data.attention: {hint}: {first_line(error)}") from error
         return model.eval()
 
     def attention(self) -> str:
@@ -130,11 +115,7 @@ class ModelFiles:
         return str(skeleton.config._attn_implementation)
 
     def check_length(self, length: int) -> None:
-        """Make sure that the model has a position for each token of a context.
-
-        Raises:
-            UserError: It has a table of positions that is shorter.
-        """
+        """Raise a UserError where the model has a table of positions that is shorter than a context."""
         most = getattr(self.config().get_text_config(), "max_position_embeddings", None)
         if most is None or length <= most:
             return
@@ -144,7 +125,13 @@ class ModelFiles:
                 f"{most}"
             )
 
-    def _hub_version(self) -> str:
+    def _fingerprint(self, kind: str, patterns: Sequence[str], content: Callable[[Path], bytes]) -> str:
+        """A digest of the names and contents of files; of a model on the hub its commit."""
+        self.prepare()
+        if self._is_local:
+            files = [file for pattern in patterns for file in sorted(Path(self.location).glob(pattern))]
+            digest = hashlib.sha256(b"".join(file.name.encode() + content(file) for file in files))
+            return f"{kind} {digest.hexdigest()}"
         commit = getattr(self.config(), "_commit_hash", None)
         if commit is None:
             raise UserError(

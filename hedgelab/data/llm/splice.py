@@ -39,34 +39,28 @@ class SplicedModel:
             return self._hook.as_it_was(replace(self._hook.by_token(output, *tokens.shape)), output)
 
         _ = replace is None or self._hook.heads_first  # found out by a forward pass, which cannot run inside another
-        handle = self._hook.register(change)
-        try:
+        with self._hook.register(change):
             logits: Tensor = self.model(input_ids=self._ids(tokens), use_cache=False).logits
-        finally:
-            handle.remove()
         return logits
 
     @torch.inference_mode()
-    def activations(self, tokens: Tensor) -> Tensor:
+    def activations(self, tokens: Tensor, cache: Any = None) -> Tensor:
         """Hooked activations ``[n, length, width]`` of token ids ``[n, length]``; nothing behind the hook runs."""
-        return self._run_to_hook(tokens)
+        with self._hook.stop():
+            return self._hook.run(self._ids(tokens), cache)
 
     @torch.inference_mode()
     def last_activations(self, prefix: Tensor, last: Tensor) -> Tensor:
-        """Hooked activations at one last token behind a common prefix, ``[n, width]``.
+        """Hooked activations at one last token ``[n]`` behind a common prefix ``[length]``, ``[n, width]``.
 
         The prefix runs once; its keys and values are shared by all last tokens.
-
-        Args:
-            prefix: Token ids, ``[length]``.
-            last: Token ids, ``[n]``.
         """
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        self._run_to_hook(prefix[None], cache)
+        self.activations(prefix[None], cache)
         cache.batch_repeat_interleave(len(last))
-        return self._run_to_hook(last[:, None], cache)[:, -1]
+        return self.activations(last[:, None], cache)[:, -1]
 
     @property
     def device(self) -> torch.device:
@@ -76,10 +70,3 @@ class SplicedModel:
     def _ids(self, tokens: Tensor) -> Tensor:
         check_tokens(tokens, self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         return tokens.long().to(self.device)
-
-    def _run_to_hook(self, tokens: Tensor, cache: Any = None) -> Tensor:
-        handle = self._hook.stop()
-        try:
-            return self._hook.run(self._ids(tokens), cache)
-        finally:
-            handle.remove()

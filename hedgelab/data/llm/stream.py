@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from itertools import groupby
 from typing import NamedTuple
@@ -11,21 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.data.llm.row_sources import RowSource
+from hedgelab.data.llm.harvest import Rows
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
 
 _KEPT_BLOCKS = 2  # the one in use, and the one being prefetched
 _ROOM_FOR_OUTLIERS = 0.05  # how many outliers a block has is not known before the model has run
+_PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
 
 
 class Block(NamedTuple):
-    """The activations of some contexts.
-
-    Attributes:
-        rows: Shuffled rows, outliers dropped, cut to whole batches, ``[batches_per_block * batch_size, d_in]``.
-        norms: Norms of all usable rows before anything was dropped, ``[usable]``, float32.
-    """
+    """The activations of some contexts: shuffled rows, and the norms ``[usable]`` of all before outliers were dropped."""
 
     rows: Tensor
     norms: Tensor
@@ -42,8 +38,9 @@ class BlockStream:
     The last two blocks are kept.
 
     Args:
-        source: Turns contexts into rows.
-        numbers: The contexts, by their numbers in the source, ``[n]``.
+        rows: Turns contexts into rows.
+        submit: Does a block's work in the background; called with it and the block's number.
+        numbers: The contexts, as ``rows`` takes them, ``[n]``.
         usable: Positions that count, ``[n, length]``.
         contexts_per_block: Contexts a block; lowered to ``n``.
         batch_size: Rows a batch.
@@ -57,7 +54,8 @@ class BlockStream:
 
     def __init__(
         self,
-        source: RowSource,
+        rows: Rows,
+        submit: Callable[[Callable[[int], Block], int], Future[Block]],
         numbers: Tensor,
         usable: Tensor,
         *,
@@ -67,7 +65,7 @@ class BlockStream:
         seed: int,
         name: str,
     ) -> None:
-        self._source, self._numbers, self._usable = source, numbers, usable
+        self._rows, self._submit, self._numbers, self._usable = rows, submit, numbers, usable
         self._batch_size, self._max_norm_ratio = batch_size, max_norm_ratio
         self._seed, self._name = seed, name
         self.contexts_per_block = min(contexts_per_block, len(numbers))
@@ -109,16 +107,22 @@ class BlockStream:
     def context_numbers(self, number: int) -> Tensor:
         """Which contexts block ``number`` is made of, ``[contexts_per_block]``."""
         n, start = len(self._numbers), number * self.contexts_per_block
-        first, last = start // n, (start + self.contexts_per_block - 1) // n
-        order = torch.cat([self._order(epoch) for epoch in range(first, last + 1)])
-        return order[start - first * n :][: self.contexts_per_block]
+        epochs = range(start // n, (start + self.contexts_per_block - 1) // n + 1)
+        sources = (generator(self._seed, self._name, "epoch", epoch) for epoch in epochs)
+        order = torch.cat([torch.randperm(n, generator=source) for source in sources])
+        return order[start % n :][: self.contexts_per_block]
 
-    def _order(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self._numbers), generator=generator(self._seed, self._name, "epoch", epoch))
+    def norm_percentiles(self) -> dict[str, float]:
+        """Percentiles of the norm over block 0, outliers included, and their share ``dropped``."""
+        norms = self.block(0).norms
+        values = torch.quantile(norms.double(), torch.tensor(_PERCENTILES, dtype=torch.float64) / 100).tolist()
+        limit = float("inf") if self._max_norm_ratio is None else self._max_norm_ratio * norms.median()
+        dropped = (norms > limit).float().mean().item()
+        return {f"p{p:g}": value for p, value in zip(_PERCENTILES, values, strict=True)} | {"dropped": dropped}
 
     def _request(self, number: int) -> Future[Block]:
         if number not in self._blocks:
-            self._blocks[number] = self._source.submit(self._compute, number)
+            self._blocks[number] = self._submit(self._compute, number)
             while len(self._blocks) > _KEPT_BLOCKS:
                 self._blocks.popitem(last=False)[1].cancel()
         self._blocks.move_to_end(number)
@@ -126,7 +130,7 @@ class BlockStream:
 
     def _compute(self, number: int) -> Block:
         chosen = self.context_numbers(number)
-        rows = self._source.rows(self._numbers[chosen], self._usable[chosen])
+        rows = self._rows(self._numbers[chosen], self._usable[chosen])
         norms = rows.float().norm(dim=-1)
         if self._max_norm_ratio is not None:
             rows = rows[norms <= self._max_norm_ratio * norms.median()]

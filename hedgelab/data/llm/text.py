@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import codecs
 import gzip
 import io
 import json
@@ -22,9 +21,7 @@ from hedgelab.errors import UserError
 # Tests, bundled third-party code and what an operating system's package leaves out would make the text differ
 # between installations of the same Python.
 _EXCLUDED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
-_TEXT_KINDS = (".txt", ".jsonl", ".parquet")
-_FIELD_HINT = "; set data.text.field to the key that holds the text"
-_EXPECTED = "a .txt, .jsonl or .parquet file (or .gz of them)"
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class TextSource(ABC):
@@ -67,8 +64,7 @@ def _docstrings(path: Path) -> str:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return ""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
     return "\n\n".join(text for text in found if text)
 
 
@@ -84,11 +80,12 @@ class TextFiles(TextSource):
     """
 
     def __init__(self, paths: list[str], field: str = "text") -> None:
+        expected = "a .txt, .jsonl or .parquet file (or .gz of them)"
         if not paths:
-            raise UserError(f"data.text.paths: names no file; list at least one {_EXPECTED[2:]}")
+            raise UserError(f"data.text.paths: names no file; list at least one {expected[2:]}")
         for i, name in enumerate(paths):
-            if _kind(Path(name)) not in _TEXT_KINDS:
-                raise UserError(f"data.text.paths[{i}]: expected {_EXPECTED}, got {name!r}")
+            if _kind(Path(name)) not in (".txt", ".jsonl", ".parquet"):
+                raise UserError(f"data.text.paths[{i}]: expected {expected}, got {name!r}")
             if not Path(name).is_file():
                 raise UserError(f"data.text.paths[{i}]: there is no file {name!r}")
         self.paths = [Path(name) for name in paths]
@@ -96,28 +93,24 @@ class TextFiles(TextSource):
 
     def documents(self) -> Iterator[str]:
         """The files' documents, in order; rows without text are left out."""
+        hint = "; set data.text.field to the key that holds the text"
         for path in self.paths:
-            yield from self._documents_of(path)
-
-    def _documents_of(self, path: Path) -> Iterator[str]:
-        key = "data.text.paths"
-        if _kind(path) == ".txt":
-            with readable(path, key), _open_text(path) as file:
-                yield as_text(file.read(), key, str(path)) or ""
-            return
-        rows = (
-            self._parquet_rows(path) if _kind(path) == ".parquet" else json_lines(path, key, (self.field,), _FIELD_HINT)
-        )
-        for number, row in enumerate(rows, start=1):
-            text = as_text(row[self.field], "data.text.field", f"column {self.field!r} of {path}, row {number},")
-            if text is not None:
-                yield text
+            if _kind(path) == ".txt":
+                with _readable(path, "data.text.paths") as file:
+                    yield _decoded(file).read()
+                continue
+            is_parquet = _kind(path) == ".parquet"
+            rows = self._parquet_rows(path) if is_parquet else json_lines(path, "data.text.paths", (self.field,), hint)
+            for number, row in enumerate(rows, start=1):
+                text = as_text(row[self.field], "data.text.field", f"column {self.field!r} of {path}, row {number},")
+                if text is not None:
+                    yield text
 
     def _parquet_rows(self, path: Path) -> Iterator[dict[str, Any]]:
         import pyarrow
         from pyarrow.parquet import ParquetFile
 
-        with readable(path, "data.text.paths", pyarrow.ArrowException), _open_bytes(path) as raw:
+        with _readable(path, "data.text.paths", pyarrow.ArrowException) as raw:
             file = ParquetFile(io.BytesIO(raw.read()) if path.suffix == ".gz" else raw)
             if self.field not in file.schema_arrow.names:
                 raise UserError(
@@ -129,25 +122,15 @@ class TextFiles(TextSource):
 
     def fingerprint(self) -> str:
         """The field and a digest of every file's contents."""
-        digests = []
-        for path in self.paths:
-            digests.append(file_digest(path))
-            if _kind(path) == ".txt" and _has_byte_order_mark(path):
-                digests.append("without its byte order mark")  # earlier releases tokenised the mark
-        return f"files, field {self.field!r}: {' '.join(digests)}"
+        return f"files, field {self.field!r}: {' '.join(map(file_digest, self.paths))}"
 
 
 def as_text(value: Any, key: str, place: str) -> str | None:
     r"""A value that should be text: a string, or bytes in UTF-8; None stays None.
 
-    Args:
-        value: What a column or key holds.
-        key: Config key that chose it, for the error line.
-        place: Where it stands, for the error line.
-
     Raises:
         UserError: It is something else (a number, token ids, a chat's messages), bytes in another encoding, or holds half of a
-            surrogate pair, which is no character.
+            surrogate pair, which is no character. The line names the config ``key`` that chose it and its ``place``.
 
     >>> as_text(b"caf\xc3\xa9", "data.text.field", "column 'text'")
     'café'
@@ -165,31 +148,21 @@ def as_text(value: Any, key: str, place: str) -> str | None:
         raise UserError(f"{key}: {place} holds {half}, half of a surrogate pair and no character; repair it") from None
     if value is None:
         return None
-    raise UserError(f"{key}: {place} holds {_type_name(value)}, not text; name what holds the text")
-
-
-def _type_name(value: Any) -> str:
-    """The type, of a list that of its first item too: ``list of int``."""
     inner = f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
-    return type(value).__name__ + inner
+    raise UserError(f"{key}: {place} holds {type(value).__name__}{inner}, not text; name what holds the text")
 
 
 def json_lines(path: Path, key: str, needed: Sequence[str], hint: str = "") -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file (or .gz); empty lines are left out.
 
-    Args:
-        path: The file.
-        key: Config key that names it, for error lines.
-        needed: Keys that every line must have.
-        hint: What to do where a line lacks them.
-
     Raises:
-        UserError: The file is missing, damaged or not UTF-8, or a line is no object with the needed keys.
+        UserError: The file, which the config's ``key`` names, is missing, damaged or not UTF-8, or a line is no object with
+            the ``needed`` keys; ``hint`` then says what to do.
     """
     if not path.is_file():
         raise UserError(f"{key}: there is no file '{path}'")
-    with readable(path, key), _open_text(path) as file:
-        for number, text in enumerate(file, start=1):
+    with _readable(path, key) as file:
+        for number, text in enumerate(_decoded(file), start=1):
             if not (text := text.strip("\ufeff \t\r\n")):  # files put together have byte order marks between
                 continue
             try:
@@ -203,36 +176,26 @@ def json_lines(path: Path, key: str, needed: Sequence[str], hint: str = "") -> I
 
 
 @contextmanager
-def readable(path: Path, key: str, error_type: type[Exception] = OSError) -> Iterator[None]:
-    """Say in one line why a file cannot be read: damaged, cut off, not UTF-8, or an ``error_type``."""
+def _readable(path: Path, key: str, error_type: type[Exception] = OSError) -> Iterator[IO[bytes]]:
+    """The file's bytes, unpacked where it is compressed; says in one line why they cannot be read, or decoded."""
     try:
-        yield
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file  # type: ignore[misc]
     except UnicodeDecodeError as error:
         raise UserError(
             f"{key}: cannot read {path}: it is not UTF-8 ({error.reason} at byte {error.start} of a part); convert it, for "
             "example with iconv"
         ) from error
     except (OSError, EOFError, zlib.error, error_type) as error:
-        raise UserError(
-            f"{key}: cannot read {path}: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{key}: cannot read {path}: {reason}") from error
+
+
+def _decoded(file: IO[bytes]) -> io.TextIOWrapper:
+    """The bytes as text without a byte order mark."""
+    return io.TextIOWrapper(file, encoding="utf-8-sig")
 
 
 def _kind(path: Path) -> str:
     """The file's suffix, below that of its compression."""
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-
-
-def _has_byte_order_mark(path: Path) -> bool:
-    with readable(path, "data.text.paths"), _open_bytes(path) as file:
-        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked where it is compressed."""
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _open_text(path: Path) -> io.TextIOWrapper:
-    """The file as text without its byte order mark."""
-    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig")

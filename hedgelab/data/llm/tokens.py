@@ -24,12 +24,7 @@ _DOCUMENTS_AT_ONCE = 64
 
 
 class Contexts(NamedTuple):
-    """Text as a language model reads it.
-
-    Attributes:
-        tokens: Token ids, ``[n, length]``, int32.
-        special: Where the token is a special one (separators, padding, chat marks), ``[n, length]``.
-    """
+    """Text as a language model reads it, ``[n, length]``: token ids, int32, and which are special (separators, chat marks)."""
 
     tokens: Tensor
     special: Tensor
@@ -44,18 +39,7 @@ class Contexts(NamedTuple):
 def load_contexts(
     text: TextSource, files: ModelFiles, length: int, cache_dir: str | Path = "runs/cache", most: int | None = None
 ) -> Contexts:
-    """The packed contexts of a text; tokenised on first use and read from the cache afterwards.
-
-    Args:
-        text: The documents.
-        files: The model whose tokenizer to use.
-        length: Tokens a context.
-        cache_dir: Folder for tokenised text.
-        most: Contexts to make at most, the first ones; None for all.
-
-    Raises:
-        UserError: The text does not fill a single context.
-    """
+    """The first ``most`` packed contexts of a text (None: all); tokenised on first use, read from ``cache_dir`` afterwards."""
     limit = () if most is None else (most,)
     key = repr((_FORMAT, text.fingerprint(), files.tokenizer_fingerprint(), length, *limit))
     path = Path(cache_dir) / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
@@ -74,44 +58,32 @@ def pack(documents: Iterator[str], tokenizer: Any, length: int, most: int | None
     """Tokenise documents, join them with a separator and cut the result to contexts; an incomplete last one is dropped.
 
     Where the tokenizer itself starts every text with its BOS token, as models trained that way need, each context
-    starts with it and it separates the documents; elsewhere the EOS token separates them.
-
-    Args:
-        documents: The documents.
-        tokenizer: A transformers tokenizer.
-        length: Tokens a context.
-        most: Contexts to make at most; documents behind them are not read. None for all.
+    starts with it and it separates the documents; elsewhere the EOS token separates them. Documents behind the first ``most``
+    contexts are not read.
 
     Raises:
         UserError: The documents do not fill a single context.
     """
-    opening, separator = _boundaries(tokenizer)
+    opening, eos = opening_tokens(tokenizer), tokenizer.eos_token_id
+    separator = opening or ([] if eos is None else [eos])
     body = length - len(opening)
-    enough = None if most is None else most * body
-    ids = torch.cat([torch.empty(0, dtype=torch.int32), *_tokenise(documents, tokenizer, separator, enough)])
-    n = len(ids) // body if most is None else min(len(ids) // body, most)
+    documents, parts, made = iter(documents), [torch.empty(0, dtype=torch.int32)], 0
+    with tqdm(desc="Tokenising text (once)", unit=" tokens", unit_scale=True) as progress:
+        while (most is None or made < most * body) and (some := list(islice(documents, _DOCUMENTS_AT_ONCE))):
+            encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            ids = list(chain.from_iterable(document + separator for document in encoded))
+            parts.append(torch.tensor(ids, dtype=torch.int32))
+            made += len(ids)
+            progress.update(len(ids))
+    n = made // body if most is None else min(made // body, most)
     if n == 0:
-        raise UserError(f"data.text: holds {len(ids)} tokens, too few for one context of data.context_length {length}")
-    tokens = ids[: n * body].view(n, body)
+        raise UserError(f"data.text: holds {made} tokens, too few for one context of data.context_length {length}")
+    tokens = torch.cat(parts)[: n * body].view(n, body)
     if opening:
         tokens = torch.cat([torch.full((n, 1), opening[0], dtype=torch.int32), tokens], dim=1)
-    special = torch.isin(tokens, torch.tensor(_special_ids(tokenizer), dtype=torch.int32))
-    return Contexts(tokens.contiguous(), special)
-
-
-def _tokenise(documents: Iterator[str], tokenizer: Any, separator: list[int], enough: int | None) -> Iterator[Tensor]:
-    """Token ids of some documents at a time, the separator after each, until there are enough."""
-    documents = iter(documents)
-    made = 0
-    with tqdm(desc="Tokenising text (once)", unit=" tokens", unit_scale=True) as progress:
-        while (enough is None or made < enough) and (some := list(islice(documents, _DOCUMENTS_AT_ONCE))):
-            encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            ids = torch.tensor(
-                list(chain.from_iterable(document + separator for document in encoded)), dtype=torch.int32
-            )
-            progress.update(len(ids))
-            made += len(ids)
-            yield ids
+    added = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    special = torch.tensor(sorted({*tokenizer.all_special_ids, *added}), dtype=torch.int32)
+    return Contexts(tokens.contiguous(), torch.isin(tokens, special))
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:
@@ -125,15 +97,3 @@ def opening_tokens(tokenizer: Any) -> list[int]:
         return []
     bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     return [bos] if full[: len(bare) + 1] == [bos, *bare] else []
-
-
-def _boundaries(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that open each context, and those that end each document."""
-    opening, eos = opening_tokens(tokenizer), tokenizer.eos_token_id
-    return opening, opening or ([] if eos is None else [eos])
-
-
-def _special_ids(tokenizer: Any) -> list[int]:
-    """Ids of all special tokens, chat marks and the like included."""
-    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return sorted({*tokenizer.all_special_ids, *added})

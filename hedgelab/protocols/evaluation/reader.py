@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
-from hedgelab.data.llm.letters import LabelledWords
+from hedgelab.data.llm.labelled import LabelledWords
 from hedgelab.data.llm.splice import SplicedModel
 from hedgelab.data.source import ActivationSource
 

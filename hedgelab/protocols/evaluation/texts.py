@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.data.llm.classified import ClassifiedTexts
+from hedgelab.data.llm.labelled import ClassifiedTexts
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.logistic import linear_probes

@@ -9,8 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.data.llm.labelled import TaggedWords
-from hedgelab.data.llm.letters import FirstLetters
+from hedgelab.data.llm.labelled import FirstLetters, TaggedWords
 from hedgelab.metrics.functional.first_letter import first_letter_scores
 from hedgelab.metrics.functional.logistic import linear_probes
 from hedgelab.metrics.functional.probing import k_sparse_probing

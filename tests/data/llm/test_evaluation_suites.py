@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from hedgelab.data.llm.classified import ClassifiedTexts, Property
-from hedgelab.data.llm.labelled import TaggedWords
+from hedgelab.data.llm.labelled import ClassifiedTexts, Property, TaggedWords
 from hedgelab.data.source import ActivationSource
 from hedgelab.metrics.functional.logistic import linear_probes
 from hedgelab.metrics.functional.reconstruction import explained_variance
@@ -191,7 +190,7 @@ def test_texts_are_probed_and_latents_silenced(readings, reader, saes, labelled)
 def test_first_letters_end_to_end(readings, saes):
     class Letters:
         def load(self, tokenizer):
-            from hedgelab.data.llm.letters import LabelledWords
+            from hedgelab.data.llm.labelled import LabelledWords
 
             words = torch.arange(4, 24).repeat(12)  # few enough for any labels to be linear
             labels = torch.stack([words % 2 == 0, words % 2 == 1], dim=1)

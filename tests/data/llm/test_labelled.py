@@ -5,9 +5,7 @@ import json
 import pytest
 import torch
 
-from hedgelab.data.llm.classified import ClassifiedTexts, Property
-from hedgelab.data.llm.labelled import TaggedWords
-from hedgelab.data.llm.letters import FirstLetters
+from hedgelab.data.llm.labelled import ClassifiedTexts, FirstLetters, Property, TaggedWords
 from hedgelab.data.llm.tokens import pack
 from hedgelab.errors import UserError
 

@@ -17,9 +17,9 @@ def test_rows_are_the_models_hidden_states(make_data, tiny_model):
     data = make_data()
     whole = ModelFiles(tiny_model).causal_lm()
     chosen = data.stream("train").context_numbers(0)
-    tokens, usable = data.contexts.tokens[data._split()["train"]][chosen], data.contexts.usable(1)
+    tokens, usable = data.contexts.tokens[data._split["train"]][chosen], data.contexts.usable(1)
     states = whole(input_ids=tokens.long(), output_hidden_states=True).hidden_states[2]
-    mine = data._split()["train"][chosen]
+    mine = data._split["train"][chosen]
     candidates = states[usable[mine]]
     nearest = torch.cdist(data.batch("train", 0).x.double(), candidates.double()).min(dim=1).values
     assert nearest.max() < 1e-5
@@ -43,7 +43,7 @@ def test_batches_are_pure_and_stages_disjoint(make_data):
     torch.testing.assert_close(again.batch("train", 57).x, last, rtol=0, atol=0)
     assert last.shape == (32, 32)
     assert last.dtype == torch.float32
-    split = data._split()
+    split = data._split
     assert torch.cat(list(split.values())).sort().values.tolist() == list(range(len(data.contexts.tokens)))
 
 
@@ -67,7 +67,7 @@ def test_training_in_two_parts_sees_what_training_at_once_sees(make_data, fit, t
     _, second = fit(resumed, 30, ckpt_path=str(tmp_path / "half.ckpt"))
     assert len(whole.seen) == 30
     torch.testing.assert_close(torch.stack(first.seen + second.seen), torch.stack(whole.seen), rtol=0, atol=0)
-    assert resumed.harvester._pools is None  # nothing is left running
+    assert resumed.harvester._thread is resumed.harvester._passes is None  # nothing is left running
 
 
 def test_normalisation(make_data):
@@ -87,12 +87,12 @@ def test_normalisation(make_data):
 def test_norm_percentiles_report_outliers(make_data):
     plain = make_data()
     norms = plain.stream("train").block(0).norms
-    reported = plain.norm_percentiles()
+    reported = {key.removeprefix("data/norm/"): value for key, value in plain.describe().items()}
     assert reported["p50"] == pytest.approx(norms.quantile(0.5).item())
     assert (reported["p0"], reported["p100"], reported["dropped"]) == (norms.min().item(), norms.max().item(), 0)
     ratio = (norms.quantile(0.99) / norms.median()).item()
-    assert make_data(max_norm_ratio=ratio).norm_percentiles()["dropped"] == pytest.approx(0.01, abs=0.005)
-    assert plain.tokens_per_second > 0
+    assert make_data(max_norm_ratio=ratio).describe()["data/norm/dropped"] == pytest.approx(0.01, abs=0.005)
+    assert plain.throughput()["data/tokens_per_s"] > 0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import torch
 from hedgelab.data.llm.harvest import Harvester
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.model import ModelFiles
-from hedgelab.data.llm.row_sources import LiveRows
 from hedgelab.data.llm.stream import BlockStream
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
@@ -30,8 +29,13 @@ def make_stream(n=20, usable=None, **options):
     tokens = torch.arange(n * 10, dtype=torch.int32).view(n, 10) + 1000
     usable = torch.ones(n, 10, dtype=torch.bool) if usable is None else usable
     defaults = {"contexts_per_block": 6, "batch_size": 8, "max_norm_ratio": None, "seed": 0, "name": "train"}
-    source = LiveRows(Harvester(Counting(), contexts_at_once=4), tokens)
-    return BlockStream(source, torch.arange(n), usable, **(defaults | options))
+    harvester = Harvester(Counting(), contexts_at_once=4)
+    stream = BlockStream(
+        lambda numbers, usable: harvester.rows(tokens[numbers], usable), harvester.submit, torch.arange(n), usable,
+        **(defaults | options),
+    )  # fmt: skip
+    stream.harvester, stream.tokens = harvester, tokens
+    return stream
 
 
 def test_blocks_are_whole_batches_of_distinct_usable_rows():
@@ -84,15 +88,15 @@ def test_batches_do_not_depend_on_what_was_asked_before():
 
 def test_outliers_are_dropped_by_their_ratio_to_the_median():
     stream = make_stream(max_norm_ratio=3.0, batch_size=10)
-    stream._source.tokens[:, 7] = 100_000
-    stream._source.tokens[::6, 7] = 1_000
+    stream.tokens[:, 7] = 100_000
+    stream.tokens[::6, 7] = 1_000
     block = stream.block(0)
     chosen = stream.context_numbers(0)
     assert len(block.norms) == 60
-    assert (block.norms > 50_000).sum() == (stream._source.tokens[chosen, 7] == 100_000).sum() > 0
+    assert (block.norms > 50_000).sum() == (stream.tokens[chosen, 7] == 100_000).sum() > 0
     assert block.rows.max() < 50_000
     stream = make_stream(max_norm_ratio=3.0)
-    stream._source.tokens[:, 5:9] = 100_000
+    stream.tokens[:, 5:9] = 100_000
     with pytest.raises(
         UserError, match=r"data\.max_norm_ratio: 3\.0 leaves 36 of a block's 60 rows where 56 are needed"
     ):
@@ -110,8 +114,8 @@ def test_rows_can_be_trained_on_and_come_from_the_background():
     (stream.batch(0) @ weight).sum().backward()
     list(stream.read(range(2 * stream.batches_per_block)))
     assert weight.grad is not None
-    assert stream._source.harvester._model.threads
-    assert all(name.startswith("hedgelab-forward") for name in stream._source.harvester._model.threads)
+    assert stream.harvester._model.threads
+    assert all(name.startswith("hedgelab-forward") for name in stream.harvester._model.threads)
 
 
 def test_reading_ahead_stops_where_the_batches_stop_and_closing_ends_it():
@@ -122,9 +126,9 @@ def test_reading_ahead_stops_where_the_batches_stop_and_closing_ends_it():
     next(stream.read([0, 5 * per_block]))
     assert list(stream._blocks) == [0, 5]
     before = stream.batch(per_block)
-    stream._source.harvester.close()
+    stream.harvester.close()
     stream.forget()
-    assert stream._source.harvester._pools is None
+    assert stream.harvester._thread is stream.harvester._passes is None
     torch.testing.assert_close(stream.batch(per_block), before, rtol=0, atol=0)
 
 

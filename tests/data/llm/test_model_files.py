@@ -61,6 +61,16 @@ def test_weights_of_another_size_are_one_line(own):
     refused(ModelFiles(str(own)).causal_lm, "data.model: ", str(own))
 
 
+@pytest.mark.parametrize("what", ["truncated", "attention"])
+def test_a_model_that_fails_to_load_leaves_the_default_number_format(own, architecture, what):
+    if what == "truncated":
+        (own / "model.safetensors").write_bytes((own / "model.safetensors").read_bytes()[:1000])
+        refused(lambda: ModelFiles(str(own)).causal_lm("bfloat16"), "data.model: ")
+    else:
+        refused(lambda: ModelFiles(architecture("Gemma2")).causal_lm("bfloat16", "sdpa"), "data.attention: ")
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_truncated_weights_are_one_line(own):
     content = (own / "model.safetensors").read_bytes()
     (own / "model.safetensors").write_bytes(content[: len(content) // 2])

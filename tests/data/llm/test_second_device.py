@@ -34,8 +34,8 @@ class Inline:
 @pytest.fixture
 def second(monkeypatch):
     """Data on the second device, and the same data on the CPU."""
-    monkeypatch.setattr("hedgelab.data.llm.harvest.Harvester._running", lambda self: (Inline(), Inline()))
-    monkeypatch.setattr("hedgelab.data.llm.cached_rows.ThreadPoolExecutor", lambda *args: Inline())
+    monkeypatch.setattr("hedgelab.data.llm.harvest.ThreadPoolExecutor", lambda *args: Inline())
+    monkeypatch.setattr("hedgelab.data.llm.harvest._single_threaded_pool", lambda workers: Inline())
 
     def without_modes(plain):
         def run(*args):
@@ -65,7 +65,7 @@ def test_batches(make_data, tmp_path, second, options, cached):
         assert x.device == DEVICE
         torch.testing.assert_close(x.cpu(), plain.batch(stage, index).x)
     assert other.source().scale == pytest.approx(plain.source().scale)
-    assert other.norm_percentiles() == pytest.approx(plain.norm_percentiles())
+    assert other.describe() == pytest.approx(plain.describe())
 
 
 def test_replacing_activations(make_data, second):
