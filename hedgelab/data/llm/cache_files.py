@@ -64,9 +64,10 @@ class ActivationCache:
         manifest = self.manifest
         if manifest["format"] != _FORMAT:
             raise ValueError(f"it has format {manifest['format']}, this hedgelab reads {_FORMAT}")
-        self.contexts, self.contexts_per_shard = manifest["contexts"], manifest["contexts_per_shard"]
-        self.storage_dtype = manifest["storage_dtype"]
-        self.shape = (manifest["activations"]["context_length"], manifest["d_in"])
+        self.contexts: int = manifest["contexts"]
+        self.contexts_per_shard: int = manifest["contexts_per_shard"]
+        self.storage_dtype: str = manifest["storage_dtype"]
+        self.shape: tuple[int, int] = (manifest["activations"]["context_length"], manifest["d_in"])
         self._array = self._zarr.open_array(
             self.folder / "activations", mode="r+" if os.access(self.folder, os.W_OK) else "r", zarr_format=3
         )

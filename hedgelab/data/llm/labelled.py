@@ -235,7 +235,7 @@ class ClassifiedTexts:
             raise UserError(f"texts.label: too few pieces of text of some class in {self.text}: {counts}")
         taken = [
             (ids, kind, is_test)
-            for (is_test, kind), found in sorted(pieces.items())  # type: ignore[type-var]
+            for (is_test, kind), found in sorted(pieces.items())
             for ids in _evenly_spaced(found, per[is_test])
         ]
         tokens, chosen, test = (torch.tensor(column) for column in zip(*taken, strict=True))
