@@ -20,13 +20,7 @@ def file_digest(path: Path, memory: Path | None = None) -> str:
 
     A digest is remembered with the file's size, inode and times of change, and is computed anew when one of them differs.
     Editing a file and setting its modification time back changes the inode's own time, so that this is noticed too.
-
-    Args:
-        path: The file.
-        memory: A JSON file that remembers digests for other processes; None remembers them for this process.
-
-    Raises:
-        OSError: The file cannot be read.
+    ``memory`` is a JSON file that remembers digests for other processes.
     """
     key, stat = str(path.resolve()), path.stat()
     mark = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -38,8 +32,13 @@ def file_digest(path: Path, memory: Path | None = None) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if started - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS:
         _remembered[key] = [*mark, digest]
-        if memory is not None:
-            _save(memory, key, _remembered[key])
+        with contextlib.suppress(OSError):  # a memory that cannot be written is no reason to stop
+            if memory is not None:
+                memory.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f"{memory}.lock"):
+                    unfinished = memory.with_suffix(f".{os.getpid()}")
+                    unfinished.write_text(json.dumps(_load(memory) | {key: _remembered[key]}))
+                    unfinished.replace(memory)
     return digest
 
 
@@ -49,16 +48,5 @@ def _load(memory: Path | None) -> dict[str, list[object]]:
         document = json.loads(memory.read_text()) if memory else {}
     except (OSError, ValueError):
         return {}
-    return (
-        {key: value for key, value in document.items() if isinstance(value, list)} if isinstance(document, dict) else {}
-    )
-
-
-def _save(memory: Path, key: str, entry: list[object]) -> None:
-    """Add an entry; a memory that cannot be written is no reason to stop."""
-    with contextlib.suppress(OSError):
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{memory}.lock"):
-            unfinished = memory.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(json.dumps(_load(memory) | {key: entry}))
-            unfinished.replace(memory)
+    entries = document.items() if isinstance(document, dict) else ()
+    return {key: value for key, value in entries if isinstance(value, list)}

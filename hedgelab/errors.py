@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a command to stop: preemption or a node that goes down, and a scheduler's warning."""
+"""Signals that ask a command to stop: preemption, and a scheduler's warning."""
 
 
 class UserError(ValueError):
@@ -25,14 +25,6 @@ def one_line(text: str) -> str:
 def whole_number(key: str, value: Any, least: int = 1) -> int:
     """The value, if it is an integer of at least ``least``; booleans and floats are none, though Python lets them pass.
 
-    Args:
-        key: Name of the argument, for the message.
-        value: What the user gave; integers of NumPy are integers.
-        least: The smallest value allowed.
-
-    Raises:
-        UserError: It is no such integer.
-
     >>> whole_number("model.k", 4)
     4
     >>> whole_number("model.k", True)
@@ -45,12 +37,7 @@ def whole_number(key: str, value: Any, least: int = 1) -> int:
 
 
 class Stopped(SystemExit):
-    """A signal has stopped the command, which ends with the exit code that shells give such an end.
-
-    Args:
-        number: The signal; the exit code is 128 + it: 143 for SIGTERM, 138 for SIGUSR1, 130 for Ctrl-C.
-        state: What became of the run, for the line that tells of the end.
-    """
+    """A signal has stopped the command: the exit code is 128 + its number, ``state`` says what became of the run."""
 
     def __init__(self, number: int, state: str = "") -> None:
         super().__init__(128 + number)

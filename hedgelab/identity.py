@@ -25,7 +25,7 @@ import inspect
 import json
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -60,29 +60,79 @@ _ONLY_WATCH = frozenset(
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a resolved config decides numbers, as plain values.
+    """What of a resolved config, or of one of its sections, decides numbers, as plain values; what is not set is left out.
 
-    Args:
-        config: A resolved config, or one of its sections; classes are named by ``class_path`` and ``init_args``.
-
-    Returns:
-        The deciding keys, and under ``code`` a digest of the code of every class named, under ``inputs`` one of the content
-        of every file named.
+    Under ``code`` stands a digest of the code of every class named, under ``inputs`` one of the content of every file named.
 
     >>> deciding({"seed_everything": 1, "name": "x", "trainer": {"max_steps": 9, "devices": 2}})["trainer"]
     {'max_steps': 9}
     """
-    walk = _Walk()
-    kept: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in _SECTIONS:
-            continue
-        section = (
-            {name: one for name, one in value.items() if name not in _OF_THE_TRAINER} if key == "trainer" else value
-        )
-        kept[key] = walk.plain(section, (key,))
-    kept = {key: value for key, value in kept.items() if value is not None and value is not _NOTHING}
-    return {**kept, "code": dict(sorted(walk.code.items())), "inputs": dict(sorted(walk.inputs.items()))}
+    code: dict[str, str] = {}
+    inputs: dict[str, str] = {}
+
+    def plain(value: Any, key: tuple[str, ...], name_input: Callable[[Any], Any] | None = None) -> Any:
+        if isinstance(value, list):
+            return [plain(one, (*key, str(number)), name_input) for number, one in enumerate(value)]
+        if isinstance(value, Mapping):
+            named, arguments, path = {}, value, str(value.get("class_path"))
+            if "class_path" in value:
+                cls, arguments = imported(path), value["init_args"]
+                named = getattr(cls, "inputs", None) or {}
+                if cls is not None:
+                    code[path] = code_of(cls)
+            found = {str(name): plain(one, (*key, str(name)), named.get(name)) for name, one in arguments.items()}
+            found = {name: one for name, one in found.items() if one is not None}
+            if "class_path" not in value:
+                return found
+            own = (
+                path.rpartition(".")[2] if path.startswith("hedgelab.") else path
+            )  # hedgelab's may move between modules
+            return {"class_path": own, "init_args": found}
+        read = value if name_input is None else name_input(value)
+        looks_read = key[0] in _READ_FROM and isinstance(value, str) and _looks_like_a_path(value)
+        if (name_input is not None or looks_read) and isinstance(read, (str, Path)) and _exists(read):
+            inputs[".".join(key)] = content_of(Path(read))
+        elif name_input is not None and isinstance(read, str):
+            inputs[".".join(key)] = read
+        return value
+
+    kept = {key: plain(value, (key,)) for key, value in pruned(config).items()}
+    kept = {key: value for key, value in kept.items() if value is not None}
+    return {**kept, "code": dict(sorted(code.items())), "inputs": dict(sorted(inputs.items()))}
+
+
+def pruned(config: Mapping[str, Any], find: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """A resolved config without what does not decide numbers, its classes by their full names.
+
+    Args:
+        config: The config.
+        find: Finds the class of a path; by default the path is imported.
+    """
+    kept = {key: value for key, value in config.items() if key not in _SECTIONS}
+    if isinstance(trainer := kept.get("trainer"), Mapping):
+        kept["trainer"] = {name: value for name, value in trainer.items() if name not in _OF_THE_TRAINER}
+    kept = {key: _without_marked(value, find or imported) for key, value in kept.items()}
+    if (kept.get("trainer") or {}).get("callbacks") == []:
+        kept["trainer"]["callbacks"] = None
+    return {key: value for key, value in kept.items() if value is not _NOTHING}
+
+
+def _without_marked(value: Any, find: Callable[[str], Any]) -> Any:
+    """A value without the arguments that its classes mark; :data:`_NOTHING` for a class that decides nothing."""
+    if isinstance(value, (list, tuple)):
+        return [kept for one in value if (kept := _without_marked(one, find)) is not _NOTHING]
+    if not isinstance(value, Mapping):
+        return value
+    if "class_path" not in value:
+        kept = {name: _without_marked(one, find) for name, one in value.items()}
+        return {name: one for name, one in kept.items() if one is not _NOTHING}
+    path = str(value["class_path"])
+    cls = find(path)
+    if (marked := where_and_how(cls)) == EVERYTHING:
+        return _NOTHING
+    path = f"{cls.__module__}.{cls.__qualname__}" if inspect.isclass(cls) else path
+    arguments = {name: one for name, one in (value.get("init_args") or {}).items() if name not in marked}
+    return {"class_path": path, "init_args": _without_marked(arguments, find)}
 
 
 def stable_id(facts: Mapping[str, Any]) -> str:
@@ -105,49 +155,12 @@ def where_and_how(cls: Any) -> frozenset[str]:
     return marked
 
 
-def decides(config: Mapping[str, Any], key: Sequence[str | int]) -> bool:
-    """Whether a key of a resolved config decides numbers.
-
-    Args:
-        config: The resolved config: its classes say what does not.
-        key: The key, part by part, ``init_args`` among them.
-    """
-    if key[0] in _SECTIONS or (key[0] == "trainer" and len(key) > 1 and key[1] in _OF_THE_TRAINER):
-        return False
-    node: Any = config
-    for part, following in zip(key, [*key[1:], None], strict=True):
-        if _marks(node) == EVERYTHING or (part == "init_args" and following in _marks(node)):
-            return False
-        try:
-            node = node[part]
-        except (KeyError, IndexError, TypeError):
-            return True
-    return _marks(node) != EVERYTHING
-
-
-def _marks(node: Any) -> frozenset[str]:
-    """What the class that a part of a config names says of its arguments."""
-    named = isinstance(node, Mapping) and "class_path" in node
-    return where_and_how(imported(str(node["class_path"]))) if named else frozenset()
-
-
-def without_watchers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved config without those of the trainer's callbacks that only watch. Imports nothing that a record names."""
-    trainer = config.get("trainer")
-    callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
-    if not isinstance(trainer, Mapping) or not isinstance(callbacks, list):
-        return dict(config)
-    loaded = [sys.modules.get(str(one.get("class_path")).rpartition(".")[0]) is not None for one in callbacks]
-    kept = [one for one, there in zip(callbacks, loaded, strict=True) if not there or _marks(one) != EVERYTHING]
-    return {**config, "trainer": {**trainer, "callbacks": kept or None}}
-
-
 def code_of(item: Any) -> str:
     """A digest of the code behind a class or function: hedgelab's release, or the sources that it comes from."""
     module = sys.modules.get(getattr(item, "__module__", ""))
     if module is None:
         return "unknown"
-    if _is_below(module, "hedgelab"):
+    if module.__name__.partition(".")[0] == "hedgelab":
         return f"hedgelab {hedgelab.__version__}"
     digest = hashlib.sha256()
     for name, source in sorted(_sources(module).items()):
@@ -165,59 +178,6 @@ def content_of(path: Path) -> str:
     return digest.hexdigest()[:_HASHED]
 
 
-class _Walk:
-    """Goes through a config once, and collects the code and the inputs that it names."""
-
-    def __init__(self) -> None:
-        self.code: dict[str, str] = {}
-        self.inputs: dict[str, str] = {}
-
-    def plain(self, value: Any, key: tuple[str, ...], name_input: Callable[[Any], Any] | None = None) -> Any:
-        """A value of the config without what does not decide."""
-        if isinstance(value, Mapping):
-            if "class_path" in value:
-                return self._made(value, key)
-            return self._kept(value, key)
-        if isinstance(value, (list, tuple)):
-            parts = [self.plain(one, (*key, str(number)), name_input) for number, one in enumerate(value)]
-            return [part for part in parts if part is not _NOTHING]
-        self._note_input(value, key, name_input)
-        return value
-
-    def _made(self, value: Mapping[str, Any], key: tuple[str, ...]) -> Any:
-        path, cls = str(value["class_path"]), imported(str(value["class_path"]))
-        marked = where_and_how(cls)
-        if marked == EVERYTHING:
-            return _NOTHING
-        path = f"{cls.__module__}.{cls.__qualname__}" if inspect.isclass(cls) else path
-        if cls is not None:
-            self.code[path] = code_of(cls)
-        named: Mapping[str, Callable[[Any], Any]] = getattr(cls, "inputs", None) or {}
-        arguments = {name: one for name, one in (value.get("init_args") or {}).items() if name not in marked}
-        own = path.rpartition(".")[2] if path.startswith("hedgelab.") else path  # hedgelab's may move between modules
-        return {"class_path": own, "init_args": self._kept(arguments, key, named)}
-
-    def _kept(
-        self, values: Mapping[str, Any], key: tuple[str, ...], named: Mapping[str, Callable[[Any], Any]] | None = None
-    ) -> dict[str, Any]:
-        """Values by name; what is not set, and what does not decide, is left out."""
-        inner = {
-            str(name): self.plain(one, (*key, str(name)), (named or {}).get(str(name))) for name, one in values.items()
-        }
-        return {name: one for name, one in inner.items() if one is not _NOTHING and one is not None}
-
-    def _note_input(self, value: Any, key: tuple[str, ...], name_input: Callable[[Any], Any] | None) -> None:
-        """Remember the content of what a value names: told by the class, or seen by a path that is there."""
-        found = value if name_input is None else name_input(value)
-        seen = key[0] in _READ_FROM and isinstance(value, str) and _looks_like_a_path(value)
-        if name_input is None and not seen:
-            return
-        if isinstance(found, (str, Path)) and _exists(found):
-            self.inputs[".".join(key)] = content_of(Path(found))
-        elif name_input is not None and isinstance(found, str):
-            self.inputs[".".join(key)] = found
-
-
 _NOTHING: Any = object()
 
 
@@ -228,6 +188,12 @@ def imported(path: str) -> Any:
         return getattr(import_module(module), name, None) if module else None
     except (ImportError, ValueError):
         return None
+
+
+def loaded(path: str) -> Any:
+    """What a class path names, if its module is there already: nothing is imported that a stranger's record names."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _looks_like_a_path(value: str) -> bool:
@@ -247,10 +213,14 @@ def _sources(module: ModuleType) -> dict[str, bytes]:
     left = [module]
     while left:
         one = left.pop()
-        if one.__name__ in found:
-            continue
-        found[one.__name__] = _source(one)
-        left += [other for other in _imported_by(one) if not _is_installed(other)]
+        if one.__name__ not in found:
+            try:
+                found[one.__name__] = (
+                    inspect.getsource(one).encode() if one.__file__ is None else Path(one.__file__).read_bytes()
+                )
+            except (OSError, TypeError, AttributeError):
+                found[one.__name__] = b""
+            left += [other for other in _imported_by(one) if not _is_installed(other)]
     return found
 
 
@@ -262,25 +232,11 @@ def _imported_by(module: ModuleType) -> Iterator[ModuleType]:
             yield other
 
 
-def _source(module: ModuleType) -> bytes:
-    file = getattr(module, "__file__", None)
-    try:
-        return Path(file).read_bytes() if file else inspect.getsource(module).encode()
-    except (OSError, TypeError):
-        return b""
-
-
 def _is_installed(module: ModuleType) -> bool:
     """Whether a module belongs to hedgelab, to Python or to an installed package, rather than to the user."""
     file = getattr(module, "__file__", None)
-    if file is None or _is_below(module, "hedgelab"):
+    if file is None or module.__name__.partition(".")[0] == "hedgelab":
         return True
     place = Path(file)
-    return "site-packages" in place.parts or "dist-packages" in place.parts or place.is_relative_to(_STDLIB)
-
-
-def _is_below(module: ModuleType, package: str) -> bool:
-    return module.__name__.partition(".")[0] == package
-
-
-_STDLIB = Path(sysconfig.get_path("stdlib"))
+    installed = {"site-packages", "dist-packages"} & set(place.parts)
+    return bool(installed) or place.is_relative_to(sysconfig.get_path("stdlib"))

@@ -38,44 +38,33 @@ COMMANDS = {
     "figures": Command("studies", "redraw the paper's toy and theory figures, without sampling noise", "--config F"),
     "export": Command("exchange", "write a run's SAE for other libraries (SAELens), or to the hub", "RUN --to DIR"),
     "import": Command("exchange", "read an SAE of SAELens, sparsify or dictionary_learning", "DIR --to DIR"),
-    "compare": Command("compare", "set runs side by side: what differs, metrics, curves", "RUN RUN"),
+    "compare": Command("light", "set runs side by side: what differs, metrics, curves", "RUN RUN"),
     "report": Command(
-        "report", "build one HTML file about an experiment: tables, figures, configs", "--experiment NAME"
+        "light", "build one HTML file about an experiment: tables, figures, configs", "--experiment NAME"
     ),
-    "runs": Command("runs", "list tracked runs with their key numbers", "[--last] [--json]"),
-    "sync": Command("sync", "send to the tracking store what an outage kept from it"),
+    "runs": Command("light", "list tracked runs with their key numbers", "[--last] [--json]"),
+    "sync": Command("light", "send to the tracking store what an outage kept from it"),
     "ui": Command("ui", "open the MLflow UI on the tracked runs"),
 }
 
 
-def overview() -> str:
-    """What ``hedgelab --help`` prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: hedgelab COMMAND [options]",
-            "",
-            "Find, measure and fix feature hedging in sparse autoencoders.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "start here:",
-            "  hedgelab fit --config configs/toy/hierarchical.yaml",
-            "  hedgelab ui",
-            "",
-            "'hedgelab COMMAND --help' lists a command's options; HEDGELAB_DEBUG=1 shows tracebacks of user errors.",
-        ]
-    )
+OVERVIEW = """\
+usage: hedgelab COMMAND [options]
+
+Find, measure and fix feature hedging in sparse autoencoders.
+
+commands:
+{commands}
+
+start here:
+  hedgelab fit --config configs/toy/hierarchical.yaml
+  hedgelab ui
+
+'hedgelab COMMAND --help' lists a command's options; HEDGELAB_DEBUG=1 shows tracebacks of user errors."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0 done, 2 the user's mistake, 130 interrupted, 1 a bug.
-
-    Args:
-        args: The words after ``hedgelab``; None takes them from the command line.
-    """
+    """Run one command line and return its exit code: 0 done, 2 the user's mistake, 130 interrupted, 1 a bug."""
     words = sys.argv[1:] if args is None else list(args)
     # A context of its own: jsonargparse leaves context variables behind when parsing fails.
     return contextvars.copy_context().run(guarded, lambda: dispatch(words))
@@ -85,7 +74,7 @@ def dispatch(words: list[str]) -> int:
     """Import the command that the first word names, and run it on the other words."""
     name, rest = (words[0], words[1:]) if words else ("--help", [])
     if name in ("-h", "--help", "help"):
-        print(overview())
+        print(OVERVIEW.format(commands="\n".join(f"  {name:<8}  {one.summary}" for name, one in COMMANDS.items())))
         return 0
     if name in ("-V", "--version"):
         print(f"hedgelab {__version__}")
@@ -96,11 +85,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def _module_of_foreign_study(name: str) -> str:
-    """The runner's module, if a name is the class path of a study or one that an installed package registers.
-
-    Raises:
-        UserError: It is neither.
-    """
+    """The runner's module, if a name is the class path of a study or one that an installed package registers."""
     from hedgelab.cli import studies
 
     known = [*COMMANDS, *studies.registered()]

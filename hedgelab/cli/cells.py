@@ -5,14 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from hedgelab.cli.hedge import HedgeCLI, HedgeTrainer
 from hedgelab.cli.lightning import HedgelabCLI, run_cli
-from hedgelab.config.plain_yaml import write_yaml
 from hedgelab.config.tree import Tree
+from hedgelab.plain_yaml import write_yaml
 from hedgelab.protocols.hedge import HedgeOptions
 from hedgelab.protocols.training_phases import PhaseTrainer
 
@@ -37,17 +34,6 @@ class ParsedCell(HedgelabCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Never."""
-
-    def text(self) -> str:
-        """The whole config."""
-        text: str = self._parser(self.command).dump(self.config[self.command], skip_none=False)
-        return text
-
-    def resolved(self) -> dict[str, Any]:
-        """The same as plain values."""
-        values: dict[str, Any] = yaml.safe_load(self.text())
-        values.pop("config", None)
-        return values
 
 
 class FitCell(ParsedCell):

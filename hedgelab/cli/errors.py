@@ -46,23 +46,19 @@ def guarded(run: Callable[[], int]) -> int:
             traceback.print_exc()
         if mistake is None:
             return BUG
-        return MISTAKE if _told_by_another_rank() else _say(one_line(str(mistake)), MISTAKE)
-
-
-def _told_by_another_rank() -> bool:
-    """Whether this is one of several ranks, another of which has made the same mistake and says so."""
-    peers = sys.modules.get("hedgelab.training.checkpoints.peers")  # there in every rank
-    return peers is not None and peers.told_elsewhere()
+        peers = sys.modules.get("hedgelab.training.checkpoints.peers")  # there in every rank
+        if peers is not None and peers.told_elsewhere():  # another rank has made the same mistake and says so
+            return MISTAKE
+        return _say(one_line(str(mistake)), MISTAKE)
 
 
 def user_error(error: BaseException) -> BaseException | None:
     """The user's mistake that an exception is or was raised from; None where it is a bug."""
-    kinds: tuple[type[BaseException], ...] = (UserError,)
-    if lightning := sys.modules.get("lightning.fabric.utilities.exceptions"):  # raised only by what is loaded
-        kinds += (lightning.MisconfigurationException,)
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # raises only what is loaded
+    kinds = (UserError, lightning.MisconfigurationException) if lightning else (UserError,)
     chain = list(causes(error))
-    found = next((cause for cause in chain if isinstance(cause, kinds)), None)
-    return found or next((told for cause in chain if (told := _of_the_machine(cause)) is not None), None)
+    foreseen = next((cause for cause in chain if isinstance(cause, kinds)), None)
+    return foreseen or next(filter(None, map(_of_the_machine, chain)), None)
 
 
 def _of_the_machine(error: BaseException) -> UserError | None:

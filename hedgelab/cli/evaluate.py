@@ -28,15 +28,7 @@ _OWN = ("data", "x", "class", "suite", "suites")
 
 
 def run(command: str, words: list[str]) -> int:
-    """Evaluate SAEs.
-
-    Args:
-        command: ``evaluate``.
-        words: The SAEs, then options.
-
-    Raises:
-        UserError: Anything the user can mend.
-    """
+    """Evaluate the SAEs that the first words name, with the options that follow."""
     from hedgelab.protocols.evaluation.suite import option_parser, suite_classes
 
     if not words or any(word in ("-h", "--help") for word in words):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch.cli import LightningArgumentParser
 
-from hedgelab.cli.lightning import TYPES, HedgelabCLI, run_cli
+from hedgelab.cli.lightning import TYPES, HedgelabCLI
 from hedgelab.cli.studies import conduct
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.protocols.hedge import Hedge, HedgeOptions
@@ -57,19 +55,9 @@ class HedgeCLI(HedgelabCLI):
 
     def hedge(self, model: SAE, datamodule: ActivationDataModule, hedge: HedgeOptions) -> None:
         """Run the study in the trainer's MLflow run, if it has one, and print the numbers."""
-        config: Any = self.config[self.command]
-        resolved = self.resolved()
-        resolved.pop("config", None)
-        outcome = self.resumption.outcome(outcome_of(resolved))
+        outcome = self.resumption.outcome(outcome_of(self.resolved()))
         self.resumption.begin(self.trainer)
         tracker = next((logger for logger in self.trainer.loggers if isinstance(logger, MLflowTracker)), None)
-        study = Hedge(model, datamodule, self.trainer, hedge, outcome, bool(config.retrain))
-        text = self._parser(self.command).dump(config, skip_none=False)
-        say("\n".join(conduct(study, Bench(tracker=tracker), text)))
+        study = Hedge(model, datamodule, self.trainer, hedge, outcome, bool(self.config[self.command].retrain))
+        say("\n".join(conduct(study, Bench(tracker=tracker), self.text())))
         self.resumption.finish()
-
-
-def run_hedge(command: str, words: list[str]) -> int:
-    """Parse, make everything, run, and print the numbers."""
-    run_cli(HedgeCLI, command, words)
-    return 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from omegaconf.errors import OmegaConfBaseException
@@ -21,15 +22,13 @@ import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
 from hedgelab.cli.errors import root_cause, user_error
-from hedgelab.cli.fit import summary
-from hedgelab.cli.resume import Resumption, bare_flag, with_slurm_left_alone, with_stored_config
+from hedgelab.cli.resume import Resumption, with_stored_config
 from hedgelab.config.explain import explain_construction, explain_parsing, resolve, top_level
 from hedgelab.config.folders import check_folders
-from hedgelab.config.tree import Tree, compose, config_files, opening_comment, without_configs
+from hedgelab.config.tree import Tree, compose, config_files, opening_comment, with_bare_flags, without_configs
 from hedgelab.config.walk import Walk
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError, one_line
-from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.protocols.training_phases import was_cut
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
@@ -40,7 +39,6 @@ from hedgelab.training.flags import accelerator
 from hedgelab.training.guard import FiniteGuard
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${…} across config files
-LINKED = frozenset({"model.d_in"})
 CALLBACKS = {"guard": FiniteGuard, "record": RunRecord, "progress": StepProgressBar, "checkpoint": RunCheckpoint}
 SWITCHES = {"progress": "enable_progress_bar", "checkpoint": "enable_checkpointing"}
 TRACKER = "hedgelab.tracking.MLflowTracker"
@@ -55,14 +53,22 @@ TYPES = {
     "resume": bool | str,
     **CALLBACKS,
 }
+SUMMARY = ("loss", "mse", "explained_variance", "l0", "dead_latents", "mcc")
+EXPECTED_WARNINGS = (
+    ".*LeafSpec.*",  # Lightning meets a newer torch
+    "Using ModelCheckpoint with manual optimization",  # saved between steps
+    "The dirpath has changed",  # every run has a folder of its own
+    "The `srun` command is available",  # not every node runs its jobs
+    "`max_epochs` was not set",  # the DataModule says it better
+    "It is recommended to use `self.log",  # ranks have agreed on every number
+)
 RESUMABLE = ("fit", "hedge")
 RESUME_HELP = (
     "Go on with the newest unfinished run of this very config (kept in run.json beside the checkpoints, "
     "runs/checkpoints/<run id>/), in the same MLflow run, from its last whole checkpoint: the result is that of a run never "
     "stopped. Starts afresh, and says so, where there is none; does nothing where that run has finished: so a job that may "
-    "be requeued always passes it. Keys that a newer release has added or dropped do not matter where they have their "
-    "defaults; where a default has changed, the run goes on with the former one, and says so. --resume=ID takes the run of "
-    "that id. --ckpt_path=last means the same."
+    "be requeued always passes it. Keys that nobody wrote stay what they were when the run was begun, whatever a newer "
+    "release has for defaults. --resume=ID takes the run of that id. --ckpt_path=last means the same."
 )
 TRAINER_DEFAULTS = {
     "logger": {"class_path": TRACKER},
@@ -96,7 +102,7 @@ class OneLineParser(LightningArgumentParser):
 
 
 class ConfigRecord(SaveConfigCallback):
-    """Puts the resolved config into the run: as ``config.yaml``, as flat parameters, as a hash."""
+    """Puts the resolved config into the run (``config.yaml``, flat parameters, a hash), and beside the checkpoints."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called once, on rank zero."""
@@ -109,7 +115,7 @@ class ConfigRecord(SaveConfigCallback):
                 logger.log_hyperparams(searchable(resolved))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Puts the config beside the checkpoints, too, whatever the logger."""
+        """Called on every rank when the folder of checkpoints is there."""
         kept = (one.folder for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint))
         folder = next(kept, None)
         if trainer.is_global_zero and folder is not None and folder.path.is_dir():
@@ -123,14 +129,16 @@ class HedgelabCLI(LightningCLI):
         trainer_type: The trainer, whose methods are the commands.
         types: What may stand at the top of a config.
         written: What the user wrote of it.
+        resume: The id of the run to go on with, or whether to look for one.
     """
 
     trainer_type: type[L.Trainer] = L.Trainer
     types: Mapping[str, Any] = TYPES
     written: Tree
+    resume: bool | str
 
     def __init__(self, command: str, words: list[str]) -> None:
-        self.command, self.words = command, with_stored_config(bare_flag(words))
+        self.command, self.words = command, with_stored_config(with_bare_flags(words, ["resume", "retrain"]))
         self.resumption = Resumption(self)
         parser: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
         super().__init__(
@@ -165,75 +173,70 @@ class HedgelabCLI(LightningCLI):
         parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; what is refused, or would silently be ignored, is explained in one line with its full key."""
-        try:
-            self.config = parser.parse_args([self.command, *self.words])
-        except (UserError, OmegaConfBaseException) as error:
-            raise UserError(explain_parsing(error, self.tree(), self.walk())) from error
+        """Parse; what is refused is explained in one line with its full key."""
         self.written = self.tree()
-        model = self.written.get("model")
-        if isinstance(model, dict) and "d_in" in (model.get("init_args") or model):
-            raise UserError("model.d_in: is taken from the data (data.d_in) and cannot be set; remove it")
+        self.parse()
 
-    def tree(self) -> Tree:
+    def parse(self, more: Sequence[str] = ()) -> None:
+        """Parse the words, with more options after them; which run to go on with is no part of the config."""
+        words = [*self.words, *more]
+        try:
+            self.config = self.parser.parse_args([self.command, *words])
+        except (UserError, OmegaConfBaseException) as error:
+            raise UserError(explain_parsing(error, self.tree(words), self.walk(words))) from error
+        config = self.config[self.command]
+        config.name = config.name or "+".join(file.stem for file in config_files(words)) or None
+        self.resume = config.get("resume", False)
+        if config.get("ckpt_path") == "last":
+            self.resume, config.ckpt_path = self.resume or True, None
+        if self.resume:
+            config.resume = False
+
+    def tree(self, words: list[str] | None = None) -> Tree:
         """What the user wrote, over the classes that stand there by default."""
-        return compose(self.words, {"trainer": {"logger": {"class_path": TRACKER}}})
+        return compose(words or self.words, {"trainer": {"logger": {"class_path": TRACKER}}})
 
-    def resolved(self) -> dict[str, Any]:
-        """The whole config as plain values."""
-        values: dict[str, Any] = yaml.safe_load(
-            self._parser(self.command).dump(self.config[self.command], skip_none=False)
-        )
-        return values
-
-    def reread(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A resolved config with what it lacks filled in by defaults."""
-        parser = self._parser(self.command)
-        values: dict[str, Any] = yaml.safe_load(parser.dump(parser.parse_object(dict(config)), skip_none=False))
-        return values
-
-    def adopt(self, sections: Mapping[str, Any]) -> None:
-        """Put other values in the place of the config's own."""
-        parser = self._parser(self.command)
-        config = parser.parse_object(dict(sections), self.config[self.command])
-        check_folders(config.as_dict(), compose(without_configs(self.words)))
-        self.config[self.command] = config
-
-    def walk(self) -> Walk:
+    def walk(self, words: list[str] | None = None) -> Walk:
         """A walk over what the user wrote, for explaining mistakes."""
         names = vars(self._parser(self.command).get_defaults())
-        return Walk(resolve(self.tree()), top_level(names, self.types), LINKED)
+        return Walk(resolve(self.tree(words)), top_level(names, self.types), frozenset({"model.d_in"}))
+
+    def text(self) -> str:
+        """The whole config."""
+        text: str = self._parser(self.command).dump(self.config[self.command], skip_none=False)
+        return text
+
+    def resolved(self) -> dict[str, Any]:
+        """The same as plain values."""
+        values: dict[str, Any] = yaml.safe_load(self.text())
+        values.pop("config", None)
+        return values
 
     def before_instantiate_classes(self) -> None:
         """Check the checkpoint, name the run, and leave out what the trainer is told to do without."""
         config = self.config[self.command]
         check_trainer(config.trainer.as_dict())
         check_folders(config.as_dict(), compose(without_configs(self.words)))
-        wanted = self.resumption.take(config)
         check_checkpoint(self.command, config.get("ckpt_path"))
-        config.name = config.name or "+".join(file.stem for file in config_files(self.words)) or None
+        if self.resume:
+            self.resumption.find(self.resume)
+            config = self.config[self.command]
         self._name_run(config)
         if config.checkpoint.train_time_interval is not None:
             config.checkpoint.every_n_train_steps = None  # Lightning takes one of them, and this one has a default
         for callback, switch in SWITCHES.items():
             if config.trainer[switch] is False:
                 self._parser(self.command).callback_keys.remove(callback)
-        if self.command in RESUMABLE:
-            self.resumption.find(wanted)
 
     def _name_run(self, config: Namespace) -> None:
-        """Give name, experiment and description to every MLflowTracker among the loggers.
-
-        Raises:
-            UserError: An experiment is named, and there is none.
-        """
+        """Give name, experiment and description to every MLflowTracker among the loggers."""
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-        trackers = [one for one in loggers if isinstance(one, Namespace) and one.class_path == TRACKER]
+        trackers = [one.init_args for one in loggers if isinstance(one, Namespace) and one.class_path == TRACKER]
         if config.experiment is not None and not trackers:
             raise UserError(
                 "experiment: is MLflow's, and no MLflowTracker is among trainer.logger; remove it, or add one"
             )
-        for arguments in (tracker.init_args for tracker in trackers):
+        for arguments in trackers:
             arguments.run_name = arguments.run_name or config.name
             arguments.experiment = config.experiment or arguments.experiment
             arguments.description = arguments.description or opening_comment(config_files(self.words))
@@ -266,11 +269,14 @@ class HedgelabCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the trainer; Lightning says most impossible values with a ValueError."""
-        kwargs["accelerator"] = accelerator(self.config_init[self.command].trainer.accelerator)
+        settings = self.config_init[self.command].trainer
+        kwargs["accelerator"] = accelerator(settings.accelerator)
+        plugins = settings.plugins if isinstance(settings.plugins, list) else [settings.plugins]
+        chosen = TorchElasticEnvironment.detect() or any(isinstance(one, ClusterEnvironment) for one in plugins)
+        if SLURMEnvironment.detect() and not chosen:  # Lightning's own handler of SIGUSR1 saves in the middle of a step
+            kwargs["plugins"] = [*filter(None, plugins), SLURMEnvironment(auto_requeue=False)]
         try:
-            trainer = super().instantiate_trainer(
-                **with_slurm_left_alone(kwargs, self.config_init[self.command].trainer)
-            )
+            trainer = super().instantiate_trainer(**kwargs)
             use_verified_io(trainer)
             return trainer
         except (ValueError, TypeError, ArithmeticError, MemoryError, MisconfigurationException) as error:
@@ -278,11 +284,7 @@ class HedgelabCLI(LightningCLI):
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Find numbers that Lightning takes and stumbles over in the middle of training.
-
-    Raises:
-        UserError: There is one.
-    """
+    """Find numbers that Lightning takes and stumbles over in the middle of training."""
     for key, value in trainer.items():
         least, most = TRAINER_BOUNDS.get(key, (-(2**63), 2**63 - 1))
         if isinstance(value, (int, float)) and not least <= value <= most:
@@ -290,37 +292,17 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
 
 
 def check_checkpoint(command: str, path: str | None) -> None:
-    """Find out early that there is no such checkpoint.
-
-    Raises:
-        UserError: The file is not there, or none is given to measure.
-    """
-    if path is None:
-        if command in ("validate", "test"):
-            raise UserError(
-                f"ckpt_path: {command} measures a trained SAE: give --ckpt_path runs/checkpoints/.../last.ckpt"
-            )
-    elif not Path(path).exists():
+    """Find out early that there is no such checkpoint, or that none is given to measure."""
+    if path is None and command in ("validate", "test"):
+        raise UserError(f"ckpt_path: {command} measures a trained SAE: give --ckpt_path runs/checkpoints/.../last.ckpt")
+    if path is not None and not Path(path).exists():
         raise UserError(f"ckpt_path: no such file '{path}'; checkpoints are kept under runs/checkpoints/<run id>/")
-
-
-def run_lightning(command: str, words: list[str]) -> int:
-    """Parse, make everything, run, and say how it went."""
-    keep_large_blocks()
-    cli = run_cli(HedgelabCLI, command, words)
-    if cli.trainer.is_global_zero:
-        print(summary(cli.trainer))
-    return 0
 
 
 def run_cli(cli: type[HedgelabCLI], command: str, words: list[str]) -> HedgelabCLI:
     """Run a command of a CLI, quiet about what is by design."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning meets a newer torch
-    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")  # saved between steps
-    warnings.filterwarnings("ignore", message="The dirpath has changed")  # every run has a folder of its own
-    warnings.filterwarnings("ignore", message="The `srun` command is available")  # not every node runs its jobs
-    warnings.filterwarnings("ignore", message="`max_epochs` was not set")  # the DataModule says it better
-    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")  # ranks have agreed on every number
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     watch()
@@ -335,3 +317,19 @@ def run_cli(cli: type[HedgelabCLI], command: str, words: list[str]) -> HedgelabC
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning leaves in its own way
             raise KeyboardInterrupt from stop
         raise
+
+
+def summary(trainer: L.Trainer) -> str:
+    """Name of the run, its key numbers, and where the rest is."""
+    logger = trainer.logger
+    run = f"run {logger.version}" if logger is not None else "untracked run"
+    cut = f" of {trainer.max_steps}, cut by max_time; go on with --resume" if was_cut(trainer) else ""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    shown = [name for last in SUMMARY for name in metrics if name.rsplit("/", 1)[-1] == last]
+    width = max(map(len, shown), default=0)
+    lines = [f"{run}: {trainer.global_step} steps{cut}", *(f"  {name:<{width}}  {metrics[name]:.4g}" for name in shown)]
+    if checkpoint := getattr(trainer.checkpoint_callback, "last_model_path", ""):
+        lines.append(f"checkpoint: {checkpoint}")
+    if logger is not None:
+        lines.append("look at it: hedgelab ui    compare: hedgelab runs")
+    return "\n".join(lines)

@@ -2,288 +2,137 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from jsonargparse import Namespace
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 import hedgelab
-from hedgelab.config.plain_yaml import write_yaml
 from hedgelab.config.tree import config_files, options_of
 from hedgelab.errors import UserError
-from hedgelab.identity import decides, deciding, stable_id, without_watchers
+from hedgelab.identity import deciding
+from hedgelab.plain_yaml import write_yaml
 from hedgelab.protocols.training_phases import start_time_limit_anew
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.store import runs_dir, tracking_uri
 from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
 from hedgelab.training.checkpoints.files import write_atomically
-from hedgelab.training.checkpoints.folder import is_finished, known_runs, named
-from hedgelab.training.checkpoints.matching import (
-    Comparison,
-    Difference,
-    Key,
-    at,
-    can_be_taken_over,
-    compare,
-    plain,
-    replaced,
-    show,
-    without,
-    written_keys,
-)
+from hedgelab.training.checkpoints.folder import known_runs, named
+from hedgelab.training.checkpoints.matching import Match, as_option, compare, dotted, show, written_keys
+
+if TYPE_CHECKING:
+    from hedgelab.cli.lightning import HedgelabCLI
 
 _logger = logging.getLogger(__name__)
 _MOST_SHOWN = 3
 _RELEASE = "hedgelab"
 _OF_THIS_START = {"config", "ckpt_path", "resume", "retrain"}
-_STORED = "config.yaml"
-
-
-class Command(Protocol):
-    """What a resumption asks of the command line."""
-
-    @property
-    def command(self) -> str:
-        """Its first word."""
-
-    @property
-    def written(self) -> Mapping[str, Any]:
-        """What of the config the user wrote."""
-
-    def resolved(self) -> dict[str, Any]:
-        """The whole config as plain values."""
-
-    def reread(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A resolved config with what it lacks filled in by defaults."""
-
-    def adopt(self, sections: Mapping[str, Any]) -> None:
-        """Put other values in the place of the config's own."""
 
 
 class Resumption:
     """What a command goes on with.
 
-    Args:
-        cli: The command line.
-
     Attributes:
         folder: The run gone on with; None for a new run.
     """
 
-    def __init__(self, cli: Command) -> None:
+    def __init__(self, cli: HedgelabCLI) -> None:
         self._cli = cli
         self.folder: RunFolder | None = None
         self._same_experiment = True
         self._outcome: dict[str, Any] = {}
         self._callback: RunCheckpoint | None = None
 
-    @property
-    def command(self) -> str:
-        """The command."""
-        return self._cli.command
-
-    @cached_property
-    def _config(self) -> dict[str, Any]:
-        """The whole config, but for what concerns this start alone."""
-        return plain({key: value for key, value in self._cli.resolved().items() if key not in _OF_THIS_START})
-
-    @cached_property
-    def _written(self) -> list[str]:
-        """Keys that make the run another one than it would be by default: those that were written, and its name."""
-        written = {key: value for key, value in self._cli.written.items() if key not in _OF_THIS_START}
-        named = {"name": self._config["name"]} if self._config.get("name") else {}
-        return written_keys({**written, **named}, self._config)
-
-    @cached_property
-    def _facts(self) -> dict[str, Any]:
-        return deciding(self._config)
-
     def facts(self) -> dict[str, Any]:
         """What the run's folder says about it."""
-        name = self._config.get("name")
+        config = _plain({key: value for key, value in self._cli.resolved().items() if key not in _OF_THIS_START})
+        written = {key: value for key, value in self._cli.written.items() if key not in _OF_THIS_START}
+        decided = deciding(config)
         return {
-            "identity": stable_id({"command": self.command, "name": name, **self._facts}), "command": self.command,
-            "name": name, _RELEASE: hedgelab.__version__, "config": self._config, "written": self._written,
-            "code": self._facts["code"], "inputs": self._facts["inputs"],
+            "command": self._cli.command, "name": config["name"], _RELEASE: hedgelab.__version__, "config": config,
+            "written": sorted({*written_keys(written, config), *(["name"] if config["name"] else [])}),
+            "code": decided["code"], "inputs": decided["inputs"],
         }  # fmt: skip
 
-    def take(self, config: Namespace) -> bool | str:
-        """What is asked for; taken out of the config, which stays that of the run as it was first started.
+    def find(self, wanted: bool | str) -> None:
+        """Find the run to go on with, and claim it; its defaults that have changed since become those of the config.
+
+        Args:
+            wanted: Its id, or ``True`` for the newest of this config.
 
         Raises:
-            UserError: A checkpoint is given as well, or checkpoints are switched off.
+            UserError: There is no run of that id, another process is training it, or nothing can be gone on with.
+            SystemExit: The run has finished: nothing is left to be done.
         """
-        wanted: bool | str = config.get("resume", False)
-        if config.get("ckpt_path") == "last":
-            wanted, config.ckpt_path = wanted or True, None
-        if not wanted:
-            return False
+        config = self._cli.config[self._cli.command]
         if config.get("ckpt_path") is not None:
             raise UserError("resume: goes on from the run's own checkpoint; give either it or ckpt_path")
         if config.trainer.enable_checkpointing is False:
             raise UserError("resume: needs checkpoints, which trainer.enable_checkpointing=false switches off")
-        if self.command == "hedge" and not tracked(config.trainer.logger):
+        if self._cli.command == "hedge" and _tracker_section(config.trainer.logger) is None:
             raise UserError(
                 "resume: hedge finds its phases in the tracking store; list an MLflowTracker in trainer.logger"
             )
-        config.resume = False
-        return wanted
-
-    def find(self, wanted: bool | str) -> None:
-        """Find the run to go on with, and claim it.
-
-        Args:
-            wanted: ``True`` for the newest of this config, or the id of a run, or its first characters; ``False`` for none.
-
-        Raises:
-            UserError: There is no run of that id, or another process is training it.
-            SystemExit: The run has finished: nothing is left to be done.
-        """
-        if not wanted:
+        now = self.facts()
+        root = _checkpoints_root(now["config"])
+        match = self._named(root, wanted, now) if isinstance(wanted, str) else _newest(root, now)
+        if match is None:
             return
-        root = checkpoints_root(self._config)
-        chosen = self._named(root, wanted) if isinstance(wanted, str) else self._same(root)
-        if chosen is None:
-            return
-        folder, found = chosen
-        if is_finished(folder) and not self._goes_further(folder):
-            ended = "".join(f" (with {one.name}={show(one.then)}, then the default)" for one in found.changed)
-            say(
-                f"resume: run {folder.path.name} has finished{ended}; nothing is left to do (leave out --resume to train "
-                "again)"
-            )
+        run = f"resume: run {match.folder.path.name}"
+        if match.finished:
+            defaults = ", ".join(f"{dotted(key)}={show(then)}" for key, (then, _) in match.defaults.items())
+            ended = f" (with {defaults}, then the default)" if defaults else ""
+            say(f"{run} has finished{ended}; nothing is left to do (leave out --resume to train again)")
             raise SystemExit(0)
-        if self._goes_further(folder):
-            then, now = (at(one, ("trainer", "max_steps")) for one in (folder.about["config"], self._config))
-            say(f"resume: run {folder.path.name} was begun with trainer.max_steps={then}; now it is {now}")
-        for path in found.other_code:
-            say(f"resume: run {folder.path.name} was begun with other code of {path}; it goes on with today's")
-        self._take_over(folder, found.changed)
-        self._same_experiment = not found.conflicts
+        if match.more_steps is not None:
+            say(f"{run} was begun with trainer.max_steps={match.more_steps[0]}; now it is {match.more_steps[1]}")
+        for path in match.other_code:
+            say(f"{run} was begun with other code of {path}; it goes on with today's")
+        if match.defaults:
+            self._keep_defaults(run, match)
+        self._same_experiment = not match.conflicts
         if getattr(rank_zero_only, "rank", 0) == 0:
-            folder.claim()
-        self.folder = folder
+            match.folder.claim()
+        self.folder = match.folder
 
-    def _named(self, root: Path, run_id: str) -> tuple[RunFolder, Comparison]:
-        """The run that the user names: its config, with what the user has written now laid over it."""
+    def _named(self, root: Path, run_id: str, now: Mapping[str, Any]) -> Match:
+        """The run that the user names, whatever differs."""
         folder = named(root, run_id)
-        if (command := folder.about.get("command", self.command)) != self.command:
-            raise UserError(f"resume: run {folder.path.name} is one of `hedgelab {command}`, not of {self.command}")
-        found = self._compared(folder)
-        for one in found.conflicts:
-            say(f"resume: run {folder.path.name} was begun with {one.name}={show(one.then)}; now it is {show(one.now)}")
-        return folder, found
+        about, command = folder.about, self._cli.command
+        if about.get("command", command) != command:
+            raise UserError(f"resume: run {folder.path.name} is one of `hedgelab {about['command']}`, not of {command}")
+        if not isinstance(about.get("config"), dict):
+            return Match(folder)
+        match = compare(folder, now)
+        for conflict in match.conflicts:
+            say(f"resume: run {folder.path.name} differs in {conflict}")
+        return match
 
-    def _same(self, root: Path) -> tuple[RunFolder, Comparison] | None:
-        """The newest run of the same experiment: of the very config, else of one that gives the same numbers."""
-        wanted = self.facts()["identity"]
-        runs = [folder for folder in known_runs(root) if folder.about.get("command") in (None, self.command)]
-        for folder in runs:
-            if folder.about.get("identity") == wanted:
-                return folder, Comparison([], [])
-        nearest: tuple[RunFolder, Sequence[Difference]] | None = None
-        for folder in runs:
-            if not isinstance(folder.about.get("config"), dict):  # written before configs were kept
-                continue
-            found = self._compared(folder)
-            conflicts = list(found.conflicts)
-            if is_finished(folder) and not self._goes_further(folder):
-                conflicts += [Difference(("code of", path), "another", "today's") for path in found.other_code]
-            if not conflicts:
-                return folder, found
-            if nearest is None or len(conflicts) < len(nearest[1]):
-                nearest = folder, conflicts
-        hint = ""
-        if nearest is not None and len(nearest[1]) <= _MOST_SHOWN:
-            hint = f" (run {nearest[0].path.name} differs in {', '.join(one.shown for one in nearest[1])})"
-        say(f"resume: no earlier run of this config in {root}{hint}; starting afresh")
-        return None
-
-    def _compared(self, folder: RunFolder) -> Comparison:
-        """What separates the config of a run from today's, of all that decides numbers."""
-        about = folder.about
-        then, written = about.get("config"), about.get("written")
-        if not isinstance(then, dict) or not isinstance(written, list):
-            return Comparison([], [])
-        now = self._config
-        found = compare(
-            without_watchers(then), [str(key) for key in written], without_watchers(now), self._written, self._is_default,
-            lambda key: key == ("name",) or decides(now, key),
-        )  # fmt: skip
-        steps = [one for one in found.conflicts if one.key == ("trainer", "max_steps")]
-        further = self._goes_further(folder)
-        conflicts = [one for one in found.conflicts if not (further and one in steps)]
-        inputs = about.get("inputs")
-        if isinstance(inputs, dict):
-            today = self._facts["inputs"]
-            conflicts += [
-                Difference(("content of", key), inputs[key], today[key])
-                for key in sorted(inputs.keys() & today.keys())
-                if inputs[key] != today[key]
-            ]
-        code: Any = about.get("code")
-        code = code if isinstance(code, dict) else {}
-        other = [
-            path for path, digest in self._facts["code"].items() if path in code and not _same_code(code[path], digest)
-        ]
-        return Comparison(conflicts, found.changed, other)
-
-    def _goes_further(self, folder: RunFolder) -> bool:
-        """Whether a fit is to have more steps than it had: it goes on to its new end."""
-        now, then = (at(config, ("trainer", "max_steps")) for config in (self._config, folder.about.get("config")))
-        return self.command == "fit" and isinstance(now, int) and isinstance(then, int) and 0 <= then < now
-
-    def _is_default(self, key: Key) -> bool:
-        """Whether a key has the value that it would have had without being written."""
+    def _keep_defaults(self, run: str, match: Match) -> None:
+        """Go on with the defaults that a run was begun with."""
+        options = []
+        for key, (then, now) in match.defaults.items():
+            was = f"{run} was begun when {dotted(key)} was {show(then)} by default, now {show(now)}"
+            if (option := as_option(key, then, now)) is None:
+                raise UserError(f"{was}: write the former into the config to go on with it, the latter to train anew")
+            options.append(option)
+            say(f"{was}: it goes on with {show(then)} (write {dotted(key)}: {show(now)} to train anew with that)")
         try:
-            return plain({"": at(self._cli.reread(without(self._config, key)), key)}) == plain(
-                {"": at(self._config, key)}
-            )
-        except UserError:  # it must be written
-            return False
-
-    def _take_over(self, folder: RunFolder, changed: Sequence[Difference]) -> None:
-        """Go on with the defaults that a run was begun with.
-
-        Raises:
-            UserError: One that cannot be put in the place of today's.
-        """
-        if not changed:
-            return
-        run = f"resume: run {folder.path.name} was begun"
-        for one in changed:
-            if not can_be_taken_over(one):
-                raise UserError(
-                    f"{run} when {one.name} was {show(one.then)} by default, now {show(one.now)}: write the former into the "
-                    "config to go on with it, the latter to train anew"
-                )
-        names = ", ".join(f"{one.name}={show(one.then)}" for one in changed)
-        try:
-            self._cli.adopt(replaced(self._config, changed))
+            self._cli.parse(options)
         except UserError as error:
             raise UserError(
-                f"{run} with {names}, the default then, which this release refuses: go on with hedgelab "
-                f"{folder.about.get(_RELEASE, 'of then')}, or leave out --resume to train anew"
+                f"{run} was begun with defaults that this release refuses ({error}): go on with hedgelab "
+                f"{match.folder.about.get(_RELEASE, 'of then')}, or leave out --resume to train anew"
             ) from error
-        del self._config, self._facts
-        for one in changed:
-            say(
-                f"{run} when {one.name} was {show(one.then)} by default, now {show(one.now)}: it goes on with "
-                f"{show(one.then)} (write {one.name}: {show(one.now)} into the config to train anew with that)"
-            )
 
     def apply(self, trainer: L.Trainer) -> str | None:
         """Let a trainer go on with the run that was found; the path of the checkpoint, None to start from the beginning."""
-        self._callback = next(
-            (found for found in trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)), None
-        )
+        kept = (found for found in trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint))
+        self._callback = next(kept, None)
         if self._callback is not None:
             self._callback.facts, self._callback.folder = self.facts, self.folder
         if self.folder is None:
@@ -295,21 +144,20 @@ class Resumption:
                 logger.go_on_with(self.folder.run_id)
         start_time_limit_anew(trainer)
         checkpoint = newest_whole(self.folder.path, lambda line: _logger.warning("resume: %s", line))
-        start = "with its unfinished phases" if self.command == "hedge" else f"from {checkpoint or 'its beginning'}"
+        phases = self._cli.command == "hedge"
+        start = "with its unfinished phases" if phases else f"from {checkpoint or 'its beginning'}"
         say(f"resume: run {self.folder.path.name} goes on {start}")
         return None if checkpoint is None else str(checkpoint)
 
     def outcome(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """By what the phases of a run are known: as the release said it with which the run was begun.
+        """By what the phases of a run are known: what decides its numbers, as the release said it that began the run.
 
         Args:
-            config: What of today's config determines the outcome of training.
+            config: What of today's config decides them.
         """
-        today = plain({**config, _RELEASE: hedgelab.__version__})
-        then = None if self.folder is None or not self._same_experiment else self.folder.about.get("outcome")
-        self._outcome = then if isinstance(then, dict) else today
-        if self._outcome == today:
-            return config
+        self._outcome = _plain({**config, _RELEASE: hedgelab.__version__})
+        if self.folder is not None and self._same_experiment:
+            self._outcome = self.folder.about.get("outcome") or self._outcome
         return {key: value for key, value in self._outcome.items() if (key, value) != (_RELEASE, hedgelab.__version__)}
 
     def begin(self, trainer: L.Trainer) -> None:
@@ -331,41 +179,26 @@ class Resumption:
             folder.release()
 
 
-def _same_code(then: Any, now: str) -> bool:
-    """Whether code is the same, or hedgelab's own, of any release: runs go on across releases."""
-    return then == now or (str(then).startswith("hedgelab ") and now.startswith("hedgelab "))
-
-
-def tracked(logger: Any) -> bool:
-    """Whether an :class:`MLflowTracker` is among the loggers of a config."""
-    return tracker_section(logger) is not None
-
-
-def tracker_section(logger: Any) -> Any:
-    """The section of the :class:`MLflowTracker` among the loggers of a config; None where there is none."""
-    sections = logger if isinstance(logger, list) else [logger]
-    return next(
-        (one for one in sections if hasattr(one, "get") and str(one.get("class_path")).endswith("MLflowTracker")), None
-    )
-
-
-def checkpoints_root(config: Mapping[str, Any]) -> Path:
-    """Where runs of a config keep their checkpoints: beside the store, or below the trainer's folder where none is kept."""
-    trainer, checkpoint = config.get("trainer") or {}, config.get("checkpoint") or {}
-    if checkpoint.get("dirpath"):
-        return Path(checkpoint["dirpath"])
-    section = tracker_section(trainer.get("logger"))
-    if section is None:
-        return Path(trainer.get("default_root_dir") or Path.cwd()) / "runs" / "checkpoints"
-    return runs_dir((section.get("init_args") or {}).get("uri") or tracking_uri()) / "checkpoints"
+def _newest(root: Path, now: Mapping[str, Any]) -> Match | None:
+    """The newest run of the same experiment, of the very config first; None, with a line that says so, where there is none."""
+    abouts = ((folder, folder.about) for folder in known_runs(root))
+    of_command = (
+        folder for folder, about in abouts
+        if about.get("command") == now["command"] and isinstance(about.get("config"), dict)
+    )  # fmt: skip
+    matches = sorted((compare(folder, now) for folder in of_command), key=lambda one: len(one.conflicts))
+    same = [one for one in matches if not one.conflicts]
+    if same:
+        return min(same, key=lambda one: bool(one.defaults or one.more_steps))
+    hint = ""
+    if matches and len(matches[0].conflicts) <= _MOST_SHOWN:
+        hint = f" (run {matches[0].folder.path.name} differs in {', '.join(matches[0].conflicts)})"
+    say(f"resume: no earlier run of this config in {root}{hint}; starting afresh")
+    return None
 
 
 def with_stored_config(words: list[str]) -> list[str]:
-    """The words of ``--resume=ID`` without a config file, over the config that the run of that id has left.
-
-    Raises:
-        UserError: There is no such run, or it left none.
-    """
+    """The words of ``--resume=ID`` without a config file, over the config that the run of that id has left."""
     wanted = dict(options_of(words)).get("resume")
     if not wanted or wanted in ("true", "false") or config_files(words):
         return words
@@ -373,28 +206,32 @@ def with_stored_config(words: list[str]) -> list[str]:
     config = folder.about.get("config")
     if not isinstance(config, dict):
         raise UserError(f"resume: run {folder.path.name} has left no config; give it by --config")
-    write_atomically(folder.path / _STORED, lambda file: file.write(write_yaml(config).encode()))
-    return ["--config", str(folder.path / _STORED), *words]
+    stored = folder.path / "config.yaml"
+    write_atomically(stored, lambda file: file.write(write_yaml(config).encode()))
+    return ["--config", str(stored), *words]
 
 
-def bare_flag(words: list[str]) -> list[str]:
-    """The words with ``--resume`` or ``--retrain`` alone written out, as flags that may also have a value need it."""
-    following = [*words, "--"][1:]
-    return [
-        f"{word}=true" if word in ("--resume", "--retrain") and after.startswith("-") else word
-        for word, after in zip(words, following, strict=True)
-    ]
+def _tracker_section(logger: Any) -> Any:
+    """The section of the :class:`MLflowTracker` among the loggers of a config; None where there is none."""
+    sections = logger if isinstance(logger, list) else [logger]
+    found = (one for one in sections if hasattr(one, "get") and str(one.get("class_path")).endswith("MLflowTracker"))
+    return next(found, None)
 
 
-def with_slurm_left_alone(kwargs: dict[str, Any], trainer: Namespace) -> dict[str, Any]:
-    """Trainer arguments that keep Lightning's own SIGUSR1 handler out: it saves in the middle of a step, and requeues."""
-    if not SLURMEnvironment.detect() or TorchElasticEnvironment.detect():
-        return kwargs
-    plugins = trainer.get("plugins") or []
-    plugins = plugins if isinstance(plugins, list) else [plugins]
-    if any(isinstance(plugin, SLURMEnvironment) for plugin in plugins):
-        return kwargs
-    return {**kwargs, "plugins": [*plugins, SLURMEnvironment(auto_requeue=False)]}
+def _checkpoints_root(config: Mapping[str, Any]) -> Path:
+    """Where runs of a config keep their checkpoints: beside the store, or below the trainer's folder where none is kept."""
+    if folder := config["checkpoint"]["dirpath"]:
+        return Path(folder)
+    section = _tracker_section(config["trainer"]["logger"])
+    if section is None:
+        return Path(config["trainer"]["default_root_dir"] or Path.cwd()) / "runs" / "checkpoints"
+    return runs_dir((section.get("init_args") or {}).get("uri") or tracking_uri()) / "checkpoints"
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as JSON gives it back."""
+    read: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return read
 
 
 @rank_zero_only

@@ -22,15 +22,7 @@ _NAME = "torchmetrics"
 
 
 def begin(words: list[str], tracked: bool = True) -> None:
-    """Have an absent tracking store made while torch is imported, and import no more than a command needs.
-
-    Args:
-        words: Options of the command.
-        tracked: Whether it has a run, unless its config says ``trainer.logger: false``.
-
-    Raises:
-        UserError: A config file that cannot be read, or a word that is no option.
-    """
+    """Have the absent store of a tracked command made while torch is imported, and import no more than it needs."""
     trainer = compose(words).get("trainer")
     if tracked and not only_shows(words) and not (isinstance(trainer, dict) and trainer.get("logger") is False):
         prepare_store_in_background()
@@ -49,7 +41,7 @@ class _Deferred(ModuleType):
 
 
 def defer_torchmetrics() -> None:
-    """Have ``import torchmetrics`` import its base classes only, until more of it is used; nothing where it is imported.
+    """Have ``import torchmetrics`` import its base classes only, until more of it is used.
 
     Where a release of torchmetrics does not allow that, it is imported whole, as if this had not been called.
     """

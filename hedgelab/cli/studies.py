@@ -9,16 +9,14 @@ from __future__ import annotations
 import inspect
 import re
 import typing
-from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from hedgelab.cli.startup import begin
-from hedgelab.config.tree import compose, config_files, only_shows, opening_comment, without_configs
+from hedgelab.config.tree import compose, config_files, only_shows, opening_comment, with_bare_flags, without_configs
 from hedgelab.errors import UserError, stop_at_once
 
 GROUP = "hedgelab.studies"
@@ -33,18 +31,8 @@ BUILT_IN = {
 _UNTRACKED = {"cache"}  # known before the class is imported
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """A study as its config describes it.
-
-    Attributes:
-        study: The study.
-        name: Name of its run.
-        experiment: MLflow experiment of its run.
-        seed: Its seed.
-        text: The resolved config.
-        description: What the config file says about itself.
-    """
+class Parsed(NamedTuple):
+    """A study as its config describes it: the study, how its run is called, its seed, its resolved config, and what it says."""
 
     study: Any
     name: str
@@ -55,15 +43,7 @@ class Parsed:
 
 
 def run(command: str, words: list[str]) -> int:
-    """Run the study that a command names.
-
-    Args:
-        command: The command, a class path, or the name of an entry point.
-        words: Its options.
-
-    Raises:
-        UserError: Anything the user can mend.
-    """
+    """Run the study that a command, a class path or the name of an entry point names."""
     begin(words, command not in _UNTRACKED)
     from hedgelab.protocols.study import Bench
     from hedgelab.tracking import MLflowTracker
@@ -81,11 +61,7 @@ def registered() -> dict[str, str]:
 
 
 def study_class(command: str) -> type[Any]:
-    """The class of a study.
-
-    Raises:
-        UserError: It cannot be imported, or is no study.
-    """
+    """The class of a study, which a command, an entry point or a class path names."""
     from hedgelab.protocols.study import Study
 
     path = BUILT_IN.get(command) or registered().get(command, command)
@@ -93,22 +69,16 @@ def study_class(command: str) -> type[Any]:
     try:
         found = getattr(import_module(module), name, None)
     except ModuleNotFoundError as error:
-        if error.name is not None and not module.startswith(error.name):
+        if error.name is None or not module.startswith(error.name):
             raise
-        raise UserError(
-            f"{path}: no module '{error.name}'; install its package, or put its folder on PYTHONPATH"
-        ) from error
+        raise UserError(f"{path}: no module '{error.name}'; install its package, or put it on PYTHONPATH") from error
     if not inspect.isclass(found) or not issubclass(found, Study):
         raise UserError(f"{path}: expected a subclass of hedgelab.protocols.study.Study")
     return found
 
 
 def parse(cls: type[Any], command: str, words: list[str]) -> Parsed:
-    """Read the config of a study and make the study; what is refused is told in one line.
-
-    Raises:
-        UserError: A wrong key or value.
-    """
+    """Read the config of a study and make the study; what is refused is told in one line."""
     from jsonargparse import Namespace
 
     from hedgelab.config.explain import explain_construction, explain_parsing, resolve
@@ -118,38 +88,34 @@ def parse(cls: type[Any], command: str, words: list[str]) -> Parsed:
 
     parser, recipes, parameters = make_parser(cls, command)
     words = with_bare_flags(words, [name for name, one in parameters.items() if one.annotation is bool])
-    tree = compose(words)
+    written = compose(words)
+    tree = resolve(written)
     if cls.takes_any_config:
-        _check_words(command, words, parameters)
-        tree = {key: value for key, value in resolve(tree).items() if key in parameters}
+        said = {key for key, value in compose(without_configs(words)).items() if not isinstance(value, dict)}
+        tree = {key: value for key, value in tree.items() if key in said.union(parameters)}
     provided = frozenset(f"{name}.d_in" for name, base in recipes.items() if base.__name__ == "SAE")
-    walk = Walk(resolve(tree), parameters, provided)
+    walk = Walk(tree, parameters, provided)
     try:
-        config = (
-            parser.parse_object(tree) if cls.takes_any_config and not only_shows(words) else parser.parse_args(words)
-        )
-        if missing := next(
-            (name for name, one in parameters.items() if one.required and config.get(name) is None), None
-        ):
-            raise ValueError(f"{missing}: is required")
+        by_tree = cls.takes_any_config and not only_shows(words)
+        config = parser.parse_object(tree) if by_tree else parser.parse_args(words)
+        if line := next(iter(walk.missing + walk.impossible), None):
+            raise UserError(line)
     except Exception as error:
-        line = explain_parsing(error, tree, walk)
+        line = explain_parsing(error, written, walk)
         raise UserError(f"{line}; see {cls.example}" if cls.example and ": is required" in line else line) from error
-    if walk.impossible:
-        raise UserError(walk.impossible[0])
     check_folders(config.as_dict(), compose(without_configs(words)), also=cls.writes_to)
     sections: dict[str, Any] = {}
     for name, base in recipes.items():
         if parameters[name].annotation is base:
             sections[name] = None if config[name] is None else Recipe(base, config[name], name)
         else:  # as written: the parser puts defaults in, some of which a class refuses
-            written = resolve(tree).get(name) or {}
-            sections[name] = {key: Recipe(base, section, f"{name}.{key}") for key, section in written.items()}
+            parts = tree.get(name) or {}
+            sections[name] = {key: Recipe(base, section, f"{name}.{key}") for key, section in parts.items()}
     plain = Namespace({key: value for key, value in vars(config).items() if key not in recipes})  # type: ignore[no-untyped-call]
     own = set(inspect.signature(cls).parameters)
     try:
-        values = vars(parser.instantiate(plain))
-        study = cls(**{key: value for key, value in {**values, **sections}.items() if key in own})
+        values = {**vars(parser.instantiate(plain)), **sections}
+        study = cls(**{key: value for key, value in values.items() if key in own})
     except UserError as error:
         raise UserError(explain_construction(error, walk)) from error
     files = config_files(words)
@@ -168,53 +134,47 @@ def make_parser(cls: type[Any], command: str) -> tuple[Any, dict[str, type], dic
 
     import hedgelab.data.llm
     import hedgelab.data.toy
-    import hedgelab.saes  # noqa: F401 (short class names)
+    import hedgelab.saes
     from hedgelab.config.signatures import Parameter, parameters_of
     from hedgelab.protocols.recipe import Recipe
-    from hedgelab.saes import SAE
 
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${…} across config files
-    parameters = parameters_of(cls)
-    recipes: dict[str, type] = {}
-    for name, one in parameters.items():
-        for kind in (one.annotation, *typing.get_args(one.annotation)):  # a recipe, or a dict of recipes
-            if typing.get_origin(kind) is Recipe:
-                recipes[name] = typing.get_args(kind)[0]
-                parameters[name] = Parameter(
-                    recipes[name] if kind is one.annotation else dict[str, dict[str, Any]], one.required
-                )
     parser = ArgumentParser(
         prog=f"hedgelab {command}", exit_on_error=False, parser_mode="omegaconf+", allow_abbrev=False,
         description=inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:")[0],
     )  # fmt: skip
     parser.add_argument("--config", action="config", help="Config file (YAML); later ones are laid over earlier ones.")
-    for name, base in recipes.items():
-        if parameters[name].annotation is base:
-            skip = {"d_in"} if base is SAE else None
-            parser.add_subclass_arguments(base, name, required=False, skip=skip, help=_help(cls, name))
-        else:
-            parser.add_argument(f"--{name}", type=dict[str, dict[str, Any]], help=_help(cls, name))
+    parameters = parameters_of(cls)
+    recipes: dict[str, type] = {}
+    for name, one in parameters.items():
+        for kind in (one.annotation, *typing.get_args(one.annotation)):
+            if typing.get_origin(kind) is not Recipe:
+                continue
+            (base,) = typing.get_args(kind)
+            recipes[name] = base
+            if kind is one.annotation:
+                skip = {"d_in"} if base is hedgelab.saes.SAE else None
+                parser.add_subclass_arguments(base, name, required=False, skip=skip, help=_help(cls, name))
+                parameters[name] = Parameter(base, one.required)
+            else:  # a dict of recipes
+                parameters[name] = Parameter(dict[str, dict[str, Any]], one.required)
+                parser.add_argument(f"--{name}", type=parameters[name].annotation, help=_help(cls, name))
     parser.add_class_arguments(cls, skip=set(recipes))
     common = {
         "seed_everything": (int, 0, "Seed of everything that is random."),
         "name": (str | None, None, "Name of the run; the config file's by default."),
         "experiment": (str, cls.experiment, "MLflow experiment that the run belongs to."),
     }
-    for name, (kind, default, text) in common.items():
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-        parameters[name] = Parameter(kind)
+    for name, (annotation, default, text) in common.items():
+        parser.add_argument(f"--{name}", type=annotation, default=default, help=text)
+        parameters[name] = Parameter(annotation)
     return parser, recipes, parameters
 
 
 def conduct(study: Any, bench: Any, text: str) -> list[str]:
-    """Run a study in the run of its bench, if it has one, which is ended whatever happens; the lines to print.
+    """Run a study of this resolved config in the run of its bench, if it has one; the lines to print.
 
     An exception ends the run as FAILED, a signal (SIGTERM, SIGUSR1, Ctrl-C) as KILLED.
-
-    Args:
-        study: The study.
-        bench: What it works with.
-        text: Its resolved config.
     """
     from hedgelab.tracking.params import searchable
     from hedgelab.tracking.provenance import provenance_tags
@@ -241,36 +201,6 @@ def conduct(study: Any, bench: Any, text: str) -> list[str]:
         return list(outcome.headline)
     first, *others = outcome.headline or ["done"]
     return [f"run {tracker.run_id}: {first}", *(f"  {line}" for line in others), "look at it: hedgelab ui"]
-
-
-def with_bare_flags(words: list[str], flags: Iterable[str]) -> list[str]:
-    """The words with ``--flag`` alone written out as ``--flag=true``.
-
-    >>> with_bare_flags(["--verify", "--resume", "last"], ["verify", "resume"])
-    ['--verify=true', '--resume', 'last']
-    """
-    names = {f"--{flag}" for flag in flags}
-    return [
-        f"{word}=true" if word in names and after.startswith("-") else word
-        for word, after in zip(words, [*words, "--"][1:], strict=True)
-    ]
-
-
-def _check_words(command: str, words: list[str], parameters: dict[str, Any]) -> None:
-    """Refuse options on the command line that no key of the study explains, where those of a config file are ignored.
-
-    Raises:
-        UserError: There is one.
-    """
-    from hedgelab.config.names import nearest
-
-    names = [f"--{name}" for name in ["config", *parameters]]
-    for word in words:
-        name = word.partition("=")[0]
-        if name.startswith("--") and "." not in name and name not in (*names, "--help", "--print_config"):
-            near = nearest(name, names)
-            hint = f"did you mean '{near}'?" if near else f"see 'hedgelab {command} --help'"
-            raise UserError(f"unknown argument '{word}'; {hint}")
 
 
 def _help(cls: type[Any], name: str) -> str:

@@ -33,15 +33,7 @@ that decides their numbers (a key, the code of a class, the content of a file); 
 
 
 def run(command: str, words: list[str]) -> int:
-    """Run a sweep.
-
-    Args:
-        command: ``sweep``.
-        words: Its options.
-
-    Raises:
-        UserError: Anything the user can mend.
-    """
+    """Run a sweep."""
     if any(word in ("-h", "--help") for word in words):
         print(_HELP, end="")
         return 0

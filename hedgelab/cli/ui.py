@@ -17,19 +17,8 @@ _PATIENCE = 5.0
 
 
 def run(command: str, words: list[str]) -> int:
-    """Serve the UI until Ctrl-C; a store that is a server already has its own, whose address is printed.
-
-    Args:
-        command: ``ui``.
-        words: Its options.
-
-    Raises:
-        UserError: There are no runs yet, or the port is taken.
-    """
-    parser = LightParser(command, "Open the MLflow UI on the tracked runs.")
-    parser.add_argument("--port", type=int, default=5000, help="port to listen on")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback let others in")
-    options = parser.parse(words)
+    """Serve the UI until Ctrl-C; a store that is a server already has its own, whose address is printed."""
+    options = LightParser(command).parse(words)
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
         print(f"The MLflow UI is the tracking server itself: {without_credentials(uri)}")
@@ -53,14 +42,7 @@ def run(command: str, words: list[str]) -> int:
 
 
 def serve(command: list[str]) -> int:
-    """Run a server that starts processes of its own; all of them end when this function does, also by a signal.
-
-    Args:
-        command: The server's command line.
-
-    Returns:
-        Its exit code.
-    """
+    """Run a server that starts processes of its own, and give its exit code; all of them end when this function does."""
     server = subprocess.Popen(command, start_new_session=True)
     try:
         return server.wait()
@@ -77,16 +59,12 @@ def serve(command: list[str]) -> int:
 
 def server_command(uri: str, host: str, port: int) -> list[str]:
     """The command that serves the UI of a store."""
-    mlflow = [sys.executable, "-m", "mlflow", "ui", "--workers", "1"]
-    return [*mlflow, "--backend-store-uri", uri, "--host", host, "--port", str(port)]
+    options = ["--workers", "1", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
+    return [sys.executable, "-m", "mlflow", "ui", *options]
 
 
 def check_port(host: str, port: int) -> None:
-    """See that an address can be listened on.
-
-    Raises:
-        UserError: It is taken, or no address of this machine.
-    """
+    """See that an address can be listened on."""
     if not 0 < port < 65536:
         raise UserError(f"--port: expected a number from 1 to 65535, got {port}")
     try:

@@ -1,8 +1,9 @@
-"""One line for everything that can be wrong with a config: refused, unresolvable, overridden in vain, impossible."""
+"""One line for everything that can be wrong with a config: refused, unresolvable, impossible."""
 
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,7 +31,9 @@ def explain_construction(error: BaseException, walk: Walk) -> str:
     is longer (``model.inner.d_sae``). What a class did not foresee is told in the words of whatever refused.
     """
     message = one_line(str(error))
-    cls = next((cls for cls in _makers(error) if cls in walk.classes), None)
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    makers = [type(frame["self"]) for frame in reversed(frames) if "self" in frame]
+    cls = next((one for one in makers if one in walk.classes), None)
     places = walk.classes[cls] if cls is not None else []
     if not isinstance(error, UserError):
         place = places[0] if len(places) == 1 else "config"
@@ -45,10 +48,9 @@ def explain_construction(error: BaseException, walk: Walk) -> str:
 def resolve(tree: Tree) -> Tree:
     """The tree with its interpolations resolved; as it is where they cannot be."""
     try:
-        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException:
         return tree
-    assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
 
@@ -61,29 +63,16 @@ def top_level(names: Iterable[str], types: Mapping[str, Any]) -> dict[str, Param
 def _explain_interpolation(error: OmegaConfBaseException, tree: Tree) -> str:
     """A ``${...}`` that leads nowhere, with what was written and the nearest key there is."""
     full = re.sub(r"^(fit|validate|test)\.", "", str(error.full_key or "config"))
-    path = [part for part in re.split(r"[.\[\]]+", full) if part]
-    key = full.replace(".init_args", "")
-    written = _look_up(tree, path)
+    keys = dict(_paths(tree))
+    key, written = full.replace(".init_args", ""), keys.get(full)
     shown = f" '{written}'" if isinstance(written, str) else ""
     if not isinstance(error, InterpolationKeyError):
         return f"{key}: cannot resolve{shown}: {one_line(str(error).splitlines()[0])}"
     wanted = re.search(r"\$\{([\w.\[\]]+)\}", shown)
-    near = nearest(wanted[1], _paths(tree)) if wanted else None
+    near = nearest(wanted[1], keys) if wanted else None
     return f"{key}: cannot resolve{shown}: no such key; " + (
         f"did you mean '${{{near}}}'?" if near else "a key is written in full from the top, with init_args"
     )
-
-
-def _makers(error: BaseException) -> Iterator[type]:
-    """Classes whose methods an exception passed through, the one that raised it first."""
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frames.append(traceback.tb_frame)
-        traceback = traceback.tb_next
-    for frame in reversed(frames):
-        if "self" in frame.f_locals:
-            yield type(frame.f_locals["self"])
 
 
 def _join(place: str, named: str) -> str:
@@ -99,19 +88,10 @@ def _join(place: str, named: str) -> str:
     return ".".join(outer + inner[overlap:])
 
 
-def _look_up(tree: Any, path: list[str]) -> Any:
-    for part in path:
-        if isinstance(tree, dict):
-            tree = tree.get(part)
-        elif isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
-            tree = tree[int(part)]
-        else:
-            return None
-    return tree
-
-
-def _paths(tree: Tree, prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _paths(value, f"{prefix}{name}.")
+def _paths(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a tree in full, as OmegaConf writes it, with its value."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, value in items:
+        key = f"{prefix}[{name}]" if isinstance(tree, list) else f"{prefix}.{name}".lstrip(".")
+        yield key, value
+        yield from _paths(value, key)

@@ -18,36 +18,30 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
-
-from fsspec.core import split_protocol
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import get_filesystem_class
+from urllib.parse import unquote
 
 from hedgelab.errors import UserError
 from hedgelab.tracking.store import runs_dir, tracking_uri
 
 ALLOWED = "HEDGELAB_FOLDERS"
-_SECTIONS = {"trainer", "checkpoint"}
 _TEXTS = {"class_path", "description", "run_name", "experiment", "tags"}
 _DATABASE = re.compile(r"sqlite(?:\+\w+)?:///([^?]*)")
 _WRITTEN_TO = {"dirpath", "default_root_dir", "cache_dir", "save_dir", "log_dir", "root_dir", "output_dir"}
 
 
 def check_folders(config: Mapping[str, Any], said: Mapping[str, Any], also: frozenset[str] = frozenset()) -> None:
-    """See that a config names no folder to write to outside those that are the user's choice.
+    """See that a resolved config names no folder to write to outside those that are the user's choice.
 
     Args:
         config: The resolved config.
         said: What the command line itself says, as a tree.
         also: Full keys of other folders that this command writes to.
-
-    Raises:
-        UserError: It does.
     """
+    listed = [Path(name) for name in os.environ.get(ALLOWED, "").split(":") if name]
+    roots = [root.resolve() for root in (Path.cwd(), runs_dir(tracking_uri()), *listed)]
     own = set(_folders(said, also))
     for key, folder in _folders(config, also):
-        if (key, folder) not in own and not _is_inside(folder):
+        if (key, folder) not in own and not any(folder.resolve().is_relative_to(root) for root in roots):
             raise UserError(
                 f"{key}: '{folder}' lies outside the working folder; a config may write there only if the command line says "
                 f"so too (--{key}={folder}), or the environment variable {ALLOWED} lists a folder above it"
@@ -79,46 +73,28 @@ def _places(value: str, key: str, is_folder: bool) -> Iterator[Path]:
         yield from found
     elif "://" not in value and not _DATABASE.match(value):
         leads_out = value.startswith(("/", "~")) or ".." in Path(value).parts
-        if is_folder or (key.split(".")[0] in _SECTIONS and leads_out):
+        if is_folder or (key.split(".")[0] in ("trainer", "checkpoint") and leads_out):
             yield Path(value).expanduser()
 
 
 def local_paths(address: str) -> Iterator[Path]:
-    """The local paths that an address leads to, as fsspec reads it and as a URL is read; none for a plain or a remote path.
+    """The local paths that an address may lead to, by every way of reading it; none for a plain or a remote path.
+
+    Libraries differ in whether the first part is a host or a folder, and in whether ``%2e`` is a dot.
 
     >>> [str(path) for path in local_paths("file://localhost/a/%2e%2e/b")]
-    ['/a/../b', '/a/%2e%2e/b']
+    ['localhost/a/%2e%2e/b', 'localhost/a/../b', '/a/%2e%2e/b', '/a/../b']
     >>> [str(path) for path in local_paths("s3://bucket/a")]
     []
     """
     if database := _DATABASE.match(address):
-        yield from {Path(database[1]): None, Path(unquote(database[1])): None}
+        yield from (Path(database[1]), Path(unquote(database[1])))
         return
     for part in address.split("::"):  # fsspec's chains, such as simplecache::file:///x
-        protocol, _ = split_protocol(part)
-        if protocol is None and (scheme := re.match(r"(file|local):", part, flags=re.IGNORECASE)):
-            protocol = scheme[1]  # `file:/x`, which is a URL and no address of fsspec
-        if protocol is not None and _is_local(protocol.lower()):
-            rest = part[len(protocol) + 1 :]
-            url = urlsplit(rest if rest.startswith("//") else f"//{rest}")
-            paths = (unquote(url.path), url.path)
-            hosts = ("",) if url.netloc == "localhost" else (url.netloc, "")
-            # fsspec takes a host for the first folder, other libraries leave it out.
-            yield from {Path(host + path): None for path in paths for host in hosts}
-        elif protocol is None and "::" in address and "/" in part:
+        scheme, colon, rest = part.partition(":")
+        if colon and scheme.lower() in ("file", "local"):
+            body = rest.removeprefix("//")
+            for text in (body, body[body.find("/") :] if "/" in body else body):
+                yield from (Path(text), Path(unquote(text)))
+        elif not colon and "::" in address and "/" in part:
             yield Path(part).expanduser()
-
-
-def _is_local(protocol: str) -> bool:
-    """Whether fsspec's file system of a protocol is this machine's."""
-    try:
-        return issubclass(get_filesystem_class(protocol), LocalFileSystem)
-    except (ImportError, ValueError):  # needs a package that is not here, or is none of fsspec's
-        return False
-
-
-def _is_inside(place: Path) -> bool:
-    """Whether a place lies in a folder that may be written to, links followed."""
-    listed = [Path(name) for name in os.environ.get(ALLOWED, "").split(":") if name]
-    wanted = place.resolve()
-    return any(wanted.is_relative_to(root.resolve()) for root in (Path.cwd(), runs_dir(tracking_uri()), *listed))

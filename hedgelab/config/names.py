@@ -20,7 +20,6 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 def suggest(name: str, names: Iterable[str]) -> str:
     """What to write instead of a wrong name: the nearest valid one, else all of them."""
     known = sorted(names)
-    near = nearest(name, known)
-    if near is not None:
+    if near := nearest(name, known):
         return f"did you mean '{near}'?"
     return f"expected one of {', '.join(known)}" if known else "nothing is accepted here"

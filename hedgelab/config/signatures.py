@@ -6,10 +6,9 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from typing import Any, NamedTuple
 
-_NONE = type(None)
+from hedgelab.identity import imported
 
 
 class Parameter(NamedTuple):
@@ -22,19 +21,18 @@ class Parameter(NamedTuple):
 def parameters_of(cls: type) -> dict[str, Parameter]:
     """All arguments of a class, those that ``**kwargs`` passes on to its parents included."""
     found: dict[str, Parameter] = {}
-    for parent in cls.__mro__:
-        init = vars(parent).get("__init__")
+    for init in (vars(parent).get("__init__") for parent in cls.__mro__):
         if not inspect.isfunction(init):
             continue
-        hints = _hints(init)
-        passes_on = False
-        for parameter in list(inspect.signature(init).parameters.values())[1:]:
-            if parameter.kind is parameter.VAR_KEYWORD:
-                passes_on = True
-            elif parameter.kind is not parameter.VAR_POSITIONAL:
-                annotation = hints.get(parameter.name, Any)
-                found.setdefault(parameter.name, Parameter(annotation, parameter.default is parameter.empty))
-        if not passes_on:
+        try:
+            hints = typing.get_type_hints(init)
+        except (NameError, TypeError):  # names that only a type checker knows
+            hints = {}
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        for one in parameters:
+            if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+                found.setdefault(one.name, Parameter(hints.get(one.name, Any), one.default is one.empty))
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break
     return found
 
@@ -48,91 +46,67 @@ def class_of(item: Any, annotation: Any) -> type | None:
     if not isinstance(path, str):
         return None
     known: dict[str, Any] = {cls.__name__: cls for base in admitted for cls in concrete(base)}
-    named = known.get(path) or _import(path)
+    named = known.get(path) or imported(path)
     return named if inspect.isclass(named) and any(issubclass(named, base) for base in admitted) else None
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The types of a union, else the type itself; the notes of an annotated type are left out.
+
+    >>> alternatives(int | list[float] | None)
+    [<class 'int'>, list[float], <class 'NoneType'>]
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return alternatives(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return [one for argument in arguments for one in alternatives(argument)]
+    return [annotation]
 
 
 def bases(annotation: Any) -> list[type]:
     """The classes (not plain values) that a type admits objects of, inside unions, lists and as results of calls."""
-    if inspect.isclass(annotation) and typing.get_origin(annotation) is None:
-        return [] if annotation.__module__ == "builtins" or annotation is _NONE else [annotation]
-    if _is_call(annotation):
-        return bases(typing.get_args(annotation)[-1]) if typing.get_args(annotation) else []
-    if typing.get_origin(annotation) in (typing.Literal, type):
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if inspect.isclass(annotation) and origin is None:
+        return [] if annotation.__module__ == "builtins" else [annotation]
+    if origin in (typing.Literal, type):
         return []
-    return [base for argument in typing.get_args(annotation) for base in bases(argument)]
-
-
-def plain_kinds(annotation: Any) -> Iterator[type]:
-    """The classes of plain values that a type admits by themselves, not as items of a list or dict.
-
-    >>> list(plain_kinds(int | list[float] | None))
-    [<class 'int'>, <class 'NoneType'>]
-    """
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        for argument in typing.get_args(annotation):
-            yield from plain_kinds(argument)
-    elif origin is typing.Annotated:
-        yield from plain_kinds(typing.get_args(annotation)[0])
-    elif origin is typing.Literal:
-        yield from map(type, typing.get_args(annotation))
-    elif origin is None and inspect.isclass(annotation):
-        yield annotation
+    inner = arguments[-1:] if _is_call(annotation) else arguments
+    return [base for argument in inner for base in bases(argument)]
 
 
 def concrete(base: type) -> Iterator[type]:
     """The public classes under a base that can be made, the base included."""
     if not inspect.isabstract(base) and not base.__name__.startswith("_"):
         yield base
-    subclasses: list[type] = type.__subclasses__(base)
-    for cls in subclasses:
+    for cls in type.__subclasses__(base):
         yield from concrete(cls)
 
 
 def supplied_by_caller(annotation: Any) -> int:
     """How many leading arguments of a class its caller fills in, where the type is a factory."""
-    for kind in (annotation, *typing.get_args(annotation)):
-        if _is_call(kind) and typing.get_args(kind):
-            arguments = typing.get_args(kind)[0]
-            return len(arguments) if isinstance(arguments, list) else 0
+    for one in filter(_is_call, alternatives(annotation)):
+        taken = typing.get_args(one)[:1]
+        return len(taken[0]) if taken and isinstance(taken[0], list) else 0
     return 0
 
 
 def describe(annotation: Any) -> str:
     """A type in the words of a config file."""
-    if annotation is _NONE or annotation is None:
+    options = alternatives(annotation)
+    if len(options) > 1:
+        return " or ".join(dict.fromkeys(map(describe, options)))
+    origin, arguments = typing.get_origin(options[0]), typing.get_args(options[0])
+    if options[0] in (type(None), None):
         return "null"
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return describe(arguments[0])
     if origin is typing.Literal:
         return "one of " + ", ".join(map(repr, arguments))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(describe, arguments)))
-    if _is_call(annotation):
+    if _is_call(options[0]):
         return f"the class of a {describe(arguments[-1])}" if arguments else "a function"
     if origin is not None:
-        inner = ", ".join("..." if argument is ... else describe(argument) for argument in arguments)
-        return f"{origin.__name__.lower()}[{inner}]"
-    return str(getattr(annotation, "__name__", annotation))
+        return f"{origin.__name__.lower()}[{', '.join('...' if one is ... else describe(one) for one in arguments)}]"
+    return str(getattr(options[0], "__name__", options[0]))
 
 
 def _is_call(annotation: Any) -> bool:
     return typing.get_origin(annotation) is Callable or annotation in (Callable, typing.Callable)
-
-
-def _hints(function: Any) -> dict[str, Any]:
-    """Annotations, resolved; those that only a type checker can resolve are left out."""
-    try:
-        return typing.get_type_hints(function)
-    except (NameError, TypeError):
-        return {}
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name, None) if module else None
-    except (ImportError, ValueError):
-        return None

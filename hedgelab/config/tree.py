@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ from typing import Any
 import yaml
 
 from hedgelab.config.names import nearest
-from hedgelab.config.plain_yaml import read_value, read_yaml
 from hedgelab.errors import UserError
+from hedgelab.plain_yaml import read_value, read_yaml
 
 Tree = dict[str, Any]
-_FLAGS = ("help", "print_config")
 
 
 def config_files(words: list[str]) -> list[Path]:
@@ -29,10 +29,20 @@ def config_files(words: list[str]) -> list[Path]:
 
 def without_configs(words: list[str]) -> list[str]:
     """What the command line says itself, as words again."""
+    said = [(key, value) for key, value in options_of(words) if key not in ("config", "c")]
+    return [f"--{key}" if value is None else f"--{key}={value}" for key, value in said]
+
+
+def with_bare_flags(words: list[str], flags: Iterable[str]) -> list[str]:
+    """The words with ``--flag`` alone written out as ``--flag=true``.
+
+    >>> with_bare_flags(["--verify", "--resume", "last"], ["verify", "resume"])
+    ['--verify=true', '--resume', 'last']
+    """
+    names = {f"--{flag}" for flag in flags}
     return [
-        f"--{key}" if value is None else f"--{key}={value}"
-        for key, value in options_of(words)
-        if key not in ("config", "c")
+        f"{word}=true" if word in names and after.startswith("-") else word
+        for word, after in zip(words, [*words, "--"][1:], strict=True)
     ]
 
 
@@ -43,10 +53,8 @@ def only_shows(words: list[str]) -> bool:
 
 def opening_comment(files: list[Path]) -> str | None:
     """What the last config file says about itself in its first lines; None if it says nothing."""
-    if not files:
-        return None
-    lines = takewhile(lambda line: line.startswith("#"), files[-1].read_text().splitlines())
-    return " ".join(line.lstrip("# ").rstrip() for line in lines) or None
+    lines = files[-1].read_text().splitlines() if files else []
+    return " ".join(line.lstrip("# ").rstrip() for line in takewhile(lambda line: line.startswith("#"), lines)) or None
 
 
 def compose(words: list[str], defaults: Tree | None = None) -> Tree:
@@ -56,13 +64,16 @@ def compose(words: list[str], defaults: Tree | None = None) -> Tree:
         UserError: A missing or unreadable file, invalid YAML, or a word that is neither option nor value.
     """
     tree: Tree = copy.deepcopy(defaults or {})
-    for key, value in options_of(words):
+    for key, text in options_of(words):
         if key in ("config", "c"):
-            if not value:
+            if not text:
                 raise UserError("--config: expected a file, got nothing")
-            overlay(tree, load(Path(value)))
-        elif key.split(".")[0] not in _FLAGS:
-            _overlay_option(tree, key.split("."), value)
+            overlay(tree, load(Path(text)))
+        elif key.split(".")[0] not in ("help", "print_config"):
+            value: Any = text
+            with suppress(yaml.YAMLError):
+                value = read_value(text) if text is not None else None
+            overlay_value(tree, key.split("."), value)
     return tree
 
 
@@ -81,11 +92,7 @@ def options_of(words: list[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def load(path: Path, key: str = "--config") -> Tree:
-    """One config file.
-
-    Args:
-        path: The file.
-        key: The option that names it, for messages.
+    """One config file, which the option ``key`` names.
 
     Raises:
         UserError: It is missing, unreadable, invalid YAML, or no mapping.
@@ -103,11 +110,9 @@ def load(path: Path, key: str = "--config") -> Tree:
         raise UserError(f"{key}: invalid YAML in '{path}'{where}: {error.problem or error.context}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{key}: cannot read '{path}': {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
+    if content is not None and not isinstance(content, dict):
         raise UserError(f"{key}: '{path}' must hold a mapping of keys at its top, got a {type(content).__name__}")
-    return content
+    return content or {}
 
 
 def overlay(tree: Tree, layer: Tree) -> None:
@@ -122,15 +127,6 @@ def overlay(tree: Tree, layer: Tree) -> None:
             overlay(below, value)
         else:
             tree[key] = value
-
-
-def _overlay_option(tree: Tree, path: list[str], text: str | None) -> None:
-    """Lay one ``--a.b.c=text`` over ``tree``."""
-    try:
-        value = read_value(text) if isinstance(text, str) else text
-    except yaml.YAMLError:
-        value = text
-    overlay_value(tree, path, value)
 
 
 def overlay_value(tree: Tree, path: list[str], value: Any) -> None:

@@ -104,7 +104,7 @@ def test_other_code_trains_a_finished_run_anew_and_goes_on_with_an_unfinished_on
     assert f"run {name} was begun with other code of saes_of_resume.OfMine; it goes on with today's" in said
     (tmp_path / "saes_of_resume.py").write_text(OWN.format(scale=3))
     fit(*words, "--resume")
-    assert f"(run {name} differs in code of.saes_of_resume.OfMine" in capsys.readouterr().out
+    assert f"(run {name} differs in the code of saes_of_resume.OfMine" in capsys.readouterr().out
     assert len(folders()) == 2
 
 

@@ -70,14 +70,6 @@ def test_keys_of_one_release_only(change, begun, capsys):
     assert "sharpness" not in arguments(RunFolder(begun).about)
 
 
-def test_a_new_key_that_is_written_with_its_default(begun, capsys):
-    edit(begun, lambda about: arguments(about).pop("dead_after_steps"))
-    default = resumed(capsys)[1].model.dead_after_steps
-    edit(begun, lambda about: arguments(about).pop("dead_after_steps"))
-    RunFolder(begun).note(finished=False)
-    assert f"resume: run {begun.name} goes on from" in resumed(capsys, f"--model.dead_after_steps={default}")[0]
-
-
 def test_a_new_key_that_is_written_with_another_value(begun, capsys):
     edit(begun, lambda about: arguments(about).pop("dead_after_steps"))
     said, _ = resumed(capsys, "--model.dead_after_steps=17")
@@ -128,7 +120,10 @@ def test_a_changed_default_that_is_written_now_is_another_experiment(begun, caps
         ),
         (lambda about: arguments(about).update(lr_scheduler="os.system"), "model.lr_scheduler was 'os.system'"),
         (lambda about: arguments(about).update(dead_after_steps=-5), "dead_after_steps: expected a whole number"),
-        (lambda about: arguments(about).update(dead_after_steps=[5]), "dead_after_steps=[5], the default then, which"),
+        (
+            lambda about: arguments(about).update(dead_after_steps=[5]),
+            "this release refuses (model.dead_after_steps: expected int, got [5])",
+        ),
     ],
 )
 def test_defaults_that_cannot_be_taken_over_are_one_line(change, words, begun, capsys):
@@ -169,7 +164,8 @@ def test_another_name_or_command_is_another_run(begun, capsys):
 
 
 def test_a_run_that_is_named_goes_on_whatever_its_config_was(begun, capsys):
-    edit(begun, lambda about: about["config"]["trainer"].update(max_steps=4))
+    edit(begun, lambda about: (about["config"]["trainer"].update(max_steps=4), arguments(about).update(k=1)))
     said, _ = resumed(capsys, f"--resume={begun.name[:14]}")
     assert f"resume: run {begun.name} was begun with trainer.max_steps=4; now it is 6" in said
+    assert f"resume: run {begun.name} differs in model.k (1 there, 2 here)" in said
     assert f"resume: run {begun.name} goes on from" in said

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Timer
 
 from hedgelab.cli import main
 from hedgelab.cli.cells import parse_cell
-from hedgelab.config.plain_yaml import read_value, write_yaml
+from hedgelab.plain_yaml import read_value, write_yaml
 from hedgelab.protocols.sweep.cells import check_sweep
 from hedgelab.protocols.sweep.config import read_sweep
 from hedgelab.protocols.sweep.locks import CellLocks

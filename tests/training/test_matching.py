@@ -1,19 +1,19 @@
 """Two resolved configs, and whether they are one experiment."""
 
 import copy
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hedgelab.training.checkpoints import RunFolder
 from hedgelab.training.checkpoints.matching import (
     ABSENT,
-    Difference,
-    can_be_taken_over,
+    as_option,
     compare,
     differences,
-    replaced,
-    without,
+    dotted,
     written_keys,
 )
 
@@ -47,9 +47,21 @@ def changed(*keys, value=ABSENT):
     return config
 
 
-def against(then=RESOLVED, now=RESOLVED, written_then=WRITTEN, written_now=WRITTEN, default=True):
-    found = compare(then, written_then, now, written_now, lambda key: default)
-    return [one.name for one in found.conflicts], [one.name for one in found.changed]
+def facts(config=RESOLVED, written=WRITTEN, command="fit", **more):
+    return {"command": command, "config": config, "written": written, "inputs": {}, "code": {}, **more}
+
+
+@pytest.fixture
+def against(tmp_path):
+    """Names of the conflicts and of the changed defaults of two configs."""
+
+    def compared(then=RESOLVED, now=RESOLVED, written_then=WRITTEN, written_now=WRITTEN):
+        folder = RunFolder(tmp_path)
+        folder.note(**facts(then, written_then), finished=False)
+        match = compare(folder, facts(now, written_now))
+        return [line.split(" ")[0] for line in match.conflicts], [dotted(key) for key in match.defaults]
+
+    return compared
 
 
 def test_what_is_written():
@@ -62,58 +74,64 @@ def test_what_is_written():
     ]
 
 
-def test_equal_configs_are_one_experiment():
-    assert against() == ([], [])
-
-
 NOISE = ("model", "init_args", "init", "noise")
 K = ("model", "init_args", "k")
 EVERY = ("trainer", "callbacks", 0, "init_args", "every")
 
 
-def test_keys_that_only_one_release_knows():
+def test_keys_that_only_one_release_knows(against):
+    assert against() == ([], [])
     assert against(then=changed(*NOISE)) == ([], [])
+    assert against(then=changed(*NOISE), written_now=["model"]) == ([], [])  # a file that may say nothing of it
     assert against(now=changed(*NOISE)) == ([], [])
-    assert against(then=changed(*K), default=True) == ([], [])
-    assert against(then=changed(*K), default=False) == (["model.k"], [])
+    assert against(then=changed(*K)) == (["model.k"], [])
     assert against(now=changed(*K)) == (["model.k"], [])
 
 
-def test_values_that_differ():
+def test_values_that_differ(against):
     assert against(now=changed(*K, value=3)) == (["model.k"], [])
     assert against(now=changed(*NOISE, value=0.5)) == ([], ["model.init.noise"])
     assert against(now=changed(*NOISE, value=0.5), written_now=[*WRITTEN, "model.init"]) == (["model.init.noise"], [])
     assert against(then=changed(*NOISE, value=0.5), written_then=["model.init.noise"])[0] == ["model.init.noise"]
     assert against(now=changed(*EVERY, value=4), written_now=[], written_then=[]) == ([], ["trainer.callbacks.0.every"])
-    assert against(now=changed("data", "init_args", "tree", value={"b": 1}), default=False)[0] == ["data.tree.a"]
+    assert against(now=changed("data", "init_args", "tree", value={"b": 1}))[0] == ["data.tree.a"]
+    assert against(now=changed("trainer", "max_steps", value=5)) == (["trainer.max_steps"], [])
+    assert against(now=changed("trainer", "max_steps", value=7)) == ([], [])
 
 
-def test_classes_and_kinds():
+def test_classes_and_kinds(against):
     other = {"class_path": "hedgelab.saes.VanillaSAE", "init_args": {"l1": 1}}
     assert against(now=changed("model", value=other)) == (["model.class_path"], [])
     assert against(now=changed("model", "class_path", value="hedgelab.saes.topk.TopKSAE")) == ([], [])
     assert against(now=changed("model", "class_path", value="mine.TopKSAE")) == (["model.class_path"], [])
     scheduler = changed("model", "init_args", "lr_scheduler", value={"class_path": "torch.L", "init_args": {}})
     assert against(now=scheduler) == ([], ["model.lr_scheduler"])
-    assert against(now=scheduler, written_now=["model.lr_scheduler.class_path"]) == (["model.lr_scheduler"], [])
-    assert list(differences({"a": True}, {"a": 1})) == [Difference(("a",), True, 1)]
+    assert against(now=scheduler, written_now=[*WRITTEN, "model.lr_scheduler.class_path"]) == (
+        ["model.lr_scheduler"],
+        [],
+    )
+    assert list(differences({"a": True}, {"a": 1})) == [(("a",), True, 1)]
     assert list(differences({"a": 1.0}, {"a": 1})) == []
+
+
+def test_code_and_content(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.note(**facts(inputs={"data.text": "a"}, code={"mine.SAE": "a", "hedgelab.X": "hedgelab 0"}), finished=False)
+    assert compare(folder, facts(inputs={"data.text": "b"})).conflicts == ["the content of data.text"]
+    now = facts(code={"mine.SAE": "b", "hedgelab.X": "hedgelab 1"})
+    assert (compare(folder, now).other_code, compare(folder, now).conflicts) == (["mine.SAE"], [])
+    folder.note(finished=True)
+    assert compare(folder, now).conflicts == ["the code of mine.SAE"]
 
 
 def test_what_may_be_put_in_place_of_a_default():
     key = ("model", "init_args", "x")
     for then, now in ((1, 2), (None, 3), (True, False), ([0.1, 0.2], [0.3]), ("zeros", "mean")):
-        assert can_be_taken_over(Difference(key, then, now))
+        assert as_option(key, then, now) == f"--model.init_args.x={then if isinstance(then, str) else json.dumps(then)}"
     for then, now in (("os.system", None), ("os.system", {"class_path": "L"}), ({"class_path": "A"}, None), ([{}], [])):
-        assert not can_be_taken_over(Difference(key, then, now))
-    assert not can_be_taken_over(Difference(("model", "class_path"), "os.A", "torch.B"))
-
-
-def test_putting_values_back():
-    now = changed(*EVERY, value=4)
-    assert replaced(now, list(differences(RESOLVED, now))) == {"trainer": RESOLVED["trainer"]}
-    assert without(RESOLVED, NOISE) == changed(*NOISE)
-    assert RESOLVED["model"]["init_args"]["init"] == {"noise": 0.0}
+        assert as_option(key, then, now) is None
+    assert as_option(("model", "class_path"), "os.A", "torch.B") is None
+    assert as_option(EVERY, 3, 4) is None
 
 
 VALUES = st.recursive(
@@ -128,12 +146,12 @@ VALUES = st.recursive(
 @given(VALUES, VALUES)
 def test_differences_of_anything(a, b):
     assert list(differences(a, a)) == []
-    assert {(found.key, str(found.then)) for found in differences(a, b)} == {
-        (found.key, str(found.now)) for found in differences(b, a)
+    assert {(key, str(then)) for key, then, _ in differences(a, b)} == {
+        (key, str(now)) for key, _, now in differences(b, a)
     }
 
 
 @pytest.mark.parametrize("written", [[], ["model"], ["modelling.k"]])
-def test_a_key_covers_what_is_below_it_and_nothing_else(written):
+def test_a_key_covers_what_is_below_it_and_nothing_else(written, against):
     conflicts, changes = against(now=changed(*K, value=3), written_now=written, written_then=[])
     assert (conflicts, changes) == ((["model.k"], []) if written == ["model"] else ([], ["model.k"]))

@@ -12,9 +12,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from hedgelab.config.plain_yaml import read_yaml
 from hedgelab.data.toy.firing import Firing, check_probability
 from hedgelab.errors import UserError
+from hedgelab.plain_yaml import read_yaml
 
 _EXCLUSIVE_SLACK = 1e-9  # so that ten children of .1 are not refused for rounding
 _MAX_DEPTH = 100

@@ -1,214 +1,134 @@
-"""Whether two resolved configs are one experiment, though a release between them added, dropped or changed defaults."""
+"""Whether an earlier run is the experiment of today's command: its stored config with today's written keys laid over it.
+
+``run.json`` holds a run's resolved config and the keys of it that the user wrote. A written key, then or now, whose value
+differs makes another experiment, if it decides numbers (:mod:`hedgelab.identity`). A key that nobody wrote keeps the value of
+the run, so a changed default stays what it was; keys that only one release knows, and those that decide nothing, are today's.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-_ARGUMENTS, _CLASS = "init_args", "class_path"
+from hedgelab.identity import loaded, pruned
+from hedgelab.training.checkpoints.folder import RunFolder, is_finished
+
+ABSENT: Any = object()
+"""What a config has under a key that it does not have."""
 _FILES = (".yaml", ".yml", ".json")
 _MOST_SHOWN = 60
 Key = tuple[str | int, ...]
 
 
-class _Absent:
-    """What a config has under a key that it does not have."""
-
-    def __repr__(self) -> str:
-        return "absent"
-
-
-ABSENT = _Absent()
-
-
-class Difference(NamedTuple):
-    """Where two configs differ.
+@dataclass
+class Match:
+    """A run beside today's command.
 
     Attributes:
-        key: The key, as it stands in a resolved config.
-        then: Its value when the run was begun; :data:`ABSENT` for a key that was not known.
-        now: Its value now; :data:`ABSENT` likewise.
-    """
-
-    key: Key
-    then: Any
-    now: Any
-
-    @property
-    def name(self) -> str:
-        """The key as users write it."""
-        return dotted(self.key)
-
-    @property
-    def shown(self) -> str:
-        """Both values, in a few words."""
-        return f"{self.name} ({show(self.then)} there, {show(self.now)} here)"
-
-
-class Comparison(NamedTuple):
-    """What separates two configs.
-
-    Attributes:
-        conflicts: What makes them different experiments.
-        changed: Keys that nobody wrote, whose default was another when the run was begun.
+        conflicts: What makes them different experiments, in words.
+        defaults: Values of then and now of keys that nobody wrote, by the full key.
         other_code: Class paths whose code was another.
+        more_steps: Steps of then and now, where a fit is to go on to a later end; None otherwise.
     """
 
-    conflicts: list[Difference]
-    changed: list[Difference]
-    other_code: Sequence[str] = ()
+    folder: RunFolder
+    conflicts: list[str] = field(default_factory=list)
+    defaults: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
+    other_code: list[str] = field(default_factory=list)
+    more_steps: tuple[int, int] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing of it is left to be done."""
+        return is_finished(self.folder) and self.more_steps is None
 
 
-def compare(
-    then: Mapping[str, Any],
-    written_then: Sequence[str],
-    now: Mapping[str, Any],
-    written_now: Sequence[str],
-    is_default: Callable[[Key], bool],
-    counts: Callable[[Key], bool] = lambda key: True,
-) -> Comparison:
-    """Compare the config of a run with one of today.
-
-    A key that only one side has does not count as long as it has its default there; neither does one that both have
-    with different values, as long as nobody wrote it.
-
-    Args:
-        then: The resolved config that the run was begun with.
-        written_then: What of it the user wrote (:func:`written_keys`).
-        now: Today's.
-        written_now: What of it the user wrote.
-        is_default: Whether a key that the user wrote today has its default value.
-        counts: Whether a key decides numbers; others may differ.
-    """
-    conflicts: list[Difference] = []
-    changed: list[Difference] = []
-    to_ask: list[Difference] = []
-    for found in (one for one in differences(then, now) if counts(one.key)):
-        wrote_then, wrote_now = _covers(written_then, found.name), _covers(written_now, found.name)
-        if found.then is ABSENT:
-            if wrote_now:
-                to_ask.append(found)
-        elif found.now is ABSENT:
-            if wrote_then:
-                conflicts.append(found)
-        else:
-            (conflicts if wrote_then or wrote_now else changed).append(found)
-    if not conflicts:
-        conflicts = [found for found in to_ask if not is_default(found.key)]
-    return Comparison(conflicts, changed)
+def compare(folder: RunFolder, now: Mapping[str, Any]) -> Match:
+    """Compare what a run's folder says of it, which must hold a config, with what it would say of today's command."""
+    then, match = folder.about, Match(folder)
+    steps = [one["config"].get("trainer", {}).get("max_steps") for one in (then, now)]
+    if now["command"] == "fit" and all(isinstance(one, int) for one in steps) and 0 <= steps[0] < steps[1]:
+        match.more_steps = steps[0], steps[1]
+    written = [*then.get("written", []), *now["written"]]
+    configs = [{"name": one["config"].get("name"), **pruned(one["config"], loaded)} for one in (then, now)]
+    for key, was, today in differences(*configs):
+        name = dotted(key)
+        on_both_sides = was is not ABSENT and today is not ABSENT
+        itself = any(f"{one}.".startswith(f"{name}.") for one in written)
+        if itself or (on_both_sides and any(name.startswith(f"{one}.") for one in written)):
+            if name != "trainer.max_steps" or match.more_steps is None:
+                match.conflicts.append(f"{name} ({show(was)} there, {show(today)} here)")
+        elif on_both_sides:
+            match.defaults[key] = was, today
+    inputs = then.get("inputs") or {}
+    changed = [key for key, content in now["inputs"].items() if inputs.get(key, content) != content]
+    match.conflicts += [f"the content of {key}" for key in changed]
+    code = then.get("code") or {}
+    match.other_code = [path for path, digest in now["code"].items() if not _same_code(code.get(path, digest), digest)]
+    if match.finished:
+        match.conflicts += [f"the code of {path}" for path in match.other_code]
+    return match
 
 
-def differences(then: Any, now: Any, key: Key = ()) -> Iterator[Difference]:
-    """Every place where two configs differ; below another class, the class alone."""
+def differences(then: Any, now: Any, key: Key = ()) -> Iterator[tuple[Key, Any, Any]]:
+    """Every place where two configs differ, with both values; below another class, the class alone."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
-        if _CLASS in then and _CLASS in now and not _same(then[_CLASS], now[_CLASS]):
-            yield Difference((*key, _CLASS), then[_CLASS], now[_CLASS])
-            return
-        for name in {**then, **now}:
-            if name in then and name in now:
-                yield from differences(then[name], now[name], (*key, name))
-            else:
-                yield Difference((*key, name), then.get(name, ABSENT), now.get(name, ABSENT))
+        path = "class_path"
+        another = path in then and path in now and not _same(then[path], now[path])
+        names = [path] if another else list({**then, **now})
+        for name in names:
+            yield from differences(then.get(name, ABSENT), now.get(name, ABSENT), (*key, name))
     elif _holds_mappings(then) and _holds_mappings(now) and len(then) == len(now):
         for number, (a, b) in enumerate(zip(then, now, strict=True)):
             yield from differences(a, b, (*key, number))
     elif not _same(then, now):
-        yield Difference(key, then, now)
+        yield key, then, now
 
 
-def written_keys(tree: Any, resolved: Any) -> list[str]:
-    """The keys that a user wrote, dotted, ``init_args`` left out.
+def written_keys(tree: Any, resolved: Any, key: Key = ()) -> list[str]:
+    """The keys that a user wrote, dotted; the config that came of it tells the name of a class from other text."""
+    if isinstance(tree, Mapping) and tree:
+        arguments = resolved.get("init_args", {}) if isinstance(resolved, Mapping) else {}
+        below = {**arguments, **resolved} if isinstance(resolved, Mapping) else {}
+        parts = [written_keys(value, below.get(name), (*key, name)) for name, value in tree.items()]
+    elif _holds_mappings(tree):
+        items = resolved if isinstance(resolved, list) and len(resolved) == len(tree) else [None] * len(tree)
+        parts = [written_keys(value, items[number], (*key, number)) for number, value in enumerate(tree)]
+    elif isinstance(tree, str) and isinstance(resolved, Mapping) and not tree.endswith(_FILES):
+        parts = [[dotted((*key, "class_path"))]]
+    else:
+        parts = [[dotted(key)]]
+    return sorted(name for part in parts for name in part)
 
-    Args:
-        tree: What was written.
-        resolved: The config that came of it: tells the name of a class from other text.
+
+def as_option(key: Key, then: Any, now: Any) -> str | None:
+    """The option that gives a key the value of then; None where that could name something else than a plain value.
+
+    The record of a run may come from someone else, and text may name a class where none is expected today.
     """
-    return sorted(dotted(key) for key in _leaves(tree, resolved, ()))
+    plain = then if isinstance(then, str) else json.dumps(then)
+    kind = isinstance(now, str) if isinstance(then, str) else _is_number(then)
+    named = key[-1] != "class_path" and all(isinstance(part, str) for part in key)
+    return f"--{'.'.join(map(str, key))}={plain}" if named and kind else None
 
 
 def dotted(key: Key) -> str:
     """A key as users write it."""
-    return ".".join(str(part) for part in key if part != _ARGUMENTS)
+    return ".".join(str(part) for part in key if part != "init_args")
 
 
 def show(value: Any) -> str:
     """A value, in a few words."""
-    text = repr(value) if isinstance(value, (str, _Absent)) else json.dumps(value, default=str)
+    if value is ABSENT:
+        return "absent"
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
-
-
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as JSON gives it back."""
-    read: dict[str, Any] = json.loads(json.dumps(config, default=str))
-    return read
-
-
-def replaced(config: Mapping[str, Any], changes: Sequence[Difference]) -> dict[str, Any]:
-    """The top-level sections of a config that changes concern, with the values of then."""
-    sections = plain({str(change.key[0]): config[str(change.key[0])] for change in changes})
-    for change in changes:
-        *above, last = change.key
-        node: Any = sections
-        for part in above:
-            node = node[part]
-        node[last] = change.then
-    return sections
-
-
-def without(config: Mapping[str, Any], key: Key) -> dict[str, Any]:
-    """A config without one of its keys."""
-    left = plain(config)
-    node: Any = left
-    for part in key[:-1]:
-        node = node[part]
-    del node[key[-1]]
-    return left
-
-
-def at(config: Any, key: Key) -> Any:
-    """What a config has under a key."""
-    for part in key:
-        try:
-            config = config[part]
-        except (KeyError, IndexError, TypeError):
-            return ABSENT
-    return config
-
-
-def can_be_taken_over(change: Difference) -> bool:
-    """Whether the value of then may be put in place of today's default: plain values, which name nothing to be executed.
-
-    The record of a run may come from someone else; text can name a class where something else than text stands today.
-    """
-    if change.key[-1] == _CLASS:
-        return False
-    return _is_number(change.then) or (isinstance(change.then, str) and isinstance(change.now, str))
 
 
 def _is_number(value: Any) -> bool:
     return all(map(_is_number, value)) if isinstance(value, list) else isinstance(value, (bool, int, float, type(None)))
-
-
-def _leaves(tree: Any, resolved: Any, key: Key) -> Iterator[Key]:
-    if isinstance(tree, Mapping) and tree:
-        for name, value in tree.items():
-            below = at(resolved, (name,))
-            if below is ABSENT and isinstance(resolved, Mapping):
-                below = at(resolved, (_ARGUMENTS, name))
-            yield from _leaves(value, below, (*key, name))
-    elif _holds_mappings(tree):
-        for number, value in enumerate(tree):
-            yield from _leaves(value, at(resolved, (number,)), (*key, number))
-    elif isinstance(tree, str) and isinstance(resolved, Mapping) and not tree.endswith(_FILES):
-        yield (*key, _CLASS)
-    else:
-        yield key
-
-
-def _covers(written: Sequence[str], name: str) -> bool:
-    """Whether a key, something above it or something below it was written."""
-    return any(one == name or name.startswith(f"{one}.") or one.startswith(f"{name}.") for one in written)
 
 
 def _holds_mappings(value: Any) -> bool:
@@ -222,3 +142,8 @@ def _same(then: Any, now: Any) -> bool:
     if isinstance(then, str) and isinstance(now, str) and then.startswith("hedgelab.") and now.startswith("hedgelab."):
         return then.rpartition(".")[2] == now.rpartition(".")[2]
     return bool(then == now)
+
+
+def _same_code(then: Any, now: str) -> bool:
+    """Whether code is the same, or hedgelab's own, of any release: runs go on across releases."""
+    return then == now or (str(then).startswith("hedgelab ") and now.startswith("hedgelab "))

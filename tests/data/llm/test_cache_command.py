@@ -78,7 +78,7 @@ MISTAKES = {
     "folder that cannot be": (["cache", "--data.cache=tiny.yaml/acts"], ["data.cache", "cannot make the folder"]),
     "folder of other things": (["cache", "--data.cache=."], ["data.cache", "holds other files"]),
     "unknown key": (["cache", "--data.layr=0"], ["data.layr: unknown key", "'layer'"]),
-    "unknown option": (["cache", "--verfy"], ["unknown argument '--verfy'", "'--verify'"]),
+    "unknown option": (["cache", "--verfy"], ["verfy: unknown key", "'verify'"]),
     "wrong value": (["cache", "--data.max_contexts=0"], ["data.max_contexts: expected a whole number of at least 1"]),
     "wrong type": (["cache", "--data.storage_dtype=int8"], ["data.storage_dtype", "bfloat16"]),
     "no such model": (["cache", "--data.model=no/such.gguf"], ["data.model: there is no file 'no/such.gguf'"]),

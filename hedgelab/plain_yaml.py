@@ -1,7 +1,7 @@
 """Reading YAML (and JSON, which is YAML) that a person, perhaps a stranger, has written: plain values and nothing else.
 
-PyYAML's own safe loader takes the last of two equal keys, and follows aliases that multiply or run in a circle; no library that
-refuses them is a dependency already.
+PyYAML's own safe loader takes the last of two equal keys, takes ``1e-3`` for text (for want of a point, by YAML 1.1), and
+follows aliases that multiply or run in a circle; no library that refuses them is a dependency already.
 """
 
 from __future__ import annotations
@@ -16,20 +16,15 @@ _MOST_VALUES, _DEEPEST = 1_000_000, 250
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no mapping names a key twice, and in which ``1e-3`` is a number.
-
-    The stock loader takes the last of two keys and is silent; by YAML 1.1 it takes ``1e-3`` for text, for want of a point.
-    """
+    """YAML in which no mapping names a key twice, as the keys are written."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """A mapping, its keys compared as they are written."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen and key.value != "<<":
-                    raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is there twice", problem_mark=key.start_mark)
-                seen.add(key.value)
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
         return node
 
 
@@ -43,10 +38,7 @@ for _class in (_Loader, _Dumper):
 
 
 def read_value(text: str) -> Any:
-    """The value that a text stands for.
-
-    Raises:
-        yaml.YAMLError: It is no YAML.
+    """The value that a text stands for; :class:`yaml.YAMLError` where it is no YAML.
 
     >>> read_value("[1e-3, '1e-3', 5]")
     [0.001, '1e-3', 5]
@@ -72,26 +64,15 @@ def read_yaml(path: Path) -> Any:
         UnicodeDecodeError: It is no text.
         yaml.YAMLError: It is no YAML, names a key twice, is nested too deep, or grows without bound by its aliases.
     """
+    text = path.read_text(encoding="utf-8")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = read_value(text)
     except RecursionError as error:
         raise yaml.YAMLError(f"nested deeper than {_DEEPEST} levels") from error
-    except ValueError as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        raise yaml.YAMLError(str(error)) from error  # a date that is none, for one
-    _check_extent(content)
-    return content
-
-
-def _check_extent(content: Any) -> None:
-    """See that aliases neither run in a circle nor multiply: whatever comes after follows every path.
-
-    Raises:
-        yaml.YAMLError: They do.
-    """
+    except ValueError as error:  # a date that is none, for one
+        raise yaml.YAMLError(str(error)) from error
     left, count = [(content, 0)], 0
-    while left:
+    while left:  # whatever comes after follows every path of aliases
         value, depth = left.pop()
         count += 1
         if depth > _DEEPEST:
@@ -100,3 +81,4 @@ def _check_extent(content: Any) -> None:
             raise yaml.YAMLError(f"stands for more than {_MOST_VALUES} values")
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         left += [(item, depth + 1) for item in items]
+    return content
