@@ -16,6 +16,7 @@ from hedgelab.config.tree import config_files, options_of
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding
 from hedgelab.plain_yaml import write_yaml
+from hedgelab.protocols.ranks import say
 from hedgelab.protocols.training_phases import start_time_limit_anew
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.store import runs_dir, tracking_uri
@@ -232,9 +233,3 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config as JSON gives it back."""
     read: dict[str, Any] = json.loads(json.dumps(config, default=str))
     return read
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """Tell the user."""
-    print(line, flush=True)
