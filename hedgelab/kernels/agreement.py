@@ -1,12 +1,13 @@
-"""The largest entries of something that is spread over ranks, found without gathering it: ranks exchange counts.
+"""The largest entries of something that is split over ranks, found without gathering it: ranks exchange counts.
 
-Positive floating-point numbers sort as their bit patterns do, so the edge of a selection is found digit by digit: each round
+Positive floating-point numbers sort as their bit patterns do, so the edge of a selection is found digit by digit: in each round
 every rank counts its entries by the next 11 bits, and the sum of the counts tells which digit the edge has. Three rounds do for
 single precision. The result is exact: what one rank would select that held all entries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,24 +36,13 @@ class Share(NamedTuple):
     first_row: int = 0
     first_latent: int = 0
 
-    @classmethod
-    def of_rows(cls, ranks: Ranks, rows: int, d_sae: int) -> Share:
-        """All latents of ``rows`` rows, of which every rank has as many."""
-        return cls(ranks, rows * ranks.size, d_sae, first_row=rows * ranks.rank)
-
     def positions(self, rows: Tensor, latents: Tensor) -> Tensor:
-        """Numbers of entries of this part, of which no other part's entry has one; row by row over the global batch."""
+        """Numbers of this part's entries in the global batch, counted row by row: no two entries of any parts share one."""
         return (rows + self.first_row) * self.d_sae + (latents + self.first_latent)
 
 
 class Edge(NamedTuple):
-    """Where a selection ends.
-
-    Attributes:
-        value: The smallest value kept.
-        places: How many of the entries equal to it are kept, over all ranks.
-        ties: How many there are, over all ranks.
-    """
+    """Where a selection ends: its smallest value, how many of the entries equal to it are kept, and how many there are."""
 
     value: Tensor
     places: int
@@ -60,16 +50,10 @@ class Edge(NamedTuple):
 
 
 def edge_of_largest(values: Tensor, wanted: int, ranks: Ranks) -> Edge | None:
-    """The edge of the ``wanted`` largest of all ranks' positive values ``[n]``; None where there are no more than those.
-
-    Args:
-        values: This rank's, of at least single precision; entries that are not positive do not count.
-        wanted: How many are sought over all ranks, at least 1.
-        ranks: Those among whom the values are spread.
-    """
+    """The edge of the ``wanted`` largest of all ranks' positive values ``[n]``; None where there are no more than those."""
     integers = _INTEGERS[values.itemsize]
     keys = values[values > 0].view(integers)
-    shift = 8 * values.itemsize - 1  # the sign is not looked at
+    shift = 8 * values.itemsize - 1  # all bits but the sign
     prefix, places, ties = 0, wanted, 0
     while shift:
         digit = min(DIGIT_BITS, shift)
@@ -88,15 +72,16 @@ def edge_of_largest(values: Tensor, wanted: int, ranks: Ranks) -> Edge | None:
     return Edge(value, places, ties)
 
 
-def among_largest(values: Tensor, positions: Tensor, wanted: int, ranks: Ranks) -> Tensor:
+def among_largest(values: Tensor, positions: Callable[[Tensor], Tensor], wanted: int, ranks: Ranks) -> Tensor:
     """Which of this rank's positive values are among the ``wanted`` largest of all ranks, ``[n]`` bool.
+
+    All positive ones are, if there are fewer. Of values equal at the edge those with the lowest positions are kept.
 
     Args:
         values: ``[n]``, of at least single precision.
-        positions: A number of each value that no other value of any rank has, ``[n]`` int64 (see :meth:`Share.positions`); of
-            values equal at the edge those with the lowest are kept.
-        wanted: How many are kept over all ranks, at least 1; all positive ones if there are fewer.
-        ranks: Those among whom the values are spread.
+        positions: From indices into ``values`` to int64 numbers that no two values of any ranks share.
+        wanted: How many are kept over all ranks, at least 1.
+        ranks: Those over which the values are split.
     """
     edge = edge_of_largest(values, wanted, ranks)
     if edge is None:
@@ -104,7 +89,8 @@ def among_largest(values: Tensor, positions: Tensor, wanted: int, ranks: Ranks) 
     if edge.places == edge.ties:
         return values >= edge.value
     tied = (values == edge.value).nonzero().squeeze(1)
-    last = ranks.cat(positions[tied]).sort().values[edge.places - 1]
+    numbers = positions(tied)
+    last = ranks.cat(numbers).sort().values[edge.places - 1]
     keep = values > edge.value
-    keep[tied[positions[tied] <= last]] = True
+    keep[tied[numbers <= last]] = True
     return keep

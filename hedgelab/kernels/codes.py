@@ -7,9 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hedgelab.kernels.layout import Layout, row_pointers, rows_of
-
-__all__ = ["Codes", "row_pointers", "rows_of"]
+from hedgelab.kernels.layout import Layout, row_pointers
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,10 @@ class Codes:
         values: Dense layout: ``[batch, d_sae]``. Sparse layout: ``[nnz]``, stored row by row; a stored value may be 0.
         latents: Sparse layout: the latent of each stored value, ``[nnz]`` int64. None in the dense layout.
         crow: Sparse layout: where each row starts in ``values``, ``[batch + 1]`` int64. None in the dense layout.
-        layout: Sparse layout: ``crow`` and ``latents`` with the index structures derived from them, computed when asked
-            and shared by all codes that differ in values only; made here unless given. None in the dense layout.
+        layout: Sparse layout: ``crow`` and ``latents`` with the index structures derived from them; made here unless given.
         rates: How often each latent fires on average, ``[d_sae]``, with a gradient; only JumpReLU selections make it.
-        leading: The shape of the examples where they are no plain batch: of ``[..., d_in]`` all but the last. What is said
-            about rows below counts them one after the other.
+        leading: The shape of the examples where they are no plain batch: of ``[..., d_in]`` all but the last. Rows below are
+            the examples one after the other.
     """
 
     d_sae: int
@@ -64,9 +61,7 @@ class Codes:
     @classmethod
     def from_topk(cls, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
         """Wrap k latents an example: ``latents`` and ``values`` are both ``[batch, k]``."""
-        batch, k = latents.shape
-        crow = torch.arange(0, (batch + 1) * k, k, device=latents.device) if k else latents.new_zeros(batch + 1)
-        return cls(d_sae, values.reshape(-1), latents.reshape(-1), crow)
+        return cls.from_layout(Layout.equal_rows(latents, d_sae), values.flatten())
 
     @property
     def is_dense(self) -> bool:
@@ -127,8 +122,7 @@ class Codes:
         """How many examples each latent fires on (activation > 0), ``[d_sae]`` int64."""
         if self.latents is None:
             return (self.values > 0).sum(0)
-        fired = self.latents[self.values > 0]
-        return torch.bincount(fired, minlength=self.d_sae)
+        return torch.bincount(self.latents[self.values > 0], minlength=self.d_sae)
 
     def fired(self) -> Tensor:
         """Whether each latent fires on any example, ``[d_sae]`` bool."""

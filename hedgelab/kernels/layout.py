@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Transposed(NamedTuple):
-    """The transpose of a layout in compressed sparse rows: stored values ordered by latent, then by row.
+    """Stored values ordered by latent, then by row.
 
     Attributes:
         ccol: Where each latent starts, ``[d_sae + 1]`` int64.
@@ -38,6 +38,13 @@ class Layout:
         self.d_sae = d_sae
         self._levels: dict[tuple[int, ...], LevelLayout] = {}
 
+    @classmethod
+    def equal_rows(cls, latents: Tensor, d_sae: int) -> Layout:
+        """The layout of as many latents in each row, ``[rows, k]``."""
+        return cls(
+            torch.arange(latents.shape[0] + 1, device=latents.device) * latents.shape[1], latents.flatten(), d_sae
+        )
+
     @property
     def row_count(self) -> int:
         """Number of rows."""
@@ -46,7 +53,8 @@ class Layout:
     @cached_property
     def rows(self) -> Tensor:
         """The row of each stored value, ``[nnz]`` int64."""
-        return rows_of(self.crow, self.latents.shape[0])
+        index = torch.arange(self.row_count, device=self.crow.device)
+        return torch.repeat_interleave(index, self.crow.diff(), output_size=self.latents.shape[0])
 
     @cached_property
     def transposed(self) -> Transposed:
@@ -65,12 +73,11 @@ class Layout:
 class LevelLayout(Layout):
     """A layout of ``len(levels) · rows`` rows: row ``ℓ · rows + b`` holds example b's latents of level ℓ.
 
-    One product with it is a decode of every level. Its transpose needs no sorting: a latent's level is fixed, so entries
-    keep the base layout's order by latent. All latents must lie below ``levels[-1]``.
+    One product with it decodes every level. Its transpose needs no sorting: a latent's level is fixed, so entries keep
+    the base layout's order by latent. All latents must lie below ``levels[-1]``.
 
     Attributes:
         order: Position of each stored value in the base layout, ``[nnz]`` int64.
-        rows_of_values: The row of each value in the base layout's order, ``[nnz]`` int64.
     """
 
     def __init__(self, base: Layout, levels: tuple[int, ...]) -> None:
@@ -79,15 +86,15 @@ class LevelLayout(Layout):
         level = torch.bucketize(base.latents, boundaries, right=True, out_int32=True)
         self.order = stable_order(level, len(levels))
         self._base = base
-        self.rows_of_values = level.long() * batch + base.rows
-        rows = self.rows_of_values[self.order]
+        self._rows_of_values = level.long() * batch + base.rows
+        rows = self._rows_of_values[self.order]
         super().__init__(row_pointers(rows, len(levels) * batch), base.latents[self.order], base.d_sae)
 
     @cached_property
     def transposed(self) -> Transposed:
         """The same entries ordered by latent; ``order`` counts in the *base* layout's order of values."""
         ccol, _, order = self._base.transposed
-        return Transposed(ccol, self.rows_of_values[order], order)
+        return Transposed(ccol, self._rows_of_values[order], order)
 
 
 def row_pointers(rows: Tensor, row_count: int) -> Tensor:
@@ -95,11 +102,6 @@ def row_pointers(rows: Tensor, row_count: int) -> Tensor:
     crow = torch.zeros(row_count + 1, dtype=torch.long, device=rows.device)
     torch.cumsum(torch.bincount(rows, minlength=row_count), 0, out=crow[1:])
     return crow
-
-
-def rows_of(crow: Tensor, nnz: int) -> Tensor:
-    """Row index of each stored value, ``[nnz]``, from row pointers ``[batch + 1]``."""
-    return torch.repeat_interleave(torch.arange(crow.shape[0] - 1, device=crow.device), crow.diff(), output_size=nnz)
 
 
 def stable_order(keys: Tensor, bound: int) -> Tensor:

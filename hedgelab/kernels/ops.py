@@ -1,31 +1,36 @@
 """The kernels an SAE calls; each runs on the fastest path that fits, and :func:`backend` forces one.
 
-``auto`` takes the dense reference for few latents, where overhead rules and ``torch.func`` must work, and a sparse path for
+``auto`` takes the dense reference for few latents, where overhead rules and ``torch.func`` must work, and the sparse path for
 many. ReLU and JumpReLU latents, whose number is not bounded, are compressed where a sample of rows says that few fire.
 
 A path is a module with ``encode(x, encoder, selection)``, ``decode(codes, decoder)`` and ``level_errors(codes, decoder,
-target)``: :mod:`~hedgelab.kernels.reference`, :mod:`~hedgelab.kernels.sparse` (CPU) and
-:mod:`~hedgelab.kernels.triton.entry` (CUDA). Weights of a tensor class of their own may bring kernels of their own
-(:func:`plug_in`), as those do whose latents are split over processes.
+target)``: :mod:`~hedgelab.kernels.reference` or :mod:`~hedgelab.kernels.sparse`. Weights of a tensor class of their own may
+bring kernels of their own (:func:`plug_in`), as those do whose latents are split over processes.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
-from types import ModuleType
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from hedgelab.errors import UserError
-from hedgelab.kernels import dense, reference, sparse
-from hedgelab.kernels.agreement import Share
+from hedgelab.kernels import reference, sparse
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.errors import LevelErrors
-from hedgelab.kernels.selection import Product, sampled_density
-from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, Selection, Target, Threshold, TopK
+from hedgelab.kernels.values import (
+    BatchTopK,
+    Decoder,
+    Encoder,
+    JumpReLU,
+    LevelErrors,
+    Selection,
+    Target,
+    Threshold,
+    TopK,
+    compute_dtype,
+)
 
 Backend = Literal["auto", "dense", "sparse"]
 _backend: Backend = "auto"
@@ -33,6 +38,7 @@ _plugged_in: dict[type, Any] = {}
 
 MIN_D_SAE = 512  # below, the sparse path gains nothing
 MAX_SHARE = 1 / 8  # share of latents kept, above which dense products win
+SAMPLED_ROWS = 32
 
 
 @contextmanager
@@ -52,15 +58,7 @@ def plug_in(tensors: type, kernels: Any) -> None:
 
 
 def as_rows(x: Tensor, like: Tensor) -> Tensor:
-    """Activations ``[..., d_in]`` as rows ``[batch, d_in]``, in the type of the weights if theirs is narrower.
-
-    Args:
-        x: The activations.
-        like: Any weight ``[d_in]``.
-
-    Raises:
-        UserError: They are of another width.
-    """
+    """Activations ``[..., d_in]`` as rows ``[batch, d_in]``, in the type of a weight ``[d_in]`` if that is narrower."""
     if x.shape[-1:] != like.shape:
         raise UserError(f"x: activations of shape {tuple(x.shape)} do not fit an SAE with d_in = {like.shape[0]}")
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -77,25 +75,23 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     """
     rows = as_rows(x, encoder.b_dec)
     kernels = _plugged_in.get(type(encoder.W_enc))
-    if kernels is None:
-        if isinstance(selection, BatchTopK) and selection.ranks.size > 1 and encoder.share is None:
-            encoder = encoder._replace(share=Share.of_rows(selection.ranks, rows.shape[0], encoder.d_sae))
-        codes = encode_part(rows, encoder, selection)
-    else:
-        codes = kernels.encode(rows, encoder, selection)
+    codes = encode_part(rows, encoder, selection) if kernels is None else kernels.encode(rows, encoder, selection)
     return codes if x.dim() == 2 else replace(codes, leading=tuple(x.shape[:-1]))
 
 
 def encode_part(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
-    """Codes of rows ``[batch, d_in]`` on the path for the SAE of which the encoder is all or a part."""
+    """Codes of rows ``[batch, d_in]``; parts of an SAE take the path of the SAE, so that their rounding is the same."""
     bounded = isinstance(selection, TopK | BatchTopK)
     among_few = isinstance(selection, TopK) and selection.among is not None
-    path = _path(encoder, selection.k if isinstance(selection, TopK | BatchTopK) and not among_few else 0)
-    if path is sparse and not bounded and _many_fire(x, encoder, selection):
+    k = selection.k if isinstance(selection, TopK | BatchTopK) and not among_few else 0
+    small = encoder.d_sae < MIN_D_SAE or k > MAX_SHARE * encoder.d_sae
+    if _backend == "dense" or (_backend == "auto" and small) or not sparse.available_on(x):
+        return reference.encode(x, encoder, selection)
+    if _backend == "auto" and not bounded and _many_fire(x, encoder, selection):
         plain = x.dtype == encoder.W_enc.dtype and not torch.is_autocast_enabled(x.device.type)
-        # Mixed types and autocast are left to autograd.
-        return reference.encode(x, encoder, selection, dense.pre_activations if plain else reference.pre_activations)
-    return cast(Codes, path.encode(x, encoder, selection))
+        product = reference.lean_pre_activations if plain else reference.pre_activations
+        return reference.encode(x, encoder, selection, product)
+    return sparse.encode(x, encoder, selection)
 
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:
@@ -117,43 +113,30 @@ def total(values: Tensor, latents: slice = slice(None)) -> Tensor:
     return values[latents].sum() if kernels is None else cast(Tensor, kernels.total(values, latents))
 
 
-def _path(encoder: Encoder, k: int) -> Any:
-    """The module whose kernels run; parts of an SAE run those that the whole would, so that their rounding is the same."""
-    if _backend == "dense" or (_backend == "auto" and (encoder.d_sae < MIN_D_SAE or k > MAX_SHARE * encoder.d_sae)):
-        return reference
-    return (_triton() or reference) if encoder.W_enc.is_cuda else sparse
-
-
 def decoder_path(codes: Codes, decoder: Decoder) -> Any:
-    """The module that decodes: codes keep the layout of the path that made them."""
-    if codes.is_dense or _backend == "dense":
+    """The module that decodes: codes keep the layout of the path that made them, unless dense products are faster."""
+    if codes.is_dense or _backend == "dense" or not sparse.available_on(decoder.W_dec):
         return reference
-    return (_triton() or reference) if decoder.W_dec.is_cuda else sparse
+    many = codes.values.shape[0] > _max_share(decoder.W_dec) * codes.batch_size * codes.d_sae
+    return reference if many and decoder.W_dec.is_cuda else sparse
 
 
-@cache
-def _triton() -> ModuleType | None:
-    """The kernels for CUDA devices; None where they cannot run."""
-    from hedgelab.kernels import triton
-
-    if not triton.available():
-        return None
-    from hedgelab.kernels.triton import entry
-
-    return entry
+def _max_share(weight: Tensor) -> float:
+    """Share of values stored above which dense products with a weight are faster."""
+    return MAX_SHARE if not weight.is_cuda else float(sparse.products_on(weight).max_share(compute_dtype(weight)))
 
 
 @torch.no_grad()
 def _many_fire(x: Tensor, encoder: Encoder, selection: Selection) -> bool:
-    """Whether ``auto`` expects too many entries for the sparse path to pay; over all parts of an SAE together."""
-    if _backend == "sparse":
-        return False
+    """Whether too many entries of some rows fire for the sparse path to pay; over all parts of an SAE together."""
     threshold: Tensor | float = 0.0
     if isinstance(selection, Threshold):
         threshold = selection.threshold
     elif isinstance(selection, JumpReLU):
         threshold = selection.log_threshold.exp() - selection.bandwidth / 2
-    density = sampled_density(Product.of(x, encoder), threshold)
+    sample = x[:: max(1, -(-len(x) // SAMPLED_ROWS))]
+    fired = reference.pre_activations(sample, encoder) > threshold
+    density = fired.double().mean() if len(sample) else torch.zeros((), dtype=torch.float64)
     if encoder.share is not None:
-        density = float(encoder.share.ranks.mean(torch.tensor(density, dtype=torch.float64)))
-    return density > MAX_SHARE
+        density = encoder.share.ranks.mean(density)
+    return float(density) > _max_share(encoder.W_enc)

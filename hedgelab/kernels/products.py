@@ -1,6 +1,8 @@
-"""The three sparse products of a training step: codes × weights, their gradient, and the weights' gradient."""
+"""The sparse products of a training step on the CPU: codes × weights, their gradient, and the weights' gradient."""
 
 import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +15,59 @@ with warnings.catch_warnings():  # PyTorch warns once a process that the layout 
     torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
 
-def gather_product(layout: Layout, values: Tensor, dense: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``codes @ dense (+ bias)``, ``[rows, d]``, of values ``[nnz]`` and ``dense [d_sae, d]``."""
+class LatentGradients(NamedTuple):
+    """What one pass over the latents yields.
+
+    Attributes:
+        weight: ``[d_sae, d]``: for each latent the sum of ``value · source[row]``.
+        bias: ``[d_sae]``: for each latent the sum of its values; None unless asked for.
+        values: ``[nnz]``, row by row: ``source[row] · weight[latent]``; None without a weight.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    values: Tensor | None
+
+
+def decode_levels(layout: Layout, values: Tensor, weight: Tensor, levels: Sequence[int]) -> Tensor:
+    """What the latents of each level alone add, ``[levels, rows, d]``, of ``values [nnz]`` and ``weight [d_sae, d]``."""
+    split = layout.by_level(levels) if len(levels) > 1 else None
+    ordered = values if split is None else values[split.order]
+    added = gather_product(split or layout, ordered, weight.to(values.dtype))
+    return added.view(len(levels), layout.row_count, weight.shape[1])
+
+
+def latent_gradients(
+    layout: Layout,
+    values: Tensor,
+    source: Tensor,
+    levels: Sequence[int],
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    bias: bool = False,
+) -> LatentGradients:
+    """Gradients of weights and values from ``source [levels, rows, d]``: what each row hands its latents, by their level.
+
+    That of the weights is of type ``dtype``.
+    """
+    transposed = (layout.by_level(levels) if len(levels) > 1 else layout).transposed
+    rows, of_values = source.flatten(0, 1), None
+    if weight is not None:
+        by_latent = sampled_product(transposed, weight.to(rows.dtype), rows)
+        of_values = torch.empty_like(by_latent).index_copy_(0, transposed.order, by_latent)
+    sums = values.new_zeros(layout.d_sae).index_add_(0, layout.latents, values) if bias else None
+    of_weight = scatter_product(transposed, values[transposed.order], rows).to(dtype)
+    return LatentGradients(of_weight, sums, of_values)
+
+
+def gather_product(layout: Layout, values: Tensor, dense: Tensor) -> Tensor:
+    """``codes @ dense``, ``[rows, d]``, of values ``[nnz]`` and ``dense [d_sae, d]``."""
     if not values.numel() or not dense.shape[1]:
-        out = dense.new_zeros(layout.row_count, dense.shape[1])
-    else:  # faster than a CSR product, and it scales better with threads
-        out = embedding_bag(
-            layout.latents, dense, layout.crow, mode="sum", per_sample_weights=values, include_last_offset=True
-        )
-    return out if bias is None else out.add_(bias)
+        return dense.new_zeros(layout.row_count, dense.shape[1])
+    # Faster than a CSR product, and it scales better with threads.
+    return embedding_bag(
+        layout.latents, dense, layout.crow, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
 
 
 def scatter_product(transposed: Transposed, values: Tensor, dense: Tensor) -> Tensor:
@@ -29,7 +75,7 @@ def scatter_product(transposed: Transposed, values: Tensor, dense: Tensor) -> Te
     shape = (transposed.ccol.shape[0] - 1, dense.shape[1])
     if not values.numel() or not dense.shape[1]:
         return dense.new_zeros(shape)
-    codes = _csr(transposed.ccol, transposed.rows, values, (shape[0], dense.shape[0]))
+    codes = _csr(transposed, values, dense.shape[0])
     out = dense.new_empty(shape)  # beta = 0 ignores its content, and saves a pass over it
     return torch.addmm(out, codes, dense.contiguous(), beta=0, out=out)
 
@@ -43,10 +89,11 @@ def sampled_product(transposed: Transposed, left: Tensor, right: Tensor) -> Tens
     nnz = transposed.rows.shape[0]
     if not nnz or not left.shape[1]:
         return left.new_zeros(nnz)
-    pattern = _csr(transposed.ccol, transposed.rows, left.new_zeros(nnz), (left.shape[0], right.shape[0]))
+    pattern = _csr(transposed, left.new_zeros(nnz), right.shape[0])
     product: Tensor = torch.sparse.sampled_addmm(pattern, left.contiguous(), right.contiguous().t(), beta=0.0)
     return product.values()
 
 
-def _csr(crow: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_csr_tensor(crow, columns, values, shape, check_invariants=False)
+def _csr(transposed: Transposed, values: Tensor, rows: int) -> Tensor:
+    ccol = transposed.ccol
+    return torch.sparse_csr_tensor(ccol, transposed.rows, values, (ccol.shape[0] - 1, rows), check_invariants=False)

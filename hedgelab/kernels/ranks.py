@@ -13,7 +13,7 @@ from torch import distributed as dist
 class Ranks:
     """Processes that each hold a part. Every method must be called by all of them, with tensors of one type and shape.
 
-    Alone, every method gives its argument back and sends nothing.
+    A rank that is alone gets its argument back from every method, and sends nothing.
 
     Attributes:
         rank: This process's number among them; parts are in this order.

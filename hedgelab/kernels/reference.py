@@ -1,20 +1,63 @@
 """Dense reference of every kernel: plain PyTorch with autograd, right by inspection, the yardstick of fast paths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from hedgelab.kernels.agreement import Share, among_largest
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.errors import LevelErrors, squared_error
-from hedgelab.kernels.jumprelu import jump, step
-from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Selection, Target, Threshold, TopK
+from hedgelab.kernels.jumprelu import jump
+from hedgelab.kernels.values import (
+    BatchTopK,
+    Decoder,
+    Encoder,
+    JumpReLU,
+    LevelErrors,
+    ReLU,
+    Selection,
+    Target,
+    Threshold,
+    TopK,
+)
 
 
 def pre_activations(x: Tensor, encoder: Encoder) -> Tensor:
     """``(x - b_dec) W_enc + b_enc``, ``[batch, d_sae]``."""
     return torch.addmm(encoder.b_enc, x - encoder.b_dec, encoder.W_enc)
+
+
+def lean_pre_activations(x: Tensor, encoder: Encoder) -> Tensor:
+    """The same with a cheaper backward pass, for one type of all tensors and without autocast."""
+    pre: Tensor = _PreActivations.apply(x, *encoder[:3])  # type: ignore[no-untyped-call]
+    return pre
+
+
+class _PreActivations(Function):
+    """The gradient of ``b_dec`` follows from that of ``b_enc``.
+
+    Autograd would pay a product as dear as the encoder's for that of ``x - b_dec``. The gradient of ``W_enc`` comes in the
+    layout of a transposed ``[d_sae, d_in]``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+        centred = x - b_dec
+        ctx.save_for_backward(centred, W_enc)
+        return torch.addmm(b_enc, centred, W_enc)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W_enc = ctx.saved_tensors
+        needs_x, needs_W_enc, _, needs_b_dec = ctx.needs_input_grad
+        grad_b_enc = grad.sum(0)
+        grad_x = grad @ W_enc.t() if needs_x else None
+        grad_W_enc = (grad.t() @ centred).t() if needs_W_enc else None
+        return grad_x, grad_W_enc, grad_b_enc, -(W_enc @ grad_b_enc) if needs_b_dec else None
 
 
 def encode(
@@ -34,53 +77,51 @@ def encode(
         case Threshold(threshold):
             return Codes.from_dense(torch.where(pre > threshold, pre, 0.0))
         case TopK(k):
-            ranked = pre if encoder.scale is None else pre * encoder.scale
-            kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, ranked.detach().topk(k, dim=1).indices, True)
+            largest = _ranked(pre, encoder).topk(k, dim=1).indices
+            kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, largest, True)
             return Codes.from_dense(torch.where(kept, pre.relu(), 0.0))
-        case BatchTopK():
-            return _batch_topk(pre.relu_(), encoder, selection)
+        case BatchTopK(_, _, ranks):
+            activations = pre.relu_()
+            kept = _batch_topk(_ranked(activations, encoder), selection, encoder.share_of(len(x), ranks))
+            return Codes.from_dense(torch.where(kept, activations, 0.0))
         case JumpReLU(log_threshold, bandwidth, weight):
-            threshold = log_threshold.exp()
-            fired = step(pre, threshold, bandwidth)
+            activations, fired = jump(pre, log_threshold.exp(), bandwidth)
             rates = fired.mean(0) if weight is None else weight.to(fired.dtype) @ fired
-            return Codes.from_dense(jump(pre, threshold, bandwidth), rates)
+            return Codes.from_dense(activations, rates)
 
 
-def _batch_topk(activations: Tensor, encoder: Encoder, selection: BatchTopK) -> Codes:
-    """The largest of ``activations [batch, d_sae]``; with a share, of those of all parts, as far as they lie in this one."""
+def _ranked(pre: Tensor, encoder: Encoder) -> Tensor:
+    return (pre if encoder.scale is None else pre * encoder.scale).detach()
+
+
+def _batch_topk(ranked: Tensor, selection: BatchTopK, share: Share) -> Tensor:
+    """Which of ``ranked [batch, d_sae]`` are among the largest of all parts of the global batch."""
     k, weight, _ = selection
-    scaled = activations if encoder.scale is None else activations * encoder.scale
-    ranked, share = scaled.detach().flatten(), encoder.share
+    flat, width = ranked.flatten(), ranked.shape[1]
     if weight is not None:
-        kept = _first_mass(ranked, weight, k, share)
-    elif share is not None:
-        ranges = (torch.arange(n, device=activations.device) for n in activations.shape)
-        positions = share.positions(*torch.meshgrid(*ranges, indexing="ij")).flatten()
-        kept = among_largest(_at_least_single(ranked), positions, k * share.rows, share.ranks)
-    else:
-        kept = torch.zeros_like(ranked, dtype=torch.bool).scatter(0, ranked.topk(k * len(activations)).indices, True)
-    return Codes.from_dense(torch.where(kept.view_as(activations), activations, 0.0))
+        kept = _first_mass(flat, weight, k, share)
+    elif share.ranks.size > 1:
+        single = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        kept = among_largest(single, lambda i: share.positions(i // width, i % width), k * share.rows, share.ranks)
+    else:  # a fixed number of entries, so that torch.func can map it
+        kept = torch.zeros_like(flat, dtype=torch.bool).scatter(0, flat.topk(k * len(ranked)).indices, True)
+    return kept.view_as(ranked)
 
 
-def _first_mass(ranked: Tensor, weight: Tensor, k: int, share: Share | None) -> Tensor:
+def _first_mass(ranked: Tensor, weight: Tensor, k: int, share: Share) -> Tensor:
     """Which entries, largest first, have a summed weight of at most k; ``ranked [batch · d_sae]``, ``weight [batch]``.
 
     Weights are summed in double precision, and may exceed k by what rounding them, and their sums, can add.
     """
-    rounding = 4 * torch.finfo(weight.dtype).eps + ranked.shape[0] * torch.finfo(torch.float64).eps
-    mass = weight.double().repeat_interleave(ranked.shape[0] // weight.shape[0])
-    first, last = 0, ranked.shape[0]
-    if share is not None:
-        first = share.ranks.rank * last
-        parts = share.rows // weight.shape[0]  # of the batch; over these the weights sum to 1 on average
-        ranked, mass, last = share.ranks.cat(ranked), share.ranks.cat(mass) / parts, first + last
-    order = ranked.argsort(descending=True, stable=True)
-    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter(0, order, mass[order].cumsum(0) <= k * (1 + rounding))
-    return kept[first:last]
-
-
-def _at_least_single(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    count, parts = (
+        ranked.shape[0],
+        share.rows // weight.shape[0],
+    )  # over these parts of the batch weights sum to 1 on average
+    rounding = 4 * torch.finfo(weight.dtype).eps + count * torch.finfo(torch.float64).eps
+    mass = share.ranks.cat(weight.double().repeat_interleave(count // weight.shape[0])) / parts
+    order = share.ranks.cat(ranked).argsort(descending=True, stable=True)
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter(0, order, mass[order].cumsum(0) <= k * (1 + rounding))
+    return kept[share.ranks.rank * count : (share.ranks.rank + 1) * count]
 
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:
@@ -88,26 +129,36 @@ def decode(codes: Codes, decoder: Decoder) -> Tensor:
     return torch.addmm(decoder.b_dec, codes.rows_to_dense(), decoder.W_dec)
 
 
-def level_errors(codes: Codes, decoder: Decoder, target: Target) -> LevelErrors:
-    """Squared error of each level's reconstruction, and the errors."""
-    x, levels, detach, weight = target
-    one = len(levels) == 1 and levels[0] == codes.d_sae
-    x_hats = [decode(codes, decoder)] if one else decode_levels(codes, decoder, levels, detach)
-    return LevelErrors.of([squared_error(x_hat, x, weight) for x_hat in x_hats])
+def level_errors(
+    codes: Codes, decoder: Decoder, target: Target, total: Callable[[Tensor], Tensor] | None = None
+) -> LevelErrors:
+    """Squared error of each level's reconstruction, and the errors ``x_hat - x``.
 
-
-def decode_levels(codes: Codes, decoder: Decoder, levels: Sequence[int], detach: bool = False) -> list[Tensor]:
-    """Reconstructions from the first ``m`` latents for each ``m`` of ``levels``, each ``[batch, d_in]``.
-
-    With ``detach`` the running reconstruction is detached before each level adds its own latents.
+    With ``detach`` the running reconstruction is detached before each level adds its own latents. Where the latents are a
+    part, ``total`` sums what all parts add.
     """
+    x, levels, detach, weight = target
+    if total is None and list(levels) == [codes.d_sae]:
+        loss, error = squared_error(decode(codes, decoder), x, weight)
+        return LevelErrors([loss], [error])
     activations = codes.rows_to_dense()
-    reconstructions: list[Tensor] = []
-    running, start = decoder.b_dec.expand(activations.shape[0], -1), 0
+    running, start, found = decoder.b_dec.expand(activations.shape[0], -1), 0, []
     for stop in levels:
-        if detach and start:
+        if detach and found:
             running = running.detach()
-        running = running + activations[:, start:stop] @ decoder.W_dec[start:stop]
-        reconstructions.append(running)
+        added = activations[:, start:stop] @ decoder.W_dec[start:stop]
+        running = running + (added if total is None else total(added))
+        found.append(squared_error(running, x, weight))
         start = stop
-    return reconstructions
+    return LevelErrors([loss for loss, _ in found], [error for _, error in found])
+
+
+def squared_error(x_hat: Tensor, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Squared error summed over ``d_in`` and averaged over the batch, or over ``weight [batch]``; and ``x_hat - x``.
+
+    The difference is taken in at least single precision, so bf16 reconstructions lose nothing more here.
+    """
+    error = x_hat - x if x_hat.dtype == x.dtype and x.itemsize >= 4 else x_hat.float() - x.float()
+    if weight is not None:
+        return weight.to(error.dtype) @ error.square().sum(1), error.detach()
+    return error.square().sum() / max(1, x.shape[0]), error.detach()

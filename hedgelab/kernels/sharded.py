@@ -9,9 +9,7 @@ gradients are those that one process would compute. All processes must call each
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,30 +20,34 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from hedgelab.kernels import ops, sparse
+from hedgelab.kernels import ops, reference, sparse
 from hedgelab.kernels.agreement import Share
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.errors import LevelErrors, squared_error
 from hedgelab.kernels.layout import row_pointers
 from hedgelab.kernels.ranks import Ranks
-from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, Selection, Target, Threshold, TopK
+from hedgelab.kernels.values import (
+    BatchTopK,
+    Decoder,
+    Encoder,
+    JumpReLU,
+    LevelErrors,
+    Selection,
+    Target,
+    Threshold,
+    TopK,
+)
 
 
 @dataclass(frozen=True)
 class ShardedCodes(Codes):
-    """Codes of this process's latents, numbered from its first; what is asked about latents is answered for all of them.
-
-    Attributes:
-        mesh: The processes that share the latents.
-    """
+    """Codes of this process's latents, numbered from its first; what is asked about latents is answered for all of them."""
 
     mesh: DeviceMesh | None = None
 
     @classmethod
     def wrap(cls, codes: Codes, mesh: DeviceMesh) -> ShardedCodes:
-        """Codes of one process's latents."""
-        parts = codes.d_sae, codes.values, codes.latents, codes.crow, codes.layout, codes.rates, codes.leading
-        return cls(*parts, mesh)
+        """Codes of one process's latents, which the processes of a mesh share."""
+        return cls(**{field.name: getattr(codes, field.name) for field in fields(Codes)}, mesh=mesh)
 
     @property
     def ranks(self) -> Ranks:
@@ -78,33 +80,30 @@ class ShardedCodes(Codes):
             return replace(dense, leading=self.leading)
         _, own, values = self.csr()  # each process chose its layout by how many of its own latents fire
         rows, latents = ranks.cat(self.rows()), ranks.cat(own + ranks.rank * self.d_sae)
-        values = ranks.cat(values.detach())
         order = rows.argsort(stable=True)
-        crow = row_pointers(rows, self.batch_size)
-        return replace(
-            Codes.from_csr(crow, latents[order], values[order], self.d_sae * ranks.size), leading=self.leading
-        )
+        crow, values = row_pointers(rows, self.batch_size), ranks.cat(values.detach())
+        whole = Codes.from_csr(crow, latents[order], values[order], self.d_sae * ranks.size)
+        return replace(whole, leading=self.leading)
 
 
 def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     """As :func:`ops.encode`, of rows ``[batch, d_in]``; latents ``among`` which TopK selects are numbers among all."""
     mesh = _mesh(encoder.W_enc)
     ranks = Ranks.of(mesh.get_group())
-    b_dec: Tensor = SummedGradient.apply(_own(encoder.b_dec), mesh.get_group())  # type: ignore[no-untyped-call]
+    b_dec: Tensor = _SummedGradient.apply(_own(encoder.b_dec), mesh.get_group())  # type: ignore[no-untyped-call]
     W_enc, scale = _own(encoder.W_enc), None if encoder.scale is None else _own(encoder.scale)
     width = W_enc.shape[1]
     first = ranks.rank * width
     share = Share(ranks, x.shape[0], width * ranks.size, first_latent=first)
     part = Encoder(W_enc, _own(encoder.b_enc), b_dec, scale, share)
     match selection:
-        case TopK(k, among) if among is None:
+        case TopK(k, None):
             codes = _largest_of_rows(ops.encode_part(x, part, TopK(min(k, width))), k, scale, ranks)
-        case TopK(k, among):
-            assert among is not None
+        case TopK(k, Tensor() as among):
             own = among[(among >= first) & (among < first + width)] - first
             if len(own):
                 codes = ops.encode_part(x, part, TopK(min(k, len(own)), own))
-            else:  # an empty piece of b_dec, so that this process joins the others when the gradient of b_dec is summed
+            else:  # the empty values depend on b_dec, so this process takes part when the gradients of b_dec are summed
                 codes = Codes.from_csr(among.new_zeros(len(x) + 1), among[:0], b_dec[:0], width)
             codes = _largest_of_rows(codes, k, None, ranks)
         case BatchTopK(_, _, rows) if rows.size > 1:
@@ -129,35 +128,13 @@ def decode(codes: Codes, decoder: Decoder) -> Tensor:
 
 
 def level_errors(codes: Codes, decoder: Decoder, target: Target) -> LevelErrors:
-    """As :func:`ops.level_errors`; what each level adds is exchanged, once for all, and accumulated as one process does."""
-    x, levels, detach, weight = target
-    own, mesh = Decoder(_own(decoder.W_dec), _own(decoder.b_dec)), _mesh(decoder.W_dec)
+    """As :func:`ops.level_errors`; what each level adds is summed over processes, and accumulated as one process does."""
+    part, own, mesh = _plain(codes), Decoder(_own(decoder.W_dec), _own(decoder.b_dec)), _mesh(decoder.W_dec)
     ranks, width = Ranks.of(mesh.get_group()), own.W_dec.shape[0]
-    own_levels = [min(max(level - ranks.rank * width, 0), width) for level in levels]
-    part = _plain(codes)
-    if part.layout is not None and own_levels[-1] < width:
-        part = part.prefix(own_levels[-1])
+    target = target._replace(levels=[min(max(level - ranks.rank * width, 0), width) for level in target.levels])
     if ops.decoder_path(part, own) is sparse:
-        return sparse.level_errors(part, own, target._replace(levels=own_levels), ranks)
-    added = _sum(_added_by_levels(part, own.W_dec, own_levels), mesh)
-    pairs, running = [], own.b_dec.expand_as(x)
-    for level, delta in enumerate(added.unbind()):
-        running = (running.detach() if detach and level else running) + delta
-        pairs.append(squared_error(running, x, weight))
-    return LevelErrors.of(pairs)
-
-
-def _added_by_levels(codes: Codes, W_dec: Tensor, levels: Sequence[int]) -> Tensor:
-    """What the latents of each level alone reconstruct, ``[levels, batch, d_in]``."""
-    decoder = Decoder(W_dec, W_dec.new_zeros(W_dec.shape[1]))
-    if len(levels) == 1:
-        return ops.decode(codes, decoder).unsqueeze(0)
-    if codes.layout is None:
-        bounds = list(pairwise([0, *levels]))
-        return torch.stack([codes.values[:, start:stop] @ W_dec[start:stop] for start, stop in bounds])
-    split = codes.layout.by_level(levels)
-    rows = Codes.from_csr(split.crow, split.latents, codes.values[split.order], codes.d_sae)
-    return ops.decode(rows, decoder).view(len(levels), codes.batch_size, W_dec.shape[1])
+        return sparse.level_errors(part, own, target, ranks)
+    return reference.level_errors(part, own, target, lambda added: _sum(added, mesh))
 
 
 def total(values: Tensor, latents: slice) -> Tensor:
@@ -174,10 +151,10 @@ def _largest_of_rows(codes: Codes, k: int, scale: Tensor | None, ranks: Ranks) -
     if codes.layout is not None:
         ranked = ranked.view(codes.batch_size, len(ranked) // max(1, codes.batch_size))  # every row stores as many
     best = ranked.topk(min(k, ranked.shape[1]), dim=1).values
-    whole = ranks.stack(torch.nn.functional.pad(best, (0, k - best.shape[1])))  # [processes, batch, k]
-    edge = whole.transpose(0, 1).flatten(1).topk(k, dim=1).values[:, -1:]
-    ties_below = (whole[: ranks.rank] == edge).sum((0, 2)).unsqueeze(1)
-    places = k - (whole > edge).sum((0, 2)).unsqueeze(1) - ties_below
+    of_all = ranks.stack(torch.nn.functional.pad(best, (0, k - best.shape[1])))  # [processes, batch, k]
+    edge = of_all.transpose(0, 1).flatten(1).topk(k, dim=1).values[:, -1:]
+    ties_before = (of_all[: ranks.rank] == edge).sum((0, 2)).unsqueeze(1)
+    places = k - (of_all > edge).sum((0, 2)).unsqueeze(1) - ties_before
     tied = ranked == edge
     kept = (ranked > edge) | (tied & (tied.cumsum(1) <= places))
     if codes.layout is None:
@@ -203,34 +180,34 @@ def _plain(codes: Codes) -> Codes:
 
 
 def _sum(partial: Tensor, mesh: DeviceMesh) -> Tensor:
-    whole: Tensor = SummedValue.apply(partial, mesh.get_group())  # type: ignore[no-untyped-call]
-    return whole
+    summed: Tensor = _SummedValue.apply(partial, mesh.get_group())  # type: ignore[no-untyped-call]
+    return summed
 
 
-class SummedValue(Function):
-    """Sum of all processes' values; each process computes the same from it, so each has the whole gradient already."""
+class _SummedValue(Function):
+    """Sum of all processes' values; each process computes the same from it, so each has the full gradient already."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         return Ranks.of(group).sum(value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
-class SummedGradient(Function):
+class _SummedGradient(Function):
     """The same value; each process uses it for its own latents, so the gradients are summed."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return Ranks.of(ctx.group).sum(grad), None
 
 

@@ -1,11 +1,13 @@
-"""The CPU path of every kernel on sparse codes: exact, and nothing of size ``[batch, d_sae]`` kept or differentiated.
+"""The sparse path of every kernel: exact, and nothing of size ``[batch, d_sae]`` is kept or differentiated.
 
 Results are those of :mod:`hedgelab.kernels.reference`. Only the encoder's product is dense; it runs without a graph, a
-selection picks entries, and gradients then touch those entries alone. Products in a type narrower than single precision
-(autocast, bf16 parameters) are computed in it; everything after the encoder's product is single precision, the sparse weights
-being cast up for their products.
+selection picks entries, and gradients then touch those entries alone. A device's products come from
+:mod:`hedgelab.kernels.products` (CPU) or :mod:`hedgelab.kernels.triton.products` (CUDA). Products in a type narrower than
+single precision (autocast, bf16 parameters) are computed in it; what follows the encoder's product is summed in single
+precision.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,15 +15,39 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from hedgelab.kernels import reference
+from hedgelab.kernels import products, reference, triton
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.errors import LevelErrors, SparseLevelErrors
-from hedgelab.kernels.jumprelu import jump, step
+from hedgelab.kernels.jumprelu import jump
 from hedgelab.kernels.layout import Layout
-from hedgelab.kernels.products import gather_product, sampled_product, scatter_product
 from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.kernels.selection import Entries, Product, select_above, select_batch_topk, select_topk
-from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Selection, Target, Threshold, TopK
+from hedgelab.kernels.values import (
+    BatchTopK,
+    Decoder,
+    Encoder,
+    JumpReLU,
+    LevelErrors,
+    ReLU,
+    Selection,
+    Target,
+    Threshold,
+    TopK,
+    compute_dtype,
+)
+
+
+def products_on(tensor: Tensor) -> ModuleType:
+    """The module with the sparse products of a tensor's device."""
+    if not tensor.is_cuda:
+        return products
+    from hedgelab.kernels.triton import products as on_cuda
+
+    return on_cuda
+
+
+def available_on(tensor: Tensor) -> bool:
+    """Whether the sparse path runs on a tensor's device: everywhere but on CUDA without Triton."""
+    return not tensor.is_cuda or triton.available()
 
 
 def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
@@ -31,45 +57,57 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     """
     if isinstance(selection, BatchTopK) and selection.weight is not None:
         return reference.encode(x, encoder, selection)
+    among = selection.among if isinstance(selection, TopK) else None
     with torch.no_grad():
-        layout, values = _select(x, encoder, selection)
-    pre: Tensor = SelectedPreActivations.apply(x, *encoder[:3], values, layout)  # type: ignore[no-untyped-call]
+        product = Product.of(x, encoder if among is None else encoder.columns(among))
+        layout, values = _select(product, encoder, selection)
+        if among is not None:
+            layout = Layout(layout.crow, among[layout.latents], encoder.W_enc.shape[1])
+    # On CUDA the narrow copies that the product was made of are kept for the backward pass; elsewhere that takes the weights.
+    narrow = (product.x, None if among is not None else product.W_enc) if x.is_cuda else (None, None)
+    pre: Tensor = _SelectedPreActivations.apply(x, *encoder[:3], values, layout, *narrow)  # type: ignore[no-untyped-call]
     if isinstance(selection, TopK):
         return Codes.from_layout(layout, pre.relu())
     if not isinstance(selection, JumpReLU):
         return Codes.from_layout(layout, pre)
     log_threshold, bandwidth, weight = selection
-    thresholds = log_threshold.exp()[layout.latents]
-    fired = step(pre, thresholds, bandwidth)
+    activations, fired = jump(pre, log_threshold.exp()[layout.latents], bandwidth)
     share = fired / x.shape[0] if weight is None else fired * weight.to(fired.dtype)[layout.rows]
     rates = share.new_zeros(layout.d_sae).index_add(0, layout.latents, share)
-    return Codes.from_layout(layout, jump(pre, thresholds, bandwidth), rates)
+    return Codes.from_layout(layout, activations, rates)
 
 
-def _select(x: Tensor, encoder: Encoder, selection: Selection) -> Entries:
+def _select(product: Product, encoder: Encoder, selection: Selection) -> Entries:
     """The entries of the pre-activations that codes store."""
     match selection:
-        case TopK(k, among) if among is None:
-            return select_topk(Product.of(x, encoder), k, encoder.scale)
         case TopK(k, among):
-            assert among is not None
-            found, values = select_topk(Product.of(x, encoder.columns(among)), k, None)
-            return Entries(Layout(found.crow, among[found.latents], encoder.W_enc.shape[1]), values)
-        case BatchTopK(k):
-            return select_batch_topk(Product.of(x, encoder), k, encoder.scale, encoder.share)
-        case Threshold(threshold):
-            return select_above(Product.of(x, encoder), threshold)
+            scale = encoder.scale if among is None else None
+            return _on_cuda(product, k, scale, per_row=True) or select_topk(product, k, scale)
+        case BatchTopK(k, _, ranks):
+            share = encoder.share_of(len(product.x), ranks)
+            fast = _on_cuda(product, k, encoder.scale, per_row=False) if share.ranks.size == 1 else None
+            return fast or select_batch_topk(product, k, encoder.scale, share)
         case ReLU():
-            return select_above(Product.of(x, encoder), encoder.b_enc.new_zeros(()))
+            return select_above(product, product.b_enc.new_zeros(()))
+        case Threshold(threshold):
+            return select_above(product, threshold)
         case JumpReLU(log_threshold, bandwidth):
-            return select_above(Product.of(x, encoder), log_threshold.exp() - bandwidth / 2)
+            return select_above(product, log_threshold.exp() - bandwidth / 2)
+
+
+def _on_cuda(product: Product, k: int, scale: Tensor | None, per_row: bool) -> Entries | None:
+    """What Triton's kernel selects, k entries of each row or on average; None where it does not reach."""
+    kernels = products_on(product.x)
+    return None if kernels is products else kernels.select(product, k, scale, per_row)
 
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:
     """As :func:`reference.decode`; dense codes are decoded there."""
     if codes.layout is None:
         return reference.decode(codes, decoder)
-    x_hat: Tensor = Decode.apply(codes.values, *decoder, codes.layout)  # type: ignore[no-untyped-call]
+    args = (codes.values, None, *decoder, codes.layout, (codes.d_sae,), False, None, ALONE)
+    _, x_hats = _DecodeLevels.apply(*args)  # type: ignore[no-untyped-call]
+    x_hat: Tensor = x_hats[0].to(decoder.W_dec.dtype)
     return x_hat
 
 
@@ -81,67 +119,118 @@ def level_errors(codes: Codes, decoder: Decoder, target: Target, ranks: Ranks = 
     if levels[-1] < codes.d_sae:
         codes = codes.prefix(levels[-1])
     args = (codes.values, x, *decoder, codes.layout, tuple(levels), detach, weight, ranks)
-    losses, errors = SparseLevelErrors.apply(*args)  # type: ignore[no-untyped-call]
+    losses, errors = _DecodeLevels.apply(*args)  # type: ignore[no-untyped-call]
     return LevelErrors(losses.unbind(), errors.unbind())
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Single precision for narrower types, else the type itself."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class SelectedPreActivations(Function):
+class _SelectedPreActivations(Function):
     """Pre-activations of selected entries, computed before; this gives them their gradients."""
 
     @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, pre: Tensor, layout: Layout
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        pre: Tensor,
+        layout: Layout,
+        centred: Tensor | None,
+        weights: Tensor | None,
     ) -> Tensor:
         ctx.layout = layout
-        ctx.save_for_backward(x, W_enc, b_dec)
+        ctx.save_for_backward(x, W_enc, b_dec, centred, weights)
         return pre.view_as(pre)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        x, W_enc, b_dec = ctx.saved_tensors
-        layout: Layout = ctx.layout
-        needs_x, needs_W_enc, _, needs_b_dec, *_ = ctx.needs_input_grad
-        weights = W_enc.t().to(grad.dtype)
-        transposed = layout.transposed
-        by_latent = grad[transposed.order]
-        grad_b_enc = grad.new_zeros(layout.d_sae).index_add_(0, layout.latents, grad)
-        grad_x = grad_W_enc = grad_b_dec = None
-        if needs_x:
-            grad_x = gather_product(layout, grad, weights)
-        if needs_W_enc:
-            grad_W_enc = scatter_product(transposed, by_latent, (x - b_dec).to(grad.dtype)).t()
-        if needs_b_dec:
-            grad_b_dec = -(grad_b_enc @ weights)
-        return grad_x, grad_W_enc, grad_b_enc, grad_b_dec, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, b_dec, centred, weights = ctx.saved_tensors
+        layout, kernels = ctx.layout, products_on(grad)
+        grad_x = grad_b_dec = None
+        with torch.autocast(grad.device.type, enabled=False):
+            centred = (x - b_dec).to(grad.dtype) if centred is None else centred
+            rows = (W_enc.to(grad.dtype) if weights is None else weights).t()
+            found = kernels.latent_gradients(layout, grad, centred[None], (layout.d_sae,), W_enc.dtype, bias=True)
+            if ctx.needs_input_grad[0]:
+                grad_x = kernels.decode_levels(layout, grad, rows, (layout.d_sae,))[0]
+            if ctx.needs_input_grad[3]:
+                grad_b_dec = -(found.bias.to(rows.dtype) @ rows)
+        return grad_x, found.weight.t(), found.bias, grad_b_dec, None, None, None, None
 
 
-class Decode(Function):
-    """Reconstructions by one sparse product."""
+class _DecodeLevels(Function):
+    """Sparse decode of nested prefixes of the latents, and their squared errors, in few passes over ``[batch, d_in]``.
+
+    The first output holds the losses ``[levels]``, the second the errors ``[levels, batch, d_in]``, which are accumulated from
+    level to level; backward, level gradients are summed from the outermost inward. Without ``x`` there are no losses, and the
+    second output is the reconstructions of one level, with their gradient.
+
+    Values and decoder may be a part of the latents, the ``ranks`` having the others: what each level adds is then summed over
+    them, and accumulated as one rank would.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor, layout: Layout) -> Tensor:  # noqa: D102
-        dtype = _working_dtype(W_dec.dtype)
-        ctx.layout = layout
-        ctx.save_for_backward(values, W_dec)
-        return gather_product(layout, values.to(dtype), W_dec.to(dtype), b_dec.to(dtype)).to(W_dec.dtype)
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        x: Tensor | None,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        layout: Layout,
+        levels: tuple[int, ...],
+        detach: bool,
+        weight: Tensor | None,
+        ranks: Ranks,
+    ) -> tuple[Tensor | None, Tensor]:
+        dtype = torch.promote_types(W_dec.dtype, torch.float32)
+        values = values.to(dtype)
+        errors = ranks.sum(products_on(values).decode_levels(layout, values, W_dec, levels))
+        errors[0].add_(b_dec)
+        ctx.layout, ctx.levels, ctx.detach, ctx.has_target = layout, levels, detach, x is not None
+        ctx.narrow = compute_dtype(W_dec) if values.is_cuda else dtype
+        ctx.set_materialize_grads(False)  # else backward is given zeros as large as the errors
+        if x is None:
+            ctx.save_for_backward(values, W_dec, None, None)
+            return None, errors
+        errors[0].sub_(x)
+        for level in range(1, len(levels)):
+            errors[level].add_(errors[level - 1])
+        ctx.save_for_backward(values, W_dec, weight, errors)
+        ctx.mark_non_differentiable(errors)
+        if weight is None:
+            losses = torch.stack([torch.dot(error, error) for error in errors.flatten(1)]) / max(1, x.shape[0])
+        else:
+            losses = torch.stack([weight.to(dtype) @ error.square().sum(1) for error in errors])
+        return losses, errors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        values, W_dec = ctx.saved_tensors
-        dtype = _working_dtype(W_dec.dtype)
-        transposed, upstream = ctx.layout.transposed, grad.to(dtype)
-        needs_values, needs_W_dec, needs_b_dec, _ = ctx.needs_input_grad
-        grad_values = grad_W_dec = None
-        if needs_values:
-            by_latent = sampled_product(transposed, W_dec.to(dtype), upstream)
-            grad_values = torch.empty_like(by_latent).index_copy_(0, transposed.order, by_latent)
-        if needs_W_dec:
-            grad_W_dec = scatter_product(transposed, values.to(dtype)[transposed.order], upstream)
-        return grad_values, grad_W_dec, upstream.sum(0) if needs_b_dec else None, None
+    def backward(ctx: Any, grad: Tensor | None, grad_x_hat: Tensor | None) -> tuple[Tensor | None, ...]:
+        values, W_dec, weight, errors = ctx.saved_tensors
+        if grad is None and grad_x_hat is None:
+            return (None,) * 9
+        upstream = grad_x_hat if grad is None else _of_squares(grad, errors, weight, ctx.detach)
+        of_values = ctx.needs_input_grad[0]
+        found = products_on(values).latent_gradients(
+            ctx.layout, values, upstream.to(ctx.narrow), ctx.levels, W_dec.dtype, W_dec if of_values else None
+        )
+        grad_x = grad_b_dec = None
+        if ctx.needs_input_grad[3]:
+            grad_b_dec = upstream[0].sum(0)
+        if ctx.needs_input_grad[1]:
+            grad_x = -(upstream.sum(0) if ctx.detach else upstream[0])
+        return found.values, grad_x, found.weight, grad_b_dec, None, None, None, None, None
+
+
+def _of_squares(grad: Tensor, errors: Tensor, weight: Tensor | None, detach: bool) -> Tensor:
+    """The gradient of what each level adds ``[levels, batch, d_in]``, from those of the levels' losses ``[levels]``."""
+    upstream = torch.empty_like(errors)
+    coefficients = 2 * grad / max(1, errors.shape[1]) if weight is None else 2 * grad
+    for level in reversed(range(len(errors))):
+        error = errors[level] if weight is None else errors[level] * weight.to(errors.dtype)[:, None]
+        if detach or level == len(errors) - 1:
+            torch.mul(error, coefficients[level], out=upstream[level])
+        else:
+            torch.add(upstream[level + 1], error, alpha=float(coefficients[level]), out=upstream[level])
+    return upstream

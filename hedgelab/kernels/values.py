@@ -12,6 +12,12 @@ from hedgelab.kernels.agreement import Share
 from hedgelab.kernels.ranks import ALONE, Ranks
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What products with a weight are computed in: autocast's type where it is on, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class Encoder(NamedTuple):
     """Makes pre-activations ``pre = (x - b_dec) W_enc + b_enc``, ``[batch, d_sae]`` (SPEC section 2).
 
@@ -20,7 +26,7 @@ class Encoder(NamedTuple):
         b_enc: ``[d_sae]``.
         b_dec: ``[d_in]``.
         scale: What pre-activations are multiplied by to rank them in TopK and BatchTopK, ``[d_sae]``; None for 1.
-        share: Which part of a global batch and of all latents these weights make; None for all of both.
+        share: Which part of a global batch and of all latents these weights make; None for all latents.
     """
 
     W_enc: Tensor
@@ -34,11 +40,9 @@ class Encoder(NamedTuple):
         """Latents of the whole SAE, of which the weights may be a part."""
         return self.W_enc.shape[1] if self.share is None else self.share.d_sae
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What products are computed in: autocast's type where it is on, else the weights'."""
-        device = self.W_enc.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.W_enc.dtype
+    def share_of(self, rows: int, ranks: Ranks = ALONE) -> Share:
+        """The part of the global batch's pre-activations that these weights make of ``rows`` rows on each of some ranks."""
+        return self.share or Share(ranks, rows * ranks.size, self.d_sae, first_row=rows * ranks.rank)
 
     def columns(self, latents: Tensor) -> Encoder:
         """The encoder of some latents alone, in their order."""
@@ -90,12 +94,7 @@ Selection = ReLU | Threshold | TopK | BatchTopK | JumpReLU
 
 
 class Decoder(NamedTuple):
-    """Makes reconstructions ``x_hat = a W_dec + b_dec``, ``[batch, d_in]``.
-
-    Attributes:
-        W_dec: ``[d_sae, d_in]``.
-        b_dec: ``[d_in]``.
-    """
+    """Makes reconstructions ``x_hat = a W_dec + b_dec``, ``[batch, d_in]``, of ``W_dec [d_sae, d_in]`` and ``b_dec [d_in]``."""
 
     W_dec: Tensor
     b_dec: Tensor
@@ -118,3 +117,10 @@ class Target(NamedTuple):
     levels: Sequence[int]
     detach: bool = False
     weight: Tensor | None = None
+
+
+class LevelErrors(NamedTuple):
+    """The squared error of each level's reconstruction, with a gradient; and ``x_hat - x`` of each, without one."""
+
+    losses: Sequence[Tensor]
+    errors: Sequence[Tensor]

@@ -40,8 +40,6 @@ class SAE(TrainingShell, ABC):
     """A sparse autoencoder: parameters, ``encode``, ``decode`` and ``loss``. The shell that it inherits trains it.
 
     Attributes:
-        d_in: Width of the activations.
-        d_sae: Number of latents.
         W_enc: ``[d_in, d_sae]``.
         b_enc: ``[d_sae]``.
         W_dec: ``[d_sae, d_in]``; row i is the direction of latent i.
@@ -77,17 +75,14 @@ class SAE(TrainingShell, ABC):
         self.steps_done = 0
         self.initialized = False
 
-    # -- the interface -----------------------------------------------------------------------------
-
     @abstractmethod
     def encode(self, x: Tensor) -> Codes:
         """Latents of activations ``x [..., d_in]``, as used for inference and measuring."""
 
     def decode(self, codes: Codes | Tensor) -> Tensor:
         """Reconstruction ``[..., d_in]`` of latents, or of dense activations ``[..., d_sae]``."""
-        if isinstance(codes, Tensor):
-            codes = Codes.from_dense(codes)
-        return ops.decode(codes, Decoder(self.W_dec, self.b_dec))
+        given = Codes.from_dense(codes) if isinstance(codes, Tensor) else codes
+        return ops.decode(given, Decoder(self.W_dec, self.b_dec))
 
     @abstractmethod
     def loss(self, batch: Batch | Tensor) -> LossTerms:
@@ -110,11 +105,7 @@ class SAE(TrainingShell, ABC):
         self.steps_done += 1
 
     def as_batch(self, given: Batch | Tensor) -> Batch:
-        """Activations ``[..., d_in]``, alone or in a batch, as a batch of rows in the type of the weights, if theirs is wider.
-
-        Raises:
-            UserError: They are of another width.
-        """
+        """Activations ``[..., d_in]``, alone or in a batch, as rows, in the type of the weights if theirs is wider."""
         batch = given if isinstance(given, Batch) else Batch(given)
         x = ops.as_rows(batch.x, self.b_dec)
         return batch if x is batch.x else batch._replace(x=x)
@@ -148,9 +139,6 @@ class SAE(TrainingShell, ABC):
         """Class name and architecture arguments as plain JSON values; :func:`hedgelab.saes.load_sae` reads it back.
 
         By convention every architecture argument of ``__init__`` is kept in an attribute of the same name.
-
-        Raises:
-            UserError: One is not.
         """
         names = sorted(init_arguments(type(self)).keys() - self.not_architecture)
         if missing := [name for name in names if not hasattr(self, name)]:
@@ -178,20 +166,17 @@ class SAE(TrainingShell, ABC):
             strict: Whether weights that are missing or too many are an error; None for yes.
             member: Which SAE, where several were trained together.
             **kwargs: Arguments of ``__init__`` besides, or instead of, what the checkpoint says.
-
-        Raises:
-            UserError: It is of several SAEs and none is named, is of another class, or says as little as ``kwargs`` of which.
         """
         sae = sae_from_checkpoint(checkpoint_path, member, cls, strict is not False, kwargs)
         return cast(Self, sae if map_location is None else sae.to(map_location))
 
     def __repr__(self) -> str:
-        arguments = {name: p for name, p in init_arguments(type(self)).items() if name not in self.not_architecture}
-        values = {
-            name: getattr(self, name) for name, p in arguments.items() if getattr(self, name, p.default) != p.default
-        }
-        sizes = {"d_in": self.d_in, "d_sae": self.d_sae}
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in (sizes | values).items())})"
+        shown = {"d_in": self.d_in, "d_sae": self.d_sae}
+        for name, parameter in init_arguments(type(self)).items():
+            value = getattr(self, name, parameter.default)
+            if name not in self.not_architecture and value != parameter.default:
+                shown[name] = value
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

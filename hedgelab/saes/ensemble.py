@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ class EnsembleSAE:
     Raises:
         UserError: No members, members that differ in more than that, or training that cannot be mapped (clipping, projection of
             the decoder, revival of dead latents).
+
+    Attributes:
+        hyperparameters: Numbers in which members differ, ``[members]`` or ``[members, levels]`` each.
+        parameters: Stacked weights by name, ``[members, ...]``; padded where a member is narrower than the widest.
     """
 
     def __init__(self, members: Sequence[SAE]) -> None:
@@ -50,15 +55,13 @@ class EnsembleSAE:
             _check(member, members[0])
         widest = max(distinct, key=lambda member: member.d_sae)
         self._template = _Template(copy.deepcopy(widest))
-        names = _per_member_names(widest)
-        self._names = [name for name in names if any(_get(member, name) != _get(widest, name) for member in distinct)]
+        numbers = {name: [attrgetter(name)(member) for member in members] for name in _per_member_names(widest)}
         self.hyperparameters = {
-            name: torch.tensor([_get(member, name) for member in members], dtype=widest.W_dec.dtype)
-            for name in self._names
+            name: torch.tensor(values, dtype=widest.W_dec.dtype)
+            for name, values in numbers.items()
+            if any(value != values[0] for value in values)
         }
-        """Numbers in which members differ, ``[members]`` or ``[members, levels]`` each."""
         self.parameters = _stack(members, distinct, dict(self._template.named_parameters()), SAE.named_parameters)
-        """Stacked weights by name, ``[members, ...]``; padded where a member is narrower than the widest."""
         self._buffers = _stack(members, distinct, dict(self._template.named_buffers()), SAE.named_buffers)
         self.steps_done = 0
 
@@ -96,7 +99,9 @@ class EnsembleSAE:
             optimizer.step()
             if schedule is not None:
                 schedule.step()
-            self._advance(values)
+            if self._buffers:
+                with torch.no_grad():
+                    vmap(self._after_step)(self.parameters, self._buffers, values)
             self.steps_done += 1
             if report is not None:
                 report(self.steps_done)
@@ -111,13 +116,9 @@ class EnsembleSAE:
     @torch.no_grad()
     def member(self, index: int) -> SAE:
         """An SAE of its own with the weights that member ``index`` has now."""
-        sae = copy.deepcopy(self.members[index])
-        for stacked, own in (
-            (self.parameters, dict(sae.named_parameters())),
-            (self._buffers, dict(sae.named_buffers())),
-        ):
-            for name, value in own.items():
-                value.copy_(stacked[f"sae.{name}"][index][tuple(map(slice, value.shape))])
+        sae, stacked = copy.deepcopy(self.members[index]), self.parameters | self._buffers
+        for name, value in (*sae.named_parameters(), *sae.named_buffers()):
+            value.copy_(stacked[f"sae.{name}"][index][tuple(map(slice, value.shape))])
         sae.set_steps_done(sae.steps_done + self.steps_done)
         return sae
 
@@ -141,18 +142,13 @@ class EnsembleSAE:
     ) -> tuple[Tensor, Tensor]:
         """Loss and activations of one member."""
         for name, value in hyperparameters.items():
-            _set(self._template.sae, name, value)
+            owner, _, attribute = f"sae.{name}".rpartition(".")
+            setattr(attrgetter(owner)(self._template), attribute, value)
         result: LossTerms = functional_call(self._template, (parameters, buffers), (Batch(x, None, weight),))
         return result.total, result.codes.values.detach()
 
-    @torch.no_grad()
-    def _advance(self, values: Tensor) -> None:
-        """What members count after a step (dead-latent clocks, thresholds), where they count anything."""
-        if self._buffers:
-            vmap(self._after_step)(self.parameters, self._buffers, values)
-
     def _after_step(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], values: Tensor) -> Tensor:
-        """One member's; buffers change in place."""
+        """What one member counts after a step (dead-latent clock, threshold); buffers change in place."""
         functional_call(self._template, (parameters, buffers), (values,))
         return values.new_zeros(())
 
@@ -173,11 +169,7 @@ class _Template(nn.Module):
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:
-    """One batch with a leading dimension of members; populations of different size are padded with states of weight 0.
-
-    Raises:
-        UserError: Batches of different size without weights.
-    """
+    """One batch with a leading dimension of members; populations of different size are padded with states of weight 0."""
     size = max(batch.x.shape[0] for batch in batches)
     weighted = [batch.weight is not None for batch in batches]
     if any(weighted) != all(weighted) or (not all(weighted) and any(batch.x.shape[0] != size for batch in batches)):
@@ -215,17 +207,6 @@ def _per_member_names(sae: SAE) -> list[str]:
     """Dotted names of the attributes in which members may differ."""
     inner = [f"inner.{name}" for name in _per_member_names(sae.inner)] if isinstance(sae, MatryoshkaSAE) else []
     return [*type(sae).per_member, *inner]
-
-
-def _get(sae: SAE, name: str) -> Any:
-    for part in name.split("."):
-        sae = getattr(sae, part)
-    return sae
-
-
-def _set(sae: SAE, name: str, value: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(_get(sae, owner) if owner else sae, attribute, value)
 
 
 def _stack(

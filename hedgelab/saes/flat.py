@@ -33,9 +33,6 @@ class FlatSAE(SAE):
         optimizer: Optimiser class and arguments; fused unless told otherwise.
         lr_scheduler: Learning-rate schedule, stepped every optimiser step; null for a constant rate.
         gradient_clip_norm: Largest norm of the gradient; null for no clipping.
-
-    Raises:
-        UserError: A width below 1, or a negative clipping norm.
     """
 
     penalty_name = "penalty"
@@ -94,20 +91,14 @@ class FlatSAE(SAE):
         destination.update(own)
 
     def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing: list[str],
-        *args: Any,
+        self, state: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
-        given = dict(state_dict)
+        given = dict(state)
         encoder = given.pop(prefix + "W_enc", None)
         if encoder is not None:
             given[prefix + "W_enc_rows"] = encoder.mT if encoder.dim() == 2 else encoder
-        super()._load_from_state_dict(given, prefix, local_metadata, strict, missing, *args)
-        missing[:] = [prefix + "W_enc" if name == prefix + "W_enc_rows" else name for name in missing]
+        super()._load_from_state_dict(given, prefix, metadata, strict, missing, *rest)
+        missing[:] = [name.replace("W_enc_rows", "W_enc") for name in missing]
 
     def selection(self) -> Selection:
         """How latents are selected in inference; subclasses say it, or else define ``encode`` and ``activate``."""
@@ -151,10 +142,7 @@ class FlatSAE(SAE):
         return grad.addcmul((grad * rows).sum(1, keepdim=True), rows, value=-1)
 
     def loss(self, batch: Batch | Tensor) -> LossTerms:
-        """Squared error, the sparsity penalty where there is one, and the auxiliary loss where latents are dead.
-
-        ``mean_b ‖x_hat_b - x_b‖² + Σ_i penalty_i + auxiliary`` (SPEC section 2), the mean weighted in population mode.
-        """
+        """``mean_b ‖x_hat_b - x_b‖² + Σ_i penalty_i + auxiliary`` (SPEC section 2), the mean weighted in population mode."""
         batch = self.as_batch(batch)
         codes, penalty = self.activate(batch)
         target = Target(batch.x, (self.d_sae,), weight=batch.weight)
@@ -162,8 +150,7 @@ class FlatSAE(SAE):
         terms = {"mse": mse}
         if penalty is not None:
             terms[self.penalty_name] = ops.total(penalty)
-        auxiliary = self.auxiliary_loss(batch, error)
-        if auxiliary is not None:
+        if (auxiliary := self.auxiliary_loss(batch, error)) is not None:
             terms["auxiliary"] = auxiliary
         return LossTerms(terms, codes, error)
 
@@ -171,7 +158,7 @@ class FlatSAE(SAE):
     def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
         """Set ``b_dec`` from the first batch, and weights at the known features if the config asks for it.
 
-        Or take all weights, with thresholds and dead-latent clocks where both SAEs have them, from an SAE on disk.
+        Or take all weights from an SAE on disk, with thresholds and dead-latent clocks where both have them.
         """
         if self.init.weights is not None:
             self._start_from(self.init.weights)
@@ -187,11 +174,7 @@ class FlatSAE(SAE):
         self.b_dec.copy_(self.init.decoder_bias(first.x))
 
     def _start_from(self, folder: str) -> None:
-        """Take the weights of an SAE on disk.
-
-        Raises:
-            UserError: There is none, or it has other widths.
-        """
+        """Take the weights of an SAE on disk."""
         other = load_sae(folder)
         if (other.d_in, other.d_sae) != (self.d_in, self.d_sae):
             widths = f"d_in {other.d_in} and d_sae {other.d_sae}"

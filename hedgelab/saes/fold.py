@@ -6,15 +6,7 @@ from torch import Tensor
 
 
 class FoldedWeights(NamedTuple):
-    """Weights whose decoder rows have norm 1 and whose activations are in units of the reconstruction.
-
-    Attributes:
-        W_enc: ``[d_in, d_sae]``.
-        b_enc: ``[d_sae]``.
-        W_dec: ``[d_sae, d_in]``, rows of norm 1 (a zero row stays zero).
-        b_dec: ``[d_in]``.
-        norms: The decoder norms before folding, ``[d_sae]``.
-    """
+    """Weights of an SAE whose decoder rows have norm 1 (a zero row stays zero), and the norms before folding, ``[d_sae]``."""
 
     W_enc: Tensor
     b_enc: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,19 +51,17 @@ class Initialization:
     def random_weights(self, d_in: int, d_sae: int) -> tuple[Tensor, Tensor]:
         """Encoder and decoder directions, both as rows ``[d_sae, d_in]``."""
         rng = generator(resolve_seed(self.seed), "weights")
-        decoder = random_directions(d_sae, d_in, rng) * self.decoder_norm
-        if self.encoder == "transpose":
-            return decoder.clone(), decoder
-        return random_directions(d_sae, d_in, rng) * self.decoder_norm, decoder
+        return self._pair(lambda: random_directions(d_sae, d_in, rng) * self.decoder_norm)
 
     def feature_weights(self, directions: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
         """Encoder and decoder rows at the first ``d_sae`` true features plus noise, each ``[min(d_sae, n), d_in]``."""
         rng = generator(resolve_seed(self.seed), "feature noise")
         start = directions[:d_sae].cpu()
-        decoder = start + self.noise * torch.randn(start.shape, generator=rng)
-        if self.encoder == "transpose":
-            return decoder.clone(), decoder
-        return start + self.noise * torch.randn(start.shape, generator=rng), decoder
+        return self._pair(lambda: start + self.noise * torch.randn(start.shape, generator=rng))
+
+    def _pair(self, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        decoder = draw()
+        return decoder.clone() if self.encoder == "transpose" else draw(), decoder
 
     def decoder_bias(self, x: Tensor) -> Tensor:
         """Decoder bias ``[d_in]`` from the first batch ``[batch, d_in]``."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from hedgelab import __version__
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 from hedgelab.training.checkpoints.io import VerifiedCheckpointIO
 from hedgelab.training.sharding import full_tensor, is_split
 from hedgelab.training.shell import ARCHITECTURES
@@ -33,24 +34,16 @@ def class_name(cls: type) -> str:
     return cls.__name__ if cls.__module__.startswith("hedgelab.") else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def find_class(name: Any, cls: type[SAE] | None = None) -> type[SAE]:
-    """The SAE class of a name.
-
-    Args:
-        name: What a file says.
-        cls: A class that it must be or inherit from; used itself where the name is that of no imported class.
-
-    Raises:
-        UserError: No such class is imported, or it is no ``cls``.
-    """
+def _find_class(name: Any, cls: type[SAE] | None) -> type[SAE]:
+    """The imported class of a name, which must be or inherit from ``cls``; ``cls`` itself where there is none."""
     found = CLASSES.get(name) if isinstance(name, str) else None
     if found is None and cls is not None and not inspect.isabstract(cls):
         return cls
+    if found is None and isinstance(name, str) and "." in name:
+        raise UserError(
+            f"sae.json: class: {name!r} is not imported; import it first, or give it: load_sae(folder, cls=…)"
+        )
     if found is None:
-        if isinstance(name, str) and "." in name:
-            raise UserError(
-                f"sae.json: class: {name!r} is not imported; import it first, or give it: load_sae(folder, cls=…)"
-            )
         raise UserError(f"sae.json: class: must be an SAE of hedgelab or an imported class of your own, got {name!r}")
     if cls is not None and not issubclass(found, cls):
         raise UserError(f"sae.json: class: the SAE is a {name}, not a {class_name(cls)}")
@@ -63,7 +56,7 @@ def save_sae(sae: SAE, folder: str | Path) -> None:
     Of an SAE whose latents are split over processes, all of them must call this; the process of rank 0 writes.
     """
     folder = Path(folder)
-    tensors = {name: full_tensor(value).cpu().contiguous() for name, value in sae.state_dict().items()}
+    tensors = _full_state(sae)
     if is_split(sae.W_dec) and torch.distributed.get_rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,12 +91,11 @@ def load_sae(folder: str | Path, cls: type[SAE] | None = None) -> SAE:
     try:
         problems = sae.load_state_dict(tensors, strict=False)
     except RuntimeError as error:  # shapes that differ
-        reason = " ".join(str(error).split()).partition(": ")[2]
+        reason = one_line(str(error)).partition(": ")[2]
         raise UserError(f"{folder / WEIGHTS}: does not fit {config.get('class')}: {reason}") from error
     if spoiled := [name for name, value in sae.named_parameters() if not torch.isfinite(value).all()]:
         raise UserError(f"{folder / WEIGHTS}: {spoiled[0]} holds NaN or infinity")
-    if problems.missing_keys or problems.unexpected_keys:
-        wrong = ", ".join([*problems.missing_keys, *problems.unexpected_keys])
+    if wrong := ", ".join([*problems.missing_keys, *problems.unexpected_keys]):
         raise UserError(f"{folder / WEIGHTS}: does not fit {config.get('class')}: check {wrong}")
     sae.initialized = True
     return sae
@@ -141,10 +133,26 @@ def sae_from_checkpoint(
         )
     prefix = f"members.{name}." if name else ""
     state = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
-    sae = build_sae(config, cls, **given).to(_weights_type(state))
-    sae.load_state_dict(state, strict=strict)
-    sae.initialized = True
-    return sae
+    return copy_of(config, state, cls, strict, **given)
+
+
+def copy_of(
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    cls: type[SAE] | None = None,
+    strict: bool = True,
+    **training: Any,
+) -> SAE:
+    """The SAE that another's :meth:`SAE.config` and ``state_dict`` tell of, ready to measure or to train on."""
+    copy = build_sae(config, cls, **training).to(_weights_type(state))
+    copy.load_state_dict(state, strict=strict)
+    copy.initialized = True
+    return copy
+
+
+def gathered(sae: SAE) -> SAE:
+    """The SAE, or where its latents are split over processes a copy with all of them; to be called on all processes."""
+    return copy_of(sae.config(), _full_state(sae)) if is_split(sae.W_dec) else sae
 
 
 def build_sae(config: dict[str, Any], cls: type[SAE] | None = None, **training: Any) -> SAE:
@@ -152,26 +160,26 @@ def build_sae(config: dict[str, Any], cls: type[SAE] | None = None, **training: 
 
     Args:
         config: The description.
-        cls: See :func:`find_class`.
+        cls: A class that it must be or inherit from; used itself where the description names no imported class.
         training: Arguments that are no architecture, such as the optimiser.
-
-    Raises:
-        UserError: There is no such class, or it cannot be made from these arguments.
     """
     arguments = dict(config)
     name = arguments.pop("class", None)
-    cls = find_class(name, cls)
+    cls = _find_class(name, cls)
     if unknown := arguments.keys() - (init_arguments(cls).keys() - cls.not_architecture):
         raise UserError(f"sae.json: {min(unknown)!r}: unknown key of {name}")
-    if isinstance(arguments.get("inner"), dict):
-        inner = arguments["inner"]
-        arguments["inner"] = functools.partial(_build_inner, inner)
+    if isinstance(inner := arguments.get("inner"), dict):
+        arguments["inner"] = partial(_build_inner, inner)
     try:
         return cls(**arguments, **training)
     except UserError as error:
         raise UserError(f"sae.json: {str(error).removeprefix('sae.json: ').removeprefix('model.')}") from error
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"sae.json: cannot be made into a {name} ({' '.join(str(error).split())})") from error
+        raise UserError(f"sae.json: cannot be made into a {name} ({one_line(str(error))})") from error
+
+
+def _build_inner(config: dict[str, Any], d_in: int) -> SAE:
+    return build_sae({**config, "d_in": d_in})
 
 
 def init_arguments(cls: type) -> dict[str, inspect.Parameter]:
@@ -187,43 +195,29 @@ def init_arguments(cls: type) -> dict[str, inspect.Parameter]:
     return found
 
 
-def _check_size(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """See that the architecture has the weights' size before anything of that size is made.
-
-    Raises:
-        UserError: It has not.
-    """
+def _check_size(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Refuse an architecture of another size than the weights before anything of that size is made."""
     inner = config["inner"] if isinstance(config.get("inner"), dict) else config
     said = (inner.get("d_sae"), config.get("d_in"))
-    found = next((tuple(value.shape) for name, value in tensors.items() if name.rpartition(".")[2] == "W_dec"), None)
-    if found is None:
+    W_dec = _W_dec(tensors)
+    if W_dec is None:
         raise UserError(f"{folder / WEIGHTS}: holds no W_dec; expected the weights of an SAE")
+    found = tuple(W_dec.shape)
     if any(a not in (None, b) for a, b in zip(said, found, strict=False)) or len(found) != 2:
         raise UserError(f"{folder / CONFIG}: d_sae and d_in are {said}, but W_dec in {WEIGHTS} is {found}")
 
 
-def _build_inner(config: dict[str, Any], d_in: int) -> SAE:
-    return build_sae({**config, "d_in": d_in})
+def _W_dec(state: Mapping[str, Tensor]) -> Tensor | None:
+    return next((value for name, value in state.items() if name.rpartition(".")[2] == "W_dec"), None)
 
 
-def gathered(sae: SAE) -> SAE:
-    """The SAE, or where its latents are split over processes a whole copy of it; to be called on all processes."""
-    if not is_split(sae.W_dec):
-        return sae
-    return copy_of(sae.config(), {name: full_tensor(value).cpu() for name, value in sae.state_dict().items()})
+def _weights_type(state: Mapping[str, Tensor]) -> torch.dtype:
+    W_dec = _W_dec(state)
+    return torch.float32 if W_dec is None else W_dec.dtype
 
 
-def copy_of(config: dict[str, Any], state: Mapping[str, torch.Tensor]) -> SAE:
-    """The SAE that another's :meth:`SAE.config` and ``state_dict`` tell of, ready to measure or to train on."""
-    copy = build_sae(config).to(_weights_type(state))
-    copy.load_state_dict(state)
-    copy.initialized = True
-    return copy
-
-
-def _weights_type(state: Mapping[str, torch.Tensor]) -> torch.dtype:
-    """The type of the decoder of a ``state_dict``."""
-    return next((value.dtype for name, value in state.items() if name.rpartition(".")[2] == "W_dec"), torch.float32)
+def _full_state(sae: SAE) -> dict[str, Tensor]:
+    return {name: full_tensor(value).cpu().contiguous() for name, value in sae.state_dict().items()}
 
 
 def weights_sha256(folder: str | Path) -> str:

@@ -27,9 +27,6 @@ class JumpReLUSAE(FlatSAE):
         threshold: Threshold of every latent at the start.
         bandwidth: Width ε of the rectangle kernel of the straight-through estimates.
         **kwargs: Arguments of :class:`~hedgelab.saes.flat.FlatSAE`.
-
-    Raises:
-        UserError: A negative coefficient or warm-up, or a threshold or bandwidth not above 0.
     """
 
     penalty_name = "l0_penalty"

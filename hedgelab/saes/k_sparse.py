@@ -26,9 +26,6 @@ class KSparseSAE(FlatSAE):
         dead_after_steps: A latent that fired on no example in this many steps is dead.
         auxiliary_coefficient: Weight of the auxiliary loss; 0 switches it off.
         **kwargs: Arguments of :class:`~hedgelab.saes.flat.FlatSAE`.
-
-    Raises:
-        UserError: A k that does not fit, a window below 1 or a negative coefficient.
     """
 
     steps_since_fired: Tensor
@@ -75,9 +72,8 @@ class KSparseSAE(FlatSAE):
         """
         if not self.auxiliary_coefficient:
             return None
-        start = 0 if among is None else among.start
-        dead = self.dead_latents if among is None else self.dead_latents[among]
-        columns = dead.nonzero().squeeze(1) + start
+        level = slice(0, self.d_sae) if among is None else among
+        columns = self.dead_latents[level].nonzero().squeeze(1) + level.start
         if not len(columns):
             return None
         k_aux = max(1, self.d_in // 2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -28,10 +29,7 @@ class LossTerms:
     @cached_property
     def total(self) -> Tensor:
         """The loss: the sum of all terms."""
-        first, *rest = self.terms.values()
-        for term in rest:
-            first = first + term
-        return first
+        return reduce(add, self.terms.values())
 
 
 def warmed_up(coefficient: float, step: int, warmup_steps: int, start: float = 0.0) -> float:
@@ -40,9 +38,7 @@ def warmed_up(coefficient: float, step: int, warmup_steps: int, start: float = 0
     >>> [warmed_up(2.0, step, 4) for step in (0, 2, 4, 9)]
     [0.0, 1.0, 2.0, 2.0]
     """
-    if step >= warmup_steps:
-        return coefficient
-    return start + (coefficient - start) * step / warmup_steps
+    return coefficient if step >= warmup_steps else start + (coefficient - start) * step / warmup_steps
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.errors import LevelErrors
-from hedgelab.kernels.values import Target
+from hedgelab.kernels.values import LevelErrors, Target
 from hedgelab.saes.balance import asymmetry, outside_span
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
@@ -47,16 +47,18 @@ class MatryoshkaSAE(SAE):
             average: logarithms are parameters whose gradient is the measured asymmetry. Meant for Adam, whose steps do not
             depend on a gradient's scale.
 
-    Raises:
-        UserError: Levels that do not rise to ``d_sae``, a negative β, a credit outside [0, 1], or ``detached`` together with a
-            β, a credit or ``adaptive``.
-
     Attributes:
         level_weights: Weight of each level's loss, innermost first; set from β, free to be set otherwise.
     """
 
     per_member = ("level_weights", "credit")
     full_precision = ("log_factors",)
+
+    W_enc = property(attrgetter("inner.W_enc"))  # type: ignore[assignment]
+    b_enc = property(attrgetter("inner.b_enc"))  # type: ignore[assignment]
+    W_dec = property(attrgetter("inner.W_dec"))  # type: ignore[assignment]
+    b_dec = property(attrgetter("inner.b_dec"))  # type: ignore[assignment]
+    dead_latents = property(attrgetter("inner.dead_latents"))
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class MatryoshkaSAE(SAE):
             raise UserError(f"model.credit: has no meaning with model.detached: true, got {credit}")
         if adaptive and (detached or not beta):
             raise UserError("model.adaptive: needs a beta above 0 to start from, and detached: false")
-        self.levels = list(levels)
+        self.levels = levels
         self.beta = beta
         self.level_weights = level_weights(len(levels), beta)
         self.detached = detached
@@ -101,31 +103,6 @@ class MatryoshkaSAE(SAE):
         self.optimizer = self.inner.optimizer
         self.lr_scheduler = self.inner.lr_scheduler
         self.gradient_clip_norm = self.inner.gradient_clip_norm
-
-    @property
-    def W_enc(self) -> Tensor:  # type: ignore[override]
-        """The inner SAE's, ``[d_in, d_sae]``."""
-        return self.inner.W_enc
-
-    @property
-    def b_enc(self) -> Tensor:  # type: ignore[override]
-        """The inner SAE's, ``[d_sae]``."""
-        return self.inner.b_enc
-
-    @property
-    def W_dec(self) -> Tensor:  # type: ignore[override]
-        """The inner SAE's, ``[d_sae, d_in]``."""
-        return self.inner.W_dec
-
-    @property
-    def b_dec(self) -> Tensor:  # type: ignore[override]
-        """The inner SAE's, ``[d_in]``."""
-        return self.inner.b_dec
-
-    @property
-    def dead_latents(self) -> Tensor:
-        """The inner SAE's, ``[d_sae]`` bool."""
-        return self.inner.dead_latents
 
     def level_slices(self) -> list[slice]:
         """Each level's own new latents."""
@@ -148,13 +125,13 @@ class MatryoshkaSAE(SAE):
             if penalty is not None:
                 paid = ops.total(penalty, latents if self.detached else slice(latents.stop))
                 terms[f"{self.inner.penalty_name}/level{latents.stop}"] = weight * paid
+        revived = {"auxiliary": (errors[-1], None)}
         if self.auxiliary_per_level:
-            for latents, error in zip(self.level_slices(), errors, strict=True):
-                auxiliary = self.inner.auxiliary_loss(batch, error, latents)
-                if auxiliary is not None:
-                    terms[f"auxiliary/level{latents.stop}"] = auxiliary
-        elif (auxiliary := self.inner.auxiliary_loss(batch, errors[-1])) is not None:
-            terms["auxiliary"] = auxiliary
+            levels = zip(errors, self.level_slices(), strict=True)
+            revived = {f"auxiliary/level{latents.stop}": (error, latents) for error, latents in levels}
+        for name, (error, latents) in revived.items():
+            if (auxiliary := self.inner.auxiliary_loss(batch, error, latents)) is not None:
+                terms[name] = auxiliary
         return LossTerms(terms, codes, errors[-1])
 
     def current_weights(self) -> list[Any]:
@@ -189,17 +166,15 @@ class MatryoshkaSAE(SAE):
         if is_split(self.W_dec):
             raise UserError("model.credit: cannot be used where latents are split over processes, set it to 0")
         with torch.no_grad():
-            errors = ops.level_errors(codes.detach(), decoder, target).errors
+            *inner, last = ops.level_errors(codes.detach(), decoder, target).errors
             spared = [
-                self.credit * outside_span(errors[-1] - error, self.W_dec[:size])
-                for size, error in zip(self.levels[:-1], errors[:-1], strict=True)
+                self.credit * outside_span(last - error, self.W_dec[:size])
+                for size, error in zip(self.levels[:-1], inner, strict=True)
             ]
         parts = [(codes.prefix(size), x - part) for size, part in zip(self.levels[:-1], spared, strict=True)]
-        results = [
-            ops.level_errors(part, decoder, Target(wanted, (self.d_sae,), weight=weight))
-            for part, wanted in [*parts, (codes, x)]
-        ]
-        return LevelErrors([result.losses[0] for result in results], [result.errors[0] for result in results])
+        targets = [(part, Target(wanted, (self.d_sae,), weight=weight)) for part, wanted in [*parts, (codes, x)]]
+        found = [ops.level_errors(part, decoder, target) for part, target in targets]
+        return LevelErrors([losses[0] for losses, _ in found], [errors[0] for _, errors in found])
 
     def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
         """Initialise the inner SAE."""

@@ -24,9 +24,6 @@ class VanillaSAE(FlatSAE):
         l1_warmup_steps: Steps over which λ rises linearly to its full value.
         l1_warmup_start: λ at the first step of the warm-up.
         **kwargs: Arguments of :class:`~hedgelab.saes.flat.FlatSAE`.
-
-    Raises:
-        UserError: A negative coefficient or warm-up.
     """
 
     penalty_name = "l1"

@@ -22,15 +22,15 @@ def flat_part(sae: SAE) -> FlatSAE:
     return flat
 
 
+@torch.no_grad()
 def fresh(sae: SAE, seed: int) -> SAE:
     """An untrained SAE of the same kind, trained in the same way, its random weights drawn from ``seed``."""
     made = _alike(sae, n_new=0)
     flat = flat_part(made)
     flat.init = replace(flat.init, seed=seed)
     encoder, decoder = flat.init.random_weights(flat.d_in, flat.d_sae)
-    with torch.no_grad():
-        flat.W_enc_rows.copy_(encoder)
-        flat.W_dec.copy_(decoder)
+    flat.W_enc_rows.copy_(encoder)
+    flat.W_dec.copy_(decoder)
     return made.to(sae.W_dec)
 
 
@@ -42,6 +42,7 @@ def duplicate(sae: SAE) -> SAE:
     return made
 
 
+@torch.no_grad()
 def widen(sae: SAE, n_new: int, norm: float = 0.1, seed: int = 0) -> SAE:
     """An SAE of the same kind with new latents appended (SPEC section 5); the old one is left as it is.
 
@@ -53,21 +54,17 @@ def widen(sae: SAE, n_new: int, norm: float = 0.1, seed: int = 0) -> SAE:
         n_new: Number of new latents.
         norm: Decoder norm of the new latents.
         seed: Seed of the new directions.
-
-    Raises:
-        UserError: Fewer than one new latent, or a norm not above 0.
     """
     whole_number("hedge.n_new", n_new)
     if norm <= 0:
         raise UserError(f"hedge.new_norm: must be above 0, got {norm}")
     wide = _alike(sae, n_new).to(sae.W_dec)
     old = sae.state_dict()
+    for name, value in wide.state_dict().items():
+        value[tuple(map(slice, old[name].shape))].copy_(old[name])
     directions = random_directions(n_new, sae.d_in, generator(seed, "new latents")) * norm
-    with torch.no_grad():
-        for name, value in wide.state_dict().items():
-            value[tuple(slice(0, size) for size in old[name].shape)].copy_(old[name])
-        wide.W_dec[sae.d_sae :] = directions.to(wide.W_dec)
-        flat_part(wide).W_enc_rows[sae.d_sae :] = directions.to(wide.W_dec)
+    for rows in (wide.W_dec, flat_part(wide).W_enc_rows):
+        rows[sae.d_sae :] = directions.to(rows)
     wide.initialized = True
     return wide
 
@@ -75,11 +72,9 @@ def widen(sae: SAE, n_new: int, norm: float = 0.1, seed: int = 0) -> SAE:
 def _alike(sae: SAE, n_new: int) -> SAE:
     """An SAE of the same architecture with ``n_new`` more latents, and the same initialisation and training."""
     config = sae.config()
+    config.get("inner", config)["d_sae"] += n_new
     if isinstance(sae, MatryoshkaSAE):
-        config["inner"]["d_sae"] += n_new
-        config["levels"] = [*sae.levels[:-1], sae.levels[-1] + n_new]
-    else:
-        config["d_sae"] += n_new
+        config["levels"] = [*sae.levels[:-1], sae.d_sae + n_new]
     made = build_sae(config)
     train_like(made, sae)
     flat_part(made).init = flat_part(sae).init
@@ -88,8 +83,7 @@ def _alike(sae: SAE, n_new: int) -> SAE:
 
 def train_like(sae: SAE, other: SAE) -> None:
     """Give an SAE the optimiser, schedule and clipping of another of its kind."""
-    parts = {id(target): (target, source) for target, source in ((sae, other), (flat_part(sae), flat_part(other)))}
-    for target, source in parts.values():
+    for target, source in ((sae, other), (flat_part(sae), flat_part(other))):
         target.optimizer = source.optimizer
         target.lr_scheduler = source.lr_scheduler
         target.gradient_clip_norm = source.gradient_clip_norm

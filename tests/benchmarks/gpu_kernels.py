@@ -12,6 +12,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hedgelab.kernels import reference
+from hedgelab.kernels import reference, sparse
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.layout import Layout
-from hedgelab.kernels.triton import autograd, entry, selection, tiles
-from hedgelab.kernels.triton.decoding import decode_rows
-from hedgelab.kernels.triton.gradients import latent_gradients
+from hedgelab.kernels.triton import products, selection, tiles
+from hedgelab.kernels.triton.products import decode_levels, latent_gradients
 from hedgelab.kernels.triton.tiles import SelectionTile, Tile
-from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, TopK
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, Target, TopK
 
 SELECTIONS: dict[str, Any] = {"topk": TopK, "batch_topk": BatchTopK}
 
@@ -68,15 +68,15 @@ def check(rows: list[tuple[str, float, float]]) -> None:
         name = f"{batch}x{d_in}x{d_sae} k{k}"
         layout = random_layout(batch, d_sae, k)
         values, weight = torch.randn(batch * k, device=DEVICE), torch.randn(d_sae, d_in, device=DEVICE)
-        source, bias = torch.randn(3, batch, d_in, device=DEVICE), torch.randn(d_in, device=DEVICE)
+        source = torch.randn(3, batch, d_in, device=DEVICE)
         dense = Codes.from_layout(layout, values.double()).to_dense()
-        stops = torch.tensor([d_sae // 8, d_sae // 2, d_sae], device=DEVICE)
-        exact = torch.stack([dense[:, :m] @ weight[:m].double() + bias.double() for m in stops.tolist()])
-        rows.append((f"decode {name}", relative(decode_rows(layout, values, weight, bias, stops), exact), 1e-6))
-        level = torch.bucketize(layout.latents, stops, right=True)
+        levels = [d_sae // 8, d_sae // 2, d_sae]
+        exact = torch.stack([dense[:, a:b] @ weight[a:b].double() for a, b in pairwise([0, *levels])])
+        rows.append((f"decode {name}", relative(decode_levels(layout, values, weight, levels), exact), 1e-6))
+        level = torch.bucketize(layout.latents, torch.tensor(levels, device=DEVICE), right=True)
         for dtype, tolerance in ((torch.float32, 1e-6), (BF16, 1e-6)):
             given = source.to(dtype)
-            found = latent_gradients(layout, values, given, torch.float32, stops, weight, bias=True)
+            found = latent_gradients(layout, values, given, levels, torch.float32, weight, bias=True)
             assert found.values is not None
             assert found.bias is not None
             expected = torch.zeros_like(weight, dtype=torch.float64)
@@ -93,9 +93,9 @@ def check(rows: list[tuple[str, float, float]]) -> None:
             selected = selection.top_k(pre, k)
             assert selected is not None
             best = pre.topk(k, dim=1).values.flatten()
-            rows.append((f"top_k {dtype} {name}", float((selected.values != best).sum()), 0))
+            rows.append((f"top_k {dtype} {name}", float((selected.pre != best).sum()), 0))
             spread = pre * torch.rand(batch, 1, device=DEVICE).mul(3).to(dtype)
-            chosen = selection.batch_top_k(spread, k * batch).values.sort(descending=True).values
+            chosen = selection.batch_top_k(spread, k * batch).pre.sort(descending=True).values
             best = spread.flatten().topk(k * batch).values
             rows.append((f"batch_top_k {dtype} {name}", float((chosen != best).sum()), 0))
     rows.extend(check_step())
@@ -104,18 +104,18 @@ def check(rows: list[tuple[str, float, float]]) -> None:
 def check_step() -> list[tuple[str, float, float]]:
     """Gradients of a whole step against dense float64 autograd."""
     batch, d_in, d_sae, k = (128, 576, 32768, 16) if DEVICE == "cuda" else (5, 20, 40, 2)
-    entry.DENSITY_16_BIT = entry.DENSITY_32_BIT = 1.0
+    products.DENSITY_16_BIT = products.DENSITY_32_BIT = 1.0
     x = torch.randn(batch, d_in, device=DEVICE)
     leaves = make_weights(d_in, d_sae)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     rows = []
     for kind in ("topk", "batch_topk"):
         found, expected = [], []
-        for path, given, collected in ((entry, leaves, found), (reference, exact, expected)):
+        for path, given, collected in ((sparse, leaves, found), (reference, exact, expected)):
             codes = path.encode(x.to(given[0].dtype), Encoder(given[0], given[1], given[3]), SELECTIONS[kind](k))
-            levels = path.decode_levels(codes, Decoder(given[2], given[3]), [d_sae // 4, d_sae])
-            loss = sum(((level - x) ** 2).sum() for level in levels)
-            collected.extend(torch.autograd.grad(loss, given))
+            target = Target(x.to(given[0].dtype), (d_sae // 4, d_sae))
+            losses, _ = path.level_errors(codes, Decoder(given[2], given[3]), target)
+            collected.extend(torch.autograd.grad(losses[0] + losses[1], given))
         for name, a, b in zip(("W_enc", "b_enc", "W_dec", "b_dec"), found, expected, strict=True):
             rows.append((f"{kind} step, gradient of {name}", relative(a, b), 1e-5))
     return rows
@@ -157,17 +157,17 @@ def sweep_tiles(options: argparse.Namespace, results: dict[str, float]) -> dict[
     race(
         "decode",
         cut((4, 8, 16) if DEVICE == "cuda" else (4,)),
-        lambda tile: decode_rows(layout, values, weight, tile=tile),
+        lambda tile: decode_levels(layout, values, weight, (options.d_sae,), tile=tile),
     )
     race(
         "decoder gradients",
         cut(few),
-        lambda tile: latent_gradients(layout, values, source, torch.float32, None, weight, tile=tile),
+        lambda tile: latent_gradients(layout, values, source, (options.d_sae,), torch.float32, weight, tile=tile),
     )
     race(
         "encoder gradients",
         cut(few),
-        lambda tile: latent_gradients(layout, values, source, torch.float32, bias=True, tile=tile),
+        lambda tile: latent_gradients(layout, values, source, (options.d_sae,), torch.float32, bias=True, tile=tile),
     )
     pre = torch.randn(options.batch, options.d_sae, device=DEVICE, dtype=BF16)
     groups = (2048, 4096) if DEVICE == "cuda" else (64,)
@@ -221,10 +221,11 @@ def time_parts(options: argparse.Namespace, bandwidth: float, best: dict[str, An
 
     part("layout grouped by latent: Layout.transposed", fresh)
     part("layout grouped by latent: int32 sort, searchsorted", by_int32)
-    part("decode: ours", lambda: decode_rows(layout, values, weight, tile=decode_tile), 4e-9 * touched)
-    part("decode: ours, weights in bf16", lambda: decode_rows(layout, values, encoder, tile=decode_tile))
-    four = torch.tensor([d_sae // 64, d_sae // 16, d_sae // 4, d_sae], device=DEVICE)
-    part("decode: ours, 4 levels", lambda: decode_rows(layout, values, weight, None, four, tile=decode_tile))
+    one = (d_sae,)
+    part("decode: ours", lambda: decode_levels(layout, values, weight, one, tile=decode_tile), 4e-9 * touched)
+    part("decode: ours, weights in bf16", lambda: decode_levels(layout, values, encoder, one, tile=decode_tile))
+    four = (d_sae // 64, d_sae // 16, d_sae // 4, d_sae)
+    part("decode: ours, 4 levels", lambda: decode_levels(layout, values, weight, four, tile=decode_tile))
     bags = layout.latents.view(batch, k)
     part(
         "decode: embedding_bag",
@@ -235,8 +236,8 @@ def time_parts(options: argparse.Namespace, bandwidth: float, best: dict[str, An
     _ = layout.transposed
     gigabytes = 4e-9 * (size + touched) + 2e-9 * source.numel()
 
-    def decoder_gradients(given: Tensor, stops: Tensor | None = None, lay: Layout = layout) -> Any:
-        return latent_gradients(lay, values, given, torch.float32, stops, weight, tile=dots_tile)
+    def decoder_gradients(given: Tensor, levels: tuple[int, ...] = one, lay: Layout = layout) -> Any:
+        return latent_gradients(lay, values, given, levels, torch.float32, weight, tile=dots_tile)
 
     part("decoder gradients: ours (bf16 rows)", lambda: decoder_gradients(source), gigabytes)
     part("decoder gradients: ours (fp32 rows)", lambda: decoder_gradients(source.float()))
@@ -244,7 +245,7 @@ def time_parts(options: argparse.Namespace, bandwidth: float, best: dict[str, An
     skewed = random_layout(batch, d_sae, k, zipf=True)
     _ = skewed.transposed
     hottest = int(skewed.transposed.ccol.diff().max())
-    part(f"decoder gradients: ours, hottest latent {hottest} x", lambda: decoder_gradients(source, None, skewed))
+    part(f"decoder gradients: ours, hottest latent {hottest} x", lambda: decoder_gradients(source, one, skewed))
 
     def plain_gradients() -> Any:
         gathered = source[0].repeat_interleave(k, 0)
@@ -254,7 +255,7 @@ def time_parts(options: argparse.Namespace, bandwidth: float, best: dict[str, An
     part("decoder gradients: gather + index_add", plain_gradients)
     part(
         "encoder gradients: ours",
-        lambda: latent_gradients(layout, values, source, torch.float32, bias=True, tile=bias_tile),
+        lambda: latent_gradients(layout, values, source, (options.d_sae,), torch.float32, bias=True, tile=bias_tile),
         4e-9 * size + 2e-9 * source.numel(),
     )
     part("one weight gradient: dense bf16 product", lambda: pre.t() @ source[0])
@@ -271,16 +272,17 @@ def time_parts(options: argparse.Namespace, bandwidth: float, best: dict[str, An
 
 def find_density(options: argparse.Namespace, best: dict[str, Any], results: dict[str, float]) -> None:
     """Sparse against dense bf16 for decode and all weight gradients, by k."""
+    one = (options.d_sae,)
     for k in (25, 50, 100, 200) if DEVICE == "cuda" else (2,):
         layout, values, weight, source = inputs(options, k)
         encoder = weight.to(BF16)
         _ = layout.transposed
 
         def sparse() -> None:
-            decode_rows(layout, values, weight, tile=best.get("decode", tiles.DECODE))  # noqa: B023
+            decode_levels(layout, values, weight, one, tile=best.get("decode", tiles.DECODE))  # noqa: B023
             gradient = best.get("decoder gradients", tiles.GRADIENT)
-            latent_gradients(layout, values, source, torch.float32, None, weight, tile=gradient)  # noqa: B023
-            latent_gradients(layout, values, source, torch.float32, bias=True, tile=gradient)  # noqa: B023
+            latent_gradients(layout, values, source, one, torch.float32, weight, tile=gradient)  # noqa: B023
+            latent_gradients(layout, values, source, one, torch.float32, bias=True, tile=gradient)  # noqa: B023
 
         def dense() -> None:
             codes = Codes.from_layout(layout, values.to(BF16)).to_dense()  # noqa: B023
@@ -308,10 +310,9 @@ def make_step(options: argparse.Namespace, path: Any, kind: str, levels: list[in
         x = data[0]
         with torch.autocast(DEVICE, BF16, cache_enabled=False):
             codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), selection)
-            x_hats = path.decode_levels(codes, Decoder(W_dec, b_dec), levels)
-            errors = [(x_hat.float() - x.float()).square().sum() / options.batch for x_hat in x_hats]
+            losses, _ = path.level_errors(codes, Decoder(W_dec, b_dec), Target(x, levels))
         adam.zero_grad()
-        torch.stack(errors).sum().backward()
+        torch.stack(list(losses)).sum().backward()
         adam.step()
 
     return step
@@ -322,9 +323,9 @@ def time_steps(options: argparse.Namespace, results: dict[str, float]) -> None:
     d_sae = options.d_sae
     four = [d_sae // 64, d_sae // 16, d_sae // 4, d_sae]
     for name, path, kind, levels in (
-        ("TopK, ours", entry, "topk", [d_sae]),
-        ("BatchTopK, ours", entry, "batch_topk", [d_sae]),
-        ("matryoshka BatchTopK, 4 levels, ours", entry, "batch_topk", four),
+        ("TopK, ours", sparse, "topk", [d_sae]),
+        ("BatchTopK, ours", sparse, "batch_topk", [d_sae]),
+        ("matryoshka BatchTopK, 4 levels, ours", sparse, "batch_topk", four),
         ("TopK, dense autograd", reference, "topk", [d_sae]),
     ):
         step = make_step(options, path, kind, levels)
@@ -363,9 +364,9 @@ def main() -> None:
     results: dict[str, float] = {}
     checks: list[tuple[str, float, float]] = []
     check(checks)
-    entry.DENSITY_16_BIT, entry.DENSITY_32_BIT = 1 / 600, 1 / 50
+    products.DENSITY_16_BIT, products.DENSITY_32_BIT = 1 / 600, 1 / 50
     if DEVICE == "cpu":
-        entry.DENSITY_16_BIT = 1.0
+        products.DENSITY_16_BIT = 1.0
     print(f"checks, {time.perf_counter() - start:.0f} s")
     for name, error, tolerance in checks:
         print(f"  {'ok  ' if error <= tolerance else 'FAIL'} {error:.1e} (<= {tolerance:.0e})  {name}", flush=True)
@@ -380,9 +381,8 @@ def main() -> None:
     print(f"sparse against dense, {time.perf_counter() - start:.0f} s")
     find_density(options, best, results)
     if best:
-        tuned = functools.partial(decode_rows, tile=best["decode"])
-        autograd.decode_rows = tuned
-        autograd.latent_gradients = functools.partial(latent_gradients, tile=best["decoder gradients"])
+        products.decode_levels = functools.partial(decode_levels, tile=best["decode"])
+        products.latent_gradients = functools.partial(latent_gradients, tile=best["decoder gradients"])
     print(f"steps, {time.perf_counter() - start:.0f} s")
     time_steps(options, results)
     print(f"failed checks: {results['failed checks']:.0f}; best: {best}; {time.perf_counter() - start:.0f} s")

@@ -10,6 +10,7 @@ from hedgelab.kernels import ops
 from hedgelab.kernels.agreement import Share, among_largest, edge_of_largest
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import ALONE, Ranks
+from hedgelab.kernels.selection import Product, select_batch_topk
 from hedgelab.kernels.sharded import ShardedCodes
 from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Target, Threshold, TopK
 
@@ -194,27 +195,23 @@ def test_batch_topk_of_a_split_batch(on_ranks, ties):
     on_ranks(4, check_split_batch, ties)
 
 
-def check_triton_share(rank):
-    from hedgelab.kernels.triton.entry import _in_share
-
+def check_part_of_both(rank):
+    """Rows split over two groups of processes, latents over the two of each: every one selects its quarter of the whole."""
     gloo(rank)
     torch.manual_seed(2)
-    pre = torch.randn(BATCH, D_SAE)
-    whole = torch.zeros(BATCH * D_SAE, dtype=torch.bool).index_fill(0, pre.flatten().topk(K * BATCH).indices, True)
-    rows, latents = (
-        slice(rank // 2 * BATCH // 2, (rank // 2 + 1) * BATCH // 2),
-        slice(rank % 2 * 320, rank % 2 * 320 + 320),
-    )
-    share = Share(Ranks.of(None), BATCH, D_SAE, rows.start, latents.start)
-    crow, columns, values = _in_share(pre[rows, latents].contiguous(), K, None, share)
-    found = torch.sparse_csr_tensor(crow, columns, values, (BATCH // 2, 320)).to_dense()
-    assert torch.equal(found, pre[rows, latents] * whole.view_as(pre)[rows, latents])
+    x, W_enc = torch.randn(BATCH, D_IN), torch.randn(D_IN, D_SAE)
+    pre = x @ W_enc
+    kept = torch.zeros(BATCH * D_SAE, dtype=torch.bool).index_fill(0, pre.flatten().topk(K * BATCH).indices, True)
+    row, latent = rank // 2 * BATCH // 2, rank % 2 * D_SAE // 2
+    rows, latents = slice(row, row + BATCH // 2), slice(latent, latent + D_SAE // 2)
+    part = Product(x[rows], W_enc[:, latents], torch.zeros(D_SAE // 2), torch.float32)
+    layout, values = select_batch_topk(part, K, None, Share(Ranks.of(None), BATCH, D_SAE, row, latent))
+    found = Codes.from_layout(layout, values).to_dense()
+    torch.testing.assert_close(found, pre[rows, latents] * kept.view_as(pre)[rows, latents])
 
 
-def test_the_selection_of_the_triton_path(on_ranks):
-    """On CPU tensors: it needs no kernel of its own."""
-    pytest.importorskip("triton", reason="needs triton")
-    on_ranks(4, check_triton_share)
+def test_a_selection_from_parts_of_rows_and_latents(on_ranks):
+    on_ranks(4, check_part_of_both)
 
 
 def check_agreement(rank, dtype):
@@ -229,7 +226,7 @@ def check_agreement(rank, dtype):
         for wanted in (1, size // 2 + 1, ranks.size * size // 3, ranks.size * size):
             order = sorted(range(len(whole)), key=lambda i: (-float(whole[i]), int(positions[i])))
             expected = {i for i in order[:wanted] if whole[i] > 0}
-            kept = among_largest(whole[mine], positions[mine], wanted, ranks)
+            kept = among_largest(whole[mine], positions[mine].__getitem__, wanted, ranks)
             assert {rank * size + int(i) for i in kept.nonzero()} == {
                 i for i in expected if mine.start <= i < mine.stop
             }

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from hedgelab.kernels import selection
+from hedgelab.kernels.agreement import Share
+from hedgelab.kernels.ranks import ALONE
 from hedgelab.kernels.selection import Product as Encoder
-from hedgelab.kernels.selection import select_above, select_batch_topk, select_topk
+from hedgelab.kernels.selection import select_above, select_topk
 
 
 def encoder(batch: int, d_sae: int, dtype: torch.dtype = torch.float64, order: str = "shuffled") -> Encoder:
@@ -18,6 +20,10 @@ def encoder(batch: int, d_sae: int, dtype: torch.dtype = torch.float64, order: s
     weights = torch.randn(6, d_sae, generator=generator, dtype=torch.float64)
     bias = torch.randn(d_sae, generator=generator, dtype=torch.float64)
     return Encoder(x.to(dtype), weights.to(dtype), bias.to(dtype), dtype)
+
+
+def select_batch_topk(encoder: Encoder, k: int, scale: Tensor | None) -> selection.Entries:
+    return selection.select_batch_topk(encoder, k, scale, Share(ALONE, len(encoder.x), encoder.W_enc.shape[1]))
 
 
 def whole(encoder: Encoder) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hedgelab.kernels import dense, ops, reference, sparse
+from hedgelab.kernels import ops, reference, sparse
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Target, Threshold, TopK
 
@@ -224,7 +224,7 @@ def test_bf16_weights_and_autocast_work_in_single_precision_after_the_product(na
 def test_lean_dense_path_equals_autograd(name):
     x = torch.randn(37, 12, dtype=torch.float64)
     results = []
-    for product in (reference.pre_activations, dense.pre_activations):
+    for product in (reference.pre_activations, reference.lean_pre_activations):
         w, leaf = Weights(12, 203), x.clone().requires_grad_()
         selection = ReLU() if name == "relu" else JumpReLU(w.log_threshold, 0.5)
         codes = reference.encode(leaf, w.encoder(), selection, product)

@@ -9,33 +9,21 @@ would make them 0 anyway.
 
 # mypy: disallow-untyped-decorators=False
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hedgelab.kernels.layout import Layout
+from hedgelab.kernels.selection import Entries
 from hedgelab.kernels.triton.tiles import SELECTION, SelectionTile
 
 # Thresholds keep the sign, exponent and 7 bits of the mantissa; the bits below only shrink the candidates by a few percent.
 LOW_BIT = 16
 DIGITS = 4  # digits of 4 bits that make up bits 31 to 16
 POSITION = 0xFFFFFFFF
-
-
-class Selected(NamedTuple):
-    """Chosen entries of a ``[batch, d_sae]`` tensor as compressed sparse rows.
-
-    Attributes:
-        crow: ``[batch + 1]`` int64.
-        latents: ``[nnz]`` int64.
-        values: ``[nnz]``, what the tensor holds there; 0 where a row had too few positive values.
-    """
-
-    crow: Tensor
-    latents: Tensor
-    values: Tensor
 
 
 @triton.jit
@@ -146,23 +134,19 @@ def _candidates(
         tl.store(counts_ptr + row, tl.sum(found, axis=0))
 
 
-def fits(pre: Tensor, k: int) -> bool:
-    """Whether the kernels can select k entries a row (TopK) or k a row on average (BatchTopK) of ``pre``."""
-    return (
-        bool(pre.numel())
-        and pre.numel() <= POSITION
-        and pre.dtype != torch.float64
-        and k <= _groups(pre, SELECTION) // 4
-    )
+def fits(batch: int, width: int, k: int) -> bool:
+    """Whether the kernels can select k entries a row (TopK) or k a row on average (BatchTopK) of ``[batch, width]``."""
+    return 0 < batch * width <= POSITION and k <= _groups(width, SELECTION) // 4
 
 
-def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Selected | None:
+def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Entries | None:
     """The k largest positive entries of each row of ``pre · scale``; None where ties make candidates too many.
+
+    Rows with fewer positive entries are filled with zeros, spread over the latents so that no latent collects them.
 
     Args:
         pre: ``[batch, d_sae]``, contiguous, single precision or less.
-        k: Entries a row, as far as :func:`fits` allows. Rows with fewer positive entries are filled with zeros, spread over
-            the latents so that no latent collects them.
+        k: Entries a row, as far as :func:`fits` allows.
         scale: ``[d_sae]``, not negative; None for ones.
         tile: Launch shape.
     """
@@ -175,23 +159,16 @@ def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile 
     _launch_candidates(pre, scale, maxima, thresholds, counts, offsets, packed, capacity, tile)
     if bool((counts > capacity).any()):
         return None
-    chosen = packed.topk(k, dim=1).values.flatten()
-    filler = torch.arange(batch * k, device=pre.device)
+    chosen = packed.topk(k, dim=1).values
     filled = chosen == 0
+    filler = torch.arange(batch * k, device=pre.device).view(batch, k)
     positions = torch.where(filled, filler % width, POSITION - (chosen & POSITION))
     values = pre.view(-1)[positions].masked_fill_(filled, 0.0)
-    return Selected(torch.arange(0, batch * k + 1, k, device=pre.device), positions % width, values)
+    return Entries(Layout.equal_rows(positions % width, width), values.flatten().float())
 
 
-def batch_top_k(pre: Tensor, count: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Selected:
-    """The ``count`` largest positive entries of ``pre · scale``, fewer where there are fewer; latents rise within a row.
-
-    Args:
-        pre: ``[batch, d_sae]``, contiguous, single precision or less.
-        count: Entries in all.
-        scale: ``[d_sae]``, not negative; None for ones.
-        tile: Launch shape.
-    """
+def batch_top_k(pre: Tensor, count: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Entries:
+    """The ``count`` largest positive entries of ``pre · scale``, fewer where there are fewer; latents rise within a row."""
     batch, width = pre.shape
     maxima, _ = _maxima(pre, scale, 1, tile, per_row=False)
     threshold = _batch_threshold(maxima, count)
@@ -204,17 +181,17 @@ def batch_top_k(pre: Tensor, count: int, scale: Tensor | None = None, tile: Sele
     if len(packed) > count:
         packed = packed.sort(descending=True).values[:count]
     positions = (POSITION - (packed & POSITION)).sort().values
-    bounds = torch.arange(batch + 1, device=pre.device) * width
-    return Selected(torch.searchsorted(positions, bounds), positions % width, pre.view(-1)[positions])
+    crow = torch.searchsorted(positions, torch.arange(batch + 1, device=pre.device) * width)
+    return Entries(Layout(crow, positions % width, width), pre.view(-1)[positions].float())
 
 
-def _groups(pre: Tensor, tile: SelectionTile) -> int:
+def _groups(width: int, tile: SelectionTile) -> int:
     """Groups of a row: at least 4 latents each, or fewer groups than the tile asks for."""
-    return min(tile.groups, int(triton.next_power_of_2(triton.cdiv(pre.shape[1], 4))))
+    return min(tile.groups, int(triton.next_power_of_2(triton.cdiv(width, 4))))
 
 
 def _maxima(pre: Tensor, scale: Tensor | None, k: int, tile: SelectionTile, per_row: bool) -> tuple[Tensor, Tensor]:
-    batch, groups = pre.shape[0], _groups(pre, tile)
+    batch, groups = pre.shape[0], _groups(pre.shape[1], tile)
     maxima = torch.empty(batch, groups, dtype=torch.int32, device=pre.device)
     thresholds = torch.empty(batch, dtype=torch.int32, device=pre.device)
     _group_maxima[(batch,)](

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hedgelab.kernels import reference
+from hedgelab.kernels import reference, sparse
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.triton import available, entry, selection
-from hedgelab.kernels.triton.decoding import decode_rows
-from hedgelab.kernels.triton.gradients import latent_gradients
+from hedgelab.kernels.selection import Entries
+from hedgelab.kernels.triton import available, products, selection
 from hedgelab.kernels.triton.tiles import SelectionTile, Tile
-from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Threshold, TopK
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Target, Threshold, TopK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(not available(), reason="Triton is missing, or there is neither GPU nor interpreter")
@@ -45,9 +44,10 @@ def _interpreter_for_recent_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small shapes would take the dense path."""
-    monkeypatch.setattr(entry, "DENSITY_16_BIT", 1.0)
-    monkeypatch.setattr(entry, "DENSITY_32_BIT", 1.0)
+    """Small shapes would take dense products, and tensors of the interpreter those of the CPU."""
+    monkeypatch.setattr(products, "DENSITY_16_BIT", 1.0)
+    monkeypatch.setattr(products, "DENSITY_32_BIT", 1.0)
+    monkeypatch.setattr(sparse, "products_on", lambda tensor: products)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -80,7 +80,7 @@ def check_step(path_codes: Codes, true_codes: Codes, leaves: list[Tensor], x: Te
     assert not path_codes.is_dense
     assert relative(path_codes.to_dense(), true_codes.to_dense()) <= tolerance
     losses = []
-    for decode, codes in ((entry.decode, path_codes), (reference.decode, true_codes)):
+    for decode, codes in ((sparse.decode, path_codes), (reference.decode, true_codes)):
         x_hat = decode(codes, Decoder(W_dec, b_dec))
         losses.append((x_hat - x.detach()).square().sum() + 0.3 * codes.sum_per_latent().sum())
     assert relative(losses[0], losses[1]) <= tolerance
@@ -97,7 +97,7 @@ def test_a_k_sparse_step_equals_the_dense_reference(
     leaves, x = weights(d_in, d_sae, dtype), examples(batch, d_in, dtype)
     W_enc, b_enc, _, b_dec = leaves
     selection = {"topk": TopK, "batch_topk": BatchTopK}[kind](k)
-    codes, expected = (path.encode(x, Encoder(W_enc, b_enc, b_dec), selection) for path in (entry, reference))
+    codes, expected = (path.encode(x, Encoder(W_enc, b_enc, b_dec), selection) for path in (sparse, reference))
     check_step(codes, expected, leaves, x, dtype)
 
 
@@ -107,7 +107,7 @@ def test_selection_by_scaled_pre_activations(kind: str) -> None:
     W_enc, b_enc, W_dec, b_dec = leaves
     scale = W_dec.detach().norm(dim=1) * torch.linspace(0.1, 3, 64, device=DEVICE)
     selection = {"topk": TopK, "batch_topk": BatchTopK}[kind](4)
-    codes, expected = (path.encode(x, Encoder(W_enc, b_enc, b_dec, scale), selection) for path in (entry, reference))
+    codes, expected = (path.encode(x, Encoder(W_enc, b_enc, b_dec, scale), selection) for path in (sparse, reference))
     check_step(codes, expected, leaves, x, torch.float32)
 
 
@@ -115,7 +115,7 @@ def test_gradient_of_the_activations_and_of_a_strided_input() -> None:
     leaves = weights(20, 64, torch.float32)
     x = examples(18, 20, torch.float32)[::2].requires_grad_()
     W_enc, b_enc, _, b_dec = leaves
-    codes = entry.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
+    codes = sparse.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
     expected = reference.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
     check_step(codes, expected, [*leaves, x], x, torch.float32)
 
@@ -123,7 +123,7 @@ def test_gradient_of_the_activations_and_of_a_strided_input() -> None:
 def test_encoder_gradient_lies_in_memory_like_the_encoder() -> None:
     W_enc, b_enc, W_dec, b_dec = weights(20, 64, torch.float32)
     x = examples(9, 20, torch.float32)
-    entry.decode(entry.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4)), Decoder(W_dec, b_dec)).sum().backward()
+    sparse.decode(sparse.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4)), Decoder(W_dec, b_dec)).sum().backward()
     assert W_enc.grad is not None
     assert W_enc.grad.stride() == W_enc.stride() == (1, 20)
 
@@ -131,8 +131,8 @@ def test_encoder_gradient_lies_in_memory_like_the_encoder() -> None:
 def test_a_dense_backward_pass_of_the_encoder_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, _, b_dec = leaves
-    monkeypatch.setattr(entry, "DENSITY_32_BIT", 0.0)
-    codes = entry.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
+    monkeypatch.setattr(products, "DENSITY_32_BIT", 0.0)
+    codes = sparse.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
     check_step(codes, reference.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4)), leaves, x, torch.float32)
 
 
@@ -141,25 +141,21 @@ def test_relu_and_thresholds(threshold: str) -> None:
     leaves, x = weights(20, 24, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, _, b_dec = leaves
     limit = torch.tensor(0.7, device=DEVICE) if threshold == "scalar" else torch.linspace(-1, 2, 24, device=DEVICE)
-    codes = entry.encode(x, Encoder(W_enc, b_enc, b_dec), Threshold(limit))
+    codes = sparse.encode(x, Encoder(W_enc, b_enc, b_dec), Threshold(limit))
     check_step(codes, reference.encode(x, Encoder(W_enc, b_enc, b_dec), Threshold(limit)), leaves, x, torch.float32)
-    codes = entry.encode(x, Encoder(W_enc, b_enc, b_dec), ReLU())
+    codes = sparse.encode(x, Encoder(W_enc, b_enc, b_dec), ReLU())
     check_step(codes, reference.encode(x, Encoder(W_enc, b_enc, b_dec), ReLU()), leaves, x, torch.float32)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("density", [0.0, 1.0])
-def test_jumprelu_with_its_straight_through_gradients(
-    weighted: bool, density: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(entry, "DENSITY_32_BIT", density)
+def test_jumprelu_with_its_straight_through_gradients(weighted: bool) -> None:
     dtype = torch.float32
     leaves, x = weights(20, 24, dtype), examples(30, 20, dtype)
     W_enc, b_enc, W_dec, b_dec = leaves
     log_threshold = torch.full((24,), -0.5, device=DEVICE, requires_grad=True)
     weight = torch.rand(30, device=DEVICE).softmax(0) if weighted else None
     outcomes = []
-    for path in (entry, reference):
+    for path in (sparse, reference):
         codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), JumpReLU(log_threshold, 0.8, weight))
         rates = codes.rates
         assert rates is not None
@@ -177,11 +173,11 @@ def test_levels_in_one_pass(levels: list[int], detach: bool) -> None:
     leaves, x = weights(20, 64, dtype), examples(9, 20, dtype)
     W_enc, b_enc, W_dec, b_dec = leaves
     outcomes = []
-    for path in (entry, reference):
+    for path in (sparse, reference):
         codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), BatchTopK(6))
-        x_hats = path.decode_levels(codes, Decoder(W_dec, b_dec), levels, detach)
-        loss = torch.stack([(level + 1) * (x_hat - x).square().sum() for level, x_hat in enumerate(x_hats)]).sum()
-        outcomes.append([*x_hats, *gradients(loss, leaves)])
+        losses, errors = path.level_errors(codes, Decoder(W_dec, b_dec), Target(x, levels, detach))
+        loss = torch.stack([(level + 1) * loss for level, loss in enumerate(losses)]).sum()
+        outcomes.append([*losses, *errors, *gradients(loss, leaves)])
     for found, expected in zip(*outcomes, strict=True):
         assert relative(found, expected) <= 1e-10
 
@@ -190,10 +186,10 @@ def test_levels_left_out_of_the_loss() -> None:
     leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, W_dec, b_dec = leaves
     outcomes = []
-    for path in (entry, reference):
+    for path in (sparse, reference):
         codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
-        x_hats = path.decode_levels(codes, Decoder(W_dec, b_dec), [6, 30, 64])
-        outcomes.append(gradients((x_hats[1] - x).square().sum(), leaves))
+        losses, _ = path.level_errors(codes, Decoder(W_dec, b_dec), Target(x, [6, 30, 64]))
+        outcomes.append(gradients(losses[1], leaves))
     for found, expected in zip(*outcomes, strict=True):
         assert relative(found, expected) <= 1e-5
 
@@ -211,14 +207,21 @@ def test_any_rows_repeated_indices_and_empty_rows(tile: Tile) -> None:
     codes = Codes.from_csr(crow, latents, values, d_sae)
     dense = codes.to_dense()
     assert codes.layout is not None
-    assert relative(decode_rows(codes.layout, values, weight, tile=tile)[0], dense @ weight) <= 1e-6
-    found = latent_gradients(codes.layout, values, source, torch.float32, None, weight, bias=True, tile=tile)
+    assert relative(products.decode_levels(codes.layout, values, weight, [d_sae], tile)[0], dense @ weight) <= 1e-6
+    found = products.latent_gradients(
+        codes.layout, values, source, [d_sae], torch.float32, weight, bias=True, tile=tile
+    )
     assert found.bias is not None
     assert found.values is not None
     assert relative(found.weight, dense.t() @ source[0]) <= 1e-6
     assert relative(found.bias, dense.sum(0)) <= 1e-6
     assert relative(found.values, (source[0] @ weight.t())[codes.rows(), latents]) <= 1e-6
     assert not found.weight[4].any()
+
+
+def filled(selected: Entries) -> Tensor:
+    """Selected entries in a dense tensor."""
+    return Codes.from_layout(selected.layout, selected.pre).to_dense()
 
 
 def check_top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile | None = None) -> None:
@@ -228,8 +231,7 @@ def check_top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: Selectio
     ranked = (pre if scale is None else pre.float() * scale).relu()
     order = torch.argsort(ranked, dim=1, descending=True, stable=True)[:, :k]
     expected = torch.zeros_like(pre).scatter_(1, order, (pre * (ranked > 0)).gather(1, order))
-    dense = Codes.from_csr(selected.crow, selected.latents, selected.values, pre.shape[1]).to_dense()
-    assert torch.equal(dense, expected)
+    assert torch.equal(filled(selected), expected.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -254,7 +256,7 @@ def test_top_k_hands_masses_of_ties_back() -> None:
     assert selection.top_k(torch.ones(3, 320, device=DEVICE), 8) is None
     ones = torch.ones(3, 1, device=DEVICE)
     leaves = [torch.ones(1, 320, device=DEVICE), torch.zeros(320, device=DEVICE), torch.zeros(1, device=DEVICE)]
-    codes = entry.encode(ones, Encoder(*leaves), TopK(8))
+    codes = sparse.encode(ones, Encoder(*leaves), TopK(8))
     assert codes.active_per_example().tolist() == [8, 8, 8]
 
 
@@ -274,9 +276,9 @@ def test_batch_top_k_is_the_set_a_full_sort_keeps(kind: str, count: int, dtype: 
     flat = pre.flatten().relu()
     kept = torch.argsort(flat, descending=True, stable=True)[:count]
     expected = torch.zeros_like(flat).scatter_(0, kept, flat[kept]).view_as(pre)
-    dense = Codes.from_csr(selected.crow, selected.latents, selected.values, 320).to_dense()
-    assert torch.equal(dense, expected)
-    assert all((selected.latents[a:b].diff() > 0).all() for a, b in pairwise(selected.crow.tolist()))
+    assert torch.equal(filled(selected), expected.float())
+    layout = selected.layout
+    assert all((layout.latents[a:b].diff() > 0).all() for a, b in pairwise(layout.crow.tolist()))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="bf16 products are a matter of the GPU")
@@ -288,8 +290,8 @@ def test_bf16_autocast_stays_near_float64(kind: str) -> None:
     W_enc, b_enc, W_dec, b_dec = leaves
     x = examples(batch, d_in, torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        codes = entry.encode(x, Encoder(W_enc, b_enc, b_dec), {"topk": TopK, "batch_topk": BatchTopK}[kind](k))
-        x_hat = entry.decode(codes, Decoder(W_dec, b_dec))
+        codes = sparse.encode(x, Encoder(W_enc, b_enc, b_dec), {"topk": TopK, "batch_topk": BatchTopK}[kind](k))
+        x_hat = sparse.decode(codes, Decoder(W_dec, b_dec))
         loss = (x_hat.float() - x.float()).square().sum()
     assert x_hat.dtype == torch.float32
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]

@@ -1,0 +1,218 @@
+"""What the sparse path takes from CUDA: as :mod:`hedgelab.kernels.products`, and selections by a kernel where it reaches.
+
+Sums are accumulated in at least single precision, whatever the type of weights and sources.
+"""
+
+# mypy: disallow-untyped-decorators=False
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.layout import Layout
+from hedgelab.kernels.products import LatentGradients
+from hedgelab.kernels.selection import Entries, Product
+from hedgelab.kernels.triton import selection
+from hedgelab.kernels.triton.tiles import DECODE, GRADIENT, Tile
+
+# Largest share of stored values at which gathering rows beats a dense product: matrix units multiply 16-bit numbers an
+# order of magnitude faster than memory delivers scattered rows, float32 ones hardly faster.
+DENSITY_16_BIT = 1 / 600
+DENSITY_32_BIT = 1 / 50
+
+
+def max_share(dtype: torch.dtype) -> float:
+    """Share of values stored above which dense products in a type are faster."""
+    return DENSITY_16_BIT if dtype.itemsize == 2 else DENSITY_32_BIT
+
+
+def select(product: Product, k: int, scale: Tensor | None, per_row: bool) -> Entries | None:
+    """The k largest positive entries of each row, or k a row on average; None where the kernels do not reach.
+
+    Among equal entries the lowest latent of a row, or the first in memory, is kept. The kernels do not reach where k is above
+    a quarter of a row's groups, in float64, or where masses of pre-activations of a row are equal.
+    """
+    batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
+    if product.dtype == torch.float64 or not selection.fits(batch, d_sae, k if per_row else 1):
+        return None
+    with torch.autocast(product.x.device.type, enabled=False):
+        pre = torch.addmm(product.b_enc, product.x, product.W_enc)
+    return selection.top_k(pre, k, scale) if per_row else selection.batch_top_k(pre, k * batch, scale)
+
+
+@triton.jit
+def _decode(
+    crow_ptr: "Any",
+    latents_ptr: "Any",
+    values_ptr: "Any",
+    weight_ptr: "Any",
+    stops_ptr: "Any",
+    out_ptr: "Any",
+    batch: "Any",
+    width: "Any",
+    LEVELS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One example and one tile of columns; rows run fastest, so that a column slab of the weights stays in L2."""
+    ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    start = tl.load(crow_ptr + row)
+    stop = tl.load(crow_ptr + row + 1)
+    lanes = tl.arange(0, ENTRIES)
+    low = tl.full([], 0, tl.int64)
+    for level in tl.static_range(LEVELS):
+        total = tl.full([BLOCK], 0, ACC)
+        high = tl.load(stops_ptr + level)
+        for entry in range(start, stop, ENTRIES):
+            index = entry + lanes
+            latents = tl.load(latents_ptr + index, mask=index < stop, other=-1)
+            used = (latents >= low) & (latents < high)
+            values = tl.load(values_ptr + index, mask=used, other=0.0).to(ACC)
+            pointers = weight_ptr + latents[:, None] * width + columns[None, :]
+            weights = tl.load(pointers, mask=used[:, None] & inside[None, :], other=0.0).to(ACC)
+            total += tl.sum(values[:, None] * weights, axis=0)
+        tl.store(out_ptr + (level * batch + row) * width + columns, total, mask=inside)
+        low = high
+
+
+def decode_levels(layout: Layout, values: Tensor, weight: Tensor, levels: Sequence[int], tile: Tile = DECODE) -> Tensor:
+    """As :func:`hedgelab.kernels.products.decode_levels`, by gathering rows; no ``[batch, k, d]`` in memory."""
+    batch, width = layout.row_count, weight.shape[1]
+    out = torch.empty(len(levels), batch, width, dtype=values.dtype, device=weight.device)
+    if batch:
+        _decode[(batch, triton.cdiv(width, tile.block))](
+            layout.crow,
+            layout.latents,
+            values.contiguous(),
+            weight.contiguous(),
+            _stops(levels, weight),
+            out,
+            batch,
+            width,
+            LEVELS=len(levels),
+            DOUBLE=values.dtype == torch.float64,
+            ENTRIES=tile.entries,
+            BLOCK=tile.block,
+            num_warps=tile.num_warps,
+        )
+    return out
+
+
+@triton.jit
+def _latent_gradients(
+    offsets_ptr: "Any",
+    order_ptr: "Any",
+    rows_ptr: "Any",
+    values_ptr: "Any",
+    source_ptr: "Any",
+    stops_ptr: "Any",
+    weight_ptr: "Any",
+    gradient_ptr: "Any",
+    bias_ptr: "Any",
+    dots_ptr: "Any",
+    batch: "Any",
+    width: "Any",
+    nnz: "Any",
+    LEVELS: tl.constexpr,
+    BIAS: tl.constexpr,
+    DOTS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One latent and one tile of columns; latents run fastest, so that a column slab of the source stays in L2."""
+    ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    latent = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1).to(tl.int64)
+    columns = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    start = tl.load(offsets_ptr + latent)
+    stop = tl.load(offsets_ptr + latent + 1)
+    level = tl.full([], 0, tl.int64)
+    for outer in tl.static_range(LEVELS):
+        level += (latent >= tl.load(stops_ptr + outer)).to(tl.int64)
+    reconstructed = level < LEVELS  # latents beyond the last level take part in no reconstruction
+    lanes = tl.arange(0, ENTRIES)
+    total = tl.full([BLOCK], 0, ACC)
+    bias = tl.full([ENTRIES], 0, ACC)
+    if DOTS:
+        weight = tl.load(weight_ptr + latent * width + columns, mask=inside & (start < stop), other=0.0).to(ACC)
+    for entry in range(start, stop, ENTRIES):
+        index = entry + lanes
+        valid = index < stop
+        order = tl.load(order_ptr + index, mask=valid, other=0)
+        rows = tl.load(rows_ptr + index, mask=valid, other=0)
+        values = tl.load(values_ptr + order, mask=valid, other=0.0).to(ACC)
+        pointers = source_ptr + (level * batch + rows)[:, None] * width + columns[None, :]
+        mask = (valid & reconstructed)[:, None] & inside[None, :]
+        source = tl.load(pointers, mask=mask, other=0.0).to(ACC)
+        total += tl.sum(values[:, None] * source, axis=0)
+        if DOTS:
+            tl.store(dots_ptr + tile * nnz + order, tl.sum(source * weight[None, :], axis=1), mask=valid)
+        if BIAS:
+            bias += values
+    tl.store(gradient_ptr + latent * width + columns, total, mask=inside)
+    if BIAS and tile == 0:
+        tl.store(bias_ptr + latent, tl.sum(bias, axis=0))
+
+
+def latent_gradients(
+    layout: Layout,
+    values: Tensor,
+    source: Tensor,
+    levels: Sequence[int],
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    bias: bool = False,
+    tile: Tile = GRADIENT,
+) -> LatentGradients:
+    """As :func:`hedgelab.kernels.products.latent_gradients`: each row is summed in fast memory and written once.
+
+    Latents beyond the last level get zeros. Weight gradients of many values are a dense product.
+    """
+    count, batch, width = source.shape
+    if weight is None and len(values) > max_share(source.dtype) * batch * layout.d_sae:
+        dense = Codes.from_layout(layout, values.to(source.dtype)).to_dense()
+        sums = Codes.from_layout(layout, values).sum_per_latent() if bias else None
+        return LatentGradients((dense.t() @ source[0]).to(dtype), sums, None)
+    offsets, rows, order = layout.transposed
+    tiles = triton.cdiv(width, tile.block)
+    gradient = source.new_empty(layout.d_sae, width, dtype=dtype)
+    sums = values.new_empty(layout.d_sae) if bias else None
+    dots = None if weight is None else values.new_empty(tiles, len(values))
+    _latent_gradients[(layout.d_sae, tiles)](
+        offsets,
+        order,
+        rows,
+        values.contiguous(),
+        source.contiguous(),
+        _stops(levels, source),
+        gradient if weight is None else weight.contiguous(),
+        gradient,
+        gradient if sums is None else sums,
+        gradient if dots is None else dots,
+        batch,
+        width,
+        len(values),
+        LEVELS=count,
+        BIAS=bias,
+        DOTS=weight is not None,
+        DOUBLE=values.dtype == torch.float64,
+        ENTRIES=tile.entries,
+        BLOCK=tile.block,
+        num_warps=tile.num_warps,
+    )
+    return LatentGradients(gradient, sums, None if dots is None else dots.sum(0))
+
+
+def _stops(levels: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(levels, dtype=torch.long).to(like.device, non_blocking=True)
