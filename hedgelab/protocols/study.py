@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,8 @@ class Bench:
 
     def __init__(self, seed: int = 0, tracker: MLflowTracker | None = None) -> None:
         self.seed, self.tracker = seed, tracker
+        self.seconds = 0.0
+        """What :meth:`train` has taken so far."""
         self._bar = tqdm(disable=True)
 
     @contextmanager
@@ -103,7 +106,9 @@ class Bench:
     def train(self, saes: Sequence[SAE], batches: Batch | Callable[[int], Batch], steps: int) -> EnsembleSAE:
         """Train copies of SAEs of one architecture side by side, on one batch or on a function from step to batch."""
         ensemble = EnsembleSAE(saes)
+        start = time.perf_counter()
         ensemble.fit(batches, steps, lambda _: self._bar.update())
+        self.seconds += time.perf_counter() - start
         return ensemble
 
     def keep(self, outcome: Outcome) -> None:
@@ -161,16 +166,6 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer.writerow(rows[0] if rows else ())
     writer.writerows([_cell(value) for value in row.values()] for row in rows)
     return text.getvalue()
-
-
-def aligned(numbers: Mapping[str, float]) -> list[str]:
-    """A line for each number, its name in front.
-
-    >>> aligned({"mcc": 0.98765, "explained": 1.0})
-    ['mcc        0.9877', 'explained  1']
-    """
-    width = max(map(len, numbers), default=0)
-    return [f"{name:<{width}}  {value:.4g}" for name, value in numbers.items()]
 
 
 def make_toy(

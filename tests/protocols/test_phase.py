@@ -4,9 +4,8 @@ import torch
 
 from hedgelab.data.toy import ConditionalFiring, CorrelatedPair, ToyDataModule
 from hedgelab.errors import UserError
-from hedgelab.protocols.phase import Axis
-from hedgelab.protocols.phase_cells import Cell, Target, features_as_x, run_phase
-from hedgelab.protocols.phase_theory import theory_of
+from hedgelab.protocols.phase import Axis, Cell, Target, closed_forms, features_as_x, train_and_measure
+from hedgelab.protocols.study import Bench
 from hedgelab.saes import Initialization, MatryoshkaSAE, VanillaSAE
 from hedgelab.theory import Population, minima
 
@@ -31,28 +30,28 @@ def sae(data, seed, l1=1e-3, d_sae=1):
 def test_a_diagram_agrees_with_its_theory():
     pairs = [(0.2, 0.0), (0.2, 0.1), (0.2, 0.2), (0.05, 0.2)]
     cells = [Cell(data, [sae(data, seed) for seed in range(2)]) for data in (toy(*pair) for pair in pairs)]
-    seen = []
-    result = run_phase(cells, STEPS, ["hedging", "encoder", "loss_gap", "mcc", "absorption"], Target(), seen.append)
-    assert seen == [*range(1, 2 * STEPS + 1)]
-    assert result.steps_per_second > 0
-    theory = theory_of(cells, result.values["hedging"], Target())
-    assert np.nanmax(theory.distance) < 1e-3
-    hedging = result.deepest("hedging")
+    bench = Bench()
+    measured = train_and_measure(bench, cells, STEPS, ["hedging", "encoder", "loss_gap", "mcc", "absorption"], Target())
+    assert bench.seconds > 0
+    theory = closed_forms(cells, measured["hedging"], Target())
+    assert np.nanmax(theory["distance_to_nearest_minimum"]) < 1e-3
+    best = (np.arange(len(cells)), measured["loss"].argmin(1))
+    hedging, encoder, gap, mcc = (measured[name][best] for name in ("hedging", "encoder", "loss_gap", "mcc"))
     assert hedging[0] == pytest.approx(0.2434, abs=1e-3)
     assert hedging[2] == pytest.approx(0, abs=1e-3)
     assert hedging[3] < -0.05
-    assert (np.sign(result.deepest("encoder"))[[0, 1, 3]] == [1, 1, -1]).all()
-    gap = result.deepest("loss_gap")
+    assert (np.sign(encoder)[[0, 1, 3]] == [1, 1, -1]).all()
     assert gap[2] == pytest.approx(0, abs=1e-6)
     assert (gap[[0, 1, 3]] > 1e-4).all()
-    np.testing.assert_allclose(result.deepest("mcc"), np.sqrt(1 - hedging**2), atol=1e-4)
+    np.testing.assert_allclose(mcc, np.sqrt(1 - hedging**2), atol=1e-4)
 
 
 def test_absorption_of_the_papers_toy():
     data = toy(0.2, 0.0)
-    result = run_phase([Cell(data, [sae(data, 0, l1=0.1, d_sae=2)])], STEPS, ["absorption", "encoder"], Target())
-    assert result.values["absorption"][0, 0] == pytest.approx(1.0, abs=0.02)
-    assert result.values["encoder"][0, 0] < -0.1
+    cells = [Cell(data, [sae(data, 0, l1=0.1, d_sae=2)])]
+    measured = train_and_measure(Bench(), cells, STEPS, ["absorption", "encoder"], Target())
+    assert measured["absorption"][0, 0] == pytest.approx(1.0, abs=0.02)
+    assert measured["encoder"][0, 0] < -0.1
 
 
 def test_theory_names_the_minimum_that_each_sae_is_in():
@@ -62,20 +61,21 @@ def test_theory_names_the_minimum_that_each_sae_is_in():
     assert len(found) > 1
     components = np.array([one.direction[1] * np.sign(one.direction[0]) for one in found])
     cells = [Cell(data, [sae(data, 0)] * len(found))]
-    theory = theory_of(cells, components[None] + 1e-4, Target())
-    np.testing.assert_allclose(theory.nearest[0], components)
-    np.testing.assert_allclose(theory.distance[0], 1e-4)
-    assert theory.shallower[0].tolist() == [False] + [True] * (len(found) - 1)
-    np.testing.assert_allclose(theory.depth[0], [one.loss - found[0].loss for one in found])
+    theory = closed_forms(cells, components[None] + 1e-4, Target())
+    np.testing.assert_allclose(theory["nearest_minimum"][0], components)
+    np.testing.assert_allclose(theory["distance_to_nearest_minimum"][0], 1e-4)
+    depth = theory["nearest_minimum_above_deepest"][0]
+    assert depth[0] < 1e-6 < depth[1:].min()
+    np.testing.assert_allclose(depth, [one.loss - found[0].loss for one in found])
 
 
 def test_widths_side_by_side_measure_as_alone():
     data = toy(0.3, 0.1)
     both = [sae(data, 0), sae(data, 0, d_sae=2)]
     quantities = ["hedging", "impurity", "mcc"]
-    together = run_phase([Cell(data, [one]) for one in both], 50, quantities, Target()).values
+    together = train_and_measure(Bench(), [Cell(data, [one]) for one in both], 50, quantities, Target())
     for i, one in enumerate(both):
-        alone = run_phase([Cell(data, [one])], 50, quantities, Target()).values
+        alone = train_and_measure(Bench(), [Cell(data, [one])], 50, quantities, Target())
         for name in (*quantities, "loss"):
             assert together[name][i, 0] == pytest.approx(alone[name][0, 0], abs=1e-5)
     assert together["impurity"][0, 0] == pytest.approx(abs(together["hedging"][0, 0]), abs=1e-5)
@@ -85,10 +85,10 @@ def test_theory_refuses_what_it_does_not_know():
     data = toy(0.2, 0.1)
     wide = Cell(data, [sae(data, 0, d_sae=2)])
     with pytest.raises(UserError, match="d_sae: 1"):
-        theory_of([wide], np.zeros((1, 1)), Target())
+        closed_forms([wide], np.zeros((1, 1)), Target())
     levels = MatryoshkaSAE(2, lambda d: VanillaSAE(d, 2, l1_coefficient=0.1), levels=[1, 2])
     with pytest.raises(UserError, match="VanillaSAE"):
-        theory_of([Cell(data, [levels])], np.zeros((1, 1)), Target())
+        closed_forms([Cell(data, [levels])], np.zeros((1, 1)), Target())
 
 
 def test_axes():
