@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch.nn.functional import normalize
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
-from hedgelab.data.toy import ToyDataModule
 from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.functional import mcc
 from hedgelab.plots.theory import balance_figure
@@ -23,19 +22,13 @@ from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Row, Study, make_toy
 from hedgelab.saes import SAE, MatryoshkaSAE
 from hedgelab.saes.ensemble import EnsembleSAE
+from hedgelab.tracking.listing import aligned
 
 Array = NDArray[np.float64]
 _ELITE = 8  # one in eight of a round leads to the next
 _FIRST_WEIGHTS = (0.02, 1.0)
 _SHOWN = ("β = 1, plain matryoshka", "best β", "adaptive weights, one a level", "one weight a level", "credit, β = 1")
 _NUMBERS = ("encoder_error", "decoder_error", "mse", "mcc")
-
-
-class Make(Protocol):
-    """Makes the config's SAE, initialised, with some arguments of its own."""
-
-    def __call__(self, **arguments: Any) -> MatryoshkaSAE:
-        """An SAE."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class BetaGrid:
             raise UserError(f"betas.points: must be at least 3, got {self.points}")
 
     def values(self) -> Array:
-        """``[points]``."""
+        """The values, ``[points]``."""
         return np.geomspace(self.low, self.high, self.points)
 
 
@@ -84,48 +77,36 @@ class WeightSearch:
             raise UserError(f"search.rounds: must be at least 1, got {self.rounds}")
 
 
-class Scores(NamedTuple):
-    """What came of some SAEs.
+class Score(NamedTuple):
+    """What came of an SAE.
 
     Attributes:
-        weights: Weight of each level at the end, ``[members, levels]``.
-        encoder: Cosines of the parent's encoder with the features, ``[members, n]``.
-        decoder: Cosines of its decoder row with them, ``[members, n]``.
-        encoder_error: Length of the unit encoder's part off its own feature, ``[members]``; 0: a clean parent.
-        decoder_error: The decoder row's, ``[members]``.
-        mse: Squared error of the whole SAE, ``[members]``.
-        mcc: Of all latents, ``[members]``.
+        weights: Weight of each level at the end.
+        encoder: Cosines of the parent's encoder with the features, ``[n]``.
+        decoder: Cosines of its decoder row with them, ``[n]``.
+        encoder_error: Length of the unit encoder's part off its own feature; 0: a clean parent.
+        decoder_error: The decoder row's.
+        mse: Squared error of the SAE.
+        mcc: Of all latents.
     """
 
-    weights: Array
-    encoder: Array
-    decoder: Array
-    encoder_error: Array
-    decoder_error: Array
-    mse: Array
-    mcc: Array
+    weights: list[float]
+    encoder: list[float]
+    decoder: list[float]
+    encoder_error: float
+    decoder_error: float
+    mse: float
+    mcc: float
 
-    def at(self, index: int) -> Scores:
-        """One SAE's."""
-        return Scores(*(part[index : index + 1] for part in self))
-
-    def best(self) -> Scores:
-        """The SAE's with the cleanest parent."""
-        return self.at(int(np.nanargmin(self.encoder_error)))
+    def numbers(self) -> dict[str, float]:
+        """Its numbers by name."""
+        return {name: getattr(self, name) for name in _NUMBERS}
 
 
-class Balance(NamedTuple):
-    """What :func:`find_balance` found.
-
-    Attributes:
-        betas: The grid, ``[points]``.
-        curves: Scores over the grid, of the plain matryoshka SAE (``β``) and of that with full credit (``β, credit``).
-        methods: Scores of single SAEs by method: fixed β, the best β, one weight a level, adaptive weights, credit.
-    """
-
-    betas: Array
-    curves: dict[str, Scores]
-    methods: dict[str, Scores]
+Make = Callable[..., MatryoshkaSAE]
+"""Makes the config's SAE, initialised, with some arguments of its own."""
+Train = Callable[[Sequence[MatryoshkaSAE]], list[Score]]
+"""Trains SAEs side by side and scores each."""
 
 
 class BalanceStudy(Study):
@@ -169,124 +150,93 @@ class BalanceStudy(Study):
     def run(self, bench: Bench) -> Outcome:
         """Train, measure, draw."""
         data = make_toy(self.data, "data", population=True)
-        features = len(data.feature_directions)
-        if self.parent >= features:
-            raise UserError(f"parent: must be a feature, 0 to {features - 1}, got {self.parent}")
+        directions, batch = data.feature_directions, data.batch("train", 0)
+        if self.parent >= len(directions):
+            raise UserError(f"parent: must be a feature, 0 to {len(directions) - 1}, got {self.parent}")
 
         def make(**arguments: Any) -> MatryoshkaSAE:
             return cast(MatryoshkaSAE, bench.make_sae(self.model, data, **arguments))
 
-        with bench.progress(fits(self.search) * self.steps) as advance:
-            found = find_balance(
-                make, data, self.betas, self.steps, self.search, self.starts, self.parent, advance
-            )  # fmt: skip
-        metrics = {
-            f"{method}/{name}": float(getattr(scores, name)[0])
-            for method, scores in found.methods.items()
-            for name in _NUMBERS
-        }
-        widest = max(map(len, found.methods))
-        headline = [f"{len(found.methods)} methods"] + [
-            f"{method:<{widest}}  encoder error {scores.encoder_error[0]:.4f}  decoder error {scores.decoder_error[0]:.4f}  "
-            f"mse {scores.mse[0]:.2e}  weights {' '.join(f'{weight:.4g}' for weight in scores.weights[0])}"
-            for method, scores in found.methods.items()
-        ]
-        tables = {"methods.csv": method_rows(found), "curves.csv": curve_rows(found)}
-        return Outcome(metrics, tables, {"balance.png": self._figure(found)}, headline, step=self.steps)
+        def train(members: Sequence[MatryoshkaSAE]) -> list[Score]:
+            return scores(bench.train(members, batch, self.steps), batch, directions, self.parent)
 
-    def _figure(self, found: Balance) -> Figure:
-        """Error over β, and the parent's components."""
-        features = next(iter(found.methods.values())).encoder.shape[1]
-        children = [j for j in range(features) if j != self.parent]
-        adaptive = {
-            name: (float(scores.weights[0, 0]), float(scores.encoder_error[0]))
-            for name, scores in found.methods.items()
-            if name.startswith("adaptive weights from")
+        with bench.progress(fits(self.search) * self.steps):
+            curves, methods = find_balance(make, train, self.betas, self.search, self.starts)
+        metrics = {
+            f"{method}/{name}": value for method, one in methods.items() for name, value in one.numbers().items()
         }
-        first = next(iter(adaptive))
-        shown = [name for name in _SHOWN if name in found.methods]
-        shown.insert(2, first)
+        lines = [
+            [
+                method, f"encoder error {one.encoder_error:.4f}", f"decoder error {one.decoder_error:.4f}",
+                f"mse {one.mse:.2e}", f"weights {' '.join(f'{weight:.4g}' for weight in one.weights)}",
+            ]
+            for method, one in methods.items()
+        ]  # fmt: skip
+        rows: list[Row] = [
+            {
+                "method": method,
+                **one.numbers(),
+                **{f"encoder_feature{j}": value for j, value in enumerate(one.encoder)},
+                **{f"decoder_feature{j}": value for j, value in enumerate(one.decoder)},
+                "level_weights": one.weights,
+            }
+            for method, one in methods.items()
+        ]
+        curve_rows: list[Row] = [
+            {"curve": curve, "beta": float(beta), **one.numbers()}
+            for curve, found in curves.items()
+            for beta, one in zip(self.betas.values(), found, strict=True)
+        ]
+        return Outcome(
+            metrics, {"methods.csv": rows, "curves.csv": curve_rows}, {"balance.png": self._figure(curves, methods)},
+            [f"{len(methods)} methods", *aligned(lines).splitlines()], step=self.steps,
+        )  # fmt: skip
+
+    def _figure(self, curves: Mapping[str, Sequence[Score]], methods: Mapping[str, Score]) -> Figure:
+        """Error over β, and the parent's components."""
+        adaptive = f"adaptive weights from β = {self.starts[0]:g}"
+        shown = [name for name in _SHOWN if name in methods]
+        shown.insert(2, adaptive)
+        children = [j for j in range(len(methods[adaptive].encoder)) if j != self.parent]
         return balance_figure(
-            found.betas,
-            {name: curve.encoder_error for name, curve in found.curves.items()},
-            {"adaptive weight, no ground truth used": adaptive[first]},
-            {name: found.methods[name].encoder[0, children] for name in shown},
+            self.betas.values(),
+            {name: [one.encoder_error for one in found] for name, found in curves.items()},
+            {"adaptive weight, no ground truth used": (methods[adaptive].weights[0], methods[adaptive].encoder_error)},
+            {name: [methods[name].encoder[j] for j in children] for name in shown},
             [f"feature {j}" for j in children],
             "How clean is the parent's latent?",
         )
 
 
-def method_rows(found: Balance) -> list[Row]:
-    """A row for each method."""
-    return [
-        {
-            "method": method,
-            **{name: float(getattr(scores, name)[0]) for name in _NUMBERS},
-            **{f"encoder_feature{j}": float(value) for j, value in enumerate(scores.encoder[0])},
-            **{f"decoder_feature{j}": float(value) for j, value in enumerate(scores.decoder[0])},
-            "level_weights": scores.weights[0].tolist(),
-        }
-        for method, scores in found.methods.items()
-    ]
-
-
-def curve_rows(found: Balance) -> list[Row]:
-    """A row for each curve and β."""
-    return [
-        {"curve": curve, "beta": float(beta), **{name: float(getattr(scores, name)[i]) for name in _NUMBERS}}
-        for curve, scores in found.curves.items()
-        for i, beta in enumerate(found.betas)
-    ]
-
-
 def find_balance(
-    make: Make,
-    data: ToyDataModule,
-    betas: BetaGrid,
-    steps: int,
-    search: WeightSearch | None = None,
-    starts: Sequence[float] = (1.0,),
-    parent: int = 0,
-    report: Callable[[int], None] | None = None,
-) -> Balance:
-    """Train one SAE for each way to weight levels on the exact population, and measure the parent's latent.
+    make: Make, train: Train, betas: BetaGrid, search: WeightSearch | None = None, starts: Sequence[float] = (1.0,)
+) -> tuple[dict[str, list[Score]], dict[str, Score]]:
+    """Train an SAE for each way to weight levels, each of adaptive weights' ``starts`` among them.
 
-    Args:
-        make: Makes the SAEs.
-        data: The hierarchy, in population mode.
-        betas: Fixed β to try.
-        steps: Optimiser steps of each SAE.
-        search: How to look for one weight a level; None for not at all.
-        starts: β from which adaptive weights start, each an SAE of its own; the first for one weight a level, too.
-        parent: Number of the parent's feature, and of its latent.
-        report: Called after each step with the number of ensemble steps taken since its last call.
+    Returns:
+        Scores over the grid, of the plain matryoshka SAE (``β``) and of that with full credit (``β, credit``); and
+        scores of single SAEs by method: fixed β, the best β, one weight a level, adaptive weights, credit.
     """
-    batch, grid = data.batch("train", 0), betas.values()
-
-    def train(members: Sequence[MatryoshkaSAE]) -> Scores:
-        ensemble = EnsembleSAE(members)
-        ensemble.fit(batch, steps, None if report is None else lambda _: report(1))
-        return score(ensemble, batch, data, parent)
-
+    grid = betas.values()
     plain = train([make(beta=beta) for beta in grid])
-    place = int(np.nanargmin(plain.encoder_error))
+    place = plain.index(_best(plain))
     around = np.geomspace(grid[max(0, place - 1)], grid[min(len(grid) - 1, place + 1)], len(grid))
-    at_one = train([make(beta=1.0), make(beta=0.0)])
+    at_one, at_zero = train([make(beta=1.0), make(beta=0.0)])
     methods = {
-        "β = 0, no inner levels": at_one.at(1),
-        "β = 1, plain matryoshka": at_one.at(0),
-        "best β": train([make(beta=beta) for beta in around]).best(),
+        "β = 0, no inner levels": at_zero,
+        "β = 1, plain matryoshka": at_one,
+        "best β": _best(train([make(beta=beta) for beta in around])),
     }
     if search is not None:
         methods["one weight a level"] = _search(make, search, train)
-        methods["adaptive weights, one a level"] = train([make(levels=search.levels, beta=starts[0], adaptive=True)])
+        (methods["adaptive weights, one a level"],) = train([make(levels=search.levels, beta=starts[0], adaptive=True)])
     adaptive = train([make(beta=beta, adaptive=True) for beta in starts])
-    methods |= {f"adaptive weights from β = {start:g}": adaptive.at(i) for i, start in enumerate(starts)}
+    methods |= {f"adaptive weights from β = {start:g}": one for start, one in zip(starts, adaptive, strict=True)}
     credited = train([make(beta=beta, credit=1.0) for beta in grid])
-    methods["credit, β = 1"] = train([make(beta=1.0, credit=1.0)])
-    methods["credit, best β"] = credited.best()
-    methods["credit, adaptive weights"] = train([make(beta=1.0, credit=1.0, adaptive=True)])
-    return Balance(grid, {"β": plain, "β, credit": credited}, methods)
+    (methods["credit, β = 1"],) = train([make(beta=1.0, credit=1.0)])
+    methods["credit, best β"] = _best(credited)
+    (methods["credit, adaptive weights"],) = train([make(beta=1.0, credit=1.0, adaptive=True)])
+    return {"β": plain, "β, credit": credited}, methods
 
 
 def fits(search: WeightSearch | None) -> int:
@@ -294,47 +244,43 @@ def fits(search: WeightSearch | None) -> int:
     return 7 + (search.rounds + 1 if search is not None else 0)
 
 
-def score(ensemble: EnsembleSAE, batch: Batch, data: ToyDataModule, parent: int) -> Scores:
-    """The scores of all members."""
-    directions, folded = data.feature_directions, ensemble.folded()
-    encoder = normalize(folded.W_enc[:, :, parent], dim=1) @ directions.T
+def scores(ensemble: EnsembleSAE, batch: Batch, directions: torch.Tensor, parent: int) -> list[Score]:
+    """The score of every member on the whole population."""
+    folded = ensemble.folded()
+    encoders = (normalize(folded.W_enc[:, :, parent], dim=1) @ directions.T).double()
     rows = normalize(folded.W_dec, dim=2) @ directions.T
-    members = [cast(MatryoshkaSAE, ensemble.member(i)) for i in range(len(ensemble))]
-    weights = [[float(weight) for weight in member.current_weights()] for member in members]
-    with torch.no_grad():
-        errors = torch.stack([member.loss(batch).error for member in members])
+    decoders = rows[:, parent].double()
     assert batch.weight is not None
-    return Scores(
-        np.array(weights),
-        encoder.double().numpy(),
-        rows[:, parent].double().numpy(),
-        _off(encoder, parent),
-        _off(rows[:, parent], parent),
-        (errors.square().sum(2) @ batch.weight.to(errors)).double().numpy(),
-        np.array([float(mcc(cosines)) for cosines in rows]),
-    )
+    found = []
+    for i, (encoder, decoder) in enumerate(zip(encoders, decoders, strict=True)):
+        member = cast(MatryoshkaSAE, ensemble.member(i))
+        with torch.no_grad():
+            error = member.loss(batch).error
+        mse = float(error.square().sum(1) @ batch.weight.to(error))
+        weights = [float(weight) for weight in member.current_weights()]
+        errors = [float((1 - one[parent].clamp(0, 1).square()).sqrt()) for one in (encoder, decoder)]
+        found.append(Score(weights, encoder.tolist(), decoder.tolist(), *errors, mse, float(mcc(rows[i]))))
+    return found
 
 
-def _off(cosines: torch.Tensor, own: int) -> Array:
-    """Length of a unit vector's part off its own feature, ``[members]``; 1 where it points the other way."""
-    along = cosines[:, own].double().clamp(0, 1)
-    return np.asarray((1 - along.square()).sqrt().numpy())
+def _best(found: Sequence[Score]) -> Score:
+    """The score of the SAE with the cleanest parent."""
+    return min(found, key=lambda one: math.inf if math.isnan(one.encoder_error) else one.encoder_error)
 
 
-def _search(make: Make, search: WeightSearch, train: Callable[[Sequence[MatryoshkaSAE]], Scores]) -> Scores:
+def _search(make: Make, search: WeightSearch, train: Train) -> Score:
     """The best of all rounds; the outermost level's weight is 1."""
     generator, inner = np.random.default_rng(0), len(search.levels) - 1
     low, high = map(math.log, _FIRST_WEIGHTS)
-    tried, errors, found = np.empty((0, inner)), np.empty(0), []
     drawn = generator.uniform(low, high, (search.members, inner))
+    tried, found = np.empty((0, inner)), list[Score]()
     for number in range(search.rounds):
         saes = [make(levels=search.levels) for _ in drawn]
         for sae, logarithms in zip(saes, drawn, strict=True):
             sae.level_weights = [*np.exp(logarithms).tolist(), 1.0]
-        result = train(saes)
-        found.append(result.best())
-        tried, errors = np.concatenate([tried, drawn]), np.concatenate([errors, result.encoder_error])
-        elite = tried[errors.argsort()[: search.members // _ELITE]]
-        spread = 0.5 ** (number + 1) * (high - low) / 4
-        drawn = elite[generator.integers(len(elite), size=len(drawn))] + generator.normal(size=drawn.shape) * spread
-    return min(found, key=lambda one: float(one.encoder_error[0]))
+        found += train(saes)
+        tried = np.concatenate([tried, drawn])
+        elite = tried[np.argsort([one.encoder_error for one in found])[: search.members // _ELITE]]
+        width = 0.5 ** (number + 1) * (high - low) / 4
+        drawn = elite[generator.integers(len(elite), size=len(drawn))] + generator.normal(size=drawn.shape) * width
+    return _best(found)

@@ -8,7 +8,8 @@ import torch
 
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.errors import UserError
-from hedgelab.protocols.balance import BetaGrid, WeightSearch, find_balance, fits
+from hedgelab.protocols.balance import BetaGrid, WeightSearch, find_balance, fits, scores
+from hedgelab.protocols.study import Bench
 from hedgelab.saes import Initialization, MatryoshkaSAE, VanillaSAE
 
 STEPS = 500
@@ -39,24 +40,29 @@ def make(data):
 
 
 def test_credit_beats_every_fixed_weight_and_adaptive_weights_find_the_best_of_them(make, data):
-    seen = []
+    trained, batch = [], data.batch("train", 0)
+
+    def train(members):
+        trained.append(members)
+        return scores(Bench().train(members, batch, STEPS), batch, data.feature_directions, 0)
+
     search = WeightSearch([1, 2, 3, 4], members=8, rounds=2)
-    found = find_balance(make, data, BetaGrid(0.03, 1.0, 7), STEPS, search, (0.5, 0.05), report=seen.append)
-    assert sum(seen) == fits(search) * STEPS
-    error = {name: float(scores.encoder_error[0]) for name, scores in found.methods.items()}
-    assert error["best β"] <= found.curves["β"].encoder_error.min() + 1e-6
+    curves, methods = find_balance(make, train, BetaGrid(0.03, 1.0, 7), search, (0.5, 0.05))
+    assert len(trained) == fits(search)
+    error = {name: one.encoder_error for name, one in methods.items()}
+    assert error["best β"] <= min(one.encoder_error for one in curves["β"]) + 1e-6
     assert 0.06 < error["best β"] < 0.08
     for start in ("0.5", "0.05"):
-        adapted = found.methods[f"adaptive weights from β = {start}"]
-        assert float(adapted.encoder_error[0]) == pytest.approx(error["best β"], abs=0.02)
-        assert 0.09 < adapted.weights[0, 0] < 0.18
+        adapted = methods[f"adaptive weights from β = {start}"]
+        assert adapted.encoder_error == pytest.approx(error["best β"], abs=0.02)
+        assert 0.09 < adapted.weights[0] < 0.18
     assert error["credit, β = 1"] < 0.012
-    assert float(found.methods["credit, β = 1"].decoder_error[0]) < 0.02
+    assert methods["credit, β = 1"].decoder_error < 0.02
     assert error["β = 1, plain matryoshka"] > 0.3
-    encoder = found.methods["best β"].encoder[0]
+    encoder = methods["best β"].encoder
     assert encoder[3] < 0 < encoder[1]
     assert np.linalg.norm(encoder[1:]) == pytest.approx(error["best β"], abs=1e-4)
-    assert found.methods["one weight a level"].weights.shape == (1, 4)
+    assert len(methods["one weight a level"].weights) == 4
 
 
 def test_mistakes():
