@@ -40,10 +40,11 @@ from hedgelab.plots.hedging import hedging_of_levels, hedging_over_width, measur
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study
 from hedgelab.saes import SAE, MatryoshkaSAE, widen
-from hedgelab.saes.ensemble import EnsembleSAE
 from hedgelab.saes.widen import flat_part
 
 _MEASURES = {"residual hedging": "residual_hedging", "hedging degree": "degree"}
+Make = Callable[[str, int, int], SAE]
+"""An untrained SAE of a kind, a width and a seed."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,6 @@ class TrialScore(NamedTuple):
     levels: tuple[float, ...] = ()
 
 
-Make = Callable[[str, int, int], SAE]
-"""An untrained SAE of a kind, a width and a seed."""
-
-
 class Trial(Study):
     """Judge measures of hedging on toys that know the truth.
 
@@ -150,8 +147,8 @@ class Trial(Study):
             for kind in self.kinds:
                 make(kind, width, 0)  # mistakes show before anything is trained
         total = len(options.widths) * len(self.kinds) * (options.steps + 2 * options.continued_steps)
-        with bench.progress(total) as advance:
-            scores = run_trial(toys, list(self.kinds), make, options, advance)
+        with bench.progress(total):
+            scores = run_trial(bench, toys, list(self.kinds), make, options)
         ranks = {
             label: {kind: agreement([score for score in scores if score.kind == kind], name) for kind in self.kinds}
             for label, name in _MEASURES.items()
@@ -197,63 +194,41 @@ class Trial(Study):
     def _figures(self, scores: Sequence[TrialScore], ranks: dict[str, dict[str, float]]) -> dict[str, Figure]:
         """Measures against the truth, the truth over widths, and where there are levels, over them."""
         widths = sorted(set(self.options.widths))
-
-        def of(kind: str, toy: str) -> list[TrialScore]:
-            return [score for score in scores if (score.kind, score.toy) == (kind, toy)]
-
+        of = {
+            kind: {toy: [s for s in scores if (s.kind, s.toy) == (kind, toy)] for toy in self.toys}
+            for kind in self.kinds
+        }
         points = {
             label: {
-                kind: {toy: [(s.true_hedging, getattr(s, name)) for s in of(kind, toy)] for toy in self.toys}
-                for kind in self.kinds
+                kind: {toy: [(s.true_hedging, getattr(s, name)) for s in own] for toy, own in by_toy.items()}
+                for kind, by_toy in of.items()
             }
             for label, name in _MEASURES.items()
         }
         curves = {
             kind: {
-                toy: {w: [s.true_hedging for s in of(kind, toy) if s.width == w] for w in widths} for toy in self.toys
+                toy: {width: [s.true_hedging for s in own if s.width == width] for width in widths}
+                for toy, own in by_toy.items()
             }
-            for kind in self.kinds
+            for kind, by_toy in of.items()
         }
         figures = {
             "against_truth.png": measures_against_truth(points, ranks),
             "widths.png": hedging_over_width(curves),
         }
-        nested = [score for score in scores if score.levels]
-        if nested:
+        if nested := [score for score in scores if score.levels]:
             levels = {
-                toy: {w: _means([s.levels for s in nested if (s.toy, s.width) == (toy, w)]) for w in widths}
+                toy: {
+                    width: [
+                        statistics.fmean(values)
+                        for values in zip(*(s.levels for s in nested if (s.toy, s.width) == (toy, width)), strict=True)
+                    ]
+                    for width in widths
+                }
                 for toy in self.toys
             }
             figures["levels.png"] = hedging_of_levels(levels)
         return figures
-
-
-def _means(levels: Sequence[Sequence[float]]) -> list[float]:
-    return [statistics.fmean(values) for values in zip(*levels, strict=True)]
-
-
-def run_trial(
-    toys: Mapping[str, ToyDataModule],
-    kinds: Sequence[str],
-    make: Make,
-    options: TrialOptions,
-    report: Callable[[int], None] = lambda steps: None,
-) -> list[TrialScore]:
-    """Train and measure every SAE of the trial.
-
-    Args:
-        toys: The toys, by name; all of the same ``d_in`` and batch size.
-        kinds: Kinds of SAE.
-        make: Makes the SAEs.
-        options: Size of the trial.
-        report: Told of each ensemble's optimiser steps when it has taken them.
-    """
-    stream = _stream(toys, options)
-    scores = []
-    for width in options.widths:
-        for kind in kinds:
-            scores += _score_ensemble(kind, width, toys, stream, make, options, report)
-    return scores
 
 
 def agreement(scores: Sequence[TrialScore], measure: str) -> float:
@@ -262,48 +237,38 @@ def agreement(scores: Sequence[TrialScore], measure: str) -> float:
     return float(result.statistic)
 
 
-def _stream(toys: Mapping[str, ToyDataModule], options: TrialOptions) -> Tensor:
-    """Training batches of all toys, ``[toys, steps, batch, d_in]``: every ensemble sees the same."""
-    steps = options.steps + options.continued_steps
-    return torch.stack([torch.stack([toy.batch("train", step).x for step in range(steps)]) for toy in toys.values()])
-
-
-def _score_ensemble(
-    kind: str,
-    width: int,
-    toys: Mapping[str, ToyDataModule],
-    stream: Tensor,
-    make: Make,
-    options: TrialOptions,
-    report: Callable[[int], None],
+def run_trial(
+    bench: Bench, toys: Mapping[str, ToyDataModule], kinds: Sequence[str], make: Make, options: TrialOptions
 ) -> list[TrialScore]:
-    """All toys and seeds of a kind and a width."""
+    """Train and measure an SAE of every kind and width for every toy (all of one ``d_in`` and batch size) and seed."""
     places = [(toy, seed) for seed in range(options.seeds) for toy in toys]
     of_member = torch.tensor([list(toys).index(toy) for toy, _ in places])
-    saes = [make(kind, width, seed) for _, seed in places]
-    for sae, (toy, _) in zip(saes, places, strict=True):
-        sae.initialize(toys[toy].batch("train", 0), toys[toy].feature_directions)
-    initial = _trained(saes, stream[:, : options.steps], of_member, None)
-    report(options.steps)
-    decay = partial(PolynomialLR, total_iters=options.continued_steps)
-    wide = [widen(sae, options.n_new, options.new_norm, seed) for sae, (_, seed) in zip(initial, places, strict=True)]
-    rest = stream[:, options.steps :]
-    controls, extended = (_trained(members, rest, of_member, decay) for members in (initial, wide))
-    report(2 * options.continued_steps)
-    return [
-        _score(kind, width, toy, seed, toys[toy], control, extension, options)
-        for (toy, seed), control, extension in zip(places, controls, extended, strict=True)
-    ]
+    steps = options.steps + options.continued_steps
+    # Training batches of all toys, [toys, steps, batch, d_in]: every ensemble sees the same.
+    stream = torch.stack([torch.stack([toy.batch("train", step).x for step in range(steps)]) for toy in toys.values()])
 
+    def train(saes: Sequence[SAE], x: Tensor, schedule: Callable[[Optimizer], LRScheduler] | None) -> list[SAE]:
+        for sae in saes:
+            sae.lr_scheduler = flat_part(sae).lr_scheduler = schedule
+        ensemble = bench.train(saes, lambda step: Batch(x[:, step][of_member]), x.shape[1])
+        return [ensemble.member(index) for index in range(len(saes))]
 
-def _trained(
-    saes: Sequence[SAE], stream: Tensor, of_member: Tensor, schedule: Callable[[Optimizer], LRScheduler] | None
-) -> list[SAE]:
-    for sae in saes:
-        sae.lr_scheduler = flat_part(sae).lr_scheduler = schedule
-    ensemble = EnsembleSAE(saes)
-    ensemble.fit(lambda step: Batch(stream[:, step][of_member]), stream.shape[1])
-    return [ensemble.member(index) for index in range(len(saes))]
+    def score_all(kind: str, width: int) -> list[TrialScore]:
+        saes = [make(kind, width, seed) for _, seed in places]
+        for sae, (toy, _) in zip(saes, places, strict=True):
+            sae.initialize(toys[toy].batch("train", 0), toys[toy].feature_directions)
+        initial = train(saes, stream[:, : options.steps], None)
+        decay = partial(PolynomialLR, total_iters=options.continued_steps)
+        wide = [
+            widen(sae, options.n_new, options.new_norm, seed) for sae, (_, seed) in zip(initial, places, strict=True)
+        ]
+        controls, extended = (train(members, stream[:, options.steps :], decay) for members in (initial, wide))
+        return [
+            _score(kind, width, toy, seed, toys[toy], control, extension, options)
+            for (toy, seed), control, extension in zip(places, controls, extended, strict=True)
+        ]
+
+    return [score for width in options.widths for kind in kinds for score in score_all(kind, width)]
 
 
 @torch.no_grad()
@@ -311,6 +276,7 @@ def _score(
     kind: str, width: int, toy: str, seed: int, data: ToyDataModule, control: SAE, extended: SAE, options: TrialOptions
 ) -> TrialScore:
     directions = data.feature_directions
+    overlap = len(directions) > data.d_in
     metric, counts = ResidualHedgingMetric(control.W_dec), FeatureRegression(width, len(directions))
     fired, fired_extended = torch.zeros(width), torch.zeros(width + options.n_new)
     for index in range(options.val_batches):
@@ -318,20 +284,18 @@ def _score(
         assert features is not None
         codes = control.encode(x)
         metric.update(x, control.decode(codes), codes)
-        if len(directions) > data.d_in:
+        if overlap:
             counts.update(codes, features)
         fired += codes.firing_counts()
         fired_extended += extended.encode(x).firing_counts()
     live = fired > 0
-    sums = counts.compute() if len(directions) > data.d_in else None
+    sums = counts.compute() if overlap else None
     true = true_hedging(control.W_dec, directions, fired, sums)
     degree = hedging_degree(
         control.W_dec, extended.W_dec, live=live & (fired_extended[:width] > 0), live_new=fired_extended[width:] > 0, seed=seed
     )  # fmt: skip
     residual = metric.compute()
-    levels = (
-        level_hedging(control, control.W_dec, directions, fired, sums) if isinstance(control, MatryoshkaSAE) else ()
-    )
+    nested = isinstance(control, MatryoshkaSAE)
     tracked = tracked_features(decoder_cosines(control.W_dec, directions), live)
     return TrialScore(
         kind, width, toy, seed,
@@ -340,7 +304,7 @@ def _score(
         residual_std=float(residual.std),
         degree=float(degree.degree),
         tracked=int((tracked.feature >= 0).sum()),
-        levels=levels,
+        levels=level_hedging(control, control.W_dec, directions, fired, sums) if nested else (),
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ def test_residual_hedging_ranks_and_is_calibrated():
     from torch.optim import Adam
 
     from hedgelab.data.toy import CopulaFiring, ToyDataModule
+    from hedgelab.protocols.study import Bench
     from hedgelab.protocols.trial import run_trial
     from hedgelab.saes.initialization import Initialization
 
@@ -56,7 +57,7 @@ def test_residual_hedging_ranks_and_is_calibrated():
 
     toys = {f"{strength}": toy(strength) for strength in (0.0, 0.1, 0.2, 0.4)}
     options = TrialOptions(widths=[8, 24], seeds=1, steps=1000, continued_steps=600, n_new=8)
-    scores = run_trial(toys, ["batch_topk"], make, options)
+    scores = run_trial(Bench(), toys, ["batch_topk"], make, options)
     assert agreement(scores, "residual_hedging") > 0.9
     for result in scores:
         assert math.isclose(
