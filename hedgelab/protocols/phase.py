@@ -21,7 +21,7 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import ToyDataModule
 from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.functional import mcc
-from hedgelab.plots.phase import Overlay, phase_diagram
+from hedgelab.plots.theory import Overlay, phase_diagram
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Part, Row, Study, make_toy
 from hedgelab.saes import SAE, VanillaSAE
