@@ -8,62 +8,52 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from hedgelab.plots.style import (
-    DASHED,
-    FAINT,
-    INK,
-    MUTED,
-    PALETTE,
-    grouped_bars,
-    histogram,
-    legend,
-    new_figure,
-    note,
-    tidy,
-)
+from hedgelab.plots import style
 
 
 def probing_by_class(classes: Sequence[str], ks: Sequence[int], f1: ArrayLike) -> Figure:
     """F1 of probes on k latents for each class, ``[classes, len(ks)]``."""
-    figure = new_figure(max(5.0, 1.0 + 0.9 * len(classes)), 3.4, "k-sparse probing")
+    figure = style.new_figure(max(5.0, 1.0 + 0.9 * len(classes)), 3.4, "k-sparse probing")
     axes = figure.subplots()
     columns = np.asarray(f1, dtype=float).T
-    grouped_bars(axes, classes, {f"k = {k}": values for k, values in zip(ks, columns, strict=True)})
+    style.grouped_bars(axes, classes, {f"k = {k}": values for k, values in zip(ks, columns, strict=True)})
     axes.set_ylim(0, 1)
-    legend(axes, ncols=len(ks), loc="upper left", bbox_to_anchor=(0, 1.13))
-    tidy(axes, "", "", "F1 on the test split")
+    style.legend(axes, ncols=len(ks), loc="upper left", bbox_to_anchor=(0, 1.13))
+    style.tidy(axes, "", "", "F1 on the test split")
     return figure
 
 
 def absorption_by_letter(letters: Sequence[str], full: ArrayLike, fraction: ArrayLike) -> Figure:
     """Share of words fully absorbed and mean absorption fraction for each first letter; NaN where the probe knows nothing."""
     values = np.asarray([full, fraction], dtype=float)
-    figure = new_figure(8.4, 3.2, "First-letter absorption")
+    figure = style.new_figure(8.4, 3.2, "First-letter absorption")
     axes = figure.subplots()
     labels = ("fully absorbed", "absorption fraction")
-    grouped_bars(axes, letters, dict(zip(labels, np.nan_to_num(values), strict=True)))
+    style.grouped_bars(axes, letters, dict(zip(labels, np.nan_to_num(values), strict=True)))
     for place in np.flatnonzero(np.isnan(values[0])):
-        note(axes, "–", (place, 0), (0, 2), color=MUTED)
+        style.note(axes, "–", (place, 0), (0, 2), color=style.MUTED)
     axes.set_ylim(0, max(0.1, float(np.nan_to_num(values).max()) * 1.15))
-    legend(axes)
-    tidy(axes, "", "first letter  (–: the dense probe does not know it)", "share of words")
+    style.legend(axes)
+    style.tidy(axes, "", "first letter  (–: the dense probe does not know it)", "share of words")
     return figure
 
 
 def scores_by_count(counts: Sequence[int], lines: Mapping[str, ArrayLike], title: str, ylabel: str) -> Figure:
     """Scores against the number of latents silenced, a curve a label; the first curve is the one that counts."""
-    figure = new_figure(5.6, 3.4, title)
+    figure = style.new_figure(5.6, 3.4, title)
     axes = figure.subplots()
     for i, (label, values) in enumerate(lines.items()):
-        style, width = ("--", 1.2) if i else ("-", 2.0)
+        dashes, width = ("--", 1.2) if i else ("-", 2.0)
         scores = np.asarray(values, dtype=float)
-        axes.plot(counts, scores, style, marker="o", markersize=4, color=PALETTE[i], linewidth=width, label=label)
+        axes.plot(
+            counts, scores, dashes, marker="o", markersize=4, color=style.PALETTE[i], linewidth=width, label=label
+        )
     axes.set_xscale("log")
     axes.set_xticks(list(counts), [str(count) for count in counts])
     axes.minorticks_off()
-    axes.axhline(0, color=FAINT, linewidth=1.0)
-    legend(axes)
-    tidy(axes, "", "latents silenced", ylabel)
+    axes.axhline(0, color=style.FAINT, linewidth=1.0)
+    style.legend(axes)
+    style.tidy(axes, "", "latents silenced", ylabel)
     return figure
 
 
@@ -72,17 +62,17 @@ def losses_spliced(losses: Mapping[str, float]) -> Figure:
 
     The keys are the fields of :class:`~hedgelab.metrics.functional.loss_recovered.RecoveredLoss`.
     """
-    figure = new_figure(8.4, 3.2, "The language model with …")
+    figure = style.new_figure(8.4, 3.2, "The language model with …")
     names = {"": "its own\nactivations", "_sae": "the SAE's\nreconstruction", "_mean": "their\nmean", "_zero": "zeros"}
     panels = {"cross-entropy": ("cross_entropy", "recovered"), "KL from the untouched model": ("kl", "kl_recovered")}
     for axes, (label, (measure, recovered)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         values = [losses.get(f"{measure}{key}", 0.0) for key in names]  # the KL of the untouched model is zero
-        axes.bar(range(4), values, 0.62, color=[FAINT, PALETTE[0], FAINT, FAINT], zorder=2)
+        axes.bar(range(4), values, 0.62, color=[style.FAINT, style.PALETTE[0], style.FAINT, style.FAINT], zorder=2)
         for place, value in enumerate(values):
-            note(axes, f"{value:.2f}", (place, value), (0, 3))
+            style.note(axes, f"{value:.2f}", (place, value), (0, 3))
         axes.set_xticks(range(4), names.values())
         axes.margins(y=0.14)
-        tidy(axes, f"recovered of what zeros lose: {losses[recovered]:.1%}", "", f"{label}, nats a token")
+        style.tidy(axes, f"recovered of what zeros lose: {losses[recovered]:.1%}", "", f"{label}, nats a token")
     return figure
 
 
@@ -92,14 +82,16 @@ def cosine_distribution(counts: ArrayLike, largest: ArrayLike, threshold: float)
     From ``threshold`` on, two latents count as near-duplicates.
     """
     pairs, nearest = np.asarray(counts, dtype=float), np.asarray(largest, dtype=float)
-    figure = new_figure(8.4, 3.2, "Decoder rows to one another")
+    figure = style.new_figure(8.4, 3.2, "Decoder rows to one another")
     left, right = figure.subplots(1, 2)
     edges = np.linspace(-1, 1, len(pairs) + 1)
-    left.stairs(np.maximum(pairs, 0.5), edges, fill=True, baseline=0.5, color=PALETTE[0])
+    left.stairs(np.maximum(pairs, 0.5), edges, fill=True, baseline=0.5, color=style.PALETTE[0])
     left.set_yscale("log")
-    histogram(right, nearest, np.linspace(-0.2, 1, 61).tolist())
-    right.axvline(threshold, color=INK, linewidth=1.0, linestyle=DASHED)
+    style.histogram(right, nearest, np.linspace(-0.2, 1, 61).tolist())
+    right.axvline(threshold, color=style.INK, linewidth=1.0, linestyle=style.DASHED)
     duplicates = int((nearest >= threshold).sum())
-    tidy(left, "all pairs of live latents", "cosine", "pairs")
-    tidy(right, f"{duplicates} of {nearest.size} above {threshold:g}", "largest cosine with another latent", "latents")
+    style.tidy(left, "all pairs of live latents", "cosine", "pairs")
+    style.tidy(
+        right, f"{duplicates} of {nearest.size} above {threshold:g}", "largest cosine with another latent", "latents"
+    )
     return figure

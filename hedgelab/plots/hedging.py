@@ -9,21 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hedgelab.plots.style import (
-    DASHED,
-    FAINT,
-    INK,
-    MUTED,
-    PALETTE,
-    color_of,
-    grouped_bars,
-    histogram,
-    legend,
-    legend_below,
-    new_figure,
-    note,
-    tidy,
-)
+from hedgelab.plots import style
 
 _DEGREES = {
     "degree": "random\n(the degree)",
@@ -46,17 +32,17 @@ def degree_and_baselines(scores: Sequence[Mapping[str, float]]) -> Figure:
     ``scores`` are the scalars of each seed, by the names of :class:`~hedgelab.metrics.functional.DegreeScores`; bars are
     means, dots are seeds.
     """
-    figure = new_figure(11.0, 3.8, "Hedging degree")
+    figure = style.new_figure(11.0, 3.8, "Hedging degree")
     left, right = figure.subplots(1, 2, width_ratios=[5, 4])
     _bars(left, _MOTIONS, scores)
     spread = [values["baseline_std"] for values in scores if "baseline_std" in values]
     if spread and "baseline" in scores[0]:
         place = [name for name in _MOTIONS if name in scores[0]].index("baseline")
         mean = np.mean([values["baseline"] for values in scores])
-        left.errorbar(place, mean, np.mean(spread), color=INK, linewidth=1.2, capsize=3)
+        left.errorbar(place, mean, np.mean(spread), color=style.INK, linewidth=1.2, capsize=3)
     _bars(right, _DEGREES, scores)
-    tidy(left, "motion of old latents within the span of …", "", "share of a decoder row's norm")
-    tidy(right, "degree against a baseline that is …", "", "degree")
+    style.tidy(left, "motion of old latents within the span of …", "", "share of a decoder row's norm")
+    style.tidy(right, "degree against a baseline that is …", "", "degree")
     return figure
 
 
@@ -64,10 +50,10 @@ def _bars(axes: Axes, names: Mapping[str, str], scores: Sequence[Mapping[str, fl
     shown = [name for name in names if name in scores[0]]
     for place, name in enumerate(shown):
         values = [own[name] for own in scores if name in own]
-        axes.bar(place, np.mean(values), width=0.62, color=FAINT if place else PALETTE[0], zorder=2)
+        axes.bar(place, np.mean(values), width=0.62, color=style.FAINT if place else style.PALETTE[0], zorder=2)
         if len(values) > 1:
-            axes.scatter([place] * len(values), values, s=14, color=INK, zorder=3)
-        note(axes, f"{np.mean(values):.3f}", (place, max(values)), (0, 4))
+            axes.scatter([place] * len(values), values, s=14, color=style.INK, zorder=3)
+        style.note(axes, f"{np.mean(values):.3f}", (place, max(values)), (0, 4))
     axes.set_xticks(range(len(shown)), [names[name] for name in shown])
     axes.margins(y=0.12)
 
@@ -79,21 +65,24 @@ def projection_of_latents(
 
     ``baseline`` is the mean within random subspaces, ``noise_floor`` the mean of what reordering the data moves.
     """
-    figure = new_figure(9.6, 3.6, "Which latents made way for the new ones")
+    figure = style.new_figure(9.6, 3.6, "Which latents made way for the new ones")
     left, right = figure.subplots(1, 2)
     for i, values in enumerate(projections):
         ranked = np.sort(np.asarray(values, dtype=float))[::-1]
-        left.plot(np.arange(1, len(ranked) + 1), ranked, color=color_of(i), linewidth=1.4)
+        left.plot(np.arange(1, len(ranked) + 1), ranked, color=style.color_of(i), linewidth=1.4)
     everything = np.concatenate([np.asarray(values, dtype=float) for values in projections])
-    histogram(right, everything, min(60, max(10, everything.size // 8)))
-    for label, value, color in (("random subspaces", baseline, INK), ("reordering alone", noise_floor, MUTED)):
+    style.histogram(right, everything, min(60, max(10, everything.size // 8)))
+    for label, value, color in (
+        ("random subspaces", baseline, style.INK),
+        ("reordering alone", noise_floor, style.MUTED),
+    ):
         if value is not None:
-            left.axhline(value, color=color, linewidth=1.0, linestyle=DASHED, label=label)
-            right.axvline(value, color=color, linewidth=1.0, linestyle=DASHED)
+            left.axhline(value, color=color, linewidth=1.0, linestyle=style.DASHED, label=label)
+            right.axvline(value, color=color, linewidth=1.0, linestyle=style.DASHED)
     left.set_xlim(1, max(2, max(len(values) for values in projections)))
-    legend(left)
-    tidy(left, "sorted; a curve a seed", "old latent, most moved first", "motion within the new latents' span")
-    tidy(right, "how they spread", "motion within the new latents' span", "latents")
+    style.legend(left)
+    style.tidy(left, "sorted; a curve a seed", "old latent, most moved first", "motion within the new latents' span")
+    style.tidy(right, "how they spread", "motion within the new latents' span", "latents")
     return figure
 
 
@@ -107,46 +96,46 @@ def measures_against_truth(
     """
     kinds = list(next(iter(measures.values())))
     size = (2.5 * len(kinds) + 0.6, 2.35 * len(measures) + 0.9)
-    figure = new_figure(*size, "Do measures without ground truth see hedging?")
+    figure = style.new_figure(*size, "Do measures without ground truth see hedging?")
     grid = figure.subplots(len(measures), len(kinds), squeeze=False, sharex="col", sharey="row")
     for row, (measure, by_kind) in zip(grid, measures.items(), strict=True):
         for axes, (kind, points) in zip(row, by_kind.items(), strict=True):
             for i, (toy, pairs) in enumerate(points.items()):
                 true, value = np.array(pairs, dtype=float).reshape(-1, 2).T
-                axes.scatter(true, value, s=12, color=color_of(i), alpha=0.85, linewidths=0, label=toy, zorder=3)
+                axes.scatter(true, value, s=12, color=style.color_of(i), alpha=0.85, linewidths=0, label=toy, zorder=3)
             if measure.startswith("residual"):
-                axes.axline((0, 0), slope=1, color=FAINT, linewidth=1)
-            axes.axhline(0, color=FAINT, linewidth=0.8)
+                axes.axline((0, 0), slope=1, color=style.FAINT, linewidth=1)
+            axes.axhline(0, color=style.FAINT, linewidth=0.8)
             title = f"{kind}: Spearman {ranks[measure][kind]:.3f}"
-            tidy(axes, title, "true hedging" if row is grid[-1] else "", measure if axes is row[0] else "")
-    legend_below(figure, grid[0][0])
+            style.tidy(axes, title, "true hedging" if row is grid[-1] else "", measure if axes is row[0] else "")
+    style.legend_below(figure, grid[0][0])
     return figure
 
 
 def hedging_over_width(curves: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]) -> Figure:
     """True hedging over the SAE's width: a panel a kind, a curve a toy (mean over the seeds' values)."""
-    figure = new_figure(2.6 * len(curves) + 0.4, 3.1, "Hedging falls as SAEs get wider")
+    figure = style.new_figure(2.6 * len(curves) + 0.4, 3.1, "Hedging falls as SAEs get wider")
     panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for axes, (kind, by_toy) in zip(panels, curves.items(), strict=True):
         for i, (toy, by_width) in enumerate(by_toy.items()):
             means = [np.mean(values) for values in by_width.values()]
-            axes.plot(list(by_width), means, marker="o", ms=3, color=color_of(i), label=toy)
+            axes.plot(list(by_width), means, marker="o", ms=3, color=style.color_of(i), label=toy)
         widths = sorted({width for by_width in by_toy.values() for width in by_width})
         axes.set_xscale("log", base=2)
         axes.set_xticks(widths, [str(width) for width in widths])
         axes.minorticks_off()
-        tidy(axes, kind, "width", "true hedging" if axes is panels[0] else "")
-    legend_below(figure, panels[0])
+        style.tidy(axes, kind, "width", "true hedging" if axes is panels[0] else "")
+    style.legend_below(figure, panels[0])
     return figure
 
 
 def hedging_of_levels(levels: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
     """True hedging of matryoshka levels' own latents, innermost first: a panel a toy, a group of bars a width."""
-    figure = new_figure(2.2 * len(levels) + 0.4, 2.9, "Where matryoshka SAEs hedge")
+    figure = style.new_figure(2.2 * len(levels) + 0.4, 2.9, "Where matryoshka SAEs hedge")
     panels = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
     for axes, (toy, by_width) in zip(panels, levels.items(), strict=True):
         by_level = enumerate(zip_longest(*by_width.values(), fillvalue=np.nan), start=1)
-        grouped_bars(axes, [str(width) for width in by_width], {f"level {i}": values for i, values in by_level})
-        tidy(axes, toy, "width", "true hedging" if axes is panels[0] else "")
-    legend_below(figure, panels[0])
+        style.grouped_bars(axes, [str(width) for width in by_width], {f"level {i}": values for i, values in by_level})
+        style.tidy(axes, toy, "width", "true hedging" if axes is panels[0] else "")
+    style.legend_below(figure, panels[0])
     return figure

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hedgelab.plots.style import INK, MUTED, PALETTE, new_figure, tidy
+from hedgelab.plots.style import MUTED, color_of, legend, new_figure, tidy
 
 _COLUMNS = 4
 _MARKERS = "osD^vP*X"
 
 
 class Point(NamedTuple):
-    """One place on a curve.
-
-    Attributes:
-        x: Where it stands.
-        values: What was measured there, one value a seed.
-    """
+    """One place on a curve, and what was measured there, one value a seed."""
 
     x: float
     values: Sequence[float]
@@ -37,12 +32,7 @@ def sweep_panels(
 ) -> Figure:
     """One panel a metric, one curve a line: the mean over seeds, its standard deviation as a band, seeds as dots.
 
-    Args:
-        panels: Points of every curve, by metric and line.
-        xlabel: Name of the axis.
-        title: Title of the figure.
-        log: Whether x and y are logarithmic.
-        names: Labels of x = 0, 1, …, where the axis is none of numbers.
+    ``log`` says whether x and y are logarithmic; ``names`` label x = 0, 1, …, where the axis is none of numbers.
     """
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -57,20 +47,13 @@ def sweep_panels(
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     if len(lines) > 1 or lines != [""]:
-        handles = [
-            grid[0].plot([], [], color=PALETTE[i % len(PALETTE)], marker=_MARKERS[i % len(_MARKERS)], markersize=4)[0]
-            for i in range(len(lines))
-        ]
-        figure.legend(
-            handles,
-            lines,
-            loc="outside lower center",
-            ncols=min(6, len(lines)),
-            frameon=False,
-            fontsize=9,
-            labelcolor=INK,
-        )
+        handles = [grid[0].plot([], [], label=line, **_look(i))[0] for i, line in enumerate(lines)]
+        legend(figure, handles=handles, loc="outside lower center", ncols=min(6, len(lines)), fontsize=9)
     return figure
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {"color": color_of(number), "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
 
 
 def _curve(axes: Axes, points: Sequence[Point], number: int) -> None:
@@ -78,15 +61,14 @@ def _curve(axes: Axes, points: Sequence[Point], number: int) -> None:
     x = [point.x for point in ordered]
     mean = np.array([np.mean(point.values) for point in ordered])
     spread = np.array([np.std(point.values, ddof=1) if len(point.values) > 1 else 0.0 for point in ordered])
-    color = PALETTE[number % len(PALETTE)]
-    axes.plot(x, mean, color=color, marker=_MARKERS[number % len(_MARKERS)], markersize=4, linewidth=1.5, zorder=3)
+    color = color_of(number)
+    axes.plot(x, mean, linewidth=1.5, zorder=3, **_look(number))
     if spread.any():
         axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.18, linewidth=0)
     for point in ordered:
         if len(point.values) > 1:
-            axes.scatter(
-                [point.x] * len(point.values), point.values, s=6, color=color, alpha=0.6, linewidths=0, zorder=2
-            )
+            places = [point.x] * len(point.values)
+            axes.scatter(places, point.values, s=6, color=color, alpha=0.6, linewidths=0, zorder=2)
 
 
 def _scales(axes: Axes, log: tuple[bool, bool], names: Sequence[str] | None, points: Sequence[Point]) -> None:

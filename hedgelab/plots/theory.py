@@ -15,18 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from hedgelab.plots.style import (
-    DIVERGING,
-    INK,
-    MUTED,
-    color_bar,
-    color_of,
-    grouped_bars,
-    legend,
-    new_figure,
-    note,
-    tidy,
-)
+from hedgelab.plots import style
 
 _CLOSED_FORM = "#1b7f3b"
 
@@ -34,19 +23,19 @@ _CLOSED_FORM = "#1b7f3b"
 def loss_landscapes(t: ArrayLike, panels: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     """Loss over the mixture of two features, ``[points]``: a panel a title, a curve a name; a dot marks each minimum."""
     mixture = np.asarray(t, dtype=float)
-    figure = new_figure(4.0 * len(panels) + 0.6, 3.6, "Expected loss of a tied latent between two features")
+    figure = style.new_figure(4.0 * len(panels) + 0.6, 3.6, "Expected loss of a tied latent between two features")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, curves) in zip(row, panels.items(), strict=True):
         lowest = min(curves, key=lambda name: float(np.min(curves[name])))  # its label goes below, the others' above
         for i, (name, curve) in enumerate(curves.items()):
             loss = np.asarray(curve, dtype=float)
             best = (mixture[loss.argmin()], loss.min())
-            axes.plot(mixture, loss, color=color_of(i), linewidth=1.5, label=name)
-            axes.plot(*best, "o", color=color_of(i), markersize=5)
-            note(axes, f"t = {best[0]:.2f}", best, (0, -14 if name == lowest else 8), color=color_of(i))
+            axes.plot(mixture, loss, color=style.color_of(i), linewidth=1.5, label=name)
+            axes.plot(*best, "o", color=style.color_of(i), markersize=5)
+            style.note(axes, f"t = {best[0]:.2f}", best, (0, -14 if name == lowest else 8), color=style.color_of(i))
         axes.margins(y=0.12)
-        tidy(axes, title, "t   (0: feature 0, 1: feature 1)", "loss" if axes is row[0] else "")
-    legend(row[-1])
+        style.tidy(axes, title, "t   (0: feature 0, 1: feature 1)", "loss" if axes is row[0] else "")
+    style.legend(row[-1])
     return figure
 
 
@@ -78,15 +67,15 @@ def phase_diagram(
     """
     x, y, shown = (np.asarray(part, dtype=float) for part in (x, y, values))
     size = np.nanmax(np.abs(shown)) if np.isfinite(shown).any() else 1.0
-    figure = new_figure(6.4, 5.2, title)
+    figure = style.new_figure(6.4, 5.2, title)
     axes = figure.subplots()
     limits = {"vmin": -(size or 1.0), "vmax": size or 1.0}
-    mesh = axes.pcolormesh(x, y, shown, cmap=DIVERGING, shading="nearest", rasterized=True, **limits)
-    tidy(axes, "", xlabel, ylabel, grid=False)
+    mesh = axes.pcolormesh(x, y, shown, cmap=style.DIVERGING, shading="nearest", rasterized=True, **limits)
+    style.tidy(axes, "", xlabel, ylabel, grid=False)
     entries: list[Artist] = []
     if np.nanmin(shown) < -0.01 * size and np.nanmax(shown) > 0.01 * size:
-        axes.contour(x, y, shown, levels=[0], colors=INK, linewidths=1.4)
-        entries.append(Line2D([], [], color=INK, linewidth=1.4, label="zero, trained SAEs"))
+        axes.contour(x, y, shown, levels=[0], colors=style.INK, linewidths=1.4)
+        entries.append(Line2D([], [], color=style.INK, linewidth=1.4, label="zero, trained SAEs"))
     if theory is not None and np.isfinite(np.asarray(theory.values, dtype=float)).any():
         levels = MaxNLocator(8, symmetric=True).tick_values(-size, size)
         closed = np.asarray(theory.values, dtype=float)
@@ -95,15 +84,15 @@ def phase_diagram(
         entries.append(Line2D([], [], color=_CLOSED_FORM, linewidth=0.9, linestyle="dashed", label="closed form"))
         shallower = np.asarray(theory.shallower, dtype=float)
         if shallower.any():
-            with rc_context({"hatch.linewidth": 0.4, "hatch.color": MUTED}):
+            with rc_context({"hatch.linewidth": 0.4, "hatch.color": style.MUTED}):
                 axes.contourf(x, y, shallower, levels=[0.5, 1.5], colors="none", hatches=["////"])
-            entries.append(Patch(facecolor="none", edgecolor=MUTED, hatch="////", label="in a shallower minimum"))
+            entries.append(Patch(facecolor="none", edgecolor=style.MUTED, hatch="////", label="in a shallower minimum"))
     for set_scale, log in zip((axes.set_xscale, axes.set_yscale), logarithmic, strict=True):
         if log:
             set_scale("log")
     if entries:
-        legend(figure, handles=entries, loc="outside lower center", ncols=3)
-    color_bar(figure, mesh, quantity, aspect=30)
+        style.legend(figure, handles=entries, loc="outside lower center", ncols=3)
+    style.color_bar(figure, mesh, quantity, aspect=30)
     return figure
 
 
@@ -121,28 +110,30 @@ def balance_figure(
     error). Right: the parent's encoder cosine with each child by method, ``[children]`` each.
     """
     x = np.asarray(betas, dtype=float)
-    figure = new_figure(10.4, 4.4, title)
+    figure = style.new_figure(10.4, 4.4, title)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     lowest = min(error for _, error in points.values())
     for i, (name, values) in enumerate(curves.items()):
         errors = np.asarray(values, dtype=float)
         best = int(np.nanargmin(errors))
         lowest = min(lowest, errors[best])
-        left.plot(x, errors, color=color_of(i), linewidth=1.8, label=name)
-        note(left, f"{errors[best]:.3f} at β = {x[best]:.2g}", (x[best], errors[best]), (0, -13), color=color_of(i))
+        left.plot(x, errors, color=style.color_of(i), linewidth=1.8, label=name)
+        style.note(
+            left, f"{errors[best]:.3f} at β = {x[best]:.2g}", (x[best], errors[best]), (0, -13), color=style.color_of(i)
+        )
     for i, ((name, place), marker) in enumerate(zip(points.items(), "o*Dsv^", strict=False)):
-        left.plot(*place, marker, color=color_of(2 + i), markersize=8, label=name)
+        left.plot(*place, marker, color=style.color_of(2 + i), markersize=8, label=name)
     left.set_xscale("log")
     left.set_yscale("log")
     left.set_ylim(bottom=0.6 * lowest)
     heading = "Distance of the parent's encoder from its feature"
-    tidy(left, heading, "weight of the innermost level (β)", "encoder error")
-    legend(left, loc="lower left")
+    style.tidy(left, heading, "weight of the innermost level (β)", "encoder error")
+    style.legend(left, loc="lower left")
     heights = np.asarray(list(components.values()), dtype=float).T
     methods = ["\n".join(wrap(name, 11)) for name in components]
-    grouped_bars(right, methods, dict(zip(children, heights, strict=True)))
-    right.axhline(0, color=MUTED, linewidth=0.8)
-    tidy(right, "Its part along each child: above zero hedging, below absorption", "", "encoder cosine")
-    right.tick_params(axis="x", length=0, labelcolor=INK, labelsize=7.5)
-    legend(right)
+    style.grouped_bars(right, methods, dict(zip(children, heights, strict=True)))
+    right.axhline(0, color=style.MUTED, linewidth=0.8)
+    style.tidy(right, "Its part along each child: above zero hedging, below absorption", "", "encoder cosine")
+    right.tick_params(axis="x", length=0, labelcolor=style.INK, labelsize=7.5)
+    style.legend(right)
     return figure

@@ -1,4 +1,4 @@
-"""Runs as text: the table and the JSON of ``hedgelab runs``. Imports no torch.
+"""Runs as text: listed in a table or as JSON, or side by side. Imports no torch.
 
 Tables are aligned here, in four lines: pandas, which could, takes two seconds to import.
 """
@@ -7,40 +7,43 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
+from typing import NamedTuple
 
+from hedgelab.tracking.glossary import STAGES, title, worth_showing
 from hedgelab.tracking.runs import RunSummary
+from hedgelab.tracking.store import ensure_store
 
-_KEY_NUMBERS = {
-    "explained_variance": "expl. var.",
-    "l0": "L0",
-    "dead_latents": "dead",
-    "mcc": "MCC",
-    "hedging/decoder_signed": "hedging dec",
-    "hedging/encoder_signed": "hedging enc",
-    "absorption": "absorption",
-}
-_STAGES = ("test", "val")
+_KEY_NUMBERS = (
+    "explained_variance",
+    "l0",
+    "dead_latents",
+    "mcc",
+    "hedging/decoder_signed",
+    "hedging/encoder_signed",
+    "absorption",
+)
+# Neither what is compared nor what made the difference: the run's own name, and how it was watched.
+_NOISE = re.compile(r"^(name|experiment|ckpt_path|config|record|progress|checkpoint|trainer\.logger)(\.|$)")
 
 
 def as_json(runs: list[RunSummary]) -> str:
     """One JSON document: an array of runs. Numbers that JSON has no word for become ``null``."""
     documents = [asdict(run) for run in runs]
-    for document in documents:
-        document["metrics"] = {
-            key: value if math.isfinite(value) else None for key, value in document["metrics"].items()
-        }
+    for one in documents:
+        one["metrics"] = {key: value if math.isfinite(value) else None for key, value in one["metrics"].items()}
     return json.dumps(documents, indent=2, allow_nan=False)
 
 
 def format_table(runs: list[RunSummary]) -> str:
     """A table of the runs with their key numbers, for the terminal; columns that no run fills are left out."""
-    rows = [{column: printable(value) for column, value in _row(run).items()} for run in runs]
-    columns = [column for column in (rows[0] if rows else ()) if any(row[column] for row in rows)]
-    if not rows:
+    if not runs:
         return "no runs yet"
+    rows = [{column: printable(value) for column, value in _row(run).items()} for run in runs]
+    columns = [column for column in rows[0] if any(row[column] for row in rows)]
     return aligned([columns, *([row[column] for column in columns] for row in rows)])
 
 
@@ -65,9 +68,9 @@ def _row(run: RunSummary) -> dict[str, str]:
         "started": datetime.fromisoformat(run.start).astimezone().strftime("%Y-%m-%d %H:%M"),
         "took": "" if run.duration_seconds is None else duration(run.duration_seconds),
     }
-    for metric, title in _KEY_NUMBERS.items():
-        values = (run.metrics.get(f"{stage}/{metric}") for stage in _STAGES)
-        row[title] = number(next((value for value in values if value is not None), None))
+    for metric in _KEY_NUMBERS:
+        values = (run.metrics.get(f"{stage}/{metric}") for stage in STAGES)
+        row[title(metric)] = number(next((value for value in values if value is not None), None))
     return {**row, "samples/s": number(run.metrics.get("samples/s"))}
 
 
@@ -88,3 +91,80 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+class Comparison(NamedTuple):
+    """Runs, the values of each parameter in which they differ, and the last values of each metric (None for none)."""
+
+    runs: Sequence[RunSummary]
+    params: dict[str, list[str]]
+    metrics: dict[str, list[float | None]]
+
+
+def compare(runs: Sequence[RunSummary], metrics: Sequence[str] | None = None) -> Comparison:
+    """Set runs side by side."""
+    keys = sorted({key for run in runs for key in run.params if not _NOISE.match(key)})
+    params = {key: [short_value(run.params.get(key)) for run in runs] for key in keys}
+    params = {key: values for key, values in params.items() if len(set(values)) > 1}
+    everything = {key: value for run in runs for key, value in run.metrics.items()}
+    shown = worth_showing(everything) if metrics is None else list(metrics)
+    return Comparison(runs, params, {key: [run.metrics.get(key) for run in runs] for key in shown})
+
+
+def short_value(value: str | None) -> str:
+    """A parameter as tables show it: classes without their module, long lists cut.
+
+    >>> short_value("hedgelab.saes.topk.TopKSAE"), short_value("0.001"), short_value(None)
+    ('TopKSAE', '0.001', '-')
+    """
+    if value is None:
+        return "-"
+    if re.fullmatch(r"[a-zA-Z_]\w*(\.\w+)+\.[A-Z]\w*", value):
+        return value.rpartition(".")[2]
+    return value if len(value) <= 40 else f"{value[:37]}..."
+
+
+def as_text(table: Comparison) -> str:
+    """The table for a terminal: a column for each run."""
+    rows = [["", *labels(table.runs)], ["run id", *(run.run_id[:8] for run in table.runs)]]
+    rows += [["status", *(run.status.lower() for run in table.runs)], []]
+    rows += [[key, *values] for key, values in table.params.items()]
+    rows += [[]] if table.params else []
+    rows += [[f"{title(key)}  ({key})", *map(number, values)] for key, values in table.metrics.items()]
+    return aligned([[printable(cell) for cell in row] for row in rows])
+
+
+def labels(runs: Sequence[RunSummary]) -> list[str]:
+    """Names of runs, told apart by their ids where several have one."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else f"{run.name} {run.run_id[:4]}" for run in runs]
+
+
+def curves(
+    runs: Sequence[RunSummary], metrics: Sequence[str], most: int = 6
+) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """Steps and values over training, by metric and by the runs' labels: of the first metrics that make a curve.
+
+    A level line makes none: it shows nothing that the table does not.
+    """
+    client = ensure_store()
+    found: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+    for key in metrics:
+        lines = {}
+        for label, run in zip(labels(runs), runs, strict=True):
+            history = client.get_metric_history(run.run_id, key) if key in run.metrics else []
+            points = dict(sorted((point.step, point.value) for point in history))
+            if len(points) > 1:
+                lines[label] = (list(points), list(points.values()))
+        if len({value for _, values in lines.values() for value in values}) > 1:
+            found[key] = lines
+        if len(found) == most:
+            break
+    return found
+
+
+def curve_metrics(runs: Sequence[RunSummary]) -> list[str]:
+    """The metrics whose curves may be drawn: the loss, then what tables show, then the loss's terms."""
+    everything = {key: value for run in runs for key, value in run.metrics.items()}
+    terms = [key for key in sorted(everything) if key.startswith("train/") and "/level" not in key]
+    return sorted([*worth_showing(everything), *terms], key=lambda key: key != "train/loss")

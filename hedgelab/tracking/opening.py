@@ -6,10 +6,9 @@ import getpass
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from hedgelab.errors import UserError
 from hedgelab.tracking.store import (
@@ -17,9 +16,7 @@ from hedgelab.tracking.store import (
     artifact_location,
     ensure_store,
     local_uri,
-    reason_of,
     sqlite_file,
-    unusable,
     without_credentials,
 )
 
@@ -27,9 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-T = TypeVar("T")
 OnUnreachable = Literal["fail", "local"]
-_PATIENCE = 30.0
 _logger = logging.getLogger(__name__)
 
 
@@ -68,49 +63,18 @@ def start_run(client: MlflowClient, uri: str, experiment: str, name: str | None,
     except (KeyError, OSError):  # a container may run under a number that has no name
         user = str(os.getuid())
     source = {"mlflow.user": user, "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
-    return _patiently(
-        uri,
-        lambda: client.create_run(_experiment(client, uri, experiment), run_name=name, tags={**source, **tags}),
-    )
+    return client.create_run(_experiment(client, uri, experiment), run_name=name, tags={**source, **tags})
 
 
 def continue_run(client: MlflowClient, uri: str, run_id: str) -> Run:
     """A run that is there, and runs again."""
-    return _patiently(uri, lambda: _continue(client, uri, run_id))
-
-
-def _experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """Id of the experiment of that name, made if absent."""
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            made: str = client.create_experiment(
-                name,
-                artifact_location=artifact_location(uri, name),
-                tags={"mlflow.experimentKind": "custom_model_development"},  # the UI's view of training runs
-            )
-            return made
-        except MlflowException:  # another process was quicker
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    if experiment.lifecycle_stage != "active":
-        raise UserError(
-            f"trainer.logger.experiment: '{name}' is deleted in {without_credentials(uri)}; restore it, or take another name"
-        )
-    return str(experiment.experiment_id)
-
-
-def _continue(client: MlflowClient, uri: str, run_id: str) -> Run:
     from mlflow.exceptions import MlflowException
 
     where = without_credentials(uri)
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        if _is_locked(error):
+        if "database is locked" in str(error):
             raise
         raise UserError(f"trainer.logger.run_id: no run '{run_id}' in {where}; see `hedgelab runs`") from error
     if run.info.lifecycle_stage != "active":
@@ -122,22 +86,23 @@ def _continue(client: MlflowClient, uri: str, run_id: str) -> Run:
     return run
 
 
-def _patiently(uri: str, act: Callable[[], T]) -> T:
-    """What ``act`` gives; a database that another process has locked is tried again for half a minute."""
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """Id of the experiment of that name, made if absent."""
     from mlflow.exceptions import MlflowException
 
-    end = time.monotonic() + _PATIENCE
-    while True:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view of training runs
         try:
-            return act()
-        except MlflowException as error:
-            if not _is_locked(error) or time.monotonic() > end:
-                raise UserError(unusable(uri, reason_of(error))) from error
-        time.sleep(0.5)
-
-
-def _is_locked(error: Exception) -> bool:
-    return "database is locked" in str(error)
+            return str(client.create_experiment(name, artifact_location(uri, name), kind))
+        except MlflowException:  # another process was quicker
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage != "active":
+        where = without_credentials(uri)
+        raise UserError(f"trainer.logger.experiment: '{name}' is deleted in {where}; restore it, or take another name")
+    return str(experiment.experiment_id)
 
 
 def _is_local(run_id: str) -> bool:

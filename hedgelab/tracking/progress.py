@@ -39,7 +39,6 @@ class StepProgressBar(TQDMProgressBar):
             total=self.trainer.max_steps if self.trainer.max_steps > 0 else None,
             disable=self.is_disabled or not self._terminal,
             dynamic_ncols=True,
-            leave=True,
             smoothing=0,
             mininterval=0,
             file=sys.stdout,
@@ -58,47 +57,41 @@ class StepProgressBar(TQDMProgressBar):
     def on_train_start(self, *_: Any) -> None:
         """Starts at the trainer's step, which is not zero where a run is resumed."""
         self.train_progress_bar = self.init_train_tqdm()
-        self._started_at, self._first_step = time.monotonic(), self.trainer.global_step
-        self._next_line = self._first_step
+        self._started_at = time.monotonic()
+        self._first_step = self._next_line = self.trainer.global_step
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         """Epochs mean nothing to an endless stream."""
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Moves on, and redraws if the last time was long enough ago."""
         now = time.monotonic()
         if self.is_enabled and now - self._drawn_at >= self._interval:
             self._drawn_at = now
             self._show(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Shows the last step."""
         if self.is_enabled:
             self._next_line = min(self._next_line, trainer.global_step)
             self._show(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, *_: Any) -> None:
         """Closes the bar of a validation pass that had one."""
         self.val_progress_bar.close()
         self.reset_dataloader_idx_tracker()
 
     def _show(self, trainer: L.Trainer) -> None:
-        loss = trainer.callback_metrics.get("train/loss")
+        loss, step, total = trainer.callback_metrics.get("train/loss"), trainer.global_step, trainer.max_steps
+        text = "" if loss is None else f"loss {float(loss):.4g}"
         if self._terminal:
-            bar = self.train_progress_bar
-            bar.n = trainer.global_step
-            if loss is not None:
-                bar.set_postfix_str(f"loss {float(loss):.4g}", refresh=False)
-            bar.refresh()
-        elif trainer.global_step >= self._next_line:
-            self._next_line = trainer.global_step + max(1, trainer.max_steps // _LINES_WITHOUT_TERMINAL)
-            sys.stdout.write(self._line(trainer, None if loss is None else float(loss)) + "\n")
+            self.train_progress_bar.n = step
+            self.train_progress_bar.set_postfix_str(text, refresh=False)
+            self.train_progress_bar.refresh()
+        elif step >= self._next_line:
+            self._next_line = step + max(1, total // _LINES_WITHOUT_TERMINAL)
+            rate = (step - self._first_step) / max(time.monotonic() - self._started_at, 1e-9)
+            left = f"{(total - step) / rate:.0f} s left" if rate and step < total else ""
+            line = ", ".join(filter(None, [f"step {step}/{total}", f"{rate:.1f} steps/s", left, text]))
+            sys.stdout.write(line + "\n")
             sys.stdout.flush()
-
-    def _line(self, trainer: L.Trainer, loss: float | None) -> str:
-        step, total = trainer.global_step, trainer.max_steps
-        rate = (step - self._first_step) / max(time.monotonic() - self._started_at, 1e-9)
-        left = f", {(total - step) / rate:.0f} s left" if rate and step < total else ""
-        return f"step {step}/{total}, {rate:.1f} steps/s{left}" + ("" if loss is None else f", loss {loss:.4g}")

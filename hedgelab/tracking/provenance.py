@@ -43,28 +43,23 @@ def _version(package: str) -> str:
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 def _git_tags() -> dict[str, str]:
     """Commit of the working directory's repository, else of the one that hedgelab is imported from; none elsewhere."""
     for folder in (Path.cwd(), Path(hedgelab.__file__).parent):
-        commit = _git(folder, "rev-parse", "HEAD")
-        if commit:
+        if commit := _git(folder, "rev-parse", "HEAD"):
             dirty = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
             return {"git_commit": commit, "git_dirty": str(dirty).lower(), "mlflow.source.git.commit": commit}
     return {}
 
 
 def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -25,13 +26,8 @@ if TYPE_CHECKING:
 _MOST_LATENTS_LOGGED = 16
 _MOST_COSINES_FOLLOWED = 2048
 _KEPT_COSINES = 200
-
-
-class Cosines(NamedTuple):
-    """Cosines of an SAE with the known features, ``[d_sae, n]`` each."""
-
-    decoder: Tensor
-    encoder: Tensor
+Cosines = tuple[Tensor, Tensor]
+"""Cosines of decoder and encoder with the known features, ``[d_sae, n]`` each."""
 
 
 class RunRecord(L.Callback):
@@ -44,9 +40,10 @@ class RunRecord(L.Callback):
     :class:`MLflowTracker` among the trainer's loggers it only keeps the SAE, as ``sae/`` beside the run's checkpoints.
     """
 
-    draws_figures = True
     where_and_how = EVERYTHING
+    draws_figures = True
     member = ""
+    own_tracker: MLflowTracker | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,14 +51,13 @@ class RunRecord(L.Callback):
         self._cosines: ThinnedSeries[Cosines] = ThinnedSeries(_KEPT_COSINES)
         self._losses_before: dict[str, Any] | None = None
         self._firing_rates: Tensor | None = None
-        self._samples = 0
-        self._since = 0.0
-        self._paused_at = 0.0
-        self._logged_at = 0
+        self._samples = self._logged_at = 0
+        self._since = self._paused_at = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Says where the run comes from."""
-        self._tracker = self.tracker_of(trainer)
+        found = (logger for logger in trainer.loggers if isinstance(logger, MLflowTracker))
+        self._tracker = self.own_tracker or next(found, None)
         if self._tracker is None:
             return
         if self._losses_before is not None:
@@ -74,7 +70,7 @@ class RunRecord(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock, and the history of the cosines."""
         self._samples, self._since, self._logged_at = 0, time.perf_counter(), trainer.global_step
-        self._follow_cosines(trainer, self.sae_of(pl_module))
+        self._follow_cosines(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops the clock: throughput is that of training."""
@@ -91,7 +87,7 @@ class RunRecord(L.Callback):
         if self._tracker is None:
             return
         self._samples += batch_rows(batch) * data_rank(trainer)[1]
-        self._follow_cosines(trainer, self.sae_of(pl_module))
+        self._follow_cosines(trainer, pl_module)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step // every > self._logged_at // every:
             self._log_throughput(self._tracker, trainer.global_step)
@@ -116,55 +112,58 @@ class RunRecord(L.Callback):
         from hedgelab.saes.io import gathered
         from hedgelab.training.checkpoints import folder_of
 
-        sae = gathered(self.sae_of(pl_module))
+        sae = gathered(self._sae(pl_module))
         if self._tracker is not None:
             self._finish(self._tracker, trainer, sae)
         elif trainer.is_global_zero and (folder := folder_of(trainer)) is not None:
             _save(sae, folder / "sae", _datamodule(trainer))
-
-    def tracker_of(self, trainer: L.Trainer) -> MLflowTracker | None:
-        """The tracker that is filled; None where there is none."""
-        return next((logger for logger in trainer.loggers if isinstance(logger, MLflowTracker)), None)
-
-    def sae_of(self, module: Any) -> Any:
-        """The SAE that is recorded."""
-        return module
 
     def state_dict(self) -> dict[str, Any]:
         """History so far, so that the figures of a resumed run show all of it; and the run, to be resumed."""
         losses = None if self._tracker is None else self._tracker.losses.state_dict()
         run_id = None if self._tracker is None else self._tracker.run_id
         cosines = self._cosines.state_dict()
-        cosines["values"] = [tuple(pair) for pair in cosines["values"]]
         return {"cosines": cosines, "losses": losses, "run_id": run_id, "firing_rates": self._firing_rates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
-        cosines = state_dict["cosines"]
-        self._cosines.load_state_dict({**cosines, "values": [Cosines(*pair) for pair in cosines["values"]]})
+        self._cosines.load_state_dict(state_dict["cosines"])
         self._losses_before = state_dict["losses"]
         self._firing_rates = state_dict.get("firing_rates")
+
+    def _sae(self, module: Any) -> Any:
+        return module.members[self.member] if self.member else module
 
     def _log_throughput(self, tracker: MLflowTracker, step: int) -> None:
         now = time.perf_counter()
         tracker.log_metrics({"samples/s": self._samples / (now - self._since)}, step)
         self._samples, self._since, self._logged_at = 0, now, step
 
-    def _follow_cosines(self, trainer: L.Trainer, sae: Any) -> None:
-        directions = _directions(trainer)
+    def _follow_cosines(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        sae, directions = self._sae(module), _directions(trainer)
         if directions is not None and sae.d_sae * len(directions) <= _MOST_COSINES_FOLLOWED:
             self._cosines.offer(trainer.global_step, lambda: _cosines(sae, directions))
 
     @rank_zero_only
     def _finish(self, tracker: MLflowTracker, trainer: L.Trainer, sae: Any) -> None:
-        step, directions = trainer.global_step, _directions(trainer)
-        _log_weights(tracker, sae, _datamodule(trainer))
+        from hedgelab.saes import weights_sha256
+
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "sae"
+            _save(sae, folder, _datamodule(trainer))
+            tracker.log_artifact(folder, "sae")
+            tracker.log_tags({"weights_sha256": weights_sha256(folder)})
+        directions = _directions(trainer)
         if directions is not None:
             cosines = _cosines(sae, directions)
             if sae.d_sae <= _MOST_LATENTS_LOGGED:
-                tracker.log_metrics(_final_numbers(sae, cosines), step)
+                numbers = {"b_dec_norm": float(sae.b_dec.detach().float().norm())}
+                for name, matrix in zip(("decoder_cos", "encoder_cos"), cosines, strict=True):
+                    for (latent, feature), value in np.ndenumerate(matrix.numpy()):
+                        numbers[f"latent{latent}/{name}/feature{feature}"] = float(value)
+                tracker.log_metrics(numbers, trainer.global_step)
             if self.draws_figures:
-                self._log_recovery_figures(tracker, sae, directions, cosines, step)
+                self._log_recovery_figures(tracker, sae, directions, cosines, trainer.global_step)
         if self.draws_figures:
             self._log_training_figures(tracker)
 
@@ -173,37 +172,36 @@ class RunRecord(L.Callback):
     ) -> None:
         from hedgelab.plots import cosine_heatmaps, cosines_over_training, decoder_bias
 
-        tracker.log_figure(cosine_heatmaps(cosines.decoder, cosines.encoder), "figures/cosines.png")
+        tracker.log_figure(cosine_heatmaps(*cosines), "figures/cosines.png")
         b_dec = sae.b_dec.detach().float()
         along = torch.nn.functional.normalize(directions.to(b_dec), dim=1) @ b_dec
         tracker.log_figure(decoder_bias(along.cpu(), float(b_dec.norm())), "figures/decoder_bias.png")
         if self._cosines.steps:
-            steps, values = self._cosines.steps, self._cosines.values
-            if steps[-1] != step:
-                steps, values = [*steps, step], [*values, cosines]
-            decoder, encoder = (torch.stack(part) for part in zip(*values, strict=True))
-            tracker.log_figure(cosines_over_training(steps, decoder, encoder), "figures/cosines_over_training.png")
+            history = dict(zip(self._cosines.steps, self._cosines.values, strict=True))
+            history.setdefault(step, cosines)
+            decoder, encoder = (torch.stack(part) for part in zip(*history.values(), strict=True))
+            tracker.log_figure(cosines_over_training([*history], decoder, encoder), "figures/cosines_over_training.png")
 
     def _log_training_figures(self, tracker: MLflowTracker) -> None:
         from hedgelab.plots import firing_density, loss_terms
 
-        losses = tracker.losses
-        names = dict.fromkeys(name for values in losses.values for name in values)
-        if names:
-            terms = {
-                name.removeprefix("train/"): (
-                    [step for step, values in zip(losses.steps, losses.values, strict=True) if name in values],
-                    [values[name] for values in losses.values if name in values],
-                )
-                for name in names
-            }
+        terms: dict[str, tuple[list[int], list[float]]] = {}
+        for step, values in zip(tracker.losses.steps, tracker.losses.values, strict=True):
+            for name, value in values.items():
+                steps, curve = terms.setdefault(name.removeprefix("train/"), ([], []))
+                steps.append(step)
+                curve.append(value)
+        if terms:
             tracker.log_figure(loss_terms(terms), "figures/loss_terms.png")
         if self._firing_rates is not None and len(self._firing_rates) > _MOST_LATENTS_LOGGED:
             tracker.log_figure(firing_density(self._firing_rates.cpu()), "figures/firing_density.png")
 
 
 class MemberRecord(RunRecord):
-    """Records one member of an :class:`~hedgelab.saes.SAEGroup` in a run of its own, without figures: groups are large."""
+    """Records one member of an :class:`~hedgelab.saes.SAEGroup` in a run of its own, without figures: groups are large.
+
+    The member's name is empty where the SAE is trained by itself.
+    """
 
     draws_figures = False
 
@@ -216,22 +214,13 @@ class MemberRecord(RunRecord):
         """Each member's state has a name of its own in a checkpoint."""
         return f"{type(self).__qualname__}[{self.member}]"
 
-    def tracker_of(self, trainer: L.Trainer) -> MLflowTracker | None:
-        """The member's own."""
-        return self.own_tracker
-
-    def sae_of(self, module: Any) -> Any:
-        """The member."""
-        return module.members[self.member] if self.member else module
-
 
 def _datamodule(trainer: L.Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
-def _directions(trainer: L.Trainer) -> Tensor | None:
-    directions: Tensor | None = getattr(_datamodule(trainer), "feature_directions", None)
-    return directions
+def _directions(trainer: L.Trainer) -> Any:
+    return getattr(_datamodule(trainer), "feature_directions", None)
 
 
 @torch.no_grad()
@@ -242,15 +231,7 @@ def _cosines(sae: SAE, directions: Tensor) -> Cosines:
     directions = directions.to(sae.W_dec.device)
     decoder = decoder_cosines(full_tensor(sae.W_dec), directions)
     encoder = encoder_cosines(full_tensor(sae.W_enc), directions)
-    return Cosines(decoder.float().cpu(), encoder.float().cpu())
-
-
-def _final_numbers(sae: SAE, cosines: Cosines) -> dict[str, float]:
-    numbers = {"b_dec_norm": float(sae.b_dec.detach().float().norm())}
-    for name, matrix in zip(("decoder_cos", "encoder_cos"), cosines, strict=True):
-        for latent, row in enumerate(matrix.tolist()):
-            numbers |= {f"latent{latent}/{name}/feature{feature}": value for feature, value in enumerate(row)}
-    return numbers
+    return decoder.float().cpu(), encoder.float().cpu()
 
 
 def _save(sae: SAE, folder: Path, data: Any) -> None:
@@ -260,13 +241,3 @@ def _save(sae: SAE, folder: Path, data: Any) -> None:
     save_sae(sae, folder)
     if isinstance(data, ActivationDataModule) and (source := data.source()) is not None:
         source.save(folder)
-
-
-def _log_weights(tracker: MLflowTracker, sae: SAE, data: Any) -> None:
-    from hedgelab.saes import weights_sha256
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "sae"
-        _save(sae, folder, data)
-        tracker.log_artifact(folder, "sae")
-        tracker.log_tags({"weights_sha256": weights_sha256(folder)})

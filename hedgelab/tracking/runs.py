@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from hedgelab.errors import UserError
 from hedgelab.tracking.store import all_experiments, ensure_store, reason_of, sqlite_file, tracking_uri
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from hedgelab.saes import SAE
 
+PARENT_TAG = "mlflow.parentRunId"
 _HAS_SAE = "tags.weights_sha256 LIKE '%'"
 _SAE_FILE = "sae.json"
-PARENT_TAG = "mlflow.parentRunId"
 _PAGE = 100
 REPORT_TAG = "hedgelab.report"
 """Tag of the run that holds an experiment's report; it is no run of anything."""
@@ -30,7 +30,7 @@ REPORT_TAG = "hedgelab.report"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run."""
+    """One run as the store has it: its times (ISO 8601, UTC), flat parameters, the last value of each metric."""
 
     name: str
     run_id: str
@@ -47,7 +47,7 @@ class RunSummary:
 
 
 class FoundSAE(NamedTuple):
-    """An SAE on disk."""
+    """An SAE on disk, and the run that it comes from; None for a folder of the user's."""
 
     folder: Path
     run: RunSummary | None
@@ -71,27 +71,32 @@ def import_class(path: str | None) -> None:
         raise UserError(f"--class: cannot import {path!r}; expected package.module.Class, its folder on PYTHONPATH")
 
 
-def resolve_run(word: str, with_sae: bool = False, uri: str | None = None) -> RunSummary:
-    """The run that a word on the command line means."""
-    client, names = open_runs(uri)
-    wanted = _HAS_SAE if with_sae else ""
+def resolve_run(word: str, with_sae: bool = False) -> RunSummary:
+    """The run that a word on the command line means.
+
+    ``last`` is the newest run that is not part of another; else the word is a run's name (of several, the newest is meant),
+    its id or the first characters of its id. ``with_sae`` looks only among runs that kept an SAE.
+    """
+    client, names = open_runs()
+    more = [_HAS_SAE] if with_sae else []
     if word == "last":
-        found = _newest_of_its_own(client, list(names), wanted)
+        found = _newest(client, names, more, 1, own=True)
     else:
-        by_name = f"attributes.run_name = '{word}'"
-        found = [] if set(word) & set("'\\\n") else _newest(client, names, _both(by_name, wanted), 1)
+        found = (
+            [] if set(word) & set("'\\\n") else _newest(client, names, [f"attributes.run_name = '{word}'", *more], 1)
+        )
         if not found and re.fullmatch(r"[0-9a-f]{4,32}", word):
-            found = _newest(client, names, _both(f"attributes.run_id LIKE '{word}%'", wanted), 5)
+            found = _newest(client, names, [f"attributes.run_id LIKE '{word}%'", *more], 5)
     if len(found) > 1:
-        fits = ", ".join(run.info.run_id[:12] for run in found)
+        fits = ", ".join(run.run_id[:12] for run in found)
         raise UserError(f"'{word}' is the beginning of several run ids ({fits}); give more characters")
     if not found:
         kind = "run that kept an SAE" if with_sae else "run"
         raise UserError(f"no {kind} '{word}' in the store; give 'last', or a name or id that `hedgelab runs` lists")
-    return _summary(found[0], names)
+    return found[0]
 
 
-def resolve_sae(word: str, uri: str | None = None) -> FoundSAE:
+def resolve_sae(word: str) -> FoundSAE:
     """The SAE that a word on the command line means: a folder that holds one, or a run (see :func:`resolve_run`)."""
     folder = Path(word)
     for candidate in (folder, folder / "sae"):
@@ -99,88 +104,74 @@ def resolve_sae(word: str, uri: str | None = None) -> FoundSAE:
             return FoundSAE(candidate, None)
     if folder.is_dir():
         raise UserError(f"{folder}: holds no {_SAE_FILE}; expected a run's name or id, or a folder with an SAE")
-    run = resolve_run(word, with_sae=True, uri=uri)
-    return FoundSAE(artifact(run, "sae", uri), run)
+    run = resolve_run(word, with_sae=True)
+    return FoundSAE(artifact(run, "sae"), run)
 
 
-def children_with_sae(run: RunSummary, uri: str | None = None) -> list[RunSummary]:
+def children_with_sae(run: RunSummary) -> list[RunSummary]:
     """The finished runs right below a run that kept an SAE, in the order in which they began."""
-    client, names = open_runs(uri)
-    wanted = f"tags.mlflow.parentRunId = '{run.run_id}' and attributes.status = 'FINISHED' and {_HAS_SAE}"
+    client, names = open_runs()
+    wanted = f"tags.{PARENT_TAG} = '{run.run_id}' and attributes.status = 'FINISHED' and {_HAS_SAE}"
     return [_summary(one, names) for one in search_runs(client, wanted, names, "ASC")]
 
 
-def artifact(run: RunSummary, path: str, uri: str | None = None) -> Path:
+def artifact(run: RunSummary, path: str) -> Path:
     """A run's artifact on this machine: where it lies if it is here, else a copy."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar a file says nothing
     try:
-        return Path(ensure_store(uri).download_artifacts(run.run_id, path))
+        return Path(ensure_store().download_artifacts(run.run_id, path))
     except Exception as error:  # every artifact store has errors of its own
         reason = reason_of(error)
         raise UserError(f"run {run.run_id[:8]} ({run.name}): cannot get its artifact '{path}' ({reason})") from error
 
 
-def open_runs(uri: str | None = None) -> tuple[MlflowClient, dict[str, str]]:
-    """A client of a store that exists, and the names of its experiments by id."""
-    uri = uri or tracking_uri()
-    database = sqlite_file(uri)
+def open_runs() -> tuple[MlflowClient, dict[str, str]]:
+    """A client of the store, which must exist, and the names of its experiments by id."""
+    database = sqlite_file(tracking_uri())
     if database is not None and not database.exists():
         raise UserError(f"MLFLOW_TRACKING_URI: no store at {database}; start a run with `hedgelab fit`, or set it")
-    client = ensure_store(uri)
+    client = ensure_store()
     return client, all_experiments(client)
 
 
-def list_runs(
-    experiment: str | None = None, last: bool = False, limit: int = 20, uri: str | None = None
-) -> list[RunSummary]:
-    """The latest runs, newest first."""
-    client, names = open_runs(uri)
+def list_runs(experiment: str | None = None, last: bool = False, limit: int = 20) -> list[RunSummary]:
+    """The latest runs, newest first: of one experiment or of all, or only the last that is not part of another."""
+    client, names = open_runs()
     if experiment is not None:
         if experiment not in names.values():
             raise UserError(f"--experiment: no '{experiment}' in the store; it has {', '.join(sorted(names.values()))}")
         names = {key: name for key, name in names.items() if name == experiment}
-    if last:
-        return [_summary(run, names) for run in _newest_of_its_own(client, list(names))]
-    return [_summary(run, names) for run in _newest(client, names, "", limit)]
+    return _newest(client, names, [], 1 if last else limit, own=last)
 
 
 def search_runs(
     client: MlflowClient, wanted: str, experiments: Iterable[str] | None = None, order: str = "DESC"
 ) -> Iterator[Run]:
-    """Runs by the time at which they began, however many, in however many experiments."""
+    """Runs that fit a filter in MLflow's language, the newest first (``ASC``: the oldest), however many.
+
+    They are searched in the experiments of the given ids, or in all.
+    """
     experiments = list(all_experiments(client) if experiments is None else experiments)
-    token = None
-    while True:
-        page = client.search_runs(
-            experiments,
-            filter_string=wanted,
-            order_by=[f"attributes.start_time {order}"],
-            max_results=_PAGE,
-            page_token=token,
-        )
+    by = [f"attributes.start_time {order}"]
+    page = client.search_runs(experiments, wanted, order_by=by, max_results=_PAGE)
+    yield from page
+    while page.token:
+        page = client.search_runs(experiments, wanted, order_by=by, max_results=_PAGE, page_token=page.token)
         yield from page
-        token = page.token
-        if not token:
-            return
 
 
-def _newest(client: MlflowClient, experiments: Iterable[str], wanted: str, limit: int) -> list[Run]:
-    return list(islice(search_runs(client, wanted, experiments), limit))
-
-
-def _both(first: str, second: str) -> str:
-    return f"{first} AND {second}" if second else first
-
-
-def _newest_of_its_own(client: MlflowClient, experiments: list[str], wanted: str = "") -> list[Run]:
-    """The newest run that stands below no other, as a list of one; empty where there is none."""
-    own = (run for run in search_runs(client, wanted, experiments) if not {PARENT_TAG, REPORT_TAG} & set(run.data.tags))
-    return list(islice(own, 1))
+def _newest(
+    client: MlflowClient, names: dict[str, str], wanted: list[str], limit: int, own: bool = False
+) -> list[RunSummary]:
+    """The newest runs that fit all filters; ``own`` ones stand below no other."""
+    found = search_runs(client, " AND ".join(wanted), names)
+    if own:
+        found = (run for run in found if not {PARENT_TAG, REPORT_TAG} & set(run.data.tags))
+    return [_summary(run, names) for run in islice(found, limit)]
 
 
 def _summary(run: Run, experiments: dict[str, str]) -> RunSummary:
     info, data = run.info, run.data
-    metrics: dict[str, Any] = data.metrics
     return RunSummary(
         name=info.run_name,
         run_id=info.run_id,
@@ -190,7 +181,7 @@ def _summary(run: Run, experiments: dict[str, str]) -> RunSummary:
         duration_seconds=None if info.end_time is None else (info.end_time - info.start_time) / 1000,
         params=dict(sorted(data.params.items())),
         tags={key: value for key, value in sorted(data.tags.items()) if not key.startswith("mlflow.")},
-        metrics=dict(sorted(metrics.items())),
+        metrics=dict(sorted(data.metrics.items())),
         artifact_uri=info.artifact_uri,
         description=data.tags.get("mlflow.note.content"),
         parent=data.tags.get(PARENT_TAG),

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -35,92 +35,84 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
+T = TypeVar("T")
 Point = tuple[str, float, int, int]
 """A metric's key, value, timestamp in ms, and step."""
-_MOST_AT_ONCE = 100  # MLflow's limit for parameters and tags in one call
+MOST_POINTS = 1000  # MLflow's limits for one call: of points, and of parameters and tags
+_MOST_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Points of metrics, at most 1000 (MLflow's limit for one call).
+    """Points of metrics, at most 1000.
 
     ``repeated`` ones come from a run that went on without knowing how far the store had got: what the store has is not sent.
     """
 
-    op: ClassVar[str] = "metrics"
     metrics: list[Point]
     repeated: bool = False
-
-    def send(self, client: MlflowClient, run_id: str) -> None:
-        """Write all points in one call."""
-        from mlflow.entities import Metric
-
-        known = last_steps(client.get_run(run_id)) if self.repeated else {}
-        if points := [Metric(*point) for point in self.metrics if point[3] > known.get(point[0], -1)]:
-            client.log_batch(run_id, metrics=points)
 
 
 @dataclass(frozen=True)
 class Params:
     """Flat parameters, each short enough for MLflow."""
 
-    op: ClassVar[str] = "params"
     params: dict[str, str]
-
-    def send(self, client: MlflowClient, run_id: str) -> None:
-        """Write them."""
-        from mlflow.entities import Param
-
-        entities = [Param(key, value) for key, value in self.params.items()]
-        for start in range(0, len(entities), _MOST_AT_ONCE):
-            client.log_batch(run_id, params=entities[start : start + _MOST_AT_ONCE])
 
 
 @dataclass(frozen=True)
 class Tags:
     """Tags of the run."""
 
-    op: ClassVar[str] = "tags"
     tags: dict[str, str]
-
-    def send(self, client: MlflowClient, run_id: str) -> None:
-        """Write them."""
-        from mlflow.entities import RunTag
-
-        entities = [RunTag(key, value) for key, value in self.tags.items()]
-        for start in range(0, len(entities), _MOST_AT_ONCE):
-            client.log_batch(run_id, tags=entities[start : start + _MOST_AT_ONCE])
 
 
 @dataclass(frozen=True)
 class Artifact:
     """A file, or a folder with all it holds, and the artifact folder it belongs in."""
 
-    op: ClassVar[str] = "artifact"
     source: str
     artifact_path: str | None = None
-
-    def send(self, client: MlflowClient, run_id: str) -> None:
-        """Upload the file or the content of the folder."""
-        upload = client.log_artifacts if Path(self.source).is_dir() else client.log_artifact
-        upload(run_id, self.source, self.artifact_path)
 
 
 @dataclass(frozen=True)
 class Status:
     """How and when the run ended."""
 
-    op: ClassVar[str] = "status"
     status: str
     end_time: int
 
-    def send(self, client: MlflowClient, run_id: str) -> None:
-        """End the run."""
-        client.set_terminated(run_id, status=self.status, end_time=self.end_time)
-
 
 Operation = Metrics | Params | Tags | Artifact | Status
-_OPERATIONS: dict[str, type[Operation]] = {cls.op: cls for cls in (Metrics, Params, Tags, Artifact, Status)}
+_OPERATIONS: dict[str, type[Operation]] = {
+    cls.__name__.lower(): cls for cls in (Metrics, Params, Tags, Artifact, Status)
+}
+
+
+def _name(operation: Operation) -> str:
+    return type(operation).__name__.lower()
+
+
+def send(operation: Operation, client: MlflowClient, run_id: str) -> None:
+    """Write an operation to a run of the store."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    match operation:
+        case Metrics(points, repeated):
+            known = last_steps(client.get_run(run_id)) if repeated else {}
+            if unknown := [Metric(*point) for point in points if point[3] > known.get(point[0], -1)]:
+                client.log_batch(run_id, metrics=unknown)
+        case Params(params):
+            for some in pages(list(params.items()), _MOST_AT_ONCE):
+                client.log_batch(run_id, params=[Param(*pair) for pair in some])
+        case Tags(tags):
+            for some in pages(list(tags.items()), _MOST_AT_ONCE):
+                client.log_batch(run_id, tags=[RunTag(*pair) for pair in some])
+        case Artifact(source, artifact_path):
+            upload = client.log_artifacts if Path(source).is_dir() else client.log_artifact
+            upload(run_id, source, artifact_path)
+        case Status(status, end_time):
+            client.set_terminated(run_id, status=status, end_time=end_time)
 
 
 class Spool:
@@ -185,7 +177,7 @@ class Spool:
                     try:
                         if isinstance(operation, Artifact) and failure is not None:
                             raise failure
-                        operation.send(client, self.run_id)
+                        send(operation, client, self.run_id)
                     except Exception as error:
                         if is_refusal(error):
                             refused.append(self._refuse(operation, lines[done], error))
@@ -211,9 +203,7 @@ class Spool:
     def _refuse(self, operation: Operation, line: str, error: Exception) -> str:
         with self.refused.open("a") as file:
             file.write(line + "\n")
-        return (
-            f"the tracking store refuses {operation.op} ({reason_of(error)}); kept in {self.refused}, the rest is sent"
-        )
+        return f"the tracking store refuses {_name(operation)} ({reason_of(error)}); kept in {self.refused}, the rest is sent"
 
     def _lines(self) -> list[str]:
         """The operations that wait; one cut short as its process was killed, always the last, is left out."""
@@ -231,7 +221,7 @@ class Spool:
                 shutil.rmtree(self.files, ignore_errors=True)
 
     def _encode(self, operation: Operation) -> str:
-        fields: dict[str, Any] = {"op": operation.op, **asdict(operation)}
+        fields: dict[str, Any] = {"op": _name(operation), **asdict(operation)}
         if isinstance(operation, Metrics):  # values as text: JSON has no word for nan and inf
             fields["metrics"] = [(key, repr(value), time, step) for key, value, time, step in operation.metrics]
         elif isinstance(operation, Artifact):
@@ -265,6 +255,11 @@ class Spool:
         if not inside or any(one.is_symlink() for one in (path, *path.rglob("*"))):
             raise UserError(f"'{name}' is no file that was kept here")
         return path
+
+
+def pages(items: list[T], most: int) -> list[list[T]]:
+    """Items in lists of at most so many."""
+    return [items[start : start + most] for start in range(0, len(items), most)]
 
 
 def is_refusal(error: Exception) -> bool:

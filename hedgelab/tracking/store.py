@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _SQLITE = "sqlite:///"
 _CONNECT_SECONDS = 3.0
+_BUSY_SECONDS = 30  # for which a database that another process has locked is waited for
 _MOST_SHOWN = 300
 # How HTTP libraries name what went wrong: the last cause, its object left out.
 _CAUSED = re.compile(r".*Caused by \w+\((?P<quote>['\"]?)(?:(?:<[^>]*>|\w+\([^)]*\)): )?(?P<reason>.+?)(?P=quote)\)+")
@@ -104,13 +105,13 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
 
     Any number of processes may call this at once: one creates the file, the others wait for it.
     """
-    uri = uri or tracking_uri()
+    address = uri = uri or tracking_uri()
     database = sqlite_file(uri)
     try:
         if database is not None:
             create_database(database)
             check_database(database)
-            uri = f"{_SQLITE}{database}"
+            address = f"{_SQLITE}{database}?timeout={_BUSY_SECONDS}"
         elif uri.startswith("sqlite"):
             raise ValueError("a database is given as sqlite:///path, relative to the working folder or from the root")
         else:
@@ -118,7 +119,7 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs in pages, it also raises
-        client = MlflowClient(tracking_uri=uri)
+        client = MlflowClient(tracking_uri=address)
         client.search_experiments(max_results=1)
     except UserError:
         raise
@@ -129,42 +130,40 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
 
 def all_experiments(client: MlflowClient) -> dict[str, str]:
     """Names of the active experiments by id, however many: a store gives them in pages."""
-    names: dict[str, str] = {}
-    token = None
-    while True:
-        page = client.search_experiments(page_token=token)
-        names |= {found.experiment_id: found.name for found in page}
-        token = page.token
-        if not token:
-            return names
+    page = client.search_experiments()
+    found = list(page)
+    while page.token:
+        page = client.search_experiments(page_token=page.token)
+        found += page
+    return {experiment.experiment_id: experiment.name for experiment in found}
 
 
 def unusable(uri: str, reason: str) -> str:
     """Why a store cannot be used, and what to do, in a line."""
-    head = f"MLFLOW_TRACKING_URI: cannot use the store {without_credentials(uri)} ({reason})"
     if denied := re.search(r"error code 40[13]\b", reason):
-        return (
-            f"{head.replace(reason, denied[0])}; the server wants to know who you are: set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        reason = denied[0]
+        remedy = (
+            "the server wants to know who you are: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN"
         )
-    if "://" in uri and not uri.startswith("sqlite"):
-        return (
-            f"{head}; start the server, or unset it for runs/mlflow.db, or train with trainer.logger.on_unreachable=local "
+    elif "://" in uri and not uri.startswith("sqlite"):
+        remedy = (
+            "start the server, or unset it for runs/mlflow.db, or train with trainer.logger.on_unreachable=local "
             "and send the runs later with `hedgelab sync`"
         )
-    if "locked" in reason:
-        return (
-            f"{head}; another process holds it: end that one, set it to another store, or unset it for runs/mlflow.db"
-        )
-    if "is full" in reason or "No space" in reason:
-        return f"{head}; free some space, or set it to another store"
-    return f"{head}; check the file and its folder, or unset it for runs/mlflow.db"
+    elif "locked" in reason:
+        remedy = "another process holds it: end that one, set it to another store, or unset it for runs/mlflow.db"
+    elif "is full" in reason or "No space" in reason:
+        remedy = "free some space, or set it to another store"
+    else:
+        remedy = "check the file and its folder, or unset it for runs/mlflow.db"
+    return f"MLFLOW_TRACKING_URI: cannot use the store {without_credentials(uri)} ({reason}); {remedy}"
 
 
 def check_database(database: Path) -> None:
     """See that a file is a database of MLflow, without MLflow."""
     try:
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True)) as connection:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True, timeout=0)) as connection:
             # Not read only: where a writer was killed, this rolls back what it left unfinished.
             connection.execute("SELECT 1 FROM experiments")
     except sqlite3.Error as error:
@@ -186,11 +185,10 @@ def create_database(database: Path) -> None:
             return
         partial = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
         try:
-            _make_database(_template())
-            shutil.copyfile(_template(), partial)
-        except (OSError, RuntimeError):  # this user has no cache folder, or may not write there
-            _make_database(partial)
-        try:
+            try:
+                shutil.copyfile(_filled_template(), partial)
+            except (OSError, RuntimeError):  # this user has no cache folder, or may not write there
+                _make_database(partial)
             with closing(sqlite3.connect(partial)) as connection, connection:
                 location = f"{(database.parent / 'artifacts').as_uri()}/0"
                 connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (location,))
@@ -204,6 +202,22 @@ def _template() -> Path:
     return cache / "hedgelab" / f"mlflow-{version('mlflow')}.db"
 
 
+def _filled_template() -> Path:
+    """An empty database of this version of MLflow, made if it is missing."""
+    path = _template()
+    if not _is_database(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+            try:
+                if not _is_database(path):
+                    _make_database(partial)
+                    partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+    return path
+
+
 def _is_database(path: Path) -> bool:
     try:
         check_database(path)
@@ -213,26 +227,12 @@ def _is_database(path: Path) -> bool:
 
 
 def _make_database(path: Path) -> None:
-    """Has MLflow make an empty database where there is none; it appears at the path when it is complete.
+    """Has MLflow make an empty database: step by step, so that others must not see the file before it is complete."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    MLflow changes its schema in place, step by step: a second process would meet half of it and crash.
-    """
-    if _is_database(path):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if _is_database(path):
-            return
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        try:
-            store = SqlAlchemyStore(f"{_SQLITE}{partial}", (path.parent / "artifacts").as_uri())  # type: ignore[no-untyped-call]
-            store.engine.dispose()
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    store = SqlAlchemyStore(f"{_SQLITE}{path}", (path.parent / "artifacts").as_uri())  # type: ignore[no-untyped-call]
+    store.engine.dispose()
 
 
 def prepare_store_in_background(uri: str | None = None) -> None:

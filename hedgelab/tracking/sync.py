@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from hedgelab.errors import UserError
 from hedgelab.tracking.runs import PARENT_TAG, search_runs
-from hedgelab.tracking.spool import Artifact, Metrics, Params, Spool, Status, Tags
+from hedgelab.tracking.spool import MOST_POINTS, Artifact, Metrics, Params, Spool, Status, Tags, pages, send
 from hedgelab.tracking.store import (
     INTENDED,
     all_experiments,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 LOCAL_RUN = "hedgelab.local_run"
-_PAGE = 1000
 
 
 class Sent(NamedTuple):
@@ -114,17 +113,18 @@ def _send_run(local: MlflowClient, remote: MlflowClient, run: Run, experiment: s
         tags[PARENT_TAG] = ids.get(tags[PARENT_TAG], tags[PARENT_TAG])
     there = _copy_of(remote, run, experiment, tags)
     copy = str(there.info.run_id)
-    Tags(tags).send(remote, copy)
-    Params({key: value for key, value in run.data.params.items() if key not in there.data.params}).send(remote, copy)
+    send(Tags(tags), remote, copy)
+    params = {key: value for key, value in run.data.params.items() if key not in there.data.params}
+    send(Params(params), remote, copy)
     for key in run.data.metrics:
         points = [(m.key, m.value, m.timestamp, m.step) for m in local.get_metric_history(own, key)]
-        for start in range(0, len(points), _PAGE):
-            Metrics(points[start : start + _PAGE]).send(remote, copy)
+        for some in pages(points, MOST_POINTS):
+            send(Metrics(some), remote, copy)
     if local.list_artifacts(own):
         with tempfile.TemporaryDirectory() as folder:
-            Artifact(local.download_artifacts(own, "", folder)).send(remote, copy)
+            send(Artifact(local.download_artifacts(own, "", folder)), remote, copy)
     if run.info.status != "RUNNING":
-        Status(run.info.status, run.info.end_time).send(remote, copy)
+        send(Status(run.info.status, run.info.end_time), remote, copy)
     return copy
 
 

@@ -12,7 +12,7 @@ from hedgelab.tracking.spool import Metrics
 
 
 class SystemSampler:
-    """Processor, memory and GPU use, over seconds since the run began (which go on where a run is resumed)."""
+    """Samples processor, memory and GPU use, over seconds since the run began (which go on where a run is resumed)."""
 
     def __init__(self, start_time_ms: int) -> None:
         self._start_time_ms = start_time_ms
@@ -30,19 +30,12 @@ class SystemSampler:
             "system_memory_usage_megabytes": memory.used / 1e6,
             "system_memory_usage_percentage": memory.percent,
             "process_memory_usage_megabytes": self._process.memory_info().rss / 1e6,
-            **_gpu_use(),
         }
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            free, total = torch.cuda.mem_get_info(index)
+            values[f"gpu_{index}_memory_usage_megabytes"] = (total - free) / 1e6
+            values[f"gpu_{index}_memory_usage_percentage"] = 100 * (total - free) / total
+            with suppress(Exception):  # needs NVIDIA's management library for Python, which is optional
+                values[f"gpu_{index}_utilization_percentage"] = torch.cuda.utilization(index)
         step = (now - self._start_time_ms) // 1000
         return Metrics([(f"system/{name}", float(value), now, step) for name, value in values.items()])
-
-
-def _gpu_use() -> dict[str, float]:
-    use: dict[str, float] = {}
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            use[f"gpu_{index}_memory_usage_megabytes"] = (total - free) / 1e6
-            use[f"gpu_{index}_memory_usage_percentage"] = 100 * (total - free) / total
-            with suppress(Exception):  # needs NVIDIA's management library for Python, which is optional
-                use[f"gpu_{index}_utilization_percentage"] = torch.cuda.utilization(index)
-    return use

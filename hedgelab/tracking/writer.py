@@ -9,14 +9,13 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from hedgelab.tracking.spool import Artifact, Metrics, Operation, Point, Spool, is_refusal
+from hedgelab.tracking.spool import MOST_POINTS, Artifact, Metrics, Operation, Point, Spool, is_refusal, pages, send
 from hedgelab.tracking.store import reason_of
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 _logger = logging.getLogger(__name__)
-_MAX_POINTS_PER_CALL = 1000
 _MOST_QUEUED = 20
 _SAMPLE_SECONDS = 10.0
 _RETRY_SECONDS = 15.0
@@ -158,7 +157,7 @@ class RunWriter:
 
     def _send_first(self, operation: Operation) -> None:
         try:
-            operation.send(self._client, self._run_id)
+            send(operation, self._client, self._run_id)
         except Exception as error:
             with self._order:
                 self._spill()
@@ -192,8 +191,7 @@ class RunWriter:
             timestamp, step, metrics = self._points.popleft()
             self._points_out += len(metrics)
             points += [(key, value, timestamp, step) for key, value in metrics.items()]
-        for start in range(0, len(points), _MAX_POINTS_PER_CALL):
-            self._queue.append(Metrics(points[start : start + _MAX_POINTS_PER_CALL], self._repeats))
+        self._queue.extend(Metrics(some, self._repeats) for some in pages(points, MOST_POINTS))
         if len(self._queue) > _MOST_QUEUED:
             self._spill()
 

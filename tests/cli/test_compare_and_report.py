@@ -163,6 +163,6 @@ def test_no_word_of_a_run_becomes_part_of_the_page(hostile, tmp_path, monkeypatc
     Tags().feed(text)
     assert "alert(1)" in text
     assert "secret" not in text
-    assert main(["compare", "last", list_runs(uri=hostile)[-1].run_id[:8], "--to", "curves.png"]) == 0
+    assert main(["compare", "last", list_runs()[-1].run_id[:8], "--to", "curves.png"]) == 0
     assert main(["runs"]) == 0
     assert "\x1b" not in capsys.readouterr().out

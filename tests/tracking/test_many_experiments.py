@@ -44,10 +44,11 @@ def test_all_experiments_of_a_store_are_seen(crowded):
     assert len(client.search_experiments()) < len(names)  # one page: what there is to miss
 
 
-def test_runs_in_the_last_page_are_found(crowded):
+def test_runs_in_the_last_page_are_found(crowded, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", crowded)
     client = ensure_store(crowded)
-    assert resolve_run("done", uri=crowded).experiment == "oldest"
-    assert {run.name for run in list_runs("oldest", uri=crowded)} == {"done", "begun"}
+    assert resolve_run("done").experiment == "oldest"
+    assert {run.name for run in list_runs("oldest")} == {"done", "begun"}
     assert [run.info.run_name for run in search_runs(client, "attributes.status = 'FINISHED'")] == ["done"]
     assert finished_run(client, "done").info.run_name == "done"
     assert finished_run(client, "begun") is None

@@ -66,10 +66,11 @@ def test_table_shows_key_numbers_and_no_empty_columns(runs):
     assert "failed" in two
 
 
-def test_no_store_and_no_runs(uri, tmp_path):
+def test_no_store_and_no_runs(uri, tmp_path, monkeypatch):
     assert format_table(list_runs()) == "no runs yet"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/absent.db")
     with pytest.raises(UserError, match=r"no store at .*hedgelab fit"):
-        list_runs(uri=f"sqlite:///{tmp_path}/absent.db")
+        list_runs()
     assert not (tmp_path / "absent.db").exists()
 
 
