@@ -28,12 +28,12 @@ from hedgelab.config.folders import check_folders
 from hedgelab.config.tree import Tree, compose, config_files, opening_comment, with_bare_flags, without_configs
 from hedgelab.config.walk import Walk
 from hedgelab.data.datamodule import ActivationDataModule
-from hedgelab.errors import UserError, one_line
+from hedgelab.errors import UserError, one_line, stop_at_once
 from hedgelab.protocols.training_phases import was_cut
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
 from hedgelab.tracking.params import searchable
-from hedgelab.training.checkpoints import RunCheckpoint, stop_at_once, use_verified_io
+from hedgelab.training.checkpoints import RunCheckpoint, use_verified_io
 from hedgelab.training.checkpoints.peers import lost, watch
 from hedgelab.training.flags import accelerator
 from hedgelab.training.guard import FiniteGuard

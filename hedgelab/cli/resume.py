@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,6 @@ from hedgelab.training.checkpoints.matching import Match, as_option, compare, do
 if TYPE_CHECKING:
     from hedgelab.cli.lightning import HedgelabCLI
 
-_logger = logging.getLogger(__name__)
 _MOST_SHOWN = 3
 _RELEASE = "hedgelab"
 _OF_THIS_START = {"config", "ckpt_path", "resume", "retrain"}
@@ -144,7 +142,7 @@ class Resumption:
             if isinstance(logger, MLflowTracker) and self.folder.run_id is not None:
                 logger.go_on_with(self.folder.run_id)
         start_time_limit_anew(trainer)
-        checkpoint = newest_whole(self.folder.path, lambda line: _logger.warning("resume: %s", line))
+        checkpoint = newest_whole(self.folder.path)
         phases = self._cli.command == "hedge"
         start = "with its unfinished phases" if phases else f"from {checkpoint or 'its beginning'}"
         say(f"resume: run {self.folder.path.name} goes on {start}")

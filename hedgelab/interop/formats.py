@@ -15,28 +15,24 @@ from hedgelab.saes import SAE
 
 
 class Format(NamedTuple):
-    """How a library keeps an SAE in a folder."""
+    """The two files of a library's folder, and what reads it."""
 
-    weights: str
     config: str
+    weights: str
     read: Callable[[str | Path], tuple[SAE, ActivationSource]]
 
 
 FORMATS = {
-    "saelens": Format(saelens.WEIGHTS, saelens.CONFIG, saelens.import_saelens),
-    "sparsify": Format(sparsify.WEIGHTS, sparsify.CONFIG, sparsify.import_sparsify),
+    "saelens": Format(saelens.CONFIG, saelens.WEIGHTS, saelens.import_saelens),
+    "sparsify": Format(sparsify.CONFIG, sparsify.WEIGHTS, sparsify.import_sparsify),
     "dictionary_learning": Format(
-        dictionary_learning.WEIGHTS, dictionary_learning.CONFIG, dictionary_learning.import_dictionary_learning
+        dictionary_learning.CONFIG, dictionary_learning.WEIGHTS, dictionary_learning.import_dictionary_learning
     ),
 }
 
 
 def format_of(folder: Path) -> str:
-    """The library whose files a folder holds.
-
-    Raises:
-        UserError: It holds those of none.
-    """
+    """The library whose files a folder holds."""
     for name, known in FORMATS.items():
         if (folder / known.weights).is_file() and (folder / known.config).is_file():
             return name
@@ -45,29 +41,17 @@ def format_of(folder: Path) -> str:
 
 
 def import_folder(path: Path, name: str | None = None) -> tuple[SAE, ActivationSource, str]:
-    """An SAE of another library, what it reads as far as its folder tells, and the library's name.
-
-    Args:
-        path: The folder, or one of the two files in it.
-        name: The library; None finds out.
-
-    Raises:
-        UserError: It is none of a known library, damaged, or beyond what hedgelab's SAEs can do.
-    """
+    """The SAE of a folder (or of one of its two files), what it reads as far as that tells, and the library's name."""
     folder = path.parent if path.is_file() else path
     name = name or format_of(folder)
-    sae, source = FORMATS[name].read(folder)
-    return sae, source, name
+    return *FORMATS[name].read(folder), name
 
 
 def config_lines(sae: SAE, source: ActivationSource, folder: Path) -> list[str]:
     """A config of ``hedgelab fit`` that goes on from an imported SAE; ``???`` and a line where its folder does not tell."""
-    described = {key: value for key, value in sae.config().items() if key not in ("class", "d_in")}
-    flat = described.get("inner", described)
-    flat["init"] = {"weights": str(folder)}
-    if flat is not described:
-        arguments = {key: value for key, value in flat.items() if key not in ("class", "d_in")}
-        described["inner"] = {"class_path": flat["class"], "init_args": arguments}
+    model = _section(sae.config())
+    flat = model["init_args"].get("inner", model)
+    flat["init_args"]["init"] = {"weights": str(folder)}
     where = {"hook": source.hook} if source.layer is None and source.hook is not None else {"layer": source.layer}
     missing = {"model": source.model, **where}
     reads: dict[str, Any] = {key: "???" if value is None else value for key, value in missing.items()}
@@ -76,8 +60,16 @@ def config_lines(sae: SAE, source: ActivationSource, folder: Path) -> list[str]:
     config = {
         "trainer": {"max_steps": 1000},
         "data": {"class_path": "LLMDataModule", "init_args": {**reads, "normalisation": "none"}},
-        "model": {"class_path": type(sae).__name__, "init_args": described},
+        "model": model,
     }
     reasons = {key: "the folder does not say" for key, value in missing.items() if value is None} | source.unknown
     lines = [f"# data.{key} is not known: {reason}" for key, reason in reasons.items()]
     return [*lines, *yaml.safe_dump(config, sort_keys=False, default_flow_style=None).rstrip().splitlines()]
+
+
+def _section(config: dict[str, Any]) -> dict[str, Any]:
+    """What :meth:`SAE.config` says, as a section of a config file."""
+    arguments = {key: value for key, value in config.items() if key not in ("class", "d_in")}
+    if "inner" in arguments:
+        arguments["inner"] = _section(arguments["inner"])
+    return {"class_path": config["class"], "init_args": arguments}

@@ -9,17 +9,27 @@ from hedgelab.data.llm.hub import hub_problem
 from hedgelab.errors import UserError
 
 _WANTED = ("*.json", "*.safetensors", "*.pt")
+_CARD = """\
+---
+library_name: saelens
+tags: [sparse-autoencoder, interpretability, saelens, hedgelab]
+---
+
+# {title}
+
+A sparse autoencoder trained with hedgelab. `cfg.json` names its model, hook and context; any normalisation
+of the activations is folded into the weights.
+
+```python
+from sae_lens import SAE
+
+sae = SAE.from_pretrained("{name}", "{folder}")
+```
+"""
 
 
 def fetch(name: str) -> Path:
-    """A folder of the hub, on this machine.
-
-    Args:
-        name: ``user/repository``, or ``user/repository/folder/below``.
-
-    Raises:
-        UserError: The name is none, or the hub does not give it.
-    """
+    """A folder of the hub, on this machine; ``user/repository``, or ``user/repository/folder/below``."""
     user, _, rest = name.partition("/")
     repository, _, below = rest.partition("/")
     if not user or not repository:
@@ -29,56 +39,31 @@ def fetch(name: str) -> Path:
         patterns = [f"{below}/{pattern}" if below else pattern for pattern in _WANTED]
         return Path(client.snapshot_download(f"{user}/{repository}", allow_patterns=patterns)) / below
     except Exception as error:  # the client's own errors, and those of what it downloads with
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the hub does not give '{name}' ({reason}); give an existing folder instead") from error
+        raise UserError(
+            f"the hub does not give '{name}' ({_reason(error)}); give an existing folder instead"
+        ) from error
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload an exported SAE, with a card that says what it is; its address.
-
-    Args:
-        folder: What ``hedgelab export`` has written.
-        name: ``user/repository``, made if missing.
-
-    Raises:
-        UserError: The hub cannot be reached, or refuses.
-    """
+    """Upload what ``hedgelab export`` has written, with a card; its address. The repository is made if missing."""
     if name.count("/") != 1:
         raise UserError(f"--push: expected user/repository, got '{name}'")
+    card = _CARD.format(title=name.partition("/")[2], name=name, folder=folder.name)
     client = _client()
     try:
         api = client.HfApi()
         api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, path_in_repo=folder.name)
-        api.upload_file(repo_id=name, path_or_fileobj=card(name, folder.name).encode(), path_in_repo="README.md")
+        api.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo="README.md")
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--push: the hub refuses '{name}' ({reason}); what was exported is in {folder}") from error
+        raise UserError(
+            f"--push: the hub refuses '{name}' ({_reason(error)}); what was exported is in {folder}"
+        ) from error
     return f"https://huggingface.co/{name}"
 
 
-def card(name: str, folder: str) -> str:
-    """The card of an SAE that lies in a folder of a repository on the hub."""
-    return "\n".join(
-        [
-            "---",
-            "library_name: saelens",
-            "tags: [sparse-autoencoder, interpretability, saelens, hedgelab]",
-            "---",
-            "",
-            f"# {name.partition('/')[2]}",
-            "",
-            "A sparse autoencoder trained with hedgelab. `cfg.json` names its model, hook and context; any normalisation",
-            "of the activations is folded into the weights.",
-            "",
-            "```python",
-            "from sae_lens import SAE",
-            "",
-            f'sae = SAE.from_pretrained("{name}", "{folder}")',
-            "```",
-            "",
-        ]
-    )
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _client() -> Any:

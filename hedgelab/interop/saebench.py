@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -30,17 +28,11 @@ PYTHON = "SAEBENCH_PYTHON"
 """Environment variable with the path of a Python that has sae-bench."""
 EVALUATIONS = ("absorption", "sparse_probing", "scr", "tpp")
 _WORKER = Path(__file__).with_name("saebench_worker.py")
+_RESULTS = "_eval_results.json"
 
 
 def run_saebench(found: Sequence[FoundSAE]) -> int:
-    """Run SAEBench on SAEs and put the scores into their runs as ``saebench/<evaluation>/...``.
-
-    Args:
-        found: The SAEs; each needs a run and a known source of activations.
-
-    Raises:
-        UserError: SAEBench, its data, or what it must know of an SAE is not to be had; or it failed.
-    """
+    """Run SAEBench on SAEs and put the scores into their runs as ``saebench/<evaluation>/...``."""
     python = os.environ.get(PYTHON) or sys.executable
     _check_package(python)
     if problem := hub_problem():
@@ -50,48 +42,45 @@ def run_saebench(found: Sequence[FoundSAE]) -> int:
     if len(models) > 1:
         raise UserError(f"--suite saebench: runs on one language model at a time, got {', '.join(models)}")
     with tempfile.TemporaryDirectory() as folder:
-        pairs = []
-        for number, (one, source) in enumerate(zip(found, sources, strict=True)):
-            target = Path(folder) / f"sae{number}"
+        targets = {f"sae{number}": Path(folder) / f"sae{number}" for number in range(len(found))}
+        for one, source, target in zip(found, sources, targets.values(), strict=True):
             export_saelens(one.load(), target, source, "transformer_lens")
-            pairs.append(f"sae{number}={target}")
         results = Path(folder) / "results"
+        pairs = [f"{name}={target}" for name, target in targets.items()]
         command = [python, str(_WORKER), models[0].rsplit("/", 1)[-1], ",".join(EVALUATIONS), str(results), *pairs]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise UserError(f"--suite saebench: SAEBench failed: {lines[-1]}")
-        for number, one in enumerate(found):
-            metrics = dict(read_results(results, f"sae{number}"))
-            _record(one, metrics, results, f"sae{number}")
-            tqdm.write(f"evaluate: saebench: {len(metrics)} scores of {one.run.name if one.run else one.folder}")
+        for name, one in zip(targets, found, strict=True):
+            count = _record(one, results, name)
+            tqdm.write(f"evaluate: saebench: {count} scores of {one.run.name if one.run else one.folder}")
     return 0
 
 
 def read_results(folder: Path, name: str) -> Iterator[tuple[str, float]]:
     """Scores of one SAE from SAEBench's result files, named ``saebench/<evaluation>/<score>``."""
-    for file in sorted(folder.rglob("*_eval_results.json")):
-        if re.match(rf"{re.escape(name)}_", file.name):
-            document = json.loads(file.read_text())
-            evaluation = str(document.get("eval_type_id", file.parent.name))
-            for scores in document.get("eval_result_metrics", {}).values():
-                yield from _numbers(f"saebench/{evaluation}", scores)
+    for file in sorted(folder.rglob(f"{name}_*{_RESULTS}")):
+        document = json.loads(file.read_text())
+        evaluation = str(document.get("eval_type_id", file.parent.name))
+        for scores in document.get("eval_result_metrics", {}).values():
+            for key, value in scores.items():
+                is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if is_number and value >= 0:  # -1 means: not measured
+                    yield f"saebench/{evaluation}/{key}", float(value)
 
 
-def _numbers(prefix: str, scores: Any) -> Iterator[tuple[str, float]]:
-    for key, value in scores.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:  # -1 means: not measured
-            yield f"{prefix}/{key}", float(value)
-
-
-def _record(one: FoundSAE, metrics: dict[str, float], results: Path, name: str) -> None:
+def _record(one: FoundSAE, results: Path, name: str) -> int:
+    """Put one SAE's scores and result files into its run; how many scores there are."""
     from mlflow.entities import Metric
 
     assert one.run is not None
     client, now = ensure_store(), int(time.time() * 1000)
-    client.log_batch(one.run.run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
-    for file in results.rglob(f"{name}_*_eval_results.json"):
+    metrics = [Metric(key, value, now, 0) for key, value in dict(read_results(results, name)).items()]
+    client.log_batch(one.run.run_id, metrics=metrics)
+    for file in results.rglob(f"{name}_*{_RESULTS}"):
         client.log_artifact(one.run.run_id, str(file), f"evaluation/saebench/{file.parent.name}")
+    return len(metrics)
 
 
 def _source(one: FoundSAE) -> ActivationSource:

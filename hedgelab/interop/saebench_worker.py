@@ -12,6 +12,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+_KEEP_NOTHING = {"clean_up_activations": True, "save_activations": False}
+_EVALUATIONS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "absorption": ("absorption", "AbsorptionEvalConfig", {}, {}),
+    "sparse_probing": ("sparse_probing", "SparseProbingEvalConfig", {}, _KEEP_NOTHING),
+    "scr": ("scr_and_tpp", "ScrAndTppEvalConfig", {"perform_scr": True}, _KEEP_NOTHING),
+    "tpp": ("scr_and_tpp", "ScrAndTppEvalConfig", {"perform_scr": False}, _KEEP_NOTHING),
+}
+"""Module, config class, its arguments and those of ``run_eval`` besides the defaults."""
+
 
 def main(words: list[str]) -> None:
     """Load the SAEs and run the evaluations."""
@@ -21,38 +30,20 @@ def main(words: list[str]) -> None:
     model, evaluations, output, *pairs = words
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saes = []
-    for pair in pairs:
-        name, _, folder = pair.partition("=")
+    for name, _, folder in (pair.partition("=") for pair in pairs):
         sae = SAE.load_from_disk(folder, device=device)
-        if (
-            sae.cfg.architecture() != "topk"
-        ):  # SAEBench takes decoder rows of norm 1 for granted; TopK selects by raw size
+        if sae.cfg.architecture() != "topk":  # SAEBench wants decoder rows of norm 1; TopK selects by raw size
             sae.fold_W_dec_norm()
         saes.append((name, sae))
     Path(output).mkdir(parents=True, exist_ok=True)
     os.chdir(output)  # SAEBench keeps its artifacts in the working directory
-    for evaluation in evaluations.split(","):
-        run(evaluation, model, saes, device, output)
-
-
-def run(evaluation: str, model: str, saes: list[tuple[str, Any]], device: str, output: str) -> None:
-    """Run one of SAEBench's evaluations with its defaults."""
     batch_size, dtype = (32, "float32") if device == "cpu" else (128, "bfloat16")
     settings = {"model_name": model, "llm_batch_size": batch_size, "llm_dtype": dtype}
-    if evaluation in ("scr", "tpp"):
-        module = import_module("sae_bench.evals.scr_and_tpp.main")
-        config = module.ScrAndTppEvalConfig(**settings, perform_scr=evaluation == "scr")
-        module.run_eval(config, saes, device, output, True, clean_up_activations=True, save_activations=False)
-    elif evaluation == "absorption":
-        module = import_module("sae_bench.evals.absorption.main")
-        module.run_eval(module.AbsorptionEvalConfig(**settings), saes, device, f"{output}/absorption", True)
-    elif evaluation == "sparse_probing":
-        module = import_module("sae_bench.evals.sparse_probing.main")
-        config = module.SparseProbingEvalConfig(**settings)
-        folder = f"{output}/sparse_probing"
-        module.run_eval(config, saes, device, folder, True, clean_up_activations=True, save_activations=False)
-    else:
-        raise SystemExit(f"unknown evaluation {evaluation}")
+    for evaluation in evaluations.split(","):
+        package, config, arguments, options = _EVALUATIONS[evaluation]
+        module = import_module(f"sae_bench.evals.{package}.main")
+        folder = output if package == "scr_and_tpp" else f"{output}/{package}"  # which makes folders of its own
+        module.run_eval(getattr(module, config)(**settings, **arguments), saes, device, folder, True, **options)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from torch import Tensor
 from hedgelab import __version__
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError, whole_number
-from hedgelab.interop.names import source_of
-from hedgelab.interop.parts import Parts, assemble, read_config, read_tensors
+from hedgelab.interop.foreign import Layout, Parts, assemble, read_config, read_tensors, source_of
 from hedgelab.saes import SAE, BatchTopKSAE, JumpReLUSAE, TopKSAE, VanillaSAE
 from hedgelab.saes.widen import flat_part
 
@@ -26,16 +25,20 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 HookNames = Literal["transformers", "transformer_lens"]
 WRITTEN_FOR = "6.54.12"
 """The release of SAELens whose format exports have, and against which they are tested."""
+_NAMES, _SCALED = ("W_enc", "b_enc", "W_dec", "b_dec"), ("scaling_factor", "finetuning_scaling_factor")
+LAYOUTS = {
+    "standard": Layout("VanillaSAE", _NAMES, spare=_SCALED, coefficient="l1_coefficient"),
+    "topk": Layout("TopKSAE", _NAMES, spare=_SCALED),
+    "jumprelu": Layout("JumpReLUSAE", (*_NAMES, "threshold"), spare=_SCALED, coefficient="l0_coefficient"),
+    "batchtopk": Layout("BatchTopKSAE", (*_NAMES, "topk_threshold"), spare=_SCALED),
+    "matryoshka_batchtopk": Layout("MatryoshkaSAE", (*_NAMES, "topk_threshold"), spare=_SCALED),
+}
+"""The architectures that are read; the last two are those of training checkpoints."""
+_NORM_AWARE = ("batchtopk", "matryoshka_batchtopk")
+"""Architectures whose thresholds are in units of pre-activation times decoder norm."""
 _SCALER = "activation_scaler.json"
 _CHANGES_THE_MODEL = ("center_writing_weights", "revision", "checkpoint_index", "checkpoint_value")
 _HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-_NORM_AWARE = (
-    "batchtopk",
-    "matryoshka_batchtopk",
-)  # their thresholds are in units of pre-activation times decoder norm
-_KINDS = (VanillaSAE, TopKSAE, BatchTopKSAE, JumpReLUSAE)
-_READABLE = ("standard", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk")
-_WEIGHT_NAMES = ["W_enc", "b_enc", "W_dec", "b_dec"]
 
 
 # -- export --------------------------------------------------------------------------------------------
@@ -44,7 +47,7 @@ _WEIGHT_NAMES = ["W_enc", "b_enc", "W_dec", "b_dec"]
 def export_saelens(
     sae: SAE, folder: str | Path, source: ActivationSource | None = None, hooks: HookNames = "transformers"
 ) -> dict[str, Any]:
-    """Write an SAE for SAELens: vanilla as ``standard``, TopK as ``topk``, all others as ``jumprelu``.
+    """Write an SAE for SAELens: vanilla as ``standard``, TopK as ``topk``, all others as ``jumprelu``; what ``cfg.json`` holds.
 
     Latents keep their activations, except where TopK selects norm-aware: there decoder norms are folded in, since that
     is what makes SAELens select alike. Training state (dead-latent clocks, optimiser) stays behind.
@@ -55,9 +58,6 @@ def export_saelens(
         source: What the SAE reads; its normalisation is folded in. None writes no model and hook.
         hooks: How the hook is named: by module path, which SAELens finds with the model class ``AutoModelForCausalLM`` in
             any model, or as TransformerLens names the residual stream.
-
-    Returns:
-        What ``cfg.json`` holds.
 
     Raises:
         UserError: SAELens has no SAE that computes the same, or TransformerLens has no name for the hook.
@@ -98,35 +98,26 @@ def export_saelens(
 
 
 def _for_saelens(sae: SAE) -> tuple[str, Parts, dict[str, Any]]:
-    """Architecture, weights and further arguments of SAELens's class that computes the same.
-
-    Raises:
-        UserError: It has none; of classes outside of hedgelab too, which may compute anything.
-    """
-    flat = getattr(sae, "inner", sae)
-    extra: dict[str, Any] = {}
-    if isinstance(flat, VanillaSAE):
-        architecture, parts = "standard", Parts.of(flat)
-    elif isinstance(flat, TopKSAE):
-        architecture, parts = "topk", Parts.of(flat)
-        extra = {"k": flat.k, "rescale_acts_by_decoder_norm": False}
-        parts = parts.folded() if flat.norm_aware_selection else parts
-    elif isinstance(flat, (BatchTopKSAE, JumpReLUSAE)):
-        architecture, parts = "jumprelu", Parts.of(flat, flat.thresholds().expand(flat.d_sae))
-    if not isinstance(flat, _KINDS) or not _computes(sae, parts, extra.get("k")):
-        raise UserError(
-            f"export: SAELens knows nothing that computes what {type(sae).__name__} does; --format hedgelab keeps it"
-        )
-    return architecture, parts, extra
+    """Architecture, weights and further arguments of SAELens's class that computes the same, if it has one."""
+    flat: Any = getattr(sae, "inner", sae)
+    kinds = {VanillaSAE: "standard", TopKSAE: "topk", BatchTopKSAE: "jumprelu", JumpReLUSAE: "jumprelu"}
+    architecture = next((name for kind, name in kinds.items() if isinstance(flat, kind)), None)
+    if architecture is not None:
+        parts = Parts.of(flat, flat.thresholds().expand(flat.d_sae) if architecture == "jumprelu" else None)
+        extra = {"k": flat.k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
+        parts = parts.folded() if extra and flat.norm_aware_selection else parts
+        if _computes(sae, parts, extra.get("k")):
+            return architecture, parts, extra
+    raise UserError(
+        f"export: SAELens knows nothing that computes what {type(sae).__name__} does; --format hedgelab keeps it"
+    )
 
 
 @torch.no_grad()
 def _computes(sae: SAE, parts: Parts, k: int | None) -> bool:
     """Whether an SAE computes what ReLU, threshold or TopK make of these weights, by trying it on random activations."""
-    x = (
-        torch.randn(64, sae.d_in, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 64)[:, None]
-        + parts.b_dec
-    )
+    sizes, generator = torch.logspace(-2, 2, 64)[:, None], torch.Generator().manual_seed(0)
+    x = torch.randn(64, sae.d_in, generator=generator) * sizes + parts.b_dec
     acts = ((x - parts.b_dec) @ parts.W_enc + parts.b_enc).relu()
     if parts.threshold is not None:
         acts = acts * (acts > parts.threshold)
@@ -140,22 +131,23 @@ def _computes(sae: SAE, parts: Parts, k: int | None) -> bool:
 def _metadata(source: ActivationSource | None, hooks: HookNames) -> dict[str, Any]:
     if source is None or source.model is None:
         return {}
-    name: dict[str, Any] = {}
-    if hooks == "transformers" and source.hook is not None and "hook_" not in source.hook:
-        if source.hook.endswith(".input"):
-            raise UserError(f"export: {source.hook} is what goes into a module; SAELens reads what comes out of one")
-        name = {"hook_name": source.hook, "model_class_name": "AutoModelForCausalLM"}
+    hook, name = source.hook, {}
+    is_path = hook is not None and "hook_" not in hook
+    if is_path and hooks == "transformers":
+        if str(hook).endswith(".input"):
+            raise UserError(f"export: {hook} is what goes into a module; SAELens reads what comes out of one")
+        name = {"hook_name": hook, "model_class_name": "AutoModelForCausalLM"}
     elif source.layer is not None:
         name = {"hook_name": f"blocks.{source.layer}.hook_resid_post", "model_class_name": "HookedTransformer"}
-    elif source.hook is not None and "hook_" in source.hook:
-        name = {"hook_name": source.hook, "model_class_name": "HookedTransformer"}
-    elif source.hook is not None:
-        raise UserError(f"--hooks: TransformerLens has no name for {source.hook}; use --hooks transformers")
+    elif is_path:
+        raise UserError(f"--hooks: TransformerLens has no name for {hook}; use --hooks transformers")
+    elif hook is not None:
+        name = {"hook_name": hook, "model_class_name": "HookedTransformer"}
     dataset = None if source.dataset is None or Path(source.dataset).exists() else source.dataset  # not a local folder
     return {
         "model_name": _HUB_NAMES.get(source.model, source.model),
         **name,
-        **({} if source.hook is None or "hook_" in source.hook else {"hf_hook_name": source.hook}),
+        **({"hf_hook_name": hook} if is_path else {}),
         "context_size": source.context_length,
         "seqpos_slice": [source.skip_first, None],
         "prepend_bos": source.opens_with_bos,
@@ -170,8 +162,7 @@ def _metadata(source: ActivationSource | None, hooks: HookNames) -> dict[str, An
 def import_saelens(folder: str | Path) -> tuple[SAE, ActivationSource]:
     """Read an SAE that SAELens, or :func:`export_saelens`, has written.
 
-    An SAE that hedgelab exported comes back as the class that it was. Others become VanillaSAE (``standard``), TopKSAE
-    (``topk``), JumpReLUSAE (``jumprelu``), and, from training checkpoints, BatchTopKSAE and MatryoshkaSAE. Of activations
+    An SAE that hedgelab exported comes back as the class that it was, others become what :data:`LAYOUTS` says. Of activations
     that SAELens scaled by ``activation_scaler.json``, the factor is folded into the weights.
 
     Raises:
@@ -180,23 +171,28 @@ def import_saelens(folder: str | Path) -> tuple[SAE, ActivationSource]:
     folder = Path(folder)
     path = folder / CONFIG
     config = _config(path)
-    architecture, metadata = config["architecture"], config["metadata"]
+    layout, norm_aware = LAYOUTS[config["architecture"]], config["architecture"] in _NORM_AWARE
     tensors = read_tensors(folder / WEIGHTS)
-    _check_not_finetuned(_flag(config, "finetuning_scaling_factor", False, path), tensors, path)
-    threshold = {"jumprelu": "threshold", "batchtopk": "topk_threshold", "matryoshka_batchtopk": "topk_threshold"}
-    names = [*_WEIGHT_NAMES, *([threshold[architecture]] if architecture in threshold else [])]
-    parts = Parts.read(tensors, names, str(folder / WEIGHTS))
-    if not _flag(config, "apply_b_dec_to_input", True, path):
+    factors = [tensors[name].float() for name in _SCALED if name in tensors]
+    if any(not torch.allclose(one, torch.ones_like(one)) for one in factors) if factors else config[_SCALED[1]]:
+        raise UserError(
+            f"{path}: finetuning_scaling_factor: a fine-tuned scaling factor for each latent, which hedgelab's SAEs have not"
+        )
+    parts = layout.read(tensors, folder / WEIGHTS)
+    if not config["apply_b_dec_to_input"]:
         parts = parts.subtracting_b_dec()
-    rescaled, threshold_in_norms = config["rescale_acts_by_decoder_norm"], parts.threshold
-    if (scale := _input_scale(config, path)) != 1:
+    scale = _input_scale(config, path)
+    if scale != 1:
         parts = parts.on_raw(scale, None)
-        threshold_in_norms = None if threshold_in_norms is None else threshold_in_norms / scale
+    rescaled = config["rescale_acts_by_decoder_norm"]
     if rescaled:
-        parts = parts._replace(threshold=None).folded()
-        parts = parts._replace(threshold=threshold_in_norms if architecture in _NORM_AWARE else None)
-    source = _source(metadata, config, path)
-    return _as_it_was(config, parts, str(folder)) or assemble(_class_for(config, path), parts, str(folder)), source
+        threshold = parts.threshold / scale if norm_aware and parts.threshold is not None else None
+        parts = parts._replace(threshold=None).folded()._replace(threshold=threshold)
+    sae = _as_it_was(config, parts, folder)
+    if sae is None:
+        selection = {"k": _k(config.get("k"), path), "norm_aware_selection": rescaled} if layout.selects else {}
+        sae = assemble(layout.config(config, selection, config.get("matryoshka_widths", [])), parts, folder)
+    return sae, _source(config, path)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -215,10 +211,19 @@ def _config(path: Path) -> dict[str, Any]:
         config["k"] = arguments.get("k", config.get("k"))
     elif activation not in ("relu", architecture):
         raise UserError(f"{path}: activation_fn: hedgelab reads 'relu' and 'topk', got {activation!r}")
-    if architecture not in _READABLE:
-        raise UserError(f"{path}: architecture: hedgelab reads {', '.join(_READABLE)}, got {architecture!r}")
-    rescaled = _flag(config, "rescale_acts_by_decoder_norm", architecture in _NORM_AWARE, path)
-    config["rescale_acts_by_decoder_norm"] = rescaled and architecture in ("topk", *_NORM_AWARE)
+    if not isinstance(architecture, str) or architecture not in LAYOUTS:
+        raise UserError(f"{path}: architecture: hedgelab reads {', '.join(LAYOUTS)}, got {architecture!r}")
+    norm_aware = architecture in _NORM_AWARE
+    flags = {
+        "apply_b_dec_to_input": True,
+        "rescale_acts_by_decoder_norm": norm_aware,
+        "finetuning_scaling_factor": False,
+    }
+    for key, default in flags.items():
+        config[key] = default if config.get(key) is None else config[key]
+        if not isinstance(config[key], bool):
+            raise UserError(f"{path}: {key}: expected true or false, got {config[key]!r}")
+    config["rescale_acts_by_decoder_norm"] &= norm_aware or architecture == "topk"
     return config
 
 
@@ -244,96 +249,54 @@ def _input_scale(config: dict[str, Any], path: Path) -> float:
     return float(scale)
 
 
-def _check_not_finetuned(said: bool, tensors: dict[str, Tensor], path: Path) -> None:
-    """Take a scaling factor out of the weights; raise a UserError unless it changes nothing."""
-    for name in ("scaling_factor", "finetuning_scaling_factor"):
-        if (factor := tensors.pop(name, None)) is not None:
-            said = not torch.allclose(factor.float(), torch.ones_like(factor, dtype=torch.float32))
-    if said:
-        raise UserError(
-            f"{path}: finetuning_scaling_factor: a fine-tuned scaling factor for each latent, which hedgelab's SAEs have not"
-        )
-
-
-def _flag(config: dict[str, Any], key: str, default: bool, path: Path) -> bool:
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise UserError(f"{path}: {key}: expected true or false, got {value!r}")
-    return default if value is None else value
-
-
-def _class_for(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The class of hedgelab that computes the same, with the arguments that the config has words for."""
-    architecture = config["architecture"]
-    if architecture == "standard":
-        return {"class": "VanillaSAE", "l1_coefficient": _number(config, "l1_coefficient")}
-    if architecture == "jumprelu":
-        return {"class": "JumpReLUSAE", "l0_coefficient": _number(config, "l0_coefficient")}
-    selecting = {"class": "TopKSAE" if architecture == "topk" else "BatchTopKSAE", **_selection(config, path)}
-    if architecture != "matryoshka_batchtopk":
-        return selecting
-    return {"class": "MatryoshkaSAE", "inner": selecting, "levels": config.get("matryoshka_widths", [])}
-
-
-def _selection(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    k = config.get("k")
+def _k(k: Any, path: Path) -> int:
     if not isinstance(k, (int, float)):
         raise UserError(f"{path}: k: expected a number, got {k!r}")
-    k = round(k) if isinstance(k, float) and abs(k) < 1e9 else k  # SAELens allows a fraction as the mean over a batch
-    return {
-        "k": whole_number(f"{path}: k", k),
-        "norm_aware_selection": config["rescale_acts_by_decoder_norm"],
-    }
+    # SAELens allows a fraction as the mean over a batch
+    return whole_number(f"{path}: k", round(k) if isinstance(k, float) and abs(k) < 1e9 else k)
 
 
-def _number(config: dict[str, Any], key: str) -> float:
-    value = config.get(key)
-    return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _as_it_was(config: dict[str, Any], parts: Parts, where: str) -> SAE | None:
+def _as_it_was(config: dict[str, Any], parts: Parts, where: Path) -> SAE | None:
     """The SAE that hedgelab exported, if this is one and its weights still are those of that class; else None."""
-    memory = config["metadata"].get("hedgelab")
-    if not isinstance(memory, dict) or not isinstance(memory.get("sae"), dict):
-        return None
     try:
+        memory = config["metadata"]["hedgelab"]
         if config["architecture"] != "jumprelu":
             return assemble(memory["sae"], parts._replace(threshold=None), where)
         if "threshold" not in memory:
             return assemble(memory["sae"], parts, where)
-        remembered = torch.tensor(float("nan") if memory["threshold"] is None else float(memory["threshold"]))
-        sae = assemble(memory["sae"], parts._replace(threshold=remembered), where)
-        return sae if _has_thresholds(sae, parts.threshold) else None
+        threshold = torch.tensor(float("nan") if memory["threshold"] is None else float(memory["threshold"]))
+        sae: Any = assemble(memory["sae"], parts._replace(threshold=threshold), where)
+        thresholds: Tensor = flat_part(sae).thresholds().expand(sae.d_sae)  # type: ignore[operator]
+        return sae if torch.allclose(thresholds, parts.threshold, rtol=1e-4, atol=0) else None  # type: ignore[arg-type]
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
-def _has_thresholds(sae: SAE, thresholds: Tensor | None) -> bool:
-    flat = flat_part(sae)
-    if thresholds is None or not isinstance(flat, BatchTopKSAE):
-        return False
-    return torch.allclose(flat.thresholds().expand(flat.d_sae), thresholds, rtol=1e-4, atol=0)
-
-
-def _source(metadata: dict[str, Any], config: dict[str, Any], path: Path) -> ActivationSource:
+def _source(config: dict[str, Any], path: Path) -> ActivationSource:
     """What the metadata says of the activations, and what it says that hedgelab's data cannot do."""
+    metadata = config["metadata"]
     name = metadata.get("hf_hook_name") or metadata.get("hook_name") or metadata.get("hook_point")
-    hook, why_not = None if name is None else str(name), f"{CONFIG} names no hook"
     head = metadata.get("hook_head_index", metadata.get("hook_point_head_index"))
     reshaped = config.get("reshape_activations") or "none"
     if reshaped not in ("none", "hook_z"):
         raise UserError(f"{path}: reshape_activations: expected 'none' or 'hook_z', got {reshaped!r}")
+    why_not = "" if name is not None else f"{CONFIG} names no hook"
     if head is not None:
-        hook, why_not = None, f"it reads one head of {name!r} (hook_head_index: {head}), and hedgelab all of them"
+        why_not = f"it reads one head of {name!r} (hook_head_index: {head}), and hedgelab all of them"
     elif reshaped == "hook_z" and "hook_z" not in str(name):
-        hook, why_not = None, f"reshape_activations is 'hook_z', but the hook is {name!r}"
+        why_not = f"reshape_activations is 'hook_z', but the hook is {name!r}"
     unknown: dict[str, str] = {}
-    skip_first = _skip_first(metadata.get("seqpos_slice"), path)
-    if skip_first is None:
-        positions = metadata["seqpos_slice"]
+    positions = metadata.get("seqpos_slice")
+    numbers = [None] if positions is None else positions if isinstance(positions, list) else []
+    if not 1 <= len(numbers) <= 3 or not all(one is None or type(one) is int for one in numbers):
+        raise UserError(f"{path}: seqpos_slice: expected a list such as [1, null], got {positions!r}")
+    taken = slice(*numbers)
+    skip_first = taken.start or 0
+    if skip_first < 0 or taken.stop is not None or taken.step not in (None, 1):
         unknown["skip_first"] = (
             f"it reads positions {positions} (seqpos_slice), and only first ones can be left out here"
         )
+        skip_first = 0
     model, loaded = metadata.get("model_name"), metadata.get("model_from_pretrained_kwargs")
     for key in _CHANGES_THE_MODEL:
         if isinstance(loaded, dict) and loaded.get(key):
@@ -341,24 +304,12 @@ def _source(metadata: dict[str, Any], config: dict[str, Any], path: Path) -> Act
     context, bos, text = (metadata.get(key) for key in ("context_size", "prepend_bos", "dataset_path"))
     return source_of(
         model,
-        hook,
+        None if why_not else str(name),
         why_not,
         unknown,
         context_length=context if type(context) is int else None,
-        skip_first=skip_first or 0,
+        skip_first=skip_first,
         opens_with_bos=bos if isinstance(bos, bool) else None,
         text=None if text is None else str(text),
         dataset=text if isinstance(text, str) else None,
     )
-
-
-def _skip_first(positions: Any, path: Path) -> int | None:
-    """How many first positions a slice leaves out; None where it leaves out others as well."""
-    if positions is None:
-        return 0
-    numbers = positions if isinstance(positions, list) else []
-    if not 1 <= len(numbers) <= 3 or not all(one is None or type(one) is int for one in numbers):
-        raise UserError(f"{path}: seqpos_slice: expected a list such as [1, null], got {positions!r}")
-    taken = slice(*numbers)
-    only_first = (taken.start or 0) >= 0 and taken.stop is None and taken.step in (None, 1)
-    return taken.start or 0 if only_first else None

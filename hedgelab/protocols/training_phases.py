@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -35,7 +34,6 @@ from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
 from hedgelab.training.guard import FiniteGuard
 
 _PATIENCE = 60.0
-_logger = logging.getLogger(__name__)
 
 
 class CutShortError(UserError):
@@ -324,7 +322,7 @@ class GroupCheckpoints:
             self.folder.release()
             raise UserError(f"another process has just trained {', '.join(self.members)}; run the same command again")
         self.folder.note(group=self.members, members=dict(runs))
-        return newest_whole(self.folder.path, _logger.warning)
+        return newest_whole(self.folder.path)
 
     def use(self, trainer: L.Trainer) -> None:
         """Let a trainer write its checkpoints here; on every rank."""

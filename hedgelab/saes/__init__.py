@@ -12,7 +12,7 @@ from hedgelab.saes.matryoshka import MatryoshkaSAE
 from hedgelab.saes.topk import TopKSAE
 from hedgelab.saes.vanilla import VanillaSAE
 from hedgelab.saes.widen import duplicate, fresh, widen
-from hedgelab.training.group import SAEGroup
+from hedgelab.training.shell import SAEGroup
 
 __all__ = [
     "SAE",

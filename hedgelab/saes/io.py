@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hedgelab import __version__
 from hedgelab.errors import UserError, one_line
-from hedgelab.training.checkpoints.io import VerifiedCheckpointIO
+from hedgelab.training.checkpoints import VerifiedCheckpointIO
 from hedgelab.training.sharding import full_tensor, is_split
 from hedgelab.training.shell import ARCHITECTURES
 

@@ -5,34 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 from hedgelab.training.trainee import OptimizerFactory, SchedulerFactory
+
+_REFUSED: dict[type, str] = {
+    LBFGS: "evaluates the loss several times a step; use Adam, AdamW or SGD",
+    SparseAdam: "takes sparse gradients, and those of SAEs are dense; use Adam",
+    ReduceLROnPlateau: "follows a metric, and SAEs' schedules follow steps; use CosineAnnealingLR, LinearLR or another of "
+    "torch.optim.lr_scheduler",
+}
 
 
 def make_optimizer(factory: OptimizerFactory, parameters: Iterable[Any], fused: bool = True) -> Optimizer:
-    """The optimiser of some parameters, fused unless told otherwise.
-
-    Args:
-        factory: Makes it.
-        parameters: What it updates.
-        fused: Whether to use the fused implementation where the factory leaves that open.
-
-    Raises:
-        UserError: It refuses its arguments, or cannot train an SAE.
-    """
-    try:
-        optimizer = factory(parameters)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"model.optimizer: {' '.join(str(error).split())}") from error
-    if isinstance(optimizer, LBFGS):
-        raise UserError("model.optimizer: LBFGS evaluates the loss several times a step; use Adam, AdamW or SGD")
-    if isinstance(optimizer, SparseAdam):
-        raise UserError("model.optimizer: SparseAdam takes sparse gradients, and those of SAEs are dense; use Adam")
+    """The optimiser of some parameters, fused where its factory leaves that open and ``fused`` allows it."""
+    optimizer: Optimizer = _made("model.optimizer", factory, parameters)
     for group in optimizer.param_groups:
         if group.get("fused") and group.get("foreach"):
             raise UserError("model.optimizer: fused and foreach exclude each other; set one of them")
@@ -42,25 +31,8 @@ def make_optimizer(factory: OptimizerFactory, parameters: Iterable[Any], fused: 
 
 
 def make_schedule(factory: SchedulerFactory, optimizer: Optimizer, max_steps: int = -1) -> LRScheduler:
-    """The learning-rate schedule of an optimiser, stepped once an optimiser step.
-
-    Args:
-        factory: Makes it.
-        optimizer: Whose learning rate it sets.
-        max_steps: Optimiser steps of the run; -1 where that is unknown.
-
-    Raises:
-        UserError: It refuses its arguments, follows a metric, or is shorter than the run.
-    """
-    try:
-        schedule = factory(optimizer)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"model.lr_scheduler: {' '.join(str(error).split())}") from error
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise UserError(
-            "model.lr_scheduler: ReduceLROnPlateau follows a metric, and SAEs' schedules follow steps; use "
-            "CosineAnnealingLR, LinearLR or another of torch.optim.lr_scheduler"
-        )
+    """The learning-rate schedule of an optimiser, stepped once an optimiser step; ``max_steps`` of -1 is unknown."""
+    schedule: LRScheduler = _made("model.lr_scheduler", factory, optimizer)
     if isinstance(schedule, OneCycleLR) and schedule.total_steps < max_steps:
         raise UserError(
             f"model.lr_scheduler: OneCycleLR ends after {schedule.total_steps} steps, the run after {max_steps}; set "
@@ -69,25 +41,21 @@ def make_schedule(factory: SchedulerFactory, optimizer: Optimizer, max_steps: in
     return schedule
 
 
-def check_optimization(sae: Any, max_steps: int) -> None:
-    """Try optimiser and schedule on a stand-in parameter, before anything costly begins.
-
-    Raises:
-        UserError: One of them cannot work.
-    """
-    optimizer = make_optimizer(sae.optimizer, [nn.Parameter(torch.zeros(1))])
-    if sae.lr_scheduler is not None:
-        make_schedule(sae.lr_scheduler, optimizer, max_steps)
+def _made(key: str, factory: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        made = factory(argument)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{key}: {one_line(str(error))}") from error
+    for kind, reason in _REFUSED.items():
+        if isinstance(made, kind):
+            raise UserError(f"{key}: {kind.__name__} {reason}")
+    return made
 
 
 class MemberOptimizers(Optimizer):
-    """The optimisers of several SAEs, and their schedules, stepping as one.
+    """The optimisers of several SAEs, and the schedules of those that have one, by name, stepping as one.
 
     Lightning counts a step for every optimiser that steps; this one keeps ``global_step`` the number of batches.
-
-    Args:
-        optimizers: Each member's optimiser, by name.
-        schedules: Schedules of those members that have one.
     """
 
     def __init__(self, optimizers: Mapping[str, Optimizer], schedules: Mapping[str, LRScheduler]) -> None:
@@ -112,10 +80,8 @@ class MemberOptimizers(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """States of all optimisers and schedules, by member."""
-        return {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.members.items()},
-            "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
-        }
+        parts: dict[str, dict[str, Any]] = {"optimizers": self.members, "schedules": self.schedules}
+        return {part: {name: one.state_dict() for name, one in own.items()} for part, own in parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from saved states."""

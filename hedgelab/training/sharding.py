@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -36,6 +41,13 @@ class ShardedStrategy(ModelParallelStrategy):
         kwargs: Further arguments of Lightning's ModelParallelStrategy.
     """
 
+    restore_checkpoint_after_setup = False
+    """What happens when a fit starts depends on whether it goes on from a checkpoint."""
+    lightning_restore_optimizer = True
+    """Lightning hands over the optimisers' states, as with one process."""
+    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
+    optimizer_state = Strategy.optimizer_state  # to be called on all processes: see exchange_full_states
+
     def __init__(
         self,
         data_parallel_size: Literal["auto"] | int = "auto",
@@ -46,11 +58,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)
 
     def setup_environment(self) -> None:
-        """Connect the processes.
-
-        Raises:
-            UserError: There are not as many as the sizes say, or checkpoints in parts are asked for.
-        """
+        """Connect the processes, if they are as many as the sizes say."""
         count = self.num_nodes * self.num_processes
         groups = self.num_nodes if self._data_parallel_size == "auto" else int(self._data_parallel_size)
         parts = self.num_processes if self._tensor_parallel_size == "auto" else int(self._tensor_parallel_size)
@@ -66,16 +74,6 @@ class ShardedStrategy(ModelParallelStrategy):
             )
         super().setup_environment()
 
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Before: what happens when a fit starts depends on whether it goes on from a checkpoint."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands over the optimisers' states, as with one process."""
-        return True
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint as one process does; every process reads it."""
         path = self.broadcast(checkpoint_path)
@@ -89,15 +87,6 @@ class ShardedStrategy(ModelParallelStrategy):
         parts = {name: part_of(value, own[name]) if name in own else value for name, value in given.items()}
         self.lightning_module.load_state_dict(parts, strict=strict)
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of an optimiser as of one process (see :func:`exchange_full_states`); to be called on all processes."""
-        return (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Let every optimiser go on from its state."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
-
 
 StrategyRegistry.register("sharded", ShardedStrategy, description="latents split over processes", override=True)
 for _name, _start in (("ddp", "popen"), ("ddp_fork", "fork")):  # gradients stay where they were averaged
@@ -106,11 +95,7 @@ for _name, _start in (("ddp", "popen"), ("ddp_fork", "fork")):  # gradients stay
 
 
 def batch_ranks(trainer: L.Trainer) -> Ranks:
-    """The ranks over which the trainer splits each batch.
-
-    Raises:
-        UserError: A strategy that SAEs do not train with.
-    """
+    """The ranks over which the trainer splits each batch; strategies that SAEs do not train with are refused."""
     strategy = trainer.strategy
     if isinstance(strategy, SingleDeviceStrategy):
         return ALONE
@@ -122,43 +107,17 @@ def batch_ranks(trainer: L.Trainer) -> Ranks:
     raise UserError(f"trainer.strategy: SAEs train with auto, ddp or sharded, not with {type(strategy).__name__}")
 
 
-def split_latents(sae: Any, mesh: DeviceMesh) -> dict[str, Tensor]:
-    """Leave each process of a mesh its part of the latents; the parameters become DTensors. Returned is what they were.
-
-    Raises:
-        UserError: The latents cannot be split evenly.
-    """
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+def split_latents(sae: Any, mesh: DeviceMesh) -> None:
+    """Leave each process of a mesh its equal part of the latents; the parameters become DTensors."""
+    from torch.distributed.tensor import Replicate, Shard
 
     import hedgelab.kernels.sharded  # noqa: F401  (plugs in kernels for such parameters)
 
-    count, rank = mesh.size(), mesh.get_local_rank()
-    if sae.d_sae % count:
-        raise UserError(f"model.d_sae: {sae.d_sae} latents cannot be split evenly over {count} processes")
-    before = {name: parameter.detach() for name, parameter in sae.named_parameters(recurse=False)}
+    if sae.d_sae % mesh.size():
+        raise UserError(f"model.d_sae: {sae.d_sae} latents cannot be split evenly over {mesh.size()} processes")
     for name, parameter in list(sae.named_parameters(recurse=False)):
-        own = parameter.detach().chunk(count)[rank] if name in BY_LATENT else parameter.detach()
-        placement: Replicate | Shard = Shard(0) if name in BY_LATENT else Replicate()
-        part = DTensor.from_local(own.clone().to(mesh.device_type), mesh, [placement], run_check=False)
+        part = _own_part(parameter.detach(), mesh, Shard(0) if name in BY_LATENT else Replicate())
         setattr(sae, name, nn.Parameter(part, parameter.requires_grad))
-    return before
-
-
-@contextmanager
-def as_before_split(parts: Sequence[tuple[Any, dict[str, Tensor]]]) -> Iterator[None]:
-    """Let SAEs have the whole parameters that :func:`split_latents` returned; what becomes of them is split again."""
-    split = [{name: getattr(sae, name) for name in before} for sae, before in parts]
-    for sae, before in parts:
-        for name, value in before.items():
-            setattr(sae, name, nn.Parameter(value))
-    try:
-        yield
-    finally:
-        for (sae, before), parameters in zip(parts, split, strict=True):
-            for name, parameter in parameters.items():
-                with torch.no_grad():
-                    parameter.copy_(part_of(before[name], parameter))
-                setattr(sae, name, parameter)
 
 
 def is_split(value: Tensor) -> bool:
@@ -172,19 +131,23 @@ def full_tensor(value: Tensor) -> Tensor:
     return value.full_tensor() if is_split(value) else value  # type: ignore[attr-defined]
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
+def part_of(value: Tensor, like: Any) -> Tensor:
     """This process's part of a whole tensor, as a DTensor that is split like another; itself if that other is not split."""
-    from torch.distributed.tensor import DTensor, Shard
-
-    if not isinstance(like, DTensor) or isinstance(value, DTensor) or value.shape != like.shape:
+    if not is_split(like) or is_split(value) or value.shape != like.shape:
         return value
-    mesh, (placement,) = like.device_mesh, like.placements
-    own = value.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()] if isinstance(placement, Shard) else value
+    return _own_part(value, like.device_mesh, like.placements[0])
+
+
+def _own_part(value: Tensor, mesh: DeviceMesh, placement: Any) -> Tensor:
+    """PyTorch's ``distribute_tensor`` would move all of it to the device first."""
+    from torch.distributed.tensor import DTensor
+
+    own = value.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()] if placement.is_shard() else value
     own = own.clone()  # a view would keep all of it
     return DTensor.from_local(own.to(mesh.device_type), mesh, [placement], run_check=False)
 
 
-def exchange_full_states(optimizer: Optimizer) -> Optimizer:
+def exchange_full_states(optimizer: Optimizer) -> None:
     """Make an optimiser of split parameters save and load its states as one process would.
 
     Its ``state_dict`` must then be called on all processes; the process of rank 0 alone gets tensors that were split.
@@ -193,21 +156,20 @@ def exchange_full_states(optimizer: Optimizer) -> Optimizer:
     def gather(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         first = torch.distributed.get_rank() == 0
 
-        def gathered(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not is_split(value):
+        def gathered(value: Tensor) -> Tensor:
+            if not is_split(value):
                 return value
             full = full_tensor(value)  # on all processes
             return full.cpu() if first else full.new_empty(0)
 
-        states = {key: {name: gathered(v) for name, v in values.items()} for key, values in state["state"].items()}
-        return {**state, "state": states}
+        return {**state, "state": apply_to_collection(state["state"], Tensor, gathered)}
 
     def split(own: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         parameters = [parameter for group in own.param_groups for parameter in group["params"]]
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         like = dict(zip(numbers, parameters, strict=False))  # the optimiser complains if they are not as many
         states = {
-            key: {name: part_of(v, like[key]) if isinstance(v, Tensor) else v for name, v in values.items()}
+            key: apply_to_collection(values, Tensor, part_of, like=like[key])
             for key, values in state["state"].items()
             if key in like
         }
@@ -215,7 +177,6 @@ def exchange_full_states(optimizer: Optimizer) -> Optimizer:
 
     optimizer.register_state_dict_post_hook(gather)
     optimizer.register_load_state_dict_pre_hook(split)
-    return optimizer
 
 
 @torch.no_grad()

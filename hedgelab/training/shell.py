@@ -8,32 +8,29 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Set
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.training import flags, guard, steps, threads
 from hedgelab.training.optimizers import MemberOptimizers, make_optimizer, make_schedule
-from hedgelab.training.sharding import as_before_split, batch_ranks, exchange_full_states, is_split, split_latents
+from hedgelab.training.sharding import batch_ranks, exchange_full_states, is_split, split_latents
 from hedgelab.training.trainee import Trainee
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 UNREPORTED = "hedgelab_unreported"
 """Where a checkpoint keeps loss terms that have not been reported yet."""
-_MOST_RETURNED = 4
-"""Most SAEs whose numbers all go to ``callback_metrics`` where a process must return them through a pipe."""
 ARCHITECTURES = "hedgelab_saes"
 """Where a checkpoint keeps what its SAEs are, so that they can be made of it without the config of the run."""
+_MOST_RETURNED = 4
+"""Most SAEs whose numbers all go to ``callback_metrics`` where a process must return them through a pipe."""
 _FACTORIES = ("optimizer", "lr_scheduler")
 
 
@@ -44,8 +41,8 @@ class TrainingShell(L.LightningModule):
     manual in Lightning's sense, so ``global_step`` counts optimiser steps either way.
 
     Attributes:
-        on_nonfinite: What happens to a batch whose loss is NaN or infinite (:class:`~hedgelab.training.guard.FiniteGuard`).
-        measured_finite: Leaves batches that hold NaN or infinity out of validation; None measures whatever comes.
+        on_nonfinite: What :class:`~hedgelab.training.guard.FiniteGuard` does about NaN and infinity; None where there is none:
+            training stops, and validation measures whatever comes.
         member_loggers: Each SAE's own logger, by name; where there is none, numbers go to the trainer's.
         ranks: The processes over which each batch is split; every one sees its own part, and the loss is the mean over them.
     """
@@ -53,15 +50,14 @@ class TrainingShell(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.on_nonfinite: guard.OnNonfinite = "stop"
-        self.measured_finite: guard.MeasuredBatches | None = None
+        self.on_nonfinite: guard.OnNonfinite | None = None
         self.member_loggers: dict[str, Logger] = {}
+        self.ranks: Ranks = ALONE
         self._trainees: dict[str, Trainee] = {}
-        self._before_split: list[tuple[Any, dict[str, Tensor]]] = []
+        self._measured = [0, 0]
         self._threads_before: int | None = None
         self._followed = False
         self._good: Set[str] = frozenset()
-        self.ranks: Ranks = ALONE
 
     @abstractmethod
     def saes(self) -> Mapping[str, Any]:
@@ -80,7 +76,7 @@ class TrainingShell(L.LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: no training under way, and no connections to loggers."""
-        return {**super().__getstate__(), "_trainees": {}, "_before_split": [], "member_loggers": {}}
+        return {**super().__getstate__(), "_trainees": {}, "member_loggers": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainingShell:
         """A copy with weights of its own, and the same optimiser factories: those of a config cannot always be copied."""
@@ -99,8 +95,8 @@ class TrainingShell(L.LightningModule):
         warnings.filterwarnings("ignore", message="You called `self.log.* but have no logger")  # results are returned
         if self.trainer.state.fn == "fit":
             flags.check_trainer(self.trainer)
-            for trainee in self.trainees:
-                flags.check_sae(trainee.sae, self.trainer)
+            for sae in self.saes().values():
+                self._optimizer(sae, [nn.Parameter(torch.zeros(1))])
         return []
 
     def setup(self, stage: str) -> None:
@@ -108,7 +104,10 @@ class TrainingShell(L.LightningModule):
         flags.check_device(self.trainer.strategy.root_device)
         self._share_batches(batch_ranks(self.trainer))
         if stage == "fit":
-            self._threads_before = threads.use_threads(self.trainer, self.products_a_step())
+            self._threads_before = threads.use_threads(self.trainer, self._products_a_step())
+            if self.device_mesh is not None:  # latents are split next
+                self.trainer.precision_plugin.convert_module(self)
+                self._initialize()
 
     def teardown(self, stage: str) -> None:
         """Work alone again, with the threads of before."""
@@ -123,18 +122,18 @@ class TrainingShell(L.LightningModule):
             if isinstance(part, TrainingShell):
                 part.ranks = ranks
 
-    def products_a_step(self) -> int:
+    def _products_a_step(self) -> int:
         """Products of a step, ``batch_size · d_in · d_sae`` summed over SAEs; 0 where the data's batch size is unknown."""
-        rows = int(getattr(getattr(self.trainer, "datamodule", None), "batch_size", 0))
-        return sum(rows * trainee.sae.d_in * trainee.sae.d_sae for trainee in self.trainees)
+        rows = int(getattr(self._data(), "batch_size", 0))
+        return sum(rows * sae.d_in * sae.d_sae for sae in self.saes().values())
 
     def steps_a_batch(self, most: int) -> int:
         """How many steps the data may send at once."""
-        return steps.steps_a_batch(self.trainer, most, self.products_a_step())
+        return steps.steps_a_batch(self.trainer, most, self._products_a_step())
 
     def configure_optimizers(self) -> Any:
         """Each SAE's optimiser and schedule; those of several step as one."""
-        made = {trainee.name: self._optimizer(trainee.sae) for trainee in self.trainees}
+        made = {name: self._optimizer(sae, sae.parameters()) for name, sae in self.saes().items()}
         if set(made) != {""}:
             schedules = {name: schedule for name, (_, schedule) in made.items() if schedule is not None}
             return MemberOptimizers({name: optimizer for name, (optimizer, _) in made.items()}, schedules)
@@ -143,11 +142,11 @@ class TrainingShell(L.LightningModule):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _optimizer(self, sae: Any) -> tuple[Any, Any]:
+    def _optimizer(self, sae: Any, parameters: Any) -> tuple[Any, Any]:
         trainer = self._trainer
         scaled = trainer is not None and getattr(trainer.precision_plugin, "scaler", None) is not None
         # A fused optimiser unscales gradients itself, after they have been clipped.
-        optimizer = make_optimizer(sae.optimizer, sae.parameters(), fused=not scaled)
+        optimizer = make_optimizer(sae.optimizer, parameters, fused=not scaled)
         if is_split(sae.W_dec):
             exchange_full_states(optimizer)
         if sae.lr_scheduler is None:
@@ -157,40 +156,27 @@ class TrainingShell(L.LightningModule):
     def configure_model(self) -> None:
         """Under the sharded strategy, leave each process its part of every SAE's latents."""
         if self.device_mesh is not None and not any(is_split(parameter) for parameter in self.parameters()):
-            self._split_latents(self.device_mesh["tensor_parallel"])
-
-    def _split_latents(self, mesh: DeviceMesh) -> None:
-        """Keep this process's part of the latents, and until it is clear how they start, what all were."""
-        self.trainer.precision_plugin.convert_module(self)  # before data can set anything, as elsewhere
-        before: list[tuple[Any, dict[str, Tensor]]] = []
-        for trainee in self.trainees:
-            parts = [part for part in trainee.sae.modules() if isinstance(part, TrainingShell)]
-            split = [(part, split_latents(part, mesh)) for part in parts]
-            before += [] if trainee.sae.initialized else split
-        self._before_split = before if self.trainer.state.fn == "fit" else []
+            self.trainer.precision_plugin.convert_module(self)
+            for part in self.modules():
+                if isinstance(part, TrainingShell) and hasattr(part, "d_sae"):
+                    split_latents(part, self.device_mesh["tensor_parallel"])
 
     def on_fit_start(self) -> None:
-        """Initialise SAEs from data at the first step of a run; a resumed run has its weights already."""
-        if self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
-            self.initialize_from(self._data())
-        self._before_split = []
+        """Initialise SAEs from data, and see that what callbacks monitor will be there."""
+        self._initialize()
         self._followed = any(steps.watches_steps(callback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         flags.check_monitors(self.trainer, self)
 
-    def initialize_from(self, data: Any) -> None:
-        """Initialise each SAE from the first training batch, unless that was done or it was loaded.
-
-        Raises:
-            UserError: There is no hedgelab DataModule.
-        """
-        if data is None:
+    def _initialize(self) -> None:
+        """Initialise SAEs from the first batch at the first step of a run; those resumed or loaded have their weights."""
+        if self.trainer.global_step or self.trainer.ckpt_path is not None:
+            return
+        if (data := self._data()) is None:
             raise UserError("data: fit needs a hedgelab DataModule")
-        fresh = [trainee.sae for trainee in self.trainees if not trainee.sae.initialized]
-        with as_before_split(self._before_split):  # where latents are split over processes, they start on the CPU
-            for sae in fresh:
+        for sae in self.saes().values():
+            if not sae.initialized:
                 sae.initialize(data.batch("train", 0).to(sae.W_dec.device), data.feature_directions)
-        for sae in fresh:
-            sae.initialized = True
+                sae.initialized = True
 
     def _data(self) -> Any:
         return getattr(self._trainer, "datamodule", None)
@@ -207,9 +193,11 @@ class TrainingShell(L.LightningModule):
             trainee.sae.set_steps_done(step)
         if isinstance(batch, list):  # Lightning counts batches where it logs, and steps are meant
             self.trainer.fit_loop.epoch_loop._batches_that_stepped += len(batch) - 1
-        if self._is_logged(step):
-            self.check_window(step)
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self.trainer.max_steps or (every and step % every == 0):
             skips = self.on_nonfinite == "skip"
+            for trainee in self.trainees:
+                trainee.check_window(step, self._data())
             self.report({trainee.name: trainee.training_means(skips) for trainee in self.trainees}, step)
         elif self._followed:
             latest = {t.prefix + name: term for t in self.trainees for name, term in t.latest_terms().items()}
@@ -223,7 +211,7 @@ class TrainingShell(L.LightningModule):
         for trainee in self.trainees:
             trainee.sae.set_steps_done(step)
             result = trainee.sae.loss(batch.of(trainee.name) if isinstance(batch, steps.StepBatches) else batch)
-            if self.on_nonfinite == "stop" or guard.is_finite(result.total, trainee.sae.ranks):
+            if self.on_nonfinite != "skip" or guard.is_finite(result.total, trainee.sae.ranks):
                 results[trainee.name] = result
         # One backward pass of the sum: SAEs share no parameters, so each gets exactly its own gradients, and DDP sees every
         # parameter used.
@@ -256,11 +244,6 @@ class TrainingShell(L.LightningModule):
             if trainee.name in self._good:
                 trainee.prepare_gradients()
 
-    def _is_logged(self, step: int) -> bool:
-        """Whether training reports at this step: at every logging interval and at the end."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return step == self.trainer.max_steps or bool(every and step % every == 0)
-
     def on_train_epoch_end(self) -> None:
         """End a limited run with its epoch, since a stream has one, unless ``max_epochs`` says how many there are."""
         trainer: Any = self.trainer
@@ -268,26 +251,13 @@ class TrainingShell(L.LightningModule):
         if limited and trainer.max_epochs == -1:
             trainer.should_stop = True
 
-    def check_window(self, step: int) -> None:
-        """See that no loss term since the last report is NaN or infinite.
-
-        Raises:
-            UserError: One is; says step, term, batch and member.
-        """
-        for trainee in self.trainees:
-            trainee.check_window(step, self._data())
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def check_finite(self, step: int) -> None:
-        """See that everything a checkpoint would hold is finite.
-
-        Raises:
-            UserError: It is not.
-        """
-        self.check_window(step)
+        """Stop the run if anything that a checkpoint would hold is not finite."""
         for trainee in self.trainees:
+            trainee.check_window(step, self._data())
             guard.check_parameters(trainee.sae, step, trainee.name)
-
-    # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what has not been reported yet, and what the SAEs are."""
@@ -295,16 +265,12 @@ class TrainingShell(L.LightningModule):
         checkpoint[UNREPORTED] = states.get("", states)
         with suppress(
             TypeError, ValueError, AttributeError
-        ):  # a class of one's own need not follow the conventions of config
-            configs = {trainee.name: trainee.sae.config() for trainee in self.trainees}
+        ):  # a class of one's own may break the conventions of config
+            configs = {name: sae.config() for name, sae in self.saes().items()}
             checkpoint[ARCHITECTURES] = json.loads(json.dumps(configs))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what had not been reported yet, if it is a checkpoint of such SAEs.
-
-        Raises:
-            UserError: It is of another.
-        """
+        """Take up what had not been reported yet, if it is a checkpoint of such SAEs."""
         guard.check_fits(self, checkpoint["state_dict"])
         steps.count_batches_as_steps(checkpoint)
         states = checkpoint.get(UNREPORTED, {})
@@ -318,6 +284,7 @@ class TrainingShell(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Start from empty metrics; in a fit, see first that there is something to measure."""
+        self._measured = [0, 0]
         for trainee in self.trainees:
             if self.trainer.state.fn == "fit":
                 guard.check_parameters(trainee.sae, self.trainer.global_step, trainee.name)
@@ -330,42 +297,32 @@ class TrainingShell(L.LightningModule):
                 trainee.keep_measured_weights()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure every SAE on a batch."""
-        if self.measured_finite is None or self.measured_finite.is_good(batch):
+        """Measure every SAE on a batch, unless it holds NaN or infinity and a guard leaves it out."""
+        left_out = self.on_nonfinite is not None and not bool(torch.isfinite(batch.x).all())
+        self._measured = [self._measured[0] + 1, self._measured[1] + left_out]
+        if not left_out:
             for trainee in self.trainees:
                 trainee.measure(batch)
 
-    def on_validation_epoch_end(self) -> None:
+    def on_validation_epoch_end(self, stage: str = "val") -> None:
         """Report the metrics of the pass."""
-        self._report_measurements("val")
+        if self.on_nonfinite is not None:
+            counts = torch.tensor(self._measured, device=self.device)
+            guard.check_measured(counts, stage, self.on_nonfinite, self.trainees[0].sae.ranks)
+        values = {trainee.name: trainee.measurements(stage) for trainee in self.trainees}
+        self.report(values, self.trainer.global_step)
 
-    def on_test_start(self) -> None:
-        """As in validation."""
-        self.on_validation_start()
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As in validation."""
-        self.validation_step(batch, batch_idx)
+    on_test_start = on_validation_start
+    test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
         """As in validation."""
-        self._report_measurements("test")
-
-    def _report_measurements(self, stage: str) -> None:
-        if self.measured_finite is not None:
-            self.measured_finite.check(stage, self.on_nonfinite, self.trainees[0].sae.ranks, self.device)
-        values = {trainee.name: trainee.measurements(stage) for trainee in self.trainees}
-        self.report(values, self.trainer.global_step)
+        self.on_validation_epoch_end("test")
 
     # -- reporting ---------------------------------------------------------------------------------
 
     def report(self, values: Mapping[str, dict[str, float]], step: int) -> None:
-        """Send each SAE's numbers to its logger; callbacks, the progress bar and ``trainer.validate``'s result get all.
-
-        Args:
-            values: Numbers by name, of each SAE.
-            step: Optimiser step that they belong to.
-        """
+        """Send each SAE's numbers to its logger; callbacks, the progress bar and ``trainer.validate``'s result get all."""
         named = {f"{sae}/{key}" if sae else key: value for sae, own in values.items() for key, value in own.items()}
         in_fit = self.trainer.state.fn == "fit"
         if not self.trainer.sanity_checking:
@@ -376,7 +333,43 @@ class TrainingShell(L.LightningModule):
         losses = [own["train/loss"] for own in values.values() if "train/loss" in own]
         if losses:
             named["train/loss"] = sum(losses) / len(losses)
-        if len(self.trainees) > _MOST_RETURNED and steps.returns_through_a_pipe(self.trainer):
+        # Processes that were forked or spawned (ddp_fork, ddp_spawn, ddp_notebook) return callback_metrics through a pipe that
+        # holds 64 KiB and is read only after they have ended: both would wait for ever if there were more.
+        through_a_pipe = "multiprocessing" in type(self.trainer.strategy.launcher).__module__
+        if len(self.trainees) > _MOST_RETURNED and through_a_pipe:
             named = {"train/loss": named["train/loss"]} if losses else {}
         # Lightning logs at its own count of batches, so in a fit it is not asked to.
         self.log_dict(named, logger=not in_fit and not self.member_loggers, batch_size=1)
+
+
+class SAEGroup(TrainingShell):
+    """Trains several SAEs, of any kinds, widths and seeds, on one stream; the result of each is what it were alone.
+
+    Every member keeps its own optimiser, schedule, warm-ups, dead-latent clock and metrics. Members that are not
+    initialised start from the first training batch.
+
+    Args:
+        members: The SAEs, by name.
+        loggers: Each member's own logger, by name; None reports to the trainer's, the names in front of the numbers.
+
+    Raises:
+        UserError: No members, widths of activations that differ, or a name with a dot.
+    """
+
+    members: nn.ModuleDict
+
+    def __init__(self, members: Mapping[str, Any], loggers: Mapping[str, Logger] | None = None) -> None:
+        super().__init__()
+        if not members:
+            raise UserError("members: a group needs at least one SAE")
+        widths = {name: sae.d_in for name, sae in members.items()}
+        if len(set(widths.values())) > 1:
+            raise UserError(f"members: all need the same d_in, got {widths}")
+        if dotted := [name for name in members if "." in name]:
+            raise UserError(f"members: a name must not contain a dot, got '{dotted[0]}'")
+        self.members = nn.ModuleDict(members)
+        self.member_loggers = dict(loggers or {})
+
+    def saes(self) -> dict[str, Any]:
+        """The members, by name."""
+        return dict(self.members.items())

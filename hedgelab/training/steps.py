@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
@@ -22,24 +21,15 @@ from hedgelab.batch import Batch
 TINY = 2**22
 """Products a step, ``batch_size · d_in · d_sae``, up to which Lightning's own cost is worth avoiding."""
 STEP_HOOKS = (
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
+    "on_train_batch_start", "on_train_batch_end", "on_before_zero_grad", "on_before_backward", "on_after_backward",
     "on_before_optimizer_step",
-)
+)  # fmt: skip
 MODULE_HOOKS = (*STEP_HOOKS, "training_step", "optimizer_step", "lr_scheduler_step", "configure_gradient_clipping")
 _TRUSTED = ("hedgelab.", "lightning.pytorch.core.", "lightning.pytorch.callbacks.callback", "torch.")
 
 
 class StepBatches(NamedTuple):
-    """The batches of one step where some members of a group see other data than the rest.
-
-    Attributes:
-        shared: What every other member sees.
-        own: Batches of single members, by name.
-    """
+    """The batches of one step where some members of a group (``own``, by name) see other data than the rest (``shared``)."""
 
     shared: Batch
     own: dict[str, Batch]
@@ -58,15 +48,12 @@ class StepBatches(NamedTuple):
         return StepBatches(self.shared.to(device), {name: batch.to(device) for name, batch in self.own.items()})
 
 
-def steps_a_batch(trainer: L.Trainer, most: int, products: int) -> int:
-    """How many steps one batch of Lightning's may hold: the largest number that divides all intervals, or 1.
+def steps_a_batch(trainer: Any, most: int, products: int) -> int:
+    """How many steps one batch of Lightning's may hold, at most ``most``: the largest number that divides all intervals, or 1.
 
-    Args:
-        trainer: Its callbacks, flags and module decide.
-        most: The most that the data would send at once.
-        products: ``batch_size · d_in · d_sae``, summed over the SAEs that train.
+    The trainer's callbacks, flags and module decide, and the products of a step (:data:`TINY`).
     """
-    if most == 1 or products > TINY or _watches_steps(trainer):
+    if most == 1 or products > TINY or _looks_at_steps(trainer):
         return 1
     intervals = [int(getattr(trainer, "log_every_n_steps", 0))]
     intervals += [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
@@ -86,27 +73,24 @@ def batch_rows(batch: Any) -> int:
 def watches_steps(watcher: Any, hooks: tuple[str, ...] = STEP_HOOKS) -> bool:
     """Whether a callback (or module) has a hook of its own that Lightning calls once a batch."""
     if isinstance(watcher, ModelCheckpoint):
-        interval_only = type(watcher).__module__.startswith("hedgelab.") and not watcher.save_top_k
-        return not interval_only
+        return bool(watcher.save_top_k) or not type(watcher).__module__.startswith("hedgelab.")
     owners = [next((c for c in type(watcher).__mro__ if hook in vars(c)), None) for hook in hooks]
     return any(owner is not None and not owner.__module__.startswith(_TRUSTED) for owner in owners)
 
 
-def _watches_steps(trainer: Any) -> bool:
+def _looks_at_steps(trainer: Any) -> bool:
     """Whether anything about a trainer needs each batch to be one step."""
-    mixed = type(trainer.precision_plugin) not in (Precision, DoublePrecision)
-    flags = (
-        trainer.fast_dev_run,
-        trainer.overfit_batches,
-        isinstance(trainer.limit_train_batches, int),
-        not isinstance(getattr(trainer, "val_check_interval", None), float),  # a number of steps, or a time
-        trainer.check_val_every_n_epoch is None,
-        not isinstance(trainer.profiler, PassThroughProfiler),
-        not isinstance(trainer.strategy, SingleDeviceStrategy),
-        mixed,
+    return (
+        bool(trainer.fast_dev_run or trainer.overfit_batches)
+        or isinstance(trainer.limit_train_batches, int)
+        or not isinstance(getattr(trainer, "val_check_interval", None), float)  # a number of steps, or a time
+        or trainer.check_val_every_n_epoch is None
+        or not isinstance(trainer.profiler, PassThroughProfiler)
+        or not isinstance(trainer.strategy, SingleDeviceStrategy)
+        or type(trainer.precision_plugin) not in (Precision, DoublePrecision)
+        or any(watches_steps(callback) for callback in trainer.callbacks)
+        or watches_steps(trainer.lightning_module, MODULE_HOOKS)
     )
-    watchers = any(watches_steps(callback) for callback in trainer.callbacks)
-    return any(flags) or watchers or watches_steps(trainer.lightning_module, MODULE_HOOKS)
 
 
 def count_batches_as_steps(checkpoint: dict[str, Any]) -> None:
@@ -120,12 +104,3 @@ def count_batches_as_steps(checkpoint: dict[str, Any]) -> None:
             counts["ready"] = counts["started"] = counts["processed"] = step
             counts["completed"] = step - begun
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - begun
-
-
-def returns_through_a_pipe(trainer: L.Trainer) -> bool:
-    """Whether processes were forked or spawned (``ddp_fork``, ``ddp_spawn``, ``ddp_notebook``).
-
-    Lightning then sends ``callback_metrics`` back through a pipe that holds 64 KiB, which it reads only after the process has
-    ended, so that both would wait for ever if there were more.
-    """
-    return "multiprocessing" in type(trainer.strategy.launcher).__module__

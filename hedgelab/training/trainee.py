@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from hedgelab.batch import Batch
+from hedgelab.errors import UserError
 from hedgelab.training import guard
 from hedgelab.training.sharding import average_gradients
 
@@ -22,30 +23,20 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 class Trainee:
-    """An SAE in training, alone or as a member of a group.
+    """An SAE in training, alone (its name is empty) or as a member of a group.
 
-    Args:
-        sae: The SAE. The shell asks of it ``loss``, ``initialize``, ``before_optimizer_step``, ``after_step``,
-            ``set_steps_done`` and ``training_numbers`` to train, ``encode``, ``decode`` and ``folded`` to measure.
-        name: Its name in the group; empty for one that trains alone.
-
-    Attributes:
-        skipped: Batches that were passed over so far because their loss was not finite.
+    The shell asks of the SAE ``loss``, ``initialize``, ``before_optimizer_step``, ``after_step``, ``set_steps_done`` and
+    ``training_numbers`` to train, ``encode``, ``decode`` and ``folded`` to measure.
     """
 
     def __init__(self, sae: Any, name: str = "") -> None:
         self.sae = sae
         self.name = name
-        self.skipped = 0
-        self._skipped_in_a_row = 0
+        self.prefix = f"{name}/" if name else ""
+        self._skipped = self._skipped_in_a_row = 0
         self._window: list[dict[str, Tensor]] = []
         self._metrics: SAEMetrics | None = None
         self._measured_weights: Any = None
-
-    @property
-    def prefix(self) -> str:
-        """What stands in front of the names of its numbers."""
-        return f"{self.name}/" if self.name else ""
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -63,46 +54,36 @@ class Trainee:
         self._window.append({name: term.detach() for name, term in result.terms.items()})
 
     def skip_step(self, step: int) -> None:
-        """Count a batch that was passed over.
-
-        Raises:
-            UserError: The weights are NaN or infinite, or no batch has been good for long.
-        """
-        self.skipped += 1
+        """Count a batch that was passed over, and stop where weights are to blame or no batch has been good for long."""
+        self._skipped += 1
         self._skipped_in_a_row += 1
         guard.check_parameters(self.sae, step, self.name)
-        guard.check_skips(self._skipped_in_a_row, step)
+        if self._skipped_in_a_row >= guard.MOST_SKIPPED:
+            raise UserError(
+                f"guard.on_nonfinite: the losses of {self._skipped_in_a_row} batches in a row are NaN or infinite, up to step "
+                f"{step + 1}; go on from an earlier checkpoint with a lower learning rate, or mend the data"
+            )
         self._window.append({})
 
     def check_window(self, step: int, data: Any) -> None:
-        """See that no loss term since the last report is NaN or infinite.
-
-        Raises:
-            UserError: One is; says step, term and batch.
-        """
+        """See that no loss term since the last report is NaN or infinite."""
         guard.check_window(self._window, step, self.sae.ranks, data, self.name)
 
     def training_means(self, with_skipped: bool) -> dict[str, float]:
         """Each loss term's mean over the steps since the last call and over the ranks, and their sum, named ``train/...``.
 
-        Batches that were passed over count in no mean.
-
-        Args:
-            with_skipped: Also say, as ``train/skipped_batches``, how many were passed over so far.
+        Batches that were passed over count in no mean; ``train/skipped_batches`` counts them, if asked for.
         """
-        skipped = {"train/skipped_batches": float(self.skipped)} if with_skipped else {}
-        steps_taken = sum(1 for terms in self._window if terms)
+        window, self._window = self._window, []
+        skipped = {"train/skipped_batches": float(self._skipped)} if with_skipped else {}
+        steps_taken = sum(1 for terms in window if terms)
         if not steps_taken:
-            self._window.clear()
             return skipped
-        names = list(dict.fromkeys(name for terms in self._window for name in terms))
-        sums = [torch.stack([terms[name].float() for terms in self._window if name in terms]).sum() for name in names]
+        names = list(dict.fromkeys(name for terms in window for name in terms))
+        sums = [torch.stack([terms[name].float() for terms in window if name in terms]).sum() for name in names]
         means = (self.sae.ranks.mean(torch.stack(sums)) / steps_taken).tolist()
-        self._window.clear()
-        values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
-        values["train/loss"] = sum(values.values())
-        values |= self.sae.training_numbers()
-        return values | skipped
+        values: dict[str, float] = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
+        return {**values, "train/loss": sum(means), **self.sae.training_numbers(), **skipped}
 
     def latest_terms(self) -> dict[str, Tensor]:
         """The last step's loss terms and their sum, named ``train/...``; mean over the ranks. Empty after a skipped batch."""
@@ -116,11 +97,11 @@ class Trainee:
         steps = {name: [i for i, terms in enumerate(self._window) if name in terms] for name in names}
         values = {name: torch.stack([self._window[i][name] for i in at]) for name, at in steps.items()}
         means = {name: self.sae.ranks.mean(value) for name, value in values.items()}
-        return {"length": len(self._window), "steps": steps, "values": means, "skipped": self.skipped}
+        return {"length": len(self._window), "steps": steps, "values": means, "skipped": self._skipped}
 
     def load_window_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, so that the next report is the mean over its whole interval."""
-        self.skipped = state["skipped"]
+        self._skipped = state["skipped"]
         self._window = [{} for _ in range(state["length"])]
         for name, at in state["steps"].items():
             for i, value in zip(at, state["values"][name].to(self.sae.W_dec.device), strict=True):

@@ -8,10 +8,10 @@ import yaml
 from safetensors.torch import save_file
 
 from hedgelab.cli import main
+from hedgelab.data.llm.hub import find_model
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.interop.formats import import_folder
-from hedgelab.interop.names import find_model
 from hedgelab.interop.saelens import WRITTEN_FOR, export_saelens
 from hedgelab.saes import TopKSAE, VanillaSAE, load_sae
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hedgelab.data.llm.hub import find_model
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
-from hedgelab.interop.dictionary_learning import import_dictionary_learning, read_pickled_tensors
+from hedgelab.interop.dictionary_learning import import_dictionary_learning
+from hedgelab.interop.foreign import read_tensors
 from hedgelab.interop.formats import format_of, import_folder
-from hedgelab.interop.names import find_model
 from hedgelab.interop.saelens import export_saelens, import_saelens
 from hedgelab.interop.sparsify import import_sparsify
 from hedgelab.saes import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE, load_sae, save_sae
@@ -285,7 +286,7 @@ def test_pickles_with_more_than_tensors_are_refused(content, tmp_path):
     else:
         torch.save(content, path)
     with pytest.raises(UserError, match="refused"):
-        read_pickled_tensors(path)
+        read_tensors(path)
 
 
 def test_folders_of_no_known_library(tmp_path):

@@ -58,7 +58,7 @@ def toy(folder, tracked=True):
         found.claim()
         if tracked:
             tracker.go_on_with(found.run_id)
-        checkpoint = newest_whole(found.path, print)
+        checkpoint = newest_whole(found.path)
     record = [RunRecord()] if tracked else []
     trainer = L.Trainer(
         **{**settings(callback, LONG), "callbacks": [*record, callback]}, logger=tracker, default_root_dir=folder

@@ -6,7 +6,7 @@ import pytest
 
 from hedgelab.errors import UserError
 from hedgelab.training.checkpoints import RunFolder
-from hedgelab.training.checkpoints.folder import is_finished, known_runs
+from hedgelab.training.checkpoints.folder import known_runs
 
 
 def test_newest_run_comes_first(tmp_path):
@@ -32,7 +32,7 @@ def test_newest_run_comes_first(tmp_path):
 def test_a_run_that_max_time_cut_has_not_finished(tmp_path, about, finished):
     folder = RunFolder(tmp_path)
     folder.note(**about)
-    assert is_finished(folder) is finished
+    assert folder.finished is finished
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\x00"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from hedgelab.errors import Stopped, UserError
-from hedgelab.training.checkpoints.files import LAST, NEXT, is_remote, local_path, promote
-from hedgelab.training.checkpoints.folder import RunFolder, untracked_name
-from hedgelab.training.checkpoints.io import use_verified_io
+from hedgelab.training.checkpoints.files import LAST, NEXT, is_remote, local_path, promote, use_verified_io
+from hedgelab.training.checkpoints.folder import RunFolder
 from hedgelab.training.checkpoints.stopping import StopFlag
 
 _logger = logging.getLogger(__name__)
@@ -30,22 +29,26 @@ class RunCheckpoint(ModelCheckpoint):
     Written between steps, after the validation of that step where one was due, and when training ends: so a
     run that goes on from one repeats nothing and leaves nothing out. SIGTERM, SIGUSR1 and Ctrl-C have one written and
     end the run (:class:`~hedgelab.errors.Stopped`). What is logged up to a checkpoint is sent, or on the disk, before
-    it appears.
+    it appears. A disk that is full costs checkpoints, not the run.
 
-    Takes ModelCheckpoint's arguments; ``dirpath`` replaces the folder. A disk that is full costs checkpoints, not the run.
+    Args:
+        dirpath: A local folder instead of the run's own.
+        **kwargs: Other arguments of ModelCheckpoint.
 
     Attributes:
         folder: The run's folder; None before a fit.
         facts: What the folder is to say about the run, so that ``--resume`` finds it; None to have only its path find it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().__init__(*args, **kwargs)
-        except ImportError as error:  # fsspec lacks what a remote place needs
-            raise UserError(f"checkpoint.dirpath: must be a local folder ({error})") from error
-        if self.dirpath is not None:  # Lightning takes "file:///kept" for a folder "file:" below the current one
-            self.dirpath = re.sub(r"^.*/(file|local):/+", "/", str(self.dirpath))
+    def __init__(self, dirpath: str | Path | None = None, **kwargs: Any) -> None:
+        if dirpath is not None:
+            if is_remote(dirpath):
+                raise UserError(
+                    f"checkpoint.dirpath: '{dirpath}' is not a folder of this machine, where alone a checkpoint can be "
+                    "replaced in one stroke; choose a local or mounted folder, and copy it from there"
+                )
+            dirpath = local_path(dirpath)  # Lightning takes "file:///kept" for a folder "file:" below the current one
+        super().__init__(dirpath, **kwargs)
         self.folder: RunFolder | None = None
         self.facts: Callable[[], dict[str, Any]] | None = None
         self._flag = StopFlag()
@@ -64,31 +67,18 @@ class RunCheckpoint(ModelCheckpoint):
     # -- where -------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Name the folder after the run.
-
-        Raises:
-            UserError: It is not on this machine's file system.
-        """
+        """Name the folder after the run."""
         use_verified_io(trainer)
         if stage == "fit" and self.dirpath is None:
             self.dirpath = str(default_folder(trainer))
-        if self.dirpath is not None and is_remote(self.dirpath):
-            raise UserError(
-                f"checkpoint.dirpath: '{self.dirpath}' is not a folder of this machine, where alone a checkpoint can be "
-                "replaced in one stroke; choose a local or mounted folder, and copy it from there"
-            )
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Claim the folder, and say in it what the run is.
-
-        Raises:
-            UserError: It holds another run's checkpoints, or another process is training this run.
-        """
+        """Claim the folder, unless it holds another run's checkpoints, and say in it what the run is."""
         if not trainer.is_global_zero:
             return
         if self.folder is None:
-            path = Path(local_path(self.dirpath))
+            path = Path(str(self.dirpath))
             if (path / LAST).exists() and trainer.ckpt_path is None:
                 raise UserError(
                     f"checkpoint.dirpath: '{path}' holds checkpoints of another run, which this one would replace; choose "
@@ -97,7 +87,9 @@ class RunCheckpoint(ModelCheckpoint):
             self.folder = RunFolder(path)
             self.folder.claim()
         if self.facts is not None:
-            self.folder.note(**self.facts(), run_id=_run_id(trainer), finished=False)
+            tracker = _tracker(trainer)
+            run_id = None if tracker is None else str(tracker.version)
+            self.folder.note(**self.facts(), run_id=run_id, finished=False)
 
     # -- when --------------------------------------------------------------------------------------
 
@@ -108,31 +100,39 @@ class RunCheckpoint(ModelCheckpoint):
         self._interval_began = time.monotonic()
         self._unaveraged = None
         self._flag = StopFlag()
-        kill = getattr(trainer.strategy.launcher, "kill", None)
-        self._flag.install(lambda number: kill(number) if kill is not None else None)
+        self._flag.install(getattr(trainer.strategy.launcher, "kill", lambda number: None))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Between two steps: stop if asked to, and save where an interval has ended."""
-        step, kept = trainer.global_step, self.save_last and not _is_trial(trainer)
         number = self._signal(trainer)
-        due = self._is_due(trainer, step)
-        if kept and step > self._saved_at and (due or number is not None):
+        if self._is_due(trainer) or number is not None:
             self._save(trainer)
         if number is not None:
             self._flag.remove()
-            raise Stopped(number, self._state(step))
+            kept = f"; saved in {self.last_model_path or self.dirpath}, go on with --resume"
+            lost = ", which could not be saved; --resume goes on from the checkpoint before it"
+            step = trainer.global_step
+            raise Stopped(number, f"after step {step}{kept if self._saved_at == step else lost}")
 
-    def _is_due(self, trainer: L.Trainer, step: int) -> bool:
+    def _is_due(self, trainer: L.Trainer) -> bool:
         """Whether an interval has ended: of steps, or of time, by the clock of rank zero."""
         if self._train_time_interval is None:
-            return self._every_n_train_steps >= 1 and step % self._every_n_train_steps == 0
+            return self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
         over = time.monotonic() - self._interval_began >= self._train_time_interval.total_seconds()
         over = bool(trainer.strategy.broadcast(over)) if trainer.world_size > 1 else over
         if over:
             self._interval_began = time.monotonic()
         return over
+
+    def _signal(self, trainer: L.Trainer) -> int | None:
+        """The signal that came, to any of the ranks."""
+        if trainer.world_size == 1:
+            return self._flag.number
+        if not trainer.strategy.reduce_boolean_decision(self._flag.number is not None, all=False):
+            return None
+        return self._flag.number or signal.SIGTERM
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the weights as training left them: weight averaging puts its own in their place before the last save."""
@@ -143,76 +143,52 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step too, after its validation."""
         self._flag.remove()
-        if self.save_last and trainer.global_step > self._saved_at and not _is_trial(trainer):
-            self._save(trainer)
+        self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Listen no longer; what is in the middle of a step is not worth saving."""
         self._flag.remove()
         super().on_exception(trainer, pl_module, exception)
-        self._release()
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let others have the run."""
-        self._release()
-
-    def _release(self) -> None:
         if self.folder is not None:
             self.folder.release()
 
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Not at the moments that Lightning chooses: some come before a validation that would then be left out."""
 
-    def _signal(self, trainer: L.Trainer) -> int | None:
-        """The signal that came, to any of the ranks."""
-        if trainer.world_size == 1:
-            return self._flag.number
-        if not trainer.strategy.reduce_boolean_decision(self._flag.number is not None, all=False):
-            return None
-        return self._flag.number or signal.SIGTERM
-
-    def _state(self, step: int) -> str:
-        if self._saved_at == step:
-            return f"after step {step}; saved in {self.last_model_path or self.dirpath}, go on with --resume"
-        return f"after step {step}, which could not be saved; --resume goes on from the checkpoint before it"
-
     # -- how ---------------------------------------------------------------------------------------
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Make a new ``last.ckpt``; a disk that does not take it is told of, and training goes on.
-
-        Raises:
-            UserError: The module finds something in it that no checkpoint should hold, such as NaN.
-        """
+        """Make a new ``last.ckpt`` unless this step has one; a disk that does not take it costs a warning."""
+        step = trainer.global_step
+        if not self.save_last or step <= self._saved_at or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         if (check := getattr(trainer.lightning_module, "check_finite", None)) is not None:
-            check(trainer.global_step)
+            check(step)
         for logger in trainer.loggers:
             logger.save()
-        folder = Path(local_path(self.dirpath))
+        folder = Path(str(self.dirpath))
         self._saving = True
         try:
             trainer.save_checkpoint(folder / NEXT, weights_only=False)
             if trainer.is_global_zero:
-                self.last_model_path = str(promote(folder))
-            self._saved_at = trainer.global_step
-            self._warned = False
+                promote(folder)
+            self._saved_at, self._warned = step, False
         except OSError as error:
             if trainer.world_size > 1:
                 trainer.strategy.barrier("Trainer.save_checkpoint")  # the other ranks wait there
-            self._complain(trainer.global_step, error)
+            if not self._warned:
+                self._warned = True
+                _logger.warning(
+                    "no checkpoint could be written at step %d in %s (%s); training goes on, the one before it is kept",
+                    step, folder, error.strerror or error,
+                )  # fmt: skip
         finally:
             self._saving = False
         self.last_model_path = str(folder / LAST)
-
-    def _complain(self, step: int, error: OSError) -> None:
-        if not self._warned:
-            self._warned = True
-            _logger.warning(
-                "no checkpoint could be written at step %d in %s (%s); training goes on, the one before it is kept",
-                step,
-                self.dirpath,
-                error.strerror or error,
-            )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Count the step that is about to start as not begun (Lightning's counters would be one ahead for good)."""
@@ -226,26 +202,18 @@ class RunCheckpoint(ModelCheckpoint):
         progress["is_last_batch"] = False
 
 
-def _is_trial(trainer: L.Trainer) -> bool:
-    """Whether the trainer only tries a few steps."""
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
 def default_folder(trainer: L.Trainer) -> Path:
     """Where a run's checkpoints go unless told otherwise: beside the MLflow store, in a folder named after the run.
 
     Without an :class:`~hedgelab.tracking.MLflowTracker`, whatever other loggers there are, below the trainer's folder.
-
-    Raises:
-        UserError: That is not on this machine's file system.
     """
     tracker = _tracker(trainer)
     root = str(trainer.default_root_dir if tracker is None else tracker.save_dir)
     if is_remote(root):
         raise UserError(f"checkpoint.dirpath: must be set to a local folder, since the run's own, '{root}', is not one")
     if tracker is None:
-        return Path(local_path(root)) / "runs" / "checkpoints" / untracked_name()
-    return Path(local_path(root)) / "checkpoints" / str(tracker.version)
+        return local_path(root) / "runs" / "checkpoints" / f"untracked-{uuid.uuid4().hex[:12]}"
+    return local_path(root) / "checkpoints" / str(tracker.version)
 
 
 def folder_of(trainer: L.Trainer) -> Path | None:
@@ -255,14 +223,9 @@ def folder_of(trainer: L.Trainer) -> Path | None:
         return None if trainer.logger is None or trainer.fast_dev_run else default_folder(trainer)  # type: ignore[attr-defined]
     if kept.dirpath is None:
         kept.dirpath = str(default_folder(trainer))
-    return Path(local_path(kept.dirpath))
+    return Path(kept.dirpath)
 
 
 def _tracker(trainer: L.Trainer) -> Logger | None:
     """The logger whose runs can be gone on with."""
     return next((logger for logger in trainer.loggers if hasattr(logger, "go_on_with")), None)
-
-
-def _run_id(trainer: L.Trainer) -> str | None:
-    tracker = _tracker(trainer)
-    return None if tracker is None else str(tracker.version)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the two newest checkpoints of a run among them.
+"""Checkpoint files: whole or not there, checked when read, and read without executing anything.
 
 A checkpoint is a zip archive (PyTorch's own format) that holds a CRC-32 of every part: reading all parts tells a torn or
 rotten file from a whole one, whoever wrote it.
@@ -6,17 +6,31 @@ rotten file from a whole one, whoever wrote it.
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import zipfile
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from fsspec import get_filesystem_class
+import lightning as L
+import numpy as np
+import torch
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from hedgelab.errors import UserError, one_line
 
 LAST, PREVIOUS, NEXT = "last.ckpt", "previous.ckpt", ".next.ckpt"
-_BLOCK = 1 << 20
+_PLAIN = (bool, int, float, complex, str, bytes, torch.device, torch.dtype, type(None))
+_logger = logging.getLogger(__name__)
 
 
 def is_remote(path: object) -> bool:
@@ -24,20 +38,15 @@ def is_remote(path: object) -> bool:
     return get_protocol(str(path)) not in ("file", "local")
 
 
-def local_path(path: object) -> str:
+def local_path(path: object) -> Path:
     """A path of this machine's file system without the protocol that it may be written with (``file://``)."""
-    return str(path) if "://" not in str(path) else str(get_filesystem_class("file")._strip_protocol(str(path)))
+    return Path(LocalFileSystem._strip_protocol(str(path)) if "://" in str(path) else str(path))
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Make a file that appears under its name only when all of it is on the disk.
+    """Make a file that appears under its name only when all of it is on the disk; its folder is made if missing.
 
-    Args:
-        path: Where it is to be; its folder is made if missing.
-        write: Writes the content.
-
-    Raises:
-        OSError: The disk is full, or nothing may be written there; an older file of that name stays as it was.
+    If that fails, an older file of that name stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name.lstrip('.')}.partial")
@@ -47,78 +56,113 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
 def promote(folder: Path) -> Path:
-    """Make the checkpoint that was just written the last one, and the last one the one before it.
-
-    At every moment ``last.ckpt`` is there and whole: the old one gets its second name before it loses the first.
-    """
-    last, previous, aside = folder / LAST, folder / PREVIOUS, folder / ".previous.partial"
-    if last.exists():
-        aside.unlink(missing_ok=True)
-        try:
-            os.link(last, aside)
-        except OSError:  # a file system without hard links
-            last.replace(previous)
-        else:
-            aside.replace(previous)
-    (folder / NEXT).replace(last)
-    _sync_folder(folder)
-    return last
+    """Make the checkpoint just written the last one, and the last one the one before it; one is whole at any moment."""
+    if (folder / LAST).exists():
+        (folder / LAST).replace(folder / PREVIOUS)
+    return (folder / NEXT).replace(folder / LAST)
 
 
 def fault(path: Path) -> str | None:
-    """Why a checkpoint cannot be used; None for a whole one. Nothing in the file is executed.
-
-    Every part is read, which costs about as long as loading it.
-    """
+    """Why a checkpoint cannot be used; None for a whole one. Reads every part and executes nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
-            for part in archive.infolist():
-                if part.compress_type != zipfile.ZIP_STORED:
-                    return f"{part.filename} is compressed, which PyTorch never does"
-                with archive.open(part) as content:
-                    while content.read(_BLOCK):
-                        pass
+            packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+            if packed:
+                return f"{packed[0]} is compressed, which PyTorch never does"
+            torn = archive.testzip()
     except FileNotFoundError:
         return "no such file"
     except Exception as error:  # a damaged archive can fail in any way
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(str(error)) or type(error).__name__
+    return None if torn is None else f"the checksum of {torn} is wrong"
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that can be used; None without one. Damaged ones are passed over with a warning."""
+    for path in (folder / LAST, folder / PREVIOUS):
+        if path.exists():
+            if (trouble := fault(path)) is None:
+                return path
+            _logger.warning("%s is damaged (%s) and passed over", path, trouble)
     return None
 
 
-def newest_whole(folder: Path, report: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The newest checkpoint of a run that can be used; None without one.
+class VerifiedCheckpointIO(TorchCheckpointIO):
+    """PyTorch checkpoints: tensors and plain values only; on a local disk whole or not there, and verified when read.
 
-    Args:
-        folder: Folder of the run's checkpoints.
-        report: Told, in a line, of each one that had to be passed over.
+    Other places (``s3://…``) are written and read by fsspec, as Lightning does, and are as reliable as they are.
     """
-    for name in (LAST, PREVIOUS):
-        path = folder / name
-        if not path.exists():
-            continue
-        trouble = fault(path)
-        if trouble is None:
-            return path
-        report(f"{path} is damaged ({trouble}) and passed over")
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Write a checkpoint that :meth:`load_checkpoint` will read, or refuse it."""
+        checkpoint = apply_to_collection(checkpoint, np.generic, lambda value: value.item())
+        _check_readable(checkpoint)
+        if is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            write_atomically(local_path(path), lambda file: torch.save(checkpoint, file))
+        except RuntimeError as error:  # what PyTorch makes of any error of the disk
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint, whoever wrote it: tensors and plain values only, whatever is asked for."""
+        if not is_remote(path) and (trouble := fault(local_path(path))) is not None:
+            raise UserError(f"ckpt_path: cannot use '{path}': {trouble}")
+        try:
+            checkpoint: Any = super().load_checkpoint(path, map_location, weights_only=True)
+        except Exception as error:  # whatever a hostile or foreign file provokes
+            reason = one_line(str(error).partition(".")[0]) or type(error).__name__
+            raise UserError(
+                f"ckpt_path: '{path}' holds more than tensors and plain values ({reason}); refused"
+            ) from error
+        if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "loops"} <= checkpoint.keys():
+            raise UserError(
+                f"ckpt_path: '{path}' is no checkpoint of a fit; expected runs/checkpoints/<run id>/last.ckpt"
+            )
+        return checkpoint
+
+
+def use_verified_io(trainer: L.Trainer) -> None:
+    """Let a trainer write and read checkpoints by :class:`VerifiedCheckpointIO`, unless its strategy has ways of its own."""
+    with suppress(NotImplementedError):
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
+
+
+def _check_readable(checkpoint: dict[str, Any]) -> None:
+    """Raise a UserError that names the callback whose state is more than tensors and plain values."""
+    parts = {f"'{key}'": value for key, value in checkpoint.items() if key != "callbacks"}
+    parts |= {f"the state of callback {name}": state for name, state in checkpoint.get("callbacks", {}).items()}
+    for name, part in parts.items():
+        if found := _unreadable(part):
+            raise UserError(
+                f"checkpoint: {name} holds a {found}, which no checkpoint may hold, because reading it would execute code; "
+                "let its state_dict return tensors, numbers, text, lists and dicts"
+            )
+
+
+def _unreadable(value: Any) -> str | None:
+    """Name of the first type within a value that PyTorch does not read by itself; None where there is none."""
+    if type(value) in (dict, OrderedDict, defaultdict):
+        value = [*value, *value.values()]
+    if type(value) in (list, tuple, set, torch.Size):
+        return next(filter(None, map(_unreadable, value)), None)
+    if isinstance(value, Tensor) or type(value) in _PLAIN:
+        return None
+    with io.BytesIO() as file:  # rare types, some of which PyTorch does read
+        try:
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception:  # whatever it is that cannot be written or read
+            return type(value).__qualname__
     return None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power cut, where the file system can do that."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

@@ -8,11 +8,9 @@ unfinished phases.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,7 @@ _ABOUT = "run.json"
 
 
 class RunFolder:
-    """Checkpoints of one run, and what is known about it.
-
-    Args:
-        path: The folder; it need not exist yet.
-    """
+    """Checkpoints of one run, and what is known about it; the folder need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,19 +42,19 @@ class RunFolder:
     @property
     def run_id(self) -> str | None:
         """Id of the MLflow run; None of an untracked one."""
-        found = self.about.get("run_id")
-        return found if isinstance(found, str) else None
+        return self.about.get("run_id")
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
-        return self.about.get("finished") is True
+        """Whether the run has come to its end; releases up to 0.1.0 took one that ``max_time`` had cut for finished."""
+        about = self.about
+        max_time = ((about.get("config") or {}).get("trainer") or {}).get("max_time")
+        return about.get("finished") is True and ("cut" in about or max_time is None)
 
     @property
     def members(self) -> dict[str, str | None]:
         """Runs of SAEs that are trained as one group, by name; None as the id of an untracked one."""
-        found = self.about.get("members")
-        return found if isinstance(found, dict) else {}
+        return self.about.get("members") or {}
 
     def note(self, **facts: Any) -> None:
         """Add to what is known about the run; a disk that does not take it is told of, and stops nothing."""
@@ -68,27 +62,16 @@ class RunFolder:
         try:
             write_atomically(self.path / _ABOUT, lambda file: file.write(text.encode()))
         except OSError as error:
-            _logger.warning(
-                "%s could not be written (%s); --resume %s",
-                self.path / _ABOUT,
-                error.strerror or error,
-                "goes by what it said before" if self.about else "will not find this run",
-            )
+            outlook = "goes by what it said before" if self.about else "will not find this run"
+            reason = error.strerror or error
+            _logger.warning("%s could not be written (%s); --resume %s", self.path / _ABOUT, reason, outlook)
 
     def claim(self, patience: float = 0.0) -> bool:
         """Keep other processes from going on with this run as long as this one lives.
 
-        Args:
-            patience: Seconds in which another process may end that is at it.
-
-        Returns:
-            Whether there was one.
-
-        Raises:
-            UserError: Another process is at it.
-            OSError: There can be no such folder.
+        Another process that is at it may end within ``patience`` seconds; returned is whether there was one.
         """
-        lock = FileLock(self.path / ".lock")
+        lock, waited = FileLock(self.path / ".lock"), False
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -96,7 +79,15 @@ class RunFolder:
                 raise
             return False
         try:
-            waited = _acquire(lock, patience, self.path)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                waited = patience > 0
+                if waited:
+                    _logger.warning(
+                        "another process still trains %s; waiting %.0f s for it to end", self.path, patience
+                    )
+                lock.acquire(timeout=patience)
         except Timeout:
             name = self.about.get("name") or self.path.name
             raise UserError(
@@ -113,56 +104,18 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
-    def part(self, names: list[str]) -> RunFolder:
-        """The folder of a part of this run (a group of phases), always the same one for the same names."""
-        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]
-        return RunFolder(self.path / f"part-{digest}")
-
-
-def _acquire(lock: BaseFileLock, patience: float, path: Path) -> bool:
-    """Take a lock; whether that had to be waited for."""
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if patience <= 0:
-            raise
-        _logger.warning("another process is still training %s; waiting %.0f s for it to end", path, patience)
-        lock.acquire(timeout=patience)
-        return True
-    return False
-
-
-def untracked_name() -> str:
-    """Name of the folder of a run that MLflow knows nothing about."""
-    return f"untracked-{uuid.uuid4().hex[:12]}"
-
 
 def known_runs(root: Path) -> list[RunFolder]:
-    """All runs that have left a record, newest first.
-
-    Args:
-        root: Where checkpoints are kept: ``runs/checkpoints``, or one run's own folder.
-    """
-    folders = [RunFolder(root), *(RunFolder(path) for path in root.glob("*/"))] if root.is_dir() else []
-    found = [(folder.about.get("created"), folder) for folder in folders]
-    dated = [(float(created), folder) for created, folder in found if isinstance(created, (int, float))]
-    return [folder for _, folder in sorted(dated, key=lambda pair: pair[0], reverse=True)]
-
-
-def is_finished(folder: RunFolder) -> bool:
-    """Whether a run has reached its end; releases up to 0.1.0 took one that ``max_time`` had cut for finished."""
-    about = folder.about
-    trainer = (about.get("config") or {}).get("trainer") or {}
-    return folder.finished and ("cut" in about or trainer.get("max_time") is None)
+    """All runs that have left a record below ``runs/checkpoints``, or in one run's own folder, newest first."""
+    paths = [path.parent for path in (*root.glob(_ABOUT), *root.glob(f"*/{_ABOUT}"))]
+    created = {path: RunFolder(path).about.get("created") for path in paths}
+    dated = {path: when for path, when in created.items() if isinstance(when, (int, float))}
+    return [RunFolder(path) for path in sorted(dated, key=dated.__getitem__, reverse=True)]
 
 
 def named(root: Path, run_id: str) -> RunFolder:
-    """The run of an id, or of its first characters.
-
-    Raises:
-        UserError: There is none, or there are several.
-    """
-    found = [path.parent for path in root.glob("*/run.json") if path.parent.name.startswith(run_id)]
+    """The one run of an id, or of its first characters."""
+    found = [path.parent for path in root.glob(f"*/{_ABOUT}") if path.parent.name.startswith(run_id)]
     if len(found) != 1:
         there = "no run" if not found else f"{len(found)} runs"
         raise UserError(f"resume: {there} '{run_id}' in {root}; expected an id that `hedgelab runs` lists, or nothing")

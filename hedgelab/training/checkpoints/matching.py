@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hedgelab.identity import loaded, pruned
-from hedgelab.training.checkpoints.folder import RunFolder, is_finished
+from hedgelab.training.checkpoints.folder import RunFolder
 
 ABSENT: Any = object()
 """What a config has under a key that it does not have."""
@@ -42,7 +42,7 @@ class Match:
     @property
     def finished(self) -> bool:
         """Whether nothing of it is left to be done."""
-        return is_finished(self.folder) and self.more_steps is None
+        return self.folder.finished and self.more_steps is None
 
 
 def compare(folder: RunFolder, now: Mapping[str, Any]) -> Match:

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.strategies.launchers import subprocess_script
 from torch import distributed as dist
 
-from hedgelab.training.checkpoints.stopping import SIGNALS
+from hedgelab.errors import SIGNALS, one_line
 
 GRACE = 20.0
 """Seconds in which a process may end by itself, its run closed in the tracking store, once another is gone."""
@@ -32,10 +32,8 @@ def lost(error: Exception) -> str | None:
         return None
     if not isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) and not _BROKEN.search(str(error)):
         return None
-    said = re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition(". ")[0]
-    return (
-        f"{_whose()}cannot reach another rank, which has died or lost its network ({' '.join(said.split())}); {_ADVICE}"
-    )
+    reason = one_line(re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition(". ")[0])
+    return f"{_whose()}cannot reach another rank, which has died or lost its network ({reason}); {_ADVICE}"
 
 
 def watch() -> None:
@@ -56,27 +54,23 @@ def watch() -> None:
 
 def told_elsewhere(seconds: float = GRACE / 4) -> bool:
     """Whether the process that started this rank ends within some seconds: of the mistake that this one found too."""
-    main = os.environ.get(_MAIN)
-    if main is None or os.environ.get(_RANK, "0") == "0":
+    if _MAIN not in os.environ or os.environ.get(_RANK, "0") == "0":
         return False
-    end = time.monotonic() + seconds
-    while os.getppid() == int(main):
-        if time.monotonic() > end:
-            return False
+    main, end = int(os.environ[_MAIN]), time.monotonic() + seconds
+    while os.getppid() == main and time.monotonic() < end:
         time.sleep(_POLL / 5)
-    return True
+    return os.getppid() != main
 
 
 def _end_after_child(observer: Any) -> None:
     """In the main process, once one it has started is dead: Lightning would kill all of them on the spot."""
     children = observer._child_processes
-    dead = next((n for n, child in enumerate(children, start=1) if child.returncode not in (*_ORDERLY, None)), None)
-    if dead is None:  # told to stop, as this one is
-        return
-    time.sleep(GRACE)
-    for child in children:
-        child.kill()
-    _leave(f"rank {dead} has died, and this one waits for it in vain; {_ADVICE}")
+    dead = [rank for rank, child in enumerate(children, start=1) if child.returncode not in (*_ORDERLY, None)]
+    if dead:  # and not stopped by a signal, as this one is
+        time.sleep(GRACE)
+        for child in children:
+            child.kill()
+        _leave(f"rank {dead[0]} has died, and this one waits for it in vain; {_ADVICE}")
 
 
 def _end_after_parent(parent: int) -> None:

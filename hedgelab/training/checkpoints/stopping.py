@@ -12,29 +12,20 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from hedgelab.errors import SIGNALS, Stopped, stop_at_once
-
-__all__ = ["SIGNALS", "StopFlag", "stop_at_once", "stopped"]
+from hedgelab.errors import SIGNALS, Stopped
 
 
 class StopFlag:
-    """Raised by a signal, looked at between steps. A second Ctrl-C stops at once.
-
-    SIGUSR2 counts where somebody listens to it already: submitit, which has a job that SLURM is about to end submitted again.
-
-    Attributes:
-        number: The signal that came; None as long as none did.
-    """
+    """Holds the number of the signal that came, None as long as none did. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self._former: dict[int, Any] = {}
 
-    def install(self, forward: Callable[[int], None] = lambda number: None) -> None:
-        """Listen from here on, in the main thread only (others cannot).
+    def install(self, forward: Callable[[int], None]) -> None:
+        """Listen from here on, in the main thread only (others cannot); ``forward`` passes a signal on to other processes.
 
-        Args:
-            forward: Told of each signal, to pass it on to processes that this one started.
+        SIGUSR2 counts where somebody listens to it already: submitit, which submits a job again that SLURM is about to end.
         """
 
         def listen(number: int, frame: Any) -> None:
