@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -100,12 +102,13 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         count = self._rank()[1]
         if count == 1:
             return batch
-        if batch.weight is not None:
-            batch = _padded(batch, -len(batch.x) % count)
-        rows = self.rows_for_rank(len(batch.x))
-        x, features, weight = (None if part is None else part[rows] for part in batch)
-        assert x is not None
-        return Batch(x, features, None if weight is None else weight * count)
+        x, features, weight = batch
+        if weight is not None:
+            missing = -len(x) % count
+            x, features = _lengthened(x, missing), None if features is None else _lengthened(features, missing)
+            weight = torch.cat([weight * count, weight.new_zeros(missing)])
+        rows = self.rows_for_rank(len(x))
+        return Batch(x[rows], None if features is None else features[rows], None if weight is None else weight[rows])
 
     def rows_for_rank(self, size: int) -> slice:
         """Which rows of a global batch of ``size`` examples belong to this rank.
@@ -157,32 +160,24 @@ def data_rank(trainer: L.Trainer) -> tuple[int, int]:
     return split.get("rank", 0), split.get("num_replicas", 1)
 
 
-def _padded(batch: Batch, count: int) -> Batch:
-    """The batch with its last row ``count`` times more, at weight 0."""
-    x, features, weight = (
-        None if part is None else torch.cat([part, part[-1:].expand(count, *part.shape[1:])]) for part in batch
-    )
-    assert x is not None
-    if weight is not None and count:
-        weight[-count:] = 0
-    return Batch(x, features, weight)
+def _lengthened(part: Tensor, count: int) -> Tensor:
+    """The tensor with its last row ``count`` times more."""
+    return torch.cat([part, part[-1:].expand(count, *part.shape[1:])])
 
 
+@dataclass
 class BatchStream:
     """The batches of a stage up to number ``stop - 1``, from the trainer's current step on where they are for training.
 
-    Args:
-        data: Whose batches.
-        stage: Of which stage.
-        stop: Number after the last.
-        chunk_steps: Above 1, batches come in lists of at most so many, cut at its multiples.
-        repeated: Above 0, only the first so many batches, which each epoch goes through again.
+    With ``chunk_steps`` above 1, batches come in lists of at most so many, cut at its multiples. With ``repeated`` above 0,
+    there are only the first so many batches, which each epoch goes through again.
     """
 
-    def __init__(
-        self, data: ActivationDataModule, stage: Stage, stop: int, chunk_steps: int = 1, repeated: int = 0
-    ) -> None:
-        self.data, self.stage, self.stop, self.chunk_steps, self.repeated = data, stage, stop, chunk_steps, repeated
+    data: ActivationDataModule
+    stage: Stage
+    stop: int
+    chunk_steps: int = 1
+    repeated: int = 0
 
     def __iter__(self) -> Iterator[Any]:
         trainer = self.data.trainer
@@ -206,9 +201,7 @@ def _in_chunks(batches: Iterator[Batch], start: int, stop: int, steps: int) -> I
     >>> list(_in_chunks(iter("cdefg"), 2, 7, 4))
     [['c', 'd'], ['e', 'f', 'g']]
     """
-    chunk: list[Batch] = []
-    for number, batch in enumerate(batches, start=start + 1):
-        chunk.append(batch)
-        if number % steps == 0 or number == stop:
-            yield chunk
-            chunk = []
+    while start < stop:
+        cut = min(stop, (start // steps + 1) * steps)
+        yield list(islice(batches, cut - start))
+        start = cut

@@ -16,14 +16,9 @@ Normalisation = Literal["none", "unit_norm", "centred"]
 
 
 def measured_normalisation(rows: Tensor, kind: Normalisation) -> tuple[float, Tensor | None]:
-    """What makes activations ``(x - mean) * scale``, measured on rows ``[n, d_in]`` in float64.
+    """Scale and mean that make activations ``(x - mean) * scale``, measured on rows ``[n, d_in]`` in float64.
 
-    Args:
-        rows: Activations.
-        kind: ``unit_norm`` gives them a mean squared norm of 1, ``centred`` a mean of 0, ``none`` leaves them.
-
-    Returns:
-        The scale, and the mean ``[d_in]`` (float32; None for nothing to subtract).
+    ``unit_norm`` gives a mean squared norm of 1, ``centred`` a mean of 0 (``[d_in]``, float32); ``none`` changes nothing.
     """
     if kind == "unit_norm":
         return float(rows.double().square().sum(dim=-1).mean().rsqrt()), None
@@ -64,8 +59,7 @@ class ActivationSource:
 
     def save(self, folder: str | Path) -> None:
         """Write ``activations.json`` into a folder."""
-        document = {key: list(value) if key == "mean" and value else value for key, value in asdict(self).items()}
-        (Path(folder) / FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> ActivationSource | None:
@@ -79,10 +73,10 @@ class ActivationSource:
             return None
         try:
             document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-            known = {key: value for key, value in document.items() if key in {one.name for one in fields(cls)}}
+            known = {one.name: document[one.name] for one in fields(cls) if one.name in document}
             known["scale"] = float(known.get("scale", 1.0))
             if known.get("mean") is not None:
-                known["mean"] = tuple(float(value) for value in known["mean"])
+                known["mean"] = tuple(map(float, known["mean"]))
             return cls(**known)
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged ({error})") from error

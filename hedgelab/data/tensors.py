@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import tee
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +19,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, Stage
 from hedgelab.data.source import ActivationSource, Normalisation, measured_normalisation
-from hedgelab.errors import UserError, whole_number
+from hedgelab.errors import UserError, one_line, whole_number
 from hedgelab.seeding import generator
 
-_KEPT_ORDERS = 4
 _ROWS_MEASURED = 65_536
 _ROWS_CHECKED_AT_ONCE = 65_536
 _NAMES = ("x", "features", "feature_directions")
@@ -80,7 +80,6 @@ class RowActivations(ActivationDataModule):
         train, val, test = torch.split(order, [n - 2 * held, held, held])
         self._parts: dict[Stage, Tensor] = {"train": train, "val": val, "test": test}
         self._sizes: dict[Stage, int] = {"train": batch_size, "val": held_batch, "test": held_batch}
-        self._orders: dict[int, Tensor] = {}
         self.normalisation: Normalisation = normalisation
         self._directions = None if feature_directions is None else feature_directions.float()
 
@@ -117,8 +116,7 @@ class RowActivations(ActivationDataModule):
 
     @cached_property
     def _measured(self) -> tuple[float, Tensor | None]:
-        rows = self._parts["train"][:_ROWS_MEASURED]
-        return measured_normalisation(self.read(rows)[0], self.normalisation)
+        return measured_normalisation(self.read(self._parts["train"][:_ROWS_MEASURED])[0], self.normalisation)
 
     def _normalised(self, x: Tensor, features: Tensor | None) -> Batch:
         if self.normalisation == "none":
@@ -130,20 +128,18 @@ class RowActivations(ActivationDataModule):
     def _rows(self, stage: Stage, index: int) -> Tensor:
         """Numbers of the rows of a batch."""
         part, size = self._parts[stage], self._sizes[stage]
-        places = torch.arange(index * size, (index + 1) * size)
+        epoch, first = divmod(index * size, len(part))
         if stage != "train":
-            return part[places % len(part)]
-        epochs, places = places // len(part), places % len(part)
-        first, last = int(epochs[0]), int(epochs[-1])
-        return part[torch.cat([self._order(epoch)[places[epochs == epoch]] for epoch in range(first, last + 1)])]
+            return part[torch.arange(first, first + size) % len(part)]
+        chosen = _order(self.seed, len(part), epoch)[first : first + size]
+        if missing := size - len(chosen):  # the batch ends in the next epoch
+            chosen = torch.cat([chosen, _order(self.seed, len(part), epoch + 1)[:missing]])
+        return part[chosen]
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            while len(self._orders) >= _KEPT_ORDERS:
-                del self._orders[next(iter(self._orders))]
-            n = len(self._parts["train"])
-            self._orders[epoch] = torch.randperm(n, generator=generator(self.seed, "rows", epoch))
-        return self._orders[epoch]
+
+@lru_cache(maxsize=4)
+def _order(seed: int, n: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, "rows", epoch))
 
 
 class TensorActivations(RowActivations):
@@ -174,12 +170,9 @@ class TensorActivations(RowActivations):
         batch_size: int = 1024,
         **kwargs: Any,
     ) -> None:
-        given = _load(Path(x)) if isinstance(x, str | Path) else {"x": x}
-        given |= {
-            name: value
-            for name, value in zip(_NAMES[1:], (features, feature_directions), strict=True)
-            if value is not None
-        }
+        given: dict[str, Any] = _load(Path(x)) if isinstance(x, str | Path) else {"x": x}
+        beside = {"features": features, "feature_directions": feature_directions}
+        given |= {name: value for name, value in beside.items() if value is not None}
         tensors = {name: _checked(name, value) for name, value in given.items()}
         self._x, self._features = tensors["x"], tensors.get("features")
         directions = tensors.get("feature_directions")
@@ -195,11 +188,8 @@ class TensorActivations(RowActivations):
 
     def read(self, rows: Tensor) -> Pair:
         """Rows by number, float32."""
-        x, features = (
-            None if part is None else part[rows.to(part.device)].float() for part in (self._x, self._features)
-        )
-        assert x is not None
-        return x, features
+        features = None if self._features is None else self._features[rows.to(self._features.device)].float()
+        return self._x[rows.to(self._x.device)].float(), features
 
 
 class DatasetActivations(RowActivations):
@@ -229,7 +219,12 @@ class DatasetActivations(RowActivations):
     ) -> None:
         self._collate = default_collate
         if isinstance(dataset, DataLoader):
-            _check_order(dataset)
+            if dataset.batch_size is None or not isinstance(dataset.sampler, SequentialSampler | RandomSampler):
+                own = type(dataset.sampler if dataset.batch_size else dataset.batch_sampler).__name__
+                raise UserError(
+                    f"data.dataset: the DataLoader's own {own} would be ignored, for batch i must be a function of seed and i; "
+                    "give the dataset instead"
+                )
             batch_size = dataset.batch_size if batch_size is None else batch_size
             num_workers = dataset.num_workers if num_workers is None else num_workers
             self._collate, dataset = dataset.collate_fn, dataset.dataset
@@ -255,31 +250,29 @@ class DatasetActivations(RowActivations):
 
     def read(self, rows: Tensor) -> Pair:
         """Rows by number, float32."""
-        items = [self._dataset[row] for row in rows.tolist()]
-        try:
-            return self._checked(self._collate(items), rows)
-        except RuntimeError as error:  # items that do not stack
-            for item in items:
-                x = item[0] if isinstance(item, tuple | list) else item
-                if isinstance(x, Tensor) and x.dim() == 1 and len(x) != self._width:
-                    raise UserError(
-                        f"data.dataset: expected items of width {self._width}, as item 0 has, got {len(x)}"
-                    ) from error
-            raise
+        return next(self._loaded([rows], 0))
 
     def read_each(self, batches: Iterable[Tensor]) -> Iterator[Pair]:
         """The same, read ahead by the workers."""
-        if not self._workers:
-            yield from super().read_each(batches)
-            return
-        numbers = [rows.tolist() for rows in batches]
-        loader = DataLoader(
-            self._dataset, batch_sampler=numbers, collate_fn=self._collate, num_workers=self._workers
-        )  # fmt: skip
-        for rows, items in zip(numbers, loader, strict=True):
-            yield self._checked(items, torch.tensor(rows))
+        return self._loaded(batches, self._workers)
 
-    def _checked(self, items: Any, rows: Tensor) -> Pair:
+    def _loaded(self, batches: Iterable[Tensor], workers: int) -> Iterator[Pair]:
+        """Rows through a DataLoader, which draws no random number of the run's, checked."""
+        numbers, ahead = tee(rows.tolist() for rows in batches)
+        loader = DataLoader(
+            self._dataset, batch_sampler=ahead, collate_fn=self._collate, num_workers=workers,
+            generator=torch.Generator(),
+        )  # fmt: skip
+        try:
+            for rows, items in zip(numbers, loader, strict=True):
+                yield self._checked(rows, items)
+        except RuntimeError as error:
+            if "equal size" not in str(error):
+                raise
+            reason = one_line(str(error).rpartition("stack expects")[2])
+            raise UserError(f"data.dataset: expected items of width {self._width}, as item 0 has ({reason})") from error
+
+    def _checked(self, rows: list[int], items: Any) -> Pair:
         parts = items if isinstance(items, tuple | list) else (items,)
         if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
             shown = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
@@ -288,19 +281,9 @@ class DatasetActivations(RowActivations):
         if self._width and x.shape[1] != self._width:
             raise UserError(f"data.dataset: expected items of width {self._width}, as item 0 has, got {x.shape[1]}")
         if not x.isfinite().all():
-            bad = int(rows[(~x.isfinite()).any(dim=1).nonzero()[0, 0].cpu()])
+            bad = rows[int((~x.isfinite()).any(dim=1).nonzero()[0, 0])]
             raise UserError(f"data.dataset: item {bad} is not finite (NaN or infinite)")
         return x, parts[1].float() if len(parts) == 2 else None
-
-
-def _check_order(loader: DataLoader[Any]) -> None:
-    """Refuse a DataLoader whose order or batches are not its dataset's: they would be ignored."""
-    if loader.batch_size is None or not isinstance(loader.sampler, SequentialSampler | RandomSampler):
-        own = type(loader.sampler if loader.batch_size else loader.batch_sampler).__name__
-        raise UserError(
-            f"data.dataset: the DataLoader's own {own} would be ignored, for batch i must be a function of seed and i; "
-            "give the dataset instead"
-        )
 
 
 def _check_directions(directions: Tensor | None, features: Tensor | None, d_in: int) -> None:
@@ -324,7 +307,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".npy":
             return {"x": np.load(path, mmap_mode="c", allow_pickle=False)}
-        tensors: dict[str, Any] = load_file(path)
+        tensors = load_file(path)
     except (ValueError, OSError, EOFError, SafetensorError) as error:
         raise UserError(f"data.x: cannot read {path}: {error}") from error
     if len(tensors) == 1:
@@ -341,9 +324,8 @@ def _checked(name: str, value: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"data.{name}: expected a tensor, got {type(value).__name__} ({error})") from None
     if tensor.dim() != 2 or not tensor.shape[1] or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise UserError(
-            f"data.{name}: expected numbers [rows, width], got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        )
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"data.{name}: expected numbers [rows, width], got {kind} {list(tensor.shape)}")
     for start in range(0, len(tensor), _ROWS_CHECKED_AT_ONCE):
         wrong = ~tensor[start : start + _ROWS_CHECKED_AT_ONCE].isfinite().all(dim=1)
         if wrong.any():

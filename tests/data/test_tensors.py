@@ -115,6 +115,13 @@ def test_workers_read_what_one_process_reads(x):
     assert all(torch.equal(a.x, b.x) for a, b in pairs)
 
 
+def test_reading_draws_no_random_number_of_the_run(x):
+    before = torch.get_rng_state()
+    for workers in (0, 2):
+        list(DatasetActivations(Rows(x), batch_size=25, num_workers=workers, seed=0).batches("train", 0, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class Strategy:
     root_device = torch.device("cpu")
 

@@ -31,13 +31,8 @@ class ConditionalFiring(Firing):
     def __init__(self, features: list[float | dict[str, float]]) -> None:
         if not features:
             raise UserError("data.firing.features: needs at least one feature")
-        tables = [_parse(f"data.firing.features[{i}]", i, feature) for i, feature in enumerate(features)]
-        self._tables: list[tuple[list[int], Tensor]] = tables
-
-    @property
-    def n(self) -> int:
-        """Number of features."""
-        return len(self._tables)
+        self.n = len(features)
+        self._tables = [_parse(f"data.firing.features[{i}]", i, feature) for i, feature in enumerate(features)]
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Firing patterns, bool ``[count, n]``, each feature drawn after its parents."""

@@ -56,23 +56,25 @@ class CopulaFiring(Firing):
         children_per_parent: int = 0,
         structure_seed: int = 0,
     ) -> None:
-        whole_number("data.firing.n", n)
-        _check_hierarchy(n, parents, children_per_parent)
+        self.n = whole_number("data.firing.n", n)
+        self._parents = whole_number("data.firing.parents", parents, 0)
+        self._children = whole_number("data.firing.children_per_parent", children_per_parent, 0)
         whole_number("data.firing.structure_seed", structure_seed, 0)
-        self._parents, self._children = parents, children_per_parent
+        if (parents == 0) != (children_per_parent == 0):
+            raise UserError(
+                "data.firing.children_per_parent: give both 'parents' and 'children_per_parent', or neither"
+            )
+        if (hierarchy := parents * (1 + children_per_parent)) > n:
+            raise UserError(
+                f"data.firing.parents: {parents} parents with {children_per_parent} children each are {hierarchy} features, "
+                f"more than n = {n}"
+            )
         self._rates = zipf_rates(n, exponent, max_rate, mean_l0)
-        if loadings is None:
-            self._loadings = _random_loadings(n, rank, strength, structure_seed)
-        else:
-            self._loadings = _check_loadings(n, loadings)
+        random = loadings is None
+        self._loadings = _random_loadings(n, rank, strength, structure_seed) if random else _checked(n, loadings or [])
         scale = (1 - self._loadings.square().sum(1)).sqrt()  # in units of the noise, sampling needs no more scaling
         self._scaled_loadings = (self._loadings / scale[:, None]).float()
         self._scaled_thresholds = (torch.from_numpy(self._solve_thresholds()) / scale).float()
-
-    @property
-    def n(self) -> int:
-        """Number of features."""
-        return len(self._rates)
 
     @property
     def parent_of(self) -> list[int | None]:
@@ -94,7 +96,7 @@ class CopulaFiring(Firing):
         first, last = self._parents, self._parents * (1 + self._children)
         parents = self._fires(factors, slice(0, first), generator)
         others = self._fires(factors, slice(last, self.n), generator)
-        children = self._sample_children(factors, parents, generator)
+        children = self._sample_children(factors, parents, slice(first, last), generator)
         return torch.cat([parents, children, others], dim=1)
 
     def _fires(self, factors: Tensor, features: slice, generator: torch.Generator) -> Tensor:
@@ -103,12 +105,11 @@ class CopulaFiring(Firing):
         noise = torch.randn(len(factors), len(thresholds), generator=generator)
         return noise.addmm_(factors, self._scaled_loadings[features].T) > thresholds
 
-    def _sample_children(self, factors: Tensor, parents: Tensor, generator: torch.Generator) -> Tensor:
+    def _sample_children(self, factors: Tensor, parents: Tensor, block: slice, generator: torch.Generator) -> Tensor:
         """Firing of all children, ``[count, parents * children]``; only those of firing parents are drawn at all."""
         shape = (len(factors), self._parents, self._children)
         fires = torch.zeros(shape, dtype=torch.bool)
         if fires.numel():
-            block = slice(self._parents, self._parents * (1 + self._children))
             rows, parent = parents.nonzero(as_tuple=True)
             threshold = torch.addmm(self._scaled_thresholds[block], factors, self._scaled_loadings[block].T, alpha=-1)
             noise = torch.randn(len(rows), self._children, generator=generator)
@@ -116,7 +117,7 @@ class CopulaFiring(Firing):
         return fires.view(len(factors), -1)
 
     def _solve_thresholds(self) -> _Array:
-        """Thresholds of every ``g``: quantiles, and for children the point where P(child and parent) is their rate."""
+        """Thresholds of every ``g``: quantiles, and for children, by bisection, where P(child and parent) is their rate."""
         from scipy.special import ndtri  # late: scipy is slow to import
 
         thresholds: _Array = -ndtri(self._rates)
@@ -125,7 +126,13 @@ class CopulaFiring(Firing):
             parent = np.repeat(np.arange(self._parents), self._children)
             loadings = self._loadings.numpy()
             correlation = (loadings[first:last] * loadings[parent]).sum(1)
-            thresholds[first:last] = _child_thresholds(self._rates[first:last], thresholds[parent], correlation)
+            rates = self._rates[first:last]
+            low, high = np.full_like(rates, -40.0), np.full_like(rates, 40.0)
+            for _ in range(70):
+                middle = (low + high) / 2
+                too_often = _joint_tail(middle, thresholds[parent], correlation) > rates
+                low, high = np.where(too_often, middle, low), np.where(too_often, high, middle)
+            thresholds[first:last] = (low + high) / 2
         return thresholds
 
 
@@ -150,23 +157,11 @@ def zipf_rates(n: int, exponent: float, max_rate: float, mean_l0: float | None) 
         )
     from scipy.optimize import brentq  # late: scipy is slow to import
 
-    largest = math.log(max_rate / law[-1])
-    log_c = brentq(
-        lambda c: np.minimum(max_rate, math.exp(c) * law).sum() - mean_l0, math.log(mean_l0 / n) - 1, largest
-    )
+    def too_many(log_c: float) -> float:
+        return float(np.minimum(max_rate, math.exp(log_c) * law).sum() - mean_l0)
+
+    log_c = brentq(too_many, math.log(mean_l0 / n) - 1, math.log(max_rate / law[-1]))
     return np.minimum(max_rate, math.exp(log_c) * law)
-
-
-def _check_hierarchy(n: int, parents: int, children_per_parent: int) -> None:
-    whole_number("data.firing.parents", parents, 0)
-    whole_number("data.firing.children_per_parent", children_per_parent, 0)
-    if (parents == 0) != (children_per_parent == 0):
-        raise UserError("data.firing.children_per_parent: give both 'parents' and 'children_per_parent', or neither")
-    if parents * (1 + children_per_parent) > n:
-        raise UserError(
-            f"data.firing.parents: {parents} parents with {children_per_parent} children each are "
-            f"{parents * (1 + children_per_parent)} features, more than n = {n}"
-        )
 
 
 def _random_loadings(n: int, rank: int, strength: float, seed: int) -> Tensor:
@@ -178,19 +173,18 @@ def _random_loadings(n: int, rank: int, strength: float, seed: int) -> Tensor:
     return math.sqrt(strength) * torch.nn.functional.normalize(directions, dim=1)
 
 
-def _check_loadings(n: int, loadings: list[list[float]]) -> Tensor:
+def _checked(n: int, loadings: list[list[float]]) -> Tensor:
     """Given loadings as a tensor ``[n, rank]`` float64."""
     if len(loadings) != n or not loadings[0]:
         raise UserError(
             f"data.firing.loadings: expected {n} rows of at least one factor each, got {len(loadings)} rows"
         )
     for i, row in enumerate(loadings):
+        key = f"data.firing.loadings[{i}]"
         if len(row) != len(loadings[0]):
-            raise UserError(
-                f"data.firing.loadings[{i}]: expected {len(loadings[0])} factors as in row 0, got {len(row)}"
-            )
+            raise UserError(f"{key}: expected {len(loadings[0])} factors as in row 0, got {len(row)}")
         if not math.hypot(*row) < 1:
-            raise UserError(f"data.firing.loadings[{i}]: norm must be below 1, got {math.hypot(*row):.6g}")
+            raise UserError(f"{key}: norm must be below 1, got {math.hypot(*row):.6g}")
     return torch.tensor(loadings, dtype=torch.float64)
 
 
@@ -203,13 +197,3 @@ def _joint_tail(h: _Array, k: _Array, correlation: _Array) -> _Array:
     tails = owens_t(h, (k / h - correlation) / root) + owens_t(k, (h / k - correlation) / root)
     joint: _Array = (ndtr(h) + ndtr(k)) / 2 - tails - 0.5 * (h * k < 0)
     return joint
-
-
-def _child_thresholds(rates: _Array, parent_thresholds: _Array, correlation: _Array) -> _Array:
-    """Thresholds at which ``P(g_child > t, g_parent > t_parent)`` is the child's rate; by bisection, all at once."""
-    low, high = np.full_like(rates, -40.0), np.full_like(rates, 40.0)
-    for _ in range(70):
-        middle = (low + high) / 2
-        too_often = _joint_tail(middle, parent_thresholds, correlation) > rates
-        low, high = np.where(too_often, middle, low), np.where(too_often, high, middle)
-    return (low + high) / 2

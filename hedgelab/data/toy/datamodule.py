@@ -77,20 +77,13 @@ class ToyDataModule(ActivationDataModule):
         super().__init__(batch_size, seed, val_batches, default_chunk if chunk_steps is None else chunk_steps)
         self.firing = firing
         self.block_batches = min(_MAX_BLOCK_BATCHES, max(1, _BLOCK_BYTES // batch_bytes))
-        if magnitude_mean is None:
-            own = firing.magnitudes()
-            magnitude_mean = 1.0 if own is None else own.tolist()
-        if magnitude_std is None:
-            own = firing.magnitude_spreads()
-            magnitude_std = 0.0 if own is None else own.tolist()
-        self._mean = _per_feature("data.magnitude_mean", magnitude_mean, firing.n).to(self._dtype)
-        self._std = _per_feature("data.magnitude_std", magnitude_std, firing.n).to(self._dtype)
-        self._check_magnitudes()
+        self._mean = self._per_feature("magnitude_mean", magnitude_mean, firing.magnitudes(), 1.0)
+        self._std = self._per_feature("magnitude_std", magnitude_std, firing.magnitude_spreads(), 0.0)
         directions = make_dictionary(firing.n, d_in, target_cosine, generator(seed, "dictionary"))
         self._directions = directions.to(self._dtype)
-        self._bias = _make_bias(bias, d_in, seed).to(self._dtype)
+        self.bias = _make_bias(bias, d_in, seed).to(self._dtype)
         self._population = self._enumerate() if sampling == "population" else None
-        self._blocks: dict[tuple[Stage, int], list[Batch]] = {}
+        self._blocks: dict[tuple[Stage, int], list[Batch]] = {}  # the last few, oldest first
 
     @property
     def d_in(self) -> int:
@@ -102,22 +95,16 @@ class ToyDataModule(ActivationDataModule):
         """True unit directions of the features, ``[n, d_in]``."""
         return self._directions
 
-    @property
-    def bias(self) -> Tensor:
-        """Offset of all activations, ``[d_in]``."""
-        return self._bias
-
     def batch(self, stage: Stage, index: int) -> Batch:
         """Batch number ``index`` of a stage, or the population; ``features`` are the true magnitudes."""
         if self._population is not None:
             return self._population
         number, place = divmod(index, self.block_batches)
-        block = self._blocks.get((stage, number))
-        if block is None:
+        if (stage, number) not in self._blocks:
             while len(self._blocks) >= _KEPT_BLOCKS:
                 del self._blocks[next(iter(self._blocks))]
-            block = self._blocks[stage, number] = self._draw_block(stage, number)
-        return block[place]
+            self._blocks[stage, number] = self._draw_block(stage, number)
+        return self._blocks[stage, number][place]
 
     def batches_per_block(self, stage: Stage) -> int:
         """How many consecutive batches are drawn together."""
@@ -161,12 +148,12 @@ class ToyDataModule(ActivationDataModule):
         x = torch.nn.functional.embedding_bag(
             feature, self._directions, offsets, mode="sum", per_sample_weights=magnitudes
         )
-        return x.add_(self._bias), features
+        return x.add_(self.bias), features
 
     def _embed(self, features: Tensor) -> Tensor:
         """Activations ``[count, d_in]`` of magnitudes ``[count, n]``."""
         x = features @ self._directions
-        return x.add_(self._bias) if bool(self._bias.any()) else x
+        return x.add_(self.bias) if bool(self.bias.any()) else x
 
     def _enumerate(self) -> Batch:
         """The whole support as one weighted batch."""
@@ -176,23 +163,19 @@ class ToyDataModule(ActivationDataModule):
         features = torch.where(states, self._mean, 0.0)
         return Batch(self._embed(features), features, probabilities.to(self._dtype))
 
-    def _check_magnitudes(self) -> None:
-        for name, values, low in (
-            ("magnitude_mean", self._mean, "positive"),
-            ("magnitude_std", self._std, "at least 0"),
-        ):
-            possible = values.isfinite() & (values > 0 if low == "positive" else values >= 0)
-            if not bool(possible.all()):
-                raise UserError(f"data.{name}: must be {low} and finite, got {float(values[~possible][0])}")
-
-
-def _per_feature(key: str, value: float | list[float], n: int) -> Tensor:
-    """One number a feature, ``[n]`` float64, from a list or a number for all."""
-    if isinstance(value, list):
-        if len(value) != n:
-            raise UserError(f"{key}: expected one number or a list of {n}, one a feature, got {len(value)}")
-        return torch.tensor(value, dtype=torch.float64)
-    return torch.full((n,), float(value), dtype=torch.float64)
+    def _per_feature(self, key: str, value: float | list[float] | None, own: Tensor | None, default: float) -> Tensor:
+        """One number a feature, ``[n]``: of a list, one for all, the firing's own, or else the default, which is possible."""
+        n = self.firing.n
+        if isinstance(value, list) and len(value) != n:
+            raise UserError(f"data.{key}: expected one number or a list of {n}, one a feature, got {len(value)}")
+        if value is None:
+            value = default if own is None else own.tolist()
+        numbers = torch.tensor(value, dtype=torch.float64).to(self._dtype).expand(n).contiguous()
+        possible = numbers.isfinite() & (numbers > 0 if default else numbers >= 0)
+        if not bool(possible.all()):
+            low = "positive" if default else "at least 0"
+            raise UserError(f"data.{key}: must be {low} and finite, got {float(numbers[~possible][0])}")
+        return numbers
 
 
 def _make_bias(bias: float | list[float] | None, d_in: int, seed: int) -> Tensor:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hedgelab.errors import UserError
 
@@ -32,20 +33,13 @@ def orthonormal_features(n: int, d_in: int, generator: torch.Generator) -> Tenso
 
 
 def correlated_features(n: int, d_in: int, target_cosine: float, generator: torch.Generator) -> Tensor:
-    """Unit directions whose pairwise cosines are the target, or spread as little around it as d_in allows.
+    """Unit directions ``[n, d_in]`` (float64) of one pairwise cosine, or spread as little around it as d_in allows.
 
     With ``n <= d_in`` every cosine is exact. Beyond, each feature is a common direction, which gives the target, plus a
     unit-norm tight frame in its complement: tight frames reach the least possible mean squared cosine (Benedetto &
     Fickus 2003), so that at target 0 the root mean square over pairs is Welch's ``sqrt((n/d_in - 1)/(n - 1))``.
 
-    Args:
-        n: Number of features.
-        d_in: Dimension of the activations.
-        target_cosine: Cosine of every pair, below 1; below 0 only for ``n <= d_in`` and down to ``-1/(n - 1)``.
-        generator: Source of the orientation.
-
-    Returns:
-        Directions ``[n, d_in]``, float64.
+    The target lies below 1, and below 0 only for ``n <= d_in`` and down to ``-1/(n - 1)``.
 
     Raises:
         UserError: If no such directions exist.
@@ -76,7 +70,7 @@ def _tight_frame(n: int, d_in: int, generator: torch.Generator) -> Tensor:
     Alternates between the nearest tight frame (a polar factor, through the small ``d_in x d_in`` Gram matrix, never
     ``n x n``) and unit norms (Tropp et al. 2005).
     """
-    frame = torch.nn.functional.normalize(torch.randn(n, d_in, generator=generator, dtype=torch.float64), dim=1)
+    frame = normalize(torch.randn(n, d_in, generator=generator, dtype=torch.float64), dim=1)
     for _ in range(_MAX_ITERATIONS):
         values, vectors = torch.linalg.eigh(frame.T @ frame)
         frame = frame @ ((n / d_in / values).sqrt() * vectors @ vectors.T)

@@ -30,22 +30,16 @@ def pattern_numbers(states: Tensor) -> Tensor:
 
 
 class Firing(ABC):
-    """A distribution over firing patterns ``z`` in ``{0, 1}^n``."""
+    """A distribution over firing patterns ``z`` in ``{0, 1}^n``; ``n`` (an attribute or a property) counts features."""
 
-    @property
-    @abstractmethod
-    def n(self) -> int:
-        """Number of features."""
+    n: int
 
     @abstractmethod
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Independent firing patterns, bool ``[count, n]``."""
 
     def enumerate(self) -> tuple[Tensor, Tensor]:
-        """Every pattern of positive probability and its probability.
-
-        Returns:
-            States, bool ``[m, n]``, in the order of :func:`all_patterns`, and probabilities, float64 ``[m]``, sum 1.
+        """Every pattern of positive probability, bool ``[m, n]``, and its probability, float64 ``[m]``, in sum 1.
 
         Raises:
             UserError: If there are too many features, or the distribution has no closed form.
@@ -70,9 +64,10 @@ class Firing(ABC):
 
     def rates(self) -> Tensor | None:
         """Probability that each feature fires, float64 ``[n]``; None where it is not known in closed form."""
-        if self.n > MAX_ENUMERABLE:
+        try:
+            states, probabilities = self.enumerate()
+        except UserError:
             return None
-        states, probabilities = self.enumerate()
         return probabilities @ states.double()
 
     def magnitudes(self) -> Tensor | None:
@@ -96,12 +91,7 @@ class IndependentFiring(Firing):
             raise UserError("data.firing.probabilities: needs at least one feature")
         for i, probability in enumerate(probabilities):
             check_probability(f"data.firing.probabilities[{i}]", probability)
-        self._rates = torch.tensor(probabilities, dtype=torch.float64)
-
-    @property
-    def n(self) -> int:
-        """Number of features."""
-        return len(self._rates)
+        self.n, self._rates = len(probabilities), torch.tensor(probabilities, dtype=torch.float64)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Independent firing patterns, bool ``[count, n]``."""

@@ -14,18 +14,9 @@ from hedgelab.errors import UserError, whole_number
 
 
 class Modifier(ABC):
-    """A random change of firing patterns.
-
-    Attributes:
-        naming: The arguments that name features, one or a list each.
-    """
+    """A random change of firing patterns; ``naming`` lists the arguments that name features, one or a list each."""
 
     naming: ClassVar[tuple[str, ...]] = ()
-
-    def indices(self) -> dict[str, list[int]]:
-        """The features that each argument names."""
-        named = {name: getattr(self, name) for name in self.naming}
-        return {name: value if isinstance(value, list) else [value] for name, value in named.items()}
 
     @abstractmethod
     def apply(self, states: Tensor, generator: torch.Generator) -> None:
@@ -49,7 +40,7 @@ class _Triggered(Modifier):
         self.trigger, self.target, self.probability = trigger, target, probability
 
     def apply(self, states: Tensor, generator: torch.Generator) -> None:
-        """Change firing patterns, bool ``[count, n]``, in place."""
+        """Force the state where the trigger fires and chance has it."""
         hit = states[:, self.trigger] & (torch.rand(len(states), generator=generator) < self.probability)
         states[hit, self.target] = self._forced_state
 
@@ -101,7 +92,7 @@ class MutualExclusion(Modifier):
         self.features = features
 
     def apply(self, states: Tensor, generator: torch.Generator) -> None:
-        """Change firing patterns, bool ``[count, n]``, in place."""
+        """Draw lots among those that fire."""
         members = states[:, self.features]
         lots = torch.rand(members.shape, generator=generator).masked_fill_(~members, -1.0)
         survivor = torch.zeros_like(members).scatter_(1, lots.argmax(1, keepdim=True), True)
@@ -136,14 +127,14 @@ class ParentChild(Modifier):
             )
         self.parent, self.children = parent, children
 
-    def apply(self, states: Tensor, generator: torch.Generator) -> None:
-        """Change firing patterns, bool ``[count, n]``, in place."""
+    def apply(self, states: Tensor, generator: torch.Generator | None) -> None:
+        """Silence the children of silent parents; nothing is drawn."""
         states[:, self.children] &= states[:, [self.parent]]
 
     def outcomes(self, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The one outcome."""
         silenced = states.clone()
-        silenced[:, self.children] &= states[:, [self.parent]]
+        self.apply(silenced, None)
         yield silenced, torch.ones(len(states), dtype=torch.float64)
 
 
@@ -157,19 +148,14 @@ class ModifiedFiring(Firing):
 
     def __init__(self, base: Firing, modifiers: list[Modifier]) -> None:
         for i, modifier in enumerate(modifiers):
-            for name, features in modifier.indices().items():
-                key = f"data.firing.modifiers[{i}].{name}"
-                for feature in features:
+            for name in modifier.naming:
+                key, value = f"data.firing.modifiers[{i}].{name}", getattr(modifier, name)
+                for feature in value if isinstance(value, list) else [value]:
                     if whole_number(key, feature, 0) >= base.n:
                         raise UserError(
                             f"{key}: there is no feature {feature}; the base has features 0 to {base.n - 1}"
                         )
-        self.base, self.modifiers = base, modifiers
-
-    @property
-    def n(self) -> int:
-        """Number of features."""
-        return self.base.n
+        self.n, self.base, self.modifiers = base.n, base, modifiers
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Firing patterns, bool ``[count, n]``."""
@@ -189,13 +175,10 @@ class ModifiedFiring(Firing):
             probabilities = changed
         return probabilities
 
-    def rates(self) -> Tensor | None:
-        """Probability that each feature fires, where it can be enumerated."""
-        try:
-            return super().rates()
-        except UserError:  # the base has no closed form
-            return None
-
     def magnitudes(self) -> Tensor | None:
         """The base's magnitudes."""
         return self.base.magnitudes()
+
+    def magnitude_spreads(self) -> Tensor | None:
+        """The base's."""
+        return self.base.magnitude_spreads()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from torch import Tensor
 
 from hedgelab.data.toy.firing import Firing, check_probability
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 from hedgelab.plain_yaml import read_yaml
 
 _EXCLUSIVE_SLACK = 1e-9  # so that ten children of .1 are not refused for rounding
@@ -53,7 +54,7 @@ def parse_tree(raw: object, path: str = "tree") -> TreeNode:
         UserError: For anything that is not a tree, naming the node such as ``tree.children[1].probability``.
     """
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping with keys such as 'probability', got {_describe(raw)}")
+        raise UserError(f"{path}: expected a mapping with keys such as 'probability', got {_shown(raw)}")
     if path.count(".children[") > _MAX_DEPTH:  # YAML aliases can close a circle
         raise UserError(f"tree: nested deeper than {_MAX_DEPTH} levels; does an alias refer to a node above it?")
     for key in raw:
@@ -61,26 +62,37 @@ def parse_tree(raw: object, path: str = "tree") -> TreeNode:
             near = difflib.get_close_matches(str(key), _KEYS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"valid keys are {', '.join(_KEYS)}"
             raise UserError(f"{path}.{key}: unknown key; {hint}")
-    is_root = path == "tree"
-    if not is_root and "probability" not in raw:
+    if path == "tree":
+        raw = {"probability": 1.0, "is_read_out": False} | raw
+    elif "probability" not in raw:
         raise UserError(f"{path}.probability: missing; give the probability that it fires given its parent")
-    probability = check_probability(f"{path}.probability", _number(raw, path, "probability", 1.0))
-    magnitude = _number(raw, path, "magnitude", 1.0)
-    if not 0 < magnitude < float("inf"):
+
+    def number(key: str, default: float) -> float:
+        value = raw.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{path}.{key}: expected a number, got {_shown(value)}")
+        return float(value)
+
+    def flag(key: str, default: bool) -> bool:
+        value = raw.get(key, default)
+        if not isinstance(value, bool):
+            raise UserError(f"{path}.{key}: expected true or false, got {_shown(value)}")
+        return value
+
+    probability = check_probability(f"{path}.probability", number("probability", 1.0))
+    if not 0 < (magnitude := number("magnitude", 1.0)) < math.inf:
         raise UserError(f"{path}.magnitude: must be positive and finite, got {magnitude}")
-    spread = _number(raw, path, "magnitude_std", 0.0)
-    if not 0 <= spread < float("inf"):
-        raise UserError(f"{path}.magnitude_std: must be at least 0 and finite, got {spread}")
-    raw_children = raw.get("children", [])
+    if not 0 <= (deviation := number("magnitude_std", 0.0)) < math.inf:
+        raise UserError(f"{path}.magnitude_std: must be at least 0 and finite, got {deviation}")
+    raw_children: object = raw.get("children", [])
     if not isinstance(raw_children, list):
-        raise UserError(f"{path}.children: expected a list of nodes, got {_describe(raw_children)}")
+        raise UserError(f"{path}.children: expected a list of nodes, got {_shown(raw_children)}")
     children = tuple(parse_tree(child, f"{path}.children[{i}]") for i, child in enumerate(raw_children))
-    exclusive = _flag(raw, path, "mutually_exclusive_children", default=False)
+    exclusive = flag("mutually_exclusive_children", False)
     total = sum(child.probability for child in children)
     if exclusive and total > 1 + _EXCLUSIVE_SLACK:
         raise UserError(f"{path}.children: probabilities of mutually exclusive children sum to {total:.6g}, above 1")
-    read_out = _flag(raw, path, "is_read_out", not is_root)
-    return TreeNode(probability, magnitude, spread, read_out, exclusive, children)
+    return TreeNode(probability, magnitude, deviation, flag("is_read_out", True), exclusive, children)
 
 
 def load_tree(file: str | Path) -> object:
@@ -97,26 +109,11 @@ def load_tree(file: str | Path) -> object:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.firing.file: cannot read {path}: {error}") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"data.firing.file: {path} is neither YAML nor JSON: {reason}") from error
+        raise UserError(f"data.firing.file: {path} is neither YAML nor JSON: {one_line(str(error))}") from error
 
 
-def _describe(value: object) -> str:
+def _shown(value: object) -> str:
     return f"{type(value).__name__} {value!r}" if value is not None else "nothing"
-
-
-def _number(raw: dict[str, Any], path: str, key: str, default: float) -> float:
-    value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{path}.{key}: expected a number, got {_describe(value)}")
-    return float(value)
-
-
-def _flag(raw: dict[str, Any], path: str, key: str, default: bool) -> bool:
-    value = raw.get(key, default)
-    if not isinstance(value, bool):
-        raise UserError(f"{path}.{key}: expected true or false, got {_describe(value)}")
-    return value
 
 
 class TreeFiring(Firing):
@@ -142,13 +139,9 @@ class TreeFiring(Firing):
         self.root = parse_tree(tree if file is None else load_tree(file))
         self._flat = _flatten(self.root)
         self._read_out = [i for i, row in enumerate(self._flat) if row.node.is_read_out]
+        self.n = len(self._read_out)
         if not self._read_out:
             raise UserError("tree: has no feature; at least one node below the root must be read out")
-
-    @property
-    def n(self) -> int:
-        """Number of features: nodes that are read out."""
-        return len(self._read_out)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Firing patterns, bool ``[count, n]``, parents before children."""
@@ -188,8 +181,7 @@ class TreeFiring(Firing):
         return torch.tensor([self._flat[i].node.magnitude_std for i in self._read_out], dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """A node in depth-first order; it fires if its parent does and uniform draw ``slot`` is in [low, low + p)."""
 
     node: TreeNode

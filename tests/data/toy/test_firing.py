@@ -197,8 +197,9 @@ def test_random_modifiers(probabilities, modifiers):
 
 
 def test_modified_firing_passes_on_what_its_base_knows():
-    tree = TreeFiring({"children": [{"probability": 0.5, "magnitude": 3}]})
+    tree = TreeFiring({"children": [{"probability": 0.5, "magnitude": 3, "magnitude_std": 0.5}]})
     assert ModifiedFiring(tree, []).magnitudes().tolist() == [3]
+    assert ModifiedFiring(tree, []).magnitude_spreads().tolist() == [0.5]
     assert ModifiedFiring(CopulaFiring(2), []).rates() is None
 
 
