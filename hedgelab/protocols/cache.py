@@ -47,19 +47,14 @@ class Cache(Study):
             )
         if data.cache is None:
             raise UserError("data.cache: names no folder to write; add it to the config, or give --data.cache DIR")
-        _take_own_gpu(data)
+        local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+        if local is not None and str(data.device) == "cuda":
+            data.device = torch.device("cuda", int(local) % torch.cuda.device_count())
         try:
             written = write_cache(data, data.cache, self.verify)
         finally:
             data.teardown("fit")
         return Outcome(headline=_lines(written))
-
-
-def _take_own_gpu(data: LLMDataModule) -> None:
-    """Of several processes on a machine, each runs the model on the GPU of its number."""
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    if local is not None and str(data.device) == "cuda":
-        data.device = torch.device("cuda", int(local) % torch.cuda.device_count())
 
 
 def _lines(written: Written) -> list[str]:

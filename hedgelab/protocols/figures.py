@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from hedgelab.batch import Batch
 from hedgelab.config.tree import Tree, load
@@ -21,27 +20,9 @@ from hedgelab.plots.theory import loss_landscapes
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Row, Study, make_toy
 from hedgelab.saes import SAE, VanillaSAE
-from hedgelab.theory import Minimum, Population, minima, minimise, tied_loss
+from hedgelab.theory import Population, minima, minimise, tied_loss
 
 T = TypeVar("T")
-
-
-class Solved(NamedTuple):
-    """A toy's SAE at its population optimum.
-
-    Attributes:
-        sae: The SAE, float64.
-        batch: The population.
-        directions: True features, ``[n, d_in]``.
-        minimum: How well it converged.
-        seconds: What that took.
-    """
-
-    sae: SAE
-    batch: Batch
-    directions: Tensor
-    minimum: Minimum
-    seconds: float
 
 
 class PaperFigures(Study):
@@ -75,11 +56,11 @@ class PaperFigures(Study):
         rows: list[Row] = []
         headline = [f"{len(self.toys)} toys"]
         for file in self.toys:
-            solved, name = solve(file), Path(file).stem
-            numbers = numbers_of(solved)
-            rows += [{"toy": name, **row} for row in component_rows(solved)]
+            numbers, components, drawn = solve(file)
+            name = Path(file).stem
+            rows += [{"toy": name, **row} for row in components]
             metrics = {f"{name}/{key}": value for key, value in numbers.items()}
-            bench.keep(Outcome(metrics, figures=figures_of(solved, name)))
+            bench.keep(Outcome(metrics, figures={f"{name}/{key}": figure for key, figure in drawn.items()}))
             headline.append(f"{name:<28} " + "  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
         figures = {"loss_landscapes.png": self._landscapes()} if self.landscapes else {}
         return Outcome(tables={"toys.csv": rows} if rows else {}, figures=figures, headline=headline)
@@ -98,8 +79,12 @@ class PaperFigures(Study):
         )
 
 
-def solve(file: str) -> Solved:
+def solve(file: str) -> tuple[dict[str, float], list[Row], dict[str, Figure]]:
     """The SAE of a toy config at its population optimum: same features, start and loss, without sampling noise.
+
+    Returns:
+        Loss, time, convergence, and for a single latent the distance of its loss and direction to the nearest closed form;
+        cosines of decoder and encoder and the decoder bias along the feature, for each latent and feature; the paper's figures.
 
     Raises:
         UserError: There is no such file, or it is no toy's.
@@ -110,58 +95,33 @@ def solve(file: str) -> Solved:
     data = make_toy(_recipe(ActivationDataModule, tree, "data", file), f"toys: {file}: data", True, **exact)
     sae, batch = Bench(seed).make_sae(_recipe(SAE, tree, "model", file), data), data.batch("train", 0)
     start = time.perf_counter()
-    minimum = minimise(sae, batch)
-    return Solved(sae, batch, data.feature_directions, minimum, time.perf_counter() - start)
-
-
-def numbers_of(solved: Solved) -> dict[str, float]:
-    """Loss, time, convergence; for a single latent the distance of its loss and direction to the nearest closed form."""
-    sae, batch = solved.sae, solved.batch
-    numbers = {"loss": solved.minimum.loss, "gradient": solved.minimum.gradient, "seconds": solved.seconds}
-    if sae.d_sae == 1 and isinstance(sae, VanillaSAE) and batch.features is not None:
-        population = Population.from_batch(Batch(batch.features, None, batch.weight))
-        direction = decoder_cosines(sae.folded().W_dec, solved.directions)[0].numpy()
-        known = minima(population, sae.l1_coefficient)
-        nearest = min(known, key=lambda one: float(np.abs(one.direction - direction).max()))
-        numbers["distance_to_closed_form"] = float(np.abs(nearest.direction - direction).max())
-        numbers["loss_above_closed_form"] = solved.minimum.loss - nearest.loss
-    return numbers
-
-
-def component_rows(solved: Solved) -> list[Row]:
-    """Decoder cosine, encoder cosine, and the decoder bias along the feature, for each latent and feature."""
-    folded, directions = solved.sae.folded(), solved.directions
+    reached = minimise(sae, batch)
+    numbers = {"loss": reached.loss, "gradient": reached.gradient, "seconds": time.perf_counter() - start}
+    folded, directions = sae.folded(), data.feature_directions
     decoder, encoder = decoder_cosines(folded.W_dec, directions), encoder_cosines(folded.W_enc, directions)
     bias = directions @ folded.b_dec
-    return [
-        {
-            "latent": i,
-            "feature": j,
-            "decoder": float(decoder[i, j]),
-            "encoder": float(encoder[i, j]),
-            "b_dec": float(bias[j]),
-        }
+    if sae.d_sae == 1 and isinstance(sae, VanillaSAE) and batch.features is not None:
+        population = Population.from_batch(Batch(batch.features, None, batch.weight))
+        distances = [
+            (float(np.abs(one.direction - decoder[0].numpy()).max()), one.loss)
+            for one in minima(population, sae.l1_coefficient)
+        ]
+        numbers["distance_to_closed_form"], loss = min(distances, key=lambda pair: pair[0])
+        numbers["loss_above_closed_form"] = reached.loss - loss
+    rows: list[Row] = [
+        {"latent": i, "feature": j, "decoder": decoder[i, j].item(), "encoder": encoder[i, j].item(), "b_dec": b.item()}
         for i in range(len(decoder))
-        for j in range(len(bias))
+        for j, b in enumerate(bias)
     ]
-
-
-def figures_of(solved: Solved, name: str) -> dict[str, Figure]:
-    """The paper's heatmaps, and the decoder bias."""
-    folded, directions = solved.sae.folded(), solved.directions
-    cosines = decoder_cosines(folded.W_dec, directions), encoder_cosines(folded.W_enc, directions)
-    return {
-        f"{name}/cosines.png": cosine_heatmaps(*cosines),
-        f"{name}/b_dec.png": decoder_bias(directions @ folded.b_dec, float(folded.b_dec.norm())),
+    figures = {
+        "cosines.png": cosine_heatmaps(decoder, encoder),
+        "b_dec.png": decoder_bias(bias, float(folded.b_dec.norm())),
     }
+    return numbers, rows, figures
 
 
 def _recipe(base: Callable[..., T], tree: Tree, section: str, file: str) -> Recipe[T]:
-    """The recipe of one section of a fit config.
-
-    Raises:
-        UserError: There is no such section.
-    """
+    """The recipe of one section of a fit config."""
     node = tree.get(section)
     if not isinstance(node, dict) or "class_path" not in node:
         raise UserError(f"toys: {file} has no '{section}' with a class_path")

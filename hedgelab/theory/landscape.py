@@ -26,17 +26,12 @@ from hedgelab.theory.population import Array
 
 
 def tied_loss(t: ArrayLike, p_first: float, p_both: float, l1_coefficient: float = 0.0, norm: float = 1.0) -> Array:
-    """Expected loss of the tied latent at mixture t.
+    """Expected loss of the tied latent at mixtures t in [0, 1], of the shape of t.
 
-    Args:
-        t: Mixture of the second feature, in [0, 1], any shape.
-        p_first: P(f0 alone).
-        p_both: P(both).
-        l1_coefficient: λ.
-        norm: Exponent r of the penalty ``λ a^r``.
+    It sees f0 alone with probability ``p_first`` and both features with ``p_both``; ``norm`` is the exponent r of ``λ a^r``.
 
-    Returns:
-        The loss, of the shape of t.
+    >>> tied_loss([0.0, 0.5], 0.3, 0.1)
+    array([0.1 , 0.15])
 
     Raises:
         UserError: Probabilities that are none or sum to more than 1, or a norm not above 0.
@@ -53,7 +48,7 @@ def tied_loss(t: ArrayLike, p_first: float, p_both: float, l1_coefficient: float
 
 
 def best_mixture(p_first: float, p_both: float, l1_coefficient: float = 0.0, norm: float = 1.0) -> float:
-    """The t in [0, 1] of least loss: from ``tan 2θ = 2 q / p`` without a penalty, by search on a grid with one.
+    """The t in [0, 1] of least loss: from ``tan 2θ = 2 q / p`` without a penalty, by search from a grid with one.
 
     >>> round(best_mixture(0.3, 0.1), 4), best_mixture(0.3, 0.0)
     (0.2324, 0.0)
@@ -61,17 +56,15 @@ def best_mixture(p_first: float, p_both: float, l1_coefficient: float = 0.0, nor
     if l1_coefficient == 0:
         angle = np.arctan2(2 * p_both, p_first) / 2
         return float(np.sin(angle) / (np.sin(angle) + np.cos(angle)))
+
+    def loss(t: float) -> float:
+        return float(tied_loss(t, p_first, p_both, l1_coefficient, norm))
+
     grid = np.linspace(0, 1, 201)
     start = int(tied_loss(grid, p_first, p_both, l1_coefficient, norm).argmin())
-    low, high = grid[max(0, start - 1)], grid[min(200, start + 1)]
-    found = minimize_scalar(
-        tied_loss,
-        bounds=(low, high),
-        args=(p_first, p_both, l1_coefficient, norm),
-        method="bounded",
-        options={"xatol": 1e-10},
-    )
-    return float(min((low, high, found.x), key=lambda t: tied_loss(t, p_first, p_both, l1_coefficient, norm)))
+    low, high = float(grid[max(0, start - 1)]), float(grid[min(200, start + 1)])
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-10})
+    return min((low, high, float(found.x)), key=loss)
 
 
 def hedging_lowers_loss(p_both: float, l1_coefficient: float = 0.0, norm: float = 1.0) -> bool:

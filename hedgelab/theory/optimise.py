@@ -18,12 +18,9 @@ _AFTER_WARMUP = 2**31
 
 
 class Minimum(NamedTuple):
-    """Where :func:`minimise` ended.
+    """Where :func:`minimise` ended: the training loss, the largest absolute entry of its gradient, and evaluations taken.
 
-    Attributes:
-        loss: The training loss there.
-        gradient: Largest absolute entry of its gradient; at a kink of the loss it does not vanish.
-        evaluations: Evaluations of the loss that it took.
+    At a kink of the loss the gradient does not vanish.
     """
 
     loss: float
@@ -34,7 +31,7 @@ class Minimum(NamedTuple):
 def minimise(
     sae: SAE, batch: Batch, descent_steps: int = 1000, learning_rate: float = 1e-3, iterations: int = 2000
 ) -> Minimum:
-    """Train an SAE, in place, to a minimum of its loss on one batch: Adam into the basin, then L-BFGS down to its floor.
+    """Train an initialised SAE, in place, to a minimum of its loss on one batch: Adam into the basin, then L-BFGS to its floor.
 
     A loss with several minima keeps the one that its start leads to: Adam's small steps decide which, as in
     training. Work in float64 (``sae.double()``, ``data.dtype: float64``) for results beyond six digits. Penalties count in
@@ -55,17 +52,21 @@ def minimise(
     parameters = list(sae.parameters())
     sae.set_steps_done(_AFTER_WARMUP)
     descent = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
-    for _ in range(descent_steps):
+
+    def loss_and_gradient() -> float:
         descent.zero_grad()
-        sae.loss(batch).total.backward()  # type: ignore[no-untyped-call]
+        loss = sae.loss(batch).total
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    for _ in range(descent_steps):
+        loss_and_gradient()
         descent.step()
 
     def evaluate(weights: Array) -> tuple[float, Array]:
         _write(parameters, weights)
-        descent.zero_grad()
-        loss = sae.loss(batch).total
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach()), _read([p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters])
+        loss = loss_and_gradient()
+        return loss, _read([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
 
     options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 30, "ftol": 0.0, "gtol": 1e-10}
     found = minimize(evaluate, _read(parameters), jac=True, method="L-BFGS-B", options=options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
@@ -41,12 +41,10 @@ class Population:
 
     @classmethod
     def of_pair(cls, rate: float, given: float, otherwise: float) -> Population:
-        """Two orthonormal features of magnitude 1 in the plane.
+        """Two orthonormal features of magnitude 1 in the plane, by ``P(f0)``, ``P(f1 | f0)`` and ``P(f1 | not f0)``.
 
-        Args:
-            rate: P(f0).
-            given: P(f1 | f0).
-            otherwise: P(f1 | not f0).
+        >>> Population.of_pair(0.25, 0.2, 0.0).probabilities  # both, f0 alone, neither
+        array([0.05, 0.2 , 0.75])
 
         Raises:
             UserError: A number that is no probability.
@@ -63,7 +61,7 @@ class Population:
     @cached_property
     def mean(self) -> Array:
         """``[d_in]``."""
-        return as_array(self.probabilities @ self.states)
+        return np.asarray(self.probabilities @ self.states)
 
     @cached_property
     def covariance(self) -> Array:
@@ -74,9 +72,4 @@ class Population:
 def scatter(states: Array, probabilities: Array) -> Array:
     """Covariance of states whose probabilities need not sum to 1, times their sum, ``[d_in, d_in]``."""
     deviations = states - probabilities @ states / probabilities.sum()
-    return as_array(deviations.T @ (probabilities[:, None] * deviations))
-
-
-def as_array(values: ArrayLike) -> Array:
-    """Float64, whatever it was."""
-    return np.asarray(values, dtype=np.float64)
+    return np.asarray(deviations.T @ (probabilities[:, None] * deviations))

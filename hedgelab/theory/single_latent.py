@@ -43,7 +43,6 @@ the activation ``ā = 1 - λ/(2Q)`` of a clean latent is zero too: there no L1 p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -51,7 +50,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from hedgelab.errors import UserError
-from hedgelab.theory.population import Array, Population, as_array, scatter
+from hedgelab.theory.population import Array, Population, scatter
 
 _MOST_STATES = 12
 _MOST_ITERATIONS = 200
@@ -81,7 +80,6 @@ class SingleLatentMinimum:
 class Split:
     """What the module's derivation needs of an active set A: ``P``, ``Q``, ``m_A``, ``Δ`` and ``M_A``."""
 
-    active: np.ndarray
     rate: float
     silence: float
     mean: Array
@@ -95,45 +93,43 @@ class Split:
         rate, silence = float(p[active].sum()), float(p[~active].sum())
         mean = p[active] @ states[active] / rate
         shift = mean - p[~active] @ states[~active] / silence
-        within = scatter(states[active], p[active]) / rate
-        return cls(active, rate, silence, mean, shift, within + silence * np.outer(shift, shift))
+        matrix = scatter(states[active], p[active]) / rate + silence * np.outer(shift, shift)
+        return cls(rate, silence, mean, shift, matrix)
 
 
 def principal_component(population: Population) -> tuple[Array, float]:
-    """The best direction of a latent in its linear regime as λ → 0, and the loss it leaves.
+    """The best direction of a latent in its linear regime as λ → 0, and the loss it leaves: ``tr C`` less the top eigenvalue.
 
-    Returns:
-        The unit direction ``[d_in]``, signed so that its largest coordinate is positive, and ``tr C`` less the top eigenvalue.
+    The unit direction ``[d_in]`` is signed so that its largest coordinate is positive.
+
+    >>> direction, loss = principal_component(Population.of_pair(0.25, 0.2, 0.0))
+    >>> direction.round(4), round(loss, 4)
+    (array([0.97  , 0.2434]), 0.0381)
     """
     values, vectors = np.linalg.eigh(population.covariance)
-    top = vectors[:, -1]
-    return top * np.sign(top[np.abs(top).argmax()]), float(values[:-1].sum())
+    return _toward_its_largest(vectors[:, -1]), float(values[:-1].sum())
 
 
 def pair_component(rate: float, given: float, otherwise: float) -> float:
     """Feature 1's part in the top principal component of two features: the hedging component in the linear regime, λ → 0.
 
     With variances ``v0, v1`` and covariance ``c`` the component is ``sin θ``, ``tan 2θ = 2c / (v0 - v1)``. Feature 1 is what
-    the latent tracks where ``v1 > v0``.
+    the latent tracks where ``v1 > v0``. Arguments as in :meth:`Population.of_pair`.
 
     >>> round(pair_component(0.25, 0.2, 0.0), 4), round(pair_component(0.25, 0.2, 0.1), 4), pair_component(0.25, 0.2, 0.2)
     (0.2434, 0.2219, 0.0)
     """
     second = rate * given + (1 - rate) * otherwise
-    covariance = rate * (given - second)
-    difference = rate * (1 - rate) - second * (1 - second)
-    return (
-        float(np.sin(np.arctan2(2 * covariance, difference) / 2)) if abs(covariance) > 1e-15 else float(difference < 0)
-    )
+    covariance, difference = rate * (given - second), rate * (1 - rate) - second * (1 - second)
+    if abs(covariance) < 1e-15:
+        return float(difference < 0)
+    return float(np.sin(np.arctan2(2 * covariance, difference) / 2))
 
 
 def minimum(population: Population, active: np.ndarray, l1_coefficient: float = 0.0) -> SingleLatentMinimum | None:
-    """The minimum whose latent fires exactly on ``active`` (see the module); None where there is none.
+    """The minimum whose latent fires exactly on the states ``active``, ``[s]`` bool (see the module); None without one.
 
-    Args:
-        population: The activations.
-        active: States on which the latent fires, ``[s]`` bool; neither none nor all.
-        l1_coefficient: λ; 0 stands for the limit λ → 0, in which a state may sit on the threshold.
+    Active are neither none nor all of the states. λ = 0 stands for the limit λ → 0, in which a state may sit on the threshold.
     """
     split = Split.of(population, active)
     direction = sphere_maximum(split.matrix, l1_coefficient / 2 * split.shift)
@@ -152,6 +148,9 @@ def minimum(population: Population, active: np.ndarray, l1_coefficient: float = 
 def minima(population: Population, l1_coefficient: float = 0.0) -> list[SingleLatentMinimum]:
     """All minima with a live latent, deepest first.
 
+    >>> round(float(minima(Population.of_pair(0.25, 0.2, 0.1), 1e-3)[0].direction[1]), 4)
+    0.2215
+
     Raises:
         UserError: More states than can be tried (12).
     """
@@ -160,46 +159,33 @@ def minima(population: Population, l1_coefficient: float = 0.0) -> list[SingleLa
         raise UserError(
             f"population: {count} states have too many active sets, at most {_MOST_STATES} states are possible"
         )
-    found = (minimum(population, active, l1_coefficient) for active in _subsets(count))
+    sets = (np.isin(range(count), some) for size in range(1, count) for some in combinations(range(count), size))
+    found = (minimum(population, active, l1_coefficient) for active in sets)
     return sorted((one for one in found if one is not None), key=lambda one: one.loss)
 
 
 def hedging_pull(
     population: Population, active: np.ndarray, own: int, other: int, l1_coefficient: float = 0.0
 ) -> float:
-    """How fast the loss falls as a clean latent tilts toward another feature: ``P (2 M_ij - λ Δ_j)``, per radian.
+    """How fast the loss falls as a clean latent of feature i = ``own`` tilts toward j = ``other``, per radian.
 
-    Positive: positive hedging lowers the loss. The coordinates of the population must be the features.
-
-    Args:
-        population: The activations in feature coordinates.
-        active: States on which the latent fires, ``[s]`` bool.
-        own: The latent's feature i.
-        other: The feature j.
-        l1_coefficient: λ.
+    ``P (2 M_ij - λ Δ_j)``: where it is positive, positive hedging lowers the loss. The coordinates of the population must be
+    the features; the latent fires on the states ``active``, ``[s]`` bool.
     """
     split = Split.of(population, active)
     return float(split.rate * (2 * split.matrix[own, other] - l1_coefficient * split.shift[other]))
 
 
 def sphere_maximum(matrix: Array, pull: Array) -> Array | None:
-    """The local maximum of ``d·M d - 2 g·d`` over unit d with ``g·d > 0``; for g = 0 the top eigenvector.
+    """The local maximum ``[d]`` of ``d·M d - 2 g·d`` over unit d with ``g·d > 0``; the top eigenvector for g = 0; None if gone.
 
-    In M's eigenbasis ``d_i = g_i / (μ_i - ν)`` with ``Σ d_i² = 1``. Of the secular equation's roots the maximum on the side of
-    ``g·d > 0`` is the largest one between the two top eigenvalues. ``Σ d_i²`` is convex there and at least 1 at
-    ``ν = μ_top - g_top``, so Newton's iteration descends from there to that root, or shows that there is none.
-
-    Args:
-        matrix: M, symmetric, ``[d, d]``.
-        pull: g, ``[d]``.
-
-    Returns:
-        The unit direction ``[d]``; None where the maximum is gone.
+    In the eigenbasis of the symmetric M, ``d_i = g_i / (μ_i - ν)`` with ``Σ d_i² = 1``. Of the secular equation's roots the
+    maximum on the side of ``g·d > 0`` is the largest one between the two top eigenvalues. ``Σ d_i²`` is convex there and at
+    least 1 at ``ν = μ_top - g_top``, so Newton's iteration descends from there to that root, or shows that there is none.
     """
     values, vectors = np.linalg.eigh(matrix)
     if np.linalg.norm(pull) < 1e-14:
-        top = vectors[:, -1]
-        return as_array(top * np.sign(top[np.abs(top).argmax()]))
+        return _toward_its_largest(vectors[:, -1])
     vectors[:, -1] *= 1.0 if vectors[:, -1] @ pull >= 0 else -1.0
     g = vectors.T @ pull
     if g[-1] <= 1e-12 * np.linalg.norm(g):
@@ -216,16 +202,11 @@ def sphere_maximum(matrix: Array, pull: Array) -> Array | None:
         if slope <= 0:
             return None
         multiplier -= excess / slope
-    return as_array(vectors @ coordinates / np.linalg.norm(coordinates))
+    return np.asarray(vectors @ coordinates / np.linalg.norm(coordinates))
 
 
-def _subsets(count: int) -> Iterator[np.ndarray]:
-    """Every active set but none and all, ``[count]`` bool each."""
-    for size in range(1, count):
-        for members in combinations(range(count), size):
-            active = np.zeros(count, dtype=bool)
-            active[list(members)] = True
-            yield active
+def _toward_its_largest(direction: Array) -> Array:
+    return np.asarray(direction * np.sign(direction[np.abs(direction).argmax()]))
 
 
 def _can_be_silenced(states: Array, active: np.ndarray, pre: Array) -> bool:
@@ -236,8 +217,7 @@ def _can_be_silenced(states: Array, active: np.ndarray, pre: Array) -> bool:
     rest, wanted = offsets[~active] @ free.T, -pre[~active] + _TOLERANCE
     if not rest.any():
         return bool((wanted >= 0).all())
-    away = -rest.mean(0)
-    if (rest @ away < 0).all():  # strictly separated: far enough along this direction all are silent
+    if (rest @ -rest.mean(0) < 0).all():  # strictly separated: far enough along this direction all are silent
         return True
     result = linprog(np.zeros(free.shape[0]), A_ub=rest, b_ub=wanted, bounds=(None, None))
     return bool(result.status == 0)
