@@ -44,11 +44,11 @@ class AdditiveMetric(ShapedMetric):
         """Declare a state: zeros of the given shape in float64, summed over ranks."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def add_to(self, **amounts: Tensor) -> None:
+    def add_to(self, **amounts: Tensor | float) -> None:
         """Add the sums of a batch to the states of those names, in place: some are large."""
         for name, amount in amounts.items():
             state = getattr(self, name)
-            state.add_(amount.to(state.device))
+            state.add_(torch.as_tensor(amount, device=state.device))
 
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Self:
         on_cpu = fn(torch.zeros(1)).device.type in NO_FLOAT64

@@ -10,32 +10,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchmetrics.utilities.data import dim_zero_cat
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.additive import FunctionMetric
-from hedgelab.metrics.functional.accumulate import Ratio
-from hedgelab.metrics.functional.detection import co_firing_update
-from hedgelab.metrics.functional.hierarchy import (
-    HierarchySums,
-    absorption_compute,
-    absorption_update,
-    hierarchy_update,
+from hedgelab.metrics.additive import AdditiveMetric, FunctionMetric, ShapedMetric
+from hedgelab.metrics.functional import hierarchy, reconstruction, sparsity
+from hedgelab.metrics.functional.accumulate import Ratio, as_codes, float64
+from hedgelab.metrics.functional.degree import DRAWS, DegreeScores, DegreeSums, degree_update, hedging_degree
+from hedgelab.metrics.functional.error_spread import BLOCKS, ResidualHedging, residual_hedging
+from hedgelab.metrics.functional.loss_recovered import (
+    LOSSES,
+    RecoveredLoss,
+    baseline_sums,
+    next_token_divergences,
+    next_token_losses,
+    recovered_loss,
 )
-from hedgelab.metrics.functional.reconstruction import (
-    explained_variance_compute,
-    explained_variance_update,
-    mean_squared_error_update,
-    shrinkage_update,
-)
-from hedgelab.metrics.functional.sparsity import (
-    LOG_DENSITY_EDGES,
-    DensityHistogram,
-    FiringSums,
-    density_histogram,
-    firing_update,
-    l0_update,
-)
+from hedgelab.metrics.functional.recovery import co_firing_update
 from hedgelab.metrics.functional.true_hedging import regression_update
+
+ROWS = 8192
+"""Examples that residual hedging keeps: memory grows with them, time with their square."""
 
 
 class ExplainedVariance(FunctionMetric):
@@ -45,7 +40,9 @@ class ExplainedVariance(FunctionMetric):
 
     def __init__(self, d_in: int, **kwargs: Any) -> None:
         empty = torch.zeros(0, d_in)
-        super().__init__(explained_variance_update, explained_variance_compute, empty, empty, **kwargs)
+        super().__init__(
+            reconstruction.explained_variance_update, reconstruction.explained_variance_compute, empty, empty, **kwargs
+        )
 
 
 class MeanSquaredError(FunctionMetric):
@@ -54,7 +51,9 @@ class MeanSquaredError(FunctionMetric):
     higher_is_better = False
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(mean_squared_error_update, Ratio.value, torch.zeros(0, 1), torch.zeros(0, 1), **kwargs)
+        super().__init__(
+            reconstruction.mean_squared_error_update, Ratio.value, torch.zeros(0, 1), torch.zeros(0, 1), **kwargs
+        )
 
 
 class Shrinkage(FunctionMetric):
@@ -63,7 +62,7 @@ class Shrinkage(FunctionMetric):
     higher_is_better = None
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(shrinkage_update, Ratio.value, torch.zeros(0, 1), torch.zeros(0, 1), **kwargs)
+        super().__init__(reconstruction.shrinkage_update, Ratio.value, torch.zeros(0, 1), torch.zeros(0, 1), **kwargs)
 
 
 class L0(FunctionMetric):
@@ -72,7 +71,7 @@ class L0(FunctionMetric):
     higher_is_better = None
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(l0_update, Ratio.value, torch.zeros(0, 1), **kwargs)
+        super().__init__(sparsity.l0_update, Ratio.value, torch.zeros(0, 1), **kwargs)
 
 
 class DeadCount(NamedTuple):
@@ -82,7 +81,7 @@ class DeadCount(NamedTuple):
     fraction: Tensor  # of all latents, float64 scalar
 
     @classmethod
-    def of(cls, sums: FiringSums) -> DeadCount:
+    def of(cls, sums: sparsity.FiringSums) -> DeadCount:
         """Those among latents that fired so often."""
         dead = sums.fired == 0
         return cls(dead.sum(), dead.double().mean())
@@ -94,20 +93,20 @@ class DeadLatents(FunctionMetric):
     higher_is_better = False
 
     def __init__(self, d_sae: int, **kwargs: Any) -> None:
-        super().__init__(firing_update, DeadCount.of, torch.zeros(0, d_sae), **kwargs)
+        super().__init__(sparsity.firing_update, DeadCount.of, torch.zeros(0, d_sae), **kwargs)
 
 
 class FiringDensities(NamedTuple):
     """How often latents fire."""
 
     rates: Tensor  # fraction of examples each latent fires on, [d_sae]
-    histogram: DensityHistogram  # latents by log10 of that rate
+    histogram: sparsity.DensityHistogram  # latents by log10 of that rate
 
     @classmethod
-    def of(cls, sums: FiringSums, edges: tuple[float, ...]) -> FiringDensities:
+    def of(cls, sums: sparsity.FiringSums, edges: tuple[float, ...]) -> FiringDensities:
         """Those of latents that fired so often."""
         rates = sums.fired / sums.weight
-        return cls(rates, density_histogram(rates, edges))
+        return cls(rates, sparsity.density_histogram(rates, edges))
 
 
 class FiringDensity(FunctionMetric):
@@ -115,8 +114,10 @@ class FiringDensity(FunctionMetric):
 
     higher_is_better = None
 
-    def __init__(self, d_sae: int, edges: tuple[float, ...] = LOG_DENSITY_EDGES, **kwargs: Any) -> None:
-        super().__init__(firing_update, partial(FiringDensities.of, edges=edges), torch.zeros(0, d_sae), **kwargs)
+    def __init__(self, d_sae: int, edges: tuple[float, ...] = sparsity.LOG_DENSITY_EDGES, **kwargs: Any) -> None:
+        super().__init__(
+            sparsity.firing_update, partial(FiringDensities.of, edges=edges), torch.zeros(0, d_sae), **kwargs
+        )
 
 
 class FeatureDetection(FunctionMetric):
@@ -154,26 +155,114 @@ class FeatureHierarchy(FunctionMetric):
     higher_is_better = None
 
     def __init__(self, n: int, **kwargs: Any) -> None:
-        super().__init__(hierarchy_update, HierarchySums.parents, torch.zeros(0, n), **kwargs)
+        super().__init__(hierarchy.hierarchy_update, hierarchy.HierarchySums.parents, torch.zeros(0, n), **kwargs)
 
 
-class Absorption(FunctionMetric):
-    """Absorption of each child feature by a finished SAE whose latents have been matched; see :func:`.functional.absorption`.
+class LossRecovered(AdditiveMetric):
+    """How much of a language model's loss an SAE's reconstruction recovers; see :func:`.functional.recovered_loss`.
 
-    Unlike :func:`.functional.absorption_from_co_firing` exact even where children fire without their parent. ``latent [n]``
-    (``tracked_features(...).latent``) and ``parents [n]`` are given once.
+    The ablations are the same for every SAE: their sums, :func:`.baseline_sums`, may be added (:meth:`add_to`) once for all.
+    """
+
+    higher_is_better = True
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("count", *LOSSES):
+            self.add_sum(name)
+
+    def update(self, tokens: Tensor, keep: Tensor, clean: Tensor, sae: Tensor, *ablations: Tensor) -> None:
+        """Add contexts ``[n, length]``: tokens, and logits of the model untouched and with SAE, zeros and mean spliced in."""
+        losses, divergences = next_token_losses(sae, tokens, keep), next_token_divergences(clean, sae, keep)
+        self.add_to(sae=float64(losses).sum(), kl_sae=float64(divergences).sum())
+        if ablations:
+            self.add_to(**baseline_sums(tokens, keep, clean, *ablations))
+
+    def compute(self) -> RecoveredLoss:
+        """Losses and shares over everything seen."""
+        return recovered_loss({name: getattr(self, name) for name in LOSSES}, self.count)
+
+
+class HedgingDegree(FunctionMetric):
+    """How much an SAE hedges, from its continuations with and without new latents; see :func:`.functional.hedging_degree`.
+
+    ``update`` takes activations ``[batch, d_in]`` and the latents of both SAEs: they settle which latents live, and their
+    covariance. The degree itself needs only the decoders; without batches all latents count as live.
     """
 
     higher_is_better = False
-    latent: Tensor
-    parents: Tensor
+    control: Tensor
+    extended: Tensor
+    reordered: Tensor | None
+    foreign: Tensor | None
 
-    def __init__(self, latent: Tensor, parents: Tensor, **kwargs: Any) -> None:
-        nothing = torch.zeros(0, max(1, int(latent.max()) + 1)), torch.zeros(0, len(parents))
-        super().__init__(absorption_update, absorption_compute, *nothing, latent.cpu(), parents.cpu(), **kwargs)
-        self.register_buffer("latent", latent.long(), persistent=False)
-        self.register_buffer("parents", parents.long(), persistent=False)
+    def __init__(
+        self,
+        control: Tensor,
+        extended: Tensor,
+        reordered: Tensor | None = None,
+        foreign: list[Tensor] | None = None,
+        draws: int = DRAWS,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        empty = (torch.zeros(0, size) for size in (control.shape[1], len(control), len(extended)))
+        super().__init__(degree_update, None, *empty, **kwargs)
+        rows = {"control": control, "extended": extended, "reordered": reordered}
+        for name, decoder in (rows | {"foreign": torch.stack(foreign) if foreign else None}).items():
+            self.register_buffer(name, None if decoder is None else decoder.detach(), persistent=False)
+        self.draws, self.seed = draws, seed
 
-    def update(self, codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> None:
-        """Add a batch of codes and their features' magnitudes ``[batch, n]``."""
-        super().update(codes, features, self.latent, self.parents, weight)
+    def compute(self) -> DegreeScores:
+        """The degree with its controls, over everything seen."""
+        sums: DegreeSums = super().compute()
+        width, seen = len(self.control), bool(sums.weight > 0)
+        mean = sums.total / sums.weight
+        return hedging_degree(
+            self.control,
+            self.extended,
+            live=(sums.control_fired > 0) & (sums.extended_fired[:width] > 0) if seen else None,
+            live_new=sums.extended_fired[width:] > 0 if seen else None,
+            covariance=sums.products / sums.weight - mean.outer(mean) if seen else None,
+            foreign=None if self.foreign is None else list(self.foreign),
+            reordered=self.reordered,
+            draws=self.draws,
+            seed=self.seed,
+        )
+
+
+class ResidualHedgingMetric(ShapedMetric):
+    """How much each latent of an SAE hedges, from held-out activations alone; see :func:`.functional.residual_hedging`.
+
+    Holds the first ``rows`` examples of each rank with their codes: ``4 · rows · (2 d_in + d_sae)`` bytes.
+    """
+
+    higher_is_better = False
+    x: list[Tensor]
+    error: list[Tensor]
+    codes: list[Tensor]
+    W_dec: Tensor
+
+    def __init__(self, W_dec: Tensor, rows: int = ROWS, blocks: int = BLOCKS, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rows, self.blocks = rows, blocks
+        self.register_buffer("W_dec", W_dec.detach().float(), persistent=False)
+        for name in ("x", "error", "codes"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, x: Tensor, reconstruction: Tensor, codes: Tensor | Codes) -> None:
+        """Add a batch; ``x``, ``reconstruction``: ``[batch, d_in]``, with the latents that were decoded."""
+        room = self.rows - sum(map(len, self.x))
+        if room > 0:
+            for state, part in (
+                (self.x, x),
+                (self.error, x - reconstruction),
+                (self.codes, as_codes(codes).to_dense()),
+            ):
+                state.append(part[:room].detach().float())
+
+    def compute(self) -> ResidualHedging:
+        """Hedging over everything kept."""
+        x, error, codes = (dim_zero_cat(state) for state in (self.x, self.error, self.codes))
+        return residual_hedging(x, error, codes, self.W_dec, self.blocks)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.degree import HedgingDegree
-from hedgelab.metrics.error_spread import ResidualHedgingMetric
-from hedgelab.metrics.functional import true_hedging
+from hedgelab.metrics.classes import HedgingDegree, ResidualHedgingMetric
+from hedgelab.metrics.functional import degree, true_hedging
 from hedgelab.metrics.functional.accumulate import as_codes, run_sae
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores
 from hedgelab.metrics.functional.error_spread import BLOCKS, ResidualHedging
@@ -115,11 +114,12 @@ def hedging_degree(
     if old.shape[1] != new.shape[1]:
         raise UserError(f"extended: expected decoder rows of width {old.shape[1]}, got {new.shape[1]}")
     other = None if reordered is None else _decoder(reordered)
-    metric = HedgingDegree(old, new, other, list(foreign), draws, seed, sync_on_compute=False).to(old.device)
     if x is None:
-        return metric.degree()
+        options: dict[str, Any] = {"foreign": list(foreign), "reordered": other, "draws": draws, "seed": seed}
+        return degree.hedging_degree(old, new, **options)
     if isinstance(control, Tensor) or isinstance(extended, Tensor):
         raise UserError("x: activations need SAEs for control and extended, not decoders alone")
+    metric = HedgingDegree(old, new, other, list(foreign), draws, seed, sync_on_compute=False).to(old.device)
     for part in torch.split(x.reshape(-1, x.shape[-1]).to(old.device), _ROWS_AT_ONCE):
         metric.update(part, run_sae(control, part)[1], run_sae(extended, part)[1])
     return metric.compute()

@@ -12,28 +12,11 @@ from torchmetrics import Metric
 from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import Ranks
+from hedgelab.metrics import classes
 from hedgelab.metrics.additive import ValidationMetric
-from hedgelab.metrics.classes import (
-    ExplainedVariance,
-    FeatureDetection,
-    FeatureHierarchy,
-    FeatureRegression,
-    FiringDensity,
-    MeanSquaredError,
-    Shrinkage,
-)
-from hedgelab.metrics.functional import true_hedging
+from hedgelab.metrics.functional import hierarchy, recovery, true_hedging
 from hedgelab.metrics.functional.accumulate import as_codes
-from hedgelab.metrics.functional.detection import CoFiring, detection_scores
-from hedgelab.metrics.functional.hierarchy import absorption_from_co_firing, parent_encoder_components, parents_best_f1
-from hedgelab.metrics.functional.recovery import (
-    decoder_cosines,
-    match_features,
-    matched_cosines,
-    mean_max_cosine,
-    uniqueness,
-)
-from hedgelab.metrics.functional.true_hedging import MOST_PAIRS, RegressionSums, tracked_features
+from hedgelab.metrics.functional.true_hedging import MOST_PAIRS
 
 MOST_INFERRED = 4096
 """Most features among which a hierarchy is inferred: its counts take 8 n² bytes."""
@@ -69,24 +52,24 @@ class SAEMetrics(nn.Module):
         shared: dict[str, Any] = {}
         if ranks is not None:
             shared = {"sync_on_compute": ranks.size > 1, "process_group": ranks.group}
-        self.explained_variance = ExplainedVariance(d_in, **shared)
-        self.mse = MeanSquaredError(**shared)
-        self.shrinkage = Shrinkage(**shared)
-        self.firing = FiringDensity(d_sae, **shared)
+        self.explained_variance = classes.ExplainedVariance(d_in, **shared)
+        self.mse = classes.MeanSquaredError(**shared)
+        self.shrinkage = classes.Shrinkage(**shared)
+        self.firing = classes.FiringDensity(d_sae, **shared)
         self.own = nn.ModuleList(metric(d_in, d_sae, **shared) for metric in ValidationMetric.known())
-        self.detection: FeatureDetection | None = None
-        self.hierarchy: FeatureHierarchy | None = None
-        self.regression: FeatureRegression | None = None
+        self.detection: classes.FeatureDetection | None = None
+        self.hierarchy: classes.FeatureHierarchy | None = None
+        self.regression: classes.FeatureRegression | None = None
         self.register_buffer("feature_directions", feature_directions, persistent=False)
         self.register_buffer("parents", parents, persistent=False)
         if feature_directions is None:
             return
         n = feature_directions.shape[0]
-        self.detection = FeatureDetection(d_sae, n, **shared)
+        self.detection = classes.FeatureDetection(d_sae, n, **shared)
         if parents is None and n <= MOST_INFERRED:
-            self.hierarchy = FeatureHierarchy(n, **shared)
+            self.hierarchy = classes.FeatureHierarchy(n, **shared)
         if n > d_in and d_sae * n <= MOST_PAIRS:
-            self.regression = FeatureRegression(d_sae, n, **shared)
+            self.regression = classes.FeatureRegression(d_sae, n, **shared)
         elif n > d_in:
             warnings.warn(
                 f"hedging/decoder: {n} overlapping features and {d_sae} latents are more than {MOST_PAIRS} pairs; NaN",
@@ -144,30 +127,25 @@ def recovery_summary(
     W_enc: Tensor,
     W_dec: Tensor,
     feature_directions: Tensor,
-    counts: CoFiring,
+    counts: recovery.CoFiring,
     parents: Tensor | None = None,
-    sums: RegressionSums | None = None,
+    sums: true_hedging.RegressionSums | None = None,
 ) -> dict[str, Tensor]:
     """The scalars of :class:`SAEMetrics` that need known features, from weights and co-firing counts.
 
-    Args:
-        W_enc: Encoder of any norms, ``[d_in, d_sae]``.
-        W_dec: Decoder of any norms, ``[d_sae, d_in]``.
-        feature_directions: True directions, ``[n, d_in]``.
-        counts: Co-firing of latents and features.
-        parents: Parent of each feature, ``[n]`` int64, -1 for none; None leaves absorption out.
-        sums: Of the regression of features on codes, which more features than dimensions need for their hedging.
+    Weights ``[d_in, d_sae]`` and ``[d_sae, d_in]`` may have any norms. Without ``parents [n]`` (-1 for none) absorption is left
+    out; ``sums`` are what more features than dimensions need for their hedging.
     """
-    cosines = decoder_cosines(W_dec, feature_directions)
+    cosines = recovery.decoder_cosines(W_dec, feature_directions)
     live = counts.latents > 0
-    assigned, tracked = match_features(cosines), tracked_features(cosines, live)
-    detection = detection_scores(counts, assigned.feature)
+    assigned, tracked = recovery.match_features(cosines), true_hedging.tracked_features(cosines, live)
+    detection = recovery.detection_scores(counts, assigned.feature)
     reads = true_hedging.encoder_coordinates(W_enc, feature_directions)
     results = {
-        "mcc": matched_cosines(cosines, assigned).abs().mean(),
-        "mean_max_cosine": mean_max_cosine(cosines),
-        "mean_max_cosine_latents": mean_max_cosine(cosines.T),
-        "uniqueness": uniqueness(cosines),
+        "mcc": recovery.matched_cosines(cosines, assigned).abs().mean(),
+        "mean_max_cosine": recovery.mean_max_cosine(cosines),
+        "mean_max_cosine_latents": recovery.mean_max_cosine(cosines.T),
+        "uniqueness": recovery.uniqueness(cosines),
         "tracked_features": (tracked.latent >= 0).sum().double(),
         "detector_precision": detection.precision.nanmean(),
         "detector_recall": detection.recall.nanmean(),
@@ -185,9 +163,9 @@ def recovery_summary(
         results[f"hedging/{part}"] = unknown if scores is None else scores.norm[live].nanmean()
         results[f"hedging/{part}_signed"] = unknown if scores is None else scores.largest[live].nanmean()
     if parents is not None and bool((parents >= 0).any()):
-        absorbed = absorption_from_co_firing(counts, tracked.latent, parents)
+        absorbed = hierarchy.absorption_from_co_firing(counts, tracked.latent, parents)
         results["absorption"] = absorbed.excess.nanmean()
         results["absorption_missed"] = absorbed.missed.nanmean()
-        results["absorption_encoder"] = parent_encoder_components(reads, tracked.latent, parents).nanmean()
-        results["absorption_parents_f1"] = parents_best_f1(counts, parents).nanmean()
+        results["absorption_encoder"] = hierarchy.parent_encoder_components(reads, tracked.latent, parents).nanmean()
+        results["absorption_parents_f1"] = hierarchy.parents_best_f1(counts, parents).nanmean()
     return results

@@ -24,8 +24,7 @@ from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
 from hedgelab.errors import UserError
-from hedgelab.metrics.degree import HedgingDegree
-from hedgelab.metrics.error_spread import ROWS, ResidualHedgingMetric
+from hedgelab.metrics.classes import ROWS, HedgingDegree, ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores
 from hedgelab.metrics.functional.error_spread import BLOCKS
 from hedgelab.plots.hedging import degree_and_baselines, projection_of_latents

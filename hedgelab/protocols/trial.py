@@ -24,8 +24,7 @@ from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError, whole_number
-from hedgelab.metrics import FeatureRegression
-from hedgelab.metrics.error_spread import ResidualHedgingMetric
+from hedgelab.metrics import FeatureRegression, ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import hedging_degree
 from hedgelab.metrics.functional.recovery import decoder_cosines
 from hedgelab.metrics.functional.true_hedging import (

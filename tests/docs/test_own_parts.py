@@ -31,6 +31,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "my_parts.py").write_text("\n".join(BLOCKS))
     (tmp_path / "fit.yaml").write_text(FIT)
+    monkeypatch.setattr("hedgelab.metrics.ValidationMetric.declared", {})
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("my_parts", None)
@@ -68,6 +69,16 @@ def test_a_wrong_key_of_an_own_class_is_one_line(here, capsys):
     line = capsys.readouterr().err.strip()
     assert "\n" not in line
     assert "'orthogonality'" in line
+
+
+def test_an_own_metric_named_in_a_config_is_in_the_store(here):
+    callback = {
+        "class_path": "hedgelab.training.own_metrics.OwnMetrics",
+        "init_args": {"metrics": ["my_parts.LargestShare"]},
+    }
+    code, out = said("fit", "--config", "fit.yaml", "--trainer.callbacks", json.dumps([callback]))
+    assert code == 0, out
+    assert 0.5 <= last_run()["metrics"]["val/largest_share"] <= 1  # k = 2
 
 
 def test_an_own_protocol_is_a_command(here):

@@ -16,7 +16,6 @@ from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import (
     L0,
-    Absorption,
     DeadLatents,
     ExplainedVariance,
     FeatureDetection,
@@ -55,8 +54,7 @@ class Toy(nn.Module):
         return 100 + codes.to_dense() @ self.W_dec, codes
 
 
-def every_metric(toy):
-    latent = torch.tensor([0, 1, 2, -1])
+def every_metric():
     return {
         "ev": (ExplainedVariance(D_IN), "x"),
         "mse": (MeanSquaredError(), "x"),
@@ -65,14 +63,13 @@ def every_metric(toy):
         "dead": (DeadLatents(D_SAE), "codes"),
         "density": (FiringDensity(D_SAE), "codes"),
         "detection": (FeatureDetection(D_SAE, N), "both"),
-        "absorption": (Absorption(latent, toy.parents), "both"),
         "hierarchy": (FeatureHierarchy(N), "features"),
     }
 
 
 def measure(toy, batches):
     """Every metric and SAEMetrics over the batches."""
-    metrics, whole = every_metric(toy), SAEMetrics(D_IN, D_SAE, toy.directions)
+    metrics, whole = every_metric(), SAEMetrics(D_IN, D_SAE, toy.directions)
     for batch in batches:
         x_hat, codes = toy(batch)
         whole.update(batch, x_hat, codes)
@@ -149,7 +146,7 @@ def test_autocast_leaves_counts_and_cosines_exact():
 
 
 def test_every_metric_declares_what_torchmetrics_asks():
-    for metric, _ in every_metric(Toy()).values():
+    for metric, _ in every_metric().values():
         assert metric.full_state_update is False
         assert metric.higher_is_better in (True, False, None)
         assert all(reduction is dim_zero_sum for reduction in metric._reductions.values())

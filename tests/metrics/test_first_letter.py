@@ -8,7 +8,6 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.first_letter import (
     first_letter_scores,
     l1_ranking,
-    split_count,
     word_absorption,
 )
 from hedgelab.metrics.functional.logistic import linear_probes
@@ -150,8 +149,3 @@ def test_the_l1_ranking_finds_what_fires_for_the_letter():
     ranked = l1_ranking(train, y, firing_magnitudes(train))
     assert ranked[:, 0].tolist() == [0, 1, 2]
     assert all(set(row[1:6]) <= set(range(3 + 12 * i, 15 + 12 * i)) for i, row in enumerate(ranked.tolist()))
-
-
-def test_splitting_stops_at_the_first_latent_that_adds_little():
-    assert split_count(torch.tensor([0.5, 0.6, 0.7, 0.71, 0.9])) == 3
-    assert split_count(torch.tensor([0.9])) == 1

@@ -10,8 +10,9 @@ import torch
 from hedgelab import metrics
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics import FeatureDetection, HedgingDegree, direct, functional
+from hedgelab.metrics import FeatureDetection, direct, functional
 from hedgelab.metrics.functional import CoFiring, orthonormal_basis
+from hedgelab.metrics.functional.true_hedging import regression_update
 
 
 def latents(rows=400, d_sae=6, n=4, seed=0):
@@ -32,9 +33,8 @@ TAKES_LATENTS = {
     "dead_latents": lambda c, z: functional.dead_latents(c),
     "co_firing": lambda c, z: functional.co_firing(c, z),
     "absorption": lambda c, z: functional.absorption(c, z, LATENT, PARENTS),
-    "regression": lambda c, z: functional.regression_update(c, z),
+    "regression": lambda c, z: regression_update(c, z),
     "firing_magnitudes": lambda c, z: functional.firing_magnitudes(c),
-    "class_means": lambda c, z: functional.class_means(c, LABELS),
     "rank_latents": lambda c, z: functional.rank_latents(c, LABELS, 2),
     "probing": lambda c, z: functional.k_sparse_probing(c, LABELS, c, LABELS, (1, 2)),
     "first_letter": lambda c, z: functional.first_letter_scores(
@@ -83,7 +83,7 @@ def test_decoder_norms_do_not_matter():
         lambda W: direct.hedging(W, directions).norm,
         lambda W: functional.decoder_geometry(W).mean_absolute,
         lambda W: functional.hedging_degree(W[:4], W).degree,
-        lambda W: HedgingDegree(W[:4], W).degree().projections,
+        lambda W: direct.hedging_degree(W[:4], W).projections,
     ):
         torch.testing.assert_close(score(scaled), score(W_dec), rtol=1e-5, atol=1e-6)
 
@@ -186,7 +186,7 @@ ON_A_DEVICE = {
     "cosines": lambda x, c, z, W: functional.mean_max_cosine(functional.decoder_cosines(W, x[:4])),
     "coordinates": lambda x, c, z, W: functional.decoder_coordinates(W, x[:4]),
     "absorption": lambda x, c, z, W: functional.absorption(c, z, LATENT.to(z.device), PARENTS.to(z.device)),
-    "class_means": lambda x, c, z, W: functional.class_means(c, z > 0),
+    "rank_latents": lambda x, c, z, W: functional.rank_latents(c, z > 0, 2),
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hedgelab.metrics.loss_recovered import LossRecovered
+from hedgelab.metrics import LossRecovered
 
 
 def logits(seed, n=4, length=6, vocabulary=11):

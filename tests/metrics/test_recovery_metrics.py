@@ -13,9 +13,9 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import FeatureDetection
 from hedgelab.metrics.functional import accumulate as accumulate_module
 from hedgelab.metrics.functional import (
-    best_matches,
     co_firing,
     decoder_cosines,
+    decoder_geometry,
     detection_scores,
     encoder_cosines,
     match_features,
@@ -36,14 +36,6 @@ def test_cosines_against_numpy():
     np.testing.assert_allclose(decoder_cosines(W_dec, directions).numpy(), expected, atol=1e-12)
     np.testing.assert_allclose(encoder_cosines(W_dec.T, directions).numpy(), expected, atol=1e-12)
     assert decoder_cosines(torch.zeros(1, 7), directions).tolist() == [[0, 0, 0, 0]]
-
-
-def test_best_matches_keep_the_sign():
-    best = best_matches(torch.tensor([[0.2, -0.9], [0.5, 0.1], [0.4, 0.3]]))
-    assert best.feature.tolist() == [1, 0, 0]
-    assert best.feature_cosine.tolist() == pytest.approx([-0.9, 0.5, 0.4])
-    assert best.latent.tolist() == [1, 0]
-    assert best.latent_cosine.tolist() == pytest.approx([0.5, -0.9])
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 4), (5, 3)])
@@ -126,3 +118,30 @@ def test_detection_weights_equal_repetition():
     repeated.update(Codes.from_dense(activations.repeat_interleave(times, 0)), features.repeat_interleave(times, 0))
     for ours, theirs in zip(weighted.compute(), repeated.compute(), strict=True):
         torch.testing.assert_close(ours * 10, theirs, atol=1e-6, rtol=1e-6)
+
+
+# -- decoder geometry -----------------------------------------------------------------------------------
+
+
+def test_cosines_block_by_block_are_those_of_the_whole_matrix():
+    W_dec = torch.randn(1500, 20, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 9, 1500)[:, None]
+    W_dec[7] = 2 * W_dec[1400] + 0.01
+    geometry = decoder_geometry(W_dec)
+    unit = torch.nn.functional.normalize(W_dec.double(), dim=1)
+    cosines = unit @ unit.T
+    pairs = cosines[torch.triu(torch.ones_like(cosines), 1).bool()]
+    assert geometry.counts.sum() == 1500 * 1499 // 2
+    torch.testing.assert_close(geometry.mean_absolute, pairs.abs().mean(), rtol=1e-5, atol=1e-7)
+    cosines.fill_diagonal_(-2)
+    torch.testing.assert_close(geometry.largest.double(), cosines.max(1).values, rtol=1e-5, atol=1e-6)
+    assert geometry.nearest[7] == 1400
+    assert geometry.near_duplicates == (cosines.max(1).values >= 0.9).sum()
+    expected = torch.histc(pairs, 200, -1, 1)
+    assert (geometry.counts - expected).abs().sum() < 40  # float32 puts a few pairs into the next bin
+
+
+def test_only_live_latents_count():
+    W_dec = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    assert decoder_geometry(W_dec).near_duplicates == 2
+    assert decoder_geometry(W_dec, torch.tensor([True, False, True])).near_duplicates == 0
+    assert decoder_geometry(W_dec, torch.tensor([False, False, False])).largest.shape == (0,)

@@ -1,16 +1,12 @@
 """Whatever is measured has an entry, and tables show what matters."""
 
-import json
 import sys
 from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import pytest
 import torch
-from mlflow import MlflowClient
 
 from hedgelab.batch import Batch
-from hedgelab.cli import main
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import SAEMetrics, ValidationMetric, additive, readme
 from hedgelab.metrics.functional.degree import hedging_degree
@@ -113,25 +109,3 @@ def test_a_metric_of_an_entry_point_is_one_file(own_metric, monkeypatch):
         glossary.declarations.cache_clear()
     expected = ("largest latent", "units", "higher", "largest activation of an example, mean over examples")
     assert tuple(declared["largest_latent"]) == expected
-
-
-def test_a_metric_of_a_config_is_measured_in_a_fit(own_metric, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = Path(__file__).parents[2] / "configs" / "toy" / "hierarchical.yaml"
-    callback = {
-        "class_path": "hedgelab.training.own_metrics.OwnMetrics",
-        "init_args": {"metrics": [f"{own_metric}.Largest"]},
-    }
-    words = [
-        "fit",
-        "--config",
-        str(config),
-        "--trainer.max_steps",
-        "100",
-        "--trainer.callbacks",
-        json.dumps([callback]),
-    ]
-    assert main(words) == 0
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
-    found = client.search_runs([one.experiment_id for one in client.search_experiments()])
-    assert any("val/largest_latent" in run.data.metrics for run in found)

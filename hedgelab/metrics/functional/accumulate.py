@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +15,6 @@ NO_FLOAT64 = frozenset({"mps"})
 """Device types without float64: sums of what lies there are kept on the CPU."""
 SPARSE_BELOW = 1 / 16
 """Share of latents firing below which a sparse product beats a dense one (measured on CPU)."""
-
-
-class SparseCoder(Protocol):
-    """An SAE of any library: ``encode(x)`` gives codes or a dense tensor, which ``decode`` takes."""
-
-    @property
-    def W_dec(self) -> Tensor:
-        """Decoder, ``[d_sae, d_in]``."""
-
-    def encode(self, x: Tensor, /) -> Any:
-        """Latents of activations."""
-
-    def decode(self, codes: Any, /) -> Tensor:
-        """Reconstructions of latents."""
 
 
 class Ratio(NamedTuple):
@@ -80,7 +66,7 @@ def picked(codes: Codes, dim: int, index: Tensor) -> Tensor:
     )
 
 
-def run_sae(sae: SparseCoder, x: Tensor) -> tuple[Tensor, Codes]:
+def run_sae(sae: Any, x: Tensor) -> tuple[Tensor, Codes]:
     """Reconstruction ``[batch, d_in]`` and codes of activations ``[batch, d_in]``, without a gradient.
 
     Raises:

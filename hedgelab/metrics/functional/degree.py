@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hedgelab.errors import UserError
-from hedgelab.metrics.functional.accumulate import float64, fold_decoder, orthonormal_basis
+from hedgelab.kernels.codes import Codes
+from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, orthonormal_basis, total_weight
 from hedgelab.seeding import generator
 
 DRAWS = 50
@@ -57,6 +58,26 @@ class DegreeScores(NamedTuple):
         """Every number that is there, by name."""
         numbers = {name: float(value) for name, value in self._asdict().items() if not value.ndim}
         return {name: value for name, value in numbers.items() if value == value}
+
+
+class DegreeSums(NamedTuple):
+    """What batches tell of which latents live, and of the activations' covariance; those of batches and ranks add up."""
+
+    weight: Tensor  # of the examples, scalar
+    total: Tensor  # Σ x, [d_in]
+    products: Tensor  # Σ x xᵀ, [d_in, d_in]
+    control_fired: Tensor  # firings of each latent, [W]
+    extended_fired: Tensor  # the same, [W + N]
+
+
+def degree_update(
+    x: Tensor, control: Tensor | Codes, extended: Tensor | Codes, weight: Tensor | None = None
+) -> DegreeSums:
+    """Sums of one batch of activations ``[batch, d_in]`` and the latents of both SAEs."""
+    rows = float64(x)
+    weighted = rows if weight is None else rows * float64(weight)[:, None]
+    fired = (float64(as_codes(codes).firing_counts()) for codes in (control, extended))
+    return DegreeSums(total_weight(rows, weight), weighted.sum(0), rows.t() @ weighted, *fired)
 
 
 def hedging_degree(

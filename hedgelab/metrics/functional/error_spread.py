@@ -1,28 +1,26 @@
 r"""Residual hedging: hedging read off the error's spread, without ground truth, new latents or continued training.
 
 *What it rests on.* Let latent i track feature i, and let missing features ``m z_j f_j`` (``z_j ∈ {0, 1}`` rare, ``f_j``
-orthonormal) have no latent. A decoder trained on squared error is the regression of activations on the codes c, so row i
-holds ``h_ij``, the coefficient of ``c_i`` in the regression of ``m z_j`` on c: omitted-variable bias. That is the hedged
-component, and the error ``e = x - x_hat`` shows no trace of it in its *mean*: regression leaves e and c uncorrelated. It does
-in its *spread*. A hedge is an average laid on every firing, but the feature fires or it does not, and a rare feature varies
-as often as it fires::
+orthonormal) have no latent. A decoder trained on squared error is the regression of activations on the codes c, so row i holds
+``h_ij``, the coefficient of ``c_i`` in the regression of ``m z_j`` on c: omitted-variable bias. That is the hedged component.
+The error ``e = x - x_hat`` shows no trace of it in its *mean*, which regression leaves uncorrelated with c, but in its
+*spread*: a hedge is an average laid on every firing, while the feature fires or does not, and varies as often as it fires::
 
     E[(e · f_j)² | c]  =  m² p_j(c) (1 - p_j(c))
     S_i = coefficient of c_i in the regression of e eᵀ on c  ≈  Σ_j m (1 - p_ij) h_ij f_j f_jᵀ
 
 with ``p_ij`` how often feature j fires along with latent i. The directions ``f_j`` need not be found: a Frobenius norm does
-not ask for them, and neither does that of the third moment ``T_i``, the coefficient of ``c_i`` in the regression of ``e ⊗ e ⊗
-e``, whose terms are those of S_i times ``m (1 - 2 p_ij)``. So
+not ask for them, nor does that of the third moment ``T_i``, the coefficient of ``c_i`` in the regression of ``e ⊗ e ⊗ e``,
+whose terms are those of S_i times ``m (1 - 2 p_ij)``. So
 
     r_i = ‖T_i‖ / ‖S_i‖ = m |1 - 2 p_i|,     p_i = (1 - r_i / m) / 2,     ‖h_i‖ = ‖S_i‖ / (m (1 - p_i)) = 2 ‖S_i‖ / (m + r_i).
 
 The magnitude m is that of a two-point variable whose mean variance is v and whose third moment is s times that, ``m² = s² + 4
-v``, both taken from the whole error: ``s² = ‖E[e ⊗ e ⊗ e]‖² / ‖E[e eᵀ]‖²`` and ``v = tr C³ / tr C²`` with C the error's
-covariance.
+v``, both taken from the whole error: ``s² = ‖E[e ⊗ e ⊗ e]‖² / ‖E[e eᵀ]‖²`` and ``v = tr C³ / tr C²`` with C its covariance.
 
-*Errors of features that do have a latent* (a TopK latent pushed out by others) depend on codes too. They lie along decoder
-rows, so errors are projected off the span of the rows of measured latents, as long as these are fewer than d_in; a missing
-feature loses but the share of it that is hedged. SAEs wider than that are measured with the errors as they are.
+*Errors of features that do have a latent* (a TopK latent pushed out by others) lie along decoder rows, so errors are projected
+off the span of the rows of measured latents, as long as these are fewer than d_in; a missing feature loses but its hedged
+share.
 
 *Noise.* With examples split in blocks and ``g(t) = Cov(c)⁻¹ (c(t) - mean c) / n``,
 
@@ -30,31 +28,27 @@ feature loses but the share of it that is hedged. SAEs wider than that are measu
 
 estimate ``‖S_i‖²`` and ``‖T_i‖²`` without bias, for the sampling errors of A and B are independent; means over all pairs of
 blocks are taken. Where errors do not depend on codes, q_i scatters about 0 by a known ``σ_i² = Var(e · e')² Σ_A Σ_B ‖g_i‖²
-‖g_i'‖²`` (a mean over pairs; of ``(e · e')²`` what is left once rows and columns are centred). Root and rate bend at that
-scale, with ``τ_i = 1.5 σ_i``::
+‖g_i'‖²`` (of ``(e · e')²`` what is left once rows and columns are centred). Root and rate bend at that scale, ``τ_i = 1.5
+σ_i``::
 
     ‖S_i‖ = q_i / (q_i² + τ_i²)^¼,        r_i² = (max(0, q_i t_i) + m² τ_i²) / (q_i² + τ_i²),   at most m².
 
-Both are what they should be for ``|q_i| ≫ τ_i``. In between a root would make noise larger, and a rate estimated from the
-same noise would favour one sign. Here the root is odd, and the rate even, under the change of sign of (q_i, t_i) that noise
-does not feel, so that a latent that hedges nothing is zero on average, of either sign, and the mean over latents with it
-(measured over 80 reseeds in the tests, rare latents included). Hedging below about ``√τ_i`` is underestimated.
+The root is odd, and the rate even, under the change of sign of (q_i, t_i) that noise does not feel: a latent that hedges
+nothing is zero on average, of either sign, and the mean over latents with it. Hedging below about ``√τ_i`` is underestimated.
 
 No ``d_in x d_in`` matrix is made for any latent. ``Cov(c)`` is shrunk toward its diagonal by ``W / (W + examples)``, and for
 more than 4096 latents it is the diagonal. Each ``h_i`` is divided by the norm that regression gives row i, which takes out the
-scale of the codes and sets right what a penalty has shrunk.
+scale of the codes. *Standard error*: the mean over latents is linearised in the values of every pair of blocks; the variance of
+a mean over pairs has a part that each block brings alone and a part of the pairs (Hoeffding 1948), both by analysis of
+variance.
 
-*Standard error.* The mean over latents is linearised in the values of every pair of blocks; the variance of a mean over pairs
-has a part that each block brings alone and a part of the pairs (Hoeffding 1948), which are estimated by analysis of variance.
-
-*When to trust it.* Toys with rare, orthonormal features and SAEs narrower than d_in: the ranks agree with true hedging at
-.97 in the whole trial of release 0.1.0, and at .90 to .97 in a smaller one since the bias was taken out. *When not:*
-a missing feature that fires on *most* firings of a latent (``p_i > 1/2``: the sign of ``1 - 2
-p_i`` is not known) is underestimated, by ``(1 - p) / p``, and without bound as p → 1, where the two are one feature to anyone
-who sees only activations. Anything else that makes the error's shape depend on a code, such as magnitudes that are badly
-reconstructed outside the decoder's span, counts as hedging. With more features than dimensions the projection takes about the
-share ``W / d_in`` of every missing feature, so that widths between ``d_in / 2`` and ``d_in`` come out too low. On real
-activations, which are both dense and overlapping, treat it as a comparison between SAEs of one width, not as a level.
+*When to trust it.* Toys with rare, orthonormal features and SAEs narrower than d_in: the ranks agree with true hedging at .97
+in the whole trial of release 0.1.0, and at .90 to .97 in a smaller one since the bias was taken out. *When not:* a missing
+feature that fires on *most* firings of a latent (``p_i > 1/2``) is underestimated, by ``(1 - p) / p``: the sign of ``1 - 2
+p_i`` is not known. Anything else that makes the error's shape depend on a code, such as magnitudes that are badly reconstructed
+outside the decoder's span, counts as hedging. With more features than dimensions the projection takes about the share ``W /
+d_in`` of every missing feature, so that widths between ``d_in / 2`` and ``d_in`` come out too low. On real activations, which
+are both dense and overlapping, treat it as a comparison between SAEs of one width, not as a level.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def first_letter_scores(
         if probe_f1 <= MIN_PROBE_F1 or not len(words):
             continue
         f1 = k_sparse_f1(train, y, test, y_test, ranked[letter], scale)
-        main = ranked[letter, : split_count(f1)]
+        main = ranked[letter, : len(f1)]
         absorption = word_absorption(picked(test, 0, words) * norms, test_x[words], probe.weight[letter], main, W_dec)
         scores["full"][letter] = absorption.full.double().mean()
         scores["fraction"][letter] = absorption.fraction.mean()
@@ -133,28 +133,20 @@ def word_absorption(activations: Tensor, x: Tensor, direction: Tensor, main: Ten
     return WordAbsorption(full, torch.where(none, 0.0, fraction))
 
 
-def split_count(f1: Tensor) -> int:
-    """How many latents a concept is split into, from the F1 of k-sparse probes for k = 1, 2, ….
+def k_sparse_f1(train: Codes, y: Tensor, test: Codes, y_test: Tensor, ranked: Tensor, scale: Tensor) -> list[float]:
+    """F1 on the test words of probes on the first 1, 2, … of ``ranked`` latents, as long as each adds .03; one a split.
 
-    >>> split_count(torch.tensor([.5, .6, .62, .9])), split_count(torch.tensor([.5, .52]))
-    (2, 1)
+    The latents are divided by ``scale [d_sae]``.
     """
-    count = 1
-    while count < len(f1) and f1[count] > f1[count - 1] + F1_JUMP:
-        count += 1
-    return count
-
-
-def k_sparse_f1(train: Codes, y: Tensor, test: Codes, y_test: Tensor, ranked: Tensor, scale: Tensor) -> Tensor:
-    """F1 on the test words of probes on the first 1, 2, … of ``ranked`` latents, which are divided by ``scale [d_sae]``."""
     x, x_test = (picked(codes, 1, ranked) / scale[ranked] for codes in (train, test))
     scores: list[float] = []
     for k in range(1, len(ranked) + 1):
         probe = logistic_regression(x[:, :k], y)
-        scores.append(f1_score(probe.scores(x_test[:, :k])[:, 0] > 0, y_test))
-        if k > 1 and scores[-1] <= scores[-2] + F1_JUMP:
+        score = f1_score(probe.scores(x_test[:, :k])[:, 0] > 0, y_test)
+        if scores and score <= scores[-1] + F1_JUMP:
             break
-    return torch.tensor(scores, dtype=torch.float64)
+        scores.append(score)
+    return scores
 
 
 def l1_ranking(codes: Codes, labels: Tensor, scale: Tensor, k: int = MOST_SPLITS) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.accumulate import as_codes, total_weight, weighted_sum
-from hedgelab.metrics.functional.detection import CoFiring, co_firing
+from hedgelab.metrics.functional.recovery import CoFiring, co_firing
 
 IMPLIES = 0.999
 """P(parent | child) from which a feature counts as a parent."""
@@ -35,15 +35,6 @@ class HierarchySums(NamedTuple):
     def parents(self) -> Tensor:
         """Parent of each feature; see :func:`infer_parents`."""
         return infer_parents(self.both, self.weight, exact=bool(self.exact > 0))
-
-
-class AbsorptionSums(NamedTuple):
-    """Weight of examples for each child feature, ``[n]`` each, float64; sums of batches and ranks add up."""
-
-    with_child: Tensor  # parent and child fire
-    missed_with_child: Tensor  # they do, and the parent's latent is silent
-    without_child: Tensor  # the parent fires, the child does not
-    missed_without_child: Tensor  # as before, and the parent's latent is silent
 
 
 class AbsorptionScores(NamedTuple):
@@ -81,43 +72,29 @@ def infer_parents(both: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
     return torch.where(ancestor.any(1), commonness.argmin(1), -1)
 
 
-def absorption_update(
-    codes: Tensor | Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
-) -> AbsorptionSums:
-    """Sums of one batch; arguments as in :func:`absorption`."""
-    fires = features > 0
-    parent_fires = fires[:, parents] & _tracked(latent, parents)
-    silent = as_codes(codes).to_dense()[:, latent[parents]] <= 0
-    with_child, without_child = parent_fires & fires, parent_fires & ~fires
-    masks = (with_child, with_child & silent, without_child, without_child & silent)
-    return AbsorptionSums(*(weighted_sum(mask, weight) for mask in masks))
-
-
-def absorption_compute(sums: AbsorptionSums) -> AbsorptionScores:
-    """Scores from their sums."""
-    missed = sums.missed_with_child / sums.with_child
-    otherwise = sums.missed_without_child / sums.without_child
-    return AbsorptionScores(missed, otherwise, missed - otherwise)
-
-
 def absorption(
     codes: Tensor | Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
 ) -> AbsorptionScores:
-    """Absorption of each child feature over one batch, each score from 0 to 1 and ``excess`` from -1 to 1.
+    """Absorption of each child feature, each score from 0 to 1 and ``excess`` from -1 to 1.
 
-    Latents are codes or dense ``[batch, d_sae]``, ``features [batch, n]`` firing magnitudes, ``weight [batch]`` probabilities;
-    ``latent`` and ``parents`` as in the module. Needs true features: of a language model see :mod:`.first_letter`.
+    Latents are codes or dense ``[examples, d_sae]``, ``features [examples, n]`` firing magnitudes, ``weight [examples]``
+    probabilities. Needs true features: of a language model see :mod:`.first_letter`.
 
     >>> features = torch.tensor([[1.0, 1], [1, 0]])  # a parent, and its child
     >>> codes = torch.tensor([[0.0, 1], [1, 0]])  # the parent's latent is silent on the child
     >>> absorption(codes, features, torch.tensor([0, 1]), torch.tensor([-1, 0])).excess.tolist()
     [nan, 1.0]
     """
-    return absorption_compute(absorption_update(codes, features, latent, parents, weight))
+    fires = features > 0
+    parent_fires = fires[:, parents] & _tracked(latent, parents)
+    silent = as_codes(codes).to_dense()[:, latent[parents]] <= 0
+    with_child, without_child = (parent_fires & part for part in (fires, ~fires))
+    masks = with_child & silent, with_child, without_child & silent, without_child
+    return _scores(*(weighted_sum(mask, weight) for mask in masks))
 
 
 def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor) -> AbsorptionScores:
-    """The same as :func:`absorption` from pairwise counts alone, gathered before latents are matched or parents known.
+    """The same from pairwise counts alone, gathered over batches before latents are matched or parents known.
 
     Exact when children never fire without their parent; off by at most the rate at which they do. Only parents that a latent
     tracks are seen: read it beside :func:`parents_best_f1`.
@@ -132,10 +109,14 @@ def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor)
     heard, heard_always = counts.both[reader, child], counts.both[reader, parents]
     with_child = torch.where(known, counts.features, 0.0)
     without_child = torch.where(known, counts.features[parents] - counts.features, 0.0)
-    heard_without = heard_always - heard
-    return absorption_compute(
-        AbsorptionSums(with_child, (with_child - heard) * known, without_child, (without_child - heard_without) * known)
-    )
+    missed, missed_without = (with_child - heard) * known, (without_child - (heard_always - heard)) * known
+    return _scores(missed, with_child, missed_without, without_child)
+
+
+def _scores(missed: Tensor, with_child: Tensor, missed_without: Tensor, without_child: Tensor) -> AbsorptionScores:
+    """Scores from the weight of examples with parent and child, those without the child, and of each those that are missed."""
+    first, second = missed / with_child, missed_without / without_child
+    return AbsorptionScores(first, second, first - second)
 
 
 def parent_encoder_components(encoder_coordinates: Tensor, latent: Tensor, parents: Tensor) -> Tensor:

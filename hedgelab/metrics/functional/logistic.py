@@ -1,7 +1,7 @@
 """Logistic regression and its scores, in float64 and without chance: what every probe here is made of.
 
-The objective is scikit-learn's: ``½‖w‖² + C Σ_i s_i log(1 + exp(-y_i (w·x_i + b)))`` with a free intercept; class-balanced
-means ``s_i = n / (2 n_class)``. It is strictly convex in w, so any two exact solvers agree.
+The objective is scikit-learn's: ``½‖w‖² + C Σ_i s_i log(1 + exp(-y_i (w·x_i + b)))`` with a free intercept, and
+``s_i = n / (2 n_class)``, so that both classes weigh alike. It is strictly convex in w, so any two exact solvers agree.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def warn_of_empty(what: str, known: Tensor) -> None:
         warnings.warn(f"{what}: classes {empty} lack members or others: NaN", stacklevel=3)
 
 
-def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = True) -> LinearProbe:
+def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:
     """One binary classifier on few columns, by Newton's method; on the CPU, where so few numbers gain most.
 
-    ``x [n, d]``, ``labels [n]`` bool; C is the inverse strength of the L2 penalty, ``balanced`` lets both classes weigh alike.
+    ``x [n, d]``, ``labels [n]`` bool; C is the inverse strength of the L2 penalty; both classes weigh alike.
 
     >>> probe = logistic_regression(torch.tensor([[0.0], [1.0]]), torch.tensor([False, True]))
     >>> bool(probe.weight > 0), (probe.scores(torch.tensor([[0.5]])).abs() < 1e-9).item()
@@ -59,7 +59,7 @@ def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0, balanced: boo
     if not bool(has_both(labels)):
         raise UserError(f"labels: need examples of both kinds, got {int(labels.sum())} positive of {len(labels)}")
     x = torch.cat([x.double(), x.new_ones(x.shape[0], 1, dtype=torch.float64)], dim=1)
-    target, sample = labels.double(), C * _example_weights(labels, balanced)
+    target, sample = labels.double(), C * _example_weights(labels)
     ridge = torch.ones(x.shape[1], dtype=torch.float64)
     ridge[-1] = 0
     w = torch.zeros_like(ridge)
@@ -83,7 +83,7 @@ def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0, balanced: boo
     return LinearProbe(w[None, :-1], w[-1:])
 
 
-def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = True) -> LinearProbe:
+def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:
     """Binary classifiers on many columns (raw activations), one against the rest each, by L-BFGS on the CPU.
 
     ``x [n, d]``, ``labels [n, classes]`` bool. Columns are centred and scaled to a mean square of 1 for the fit alone; C refers
@@ -92,15 +92,11 @@ def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = Tr
     x, labels = x.detach().cpu().double(), labels.cpu()
     known = has_both(labels)
     warn_of_empty("probes", known)
-    if not bool(known.all()):
-        weight = torch.full((len(known), x.shape[1]), torch.nan, dtype=torch.float64)
-        bias = weight[:, 0].clone()
-        if bool(known.any()):
-            weight[known], bias[known] = linear_probes(x, labels[:, known], C, balanced)
-        return LinearProbe(weight, bias)
+    weight = torch.full((len(known), x.shape[1]), torch.nan, dtype=torch.float64)
+    bias, labels = weight.new_full(known.shape, torch.nan), labels[:, known]
     mean, scale = x.mean(0), x.std(0, unbiased=False).clamp_min(1e-12)
     standard = (x - mean) / scale
-    target, sample = labels.double(), C * _example_weights(labels, balanced)
+    target, sample = labels.double(), C * _example_weights(labels)
     classes, d = labels.shape[1], x.shape[1]
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -116,14 +112,13 @@ def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0, balanced: bool = Tr
     start = np.zeros(classes * (d + 1))
     found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "gtol": 1e-4 * C})
     w = torch.from_numpy(found.x).view(classes, d + 1)
-    weight = w[:, :d] / scale
-    return LinearProbe(weight, w[:, d] - weight @ mean)
+    weight[known] = w[:, :d] / scale
+    bias[known] = w[:, d] - weight[known] @ mean
+    return LinearProbe(weight, bias)
 
 
-def _example_weights(labels: Tensor, balanced: bool) -> Tensor:
-    """Weight of each example, float64 of the shape of ``labels [n, ...]``: 1, or such that both classes weigh n / 2."""
-    if not balanced:
-        return torch.ones_like(labels, dtype=torch.float64)
+def _example_weights(labels: Tensor) -> Tensor:
+    """Weight of each example so that both classes weigh n / 2, float64 of the shape of ``labels [n, ...]``."""
     n, positive = labels.shape[0], labels.sum(0).double()
     return torch.where(labels, n / (2 * positive), n / (2 * (n - positive)))
 

@@ -10,6 +10,9 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from hedgelab.metrics.functional.accumulate import float64
 
+LOSSES = ("clean", "sae", "zero", "mean", "kl_sae", "kl_zero", "kl_mean")
+"""Sums over tokens that :func:`recovered_loss` takes."""
+
 
 class RecoveredLoss(NamedTuple):
     """Mean losses in nats a token, float64 scalars."""

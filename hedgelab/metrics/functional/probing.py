@@ -38,25 +38,19 @@ def firing_magnitudes(codes: Tensor | Codes) -> Tensor:
     return torch.where(fired > 0, total / fired.clamp_min(1), 1.0)
 
 
-def class_means(codes: Tensor | Codes, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean activations within each class and outside it, ``[classes, d_sae]`` float64; ``labels``: bool ``[n, classes]``."""
-    wide = _in_float64(codes)
-    everything = wide.sum_per_latent()
+def rank_latents(train: Tensor | Codes, labels: Tensor, k: int) -> Tensor:
+    """The k latents of each class, best first, ``[classes, k]``; arguments as in :func:`k_sparse_probing`."""
+    wide = _in_float64(train)
     inside = torch.stack([wide.sum_per_latent(mask.double()) for mask in labels.T])
     count = labels.sum(0).double()[:, None]
-    return inside / count, (everything - inside) / (labels.shape[0] - count)
+    difference = inside / count - (wide.sum_per_latent() - inside) / (len(labels) - count)
+    ranked = (difference / firing_magnitudes(train)).abs().sort(dim=1, descending=True, stable=True)
+    return ranked.indices[:, :k]
 
 
 def _in_float64(latents: Tensor | Codes) -> Codes:
     codes = as_codes(latents)
     return Codes(codes.d_sae, float64(codes.values), codes.latents, codes.crow, codes.layout)
-
-
-def rank_latents(train: Tensor | Codes, labels: Tensor, k: int) -> Tensor:
-    """The k latents of each class, best first, ``[classes, k]``; arguments as in :func:`k_sparse_probing`."""
-    inside, outside = class_means(train, labels)
-    difference = ((inside - outside) / firing_magnitudes(train)).abs()
-    return difference.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
 def k_sparse_probing(

@@ -1,4 +1,4 @@
-"""Recovery of known features: cosines, best matches, MCC, uniqueness.
+"""Directions of latents beside those of known features (recovery, detection), and beside one another (geometry).
 
 ``cosines [d_sae, n]`` are those of decoder rows with features. They do not depend on positive scales: weights may be folded or
 not. What is made of them trusts that ``features`` are all that there is, and counts dead latents like others.
@@ -10,17 +10,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from hedgelab.metrics.functional.accumulate import fold_decoder
+from hedgelab.kernels.codes import Codes
+from hedgelab.metrics.functional import accumulate
+from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, sparse_product
+from hedgelab.metrics.functional.sparsity import firing_update
 
-
-class BestMatches(NamedTuple):
-    """The strongest counterpart of each latent and of each feature, by absolute cosine."""
-
-    feature: Tensor  # best feature of each latent, [d_sae] int64
-    feature_cosine: Tensor  # signed cosine with it, [d_sae]
-    latent: Tensor  # best latent of each feature, [n] int64
-    latent_cosine: Tensor  # signed cosine with it, [n]
+NEAR_DUPLICATE = 0.9
+"""Cosine from which two decoder rows count as the same direction."""
+_BINS = 200
+_ROWS_AT_ONCE = 1024
 
 
 class Matching(NamedTuple):
@@ -44,14 +44,6 @@ def decoder_cosines(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
 def encoder_cosines(W_enc: Tensor, feature_directions: Tensor) -> Tensor:
     """The same of each column of ``W_enc [d_in, d_sae]``."""
     return decoder_cosines(W_enc.T, feature_directions)
-
-
-def best_matches(cosines: Tensor) -> BestMatches:
-    """The best feature of each latent and the best latent of each feature."""
-    size = cosines.abs()
-    feature, latent = size.argmax(1), size.argmax(0)
-    strongest = cosines.gather(1, feature[:, None]).squeeze(1), cosines.gather(0, latent[None]).squeeze(0)
-    return BestMatches(feature, strongest[0], latent, strongest[1])
 
 
 def match_features(cosines: Tensor, live: Tensor | None = None, threshold: float = 0.0) -> Matching:
@@ -87,8 +79,7 @@ def matched_cosines(cosines: Tensor, matching: Matching) -> Tensor:
 def mcc(cosines: Tensor) -> Tensor:
     """Mean absolute cosine over the ``min(d_sae, n)`` pairs of the best one-to-one assignment, from 0 to 1.
 
-    The mean correlation coefficient of the identifiability literature, taken on directions. Random directions do not score 0
-    but about ``√(2 log n / d_in)``.
+    The mean correlation coefficient of the identifiability literature, taken on directions. Random directions do not score 0.
 
     >>> round(mcc(torch.tensor([[0.9, 0.1], [0.95, 0.2]])).item(), 3)
     0.55
@@ -131,3 +122,104 @@ def uniqueness(cosines: Tensor) -> Tensor:
     best = cosines.abs().argmax(1)
     distinct = torch.bincount(best, minlength=cosines.shape[1]) > 0
     return distinct.sum().double() / cosines.shape[0]
+
+
+class CoFiring(NamedTuple):
+    """Weight of the examples on which latents and features fire, float64; those of batches and ranks add up."""
+
+    weight: Tensor  # of all examples, scalar
+    latents: Tensor  # on which each latent fires, [d_sae]
+    features: Tensor  # on which each feature fires, [n]
+    both: Tensor  # on which latent i and feature j both fire, [d_sae, n]
+
+
+class DetectionScores(NamedTuple):
+    """Each latent as a detector of its feature, ``[d_sae]`` each; NaN for latents without one."""
+
+    precision: Tensor  # P(feature fires | latent fires); NaN for a latent that never fires
+    recall: Tensor  # P(latent fires | feature fires); NaN for a feature that never fires
+    f1: Tensor  # 0 for a latent that never fires, NaN for a feature that never does
+
+
+def co_firing(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Weight of the examples on which each latent fires together with each feature, ``[d_sae, n]``.
+
+    Latents are codes or dense ``[batch, d_sae]``, ``features [batch, n]`` firing magnitudes. The result is float64 with
+    ``weight [batch]``, else exact whole numbers in float32.
+    """
+    codes, present = as_codes(codes).detach(), features > 0
+    firing = Codes(codes.d_sae, (codes.values > 0).float(), codes.latents, codes.crow, codes.layout)
+    if weight is None:
+        return sparse_product(firing, present.float())
+    return sparse_product(firing, float64(present), float64(weight))
+
+
+def co_firing_update(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> CoFiring:
+    """Sums of one batch; arguments as in :func:`co_firing`."""
+    latents, count = firing_update(codes, weight)
+    return CoFiring(count, latents, accumulate.weighted_sum(features > 0, weight), co_firing(codes, features, weight))
+
+
+def detection_scores(counts: CoFiring, feature: Tensor) -> DetectionScores:
+    """Precision, recall and ``F1 = 2 · both / (latent's firings + feature's)`` of each latent for its feature, from 0 to 1.
+
+    ``counts`` come from :class:`hedgelab.metrics.FeatureDetection`, ``feature [d_sae]`` (int64, -1 for none) says what each
+    latent should detect. Magnitudes do not enter: a latent that fires weakly beside its feature's absence loses precision.
+
+    >>> fires = torch.tensor([[1.0], [1.0], [0.0]])
+    >>> detection_scores(co_firing_update(fires, torch.tensor([[1.0], [0.0], [0.0]])), torch.tensor([0])).precision.item()
+    0.5
+
+    Logged as:
+        detector_precision: precision (higher): of firings of a latent, the share where its feature is present
+        detector_recall: recall (higher): of examples with a feature, the share where its latent fires
+        detector_f1: F1 (higher): harmonic mean of precision and recall, mean over latents
+    """
+    hits = counts.both.gather(1, feature.clamp(min=0)[:, None]).squeeze(1)
+    fired, present = counts.latents, counts.features[feature.clamp(min=0)]
+    f1 = (2 * hits / (fired + present)).masked_fill(present == 0, torch.nan)
+    return DetectionScores(*(score.masked_fill(feature < 0, torch.nan) for score in (hits / fired, hits / present, f1)))
+
+
+class DecoderGeometry(NamedTuple):
+    """Cosines between the decoder rows of different latents."""
+
+    counts: Tensor  # pairs of latents by cosine, in equal bins from -1 to 1, [200] int64
+    largest: Tensor  # largest cosine of each latent with another, [d_sae] float32
+    nearest: Tensor  # which latent that is, [d_sae] int64
+    mean_absolute: Tensor  # mean |cosine| over pairs, float64 scalar
+    near_duplicates: Tensor  # latents with another within cosine .9, int64 scalar
+
+
+def decoder_geometry(W_dec: Tensor, live: Tensor | None = None, threshold: float = NEAR_DUPLICATE) -> DecoderGeometry:
+    """Cosines between rows of ``W_dec [d_sae, d_in]``, block by block: the ``[d_sae, d_sae]`` matrix is never held.
+
+    The results are of the latents of ``live [d_sae]`` (bool; None for all), in their order; ``threshold`` is the cosine of
+    near-duplicates. Rows of dead latents are as they were drawn: leave them out.
+
+    >>> decoder_geometry(torch.tensor([[1.0, 0], [2, 0], [0, 1]])).near_duplicates.item()
+    2
+
+    Logged as:
+        geometry/near_duplicates: near duplicates (lower): latents with another at almost the same direction
+    """
+    weights = accumulate.detached(W_dec)
+    rows = normalize((weights if live is None else weights[live.to(weights.device)]).float(), dim=1)
+    n = len(rows)
+    counts = torch.zeros(_BINS, dtype=torch.float64, device=rows.device)
+    total = counts.new_zeros(())
+    largest, nearest = rows.new_zeros(n), torch.zeros(n, dtype=torch.int64, device=rows.device)
+    for start in range(0, n, _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        cosines = (rows[part] @ rows.T).clamp(-1, 1)
+        own = torch.arange(len(cosines), device=rows.device)
+        others = torch.ones_like(cosines, dtype=torch.bool)
+        others[own, own + start] = False
+        values = cosines[others]
+        counts += torch.histc(values, _BINS, -1, 1).double()
+        total += values.abs().sum(dtype=torch.float64)
+        cosines[own, own + start] = -2.0
+        largest[part], nearest[part] = cosines.max(dim=1)
+    return DecoderGeometry(
+        (counts / 2).long(), largest, nearest, total / max(1, n * (n - 1)), (largest >= threshold).sum()
+    )

@@ -9,9 +9,8 @@ Definitions, for an SAE with folded weights and known features ``f_1 … f_n``:
   ``f_j``, for every j that is untracked and not its own; 0 elsewhere. Positive: on the same side as its own feature.
 - *True hedging* of a latent: the Euclidean norm of those components.
 
-Coordinates: a decoder row is a sum of features, so its coordinates are the least-squares ones, ``W_dec pinv(F)``: with a
-non-orthogonal dictionary a pure latent would have spurious plain products with its feature's neighbours. An encoder
-column *reads* features, so its coordinates are its responses ``f_j · w``, which are the coordinates in the dual basis: an
+A decoder row is a sum of features, so its coordinates are the least-squares ones, ``W_dec pinv(F)``: plain products would be
+spurious between overlapping features. An encoder column *reads* features, so its coordinates are its responses ``f_j · w``: an
 encoder that separates overlapping features perfectly scores 0. On orthonormal features both are plain cosines.
 
 *More features than dimensions* (n > d_in): decoder rows have no unique coordinates, and cosines are no substitute: they give
@@ -20,13 +19,12 @@ then read from the codes c and the true activations z::
 
     B = Cov(c)⁻¹ Cov(c, z)  [d_sae, n],        h_ij = ± B_ij / |Σ_j B_ij f_j · W_dec[i] / ‖W_dec[i]‖|
 
-the coefficient of ``c_i`` in the regression of ``z_j`` on all codes (omitted-variable bias: what the best decoder on these
-codes holds), over the size of that row along the SAE's own. It takes no notice of the scale of codes, is 0 for perfect
-latents however much features overlap, and equals the coordinate for a decoder of least squared error on orthonormal features.
-Squared norms are products of B from the even and from the odd examples, so that the noise of the two cancels: a latent's
-hedging is ``sign(q) √|q|`` of ``q = Σ_j h_ij h'_ij`` and may be below zero by chance. ``Cov(c)`` is shrunk toward its diagonal
-by ``d_sae / (d_sae + examples)``. Latents of fewer than 16 firings are not measured (NaN). Encoders have no such truth: their
-hedging is NaN where n > d_in.
+the coefficient of ``c_i`` in the regression of ``z_j`` on all codes (what the best decoder on these codes holds), over the size
+of that row along the SAE's own. It takes no notice of the scale of codes, is 0 for perfect latents however much features
+overlap, and equals the coordinate for a decoder of least squared error on orthonormal features. Squared norms are products of B
+from the even and from the odd examples, so that the noise of the two cancels: a latent's hedging is ``sign(q) √|q|`` of
+``q = Σ_j h_ij h'_ij`` and may be below zero by chance. ``Cov(c)`` is shrunk toward its diagonal by ``d_sae / (d_sae +
+examples)``. Latents of fewer than 16 firings are not measured (NaN), nor are encoders where n > d_in.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from hedgelab.data.llm.splice import Replacement
 from hedgelab.errors import whole_number
-from hedgelab.metrics.loss_recovered import LossRecovered, baseline_sums
+from hedgelab.metrics import LossRecovered
+from hedgelab.metrics.functional.loss_recovered import baseline_sums
 from hedgelab.plots.evaluation import losses_spliced
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.protocols.evaluation.suite import Scores, Suite, Title, finite
@@ -70,7 +71,7 @@ class LossSuite(Suite):
                         return reader.restore(sae(x).to(rows.device))
 
                     metrics[name].update(part, where, clean, logits(reconstruct))
-                    metrics[name].update_baselines(baselines)
+                    metrics[name].add_to(**baselines)
         for name, metric in metrics.items():
             losses = {key: float(value) for key, value in metric.compute()._asdict().items()}
             values = finite({f"loss_recovered/{key}": value for key, value in losses.items()})
