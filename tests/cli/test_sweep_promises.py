@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import Timer
 from hedgelab.cli import main
 from hedgelab.cli.cells import parse_cell
 from hedgelab.plain_yaml import read_value, write_yaml
+from hedgelab.protocols.sweep import job
 from hedgelab.protocols.sweep.cells import check_sweep
 from hedgelab.protocols.sweep.config import read_sweep
-from hedgelab.protocols.sweep.locks import CellLocks
 
 SWEEP = """\
 sweep: {base: tiny.yaml, axes: {model.d_sae: [3, 4]}}
@@ -165,17 +165,16 @@ def test_a_failing_cell_does_not_have_the_good_ones_trained_again(sweep, capsys,
 
 
 def test_cells_that_another_process_trains_are_waited_for(sweep, capsys, monkeypatch):
-    real = CellLocks.take
-    with CellLocks(Path("runs/locks"), ids(sweep)[:1]) as held:
+    real = job.take_locks
+    held = real(Path("runs/locks"), ids(sweep)[:1], 0)
 
-        def take(self, patience):
-            if patience:  # now it waits
-                held.release()
-            return real(self, patience)
+    def take_locks(folder, cells, patience):
+        if patience:  # now it waits
+            held.close()
+        return real(folder, cells, patience)
 
-        assert held.take(0)
-        monkeypatch.setattr(CellLocks, "take", take)
-        assert main([*sweep, "--sweep.pack=1"]) == 0
+    monkeypatch.setattr(job, "take_locks", take_locks)
+    assert main([*sweep, "--sweep.pack=1"]) == 0
     said = capsys.readouterr().out
     assert said.index("training d_sae=4") < said.index("another process is training 1 cells; waiting for it")
     assert said.index("waiting for it") < said.index("training d_sae=3")
@@ -192,9 +191,7 @@ def test_retrain_trains_finished_cells_in_new_runs(sweep, capsys):
 
 
 def test_locks_are_taken_all_or_none(tmp_path):
-    with CellLocks(tmp_path, ["a", "b"]) as one, CellLocks(tmp_path, ["b", "c"]) as other:
-        assert one.take(0)
-        assert not other.take(0)
-        one.release()
-        assert other.take(0)
-        assert not one.take(0)
+    with job.take_locks(tmp_path, ["a", "b"], 0):
+        assert job.take_locks(tmp_path, ["b", "c"], 0) is None
+    with job.take_locks(tmp_path, ["b", "c"], 0):
+        assert job.take_locks(tmp_path, ["a", "b"], 0) is None

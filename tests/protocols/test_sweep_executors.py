@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hedgelab.errors import UserError
-from hedgelab.protocols.sweep.executors import Ended, InProcess, LocalProcesses, Processes, Slurm
+from hedgelab.protocols.sweep.executors import InProcess, LocalProcesses, Processes, Slurm
 
 
 def work(job):
@@ -16,7 +16,7 @@ def work(job):
 
 def test_jobs_that_die_do_not_stop_the_rest():
     ended = list(InProcess().run(work, ["fine", "dies", "fails"]))
-    assert ended == [Ended(0, {}), Ended(1, None, "RuntimeError: boom"), Ended(2, {"fails": "why"})]
+    assert ended == [(0, {}), (1, "RuntimeError: boom"), (2, {"fails": "why"})]
 
 
 def test_an_interrupt_stops_all():
@@ -66,7 +66,7 @@ def test_local_processes_know_which_they_are(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the processes import this module
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert list(InProcess().run(who_am_i, [str(tmp_path)], Processes(2))) == [Ended(0, {"rank": "0"})]
+    assert list(InProcess().run(who_am_i, [str(tmp_path)], Processes(2))) == [(0, {"rank": "0"})]
     first, second = ((tmp_path / rank).read_text().split() for rank in "01")
     port = first[4]
     assert first == ["0", "0", "2", "127.0.0.1", port, "4,6", "0"]
@@ -84,7 +84,7 @@ def only_rank_zero_says_why(job):
 def test_what_rank_zero_says_counts(tmp_path):
     pytest.importorskip("submitit", reason="needs submitit")
     ended = list(LocalProcesses(1, log_dir=str(tmp_path)).run(only_rank_zero_says_why, ["job"], Processes(2)))
-    assert ended == [Ended(0, {"cell": "why"})]
+    assert ended == [(0, {"cell": "why"})]
 
 
 @pytest.mark.parametrize(

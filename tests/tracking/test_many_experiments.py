@@ -5,8 +5,7 @@ import sqlite3
 
 import pytest
 
-from hedgelab.protocols.sweep.members import CELL_TAG
-from hedgelab.protocols.sweep.report import finished_run, interrupted_run
+from hedgelab.protocols.sweep.job import CELL_TAG, finished_run, interrupted_run
 from hedgelab.tracking.runs import list_runs, resolve_run, search_runs
 from hedgelab.tracking.store import all_experiments, ensure_store
 

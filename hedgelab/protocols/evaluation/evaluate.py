@@ -20,7 +20,7 @@ from hedgelab.errors import UserError, one_line
 from hedgelab.protocols.evaluation import across
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.protocols.evaluation.subjects import TAG, Subject, distinct, find, say
-from hedgelab.protocols.evaluation.suite import Scores, Suite, choose, make_suites, names_of, suite_classes
+from hedgelab.protocols.evaluation.suite import Scores, choose, make_suites, names_of, suite_classes
 from hedgelab.protocols.study import Bench, Outcome, Study, as_csv
 from hedgelab.tracking.listing import aligned
 from hedgelab.tracking.runs import RunSummary
@@ -69,11 +69,15 @@ class Evaluate(Study):
         scored: Results = {}
         for tree, members in groups.values():
             scored |= self._score(tree, members)
-        results = {subject.name: scored[subject.name] for subject in subjects}
+        results = {subject.name: scored.get(subject.name, {}) for subject in subjects}
         parent = found[0][1] if len(found) == 1 else None
         return Outcome(headline=side_by_side(results, subjects, self.x, parent))
 
     def _score(self, tree: Tree, subjects: Sequence[Subject]) -> Results:
+        """The metrics of SAEs that read the same activations; each result is in the SAE's run as soon as it is there.
+
+        A suite that was run on an SAE before, with the same options, texts and data, is not run again.
+        """
         data = make_data(tree)
         suites, left_out = choose(self.suites, self.wanted, isinstance(data, LLMDataModule))
         for name, reason in left_out.items():
@@ -85,34 +89,24 @@ class Evaluate(Study):
                 )
         own = "normalisation" in self.data.get("init_args", self.data)
         readings = Readings(data, None if own else subjects[0].source)
+        results: Results = {}
         try:
-            return score(subjects, suites, readings, tree)
+            for suite in suites:
+                mark, start = suite.mark(tree), time.monotonic()
+                known = {one.name: one.known_scores(suite.name, mark) for one in subjects}
+                missing = {one.name: one for one in subjects if known[one.name] is None}
+                for name, metrics in known.items():
+                    results.setdefault(name, {}).update(metrics or {})
+                if not missing:
+                    say(f"{suite.name}: was done before")
+                    continue
+                for name, scores in suite.score({name: one.sae for name, one in missing.items()}, readings):
+                    record(missing[name].run_id, suite.name, mark, scores)
+                    results[name] |= scores.metrics
+                say(f"{suite.name}: {len(missing)} SAE{'s' * (len(missing) > 1)} in {time.monotonic() - start:.0f} s")
         finally:
             data.teardown("fit")
-
-
-def score(subjects: Sequence[Subject], suites: Sequence[Suite], readings: Readings, tree: Tree) -> Results:
-    """The metrics of each SAE by every suite; each result is in the SAE's run as soon as it is there.
-
-    A suite that was run on an SAE before, with the same options, texts and data, is not run again.
-    """
-    results: Results = {subject.name: {} for subject in subjects}
-    for suite in suites:
-        mark, start = suite.mark(tree), time.monotonic()
-        missing: dict[str, Subject] = {}
-        for subject in subjects:
-            if (known := subject.known_scores(suite.name, mark)) is not None:
-                results[subject.name] |= known
-            else:
-                missing[subject.name] = subject
-        if not missing:
-            say(f"{suite.name}: was done before")
-            continue
-        for name, scores in suite.score({name: subject.sae for name, subject in missing.items()}, readings):
-            record(missing[name].run_id, suite.name, mark, scores)
-            results[name] |= scores.metrics
-        say(f"{suite.name}: {len(missing)} SAE{'s' * (len(missing) > 1)} in {time.monotonic() - start:.0f} s")
-    return results
+        return results
 
 
 def record(run_id: str, suite: str, mark: str, scores: Scores) -> None:

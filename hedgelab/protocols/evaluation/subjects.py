@@ -98,19 +98,16 @@ class Subject:
                 say(f"{self.name}: was made for {key} {own}; measured with {arguments[key]}, as --data.{key} says")
         cls = class_of(tree, ActivationDataModule)
         if not self.config and cls is not None and issubclass(cls, LLMDataModule):
-            self._require_place(tree["init_args"])
+            # The defaults are the model and the layer of no SAE in particular.
+            given, unknown = tree["init_args"], {} if source is None else source.unknown
+            for key, option, there in (
+                ("model", "--data.model", "model" in given),
+                ("layer", "--data.layer or --data.hook", "layer" in given or "hook" in given),
+            ):
+                if not there:
+                    reason = unknown.get(key, "nothing says what it is")
+                    raise UserError(f"{self.name}: data.{key}: not known ({reason}); set {option}")
         return tree
-
-    def _require_place(self, arguments: Tree) -> None:
-        """Raise a UserError unless model and layer or hook are known: the defaults are those of no SAE in particular."""
-        unknown = {} if self.source is None else self.source.unknown
-        for key, option, there in (
-            ("model", "--data.model", "model" in arguments),
-            ("layer", "--data.layer or --data.hook", "layer" in arguments or "hook" in arguments),
-        ):
-            if not there:
-                reason = unknown.get(key, "nothing says what it is")
-                raise UserError(f"{self.name}: data.{key}: not known ({reason}); set {option}")
 
 
 def say(line: str) -> None:

@@ -17,10 +17,14 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hedgelab.config.explain import explain_parsing, resolve
+from hedgelab.config.signatures import parameters_of
 from hedgelab.config.tree import Tree
+from hedgelab.config.walk import Walk
 from hedgelab.errors import UserError, one_line
 from hedgelab.identity import deciding, imported, stable_id
 from hedgelab.kernels.codes import Codes
@@ -33,10 +37,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 class Title(NamedTuple):
-    """How a score is shown where several SAEs stand side by side.
-
-    ``better`` is ``higher`` or ``lower``, empty where neither is; every score is in the table, those ``drawn`` have a panel.
-    """
+    """How a score is shown in the table of several SAEs, and where ``drawn``, in the figure; better is "higher" or "lower"."""
 
     text: str
     better: str = ""
@@ -63,18 +64,12 @@ class Suite(ABC):
 
     Arguments of ``__init__`` are kept in attributes of the same name. What does not depend on an SAE (activations, labels,
     dense probes) is made once, when the first is scored.
-
-    Attributes:
-        name: Its name; its scores are called ``<name>/...``.
-        titles: The scores that are shown side by side; empty shows all.
-        reads_language_model: Whether it needs activations of a language model.
-        needs: The argument that names its labelled text, without which it cannot run; empty where it needs none.
     """
 
-    name: ClassVar[str]
-    titles: ClassVar[Mapping[str, Title]] = {}
-    reads_language_model: ClassVar[bool] = True
-    needs: ClassVar[str] = ""
+    name: ClassVar[str]  # its scores are called <name>/...
+    titles: ClassVar[Mapping[str, Title]] = {}  # the scores that are shown side by side; empty shows all
+    reads_language_model: ClassVar[bool] = True  # whether it needs activations of a language model
+    needs: ClassVar[str] = ""  # the argument that names its labelled text, without which it cannot run
 
     @abstractmethod
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
@@ -96,33 +91,22 @@ class Suite(ABC):
 
 def suite_classes(names: Sequence[str] = ()) -> dict[str, type[Suite]]:
     """All suites by name: those of this package, registered ones, and those that ``names`` give by class path."""
-    modules = [module.name for module in pkgutil.iter_modules(import_module(_PACKAGE).__path__, f"{_PACKAGE}.")]
-    found = [
-        value
-        for module in map(import_module, modules)
-        for value in vars(module).values()
-        if _is_suite(value) and value.__module__ == module.__name__
-    ]
+    for module in pkgutil.iter_modules(import_module(_PACKAGE).__path__, f"{_PACKAGE}."):
+        import_module(module.name)
+    found = [cls for cls in Suite.__subclasses__() if cls.__module__.startswith(f"{_PACKAGE}.")]
     found += [point.load() for point in entry_points(group=GROUP)]
     for path in (name for name in names if "." in name):
-        if not _is_suite(cls := imported(path)):
+        cls = imported(path)
+        if not (
+            inspect.isclass(cls) and issubclass(cls, Suite) and not inspect.isabstract(cls) and hasattr(cls, "name")
+        ):
             raise UserError(f"--suite: {path}: expected a class path that leads to a subclass of {_PACKAGE}.Suite")
         found.append(cls)
     return {cls.name: cls for cls in found}
 
 
-def _is_suite(value: Any) -> bool:
-    return (
-        inspect.isclass(value) and issubclass(value, Suite) and not inspect.isabstract(value) and hasattr(value, "name")
-    )
-
-
-def option_parser(classes: Mapping[str, type[Suite]]) -> tuple[Any, dict[str, Any]]:
+def option_parser(classes: Mapping[str, type[Suite]]) -> tuple[ArgumentParser, dict[str, Any]]:
     """A parser with the arguments of all suites, those of one name once, and every key with its type."""
-    from jsonargparse import ArgumentParser
-
-    from hedgelab.config.signatures import parameters_of
-
     parser = ArgumentParser(prog="hedgelab evaluate", exit_on_error=False, parser_mode="omegaconf+", usage="")
     parameters: dict[str, Any] = {}
     for cls in classes.values():
@@ -134,9 +118,6 @@ def option_parser(classes: Mapping[str, type[Suite]]) -> tuple[Any, dict[str, An
 
 def make_suites(tree: Tree, classes: Mapping[str, type[Suite]]) -> list[Suite]:
     """All suites, with the options that a config has, by key."""
-    from hedgelab.config.explain import explain_parsing, resolve
-    from hedgelab.config.walk import Walk
-
     parser, parameters = option_parser(classes)
     tree = resolve(tree)
     walk = Walk(tree, parameters)
@@ -151,23 +132,6 @@ def make_suites(tree: Tree, classes: Mapping[str, type[Suite]]) -> list[Suite]:
         raise UserError(line) from error
 
 
-def choose(suites: Sequence[Suite], wanted: Sequence[str], language_model: bool) -> tuple[list[Suite], dict[str, str]]:
-    """The suites to be run, and why others are left out; ``all`` of the wanted names are all that can be run."""
-    names = names_of(suites, wanted)
-    chosen, left_out = [], {}
-    by_name = {suite.name: suite for suite in suites}
-    for suite in by_name.values() if "all" in names else [by_name[name] for name in dict.fromkeys(names)]:
-        no_model = suite.reads_language_model and not language_model
-        reason = "needs activations of a language model" if no_model else suite.lacks()
-        if reason is None:
-            chosen.append(suite)
-        elif suite.name in names:
-            raise UserError(f"--suite {suite.name}: {reason}")
-        else:
-            left_out[suite.name] = reason
-    return chosen, left_out
-
-
 def names_of(suites: Sequence[Suite], wanted: Sequence[str]) -> list[str]:
     """Names of suites that were given by name or class path; ``all`` stays."""
     known = {"all": "all"} | {word: one.name for one in suites for word in (one.name, class_path(type(one)))}
@@ -175,6 +139,23 @@ def names_of(suites: Sequence[Suite], wanted: Sequence[str]) -> list[str]:
         if word not in known:
             raise UserError(f"--suite: expected some of {', '.join(one.name for one in suites)}, or all, got {word!r}")
     return [known[word] for word in wanted]
+
+
+def choose(suites: Sequence[Suite], wanted: Sequence[str], language_model: bool) -> tuple[list[Suite], dict[str, str]]:
+    """The suites to be run, and why others are left out; ``all`` of the wanted names are all that can be run."""
+    names, by_name = names_of(suites, wanted), {suite.name: suite for suite in suites}
+    chosen, left_out = [], {}
+    for name in by_name if "all" in names else dict.fromkeys(names):
+        suite = by_name[name]
+        no_model = suite.reads_language_model and not language_model
+        reason = "needs activations of a language model" if no_model else suite.lacks()
+        if reason is None:
+            chosen.append(suite)
+        elif name in names:
+            raise UserError(f"--suite {name}: {reason}")
+        else:
+            left_out[name] = reason
+    return chosen, left_out
 
 
 def class_path(cls: type) -> str:

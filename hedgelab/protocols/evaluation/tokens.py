@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,19 +18,8 @@ from hedgelab.protocols.evaluation.reader import ModelReader, Readings
 from hedgelab.protocols.evaluation.suite import Scores, Suite, Title, encode_rows, finite, rows_of, whole_numbers
 from hedgelab.saes import SAE
 
-
-class LabelledActivations(NamedTuple):
-    """Activations ``[n, d_in]`` with their classes, bool ``[n, classes]``, in two splits."""
-
-    train: Tensor
-    train_labels: Tensor
-    test: Tensor
-    test_labels: Tensor
-
-
-def split(x: Tensor, labels: Tensor, test: Tensor) -> LabelledActivations:
-    """Both splits of activations whose labels and split are known."""
-    return LabelledActivations(x[~test], labels[~test], x[test], labels[test])
+Labelled = tuple[Tensor, Tensor, Tensor]
+"""Activations ``[n, d_in]``, their classes (bool ``[n, classes]``), and which of them are for testing (bool ``[n]``)."""
 
 
 class ProbingSuite(Suite):
@@ -50,7 +39,7 @@ class ProbingSuite(Suite):
     def __init__(self, words: TaggedWords | None = None, ks: list[int] = [1, 2, 5, 10]) -> None:  # noqa: B006 (never changed)
         self.words, self.ks = words, whole_numbers("ks", ks)
 
-    def activations(self, reader: ModelReader) -> LabelledActivations:
+    def activations(self, reader: ModelReader) -> Labelled:
         """Activations at the last token of every word."""
         assert self.words is not None
         data = self.words.load(reader.tokenizer)
@@ -61,15 +50,15 @@ class ProbingSuite(Suite):
         usable[context[word], position[word]] = True
         rows = reader.rows("probing", data.tokens, usable)
         word = word[rows.kept]
-        return split(rows.x, data.labels[word], data.test[word])
+        return rows.x, data.labels[word], data.test[word]
 
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
-        data, ks = self.activations(readings.model), self.ks
+        (x, labels, test), ks = self.activations(readings.model), self.ks
         classes = list(self.words.classes) if self.words is not None else []
         for name, sae in saes.items():
             scores = k_sparse_probing(
-                encode_rows(sae, data.train), data.train_labels, encode_rows(sae, data.test), data.test_labels, ks
+                encode_rows(sae, x[~test]), labels[~test], encode_rows(sae, x[test]), labels[test], ks
             )
             metrics = {
                 f"probing/{kind}_k{k}": float(values[:, column].nanmean())
@@ -114,12 +103,12 @@ class AbsorptionSuite(Suite):
         """Scores of each SAE."""
         words = self.letters.load(readings.model.tokenizer)
         rows = readings.model.word_rows(words)
-        data = split(rows.x, words.labels[rows.kept], words.test[rows.kept])
-        probe = linear_probes(data.train, data.train_labels)  # dense: it knows the letters
+        x, labels, test = rows.x, words.labels[rows.kept], words.test[rows.kept]
+        probe = linear_probes(x[~test], labels[~test])  # dense: it knows the letters
         for name, sae in saes.items():
             scores = first_letter_scores(
-                encode_rows(sae, data.train), data.train_labels, encode_rows(sae, data.test), data.test_labels,
-                data.test, probe, sae.W_dec.detach().cpu(),
+                encode_rows(sae, x[~test]), labels[~test], encode_rows(sae, x[test]), labels[test], x[test], probe,
+                sae.W_dec.detach().cpu(),
             )  # fmt: skip
             metrics = {
                 "absorption/full": scores.full.nanmean(),

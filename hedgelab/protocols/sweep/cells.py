@@ -5,61 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from hedgelab.config.tree import Tree
-from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding, stable_id
-from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol
+from hedgelab.protocols.hedge import HedgeProtocol
 from hedgelab.protocols.sweep.axes import Cell
 from hedgelab.protocols.sweep.config import Grid, with_seed
 from hedgelab.protocols.sweep.executors import ONE_PROCESS, Processes
-from hedgelab.protocols.training_phases import PhaseTrainer
-from hedgelab.saes import SAE
 
-
-class ParsedCell(Protocol):
-    """One cell's config, parsed."""
-
-    command: str
-    model: SAE
-    datamodule: ActivationDataModule
-    trainer: PhaseTrainer
-
-    def make(self) -> None:
-        """Make data, model and trainer."""
-
-    def text(self) -> str:
-        """The whole config."""
-
-    def resolved(self) -> dict[str, Any]:
-        """The same as plain values."""
-
-    def hedge_options(self, made: bool = True) -> HedgeOptions | None:
-        """How the hedging degree is measured, as made or as parsed; None of a plain fit."""
-
-
-Parse = Callable[[str, Tree, Sequence[str]], ParsedCell]
-"""Parses a command's config (``fit`` or ``hedge``), with the options in which the user names folders to write to."""
+Parse = Callable[[str, Tree, Sequence[str]], Any]
+"""Parses a command's config, given the options in which the user names folders: ``hedgelab.cli.cells.parse_cell``."""
 
 
 @dataclass(frozen=True)
 class Unit:
     """What is trained as one member: a cell; for the hedging degree, the cells that differ in their seed only.
 
-    Attributes:
-        name: Its name.
-        id: Hash of all that determines its outcome; its finished run is known by it.
-        cells: Its cells.
-        tree: Its config.
-        stream: What its activations depend on; units with the same are trained together.
-        seeds: Seeds of a hedging degree; None leaves them to the config.
-        tracking: Experiment and URI of its runs.
-        processes: How many train it together.
-        said: Options in which the user names folders to write to.
+    Its finished run is known by ``id``, a hash of all that determines its outcome. Units with the same ``stream`` read the
+    same activations and are trained together. ``seeds`` are those of a hedging degree, None leaves them to the config;
+    ``tracking`` are experiment and URI; ``said`` are options in which the user names folders to write to.
     """
 
     name: str
@@ -73,23 +41,22 @@ class Unit:
     said: tuple[str, ...] = ()
 
 
-def check_sweep(sweep: Grid, parse: Parse, construct: bool = True) -> list[Unit]:
-    """Parse every cell, and make each SAE once to find impossible values, before anything runs.
-
-    Raises:
-        UserError: The first mistake, with the cell's name.
-    """
+def check_sweep(grid: Grid, parse: Parse, construct: bool = True) -> list[Unit]:
+    """Parse every cell, and make an SAE of each place once to find impossible values, before anything runs."""
+    places: dict[str, list[tuple[Cell, Tree]]] = {}
+    for cell, tree in grid.cells:
+        places.setdefault(cell.group, []).append((cell, tree))
     units: list[Unit] = []
-    with tqdm(total=len(sweep.cells), desc="Checking cells", unit="cell", delay=1, leave=False, disable=None) as bar:
-        for group in _groups(sweep):
+    with tqdm(total=len(grid.cells), desc="Checking cells", unit="cell", delay=1, leave=False, disable=None) as bar:
+        for name, place in places.items():
             try:
-                units += _units(sweep, group, parse, construct)
+                units += _units(grid, place, parse, construct)
             except UserError as error:
-                raise UserError(f"cell '{group[0][0].group}': {error}") from error
-            bar.update(len(group))
-    ids: dict[str, str] = {}
+                raise UserError(f"cell '{name}': {error}") from error
+            bar.update(len(place))
+    names: dict[str, str] = {}
     for unit in units:
-        if (same := ids.setdefault(unit.id, unit.name)) != unit.name:
+        if (same := names.setdefault(unit.id, unit.name)) != unit.name:
             raise UserError(f"cell '{unit.name}': is the same experiment as cell '{same}'; remove one")
     if len({unit.processes for unit in units}) > 1:
         raise UserError("trainer.devices: and trainer.num_nodes must be the same in all cells; split the sweep")
@@ -108,95 +75,59 @@ def packed(units: Sequence[Unit], most: int | None) -> list[list[Unit]]:
     ]
 
 
-def _groups(sweep: Grid) -> list[list[tuple[Cell, Tree]]]:
-    """Cells that differ in their seed only, together."""
-    groups: dict[str, list[tuple[Cell, Tree]]] = {}
-    for cell, tree in sweep.cells:
-        groups.setdefault(cell.group, []).append((cell, tree))
-    return list(groups.values())
-
-
-def _units(sweep: Grid, group: list[tuple[Cell, Tree]], parse: Parse, construct: bool) -> list[Unit]:
+def _units(grid: Grid, place: list[tuple[Cell, Tree]], parse: Parse, construct: bool) -> list[Unit]:
     """The units of cells that differ in their seed only; the first is made, to see whether that can be done."""
-    command, said = sweep.options.command, sweep.said
-    cells = tuple(cell for cell, _ in group)
+    command, first = grid.options.command, place[0][0]
     if command == "hedge":
-        seeds = tuple(cell.seed for cell in cells if cell.seed is not None) or None
-        tree = {**group[0][1], "name": cells[0].group}
-        if seeds is not None:
-            tree = with_seed(tree, None)
-        parsed = parse(command, tree, said)
-        options = parsed.hedge_options(made=False)
-        if seeds is not None and options is not None and options.seeds != 1:
-            raise UserError("hedge.seeds: seeds are an axis of the sweep already; leave it at 1")
-        if construct:
-            _make_once(parsed)
-        return [_unit(parsed, cells[0].group, cells, tree, seeds, said)]
+        seeds = tuple(cell.seed for cell, _ in place if cell.seed is not None) or None
+        tree = {**place[0][1], "name": first.group}
+        members = [(first.group, tuple(cell for cell, _ in place), tree if seeds is None else with_seed(tree, None))]
+    else:
+        seeds = None
+        members = [
+            (cell.name, (cell,), tree if cell.seed is None else with_seed(tree, cell.seed)) for cell, tree in place
+        ]
     units: list[Unit] = []
-    for cell, plain in group:
-        tree = plain if cell.seed is None else with_seed(plain, cell.seed)
-        parsed = parse(command, tree, said)
+    for name, cells, tree in members:
+        parsed = parse(command, tree, grid.said)
+        if seeds is not None and parsed.hedge_options(made=False).seeds != 1:
+            raise UserError("hedge.seeds: seeds are an axis of the sweep already; leave it at 1")
         if construct and not units:
-            _make_once(parsed)
-        units.append(_unit(parsed, cell.name, (cell,), tree, None, said))
+            parsed.make()
+            if parsed.trainer.max_steps < 1:
+                raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
+            if (options := parsed.hedge_options()) is not None:
+                HedgeProtocol(parsed.model, parsed.datamodule, 1, options, {})
+        resolved = parsed.resolved()
+        stable = stable_id({"command": command, **deciding(resolved), "seeds": seeds})
+        stream, tracking, processes = _checked(name, resolved)
+        units.append(Unit(name, stable, cells, tree, stream, seeds, tracking, processes, grid.said))
     return units
 
 
-def _make_once(parsed: ParsedCell) -> None:
-    parsed.make()
-    if parsed.trainer.max_steps < 1:
-        raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
-    if (options := parsed.hedge_options()) is not None:
-        HedgeProtocol(parsed.model, parsed.datamodule, 1, options, {})
-
-
-def _unit(
-    parsed: ParsedCell,
-    name: str,
-    cells: tuple[Cell, ...],
-    tree: Tree,
-    seeds: tuple[int, ...] | None,
-    said: tuple[str, ...],
-) -> Unit:
-    resolved = parsed.resolved()
-    outcome = {"command": parsed.command, **deciding(resolved), "seeds": seeds}
-    shared = ("data", "seed_everything", "guard", "checkpoint")
-    trainer = {key: value for key, value in resolved["trainer"].items() if key != "logger"}
-    stream = {"trainer": trainer, **{key: resolved.get(key) for key in shared}}
-    loggers = resolved["trainer"]["logger"]
-    loggers = loggers if isinstance(loggers, list) else [loggers]
-    if resolved["trainer"].get("callbacks") or len(loggers) > 1:
+def _checked(name: str, resolved: dict[str, Any]) -> tuple[str, tuple[str, str | None], Processes]:
+    """A cell's stream, its tracking and its processes."""
+    trainer = resolved["trainer"]
+    loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
+    stream = {key: resolved.get(key) for key in ("data", "seed_everything", "guard", "checkpoint")}
+    stream["trainer"] = {key: value for key, value in trainer.items() if key != "logger"}
+    if trainer.get("callbacks") or len(loggers) > 1:
         stream["alone"] = name  # callbacks and loggers of the user's are made for one SAE
     if resolved.get("ckpt_path") or resolved.get("resume"):
         raise UserError(
             "ckpt_path: cells of a sweep start afresh, and go on by themselves where one was interrupted; remove it"
         )
-    trackers = [
-        one for one in loggers if isinstance(one, dict) and str(one.get("class_path")).endswith("MLflowTracker")
-    ]
-    if len(trackers) != 1:
+    ours = [one for one in loggers if isinstance(one, dict) and str(one.get("class_path")).endswith("MLflowTracker")]
+    if len(ours) != 1:
         raise UserError(
             "trainer.logger: a sweep finds its cells in the tracking store; leave it at MLflowTracker, or list that with others"
         )
-    (logger,) = trackers
-    tracking = logger["init_args"]["experiment"], logger["init_args"]["uri"]
-    return Unit(
-        name, stable_id(outcome), cells, tree, json.dumps(stream, sort_keys=True, default=str), seeds, tracking,
-        _processes(trainer), said,
-    )  # fmt: skip
-
-
-def _processes(trainer: dict[str, Any]) -> Processes:
-    """How many processes a trainer's section asks for.
-
-    Raises:
-        UserError: It leaves that to the machine.
-    """
-    devices, nodes = trainer["devices"], trainer["num_nodes"]
+    devices = trainer["devices"]
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 0
     if count < 1:
         raise UserError(
             f"trainer.devices: a sweep starts its jobs' processes itself and must know how many; got {devices!r}, expected a "
             "number"
         )
-    return Processes(count, nodes)
+    tracking = ours[0]["init_args"]["experiment"], ours[0]["init_args"]["uri"]
+    return json.dumps(stream, sort_keys=True, default=str), tracking, Processes(count, trainer["num_nodes"])

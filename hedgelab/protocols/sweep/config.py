@@ -22,40 +22,25 @@ FLAGS = ("--list", "--retrain")
 
 @dataclass(frozen=True)
 class FigureOptions:
-    """What is drawn.
+    """What is drawn."""
 
-    Attributes:
-        x: An axis, or a measured number such as ``control/l0``; None is the first numeric axis that is not the seed.
-        y: Measured numbers, one panel each; empty takes the command's own.
-        log_x: Whether x is logarithmic; None decides by the values.
-        log_y: Whether y is logarithmic.
-    """
-
-    x: str | None = None
-    y: list[str] = field(default_factory=list)
-    log_x: bool | None = None
+    x: str | None = (
+        None  # an axis, or a measured number such as control/l0; None is the first numeric axis but the seed
+    )
+    y: list[str] = field(default_factory=list)  # measured numbers, one panel each; empty takes the command's own
+    log_x: bool | None = None  # None decides by the values
     log_y: bool = False
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """The section ``sweep``.
+    """The section ``sweep``."""
 
-    Attributes:
-        axes: Axes of all lines; every combination of their values is a cell.
-        lines: Curves, each with what its cells have in common and axes of its own.
-        command: What is done in every cell.
-        base: Config files that lie below this one, relative to it.
-        pack: Most cells (without seeds) that are trained together; None for all that share a stream.
-        figure: What is drawn.
-        executor: Where it runs.
-    """
-
-    axes: dict[str, Any] = field(default_factory=dict)
+    axes: dict[str, Any] = field(default_factory=dict)  # of all lines; every combination of their values is a cell
     lines: dict[str, Line] = field(default_factory=dict)
-    command: Literal["fit", "hedge"] = "fit"
-    base: str | list[str] | None = None
-    pack: int | None = None
+    command: Literal["fit", "hedge"] = "fit"  # what is done in every cell
+    base: str | list[str] | None = None  # config files that lie below this one, relative to it
+    pack: int | None = None  # most cells (without seeds) that are trained together; None for all that share a stream
     figure: FigureOptions = FigureOptions()
     executor: Executor = field(default_factory=InProcess)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch.utilities import rank_zero_only
 
 from hedgelab.errors import Stopped, UserError, stop_at_once, whole_number
 
@@ -41,15 +42,8 @@ class Processes(NamedTuple):
 ONE_PROCESS = Processes()
 
 
-class Ended(NamedTuple):
-    """How the job of a number ended: why cells failed, by name; or, with ``failures`` None, why the whole job died."""
-
-    job: int
-    failures: dict[str, str] | None
-    error: str = ""
-
-
-Ends = Generator[Ended, None, None]
+Ends = Generator[tuple[int, dict[str, str] | str], None, None]
+"""How the jobs of some numbers ended: why cells failed, by name; or why the whole job died."""
 Work = Callable[[Any], dict[str, str]]
 """Does a job and says which of its cells failed, with the reason of each; both travel to other processes.
 
@@ -75,10 +69,10 @@ class InProcess(Executor):
             return
         for number, job in enumerate(jobs):
             try:
-                ended = Ended(number, work(job))
+                failures: dict[str, str] | str = work(job)
             except Exception as error:
-                ended = Ended(number, None, _line(error))
-            yield ended
+                failures = _line(error)
+            yield number, failures
 
 
 @dataclass
@@ -120,22 +114,18 @@ class LocalProcesses(Executor):
                 if waiting:
                     number, job = waiting.pop(0)
                     slots[number] = slot
-                    port = _free_port() if count > 1 else None
-                    running[number] = executor.submit(LocalWork(work, os.getpid(), shares[slot], port), job)
+                    port = find_free_network_port() if count > 1 else None
+                    running[number] = executor.submit(local_work, work, os.getpid(), shares[slot], port, job)
 
         return _ends(running, submit)
 
     def shares(self, count: int) -> Sequence[str | None]:
-        """What each of the jobs that run at a time sees of the GPUs, as ``CUDA_VISIBLE_DEVICES`` has it; None is not set.
-
-        Args:
-            count: Processes of a job, each of which needs a GPU.
-        """
+        """The GPUs of each of the jobs that run at a time, one for each of ``count`` processes; None sets nothing."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if not self.gpus:
             return [visible if self.gpus is None else ""] * self.at_once
-        names = range(self.gpus) if visible is None else filter(None, map(str.strip, visible.split(",")))
-        there = list(map(str, names))
+        there = [name.strip() for name in visible.split(",") if name.strip()] if visible else []
+        there = list(map(str, range(self.gpus))) if visible is None else there
         if len(there) < self.gpus:
             raise UserError(
                 f"sweep.executor.gpus: {self.gpus} are to be dealt out, but CUDA_VISIBLE_DEVICES={visible!r} shows fewer"
@@ -144,52 +134,40 @@ class LocalProcesses(Executor):
         return [",".join(there[slot * count : (slot + 1) * count]) for slot in range(slots)]
 
 
-class LocalWork:
-    """Work in a local process, which ends with a checkpoint soon after the sweep that has started it (process ``sweep``).
+def local_work(work: Work, sweep: int, gpus: str | None, port: int | None, job: Any) -> dict[str, str]:
+    """Do a job in a local process, which ends with a checkpoint soon after the sweep that has started it (process ``sweep``).
 
     ``gpus`` are those that it sees, as ``CUDA_VISIBLE_DEVICES`` has them, None for all; with a ``port``, several processes do
     the work together and find each other there.
     """
-
-    def __init__(self, work: Work, sweep: int, gpus: str | None = None, port: int | None = None) -> None:
-        self.work, self.sweep, self.gpus, self.port = work, sweep, gpus, port
-
-    def __call__(self, job: Any) -> dict[str, str]:
-        """Do it."""
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # submitit has set it; CUDA reads it when it is first used
-        if self.gpus is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
-        if self.port is not None:
-            self._say_which_rank()
-        threading.Thread(target=self._end_with_the_sweep, name="hedgelab-sweep", daemon=True).start()
-        with stop_at_once():  # submitit ignores SIGTERM; training answers it between steps
-            return self.work(job)
-
-    def _say_which_rank(self) -> None:
-        from lightning.pytorch.utilities import rank_zero_only
-
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # submitit has set it; CUDA reads it when it is first used
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    if port is not None:
         here = _submitit().JobEnvironment()
         os.environ |= {
             "LOCAL_RANK": str(here.local_rank),
             "NODE_RANK": "0",
             "WORLD_SIZE": str(here.num_tasks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self.port),
+            "MASTER_PORT": str(port),
         }
         # Lightning has looked for it already, when it was imported.
         rank_zero_only.rank = here.global_rank  # type: ignore[attr-defined]
+    threading.Thread(target=_end_with, args=[sweep], name="hedgelab-sweep", daemon=True).start()
+    with stop_at_once():  # submitit ignores SIGTERM; training answers it between steps
+        return work(job)
 
-    def _end_with_the_sweep(self) -> None:
-        with suppress(psutil.NoSuchProcess):
-            sweep = psutil.Process(self.sweep)
-            while sweep.is_running() and sweep.status() != psutil.STATUS_ZOMBIE:
-                time.sleep(_POLL_SECONDS)
-        sys.stderr.write(
-            "hedgelab: the sweep that has started this job is gone; the job stops too, to be gone on with\n"
-        )
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_GRACE_SECONDS)
-        os._exit(128 + signal.SIGTERM)
+
+def _end_with(sweep: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(sweep)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(_POLL_SECONDS)
+    sys.stderr.write("hedgelab: the sweep that has started this job is gone; the job stops too, to be gone on with\n")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_SECONDS)
+    os._exit(128 + signal.SIGTERM)
 
 
 class Requeueable:
@@ -216,27 +194,16 @@ class Requeueable:
 
 @dataclass
 class Slurm(Executor):
-    """Every job as a task of one SLURM job array; preempted ones are submitted again and go on.
+    """Every job as a task of one SLURM job array; preempted ones are submitted again and go on."""
 
-    Args:
-        partition: Partition; None is the cluster's default.
-        minutes: Time limit of each job.
-        gpus: GPUs of each job.
-        cpus: Processors of each job.
-        memory_gb: Memory of each job; None is the cluster's default.
-        at_once: Most jobs that run at a time.
-        extra: Further options of ``sbatch``, such as ``{account: name}``.
-        log_dir: Where submitit keeps scripts and logs; all nodes must see it, and the tracking store.
-    """
-
-    partition: str | None = None
-    minutes: int = 60
+    partition: str | None = None  # None is the cluster's default
+    minutes: int = 60  # time limit of each job, to which gpus, cpus and memory belong too
     gpus: int = 0
     cpus: int = 1
-    memory_gb: float | None = None
-    at_once: int = 256
-    extra: dict[str, Any] | None = None
-    log_dir: str = "runs/sweeps"
+    memory_gb: float | None = None  # None is the cluster's default
+    at_once: int = 256  # most jobs that run at a time
+    extra: dict[str, Any] | None = None  # further options of sbatch, such as {account: name}
+    log_dir: str = "runs/sweeps"  # submitit's scripts and logs; all nodes must see it, and the tracking store
 
     def __post_init__(self) -> None:
         for name, least in (("minutes", 1), ("gpus", 0), ("cpus", 1), ("at_once", 1)):
@@ -305,10 +272,10 @@ def _ends(running: dict[int, Any], submit: Callable[[], None] = lambda: None) ->
                 if job.done():
                     del running[number]
                     try:
-                        ended = Ended(number, job.task(0).result())
+                        failures: dict[str, str] | str = job.task(0).result()
                     except Exception as error:
-                        ended = Ended(number, None, f"{_line(error)}; log: {job.task(0).paths.stderr}")
-                    yield ended
+                        failures = f"{_line(error)}; log: {job.task(0).paths.stderr}"
+                    yield number, failures
             submit()
             time.sleep(_POLL_SECONDS)
     finally:
@@ -320,12 +287,6 @@ def _line(error: Exception) -> str:
     """The last line of an exception that says something (submitit quotes whole tracebacks)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _submitit() -> Any:

@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from hedgelab.plots.sweep import Point, sweep_panels
 from hedgelab.protocols.sweep.axes import Cell, is_number, show
-from hedgelab.protocols.sweep.members import CELL_TAG
-from hedgelab.tracking.runs import search_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow.entities import Run
-    from mlflow.tracking import MlflowClient
 
 DEFAULT_METRICS = {
     "hedge": [
@@ -39,20 +36,6 @@ class Row:
     seed: int | None
     run_id: str
     metrics: Mapping[str, float]
-
-
-def finished_run(client: MlflowClient, cell_id: str) -> Run | None:
-    """The latest finished run of a cell; None without one."""
-    return next(search_runs(client, f"tags.{CELL_TAG} = '{cell_id}' and attributes.status = 'FINISHED'"), None)
-
-
-def interrupted_run(client: MlflowClient, cell_id: str, parent: str) -> str | None:
-    """The run of a cell below a sweep's that was begun and has come to no end; None without one."""
-    query = (
-        f"tags.{CELL_TAG} = '{cell_id}' and tags.mlflow.parentRunId = '{parent}' and attributes.status != 'FINISHED'"
-    )
-    found = next(search_runs(client, query), None)
-    return None if found is None else str(found.info.run_id)
 
 
 def rows_of(cell: Cell, run: Run) -> list[Row]:

@@ -17,18 +17,8 @@ from hedgelab.protocols.study import Bench, Outcome, Study
 from hedgelab.protocols.sweep.cells import Parse, Unit, check_sweep, packed
 from hedgelab.protocols.sweep.config import read_sweep
 from hedgelab.protocols.sweep.executors import ONE_PROCESS, InProcess
-from hedgelab.protocols.sweep.job import BUSY, Job, do
-from hedgelab.protocols.sweep.members import CELL_TAG, SCHEME_TAG
-from hedgelab.protocols.sweep.report import (
-    DEFAULT_METRICS,
-    Row,
-    as_json,
-    figure,
-    finished_run,
-    flat,
-    rows_of,
-    table,
-)
+from hedgelab.protocols.sweep.job import BUSY, CELL_TAG, SCHEME_TAG, Job, do, finished_run
+from hedgelab.protocols.sweep.report import DEFAULT_METRICS, Row, as_json, figure, flat, rows_of, table
 from hedgelab.protocols.training_phases import GroupCheckpoints
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.listing import aligned
@@ -141,12 +131,14 @@ class Sweep(Study):
             while jobs:
                 busy: list[Job] = []
                 with closing(executor.run(do, jobs, processes)) as ends:
-                    for number, failures, error in ends:
+                    for number, failures in ends:
                         job = jobs[number]
-                        if failures is not None and BUSY in failures.values():
+                        if isinstance(failures, str):
+                            failures = {unit.name: failures for unit in job.units}
+                        if BUSY in failures.values():
                             busy.append(replace(job, waits=True))
                             continue
-                        self.failures |= {unit.name: error for unit in job.units} if failures is None else failures
+                        self.failures |= failures
                         done += len(job.units)
                         bar.update(len(job.units))
                         bar.set_postfix(failed=len(self.failures))
@@ -167,9 +159,9 @@ class Sweep(Study):
                 metrics={"cells": cells, "failed_cells": len(self.failures)},
                 tables={"sweep.csv": flat(rows)} if rows else {},
                 figures={"sweep.png": drawn} if drawn is not None else {},
+                texts={"sweep.json": as_json(rows, self.failures)},
             )
         )
-        tracker.log_text(as_json(rows, self.failures), "sweep.json")
         lines = [f"run {tracker.run_id}: {cells - len(self.failures)} of {cells} cells"]
         if rows:
             lines += [f"  {line}" for line in aligned(table(rows, metrics[:4])).splitlines()]

@@ -14,7 +14,7 @@ from hedgelab.protocols.evaluation.density import DensitySuite, GeometrySuite
 from hedgelab.protocols.evaluation.loss import LossSuite
 from hedgelab.protocols.evaluation.suite import choose, encode_rows, make_suites
 from hedgelab.protocols.evaluation.texts import SCRSuite, TPPSuite, pooled, text_activations
-from hedgelab.protocols.evaluation.tokens import AbsorptionSuite, ProbingSuite, split
+from hedgelab.protocols.evaluation.tokens import AbsorptionSuite, ProbingSuite
 from hedgelab.saes import BatchTopKSAE, TopKSAE
 
 D_SAE = 48
@@ -163,14 +163,14 @@ def test_probing_reads_the_tagged_tokens(readings, reader, saes, labelled):
     assert set(scores.metrics) == {f"probing/{kind}_k{k}" for kind in ("f1", "auc") for k in (1, 4)}
     assert scores.metrics["probing/auc_k4"] >= 0.5
     assert scores.metrics == only(suite, saes, readings).metrics
-    raw, activations = words.load(reader.tokenizer), suite.activations(reader)
+    raw, (x, labels, test) = words.load(reader.tokenizer), suite.activations(reader)
     kept = raw.positions[:, 1] >= 1
-    assert len(activations.train) + len(activations.test) == kept.sum()
-    assert activations.test_labels.sum() == raw.labels[kept & raw.test].sum()
+    assert len(x) == kept.sum()
+    assert labels[test].sum() == raw.labels[kept & raw.test].sum()
     # the first test row is the activation at the first tagged token behind the skipped one
     context, position = raw.positions[kept & raw.test][0].tolist()
     expected = reader.spliced.activations(raw.tokens[context : context + 1])[0, position] * reader.data.activation_scale
-    torch.testing.assert_close(activations.test[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x[test][0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_texts_are_probed_and_latents_silenced(readings, reader, saes, labelled):
@@ -201,12 +201,6 @@ def test_first_letters_end_to_end(readings, saes):
     assert scores.metrics["absorption/letters"] == 2
     assert 0 <= scores.metrics["absorption/full"] <= 1
     assert 0 <= scores.metrics["absorption/fraction"] <= 1
-
-
-def test_split():
-    parts = split(torch.arange(3.0), torch.tensor([True, False, True]), torch.tensor([False, True, False]))
-    assert parts.train.tolist() == [0, 2]
-    assert parts.test.tolist() == [1]
 
 
 def test_suites_without_their_text_are_left_out_or_refused():
