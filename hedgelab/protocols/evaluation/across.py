@@ -34,11 +34,7 @@ class Axis(NamedTuple):
 
 
 def find_axis(params: Mapping[str, Mapping[str, str]], key: str | None = None) -> Axis | None:
-    """The numeric parameter in which runs differ, and what else they differ in but for seeds; None without one.
-
-    Args:
-        params: What decides the numbers of the runs, flat, by name.
-        key: The parameter, or the end of its name; None takes the first by name that differs.
+    """The numeric parameter in which runs differ (``key``, or the end of it), and what else they differ in but for seeds.
 
     Raises:
         UserError: The runs do not differ in ``key``, or it is no number.

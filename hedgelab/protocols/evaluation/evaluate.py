@@ -30,27 +30,19 @@ Results = dict[str, dict[str, float]]  # metrics by SAE
 
 
 class Evaluate(Study):
-    """Score trained SAEs; scores, tables and figures go to the SAEs' own runs.
-
-    Args:
-        saes: Runs, runs whose parts have SAEs, and folders.
-        wanted: Suites, by name or class path; ``all`` are all that can be run.
-        options: Options of the suites, by key.
-        data: What replaces parts of the SAEs' own section ``data``.
-        x: What several SAEs are drawn against: a parameter in which they differ; None is the first numeric one.
-        class_path: Class of SAEs in folders, where it is one of the user's own.
-    """
+    """Score trained SAEs; scores, tables and figures go to the SAEs' own runs."""
 
     tracked = False
 
     def __init__(
         self,
-        saes: Sequence[str],
-        wanted: Sequence[str] = ("all",),
-        options: Tree | None = None,
-        data: Tree | None = None,
-        x: str | None = None,
-        class_path: str | None = None,
+        saes: Sequence[str],  # runs, runs whose parts have SAEs, and folders
+        wanted: Sequence[str] = ("all",),  # suites, by name or class path; "all" are all that can be run
+        options: Tree | None = None,  # of the suites, by key
+        data: Tree | None = None,  # replaces parts of the SAEs' own section
+        x: str
+        | None = None,  # the parameter that several SAEs are drawn against; None is the first number that differs
+        class_path: str | None = None,  # of SAEs in folders, where it is one of the user's own
     ) -> None:
         self.suites = make_suites(options or {}, suite_classes(wanted))
         names_of(self.suites, wanted)  # a name that is none shows before anything is read

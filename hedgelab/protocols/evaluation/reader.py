@@ -35,11 +35,9 @@ class Rows(NamedTuple):
 
 
 class Readings:
-    """Activations as the SAEs of one evaluation read them; made when first asked for.
+    """Activations as the SAEs of one evaluation read them, made when first asked for.
 
-    Args:
-        data: Where they come from.
-        known: How activations were normalised for the SAEs; None measures it anew on the data.
+    ``known`` says how they were normalised for the SAEs; None measures that anew on the data.
     """
 
     def __init__(self, data: ActivationDataModule, known: ActivationSource | None = None) -> None:
@@ -72,10 +70,6 @@ class ModelReader:
 
     Every set of activations is kept under ``<cache_dir>/evaluation`` in parts of 64 contexts, so that an interrupted
     evaluation goes on where it was, and the next SAE needs no language model.
-
-    Args:
-        data: Says model, hook, text and what counts as an outlier.
-        known: How activations were normalised for the SAEs; None measures it anew on the data.
     """
 
     def __init__(self, data: LLMDataModule, known: ActivationSource | None = None) -> None:

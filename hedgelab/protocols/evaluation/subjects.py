@@ -28,13 +28,9 @@ TAG = "evaluated"
 
 
 class Subject:
-    """An SAE to be scored.
+    """An SAE to be scored: that of a run, or one in a folder, which gets a run when there are scores to put into it.
 
-    Args:
-        name: What it is called, different from all others.
-        folder: Where it lies.
-        run: Its run; None for a folder, which gets a run when there are scores to put into it.
-        sae_class: Class path of its class, where that is one of the user's own and no run says so.
+    ``sae_class`` is the path of its class, where that is one of the user's own and no run says so.
     """
 
     def __init__(self, name: str, folder: Path, run: RunSummary | None, sae_class: str | None = None) -> None:

@@ -32,12 +32,7 @@ _SWEEP_TAG = "sweep"
 class Sweep(Study):
     """Run a grid of fits or hedging degrees, packed onto shared activations.
 
-    Args:
-        words: Options of the command.
-        parse: Parses the config of a cell.
-
-    Attributes:
-        failures: Why cells failed, by name, once it has run.
+    ``words`` are the options of the command; ``parse`` parses the config of a cell.
     """
 
     tracked = False  # its run is the one that it had before, where it is run again
@@ -51,7 +46,7 @@ class Sweep(Study):
             )
         self.lists, self.retrain, self.parse = "--list" in words, "--retrain" in words, parse
         self.grid, self.description = read_sweep(words), opening_comment(config_files(words))
-        self.failures: dict[str, str] = {}
+        self.failures: dict[str, str] = {}  # why cells failed, by name
 
     def run(self, bench: Bench) -> Outcome:
         """Train what is not finished; table and figure are those of all cells."""
@@ -60,13 +55,18 @@ class Sweep(Study):
         client = ensure_store(uri)
         finished = {unit.id for unit in units if not self.retrain and finished_run(client, unit.id) is not None}
         groups = self._groups(units, finished, uri)
-        if not self.retrain and (older := _of_another_scheme(uri, {unit.name for group in groups for unit in group})):
+        jobs = {unit.name: f"job {number}" for number, group in enumerate(groups, start=1) for unit in group}
+        ended = search_runs(client, f"tags.{CELL_TAG} LIKE '%' and attributes.status = 'FINISHED'")
+        older = {run.info.run_name for run in ended if run.data.tags.get(SCHEME_TAG) != SCHEME} & jobs.keys()
+        if older and not self.retrain:
             say(
-                f"sweep: {older} cells have finished under an earlier release, which did not keep all that decides their "
-                "numbers; they are trained anew"
+                f"sweep: {len(older)} cells have finished under an earlier release, which did not keep all that decides "
+                "their numbers; they are trained anew"
             )
         if self.lists:
-            return Outcome(headline=listed(units, groups))
+            lines = aligned([[unit.id, unit.name, jobs.get(unit.name, "finished")] for unit in units]).splitlines()
+            total = f"{len(units)} cells, {len(jobs)} to be trained in {len(groups)} jobs"
+            return Outcome(headline=[*lines, total])
         tracker = self._open_run(units, uri)
         try:
             if finished:
@@ -168,18 +168,3 @@ class Sweep(Study):
             folder = tracker.experiment.get_run(tracker.run_id).info.artifact_uri
             lines.append(f"figure and table: {folder} (figures/sweep.png, sweep.csv, sweep.json)")
         return lines
-
-
-def _of_another_scheme(uri: str, names: Container[str]) -> int:
-    """How many of the cells with these names have runs that finished under an id made by other rules."""
-    query = f"tags.{CELL_TAG} LIKE '%' and attributes.status = 'FINISHED'"
-    runs = search_runs(ensure_store(uri), query)
-    older = {run.info.run_name for run in runs if run.data.tags.get(SCHEME_TAG) != SCHEME}
-    return sum(name in names for name in older)
-
-
-def listed(units: Sequence[Unit], groups: Sequence[Sequence[Unit]]) -> list[str]:
-    """The cells with their ids and the job that each would run in."""
-    job = {unit.id: f"job {number}" for number, group in enumerate(groups, start=1) for unit in group}
-    lines = aligned([[unit.id, unit.name, job.get(unit.id, "finished")] for unit in units]).splitlines()
-    return [*lines, f"{len(units)} cells, {len(job)} to be trained in {len(groups)} jobs"]
