@@ -54,9 +54,9 @@ def config_lines(sae: SAE, source: ActivationSource, folder: Path) -> list[str]:
     flat["init_args"]["init"] = {"weights": str(folder)}
     where = {"hook": source.hook} if source.layer is None and source.hook is not None else {"layer": source.layer}
     missing = {"model": source.model, **where}
-    reads: dict[str, Any] = {key: "???" if value is None else value for key, value in missing.items()}
-    reads |= {} if source.context_length is None else {"context_length": source.context_length}
-    reads |= {"skip_first": source.skip_first} if source.skip_first else {}
+    known = {"context_length": source.context_length, "skip_first": source.skip_first or None}
+    reads = {key: "???" if value is None else value for key, value in missing.items()}
+    reads |= {key: value for key, value in known.items() if value is not None}
     config = {
         "trainer": {"max_steps": 1000},
         "data": {"class_path": "LLMDataModule", "init_args": {**reads, "normalisation": "none"}},

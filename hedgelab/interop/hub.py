@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hedgelab.data.llm.hub import hub_problem
+from hedgelab.data.llm.hub import first_line, hub_problem
 from hedgelab.errors import UserError
 
 _WANTED = ("*.json", "*.safetensors", "*.pt")
@@ -40,7 +40,7 @@ def fetch(name: str) -> Path:
         return Path(client.snapshot_download(f"{user}/{repository}", allow_patterns=patterns)) / below
     except Exception as error:  # the client's own errors, and those of what it downloads with
         raise UserError(
-            f"the hub does not give '{name}' ({_reason(error)}); give an existing folder instead"
+            f"the hub does not give '{name}' ({first_line(error)}); give an existing folder instead"
         ) from error
 
 
@@ -57,13 +57,9 @@ def push(folder: Path, name: str) -> str:
         api.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo="README.md")
     except Exception as error:
         raise UserError(
-            f"--push: the hub refuses '{name}' ({_reason(error)}); what was exported is in {folder}"
+            f"--push: the hub refuses '{name}' ({first_line(error)}); what was exported is in {folder}"
         ) from error
     return f"https://huggingface.co/{name}"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _client() -> Any:

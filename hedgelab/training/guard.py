@@ -43,11 +43,6 @@ class FiniteGuard(L.Callback):
         pl_module.on_nonfinite = self.on_nonfinite  # type: ignore[assignment]
 
 
-def is_finite(total: Tensor, ranks: Ranks) -> bool:
-    """Whether a loss is finite on every rank."""
-    return bool(torch.isfinite(ranks.sum(total.detach())))
-
-
 def check_measured(counts: Tensor, stage: str, on_nonfinite: OnNonfinite | None, ranks: Ranks) -> None:
     """Stop, or say how many batches of a pass hold NaN or infinity and were left out; every rank must call it.
 

@@ -211,7 +211,7 @@ class TrainingShell(L.LightningModule):
         for trainee in self.trainees:
             trainee.sae.set_steps_done(step)
             result = trainee.sae.loss(batch.of(trainee.name) if isinstance(batch, steps.StepBatches) else batch)
-            if self.on_nonfinite != "skip" or guard.is_finite(result.total, trainee.sae.ranks):
+            if self.on_nonfinite != "skip" or bool(torch.isfinite(self.ranks.sum(result.total.detach()))):
                 results[trainee.name] = result
         # One backward pass of the sum: SAEs share no parameters, so each gets exactly its own gradients, and DDP sees every
         # parameter used.
@@ -308,7 +308,7 @@ class TrainingShell(L.LightningModule):
         """Report the metrics of the pass."""
         if self.on_nonfinite is not None:
             counts = torch.tensor(self._measured, device=self.device)
-            guard.check_measured(counts, stage, self.on_nonfinite, self.trainees[0].sae.ranks)
+            guard.check_measured(counts, stage, self.on_nonfinite, self.ranks)
         values = {trainee.name: trainee.measurements(stage) for trainee in self.trainees}
         self.report(values, self.trainer.global_step)
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from hedgelab.errors import SIGNALS, Stopped
@@ -20,7 +21,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._former: dict[int, Any] = {}
+        self._former = ExitStack()
 
     def install(self, forward: Callable[[int], None]) -> None:
         """Listen from here on, in the main thread only (others cannot); ``forward`` passes a signal on to other processes.
@@ -38,13 +39,11 @@ class StopFlag:
         if threading.current_thread() is threading.main_thread():
             awaited = signal.getsignal(signal.SIGUSR2) not in (signal.SIG_DFL, signal.SIG_IGN, None)
             for number in (*SIGNALS, signal.SIGINT, *([signal.SIGUSR2] if awaited else [])):
-                self._former[number] = signal.signal(number, listen)
+                self._former.callback(signal.signal, number, signal.signal(number, listen) or signal.SIG_DFL)
 
     def remove(self) -> None:
         """Let the signals do what they did before."""
-        for number, handler in self._former.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._former.clear()
+        self._former.close()
 
 
 def stopped(error: BaseException | None = None) -> bool:
