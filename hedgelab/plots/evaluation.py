@@ -30,7 +30,7 @@ def absorption_by_letter(letters: Sequence[str], full: ArrayLike, fraction: Arra
     axes = figure.subplots()
     labels = ("fully absorbed", "absorption fraction")
     style.grouped_bars(axes, letters, dict(zip(labels, np.nan_to_num(values), strict=True)))
-    for place in np.flatnonzero(np.isnan(values[0])):
+    for place in np.flatnonzero(np.isnan(values[0])).tolist():
         style.note(axes, "–", (place, 0), (0, 2), color=style.MUTED)
     axes.set_ylim(0, max(0.1, float(np.nan_to_num(values).max()) * 1.15))
     style.legend(axes)

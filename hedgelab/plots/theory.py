@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.artist import Artist
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -69,8 +70,8 @@ def phase_diagram(
     size = np.nanmax(np.abs(shown)) if np.isfinite(shown).any() else 1.0
     figure = style.new_figure(6.4, 5.2, title)
     axes = figure.subplots()
-    limits = {"vmin": -(size or 1.0), "vmax": size or 1.0}
-    mesh = axes.pcolormesh(x, y, shown, cmap=style.DIVERGING, shading="nearest", rasterized=True, **limits)
+    scale = Normalize(-(size or 1.0), size or 1.0)
+    mesh = axes.pcolormesh(x, y, shown, cmap=style.DIVERGING, norm=scale, shading="nearest", rasterized=True)
     style.tidy(axes, "", xlabel, ylabel, grid=False)
     entries: list[Artist] = []
     if np.nanmin(shown) < -0.01 * size and np.nanmax(shown) > 0.01 * size:

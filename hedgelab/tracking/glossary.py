@@ -17,8 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-STAGES = ("test", "val")
-
 
 class Term(NamedTuple):
     """One metric in words."""
@@ -84,14 +82,9 @@ _LINE = re.compile(
 )
 GLOSSARY = {name: term for entry in declarations() for name, term in entry.terms.items()}
 KEY_METRICS = (
-    "explained_variance",
-    "l0",
-    "dead_latents",
-    "mcc",
-    "hedging/degree",
-    "hedging/decoder_signed",
-    "absorption",
-)
+    "explained_variance", "l0", "dead_latents", "mcc", "hedging/degree", "hedging/decoder_signed",
+    "hedging/encoder_signed", "absorption",
+)  # fmt: skip
 _CLUTTER = re.compile(r"^(system/|data/norm/|latent\d+/|train/)|/level\d+$|^hedging/seed\d+/|_seed_std$")
 
 
@@ -127,7 +120,7 @@ def title(metric: str) -> str:
 def worth_showing(metrics: dict[str, float], most: int = 12) -> list[str]:
     """The metrics that tables show: best known first, one stage each, without losses, single latents and the machine."""
     found: dict[str, str] = {}
-    for name in sorted(metrics, key=lambda one: (not one.startswith(STAGES), one)):
+    for name in sorted(metrics, key=lambda one: (not one.startswith(("test", "val")), one)):
         if not _CLUTTER.search(name):
             found.setdefault(bare(name), name)
     order = {name: place for place, name in enumerate(dict.fromkeys([*KEY_METRICS, *GLOSSARY]))}

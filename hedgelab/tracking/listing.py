@@ -13,19 +13,10 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import NamedTuple
 
-from hedgelab.tracking.glossary import STAGES, title, worth_showing
+from hedgelab.tracking.glossary import KEY_METRICS, title, worth_showing
 from hedgelab.tracking.runs import RunSummary
 from hedgelab.tracking.store import ensure_store
 
-_KEY_NUMBERS = (
-    "explained_variance",
-    "l0",
-    "dead_latents",
-    "mcc",
-    "hedging/decoder_signed",
-    "hedging/encoder_signed",
-    "absorption",
-)
 # Neither what is compared nor what made the difference: the run's own name, and how it was watched.
 _NOISE = re.compile(r"^(name|experiment|ckpt_path|config|record|progress|checkpoint|trainer\.logger)(\.|$)")
 
@@ -68,8 +59,8 @@ def _row(run: RunSummary) -> dict[str, str]:
         "started": datetime.fromisoformat(run.start).astimezone().strftime("%Y-%m-%d %H:%M"),
         "took": "" if run.duration_seconds is None else duration(run.duration_seconds),
     }
-    for metric in _KEY_NUMBERS:
-        values = (run.metrics.get(f"{stage}/{metric}") for stage in STAGES)
+    for metric in KEY_METRICS:
+        values = (run.metrics.get(f"{stage}{metric}") for stage in ("test/", "val/", ""))
         row[title(metric)] = number(next((value for value in values if value is not None), None))
     return {**row, "samples/s": number(run.metrics.get("samples/s"))}
 

@@ -63,11 +63,9 @@ def searchable(config: Mapping[str, Any]) -> dict[str, Any]:
     {'trainer': {'max_steps': 3}}
     """
     kept = {key: value for key, value in config.items() if key not in _HOUSEKEEPING and value is not None}
-    found: dict[str, Any] = {}
-    for key, value in kept.items():
-        inner = {name: one for name, one in value.items() if name != "logger"} if key == "trainer" else value
-        found[key] = _without_nothing(inner)
-    return found
+    if "trainer" in kept:
+        kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key != "logger"}
+    return {key: _without_nothing(value) for key, value in kept.items()}
 
 
 def _without_nothing(value: Any) -> Any:

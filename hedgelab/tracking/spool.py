@@ -21,12 +21,11 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from hedgelab.errors import UserError
 from hedgelab.tracking.store import reason_of
@@ -135,8 +134,8 @@ class Spool:
         """The store that the operations wait for, without credentials; None where unknown."""
         return self._about.read_text().strip() if self._about.exists() else None
 
-    def append(self, operation: Operation) -> str:
-        """Keep an operation, and a copy of the file that it speaks of; the line that was written."""
+    def append(self, operation: Operation) -> None:
+        """Keep an operation, and a copy of the file that it speaks of."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
             with self.path.open("ab+") as file:
@@ -149,15 +148,6 @@ class Spool:
                 self._about.write_text(self._store)
             with self.path.open("a") as file:
                 file.write(line + "\n")
-        return line
-
-    def discard(self, line: str) -> None:
-        """Forget an operation that was sent after all, unless it is being sent again by now."""
-        with suppress(Timeout), self._turn.acquire(timeout=0), self._lock:
-            lines = self._lines()
-            if line in lines:
-                lines.remove(line)
-                self._replace(lines)
 
     def replay(self, client: MlflowClient) -> tuple[list[str], Exception | None]:
         """Send what waits, in order; where the store fails, the rest stays.

@@ -48,23 +48,21 @@ def sync(uri: str | None = None, announce: Callable[[str], object] = str) -> Sen
     ``announce`` hears of each run as its turn comes.
     """
     uri, local = uri or tracking_uri(), local_uri()
-    client = ensure_store(uri)
+    client, sent = ensure_store(uri), Sent([], [])
     folder, database = runs_dir(local), sqlite_file(local)
     folder.mkdir(exist_ok=True)
     try:
         with FileLock(folder / ".sync.lock", timeout=0):
-            sent = _send_spools(client, uri, announce)
+            _send_spools(client, uri, sent, announce)
             if database is not None and database.exists() and not same_store(local, uri):
-                runs, left = _send_runs(ensure_store(local), client, uri, announce)
-                sent = Sent([*sent.runs, *runs], [*sent.left, *left])
-            return sent
+                _send_runs(ensure_store(local), client, uri, sent, announce)
     except Timeout:
         raise UserError(f"sync: another `hedgelab sync` is at work in {folder}; wait for its end") from None
+    return sent
 
 
-def _send_spools(client: MlflowClient, uri: str, announce: Callable[[str], object]) -> Sent:
+def _send_spools(client: MlflowClient, uri: str, sent: Sent, announce: Callable[[str], object]) -> None:
     """What waits in spools, the longest waiting first."""
-    sent = Sent([], [])
     paths = (runs_dir(uri) / "spool").glob("*.jsonl")
     for path in sorted(paths, key=lambda path: path.stat().st_ctime):
         spool = Spool(path.parent, path.stem)
@@ -81,12 +79,12 @@ def _send_spools(client: MlflowClient, uri: str, announce: Callable[[str], objec
             sent.runs.append(spool.run_id)
         else:
             sent.left.append(f"{path}: {reason_of(failure)}")
-    return sent
 
 
-def _send_runs(local: MlflowClient, remote: MlflowClient, uri: str, announce: Callable[[str], object]) -> Sent:
+def _send_runs(
+    local: MlflowClient, remote: MlflowClient, uri: str, sent: Sent, announce: Callable[[str], object]
+) -> None:
     """Every local run that is meant for the store, those above others first."""
-    sent = Sent([], [])
     names = all_experiments(local)
     found = search_runs(local, f"tags.`{INTENDED}` LIKE '%'", names)
     waiting = [run for run in found if same_store(run.data.tags[INTENDED], uri)]
@@ -102,7 +100,6 @@ def _send_runs(local: MlflowClient, remote: MlflowClient, uri: str, announce: Ca
         if run.info.status != "RUNNING":  # one that still runs is sent again next time
             local.delete_tag(run.info.run_id, INTENDED)
         sent.runs.append(run.info.run_id)
-    return sent
 
 
 def _send_run(local: MlflowClient, remote: MlflowClient, run: Run, experiment: str, ids: dict[str, str]) -> str:

