@@ -29,6 +29,7 @@ from hedgelab.tracking.writer import RunWriter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 _KEPT_LOSSES = 1000
@@ -245,11 +246,12 @@ class MLflowTracker(Logger):
             return self._writer
         self._client, self._uri, tags = choose_store(self._uri, self._run_id, self._goes_on, self._on_unreachable)
         self._tags |= tags or {}
+        run: Run | None = None
         if self._run_id is None:
             run = start_run(self._client, self._uri, self._experiment, self._run_name, self._tags)
             self._run_id = str(run.info.run_id)
-        else:
-            run = None if tags is None else continue_run(self._client, self._uri, self._run_id)
+        elif tags is not None:
+            run = continue_run(self._client, self._uri, self._run_id)
         spool = Spool(runs_dir(self._uri) / "spool", self._run_id, without_credentials(self._uri))
         if run is not None:
             self._params = dict(run.data.params)
