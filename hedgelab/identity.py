@@ -1,7 +1,7 @@
 """What decides the numbers of a run, against what only says where and how it runs: one list, which everybody asks.
 
-Whether a run has *finished*, which run ``--resume`` goes on with, which cells of a sweep and which phases of a hedging
-degree are there already, and which scores of an evaluation hold: all of it is decided by :func:`deciding`.
+Whether a run has *finished*, which one ``--resume`` goes on with, which cells of a sweep, phases of a hedging degree and scores
+of an evaluation are there already: :func:`deciding` decides.
 
 * What decides: arguments of classes, seeds, the number of steps, limits that cut an epoch short; the *code* of the classes
   (of hedgelab's own its release, of others the source of their module and of the modules of the user's that it imports);
@@ -14,8 +14,8 @@ A class says so once, beside its signature, and its subclasses inherit it::
         where_and_how = frozenset({"scratch_dir"})       # these arguments change no number
         inputs = {"table": Path}                         # this argument names a file, whose content decides
 
-``where_and_how = EVERYTHING`` says it of a whole class, such as a callback that only watches. ``max_time`` is on the list of
-what does not decide because a run that it cuts is never taken as finished: it goes on.
+``where_and_how = EVERYTHING`` says it of a whole class, such as a callback that only watches. ``max_time`` does not decide
+because a run that it cuts is never taken as finished: it goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import json
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,7 @@ EVERYTHING = frozenset({"*"})
 SCHEME = "2"
 """Which rules made an id; finished runs of other schemes are not recognised by their id."""
 _HASHED = 16
+_NOTHING: Any = object()
 _SECTIONS = frozenset(
     {"config", "name", "experiment", "ckpt_path", "resume", "retrain", "record", "progress", "checkpoint", "sweep"}
 )
@@ -84,16 +86,15 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
             found = {name: one for name, one in found.items() if one is not None}
             if "class_path" not in value:
                 return found
-            own = (
-                path.rpartition(".")[2] if path.startswith("hedgelab.") else path
-            )  # hedgelab's may move between modules
-            return {"class_path": own, "init_args": found}
+            if path.startswith("hedgelab."):  # may move between modules
+                path = path.rpartition(".")[2]
+            return {"class_path": path, "init_args": found}
         read = value if name_input is None else name_input(value)
-        looks_read = key[0] in _READ_FROM and isinstance(value, str) and _looks_like_a_path(value)
-        if (name_input is not None or looks_read) and isinstance(read, (str, Path)) and _exists(read):
-            inputs[".".join(key)] = content_of(Path(read))
-        elif name_input is not None and isinstance(read, str):
-            inputs[".".join(key)] = read
+        if name_input is not None or _names_what_is_read(key, value):
+            if isinstance(read, (str, Path)) and _exists(read):
+                inputs[".".join(key)] = content_of(Path(read))
+            elif name_input is not None and isinstance(read, str):
+                inputs[".".join(key)] = read
         return value
 
     kept = {key: plain(value, (key,)) for key, value in pruned(config).items()}
@@ -102,12 +103,7 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pruned(config: Mapping[str, Any], find: Callable[[str], Any] | None = None) -> dict[str, Any]:
-    """A resolved config without what does not decide numbers, its classes by their full names.
-
-    Args:
-        config: The config.
-        find: Finds the class of a path; by default the path is imported.
-    """
+    """A resolved config without what does not decide numbers, its classes by their full names; ``find`` imports them."""
     kept = {key: value for key, value in config.items() if key not in _SECTIONS}
     if isinstance(trainer := kept.get("trainer"), Mapping):
         kept["trainer"] = {name: value for name, value in trainer.items() if name not in _OF_THE_TRAINER}
@@ -178,9 +174,6 @@ def content_of(path: Path) -> str:
     return digest.hexdigest()[:_HASHED]
 
 
-_NOTHING: Any = object()
-
-
 def imported(path: str) -> Any:
     """What a class path names; None where it cannot be imported."""
     module, _, name = path.rpartition(".")
@@ -196,8 +189,10 @@ def loaded(path: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
-def _looks_like_a_path(value: str) -> bool:
-    return len(value) < 1000 and "\n" not in value and ("/" in value or "." in value)
+def _names_what_is_read(key: tuple[str, ...], value: Any) -> bool:
+    """Whether a value in a section that reads files looks like a path."""
+    is_text = key[0] in _READ_FROM and isinstance(value, str) and len(value) < 1000
+    return is_text and "\n" not in value and ("/" in value or "." in value)
 
 
 def _exists(path: str | Path) -> bool:
@@ -214,12 +209,9 @@ def _sources(module: ModuleType) -> dict[str, bytes]:
     while left:
         one = left.pop()
         if one.__name__ not in found:
-            try:
-                found[one.__name__] = (
-                    inspect.getsource(one).encode() if one.__file__ is None else Path(one.__file__).read_bytes()
-                )
-            except (OSError, TypeError, AttributeError):
-                found[one.__name__] = b""
+            found[one.__name__] = b""
+            with suppress(OSError):
+                found[one.__name__] = Path(getattr(one, "__file__", None) or "").read_bytes()
             left += [other for other in _imported_by(one) if not _is_installed(other)]
     return found
 

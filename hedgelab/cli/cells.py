@@ -14,14 +14,10 @@ from hedgelab.protocols.hedge import HedgeOptions
 from hedgelab.protocols.training_phases import PhaseTrainer
 
 
-class ParsedCell(HedgelabCLI):
-    """Parses a config; makes what it names only when asked to, and runs nothing.
+class FitCell(HedgelabCLI):
+    """Parses a config of ``fit``; makes what it names only when asked to, and runs nothing."""
 
-    Attributes:
-        folder: Where its config is, which mistakes are looked up in; gone when the cell is.
-    """
-
-    folder: tempfile.TemporaryDirectory[str]
+    folder: tempfile.TemporaryDirectory[str]  # where mistakes are looked up in the config; gone when the cell is
     trainer_type = HedgeTrainer
     trainer: PhaseTrainer
 
@@ -35,34 +31,21 @@ class ParsedCell(HedgelabCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Never."""
 
-
-class FitCell(ParsedCell):
-    """One cell of a sweep of fits."""
-
     def hedge_options(self, made: bool = True) -> HedgeOptions | None:
-        """None."""
-        return None
-
-
-class HedgeCell(ParsedCell, HedgeCLI):
-    """One cell of a sweep of hedging degrees."""
-
-    def hedge_options(self, made: bool = True) -> HedgeOptions | None:
-        """How the hedging degree is measured."""
-        options: HedgeOptions = (self.config_init if made else self.config)[self.command].hedge
+        """How the hedging degree is measured, as made or as parsed; None of a plain fit."""
+        options: HedgeOptions | None = (self.config_init if made else self.config)[self.command].get("hedge")
         return options
 
 
-def parse_cell(command: str, tree: Tree, said: Sequence[str] = ()) -> FitCell | HedgeCell:
-    """Parse one cell's config; ``said`` are options in which the user names folders to write to.
+class HedgeCell(FitCell, HedgeCLI):
+    """The same of ``hedge``."""
 
-    Raises:
-        UserError: A wrong key or value.
-    """
+
+def parse_cell(command: str, tree: Tree, said: Sequence[str] = ()) -> FitCell:
+    """Parse one cell's config; ``said`` are options in which the user names folders to write to."""
     folder = tempfile.TemporaryDirectory()
     file = Path(folder.name) / "cell.yaml"
     file.write_text(write_yaml(tree))
     cell = run_cli(HedgeCell if command == "hedge" else FitCell, command, ["--config", str(file), *said])
-    assert isinstance(cell, FitCell | HedgeCell)
     cell.folder = folder
     return cell

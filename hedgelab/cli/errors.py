@@ -17,7 +17,7 @@ _OF_THE_PLACE = _FULL | {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
 }  # fmt: skip
 _NO_MEMORY = re.compile(
-    r"can't allocate memory: you tried to allocate (?P<bytes>\d+ bytes)|out of memory\. Tried to allocate (?P<size>[\d.]+ \w+)"
+    r"can't allocate memory: you tried to allocate (\d+ bytes)|out of memory\. Tried to allocate ([\d.]+ \w+)"
     r"|Storage size calculation overflowed"
 )
 
@@ -80,17 +80,11 @@ def _of_the_machine(error: BaseException) -> UserError | None:
     return None
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """What an exception was raised from in the first place."""
-    return list(causes(error))[-1]
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The exception, what it was raised from, and so on."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _print_no_more() -> None:

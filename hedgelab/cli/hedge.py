@@ -55,8 +55,7 @@ class HedgeCLI(HedgelabCLI):
 
     def hedge(self, model: SAE, datamodule: ActivationDataModule, hedge: HedgeOptions) -> None:
         """Run the study in the trainer's MLflow run, if it has one, and print the numbers."""
-        outcome = self.resumption.outcome(outcome_of(self.resolved()))
-        self.resumption.begin(self.trainer)
+        outcome = self.resumption.begin(self.trainer, outcome_of(self.resolved()))
         tracker = next((logger for logger in self.trainer.loggers if isinstance(logger, MLflowTracker)), None)
         study = Hedge(model, datamodule, self.trainer, hedge, outcome, bool(self.config[self.command].retrain))
         say("\n".join(conduct(study, Bench(tracker=tracker), self.text())))

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import yaml
@@ -21,10 +21,11 @@ import hedgelab.data.llm
 import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
-from hedgelab.cli.errors import root_cause, user_error
+from hedgelab.cli.errors import causes, user_error
 from hedgelab.cli.resume import Resumption, with_stored_config
-from hedgelab.config.explain import explain_construction, explain_parsing, resolve, top_level
+from hedgelab.config.explain import explain_construction, explain_parsing, resolve
 from hedgelab.config.folders import check_folders
+from hedgelab.config.signatures import Parameter
 from hedgelab.config.tree import Tree, compose, config_files, opening_comment, with_bare_flags, without_configs
 from hedgelab.config.walk import Walk
 from hedgelab.data.datamodule import ActivationDataModule
@@ -89,6 +90,8 @@ CHECKPOINT_DEFAULTS = {
     "checkpoint.save_top_k": 0,
     "checkpoint.every_n_train_steps": 1000,
 }
+
+C = TypeVar("C", bound="HedgelabCLI")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -185,6 +188,8 @@ class HedgelabCLI(LightningCLI):
         except (UserError, OmegaConfBaseException) as error:
             raise UserError(explain_parsing(error, self.tree(words), self.walk(words))) from error
         config = self.config[self.command]
+        if not 0 <= config.seed_everything < 2**32:
+            raise UserError(f"seed_everything: must be from 0 to {2**32 - 1}, got {config.seed_everything}")
         config.name = config.name or "+".join(file.stem for file in config_files(words)) or None
         self.resume = config.get("resume", False)
         if config.get("ckpt_path") == "last":
@@ -198,8 +203,10 @@ class HedgelabCLI(LightningCLI):
 
     def walk(self, words: list[str] | None = None) -> Walk:
         """A walk over what the user wrote, for explaining mistakes."""
-        names = vars(self._parser(self.command).get_defaults())
-        return Walk(resolve(self.tree(words)), top_level(names, self.types), frozenset({"model.d_in"}))
+        needed = ("model", "data")
+        names = [*vars(self._parser(self.command).get_defaults()), *needed]
+        parameters = {name: Parameter(self.types.get(name, Any), name in needed) for name in names}
+        return Walk(resolve(self.tree(words)), parameters, frozenset({"model.d_in"}))
 
     def text(self) -> str:
         """The whole config."""
@@ -215,9 +222,16 @@ class HedgelabCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the checkpoint, name the run, and leave out what the trainer is told to do without."""
         config = self.config[self.command]
-        check_trainer(config.trainer.as_dict())
+        for key, value in vars(config.trainer).items():  # Lightning takes these, and stumbles over them later
+            least, most = TRAINER_BOUNDS.get(key, (-(2**63), 2**63 - 1))
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                raise UserError(f"trainer.{key}: must be from {least} to {most}, got {value}")
         check_folders(config.as_dict(), compose(without_configs(self.words)))
-        check_checkpoint(self.command, config.get("ckpt_path"))
+        path = config.get("ckpt_path")
+        if path is None and self.command in ("validate", "test"):
+            raise UserError(f"ckpt_path: {self.command} measures a trained SAE: give --ckpt_path .../last.ckpt")
+        if path is not None and not Path(path).exists():
+            raise UserError(f"ckpt_path: no such file '{path}'; checkpoints are kept under runs/checkpoints/<run id>/")
         if self.resume:
             self.resumption.find(self.resume)
             config = self.config[self.command]
@@ -241,13 +255,6 @@ class HedgelabCLI(LightningCLI):
             arguments.experiment = config.experiment or arguments.experiment
             arguments.description = arguments.description or opening_comment(config_files(self.words))
 
-    def _set_seed(self) -> None:
-        """Seed everything, with a number that numpy takes."""
-        try:
-            super()._set_seed()
-        except ValueError as error:
-            raise UserError(f"seed_everything: {one_line(str(error))}") from error
-
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; what a class finds impossible is told with the full key."""
         walk = self.walk()
@@ -256,7 +263,7 @@ class HedgelabCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            raise UserError(explain_construction(user_error(error) or root_cause(error), walk)) from error
+            raise UserError(explain_construction(user_error(error) or list(causes(error))[-1], walk)) from error
         if (checkpoint := self.resumption.apply(self.trainer)) is not None:
             self.config_init[self.command].ckpt_path = checkpoint
 
@@ -283,23 +290,7 @@ class HedgelabCLI(LightningCLI):
             raise UserError(f"trainer: {one_line(str(error)) or type(error).__name__}") from error
 
 
-def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Find numbers that Lightning takes and stumbles over in the middle of training."""
-    for key, value in trainer.items():
-        least, most = TRAINER_BOUNDS.get(key, (-(2**63), 2**63 - 1))
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            raise UserError(f"trainer.{key}: must be from {least} to {most}, got {value}")
-
-
-def check_checkpoint(command: str, path: str | None) -> None:
-    """Find out early that there is no such checkpoint, or that none is given to measure."""
-    if path is None and command in ("validate", "test"):
-        raise UserError(f"ckpt_path: {command} measures a trained SAE: give --ckpt_path runs/checkpoints/.../last.ckpt")
-    if path is not None and not Path(path).exists():
-        raise UserError(f"ckpt_path: no such file '{path}'; checkpoints are kept under runs/checkpoints/<run id>/")
-
-
-def run_cli(cli: type[HedgelabCLI], command: str, words: list[str]) -> HedgelabCLI:
+def run_cli(cli: type[C], command: str, words: list[str]) -> C:
     """Run a command of a CLI, quiet about what is by design."""
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

@@ -43,7 +43,6 @@ class Resumption:
         self._cli = cli
         self.folder: RunFolder | None = None
         self._same_experiment = True
-        self._outcome: dict[str, Any] = {}
         self._callback: RunCheckpoint | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -113,20 +112,20 @@ class Resumption:
 
     def _keep_defaults(self, run: str, match: Match) -> None:
         """Go on with the defaults that a run was begun with."""
-        options = []
-        for key, (then, now) in match.defaults.items():
-            was = f"{run} was begun when {dotted(key)} was {show(then)} by default, now {show(now)}"
-            if (option := as_option(key, then, now)) is None:
-                raise UserError(f"{was}: write the former into the config to go on with it, the latter to train anew")
-            options.append(option)
-            say(f"{was}: it goes on with {show(then)} (write {dotted(key)}: {show(now)} to train anew with that)")
+        changed = [f"{dotted(key)}={show(then)} (now {show(now)})" for key, (then, now) in match.defaults.items()]
+        was = f"{run} was begun with other defaults: {', '.join(changed)}"
+        options = [as_option(key, then, now) for key, (then, now) in match.defaults.items()]
         try:
-            self._cli.parse(options)
+            if None in options:
+                raise UserError("names a class")
+            self._cli.parse([option for option in options if option is not None])
         except UserError as error:
+            release = match.folder.about.get(_RELEASE, "of then")
             raise UserError(
-                f"{run} was begun with defaults that this release refuses ({error}): go on with hedgelab "
-                f"{match.folder.about.get(_RELEASE, 'of then')}, or leave out --resume to train anew"
+                f"{was}, with which this release does not go on ({error}): write into the config what you want, go on with "
+                f"hedgelab {release}, or leave out --resume to train anew"
             ) from error
+        say(f"{was}; it goes on with them (write today's into the config to train anew)")
 
     def apply(self, trainer: L.Trainer) -> str | None:
         """Let a trainer go on with the run that was found; the path of the checkpoint, None to start from the beginning."""
@@ -148,26 +147,21 @@ class Resumption:
         say(f"resume: run {self.folder.path.name} goes on {start}")
         return None if checkpoint is None else str(checkpoint)
 
-    def outcome(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """By what the phases of a run are known: what decides its numbers, as the release said it that began the run.
+    def begin(self, trainer: L.Trainer, decides: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Note that a run of several fits has begun, in a folder of its own, and say by what its phases are known.
 
-        Args:
-            config: What of today's config decides them.
+        That is what decides their numbers, as the release said it with which the run was begun.
         """
-        self._outcome = _plain({**config, _RELEASE: hedgelab.__version__})
+        outcome = _plain({**decides, _RELEASE: hedgelab.__version__})
         if self.folder is not None and self._same_experiment:
-            self._outcome = self.folder.about.get("outcome") or self._outcome
-        return {key: value for key, value in self._outcome.items() if (key, value) != (_RELEASE, hedgelab.__version__)}
-
-    def begin(self, trainer: L.Trainer) -> None:
-        """Note that a run of several fits has begun, in a folder of its own."""
+            outcome = self.folder.about.get("outcome") or outcome
         tracker = next((logger for logger in trainer.loggers if isinstance(logger, MLflowTracker)), None)
-        if tracker is None or not trainer.is_global_zero:
-            return
-        if self.folder is None:
-            self.folder = RunFolder(Path(tracker.save_dir) / "checkpoints" / str(tracker.run_id))
-            self.folder.claim()
-        self.folder.note(**self.facts(), outcome=self._outcome, run_id=tracker.run_id, finished=False)
+        if tracker is not None and trainer.is_global_zero:
+            if self.folder is None:
+                self.folder = RunFolder(Path(tracker.save_dir) / "checkpoints" / str(tracker.run_id))
+                self.folder.claim()
+            self.folder.note(**self.facts(), outcome=outcome, run_id=tracker.run_id, finished=False)
+        return {key: value for key, value in outcome.items() if (key, value) != (_RELEASE, hedgelab.__version__)}
 
     @rank_zero_only
     def finish(self, cut: bool = False) -> None:

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import closing, suppress
+from contextlib import suppress
 
 from hedgelab.cli.light import LightParser
 from hedgelab.errors import UserError, stop_at_once
@@ -67,10 +67,8 @@ def check_port(host: str, port: int) -> None:
     """See that an address can be listened on."""
     if not 0 < port < 65536:
         raise UserError(f"--port: expected a number from 1 to 65535, got {port}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with closing(socket.socket(family, kind, protocol)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise UserError(f"--port: cannot listen on {host}:{port} ({error.strerror}); try --port {port + 1}") from error

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from hedgelab.config.names import nearest
-from hedgelab.config.signatures import Parameter
 from hedgelab.config.tree import Tree
 from hedgelab.config.walk import Walk
 from hedgelab.errors import UserError, one_line
@@ -52,12 +51,6 @@ def resolve(tree: Tree) -> Tree:
     except OmegaConfBaseException:
         return tree
     return {str(key): value for key, value in resolved.items()}
-
-
-def top_level(names: Iterable[str], types: Mapping[str, Any]) -> dict[str, Parameter]:
-    """What may stand at the top of a config; keys without a known type are left to the parser."""
-    required = {"model", "data"}
-    return {name: Parameter(types.get(name, Any), name in required) for name in [*names, *required]}
 
 
 def _explain_interpolation(error: OmegaConfBaseException, tree: Tree) -> str:

@@ -4,11 +4,9 @@ A config may come from someone else. Folders of this machine that it names elsew
 on the command line, or lists a folder above them in the environment variable HEDGELAB_FOLDERS (separated by colons), as one
 does for a cluster's scratch disk.
 
-Whatever the trainer and its callbacks are told may be a place to write to, for they come from other libraries too: any path in
-their sections counts, an absolute one or one with ``..`` in it, and anywhere any address of a local file or database, in every
-spelling that a library may read (``file://localhost/x``, ``local:///x``, ``simplecache::file:///x``, ``%2e%2e``, links). Remote
-addresses (``s3://``, ``http://``) are not checked: who may write there is decided by the credentials of the environment. The
-check is about configs: it does not stop the code of a class that a config names from doing what it likes.
+In the sections of the trainer and its callbacks, which come from other libraries too, any path counts that is absolute or has
+``..`` in it; anywhere any address of a local file or database, in every spelling that a library may read. Remote addresses
+(``s3://``) are not checked, nor is what the code of a class does that a config names.
 """
 
 from __future__ import annotations
@@ -30,12 +28,9 @@ _WRITTEN_TO = {"dirpath", "default_root_dir", "cache_dir", "save_dir", "log_dir"
 
 
 def check_folders(config: Mapping[str, Any], said: Mapping[str, Any], also: frozenset[str] = frozenset()) -> None:
-    """See that a resolved config names no folder to write to outside those that are the user's choice.
+    """See that a resolved config names no folder to write to but where the user, or what the command line said, has it.
 
-    Args:
-        config: The resolved config.
-        said: What the command line itself says, as a tree.
-        also: Full keys of other folders that this command writes to.
+    ``also`` are full keys of other folders that this command writes to.
     """
     listed = [Path(name) for name in os.environ.get(ALLOWED, "").split(":") if name]
     roots = [root.resolve() for root in (Path.cwd(), runs_dir(tracking_uri()), *listed)]

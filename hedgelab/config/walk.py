@@ -26,18 +26,11 @@ from hedgelab.config.tree import Tree
 
 
 class Walk:
-    """One walk over a config tree along the signatures of the classes it names.
+    """One walk over a config tree, interpolations resolved where possible, along the signatures of the classes it names.
 
-    Args:
-        tree: Everything the user wrote over the defaults, interpolations resolved where possible.
-        parameters: What may stand at the top of the tree.
-        provided: Full keys that links fill in and nobody writes.
-
-    Attributes:
-        wrong: A line about each wrong key or value, in the order of the tree.
-        missing: A line about each required argument that is not there.
-        impossible: A line about each value that the parser takes and no class can use.
-        classes: The keys under which each class was met.
+    ``parameters`` may stand at the top of the tree; ``provided`` are full keys that links fill in and nobody writes. A line is
+    kept about each ``wrong`` key or value, each ``missing`` one, and each value that is ``impossible``, though the parser takes
+    it; and under which keys each of the ``classes`` was met.
     """
 
     def __init__(self, tree: Tree, parameters: dict[str, Parameter], provided: frozenset[str] = frozenset()) -> None:

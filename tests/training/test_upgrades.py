@@ -68,7 +68,7 @@ def test_a_run_goes_on_after_an_upgrade(command, release, seconds, server, workp
     assert server.run(words, folder, RELEASE="99.0") == 0, (folder / "out.txt").read_text()
     said = (folder / "out.txt").read_text()
     assert said.count("starting afresh") == 1  # at the very first start
-    assert ("was begun when data.firing.gain was 1.0 by default, now 0.5" in said) == (release == "changed")
+    assert ("was begun with other defaults: data.firing.gain=1.0 (now 0.5)" in said) == (release == "changed")
     assert by_command(folder) == by_command(reference)
     assert history(folder) == history(reference)
     assert server.run(words, folder, RELEASE="99.0") == 0
