@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,9 @@ class Hedge(Study):
         outcome: Plain values that decide what training gives: phases found in the store with the same ones are not trained
             again. None trains all.
         retrain: Train all phases, those too that the store has already.
+        seeds: The seeds, instead of as many as ``hedge`` says from the model's own on.
+        tracker: The run below which those of the phases stand, where several studies share the stream.
+        label: What the names of its phases begin with there.
 
     Raises:
         UserError: No number of steps, or more new latents than directions.
@@ -114,146 +118,108 @@ class Hedge(Study):
         hedge: HedgeOptions = HedgeOptions(),
         outcome: Mapping[str, Any] | None = None,
         retrain: bool = False,
+        seeds: Sequence[int] | None = None,
+        tracker: MLflowTracker | None = None,
+        label: str = "",
     ) -> None:
         if trainer.max_steps < 1:
             raise UserError("trainer.max_steps: must be set: it is the number of steps of each phase")
-        self.protocol = HedgeProtocol(model, data, trainer.max_steps, hedge, outcome or {})
-        self.trainer, self.reuse, self.retrain = trainer, outcome is not None, retrain
+        if hedge.n_new >= data.d_in:
+            raise UserError(
+                f"hedge.n_new: must be below d_in = {data.d_in}, or they span everything, got {hedge.n_new}"
+            )
+        self.model, self.data, self.trainer, self.options = model, data, trainer, hedge
+        self.outcome, self.retrain, self.tracker, self.label = outcome, retrain, tracker, label
+        first = resolve_seed(flat_part(model).init.seed)
+        self.seeds = list(seeds or [first + repeat for repeat in range(hedge.seeds)])
 
     def run(self, bench: Bench) -> Outcome:
         """Train what the store has not, and measure."""
         if bench.tracker is not None:
             bench.tracker.log_tags({"protocol": "hedge", **provenance_tags(self.trainer.world_size)})
-        runner = PhaseRunner(self.trainer, bench.tracker, self.reuse, self.retrain)
-        return on_every_rank(self.trainer, lambda: measure_hedging([self.protocol], runner)[0])
-
-
-class HedgeProtocol:
-    """What the hedging degree of one SAE needs to have trained.
-
-    Args:
-        model: The pattern of all SAEs.
-        data: Where activations come from.
-        steps: Optimiser steps of each of the two phases.
-        options: How the degree is measured.
-        config: Plain values that, with steps and options, determine the outcome: the resolved config of model and data.
-        seeds: The seeds, instead of as many as the options say from the model's own on.
-        tracker: The run below which the phases' runs stand; None is the runner's.
-        label: What the names of its phases begin with, where other protocols share the stream.
-
-    Raises:
-        UserError: More new latents than directions.
-    """
-
-    def __init__(
-        self,
-        model: SAE,
-        data: ActivationDataModule,
-        steps: int,
-        options: HedgeOptions,
-        config: Mapping[str, Any],
-        seeds: Sequence[int] | None = None,
-        tracker: MLflowTracker | None = None,
-        label: str = "",
-    ) -> None:
-        if options.n_new >= data.d_in:
-            raise UserError(
-                f"hedge.n_new: must be below d_in = {data.d_in}, or they span everything, got {options.n_new}"
-            )
-        self.model, self.data, self.steps, self.options = model, data, steps, options
-        self.config = {**config, "steps": steps}
-        first = resolve_seed(flat_part(model).init.seed)
-        self.seeds = list(seeds or [first + repeat for repeat in range(options.seeds)])
-        self.tracker, self.label = tracker, label
+        runner = PhaseRunner(self.trainer, bench.tracker, self.outcome is not None, self.retrain)
+        return on_every_rank(self.trainer, lambda: measure_hedging([self], runner)[0])
 
     def initial_phases(self) -> dict[int, Phase]:
         """Phase one, by seed."""
+        config = {**(self.outcome or {}), "steps": self.trainer.max_steps, "phase": "initial"}
         return {
             seed: Phase(
-                f"{self.label}initial/seed{seed}", {**self.config, "phase": "initial", "seed": seed},
-                partial(fresh, self.model, seed), self.tracker,
+                f"{self.label}initial/seed{seed}", {**config, "seed": seed}, partial(fresh, self.model, seed), self.tracker
             )
             for seed in self.seeds
         }  # fmt: skip
 
     def continuation_phases(self, trained: Mapping[str, SAE]) -> dict[tuple[int, str], Phase]:
         """Phase two, by seed and role, from what phase one has given by name."""
-        starts = self.initial_phases()
-        for start in starts.values():
-            train_like(trained[start.name], self.model)
-        return {
-            (seed, role): self._continuation(role, seed, start.id, trained[start.name])
-            for seed, start in starts.items()
-            for role in Continuations._fields
-        }
-
-    def _continuation(self, role: str, seed: int, initial_id: str, initial: SAE) -> Phase:
-        options = self.options
-        config: dict[str, Any] = {"phase": role, "seed": seed, "initial": initial_id, "steps": self.steps}
-        config |= {"lr": options.lr, "lr_decay": options.lr_decay, "l1_restart": options.l1_restart}
-        config |= {"hedgelab": self.config["hedgelab"]} if "hedgelab" in self.config else {}  # the release that began
-        make: Callable[[], SAE] = partial(duplicate, initial)
-        if role == "extended":
-            config |= {"n_new": options.n_new, "new_norm": options.new_norm}
-            make = partial(widen, initial, options.n_new, options.new_norm, seed)
-        name = f"{self.label}{role}/seed{seed}"
-        return Phase(name, config, lambda: continued(make(), options, self.steps), self.tracker)
+        options, steps = self.options, self.trainer.max_steps
+        release = {name: value for name, value in (self.outcome or {}).items() if name == "hedgelab"}  # that began
+        common = {"steps": steps, "lr": options.lr, "lr_decay": options.lr_decay, "l1_restart": options.l1_restart}
+        phases: dict[tuple[int, str], Phase] = {}
+        for (seed, start), role in product(self.initial_phases().items(), Continuations._fields):
+            initial = trained[start.name]
+            train_like(initial, self.model)
+            config = {"phase": role, "seed": seed, "initial": start.id, **common, **release}
+            if role == "extended":
+                config |= {"n_new": options.n_new, "new_norm": options.new_norm}
+            start_again = partial(continuation, initial, role, seed, options, steps)
+            phases[seed, role] = Phase(f"{self.label}{role}/seed{seed}", config, start_again, self.tracker)
+        return phases
 
 
-def measure_hedging(protocols: Sequence[HedgeProtocol], runner: PhaseRunner) -> list[Outcome]:
-    """The hedging degrees of several protocols with the same data and steps, each phase of all of them as one group."""
-    data = protocols[0].data
+def measure_hedging(studies: Sequence[Hedge], runner: PhaseRunner) -> list[Outcome]:
+    """The hedging degrees of several SAEs on the same data, each phase of all of them as one group."""
+    data = studies[0].data
     try:
-        trained = train_together(protocols, runner)
+        trained = train_together(studies, runner)
         say("measuring")
-        scores = measure_together(protocols, trained)
-        studied = any(protocol.options.n_new == 1 for protocol in protocols)
-        probe = LLMProbe(data) if studied and isinstance(data, LLMDataModule) else None
-        return [outcome_of(*one, probe) for one in zip(protocols, trained, scores, strict=True)]
+        scores = measure_together(studies, trained)
+        pages = any(study.options.n_new == 1 for study in studies)
+        probe = LLMProbe(data) if pages and isinstance(data, LLMDataModule) else None
+        return [outcome_of(*one, probe) for one in zip(studies, trained, scores, strict=True)]
     finally:
         data.teardown("fit")
 
 
-def train_together(protocols: Sequence[HedgeProtocol], runner: PhaseRunner) -> list[dict[int, Continuations]]:
-    """Both phases, for every seed of every protocol; what the store has already is taken from there.
+def train_together(studies: Sequence[Hedge], runner: PhaseRunner) -> list[dict[int, Continuations]]:
+    """Both phases, for every seed of every study; what the store has already is taken from there.
 
-    The activations are read once for all, and what several protocols have in common (the same SAE and its controls, where
-    only the new latents differ) is trained once; each protocol gets what it would get alone.
+    The activations are read once for all, and what several studies have in common (the same SAE and its controls, where
+    only the new latents differ) is trained once; each study gets what it would get alone.
     """
-    data, steps = protocols[0].data, protocols[0].steps
-    starts = [phase for protocol in protocols for phase in protocol.initial_phases().values()]
+    data, steps = studies[0].data, studies[0].trainer.max_steps
+    starts = [phase for study in studies for phase in study.initial_phases().values()]
     initial = runner.train(starts, PhaseData(data, 0, steps))
-    phases = [protocol.continuation_phases(initial) for protocol in protocols]
+    phases = [study.continuation_phases(initial) for study in studies]
     reordered = [phase.name for own in phases for (_, role), phase in own.items() if role == "reordered"]
-    trained = runner.train(
-        [phase for own in phases for phase in own.values()], PhaseData(data, steps, steps, reordered)
-    )
+    every = [phase for own in phases for phase in own.values()]
+    trained = runner.train(every, PhaseData(data, steps, steps, reordered))
     return [
         {
             seed: Continuations(*(trained[own[seed, role].name] for role in Continuations._fields))
-            for seed in protocol.seeds
+            for seed in study.seeds
         }
-        for protocol, own in zip(protocols, phases, strict=True)
+        for study, own in zip(studies, phases, strict=True)
     ]
 
 
 @torch.no_grad()
 def measure_together(
-    protocols: Sequence[HedgeProtocol], trained: Sequence[Mapping[int, Continuations]]
+    studies: Sequence[Hedge], trained: Sequence[Mapping[int, Continuations]]
 ) -> list[dict[int, DegreeScores]]:
-    """The degrees of several protocols with the same data, whose validation batches are read once for all.
+    """The degrees of several SAEs on the same data, whose validation batches are read once for all.
 
     SAEs are measured on the device where the activations are (a language model's may be on a GPU), one seed at a time, and
     then moved back. On several ranks each measures for itself, on whole batches (which a language model's ranks make together).
     """
-    data = protocols[0].data
+    data = studies[0].data
     decided_by_rank_zero(data.prepare_data)
     data.prepare_data()  # where ranks share no disk
     data.setup("fit")
     batches = [data.batch("val", index) for index in range(data.val_batches)]
     return [
-        {seed: _degree(own, seed, protocol.options.draws, batches) for seed in own}
-        for protocol, own in zip(protocols, trained, strict=True)
+        {seed: _degree(own, seed, study.options.draws, batches) for seed in own}
+        for study, own in zip(studies, trained, strict=True)
     ]
 
 
@@ -291,8 +257,10 @@ def _with_residual_hedging(scores: DegreeScores, control: SAE, batches: Sequence
     return scores._replace(residual_hedging=result.hedging, residual_hedging_std=result.std)
 
 
-def continued(sae: SAE, options: HedgeOptions, steps: int) -> SAE:
-    """Make an SAE that has been trained ready to be trained on: penalties as SPEC section 6 has them, learning rates."""
+def continuation(initial: SAE, role: str, seed: int, options: HedgeOptions, steps: int) -> SAE:
+    """What is trained on from a trained SAE: wider or not, penalties as SPEC section 6 has them, its own learning rate."""
+    wider = role == "extended"
+    sae = widen(initial, options.n_new, options.new_norm, seed) if wider else duplicate(initial)
     flat = flat_part(sae)
     if isinstance(flat, VanillaSAE):
         flat.l1_warmup_start = min(flat.l1_coefficient, options.l1_restart)
@@ -313,7 +281,7 @@ def _with_lr(optimizer: Callable[[Iterable[Any]], Optimizer], lr: float, paramet
 
 
 def outcome_of(
-    protocol: HedgeProtocol,
+    study: Hedge,
     trained: Mapping[int, Continuations],
     scores: Mapping[int, DegreeScores],
     probe: LLMProbe | None = None,
@@ -335,15 +303,13 @@ def outcome_of(
     }
     shown = [name for short in _SHOWN if (name := f"hedging/{short}") in numbers]
     spreads = {name: f" ± {numbers[f'{name}_seed_std']:.2g}" if f"{name}_seed_std" in numbers else "" for name in shown}
-    headline = [
-        f"{len(scores)} seeds, {protocol.steps} steps a phase" if len(scores) > 1 else f"{protocol.steps} steps a phase"
-    ]
+    headline = [f"seeds {', '.join(map(str, scores))}, {study.trainer.max_steps} steps a phase"]
     headline += [f"{name:<{max(map(len, shown))}}  {numbers[name]:.4g}{spreads[name]}" for name in shown]
-    studied = trained.items() if protocol.options.n_new == 1 else ()
+    studied = trained.items() if study.options.n_new == 1 else ()
     texts = {f"case_study/seed{seed}.html": page(own.control, own.extended, probe) for seed, own in studied}
     return Outcome(
-        numbers, {"hedging/latents.csv": rows}, figures, headline, step=2 * protocol.steps, texts=texts,
-        failure=dead_latents(scores, protocol.options.n_new),
+        numbers, {"hedging/latents.csv": rows}, figures, headline, step=2 * study.trainer.max_steps, texts=texts,
+        failure=dead_latents(scores, study.options.n_new),
     )  # fmt: skip
 
 

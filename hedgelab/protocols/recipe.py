@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from jsonargparse import ArgumentParser, Namespace
 
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 
 T = TypeVar("T")
 
@@ -35,16 +35,12 @@ class Recipe(Generic[T]):
     def __call__(self, **arguments: Any) -> T:
         """Make an object.
 
-        Args:
-            arguments: Arguments of the class that replace the section's.
-
         Raises:
             UserError: The class is unknown, or refuses its arguments.
         """
         section = _copy(self.section)
-        given = _arguments(section)
         for name, value in arguments.items():
-            given[name] = value
+            _arguments(section)[name] = value
         try:
             if not isinstance(section, Namespace):
                 section = self._parser.parse_object({"made": section})["made"]
@@ -53,33 +49,30 @@ class Recipe(Generic[T]):
             raise
         except Exception as error:
             cause: BaseException = error.__cause__ if isinstance(error.__cause__, UserError) else error
-            raise UserError(f"{self.key}: {' '.join(str(cause).split())}") from error
+            raise UserError(f"{self.key}: {one_line(str(cause))}") from error
         return made
 
     def at(self, values: Mapping[str, Any]) -> Recipe[T]:
-        """The recipe with other values at some keys.
-
-        Args:
-            values: Values by dotted key, written in full (with ``init_args``), list items by number.
+        """The recipe with other values at dotted keys, written in full (with ``init_args``), list items by number.
 
         Raises:
             UserError: The parsed section has no such key.
         """
-        section = _copy(self.section)
+        made = copy.copy(self)
+        made.section = _copy(self.section)
         for path, value in values.items():
-            node: Any = section
+            node: Any = made.section
             *parents, last = path.split(".")
             for part in parents:
-                node = self._child(node, part, path)
-            if isinstance(section, Namespace) and not _has(node, last):
-                raise self._no_such(path, last)
-            node[int(last) if isinstance(node, list) else last] = value
-        return self._like(section)
+                if isinstance(node, dict):
+                    node.setdefault(part, {})
+                node = node[self._place(node, part, path)]
+            node[last if isinstance(node, dict) else self._place(node, last, path)] = value
+        return made
 
     def with_weights_seed(self, seed: int) -> Recipe[T]:
         """The recipe of an SAE with another seed of its weights, which is that of the SAE inside it, if there is one."""
-        arguments = _arguments(_copy(self.section))
-        inner = "inner.init_args." if "inner" in arguments else ""
+        inner = "inner.init_args." if "inner" in _arguments(_copy(self.section)) else ""
         return self.at({f"init_args.{inner}init.seed": seed})
 
     @property
@@ -100,20 +93,13 @@ class Recipe(Generic[T]):
         plain: dict[str, Any] = section.as_dict() if isinstance(section, Namespace) else section
         return plain
 
-    def _like(self, section: Any) -> Recipe[T]:
-        made = copy.copy(self)
-        made.section = section
-        return made
-
-    def _child(self, node: Any, part: str, path: str) -> Any:
-        if not _has(node, part):
-            if isinstance(self.section, Namespace) or not isinstance(node, dict):
-                raise self._no_such(path, part)
-            node[part] = {}
-        return node[int(part) if isinstance(node, list) else part]
-
-    def _no_such(self, path: str, part: str) -> UserError:
-        return UserError(
+    def _place(self, node: Any, part: str, path: str) -> Any:
+        """Where a part of a key is in a node: by number in a list, by name elsewhere."""
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            return int(part)
+        if isinstance(node, (dict, Namespace)) and part in node:
+            return part
+        raise UserError(
             f"{self.key}.{path}: the config has no '{part}' there; keys are written in full, with init_args"
         )
 
@@ -126,9 +112,3 @@ def _arguments(section: Any) -> Any:
     if "init_args" not in section:
         section["init_args"] = {}
     return section["init_args"]
-
-
-def _has(node: Any, part: str) -> bool:
-    if isinstance(node, list):
-        return part.isdigit() and int(part) < len(node)
-    return isinstance(node, (dict, Namespace)) and part in node

@@ -44,11 +44,8 @@ class CutShortError(UserError):
 class Phase:
     """One SAE to be trained.
 
-    Attributes:
-        name: Name of its run, such as ``control/seed0``.
-        config: Plain values that, together, determine its outcome.
-        start: Makes the SAE as it is before its first step.
-        tracker: The run below which its own stands; None is the runner's.
+    ``config`` holds the plain values that together determine its outcome, ``start`` makes the SAE as it is before its first
+    step, and its run stands below that of ``tracker``, or else of the runner.
     """
 
     name: str
@@ -65,8 +62,7 @@ class Phase:
 class PhaseTrainer(L.Trainer):
     """A trainer that makes the trainers of several fits from its own arguments.
 
-    Attributes:
-        one_at_a_time: Whether SAEs are trained one after the other: the user's callbacks and loggers are made for one SAE.
+    SAEs are trained ``one_at_a_time`` where there are callbacks and loggers of the user's, which are made for one SAE.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -226,19 +222,10 @@ def fit_group(
 ) -> dict[str, SAE]:
     """Train SAEs on one stream, each recorded in its own run, which ends with the training, well or badly.
 
-    On several ranks all of them call this, from within :func:`~hedgelab.protocols.ranks.on_every_rank`.
-
-    Args:
-        trainer: Makes the trainer.
-        saes: The SAEs, by name; trained in place, where ranks do not split their latents.
-        trackers: Their runs, by the same names; empty for none.
-        data: Where activations come from.
-        begin: Called when the trainer is there, which from then on ends the runs; they begin no earlier.
-        ids: Stable ids of what is trained: a training of the same that was cut short is gone on with, in the same runs.
-            None for one that cannot be gone on with; untracked ones cannot either.
-
-    Returns:
-        The trained SAEs, whole on every rank, by name.
+    SAEs and their runs go by the same names; the SAEs that are returned are complete on every rank. Runs begin with
+    ``begin()``, when the trainer is there that ends them. A training of the same ``ids`` that was cut short is gone on with, in the same
+    runs, unless it was not tracked. On several ranks all of them call this, from within
+    :func:`~hedgelab.protocols.ranks.on_every_rank`.
 
     Raises:
         CutShortError: ``max_time`` has ended training before the last step.
@@ -275,12 +262,9 @@ def fit_group(
 
 
 class GroupCheckpoints:
-    """The checkpoints of SAEs that are trained together, ``runs/checkpoints/group-<hash>/``, found again by what is trained.
+    """The checkpoints of SAEs that are trained together, found again by what is trained: their stable ids by name.
 
-    Args:
-        root: Where checkpoints are kept, ``runs/checkpoints``.
-        members: What is trained: stable ids by name.
-        lone: Whether the one member is trained by itself, whose checkpoints are those of an SAE and not of a group.
+    They are in ``runs/checkpoints/group-<hash>/``. Those of a ``lone`` member are an SAE's and not a group's.
     """
 
     def __init__(self, root: Path, members: Mapping[str, str], lone: bool = False) -> None:

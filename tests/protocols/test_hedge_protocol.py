@@ -13,8 +13,7 @@ from hedgelab.protocols.hedge import (
     Continuations,
     Hedge,
     HedgeOptions,
-    HedgeProtocol,
-    continued,
+    continuation,
     dead_latents,
     measure_together,
     outcome_of,
@@ -31,9 +30,7 @@ from hedgelab.saes import (
     MatryoshkaSAE,
     TopKSAE,
     VanillaSAE,
-    duplicate,
     fresh,
-    widen,
 )
 from hedgelab.saes.io import same_weights
 
@@ -60,11 +57,12 @@ def toy():
 
 
 def protocol(model, label="", **options):
-    return HedgeProtocol(model, toy(), STEPS, HedgeOptions(n_new=2, new_norm=1.0, **options), {}, label=label)
+    trainer = PhaseTrainer(max_steps=STEPS, **QUIET)
+    return Hedge(model, toy(), trainer, HedgeOptions(n_new=2, new_norm=1.0, **options), label=label)
 
 
 def train(made):
-    return train_together([made], PhaseRunner(PhaseTrainer(max_steps=STEPS, **QUIET)))[0]
+    return train_together([made], PhaseRunner(made.trainer))[0]
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -78,9 +76,9 @@ def test_every_phase_is_what_it_would_be_alone(kind):
         return sae
 
     initial = alone(fresh(model, 0), 0)
-    options = HedgeOptions(lr=1e-2)
-    assert same_weights(trained.control, alone(continued(duplicate(initial), options, STEPS), STEPS))
-    assert same_weights(trained.extended, alone(continued(widen(initial, 2, 1.0, 0), options, STEPS), STEPS))
+    options = HedgeOptions(n_new=2, new_norm=1.0, lr=1e-2)
+    assert same_weights(trained.control, alone(continuation(initial, "control", 0, options, STEPS), STEPS))
+    assert same_weights(trained.extended, alone(continuation(initial, "extended", 0, options, STEPS), STEPS))
     assert not same_weights(trained.control, trained.reordered)
 
 
@@ -156,15 +154,18 @@ def test_phases_need_a_number_of_steps():
 
 
 def test_continued_l1_warms_up_from_where_the_spec_says():
+    def again(sae):
+        return continuation(sae, "control", 0, HedgeOptions(), STEPS)
+
     def start(coefficient):
-        return continued(VanillaSAE(D_IN, D_SAE, coefficient, l1_warmup_steps=9), HedgeOptions(), STEPS).l1_warmup_start
+        return again(VanillaSAE(D_IN, D_SAE, coefficient, l1_warmup_steps=9)).l1_warmup_start
 
     assert [start(0.5), start(10.0), start(40.0)] == [0.5, 10.0, 10.0]
-    assert continued(JumpReLUSAE(D_IN, D_SAE, 1.0, l0_warmup_steps=9), HedgeOptions(), STEPS).l0_warmup_steps == 0
+    assert again(JumpReLUSAE(D_IN, D_SAE, 1.0, l0_warmup_steps=9)).l0_warmup_steps == 0
 
 
 def test_continuations_may_have_a_learning_rate_of_their_own_that_decays():
-    sae = continued(TopKSAE(D_IN, D_SAE, k=2), HedgeOptions(lr=0.5, lr_decay=True), 4)
+    sae = continuation(TopKSAE(D_IN, D_SAE, k=2), "control", 0, HedgeOptions(lr=0.5, lr_decay=True), 4)
     made = sae.configure_optimizers()
     rates = []
     for _ in range(5):
@@ -238,4 +239,4 @@ def test_impossible_options_name_their_key(wrong, key):
 
 def test_too_many_new_latents_are_refused_before_training():
     with pytest.raises(UserError, match=r"hedge\.n_new: must be below d_in = 12"):
-        HedgeProtocol(TopKSAE(D_IN, D_SAE, k=2), toy(), 1, HedgeOptions(n_new=D_IN), {})
+        Hedge(TopKSAE(D_IN, D_SAE, k=2), toy(), PhaseTrainer(max_steps=1, **QUIET), HedgeOptions(n_new=D_IN))

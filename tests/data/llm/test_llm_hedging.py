@@ -3,7 +3,7 @@
 import torch
 
 from hedgelab.protocols.case_study import LLMProbe, page
-from hedgelab.protocols.hedge import HedgeOptions, HedgeProtocol, measure_together, train_together
+from hedgelab.protocols.hedge import Hedge, HedgeOptions, measure_together, train_together
 from hedgelab.protocols.training_phases import PhaseRunner, PhaseTrainer
 from hedgelab.saes import TopKSAE
 
@@ -14,15 +14,15 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 def test_protocol_runs_the_model_once_for_all_continuations_and_shows_what_moved(make_data, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     data = make_data(normalisation="centred", val_batches=2)
-    runner = PhaseRunner(PhaseTrainer(max_steps=STEPS, **QUIET))
+    trainer = PhaseTrainer(max_steps=STEPS, **QUIET)
     options = HedgeOptions(n_new=1, new_norm=1.0, seeds=2)
-    protocol = HedgeProtocol(TopKSAE(data.d_in, 12, k=4), data, STEPS, options, {})
-    (trained,) = train_together([protocol], runner)
+    study = Hedge(TopKSAE(data.d_in, 12, k=4), data, trainer, options)
+    (trained,) = train_together([study], PhaseRunner(trainer))
     stream = data.stream("train")
     blocks = -(-2 * STEPS // stream.batches_per_block)
     harvested = data.harvester.tokens - 20 * 16 * -(-2 // data.stream("val").batches_per_block)
     assert harvested <= 20 * 16 * (blocks + 2)  # the one at the seam again, and one that was prefetched
-    (scores,) = measure_together([protocol], [trained])
+    (scores,) = measure_together([study], [trained])
     assert all(0 <= result.degree < 1 for result in scores.values())
     text = page(trained[0].control, trained[0].extended, LLMProbe(data))
     assert text.count("promotes") == 1 + 2 * 8
