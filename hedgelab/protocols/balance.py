@@ -28,7 +28,6 @@ Array = NDArray[np.float64]
 _ELITE = 8  # one in eight of a round leads to the next
 _FIRST_WEIGHTS = (0.02, 1.0)
 _SHOWN = ("β = 1, plain matryoshka", "best β", "adaptive weights, one a level", "one weight a level", "credit, β = 1")
-_NUMBERS = ("encoder_error", "decoder_error", "mse", "mcc")
 
 
 @dataclass(frozen=True)
@@ -78,16 +77,10 @@ class WeightSearch:
 
 
 class Score(NamedTuple):
-    """What came of an SAE.
+    """What came of an SAE: its levels' weights at the end, the cosines of its parent's latent with the features, and numbers.
 
-    Attributes:
-        weights: Weight of each level at the end.
-        encoder: Cosines of the parent's encoder with the features, ``[n]``.
-        decoder: Cosines of its decoder row with them, ``[n]``.
-        encoder_error: Length of the unit encoder's part off its own feature; 0: a clean parent.
-        decoder_error: The decoder row's.
-        mse: Squared error of the SAE.
-        mcc: Of all latents.
+    ``encoder_error`` is the length of the parent's unit encoder off its own feature (0: a clean parent), ``decoder_error`` that
+    of its decoder row.
     """
 
     weights: list[float]
@@ -99,8 +92,8 @@ class Score(NamedTuple):
     mcc: float
 
     def numbers(self) -> dict[str, float]:
-        """Its numbers by name."""
-        return {name: getattr(self, name) for name in _NUMBERS}
+        """Errors by name."""
+        return {name: getattr(self, name) for name in ("encoder_error", "decoder_error", "mse", "mcc")}
 
 
 Make = Callable[..., MatryoshkaSAE]
@@ -211,12 +204,7 @@ class BalanceStudy(Study):
 def find_balance(
     make: Make, train: Train, betas: BetaGrid, search: WeightSearch | None = None, starts: Sequence[float] = (1.0,)
 ) -> tuple[dict[str, list[Score]], dict[str, Score]]:
-    """Train an SAE for each way to weight levels, each of adaptive weights' ``starts`` among them.
-
-    Returns:
-        Scores over the grid, of the plain matryoshka SAE (``β``) and of that with full credit (``β, credit``); and
-        scores of single SAEs by method: fixed β, the best β, one weight a level, adaptive weights, credit.
-    """
+    """Train an SAE for each way to weight levels: curves over the grid of β, and the score of a single SAE by method."""
     grid = betas.values()
     plain = train([make(beta=beta) for beta in grid])
     place = plain.index(_best(plain))

@@ -182,7 +182,15 @@ class Phase(Study):
         rows = self._rows({**measured, **closed})
         headline = [f"{len(rows)} SAEs, {self.steps} steps each"]
         headline += aligned([[name, f"{value:.5g}"] for name, value in metrics.items()]).splitlines()
-        parts = self._parts(rows) if self.log_members == "runs" else []
+        given = (x.label, y.label, "seed")
+        parts = [
+            Part(
+                str(number),
+                {name: float(row[name]) for name in given},
+                {name: value for name, value in row.items() if name not in given and np.isfinite(value)},
+            )
+            for number, row in enumerate(rows if self.log_members == "runs" else [])
+        ]
         return Outcome(metrics, {"table.csv": rows}, figures, headline, parts, self.steps)
 
     def cells(self, bench: Bench) -> list[Cell]:
@@ -216,34 +224,16 @@ class Phase(Study):
             for (cell, (b, a)), seed in places
         ]
 
-    def _parts(self, rows: Sequence[Row]) -> list[Part]:
-        """Every SAE as a child run: what it was given as parameters, what came out as metrics."""
-        given = (self.x.label, self.y.label, "seed")
-        return [
-            Part(
-                str(number),
-                {name: float(row[name]) for name in given},
-                {name: value for name, value in row.items() if name not in given and np.isfinite(value)},
-            )
-            for number, row in enumerate(rows)
-        ]
-
 
 def train_and_measure(
     bench: Bench, cells: Sequence[Cell], steps: int, quantities: Sequence[Quantity], target: Target
 ) -> dict[str, Array]:
     """Train every seed of every cell at once on its exact population; the loss and each quantity, ``[cells, seeds]``.
 
-    Args:
-        bench: Trains.
-        cells: The points of the diagram.
-        steps: Optimiser steps.
-        quantities: ``hedging`` and ``encoder``: component of the latent's unit decoder row and encoder column along the other
-            feature, signed so that its own counts as positive; ``impurity``: length of the decoder row's part off its own
-            feature, all others together; ``absorption``: share of the latent's activation on its own feature that is lost where
-            the other fires too (1: silent there); ``mcc``; ``loss_gap``: how much worse the loss would be with the decoder kept
-            at the true features, for which all train a second time.
-        target: The latent and the two features.
+    ``hedging`` and ``encoder``: component of the latent's unit decoder row and encoder column along the other feature, signed
+    so that its own counts as positive; ``impurity``: length of the decoder row's part off its own feature, all others together;
+    ``absorption``: share of the latent's activation on its own feature that is lost where the other fires too (1: silent
+    there); ``loss_gap``: how much worse the loss would be with the decoder kept at the true features; all train again for it.
     """
     members = [member for cell in cells for member in cell.members]
     seeds = len(cells[0].members)
@@ -260,10 +250,9 @@ def train_and_measure(
     measured = {"loss": losses}
     for name in quantities:
         match name:
-            case "hedging":
-                measured[name] = decoder[:, target.latent, target.other] * along.sign()
-            case "encoder":
-                measured[name] = encoder[:, target.latent, target.other] * along.sign()
+            case "hedging" | "encoder":
+                components = decoder if name == "hedging" else encoder
+                measured[name] = components[:, target.latent, target.other] * along.sign()
             case "impurity":
                 measured[name] = (1 - along.square()).clamp_min(0).sqrt()
             case "absorption":

@@ -223,9 +223,8 @@ def fit_group(
     """Train SAEs on one stream, each recorded in its own run, which ends with the training, well or badly.
 
     SAEs and their runs go by the same names; the SAEs that are returned are complete on every rank. Runs begin with
-    ``begin()``, when the trainer is there that ends them. A training of the same ``ids`` that was cut short is gone on with, in the same
-    runs, unless it was not tracked. On several ranks all of them call this, from within
-    :func:`~hedgelab.protocols.ranks.on_every_rank`.
+    ``begin()``, when the trainer is there that ends them. A tracked training of the same ``ids`` that was cut short is gone on
+    with, in the same runs. On several ranks all of them call this, within :func:`~hedgelab.protocols.ranks.on_every_rank`.
 
     Raises:
         CutShortError: ``max_time`` has ended training before the last step.

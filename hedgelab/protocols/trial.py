@@ -78,17 +78,8 @@ class TrialOptions:
 class TrialScore(NamedTuple):
     """One SAE of a trial.
 
-    Attributes:
-        kind: Kind of SAE.
-        width: Its latents.
-        toy: The toy.
-        seed: Its seed.
-        true_hedging: Mean over live latents, from the known features.
-        residual_hedging: What the errors' spread says.
-        residual_std: Its standard error.
-        degree: The hedging degree.
-        tracked: Features that a latent tracks.
-        levels: See :func:`level_hedging`; empty for SAEs without levels.
+    True hedging is the mean over live latents, from the known features; ``tracked`` counts the features that a latent tracks;
+    ``levels`` holds :func:`level_hedging` and is empty for SAEs without levels.
     """
 
     kind: str
@@ -192,39 +183,27 @@ class Trial(Study):
 
     def _figures(self, scores: Sequence[TrialScore], ranks: dict[str, dict[str, float]]) -> dict[str, Figure]:
         """Measures against the truth, the truth over widths, and where there are levels, over them."""
-        widths = sorted(set(self.options.widths))
-        of = {
-            kind: {toy: [s for s in scores if (s.kind, s.toy) == (kind, toy)] for toy in self.toys}
-            for kind in self.kinds
-        }
+        kinds, toys, widths = self.kinds, self.toys, sorted(set(self.options.widths))
+        of = {(k, t): [s for s in scores if (s.kind, s.toy) == (k, t)] for k in kinds for t in toys}
         points = {
-            label: {
-                kind: {toy: [(s.true_hedging, getattr(s, name)) for s in own] for toy, own in by_toy.items()}
-                for kind, by_toy in of.items()
-            }
+            label: {k: {t: [(s.true_hedging, getattr(s, name)) for s in of[k, t]] for t in toys} for k in kinds}
             for label, name in _MEASURES.items()
         }
         curves = {
-            kind: {
-                toy: {width: [s.true_hedging for s in own if s.width == width] for width in widths}
-                for toy, own in by_toy.items()
-            }
-            for kind, by_toy in of.items()
+            k: {t: {w: [s.true_hedging for s in of[k, t] if s.width == w] for w in widths} for t in toys} for k in kinds
         }
         figures = {
             "against_truth.png": measures_against_truth(points, ranks),
             "widths.png": hedging_over_width(curves),
         }
         if nested := [score for score in scores if score.levels]:
+            by_level = {
+                t: {w: zip(*(s.levels for s in nested if (s.toy, s.width) == (t, w)), strict=True) for w in widths}
+                for t in toys
+            }
             levels = {
-                toy: {
-                    width: [
-                        statistics.fmean(values)
-                        for values in zip(*(s.levels for s in nested if (s.toy, s.width) == (toy, width)), strict=True)
-                    ]
-                    for width in widths
-                }
-                for toy in self.toys
+                t: {w: [statistics.fmean(seeds) for seeds in one] for w, one in own.items()}
+                for t, own in by_level.items()
             }
             figures["levels.png"] = hedging_of_levels(levels)
         return figures
@@ -303,28 +282,22 @@ def _score(
         residual_std=float(residual.std),
         degree=float(degree.degree),
         tracked=int((tracked.feature >= 0).sum()),
-        levels=level_hedging(control, control.W_dec, directions, fired, sums) if nested else (),
+        levels=level_hedging(control, directions, fired, sums) if nested else (),
     )  # fmt: skip
 
 
 def level_hedging(
-    sae: MatryoshkaSAE, W_dec: Tensor, directions: Tensor, fired: Tensor, sums: RegressionSums | None = None
+    sae: MatryoshkaSAE, directions: Tensor, fired: Tensor, sums: RegressionSums | None = None
 ) -> tuple[float, ...]:
     """True hedging of each level's own latents, innermost first: along features that no latent of *their prefix* tracks.
 
     An inner level must reconstruct without the latents that come after it, so it hedges on features that those track.
-
-    Args:
-        sae: Whose levels.
-        W_dec: Its decoder, ``[d_sae, d_in]``.
-        directions: True directions, ``[n, d_in]``.
-        fired: Firings of each latent, ``[d_sae]``.
-        sums: Of the regression of features on codes; None where features do not overlap.
+    ``fired`` counts firings of each latent; ``sums``, of the regression of features on codes, are given where features overlap.
     """
     values = []
     for own in sae.level_slices():
         prefix = None if sums is None else sums.first(own.stop)
-        true = true_hedging(W_dec[: own.stop], directions, fired[: own.stop], prefix)
+        true = true_hedging(sae.W_dec[: own.stop], directions, fired[: own.stop], prefix)
         values.append(float(true[own][fired[own] > 0].nanmean()))
     return tuple(values)
 

@@ -22,8 +22,9 @@ def test_agreement_is_spearmans():
 
 def test_inner_levels_hedge_on_what_later_levels_track():
     sae = MatryoshkaSAE(4, lambda d_in: BatchTopKSAE(d_in, 2, k=1), levels=[1, 2])
-    W_dec = torch.tensor([[0.8, 0.6, 0.0, 0.0], [0.0, 0.96, 0.28, 0.0]])
-    inner, outer = level_hedging(sae, W_dec, torch.eye(4), torch.tensor([True, True]))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.tensor([[0.8, 0.6, 0.0, 0.0], [0.0, 0.96, 0.28, 0.0]]))
+        inner, outer = level_hedging(sae, torch.eye(4), torch.tensor([True, True]))
     assert inner == pytest.approx(0.6)  # along feature 1, which the second level's latent tracks
     assert outer == pytest.approx(0.28)
 
