@@ -12,7 +12,7 @@ from tqdm import tqdm
 from hedgelab.config.tree import Tree
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding, stable_id
-from hedgelab.protocols.hedge import HedgeProtocol
+from hedgelab.protocols.hedge import Hedge
 from hedgelab.protocols.sweep.axes import Cell
 from hedgelab.protocols.sweep.config import Grid, with_seed
 from hedgelab.protocols.sweep.executors import ONE_PROCESS, Processes
@@ -97,7 +97,7 @@ def _units(grid: Grid, place: list[tuple[Cell, Tree]], parse: Parse, construct: 
             if parsed.trainer.max_steps < 1:
                 raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
             if (options := parsed.hedge_options()) is not None:
-                HedgeProtocol(parsed.model, parsed.datamodule, 1, options, {})
+                Hedge(parsed.model, parsed.datamodule, parsed.trainer, options)
         resolved = parsed.resolved()
         stable = stable_id({"command": command, **deciding(resolved), "seeds": seeds})
         stream, tracking, processes = _checked(name, resolved)

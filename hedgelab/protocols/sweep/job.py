@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from hedgelab.errors import UserError, one_line
 from hedgelab.identity import SCHEME
 from hedgelab.kernels.allocator import keep_large_blocks
-from hedgelab.protocols.hedge import HedgeProtocol, measure_hedging
+from hedgelab.protocols.hedge import Hedge, measure_hedging
 from hedgelab.protocols.ranks import decided_by_rank_zero, on_every_rank, ranks_at_work, say, say_names
 from hedgelab.protocols.study import Bench
 from hedgelab.protocols.sweep.cells import Parse, Unit
@@ -145,24 +145,24 @@ def _train(job: Job, units: Sequence[Unit], first: Any) -> dict[str, str]:
             return {}
         runner = PhaseRunner(first.trainer, next(iter(trackers.values())), retrain=job.retrain)
         try:
-            protocols = [
-                HedgeProtocol(
-                    one.model, first.datamodule, first.trainer.max_steps, one.hedge_options(), outcome_of(one.resolved()),
-                    members[name].seeds, trackers[name], f"{name}/",
+            studies = [
+                Hedge(
+                    one.model, first.datamodule, first.trainer, one.hedge_options(), outcome_of(one.resolved()),
+                    seeds=members[name].seeds, tracker=trackers[name], label=f"{name}/",
                 )
                 for name, one in parsed.items()
             ]  # fmt: skip
             begin()
             for tracker in trackers.values():
                 tracker.log_tags({"protocol": "hedge", **provenance_tags(ranks_at_work())})
-            outcomes = measure_hedging(protocols, runner)
+            outcomes = measure_hedging(studies, runner)
         except BaseException:
             for tracker in trackers.values():
                 tracker.finalize("failed")
             raise
-        for tracker, protocol, outcome in zip(trackers.values(), protocols, outcomes, strict=True):
+        for tracker, study, outcome in zip(trackers.values(), studies, outcomes, strict=True):
             Bench(tracker=tracker).keep(outcome)
-            tracker.log_metrics(_quality(protocol, runner, tracker), outcome.step)
+            tracker.log_metrics(_quality(study, runner, tracker), outcome.step)
             tracker.finalize("success" if outcome.failure is None else "failed")
         return {name: one.failure for name, one in zip(members, outcomes, strict=True) if one.failure is not None}
 
@@ -206,7 +206,7 @@ def _missing(job: Job, units: Sequence[Unit], locks: ExitStack) -> list[str] | N
     return list(ids) if begun else missing
 
 
-def _quality(protocol: HedgeProtocol, runner: PhaseRunner, tracker: MLflowTracker) -> dict[str, float]:
+def _quality(study: Hedge, runner: PhaseRunner, tracker: MLflowTracker) -> dict[str, float]:
     """How well trained the compared SAEs are, from their own runs: ``control/explained_variance``, and so on.
 
     Means over seeds; with several seeds every seed's own as well (``control/seed0/explained_variance``).
@@ -214,8 +214,8 @@ def _quality(protocol: HedgeProtocol, runner: PhaseRunner, tracker: MLflowTracke
     numbers: dict[str, float] = {}
     for role in ("control", "extended"):
         by_seed = {
-            seed: tracker.experiment.get_run(runner.run_ids[f"{protocol.label}{role}/seed{seed}"]).data.metrics
-            for seed in protocol.seeds
+            seed: tracker.experiment.get_run(runner.run_ids[f"{study.label}{role}/seed{seed}"]).data.metrics
+            for seed in study.seeds
         }
         shared = set.intersection(*(set(metrics) for metrics in by_seed.values()))
         for name in sorted(name.removeprefix("val/") for name in shared if name.startswith("val/")):
