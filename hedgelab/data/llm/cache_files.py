@@ -1,8 +1,8 @@
-"""Activation caches on disk: a zarr array of raw activations, a manifest that says whose, a record of each shard.
+"""Activation caches on disk: a manifest that says whose activations they are, and shards in safetensors.
 
-``DIR/activations`` is a zarr v3 array ``[contexts, context_length, d_in]``: one chunk a context with a checksum, many chunks
-a shard. Every position is kept as the model gives it, so that batch size, seed, normalisation, held-out share, skipped
-positions and outlier limit are free when it is read.
+A shard ``DIR/shards/000012.safetensors`` holds ``activations`` ``[contexts, context_length, d_in]`` and a checksum of each
+context. It appears whole or not at all. Every position is kept as the model gives it, so that batch size, seed,
+normalisation, held-out share, skipped positions and outlier limit are free when it is read.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from hedgelab import __version__
@@ -29,10 +29,10 @@ from hedgelab.errors import UserError, one_line
 Identity = Mapping[str, Any]
 """Keys of section ``data`` (``model``, ``hook``, …) with the values that raw activations depend on."""
 
-_FORMAT = 1
+_FORMAT = 2
 _SHARD_TOKENS = 16384  # at most so much is computed in vain when writing is interrupted
-_ON_DISK = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # zarr has no bfloat16
-_MENDED = "`hedgelab cache --verify` with this config finds and writes anew whatever is damaged"
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in the words of safetensors
+_LARGEST = 2**40
 _SHOWN = 72
 
 
@@ -40,12 +40,11 @@ class ActivationCache:
     """A folder of activations that is there already; :meth:`begin` makes one.
 
     Raises:
-        UserError: There is none, or its files are not those of a cache.
+        UserError: There is none, or its manifest is damaged or of another format.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._zarr = _zarr()
         path = self.folder / "manifest.json"
         if not path.is_file():
             raise UserError(
@@ -54,30 +53,20 @@ class ActivationCache:
             )
         try:
             self.manifest = json.loads(path.read_text())
-            self._open()
-        except Exception as error:  # whatever zarr makes of files that are not its own
-            reason = (one_line(str(error)) or type(error).__name__)[:200]
-            raise UserError(f"data.cache: '{folder}' is damaged ({reason}); delete it and write it anew") from error
-
-    def _open(self) -> None:
-        """Open the array, if it is laid out as :meth:`begin` does: no other codec of zarr's is ever at work."""
-        manifest = self.manifest
-        if manifest["format"] != _FORMAT:
-            raise ValueError(f"it has format {manifest['format']}, this hedgelab reads {_FORMAT}")
-        self.contexts: int = manifest["contexts"]
-        self.contexts_per_shard: int = manifest["contexts_per_shard"]
-        self.storage_dtype: str = manifest["storage_dtype"]
-        self.shape: tuple[int, int] = (manifest["activations"]["context_length"], manifest["d_in"])
-        self._array = self._zarr.open_array(
-            self.folder / "activations", mode="r+" if os.access(self.folder, os.W_OK) else "r", zarr_format=3
-        )
-        array, codecs = self._array, [type(codec) for codec in self._array.compressors]
-        found = (array.shape[1:], array.chunks, array.shards, str(array.dtype), array.filters, codecs)
-        shard, stored = (self.contexts_per_shard, *self.shape), _ON_DISK[self.storage_dtype]
-        if found != (self.shape, (1, *self.shape), shard, stored, (), [self._zarr.codecs.Crc32cCodec]):
-            raise ValueError("zarr.json: an array of another shape or kind than manifest.json says")
-        if not 1 <= self.contexts <= array.shape[0]:
-            raise ValueError("zarr.json: another number of contexts than manifest.json says")
+            if self.manifest["format"] != _FORMAT:
+                raise ValueError(f"it has format {self.manifest['format']}, this hedgelab reads format {_FORMAT}")
+            self.contexts: int = self.manifest["contexts"]
+            self.contexts_per_shard: int = self.manifest["contexts_per_shard"]
+            self.storage_dtype: str = self.manifest["storage_dtype"]
+            self.shape: tuple[int, int] = (self.manifest["activations"]["context_length"], self.manifest["d_in"])
+            numbers = (self.contexts, self.contexts_per_shard, *self.shape)
+            if self.storage_dtype not in _DTYPES or any(type(n) is not int or not 0 < n < _LARGEST for n in numbers):
+                raise ValueError(f"manifest.json: impossible sizes {numbers} or number format {self.storage_dtype!r}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"data.cache: '{folder}' is damaged or of another release ({one_line(str(error))[:200]}); delete it and write "
+                "it anew with `hedgelab cache` and this config"
+            ) from error
 
     @classmethod
     def begin(
@@ -107,33 +96,41 @@ class ActivationCache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache: cannot make the folder '{folder}': {error.strerror}") from error
+        path = folder / "manifest.json"
         with FileLock(folder / ".lock"):
-            if not (folder / "manifest.json").is_file():
-                if any(path.name != ".lock" for path in folder.iterdir()):
+            if not path.is_file():
+                if not all(found.name.startswith((".lock", ".manifest.json")) for found in folder.iterdir()):
                     raise UserError(f"data.cache: '{folder}' holds other files; give a folder that is new or empty")
-                _make(folder, identity, contexts, d_in, storage_dtype, shard)
+                manifest = {
+                    "format": _FORMAT,
+                    "hedgelab": __version__,
+                    "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "contexts": contexts,
+                    "contexts_per_shard": shard or max(1, _SHARD_TOKENS // identity["context_length"]),
+                    "d_in": d_in,
+                    "storage_dtype": storage_dtype,
+                    "normalisation": "none: applied when read",
+                    "activations": dict(identity),
+                }
+                _replace(path, json.dumps(manifest, indent=2).encode())
+            for name in ("shards", "locks"):
+                (folder / name).mkdir(exist_ok=True)
             cache = cls(folder)
             cache.check_identity(identity)
             cache.check_dtype(storage_dtype, exactly=True)
             if contexts > cache.contexts:
-                cache._array.resize((contexts, *cache.shape))
                 cache.contexts = cache.manifest["contexts"] = contexts
-                _write_json(folder / "manifest.json", cache.manifest)
+                _replace(path, json.dumps(cache.manifest, indent=2).encode())
             return cache
 
     def check_identity(self, wanted: Identity) -> None:
         """Raise a UserError that names the first key in which a config asks for other activations than these."""
-        holds = self.manifest["activations"]
         for key, value in wanted.items():
-            if holds.get(key) == value:
-                continue
-            fix = "correct the key, or give data.cache a folder of its own"
-            if key == "model" and re.fullmatch(r"weights [0-9a-f]{16}", str(holds.get(key))):
-                fix = "release 0.1.0 knew models by samples of their weights: write the cache anew, into a folder of its own"
-            raise UserError(
-                f"data.{key}: the cache in '{self.folder}' holds {_shown(holds.get(key))}, this config asks for "
-                f"{_shown(value)}; {fix}"
-            )
+            if (holds := self.manifest["activations"].get(key)) != value:
+                raise UserError(
+                    f"data.{key}: the cache in '{self.folder}' holds {_shown(holds)}, this config asks for {_shown(value)}; "
+                    "correct the key, or give data.cache a folder of its own"
+                )
 
     def check_dtype(self, wanted: str, exactly: bool = False) -> None:
         """Raise a UserError unless a number format can be had: the cache's own, or what its float32 rounds to."""
@@ -145,13 +142,6 @@ class ActivationCache:
 
     def check_coverage(self, contexts: int) -> None:
         """Raise a UserError unless the first ``contexts`` contexts are written, as far as sizes tell."""
-        for shard in self.shards:
-            record, size = self._record(shard), self._size(shard)
-            if shard * self.contexts_per_shard < contexts and record and size != record["bytes"]:
-                raise UserError(
-                    f"data.cache: {self._path(shard)} has {size} bytes instead of {record['bytes']}; `hedgelab cache` with "
-                    "this config writes it anew"
-                )
         there = self.leading()
         if there < contexts:
             raise UserError(
@@ -171,7 +161,7 @@ class ActivationCache:
         return range(start, min(start + self.contexts_per_shard, self.contexts))
 
     def is_done(self, shard: int) -> bool:
-        """Whether a shard is written with all of its contexts, and has the size that it had then."""
+        """Whether a shard is written with all of its contexts, as far as sizes tell."""
         return self._written(shard) == len(self.contexts_of(shard))
 
     def leading(self) -> int:
@@ -182,7 +172,7 @@ class ActivationCache:
     def bytes_of(self, shard: int) -> int:
         """Size of a shard on disk, about."""
         length, d_in = self.shape
-        return len(self.contexts_of(shard)) * (length * d_in * np.dtype(_ON_DISK[self.storage_dtype]).itemsize + 24)
+        return len(self.contexts_of(shard)) * (length * d_in * getattr(torch, self.storage_dtype).itemsize + 8)
 
     def write(self, shard: int, rows: Tensor) -> None:
         """Write a shard whole, ``[contexts, context_length, d_in]``; of several processes one at a time may.
@@ -190,42 +180,38 @@ class ActivationCache:
         Raises:
             OSError: The disk is full, or refuses otherwise; the shard then counts as not written.
         """
-        chosen = self.contexts_of(shard)
-        if not self._written(shard):
-            self._path(shard).unlink(missing_ok=True)  # zarr would add to what is there
-        self._record_path(shard).unlink(missing_ok=True)
-        for left in self._path(shard).parent.glob("*.partial"):  # of a process that was killed
-            left.unlink(missing_ok=True)
-        values = rows.cpu().to(getattr(torch, self.storage_dtype)).contiguous()
-        bits = values.view(torch.uint16) if self.storage_dtype == "bfloat16" else values
-        self._array[chosen.start : chosen.stop] = bits.numpy()
-        _write_json(self._record_path(shard), {"contexts": len(chosen), "bytes": self._size(shard)})
+        rows = rows.cpu().to(getattr(torch, self.storage_dtype)).contiguous()
+        checksums = torch.tensor([_checksum(context) for context in rows])
+        _replace(self._path(shard), save({"activations": rows, "checksums": checksums}))
 
     def read(self, numbers: Tensor) -> Tensor:
         """Activations of some contexts, ``[n, context_length, d_in]``, in the number format on disk.
 
         Raises:
-            UserError: A chunk is damaged.
+            UserError: A shard is damaged.
         """
         rows = torch.empty(len(numbers), *self.shape, dtype=getattr(torch, self.storage_dtype))
-        bits = (rows.view(torch.uint16) if self.storage_dtype == "bfloat16" else rows).numpy()
-        for row, number in enumerate(numbers.tolist()):  # eight times as fast as zarr's own selection of several
+        for row, number in enumerate(numbers.tolist()):
+            shard, place = divmod(number, self.contexts_per_shard)
             try:
-                bits[row] = self._array[number]
-            except Exception as error:  # whatever zarr makes of bytes that are not its own
-                reason = one_line(str(error)).split(". ")[0] or type(error).__name__
-                path = self._path(number // self.contexts_per_shard)
-                raise UserError(f"data.cache: context {number} in {path} is damaged ({reason}); {_MENDED}") from error
+                with safe_open(self._path(shard), "pt") as file:
+                    rows[row] = file.get_slice("activations")[place : place + 1][0]
+                    checksum = int(file.get_slice("checksums")[place : place + 1])
+                if checksum != _checksum(rows[row]):
+                    raise ValueError("its checksum differs")
+            except (OSError, ValueError, RuntimeError, IndexError, SafetensorError) as error:
+                raise UserError(
+                    f"data.cache: context {number} in {self._path(shard)} is damaged ({one_line(str(error))}); `hedgelab cache "
+                    "--verify` with this config finds and writes anew whatever is damaged"
+                ) from error
         return rows
 
-    def verify(self, shard: int) -> bool:
-        """Whether every checksum of a shard agrees; forgets the shard, so that it is written anew, where one does not."""
+    def verify(self, shard: int) -> None:
+        """Compare every checksum of a shard; delete the shard, so that it is written anew, where one differs."""
         try:
             self.read(torch.tensor(self.contexts_of(shard)))
         except UserError:
-            self._record_path(shard).unlink(missing_ok=True)
-            return False
-        return True
+            self._path(shard).unlink(missing_ok=True)
 
     def claim(self, shard: int) -> BaseFileLock | None:
         """Hold a shard against other processes until released, in whatever thread; None where another one holds it."""
@@ -237,25 +223,18 @@ class ActivationCache:
         return lock
 
     def _path(self, shard: int) -> Path:
-        return self.folder / "activations" / "c" / str(shard) / "0" / "0"
-
-    def _size(self, shard: int) -> int:
-        return self._path(shard).stat().st_size if self._path(shard).is_file() else 0
-
-    def _record_path(self, shard: int) -> Path:
-        return self.folder / "shards" / f"{shard:06}.json"
-
-    def _record(self, shard: int) -> dict[str, int] | None:
-        try:
-            record: dict[str, int] = json.loads(self._record_path(shard).read_text())
-            return record if {"contexts", "bytes"} <= record.keys() else None
-        except (OSError, ValueError, AttributeError):
-            return None
+        return self.folder / "shards" / f"{shard:06}.safetensors"
 
     def _written(self, shard: int) -> int:
-        """How many contexts of a shard are on disk: those of its record, while the file has the size that it had then."""
-        record = self._record(shard)
-        return record["contexts"] if record and record["bytes"] == self._size(shard) else 0
+        """How many contexts of a shard are on disk; none where its file is missing, cut off or of another shape."""
+        try:
+            with safe_open(self._path(shard), "pt") as file:
+                activations = file.get_slice("activations")
+                n, *shape = activations.get_shape()
+                kept = activations.get_dtype() == _DTYPES[self.storage_dtype] and tuple(shape) == self.shape
+                return int(n) if kept and n <= self.contexts_per_shard else 0
+        except (OSError, ValueError, SafetensorError):
+            return 0
 
 
 class CachedRows(Worker):
@@ -266,66 +245,28 @@ class CachedRows(Worker):
         self._cache, self._dtype, self._device = cache, dtype, device
 
     def rows(self, numbers: Tensor, usable: Tensor) -> Tensor:
-        """Activations at the usable positions ``[n, length]`` of contexts ``numbers`` ``[n]``, ``[rows, d_in]``.
-
-        Raises:
-            UserError: The cache is damaged there.
-        """
+        """Activations at the usable positions ``[n, length]`` of contexts ``numbers`` ``[n]``, ``[rows, d_in]``."""
         start = time.perf_counter()
         rows = self._cache.read(numbers).to(self._dtype)[usable]
-        if not torch.isfinite(rows).all():
-            raise UserError(
-                f"data.cache: '{self._cache.folder}' lacks activations that it had, or holds some not finite; {_MENDED}"
-            )
         self.tokens += usable.numel()
         self.seconds += time.perf_counter() - start
         return rows.to(self._device)
 
 
-def _zarr() -> ModuleType:
-    try:
-        import zarr
-    except ImportError:
-        raise UserError("data.cache: needs zarr, which is not installed; pip install 'hedgelab[llm]'") from None
-    module: ModuleType = zarr
-    return module
+def _checksum(context: Tensor) -> int:
+    return zlib.crc32(context.view(torch.uint8).numpy())
 
 
-def _make(folder: Path, identity: Identity, contexts: int, d_in: int, storage_dtype: str, shard: int | None) -> None:
-    """An empty cache; the manifest comes last, so that a folder without one holds nothing yet."""
-    zarr, length = _zarr(), identity["context_length"]
-    shard = max(1, _SHARD_TOKENS // length) if shard is None else shard
-    for name in ("shards", "locks"):
-        (folder / name).mkdir(exist_ok=True)
-    zarr.create_array(
-        folder / "activations",
-        shape=(contexts, length, d_in),
-        dtype=_ON_DISK[storage_dtype],
-        chunks=(1, length, d_in),
-        shards=(shard, length, d_in),
-        compressors=[zarr.codecs.Crc32cCodec()],  # activations do not compress; a checksum a chunk
-        filters=None,
-        fill_value=0x7FC0 if storage_dtype == "bfloat16" else "NaN",  # what a missing chunk reads as: not a number
-    )
-    manifest = {
-        "format": _FORMAT,
-        "hedgelab": __version__,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "contexts": contexts,
-        "contexts_per_shard": shard,
-        "d_in": d_in,
-        "storage_dtype": storage_dtype,
-        "normalisation": "none: applied when read",
-        "activations": dict(identity),
-    }
-    _write_json(folder / "manifest.json", manifest)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a file whole, or not at all."""
+def _replace(path: Path, content: bytes) -> None:
+    """Replace a file whole, or not at all; only one process at a time may."""
+    for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+        left.unlink(missing_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=2))
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _shown(value: Any) -> str:

@@ -9,8 +9,6 @@ import yaml
 
 from hedgelab.cli import main
 
-pytest.importorskip("zarr")
-
 
 @pytest.fixture
 def config(tiny_model, tiny_text, tmp_path, monkeypatch):
@@ -56,7 +54,7 @@ def test_write_then_fit_then_nothing_left(config, capsys):
     capsys.readouterr()
     assert main(["cache", "--config=tiny.yaml"]) == 0
     assert "nothing was left to write" in capsys.readouterr().out
-    shards = [path for path in Path("acts").rglob("0") if path.is_file()]
+    shards = sorted(Path("acts/shards").iterdir())
     damaged = bytearray(shards[0].read_bytes())
     for start in range(7, len(damaged) - 5000, 16 * 32 * 4):  # a byte of nearly every context
         damaged[start] ^= 64
@@ -69,7 +67,7 @@ def test_write_then_fit_then_nothing_left(config, capsys):
     refused(["fit", "--config=tiny.yaml", "--data.layer=0"], ["data.hook", "layers.1", "layers.0"], capsys)
     refused(["cache", "--config=tiny.yaml", "--data.context_length=8"], ["data.context_length", "16", "8"], capsys)
     shards[0].write_bytes(damaged[:1000])
-    refused(["fit", "--config=tiny.yaml"], ["data.cache", str(shards[0]), "1000 bytes instead of"], capsys)
+    refused(["fit", "--config=tiny.yaml"], ["data.cache", "holds the first 0 of"], capsys)
 
 
 MISTAKES = {

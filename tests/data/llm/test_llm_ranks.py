@@ -18,7 +18,6 @@ KINDS = fits.KINDS
 @pytest.fixture(scope="module")
 def cache(make_data, tmp_path_factory):
     """A complete cache of the tiny model's activations."""
-    pytest.importorskip("zarr")
     folder = tmp_path_factory.mktemp("activations") / "cache"
     data = make_data()
     write_cache(data, str(folder), shard=32)

@@ -51,7 +51,6 @@ def fit(data, folder, checkpoint=None, stop_at=None):
 def test_stopped_and_gone_on_with(source, step, make_data, tmp_path):
     options = {}
     if source == "cache":
-        pytest.importorskip("zarr")
         written = make_data()
         write_cache(written, str(tmp_path / "cache"), shard=32)
         written.teardown("fit")

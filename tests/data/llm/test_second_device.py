@@ -57,7 +57,6 @@ def second(monkeypatch):
 def test_batches(make_data, tmp_path, second, options, cached):
     if cached:
         options = options | {"cache": str(tmp_path / "cache")}
-        pytest.importorskip("zarr", reason="needs hedgelab[llm]")
         write_cache(make_data(device="meta"), str(tmp_path / "cache"))
     plain, other = make_data(**options), make_data(device="meta", **options)
     for stage, index in (("train", 3), ("train", 40), ("val", 1)):
