@@ -20,15 +20,7 @@ _INTEGERS = {4: torch.int32, 8: torch.int64}
 
 
 class Share(NamedTuple):
-    """Which part of a global batch's pre-activations a rank has: some rows of it, all latents or some of them.
-
-    Attributes:
-        ranks: Those that hold the parts.
-        rows: Rows of the global batch.
-        d_sae: Latents of the whole SAE.
-        first_row: The first row of this rank's part.
-        first_latent: The first latent of this rank's part.
-    """
+    """Which part of the pre-activations ``[rows, d_sae]`` of a global batch a rank has: its first row, its first latent."""
 
     ranks: Ranks
     rows: int
@@ -75,13 +67,8 @@ def edge_of_largest(values: Tensor, wanted: int, ranks: Ranks) -> Edge | None:
 def among_largest(values: Tensor, positions: Callable[[Tensor], Tensor], wanted: int, ranks: Ranks) -> Tensor:
     """Which of this rank's positive values are among the ``wanted`` largest of all ranks, ``[n]`` bool.
 
-    All positive ones are, if there are fewer. Of values equal at the edge those with the lowest positions are kept.
-
-    Args:
-        values: ``[n]``, of at least single precision.
-        positions: From indices into ``values`` to int64 numbers that no two values of any ranks share.
-        wanted: How many are kept over all ranks, at least 1.
-        ranks: Those over which the values are split.
+    All positive ones are, if there are fewer. Of values equal at the edge those with the lowest ``positions`` are kept, which
+    turns indices into ``values`` (of at least single precision) into numbers that no two values of any ranks share.
     """
     edge = edge_of_largest(values, wanted, ranks)
     if edge is None:

@@ -18,14 +18,12 @@ class Codes:
     anything but speed: they answer alike for both layouts. Gradients flow through ``values``.
 
     Attributes:
-        d_sae: Number of latents.
-        values: Dense layout: ``[batch, d_sae]``. Sparse layout: ``[nnz]``, stored row by row; a stored value may be 0.
-        latents: Sparse layout: the latent of each stored value, ``[nnz]`` int64. None in the dense layout.
-        crow: Sparse layout: where each row starts in ``values``, ``[batch + 1]`` int64. None in the dense layout.
-        layout: Sparse layout: ``crow`` and ``latents`` with the index structures derived from them; made here unless given.
+        values: ``[batch, d_sae]``, or in the sparse layout ``[nnz]``, stored row by row; a stored value may be 0.
+        latents: The latent of each stored value, ``[nnz]`` int64; None in the dense layout.
+        crow: Where each row starts in ``values``, ``[batch + 1]`` int64; None in the dense layout.
+        layout: ``crow`` and ``latents`` with the index structures derived from them; made here unless given.
         rates: How often each latent fires on average, ``[d_sae]``, with a gradient; only JumpReLU selections make it.
-        leading: The shape of the examples where they are no plain batch: of ``[..., d_in]`` all but the last. Rows below are
-            the examples one after the other.
+        leading: The shape of the examples where they are no plain batch. Rows are the examples one after the other.
     """
 
     d_sae: int
@@ -43,10 +41,11 @@ class Codes:
     @classmethod
     def from_dense(cls, activations: Tensor, rates: Tensor | None = None) -> Codes:
         """Wrap dense activations ``[..., d_sae]``."""
-        d_sae = activations.shape[-1]
-        if activations.dim() == 2:
-            return cls(d_sae, activations, rates=rates)
-        return cls(d_sae, activations.reshape(-1, d_sae), rates=rates, leading=tuple(activations.shape[:-1]))
+        *leading, d_sae = activations.shape
+        shape = None if len(leading) == 1 else tuple(leading)
+        return cls(
+            d_sae, activations.reshape(-1, d_sae) if shape is not None else activations, rates=rates, leading=shape
+        )
 
     @classmethod
     def from_csr(cls, crow: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Codes:

@@ -12,17 +12,11 @@ from torch import Tensor
 
 
 class Transposed(NamedTuple):
-    """Stored values ordered by latent, then by row.
+    """Stored values ordered by latent, then by row; all int64."""
 
-    Attributes:
-        ccol: Where each latent starts, ``[d_sae + 1]`` int64.
-        rows: Row of each stored value, ``[nnz]`` int64.
-        order: Position of each in the row-by-row order, ``[nnz]`` int64: ``values[order]`` lie by latent.
-    """
-
-    ccol: Tensor
-    rows: Tensor
-    order: Tensor
+    ccol: Tensor  # where each latent starts, [d_sae + 1]
+    rows: Tensor  # the row of each stored value, [nnz]
+    order: Tensor  # its position in the row-by-row order, [nnz]: values[order] lie by latent
 
 
 class Layout:
@@ -31,6 +25,9 @@ class Layout:
     Codes that differ in their values only (detached, scaled) share one layout, and so do the forward and backward
     passes of encoder and decoder: nothing is sorted twice a step.
     """
+
+    order: Tensor | None = None
+    """Where the values of this layout lie in that of which it is a split by level, ``[nnz]``."""
 
     def __init__(self, crow: Tensor, latents: Tensor, d_sae: int) -> None:
         self.crow = crow
@@ -62,9 +59,11 @@ class Layout:
         order = stable_order(self.latents, self.d_sae)
         return Transposed(row_pointers(self.latents, self.d_sae), self.rows[order], order)
 
-    def by_level(self, levels: Sequence[int]) -> LevelLayout:
+    def by_level(self, levels: Sequence[int]) -> Layout:
         """The same entries with their rows split by level; level ℓ holds latents ``levels[ℓ - 1] … levels[ℓ] - 1``."""
         key = tuple(levels)
+        if len(key) == 1:
+            return self
         if key not in self._levels:
             self._levels[key] = LevelLayout(self, key)
         return self._levels[key]
@@ -73,11 +72,8 @@ class Layout:
 class LevelLayout(Layout):
     """A layout of ``len(levels) · rows`` rows: row ``ℓ · rows + b`` holds example b's latents of level ℓ.
 
-    One product with it decodes every level. Its transpose needs no sorting: a latent's level is fixed, so entries keep
-    the base layout's order by latent. All latents must lie below ``levels[-1]``.
-
-    Attributes:
-        order: Position of each stored value in the base layout, ``[nnz]`` int64.
+    One product with it, of the base layout's ``values[order]``, decodes every level. Its transpose needs no sorting: a latent's
+    level is fixed, so entries keep the base layout's order by latent. All latents must lie below ``levels[-1]``.
     """
 
     def __init__(self, base: Layout, levels: tuple[int, ...]) -> None:

@@ -14,16 +14,11 @@ class Ranks:
     """Processes that each hold a part. Every method must be called by all of them, with tensors of one type and shape.
 
     A rank that is alone gets its argument back from every method, and sends nothing.
-
-    Attributes:
-        rank: This process's number among them; parts are in this order.
-        size: How many they are.
-        group: Their process group; None is all processes.
     """
 
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None  # None is all processes
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> Ranks:

@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from hedgelab.kernels.agreement import Share, among_largest
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.jumprelu import jump
 from hedgelab.kernels.values import (
     BatchTopK,
     Decoder,
@@ -142,7 +141,8 @@ def level_errors(
         loss, error = squared_error(decode(codes, decoder), x, weight)
         return LevelErrors([loss], [error])
     activations = codes.rows_to_dense()
-    running, start, found = decoder.b_dec.expand(activations.shape[0], -1), 0, []
+    running, start = decoder.b_dec.expand(activations.shape[0], -1), 0
+    found: list[tuple[Tensor, Tensor]] = []
     for stop in levels:
         if detach and found:
             running = running.detach()
@@ -162,3 +162,34 @@ def squared_error(x_hat: Tensor, x: Tensor, weight: Tensor | None = None) -> tup
     if weight is not None:
         return weight.to(error.dtype) @ error.square().sum(1), error.detach()
     return error.square().sum() / max(1, x.shape[0]), error.detach()
+
+
+def jump(pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """``pre · 1[pre > threshold]`` and ``1[pre > threshold]``.
+
+    The threshold's gradients are estimates with a rectangle kernel of the given bandwidth; the second has none to ``pre``.
+    """
+    result: tuple[Tensor, Tensor] = _Jump.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Jump(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        fired = pre > threshold
+        return torch.where(fired, pre, 0.0), fired.to(pre.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        pre, threshold, ctx.bandwidth = inputs
+        ctx.save_for_backward(pre, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_fired: Tensor) -> tuple[Tensor, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(pre.dtype)
+        of_jump = -(threshold / ctx.bandwidth) * (near * grad).sum_to_size(threshold.shape)
+        of_step = -(near * grad_fired).sum_to_size(threshold.shape) / ctx.bandwidth
+        return torch.where(pre > threshold, grad, 0.0), of_jump + of_step, None

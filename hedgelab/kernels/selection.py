@@ -38,19 +38,12 @@ class Entries(NamedTuple):
 
 
 class Product(NamedTuple):
-    """The encoder's product, without a gradient.
-
-    Attributes:
-        x: Centred activations, ``[batch, d_in]``.
-        W_enc: ``[d_in, d_sae]``.
-        b_enc: ``[d_sae]``.
-        dtype: Of the pre-activations; at least single precision, whatever the product is computed in.
-    """
+    """The encoder's product ``x W_enc + b_enc`` of centred activations ``[batch, d_in]``, without a gradient."""
 
     x: Tensor
     W_enc: Tensor
     b_enc: Tensor
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the pre-activations: at least single precision, whatever the product is computed in
 
     @classmethod
     def of(cls, x: Tensor, encoder: Encoder) -> "Product":
@@ -128,10 +121,10 @@ def select_batch_topk(product: Product, k: int, scale: Tensor | None, share: Sha
     """
     wanted = k * share.rows
     candidates, floor = _candidates(product, scale, wanted, k / share.d_sae, share)
-    found = share.ranks.sum(torch.tensor(candidates.rows.shape[0], device=product.x.device))
+    found = share.ranks.sum(torch.tensor(len(candidates.pre), device=product.x.device))
     if floor > 0 and int(found) < wanted:
         candidates, _ = _candidates(product, scale, wanted, None, share)
-    return _in_row_order(candidates.largest(wanted, share), product)
+    return _in_row_order(candidates.largest(wanted, scale, share), product)
 
 
 def select_above(product: Product, threshold: Tensor) -> Entries:
@@ -139,43 +132,38 @@ def select_above(product: Product, threshold: Tensor) -> Entries:
     d_sae, parts = product.W_enc.shape[1], []
     for rows, tile, _ in product.tiles():
         flat = _flatnonzero(tile[:, :d_sae] > threshold)
-        columns = flat % d_sae
-        parts.append(_Candidates.of(tile, tile, flat // d_sae, columns, rows))
+        parts.append(_Candidates.of(tile, flat // d_sae, flat % d_sae, rows))
     return _in_row_order(_Candidates.cat(parts), product)
 
 
 class _Candidates(NamedTuple):
-    """Entries in any order: rows, latents, pre-activations and what ranks them."""
+    """Entries in any order: rows, latents, pre-activations."""
 
     rows: Tensor
     latents: Tensor
     pre: Tensor
-    ranked: Tensor
 
     @classmethod
-    def of(cls, tile: Tensor, ranked: Tensor, local: Tensor, columns: Tensor, rows: slice) -> "_Candidates":
+    def of(cls, tile: Tensor, local: Tensor, columns: Tensor, rows: slice) -> "_Candidates":
         """Entries of a tile, by their rows in it and columns."""
-        flat = local * tile.shape[1] + columns
-        pre = tile.view(-1)[flat]
-        own = pre if ranked is tile else ranked.view(-1)[flat]
-        return cls(local * int(rows.step) + int(rows.start), columns, pre, own)
+        pre = tile.view(-1)[local * tile.shape[1] + columns]
+        return cls(local * int(rows.step) + int(rows.start), columns, pre)
 
     @classmethod
     def cat(cls, parts: list["_Candidates"]) -> "_Candidates":
-        one = all(part.ranked is part.pre for part in parts)
-        rows, latents, pre = (torch.cat([part[field] for part in parts]) for field in range(3))
-        return cls(rows, latents, pre, pre if one else torch.cat([part.ranked for part in parts]))
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
-    def largest(self, wanted: int, share: Share) -> "_Candidates":
+    def ranked(self, scale: Tensor | None) -> Tensor:
+        return self.pre if scale is None else self.pre * scale[self.latents]
+
+    def largest(self, wanted: int, scale: Tensor | None, share: Share) -> "_Candidates":
         """Those among the ``wanted`` largest of all parts; of equal ones those with the lowest row, then latent."""
 
         def positions(index: Tensor) -> Tensor:
             return share.positions(self.rows[index], self.latents[index])
 
-        index = _flatnonzero(among_largest(self.ranked, positions, wanted, share.ranks))
-        pre = self.pre[index]
-        own = pre if self.ranked is self.pre else self.ranked[index]
-        return _Candidates(self.rows[index], self.latents[index], pre, own)
+        index = _flatnonzero(among_largest(self.ranked(scale), positions, wanted, share.ranks))
+        return _Candidates(*(field[index] for field in self))
 
 
 def _candidates(
@@ -186,21 +174,20 @@ def _candidates(
     The floor is the lowest of all parts' estimates, from their first tiles, of what a share ``density`` of all entries
     exceeds; without a density it is 0.
     """
-    floor: float | None = None
     few = density is not None and MARGIN * density * GROUP < 1 / 2
     parts: list[_Candidates] = []
-    found, above = 0, 0.0
+    found, floor, above = 0, 0.0, 0.0
     for rows, tile, ranked in product.tiles(scale):
-        if floor is None and density is not None:
-            estimate = torch.tensor(_estimated_floor(ranked, density), dtype=torch.float64)
-            above = floor = float(share.ranks.min(estimate.to(tile.device)))
-        parts.append(_Candidates.of(tile, ranked, *_entries_above(ranked, above, few), rows))
-        found += parts[-1].pre.shape[0]
+        if density is not None and not parts:
+            estimate = torch.tensor(_estimated_floor(ranked, density), dtype=torch.float64, device=tile.device)
+            above = floor = float(share.ranks.min(estimate))
+        parts.append(_Candidates.of(tile, *_entries_above(ranked, above, few), rows))
+        found += len(parts[-1].pre)
         if found > 2 * wanted:  # more than can be kept: go on from the edge of the largest so far
-            parts = [_Candidates.cat(parts).largest(wanted, share._replace(ranks=ALONE))]
+            parts = [_Candidates.cat(parts).largest(wanted, scale, share._replace(ranks=ALONE))]
             found = wanted
-            above = max(above, _just_below(parts[0].ranked.min()))
-    return _Candidates.cat(parts), floor or 0.0
+            above = max(above, _just_below(parts[0].ranked(scale).min()))
+    return _Candidates.cat(parts), floor
 
 
 def _estimated_floor(ranked: Tensor, density: float) -> float:

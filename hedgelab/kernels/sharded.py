@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
@@ -89,8 +88,8 @@ class ShardedCodes(Codes):
 def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     """As :func:`ops.encode`, of rows ``[batch, d_in]``; latents ``among`` which TopK selects are numbers among all."""
     mesh = _mesh(encoder.W_enc)
-    ranks = Ranks.of(mesh.get_group())
-    b_dec: Tensor = _SummedGradient.apply(_own(encoder.b_dec), mesh.get_group())  # type: ignore[no-untyped-call]
+    ranks = _ranks(encoder.W_enc)
+    b_dec: Tensor = _Summed.apply(_own(encoder.b_dec), ranks, False)  # type: ignore[no-untyped-call]
     W_enc, scale = _own(encoder.W_enc), None if encoder.scale is None else _own(encoder.scale)
     width = W_enc.shape[1]
     first = ranks.rank * width
@@ -124,25 +123,25 @@ def decode(codes: Codes, decoder: Decoder) -> Tensor:
     """As :func:`ops.decode`, of rows."""
     own = _own(decoder.W_dec)
     partial = ops.decode(_plain(codes), Decoder(own, own.new_zeros(own.shape[1])))
-    return _sum(partial, _mesh(decoder.W_dec)) + _own(decoder.b_dec)
+    return _sum(partial, _ranks(decoder.W_dec)) + _own(decoder.b_dec)
 
 
 def level_errors(codes: Codes, decoder: Decoder, target: Target) -> LevelErrors:
     """As :func:`ops.level_errors`; what each level adds is summed over processes, and accumulated as one process does."""
-    part, own, mesh = _plain(codes), Decoder(_own(decoder.W_dec), _own(decoder.b_dec)), _mesh(decoder.W_dec)
-    ranks, width = Ranks.of(mesh.get_group()), own.W_dec.shape[0]
+    part, own, ranks = _plain(codes), Decoder(_own(decoder.W_dec), _own(decoder.b_dec)), _ranks(decoder.W_dec)
+    width = own.W_dec.shape[0]
     target = target._replace(levels=[min(max(level - ranks.rank * width, 0), width) for level in target.levels])
     if ops.decoder_path(part, own) is sparse:
         return sparse.level_errors(part, own, target, ranks)
-    return reference.level_errors(part, own, target, lambda added: _sum(added, mesh))
+    return reference.level_errors(part, own, target, lambda added: _sum(added, ranks))
 
 
 def total(values: Tensor, latents: slice) -> Tensor:
     """As :func:`ops.total`."""
-    own, ranks = _own(values), Ranks.of(_mesh(values).get_group())
+    own, ranks = _own(values), _ranks(values)
     first = ranks.rank * own.shape[0]
     start, stop, _ = latents.indices(own.shape[0] * ranks.size)
-    return _sum(own[max(start - first, 0) : max(stop - first, 0)].sum(), _mesh(values))
+    return _sum(own[max(start - first, 0) : max(stop - first, 0)].sum(), ranks)
 
 
 def _largest_of_rows(codes: Codes, k: int, scale: Tensor | None, ranks: Ranks) -> Codes:
@@ -179,36 +178,29 @@ def _plain(codes: Codes) -> Codes:
     return Codes(codes.d_sae, codes.values, codes.latents, codes.crow, codes.layout)
 
 
-def _sum(partial: Tensor, mesh: DeviceMesh) -> Tensor:
-    summed: Tensor = _SummedValue.apply(partial, mesh.get_group())  # type: ignore[no-untyped-call]
+def _ranks(weight: Tensor) -> Ranks:
+    """The processes that share the latents of a weight."""
+    return Ranks.of(_mesh(weight).get_group())
+
+
+def _sum(partial: Tensor, ranks: Ranks) -> Tensor:
+    """Sum of all processes' values; each process computes the same from it, so each has the full gradient already."""
+    summed: Tensor = _Summed.apply(partial, ranks, True)  # type: ignore[no-untyped-call]
     return summed
 
 
-class _SummedValue(Function):
-    """Sum of all processes' values; each process computes the same from it, so each has the full gradient already."""
+class _Summed(Function):
+    """Sums values over the ranks; or else gradients, of a value that each process uses for its own latents."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return Ranks.of(group).sum(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _SummedGradient(Function):
-    """The same value; each process uses it for its own latents, so the gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return value.view_as(value)
+    def forward(ctx: Any, value: Tensor, ranks: Ranks, of_values: bool) -> Tensor:
+        ctx.ranks, ctx.of_values = ranks, of_values
+        return ranks.sum(value) if of_values else value.view_as(value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return Ranks.of(ctx.group).sum(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad if ctx.of_values else ctx.ranks.sum(grad), None, None
 
 
 ops.plug_in(DTensor, sys.modules[__name__])

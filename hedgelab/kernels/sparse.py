@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from hedgelab.kernels import products, reference, triton
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.jumprelu import jump
 from hedgelab.kernels.layout import Layout
 from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.kernels.selection import Entries, Product, select_above, select_batch_topk, select_topk
@@ -71,7 +70,7 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     if not isinstance(selection, JumpReLU):
         return Codes.from_layout(layout, pre)
     log_threshold, bandwidth, weight = selection
-    activations, fired = jump(pre, log_threshold.exp()[layout.latents], bandwidth)
+    activations, fired = reference.jump(pre, log_threshold.exp()[layout.latents], bandwidth)
     share = fired / x.shape[0] if weight is None else fired * weight.to(fired.dtype)[layout.rows]
     rates = share.new_zeros(layout.d_sae).index_add(0, layout.latents, share)
     return Codes.from_layout(layout, activations, rates)
@@ -118,8 +117,8 @@ def level_errors(codes: Codes, decoder: Decoder, target: Target, ranks: Ranks = 
         return reference.level_errors(codes, decoder, target)
     if levels[-1] < codes.d_sae:
         codes = codes.prefix(levels[-1])
-    args = (codes.values, x, *decoder, codes.layout, tuple(levels), detach, weight, ranks)
-    losses, errors = _DecodeLevels.apply(*args)  # type: ignore[no-untyped-call]
+    settings = (codes.layout, tuple(levels), detach, weight, ranks)
+    losses, errors = _DecodeLevels.apply(codes.values, x, *decoder, *settings)  # type: ignore[no-untyped-call]
     return LevelErrors(losses.unbind(), errors.unbind())
 
 
@@ -127,18 +126,8 @@ class _SelectedPreActivations(Function):
     """Pre-activations of selected entries, computed before; this gives them their gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        b_dec: Tensor,
-        pre: Tensor,
-        layout: Layout,
-        centred: Tensor | None,
-        weights: Tensor | None,
-    ) -> Tensor:
-        ctx.layout = layout
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, pre: Tensor, *known: Any) -> Tensor:
+        ctx.layout, centred, weights = known
         ctx.save_for_backward(x, W_enc, b_dec, centred, weights)
         return pre.view_as(pre)
 
@@ -172,17 +161,9 @@ class _DecodeLevels(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        values: Tensor,
-        x: Tensor | None,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        layout: Layout,
-        levels: tuple[int, ...],
-        detach: bool,
-        weight: Tensor | None,
-        ranks: Ranks,
+        ctx: Any, values: Tensor, x: Tensor | None, W_dec: Tensor, b_dec: Tensor, *settings: Any
     ) -> tuple[Tensor | None, Tensor]:
+        layout, levels, detach, weight, ranks = settings
         dtype = torch.promote_types(W_dec.dtype, torch.float32)
         values = values.to(dtype)
         errors = ranks.sum(products_on(values).decode_levels(layout, values, W_dec, levels))
@@ -208,9 +189,9 @@ class _DecodeLevels(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_x_hat: Tensor | None) -> tuple[Tensor | None, ...]:
         values, W_dec, weight, errors = ctx.saved_tensors
-        if grad is None and grad_x_hat is None:
-            return (None,) * 9
         upstream = grad_x_hat if grad is None else _of_squares(grad, errors, weight, ctx.detach)
+        if upstream is None:
+            return (None,) * 9
         of_values = ctx.needs_input_grad[0]
         found = products_on(values).latent_gradients(
             ctx.layout, values, upstream.to(ctx.narrow), ctx.levels, W_dec.dtype, W_dec if of_values else None

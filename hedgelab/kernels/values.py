@@ -19,21 +19,15 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 class Encoder(NamedTuple):
-    """Makes pre-activations ``pre = (x - b_dec) W_enc + b_enc``, ``[batch, d_sae]`` (SPEC section 2).
+    """Makes pre-activations ``pre = (x - b_dec) W_enc + b_enc``, ``[batch, d_sae]`` (SPEC section 2)."""
 
-    Attributes:
-        W_enc: ``[d_in, d_sae]``.
-        b_enc: ``[d_sae]``.
-        b_dec: ``[d_in]``.
-        scale: What pre-activations are multiplied by to rank them in TopK and BatchTopK, ``[d_sae]``; None for 1.
-        share: Which part of a global batch and of all latents these weights make; None for all latents.
-    """
-
-    W_enc: Tensor
+    W_enc: Tensor  # [d_in, d_sae]
     b_enc: Tensor
     b_dec: Tensor
-    scale: Tensor | None = None
-    share: Share | None = None
+    scale: Tensor | None = None  # what pre-activations are multiplied by to rank them in TopK and BatchTopK, [d_sae]
+    share: Share | None = (
+        None  # which part of a global batch and of all latents these weights make; None for all latents
+    )
 
     @property
     def d_sae(self) -> int:
@@ -104,17 +98,12 @@ class Target(NamedTuple):
     """What nested prefixes of the latents should reconstruct (SPEC section 3).
 
     Level ℓ reconstructs ``x_hat_ℓ = a[:, :m_ℓ] W_dec[:m_ℓ] + b_dec``; its loss is ``‖x_hat_ℓ - x‖²``, summed over ``d_in`` and
-    averaged over the batch.
-
-    Attributes:
-        x: Activations, ``[batch, d_in]``.
-        levels: The sizes ``m_ℓ``, rising; one of all latents is an ordinary SAE.
-        detach: Whether inner levels feel no gradient from outer ones; ``b_dec`` then learns from the innermost alone.
-        weight: Probabilities of the examples, ``[batch]``; None for equal ones.
+    averaged over the batch, or over ``weight [batch]``. With ``detach`` inner levels feel no gradient from outer ones, and
+    ``b_dec`` learns from the innermost alone.
     """
 
     x: Tensor
-    levels: Sequence[int]
+    levels: Sequence[int]  # the sizes m_ℓ, rising; one of all latents is an ordinary SAE
     detach: bool = False
     weight: Tensor | None = None
 

@@ -1,9 +1,8 @@
 """Sparse autoencoders as LightningModules."""
 
-from hedgelab.saes.base import SAE
+from hedgelab.saes.base import SAE, FoldedWeights, fold
 from hedgelab.saes.batch_topk import BatchTopKSAE
 from hedgelab.saes.flat import FlatSAE
-from hedgelab.saes.fold import FoldedWeights, fold
 from hedgelab.saes.initialization import Initialization
 from hedgelab.saes.io import load_sae, sae_from_checkpoint, save_sae, weights_sha256
 from hedgelab.saes.jumprelu import JumpReLUSAE

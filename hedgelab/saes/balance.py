@@ -44,11 +44,7 @@ def outside_span(vectors: Tensor, rows: Tensor) -> Tensor:
 def asymmetry(codes: Codes, size: int, weight: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
     """How much more (hedging) or less (absorption) a level's latents fire the more outer latents do: ``Σ_i s_i``, a scalar.
 
-    Args:
-        codes: Latents of a batch.
-        size: The level's latents are the first ``size``; the others are the outer ones.
-        weight: Probabilities of the examples, ``[batch]``; None for equal ones.
-        ranks: Those over which the batch is split: its sums are taken over all of it.
+    The level's latents are the first ``size``; ``weight [batch]`` are probabilities of the examples, over all ``ranks``.
     """
     values = codes.values.detach().double()  # what follows is a difference of products: single precision leaves noise
     codes = replace(codes, values=values)

@@ -16,7 +16,6 @@ from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import Decoder
-from hedgelab.saes.fold import FoldedWeights, fold
 from hedgelab.saes.io import CLASSES, class_name, init_arguments, sae_from_checkpoint, save_sae
 from hedgelab.saes.losses import LossTerms
 from hedgelab.training.sharding import full_tensor
@@ -25,12 +24,7 @@ from hedgelab.training.trainee import OptimizerFactory, SchedulerFactory
 
 
 class Activation(NamedTuple):
-    """Latents of a batch in training, and what their activity costs.
-
-    Attributes:
-        codes: The selected latents.
-        penalty: Sparsity cost of each latent, mean over the batch, coefficient included, ``[d_sae]``; None without one.
-    """
+    """Latents of a batch in training, and what the activity of each costs on average, coefficient included, ``[d_sae]``."""
 
     codes: Codes
     penalty: Tensor | None = None
@@ -160,12 +154,8 @@ class SAE(TrainingShell, ABC):
     ) -> Self:
         """The SAE of a training checkpoint, of this class or one that inherits from it.
 
-        Args:
-            checkpoint_path: The checkpoint.
-            map_location: The device to put it on; None for the CPU.
-            strict: Whether weights that are missing or too many are an error; None for yes.
-            member: Which SAE, where several were trained together.
-            **kwargs: Arguments of ``__init__`` besides, or instead of, what the checkpoint says.
+        Besides Lightning's arguments: ``member`` names one of several SAEs that were trained together, and ``kwargs`` are
+        arguments of ``__init__`` besides, or instead of, what the checkpoint says.
         """
         sae = sae_from_checkpoint(checkpoint_path, member, cls, strict is not False, kwargs)
         return cast(Self, sae if map_location is None else sae.to(map_location))
@@ -201,3 +191,29 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+class FoldedWeights(NamedTuple):
+    """Weights of an SAE whose decoder rows have norm 1 (a zero row stays zero), and the norms before folding, ``[d_sae]``."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    norms: Tensor
+
+
+def fold(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> FoldedWeights:
+    """Move the decoder norms into the encoder (SPEC section 2); returns detached copies.
+
+    A ReLU or JumpReLU SAE computes the same function folded (a JumpReLU threshold is multiplied by the norm as well). TopK
+    without norm-aware selection does not, so copies are folded for measuring, never the weights in training.
+    """
+    norms = W_dec.detach().norm(dim=1)
+    return FoldedWeights(
+        W_enc.detach() * norms,
+        b_enc.detach() * norms,
+        W_dec.detach() / norms.clamp_min(1e-30)[:, None],
+        b_dec.detach().clone(),
+        norms,
+    )

@@ -15,8 +15,7 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
-from hedgelab.saes.base import SAE
-from hedgelab.saes.fold import FoldedWeights, fold
+from hedgelab.saes.base import SAE, FoldedWeights, fold
 from hedgelab.saes.losses import LossTerms
 from hedgelab.saes.matryoshka import MatryoshkaSAE
 from hedgelab.training.optimizers import make_optimizer
@@ -36,14 +35,6 @@ class EnsembleSAE:
 
     Args:
         members: The SAEs, initialised; one that appears several times counts several times. They are not changed.
-
-    Raises:
-        UserError: No members, members that differ in more than that, or training that cannot be mapped (clipping, projection of
-            the decoder, revival of dead latents).
-
-    Attributes:
-        hyperparameters: Numbers in which members differ, ``[members]`` or ``[members, levels]`` each.
-        parameters: Stacked weights by name, ``[members, ...]``; padded where a member is narrower than the widest.
     """
 
     def __init__(self, members: Sequence[SAE]) -> None:
@@ -56,13 +47,13 @@ class EnsembleSAE:
         widest = max(distinct, key=lambda member: member.d_sae)
         self._template = _Template(copy.deepcopy(widest))
         numbers = {name: [attrgetter(name)(member) for member in members] for name in _per_member_names(widest)}
-        self.hyperparameters = {
+        self._numbers = {
             name: torch.tensor(values, dtype=widest.W_dec.dtype)
             for name, values in numbers.items()
             if any(value != values[0] for value in values)
         }
-        self.parameters = _stack(members, distinct, dict(self._template.named_parameters()), SAE.named_parameters)
-        self._buffers = _stack(members, distinct, dict(self._template.named_buffers()), SAE.named_buffers)
+        self._tensors = _stack(members, distinct, widest)
+        self._counts = any(True for _ in widest.buffers())
         self.steps_done = 0
 
     def __len__(self) -> int:
@@ -88,7 +79,7 @@ class EnsembleSAE:
             steps: Number of steps.
             report: Called after each step with the number of steps done.
         """
-        trained = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+        trained = [tensor for tensor in self._tensors.values() if tensor.requires_grad]
         first = self.members[0]
         optimizer = make_optimizer(first.optimizer, trained)
         schedule = None if first.lr_scheduler is None else first.lr_scheduler(optimizer)
@@ -99,16 +90,16 @@ class EnsembleSAE:
             optimizer.step()
             if schedule is not None:
                 schedule.step()
-            if self._buffers:
+            if self._counts:
                 with torch.no_grad():
-                    vmap(self._after_step)(self.parameters, self._buffers, values)
+                    vmap(self._call, (0, None, None, None, 0))(self._tensors, {}, None, None, values)
             self.steps_done += 1
             if report is not None:
                 report(self.steps_done)
 
     def folded(self) -> FoldedWeights:
         """Detached stacked weights with decoder norms folded in, each ``[members, ...]``; padding has decoder rows of zero."""
-        weights = {name.rpartition(".")[2]: value.detach() for name, value in self.parameters.items()}
+        weights = {name.rpartition(".")[2]: value.detach() for name, value in self._tensors.items()}
         encoder = weights["W_enc_rows"].mT
         folded: tuple[Tensor, ...] = vmap(fold)(encoder, weights["b_enc"], weights["W_dec"], weights["b_dec"])
         return FoldedWeights(*folded)
@@ -116,41 +107,26 @@ class EnsembleSAE:
     @torch.no_grad()
     def member(self, index: int) -> SAE:
         """An SAE of its own with the weights that member ``index`` has now."""
-        sae, stacked = copy.deepcopy(self.members[index]), self.parameters | self._buffers
-        for name, value in (*sae.named_parameters(), *sae.named_buffers()):
-            value.copy_(stacked[f"sae.{name}"][index][tuple(map(slice, value.shape))])
+        sae = copy.deepcopy(self.members[index])
+        for name, value in _named_tensors(sae).items():
+            value.copy_(self._tensors[f"sae.{name}"][index][tuple(map(slice, value.shape))])
         sae.set_steps_done(sae.steps_done + self.steps_done)
         return sae
 
     def _run(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses ``[members]`` and activations ``[members, batch, d_sae]``."""
         self._template.sae.set_steps_done(self.members[0].steps_done + self.steps_done)
-        in_dims = (0, 0, 0, _member_dim(batch.x, 2), _member_dim(batch.weight, 1))
+        of_x = 0 if batch.x.ndim > 2 else None
+        of_weight = 0 if batch.weight is not None and batch.weight.ndim > 1 else None
         with ops.backend("dense"):
-            result: tuple[Tensor, Tensor] = vmap(self._loss, in_dims)(
-                self.parameters, self._buffers, self.hyperparameters, batch.x, batch.weight
+            result: tuple[Tensor, Tensor] = vmap(self._call, (0, 0, of_x, of_weight))(
+                self._tensors, self._numbers, batch.x, batch.weight
             )
         return result
 
-    def _loss(
-        self,
-        parameters: dict[str, Tensor],
-        buffers: dict[str, Tensor],
-        hyperparameters: dict[str, Tensor],
-        x: Tensor,
-        weight: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Loss and activations of one member."""
-        for name, value in hyperparameters.items():
-            owner, _, attribute = f"sae.{name}".rpartition(".")
-            setattr(attrgetter(owner)(self._template), attribute, value)
-        result: LossTerms = functional_call(self._template, (parameters, buffers), (Batch(x, None, weight),))
-        return result.total, result.codes.values.detach()
-
-    def _after_step(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], values: Tensor) -> Tensor:
-        """What one member counts after a step (dead-latent clock, threshold); buffers change in place."""
-        functional_call(self._template, (parameters, buffers), (values,))
-        return values.new_zeros(())
+    def _call(self, tensors: dict[str, Tensor], *given: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = functional_call(self._template, tensors, given)
+        return result
 
 
 class _Template(nn.Module):
@@ -160,12 +136,18 @@ class _Template(nn.Module):
         super().__init__()
         self.sae = sae
 
-    def forward(self, given: Batch | Tensor) -> LossTerms | None:
-        """The loss of a batch; or, given activations, what follows the optimiser's step."""
-        if isinstance(given, Batch):
-            return self.sae.loss(given)
-        self.sae.after_step(LossTerms({}, Codes.from_dense(given), given))
-        return None
+    def forward(
+        self, numbers: dict[str, Tensor], x: Tensor, weight: Tensor | None, activations: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and activations of a batch; or, given activations, what follows the optimiser's step."""
+        if activations is not None:
+            self.sae.after_step(LossTerms({}, Codes.from_dense(activations), activations))
+            return activations, activations
+        for name, value in numbers.items():
+            owner, _, attribute = f"sae.{name}".rpartition(".")
+            setattr(attrgetter(owner)(self), attribute, value)
+        result = self.sae.loss(Batch(x, None, weight))
+        return result.total, result.codes.values.detach()
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:
@@ -209,22 +191,19 @@ def _per_member_names(sae: SAE) -> list[str]:
     return [*type(sae).per_member, *inner]
 
 
-def _stack(
-    members: Sequence[SAE],
-    distinct: Sequence[SAE],
-    widest: dict[str, Tensor],
-    named: Callable[[SAE], Any],
-) -> dict[str, Tensor]:
-    """Tensors of all members stacked under the template's names, padded to the widest member's shapes."""
+def _named_tensors(sae: SAE) -> dict[str, Tensor]:
+    return dict([*sae.named_parameters(), *sae.named_buffers()])
+
+
+def _stack(members: Sequence[SAE], distinct: Sequence[SAE], widest: SAE) -> dict[str, Tensor]:
+    """Parameters and buffers of all members stacked under the template's names, padded to the widest member's shapes."""
     places = {id(member): place for place, member in enumerate(distinct)}
     index = torch.tensor([places[id(member)] for member in members])
-    own = [dict(named(member)) for member in distinct]
-    stacked = {}
-    for name, like in widest.items():
-        short = name.removeprefix("sae.")
+    own, stacked = [_named_tensors(member) for member in distinct], {}
+    for name, like in _named_tensors(widest).items():
         fill = _SILENT if name.endswith("b_enc") else 0.0
-        tensor = torch.stack([_grow(tensors[short].detach(), like.shape, fill) for tensors in own])[index]
-        stacked[name] = tensor.requires_grad_(all(tensors[short].requires_grad for tensors in own))
+        tensor = torch.stack([_grow(tensors[name].detach(), like.shape, fill) for tensors in own])[index]
+        stacked[f"sae.{name}"] = tensor.requires_grad_(all(tensors[name].requires_grad for tensors in own))
     return stacked
 
 
@@ -235,8 +214,3 @@ def _grow(tensor: Tensor, shape: Sequence[int], fill: float = 0.0) -> Tensor:
     grown = tensor.new_full(tuple(shape), fill)
     grown[tuple(map(slice, tensor.shape))] = tensor
     return grown
-
-
-def _member_dim(tensor: Tensor | None, dimensions: int) -> int | None:
-    """0 where a tensor has a leading dimension of members, None where all share it."""
-    return 0 if tensor is not None and tensor.ndim > dimensions else None

@@ -87,18 +87,14 @@ def load_sae(folder: str | Path, cls: type[SAE] | None = None) -> SAE:
         raise UserError(f"{folder / CONFIG}: damaged SAE (expected a mapping, got a {type(config).__name__})")
     config.pop("hedgelab", None)
     _check_size(config, tensors, folder)
-    sae = build_sae(config, cls).to(torch.promote_types(_weights_type(tensors), torch.float32))
     try:
-        problems = sae.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:  # shapes that differ
+        sae = copy_of(config, tensors, cls)
+    except RuntimeError as error:  # names or shapes that differ
         reason = one_line(str(error)).partition(": ")[2]
         raise UserError(f"{folder / WEIGHTS}: does not fit {config.get('class')}: {reason}") from error
     if spoiled := [name for name, value in sae.named_parameters() if not torch.isfinite(value).all()]:
         raise UserError(f"{folder / WEIGHTS}: {spoiled[0]} holds NaN or infinity")
-    if wrong := ", ".join([*problems.missing_keys, *problems.unexpected_keys]):
-        raise UserError(f"{folder / WEIGHTS}: does not fit {config.get('class')}: check {wrong}")
-    sae.initialized = True
-    return sae
+    return sae.to(torch.promote_types(sae.W_dec.dtype, torch.float32))
 
 
 def sae_from_checkpoint(
@@ -156,12 +152,9 @@ def gathered(sae: SAE) -> SAE:
 
 
 def build_sae(config: dict[str, Any], cls: type[SAE] | None = None, **training: Any) -> SAE:
-    """An SAE of the architecture that :meth:`SAE.config` described, with fresh weights.
+    """An SAE of the architecture that :meth:`SAE.config` described, with fresh weights; ``training`` are other arguments.
 
-    Args:
-        config: The description.
-        cls: A class that it must be or inherit from; used itself where the description names no imported class.
-        training: Arguments that are no architecture, such as the optimiser.
+    It must be a ``cls`` or inherit from it, which is used itself where the description names no imported class.
     """
     arguments = dict(config)
     name = arguments.pop("class", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from math import inf
 from operator import attrgetter
 from typing import Any
 
@@ -73,25 +74,22 @@ class MatryoshkaSAE(SAE):
     ) -> None:
         super().__init__()
         self.inner = inner if isinstance(inner, FlatSAE) else inner(d_in)
-        if self.inner.d_in != d_in:
-            raise UserError(f"model.inner: has d_in = {self.inner.d_in}, the activations {d_in}")
         self.d_in = d_in
-        self.d_sae = self.inner.d_sae
+        self.d_sae = d_sae = self.inner.d_sae
         levels = [whole_number("model.levels", level) for level in levels]
-        if not levels or any(a >= b for a, b in pairwise(levels)):
-            raise UserError(f"model.levels: must be rising sizes of at least 1, got {levels}")
-        if levels[-1] != self.d_sae:
-            raise UserError(f"model.levels: the last must be the inner d_sae = {self.d_sae}, got {levels[-1]}")
-        if not 0 <= beta < float("inf"):
-            raise UserError(f"model.beta: must be 0 or a finite positive number, got {beta}; see model.detached")
-        if detached and beta != 1:
-            raise UserError(f"model.beta: has no meaning with model.detached: true, got {beta}")
-        if not 0 <= credit <= 1:
-            raise UserError(f"model.credit: must lie between 0 and 1, got {credit}")
-        if detached and credit:
-            raise UserError(f"model.credit: has no meaning with model.detached: true, got {credit}")
-        if adaptive and (detached or not beta):
-            raise UserError("model.adaptive: needs a beta above 0 to start from, and detached: false")
+        mistakes = {
+            f"inner: has d_in = {self.inner.d_in}, the activations {d_in}": self.inner.d_in != d_in,
+            f"levels: must be rising sizes of at least 1, got {levels}": not levels or levels != sorted(set(levels)),
+            f"levels: the last must be the inner d_sae = {d_sae}, got {levels}": levels[-1:] != [d_sae],
+            f"beta: must be 0 or a finite positive number, got {beta}; see model.detached": not 0 <= beta < inf,
+            f"beta: has no meaning with model.detached: true, got {beta}": detached and beta != 1,
+            f"credit: must lie between 0 and 1, got {credit}": not 0 <= credit <= 1,
+            f"credit: has no meaning with model.detached: true, got {credit}": detached and credit,
+            "adaptive: needs a beta above 0 to start from, and detached: false": adaptive and (detached or not beta),
+        }
+        for mistake, made in mistakes.items():
+            if made:
+                raise UserError(f"model.{mistake}")
         self.levels = levels
         self.beta = beta
         self.level_weights = level_weights(len(levels), beta)
@@ -100,9 +98,8 @@ class MatryoshkaSAE(SAE):
         self.credit = float(credit)
         self.adaptive = adaptive
         self.log_factors = nn.Parameter(torch.zeros(len(levels) - 1)) if adaptive else None
-        self.optimizer = self.inner.optimizer
-        self.lr_scheduler = self.inner.lr_scheduler
-        self.gradient_clip_norm = self.inner.gradient_clip_norm
+        for name in ("optimizer", "lr_scheduler", "gradient_clip_norm"):
+            setattr(self, name, getattr(self.inner, name))
 
     def level_slices(self) -> list[slice]:
         """Each level's own new latents."""

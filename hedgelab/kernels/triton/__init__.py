@@ -1,23 +1,9 @@
 """Triton kernels for CUDA: top-k selection, decode, and gradients that touch only the latents that fired.
 
 Import :mod:`hedgelab.kernels.triton.products` only where :func:`available` says so; elsewhere plain PyTorch does the same work.
-The encoder product and the optimiser bound a step from below: at d_in 2304, d_sae 65536, k 25 and batch 4096 on an H100
-(3 TB/s, 750 TFLOP/s in bf16)
 
-====================================  ==============  ====
-what                                  moves or does   ms
-====================================  ==============  ====
-encoder weights to bf16               0.9 GB          0.3
-encoder product                       1.24 TFLOP      1.65
-pre-activations, written and read     1.1 GB          0.35
-decode: rows of ``W_dec`` gathered    0.5–0.9 GB      0.2–0.3
-``W_dec`` and value gradients         1.1 GB          0.4
-``W_enc`` gradient                    0.6 GB          0.2
-``b_dec`` gradient through encoder    0.3 GB          0.1
-Adam on 302M float32 parameters       8.5 GB          2.8
-====================================  ==============  ====
-
-in all about 6 ms, of which every product of dense autograd would add another 1.65.
+At d_in 2304, d_sae 65536, k 25 and batch 4096 a step on an H100 (3 TB/s, 750 TFLOP/s in bf16) takes at least 6 ms: Adam 2.8,
+the encoder's product 1.65, all sparse products 0.9, pre-activations and casts 0.65. Dense autograd adds 1.65 a product.
 """
 
 import os

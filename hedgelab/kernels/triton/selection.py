@@ -142,13 +142,8 @@ def fits(batch: int, width: int, k: int) -> bool:
 def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Entries | None:
     """The k largest positive entries of each row of ``pre · scale``; None where ties make candidates too many.
 
-    Rows with fewer positive entries are filled with zeros, spread over the latents so that no latent collects them.
-
-    Args:
-        pre: ``[batch, d_sae]``, contiguous, single precision or less.
-        k: Entries a row, as far as :func:`fits` allows.
-        scale: ``[d_sae]``, not negative; None for ones.
-        tile: Launch shape.
+    Rows with fewer positive entries are filled with zeros, spread over the latents so that no latent collects them. ``pre`` is
+    contiguous and of single precision or less, and ``scale [d_sae]`` not negative.
     """
     batch, width = pre.shape
     maxima, thresholds = _maxima(pre, scale, k, tile, per_row=True)
