@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
@@ -282,19 +281,13 @@ class TrainingShell(L.LightningModule):
 
     # -- measuring ---------------------------------------------------------------------------------
 
-    def on_validation_start(self) -> None:
+    def on_validation_epoch_start(self) -> None:
         """Start from empty metrics; in a fit, see first that there is something to measure."""
         self._measured = [0, 0]
         for trainee in self.trainees:
             if self.trainer.state.fn == "fit":
                 guard.check_parameters(trainee.sae, self.trainer.global_step, trainee.name)
             trainee.start_measuring(getattr(self._data(), "feature_directions", None), self.device)
-
-    def on_validation_epoch_start(self) -> None:
-        """Keep averaged weights, which a callback has put in place by now and takes out again before the metrics are ready."""
-        if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            for trainee in self.trainees:
-                trainee.keep_measured_weights()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure every SAE on a batch, unless it holds NaN or infinity and a guard leaves it out."""
@@ -312,7 +305,7 @@ class TrainingShell(L.LightningModule):
         values = {trainee.name: trainee.measurements(stage) for trainee in self.trainees}
         self.report(values, self.trainer.global_step)
 
-    on_test_start = on_validation_start
+    on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:

@@ -36,7 +36,7 @@ class Trainee:
         self._skipped = self._skipped_in_a_row = 0
         self._window: list[dict[str, Tensor]] = []
         self._metrics: SAEMetrics | None = None
-        self._measured_weights: Any = None
+        self._folded: Any = None
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -115,11 +115,7 @@ class Trainee:
 
         sae = self.sae
         self._metrics = SAEMetrics(sae.d_in, sae.d_sae, feature_directions, ranks=sae.ranks).to(device)
-        self._measured_weights = None
-
-    def keep_measured_weights(self) -> None:
-        """Measure the weights as they are now, though others stand in the SAE when the pass ends (weight averaging)."""
-        self._measured_weights = self.sae.folded()
+        self._folded = sae.folded()  # now: weight averaging puts others in their place before the metrics are asked for
 
     @property
     def firing_rates(self) -> Tensor | None:
@@ -138,7 +134,6 @@ class Trainee:
     def measurements(self, stage: str) -> dict[str, float]:
         """The metrics of everything measured, named ``<stage>/...``; they start again from nothing."""
         assert self._metrics is not None
-        folded = self._measured_weights or self.sae.folded()
-        values = self._metrics.compute(folded.W_enc, folded.W_dec)
+        values = self._metrics.compute(self._folded.W_enc, self._folded.W_dec)
         self._metrics.reset()
         return {f"{stage}/{name}": float(value) for name, value in values.items()}
