@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -23,8 +24,12 @@ class ShapedMetric(Metric):
     full_state_update = False
 
     def _wrap_compute(self, compute: Callable[[], Any]) -> Callable[[], Any]:
-        boxed = super()._wrap_compute(wraps(compute)(lambda: SimpleNamespace(value=compute())))  # no box is looked into
-        return wraps(compute)(lambda: boxed().value)
+        @wraps(compute)
+        def boxed() -> SimpleNamespace:  # which torchmetrics does not look into; copies, as it makes them of states
+            return SimpleNamespace(value=apply_to_collection(compute(), Tensor, Tensor.clone))
+
+        computed = super()._wrap_compute(boxed)
+        return wraps(compute)(lambda: computed().value)
 
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Self:
         self._computed = None
@@ -56,13 +61,11 @@ class AdditiveMetric(ShapedMetric):
 
 
 class FunctionMetric(AdditiveMetric):
-    """A metric made of two pure functions: one gives the sums of a batch, the other the result of all sums.
+    """A metric made of two pure functions.
 
-    Args:
-        sums_of: Takes what ``update`` takes, ``weight`` last, and returns sums in a NamedTuple.
-        result_of: Takes the sums; None returns them as they are.
-        empty: A batch without examples: its sums are where the metric starts.
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
+    ``sums_of`` takes what ``update`` takes, ``weight`` last, and returns the sums of a batch in a NamedTuple; ``result_of``
+    makes the result of all sums, None leaves them as they are. ``empty`` is a batch without examples: its sums are the first
+    states.
     """
 
     def __init__(

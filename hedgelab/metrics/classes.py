@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +13,11 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.additive import AdditiveMetric, FunctionMetric, ShapedMetric
-from hedgelab.metrics.functional import hierarchy, reconstruction, sparsity
-from hedgelab.metrics.functional.accumulate import Ratio, as_codes, float64
+from hedgelab.metrics.functional import basic, loss_recovered
+from hedgelab.metrics.functional.accumulate import Ratio, as_codes
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores, DegreeSums, degree_update, hedging_degree
 from hedgelab.metrics.functional.error_spread import BLOCKS, ResidualHedging, residual_hedging
-from hedgelab.metrics.functional.loss_recovered import (
-    LOSSES,
-    RecoveredLoss,
-    baseline_sums,
-    next_token_divergences,
-    next_token_losses,
-    recovered_loss,
-)
+from hedgelab.metrics.functional.hierarchy import HierarchySums, hierarchy_update
 from hedgelab.metrics.functional.recovery import co_firing_update
 from hedgelab.metrics.functional.true_hedging import regression_update
 
@@ -39,10 +31,8 @@ class ExplainedVariance(FunctionMetric):
     higher_is_better = True
 
     def __init__(self, d_in: int, **kwargs: Any) -> None:
-        empty = torch.zeros(0, d_in)
-        super().__init__(
-            reconstruction.explained_variance_update, reconstruction.explained_variance_compute, empty, empty, **kwargs
-        )
+        functions = basic.explained_variance_update, basic.explained_variance_compute
+        super().__init__(*functions, torch.zeros(0, d_in), torch.zeros(0, d_in), **kwargs)
 
 
 class MeanSquaredError(FunctionMetric):
@@ -51,9 +41,8 @@ class MeanSquaredError(FunctionMetric):
     higher_is_better = False
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(
-            reconstruction.mean_squared_error_update, Ratio.value, torch.zeros(0, 1), torch.zeros(0, 1), **kwargs
-        )
+        empty = torch.zeros(0, 1), torch.zeros(0, 1)
+        super().__init__(basic.mean_squared_error_update, Ratio.value, *empty, **kwargs)
 
 
 class Shrinkage(FunctionMetric):
@@ -62,7 +51,7 @@ class Shrinkage(FunctionMetric):
     higher_is_better = None
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(reconstruction.shrinkage_update, Ratio.value, torch.zeros(0, 1), torch.zeros(0, 1), **kwargs)
+        super().__init__(basic.shrinkage_update, Ratio.value, torch.zeros(0, 1), torch.zeros(0, 1), **kwargs)
 
 
 class L0(FunctionMetric):
@@ -71,7 +60,7 @@ class L0(FunctionMetric):
     higher_is_better = None
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(sparsity.l0_update, Ratio.value, torch.zeros(0, 1), **kwargs)
+        super().__init__(basic.l0_update, Ratio.value, torch.zeros(0, 1), **kwargs)
 
 
 class DeadCount(NamedTuple):
@@ -80,12 +69,6 @@ class DeadCount(NamedTuple):
     number: Tensor  # int64 scalar
     fraction: Tensor  # of all latents, float64 scalar
 
-    @classmethod
-    def of(cls, sums: sparsity.FiringSums) -> DeadCount:
-        """Those among latents that fired so often."""
-        dead = sums.fired == 0
-        return cls(dead.sum(), dead.double().mean())
-
 
 class DeadLatents(FunctionMetric):
     """Count and fraction of the ``d_sae`` latents that fired on no example seen; see :func:`.functional.dead_latents`."""
@@ -93,20 +76,19 @@ class DeadLatents(FunctionMetric):
     higher_is_better = False
 
     def __init__(self, d_sae: int, **kwargs: Any) -> None:
-        super().__init__(sparsity.firing_update, DeadCount.of, torch.zeros(0, d_sae), **kwargs)
+        super().__init__(basic.firing_update, None, torch.zeros(0, d_sae), **kwargs)
+
+    def compute(self) -> DeadCount:
+        """Dead latents over everything seen."""
+        dead = super().compute().fired == 0
+        return DeadCount(dead.sum(), dead.double().mean())
 
 
 class FiringDensities(NamedTuple):
     """How often latents fire."""
 
     rates: Tensor  # fraction of examples each latent fires on, [d_sae]
-    histogram: sparsity.DensityHistogram  # latents by log10 of that rate
-
-    @classmethod
-    def of(cls, sums: sparsity.FiringSums, edges: tuple[float, ...]) -> FiringDensities:
-        """Those of latents that fired so often."""
-        rates = sums.fired / sums.weight
-        return cls(rates, sparsity.density_histogram(rates, edges))
+    histogram: basic.DensityHistogram  # latents by log10 of that rate
 
 
 class FiringDensity(FunctionMetric):
@@ -114,10 +96,14 @@ class FiringDensity(FunctionMetric):
 
     higher_is_better = None
 
-    def __init__(self, d_sae: int, edges: tuple[float, ...] = sparsity.LOG_DENSITY_EDGES, **kwargs: Any) -> None:
-        super().__init__(
-            sparsity.firing_update, partial(FiringDensities.of, edges=edges), torch.zeros(0, d_sae), **kwargs
-        )
+    def __init__(self, d_sae: int, edges: tuple[float, ...] = basic.LOG_DENSITY_EDGES, **kwargs: Any) -> None:
+        super().__init__(basic.firing_update, None, torch.zeros(0, d_sae), **kwargs)
+        self.edges = edges
+
+    def compute(self) -> FiringDensities:
+        """Rates and histogram over everything seen."""
+        fired, weight = super().compute()
+        return FiringDensities(fired / weight, basic.density_histogram(fired / weight, self.edges))
 
 
 class FeatureDetection(FunctionMetric):
@@ -155,7 +141,7 @@ class FeatureHierarchy(FunctionMetric):
     higher_is_better = None
 
     def __init__(self, n: int, **kwargs: Any) -> None:
-        super().__init__(hierarchy.hierarchy_update, hierarchy.HierarchySums.parents, torch.zeros(0, n), **kwargs)
+        super().__init__(hierarchy_update, HierarchySums.parents, torch.zeros(0, n), **kwargs)
 
 
 class LossRecovered(AdditiveMetric):
@@ -169,19 +155,19 @@ class LossRecovered(AdditiveMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("count", *LOSSES):
+        for name in ("count", *loss_recovered.LOSSES):
             self.add_sum(name)
 
     def update(self, tokens: Tensor, keep: Tensor, clean: Tensor, sae: Tensor, *ablations: Tensor) -> None:
         """Add contexts ``[n, length]``: tokens, and logits of the model untouched and with SAE, zeros and mean spliced in."""
-        losses, divergences = next_token_losses(sae, tokens, keep), next_token_divergences(clean, sae, keep)
-        self.add_to(sae=float64(losses).sum(), kl_sae=float64(divergences).sum())
+        self.add_to(**loss_recovered.spliced_sums("sae", tokens, keep, clean, sae))
         if ablations:
-            self.add_to(**baseline_sums(tokens, keep, clean, *ablations))
+            self.add_to(**loss_recovered.baseline_sums(tokens, keep, clean, *ablations))
 
-    def compute(self) -> RecoveredLoss:
+    def compute(self) -> loss_recovered.RecoveredLoss:
         """Losses and shares over everything seen."""
-        return recovered_loss({name: getattr(self, name) for name in LOSSES}, self.count)
+        sums = {name: getattr(self, name) for name in loss_recovered.LOSSES}
+        return loss_recovered.recovered_loss(sums, self.count)
 
 
 class HedgingDegree(FunctionMetric):
@@ -255,12 +241,9 @@ class ResidualHedgingMetric(ShapedMetric):
         """Add a batch; ``x``, ``reconstruction``: ``[batch, d_in]``, with the latents that were decoded."""
         room = self.rows - sum(map(len, self.x))
         if room > 0:
-            for state, part in (
-                (self.x, x),
-                (self.error, x - reconstruction),
-                (self.codes, as_codes(codes).to_dense()),
-            ):
-                state.append(part[:room].detach().float())
+            self.x.append(x[:room].detach().float())
+            self.error.append((x - reconstruction)[:room].detach().float())
+            self.codes.append(as_codes(codes).to_dense()[:room].detach().float())
 
     def compute(self) -> ResidualHedging:
         """Hedging over everything kept."""

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from hedgelab.tracking import glossary
-from hedgelab.tracking.glossary import Entry, declarations
+from hedgelab.tracking.glossary import declarations
 
 FILE = Path(__file__).with_name("README.md")
 _INTRODUCTION = """# Metrics
@@ -21,40 +21,31 @@ renew it with `python -m hedgelab.metrics.readme`. ↑ marks numbers of which mo
 - `hedging(W_dec, features)`, `residual_hedging(x, sae)` and `hedging_degree(control, extended)` of `hedgelab.metrics` measure
   an SAE of any library that has `encode`, `decode` and `W_dec`.
 - A score that cannot be computed is NaN with a warning, or an error.
-- *A metric of your own* is a subclass of `hedgelab.metrics.ValidationMetric` in one file: `name` says what it is logged as, a
-  `Logged as:` section of its docstring puts it into tables and reports. An entry point of the group `hedgelab.metrics` makes it
-  part of every validation pass; so does naming it in a config, by
-  `trainer.callbacks: [{class_path: hedgelab.training.own_metrics.OwnMetrics, init_args: {metrics: [my_file.MyMetric]}}]`.
+- *A metric of your own* is one file, [shown in full](../README.md#-metric).
 """
 
 
 def page() -> str:
     """The page: for every module that declares metrics its docstring with the formulas, then what each function declares."""
+    arrows = {"higher": " ↑", "lower": " ↓", "": ""}
     parts = [_INTRODUCTION]
-    for file, entries in groupby(
-        (one for one in declarations() if one.file != Path(glossary.__file__)), lambda one: one.file
-    ):
+    entries = (one for one in declarations() if one.file != Path(glossary.__file__))
+    for file, of_file in groupby(entries, lambda one: one.file):
         title, _, rest = (ast.get_docstring(ast.parse(file.read_text())) or file.stem).partition("\n")
         parts += [f"## {_markdown(title.rstrip('.'))}", *filter(None, [_markdown(rest.strip())])]
-        for entry in entries:
-            parts += [f"**`{entry.name}`**: {_markdown(_description(entry.text))}", _table(entry)]
+        for entry in of_file:
+            description = re.split(r"\n\n(?:(?:Args|Returns|Raises):|>>> )", entry.text)[0]
+            rows = [
+                f"| `{name}` | {one.title}{arrows[one.better]} | {one.meaning} |" for name, one in entry.terms.items()
+            ]
+            table = ["| logged as | short | meaning |", "|---|---|---|", *rows]
+            parts += [f"**`{entry.name}`**: {_markdown(description)}", "\n".join(table)]
     return "\n\n".join(parts) + "\n"
-
-
-def _description(docstring: str) -> str:
-    """What comes before the arguments and the examples."""
-    return re.split(r"\n\n(?:(?:Args|Returns|Raises|Attributes):|>>> )", docstring)[0]
 
 
 def _markdown(text: str) -> str:
     """A docstring's markup as Markdown's."""
     return re.sub(r":\w+:`[~.]?(?:[\w.]*\.)?(\w+)`", r"`\1`", text.replace("``", "`")).replace("::\n", ":\n")
-
-
-def _table(entry: Entry) -> str:
-    arrows = {"higher": " ↑", "lower": " ↓", "": ""}
-    rows = [f"| `{name}` | {one.title}{arrows[one.better]} | {one.meaning} |" for name, one in entry.terms.items()]
-    return "\n".join(["| logged as | short | meaning |", "|---|---|---|", *rows])
 
 
 if __name__ == "__main__":

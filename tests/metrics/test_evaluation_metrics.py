@@ -132,6 +132,20 @@ def test_metrics_pickle_clone_reset_and_leave_no_state_dict():
     assert whole.half().explained_variance.total.dtype == torch.float64
 
 
+def test_a_result_stays_what_it_was_when_more_batches_come():
+    toy = Toy()
+    for metric, takes in every_metric().values():
+        for seed in range(2):
+            batch = toy.batch(seed)
+            x_hat, codes = toy(batch)
+            arguments = {"x": (batch.x, x_hat), "codes": (codes,), "both": (codes, batch.features)}
+            metric.update(*arguments.get(takes, (batch.features,)))
+            if seed == 0:
+                first = metric.compute()
+                kept = copy.deepcopy(first)
+        torch.testing.assert_close(first, kept, rtol=0, atol=0, equal_nan=True)
+
+
 def test_autocast_leaves_counts_and_cosines_exact():
     toy = Toy()
     batch = toy.batch(0, 1500)

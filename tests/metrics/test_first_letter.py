@@ -10,8 +10,7 @@ from hedgelab.metrics.functional.first_letter import (
     l1_ranking,
     word_absorption,
 )
-from hedgelab.metrics.functional.logistic import linear_probes
-from hedgelab.metrics.functional.probing import firing_magnitudes
+from hedgelab.metrics.functional.probing import firing_magnitudes, linear_probes
 
 LETTER = torch.tensor([1.0, 0, 0, 0])  # the probe
 W_DEC = torch.tensor([[1.0, 0, 0, 0], [0.8, 0.6, 0, 0], [0, 0, 1.0, 0]])  # the letter's latent, an absorber, a stranger

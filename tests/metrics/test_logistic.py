@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hedgelab.metrics.functional.logistic import f1_score, linear_probes, logistic_regression, roc_auc
+from hedgelab.metrics.functional.probing import f1_score, linear_probes, logistic_regression, roc_auc
 
 sklearn_linear = pytest.importorskip("sklearn.linear_model")
 sklearn_metrics = pytest.importorskip("sklearn.metrics")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hedgelab.metrics.functional.logistic import LinearProbe, linear_probes
+from hedgelab.metrics.functional.probing import LinearProbe, linear_probes
 from hedgelab.metrics.functional.removal import (
     PooledTexts,
     attribution,

@@ -164,7 +164,11 @@ def hedging_degree(
     projections, delta_norms, cosines = (delta @ basis).norm(dim=1), delta.norm(dim=1), (moved_to * old).sum(1)
     projection, random = projections.mean() / size, at_random(None)
     baselines = random.mean(1) / size
-    matched = unknown if covariance is None else at_random(_root(covariance, old)).mean(1).mean() / size
+    matched = unknown
+    if covariance is not None:
+        symmetric = float64(covariance).to(old)
+        values, vectors = torch.linalg.eigh((symmetric + symmetric.t()) / 2)
+        matched = at_random(vectors * values.clamp_min(0).sqrt()).mean(1).mean() / size
     others = [moved_within(fold_decoder(rows)[0]).mean() for rows in foreign or []]
     elsewhere = torch.stack(others).mean() / size if others else unknown
     noise = torch.full_like(old, torch.nan) if reordered is None else fold_decoder(reordered)[0] - old
@@ -190,11 +194,3 @@ def hedging_degree(
         cosines=cosines,
         live=live,
     )
-
-
-def _root(covariance: Tensor, like: Tensor) -> Tensor:
-    """A square root of a covariance matrix."""
-    symmetric = float64(covariance).to(like)
-    values, vectors = torch.linalg.eigh((symmetric + symmetric.t()) / 2)
-    root: Tensor = vectors * values.clamp_min(0).sqrt()
-    return root

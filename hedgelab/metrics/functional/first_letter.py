@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hedgelab.kernels.codes import Codes
+from hedgelab.metrics.functional import probing
 from hedgelab.metrics.functional.accumulate import fold_decoder, on_cpu, picked
-from hedgelab.metrics.functional.logistic import LinearProbe, f1_score, has_both, logistic_regression, warn_of_empty
-from hedgelab.metrics.functional.probing import firing_magnitudes
 
 F1_JUMP = 0.03
 """What a further latent must add to the F1 to count as a split."""
@@ -59,7 +58,7 @@ def first_letter_scores(
     test: Tensor | Codes,
     test_labels: Tensor,
     test_x: Tensor,
-    probe: LinearProbe,
+    probe: probing.LinearProbe,
     W_dec: Tensor,
 ) -> FirstLetterScores:
     """Absorption (from 0 to 1) and splitting (from 1) of every letter.
@@ -74,17 +73,21 @@ def first_letter_scores(
         absorption/split_latents: splits [latents] (lower): latents that a letter is split into, mean
     """
     train, test, train_labels, test_labels = on_cpu(train), on_cpu(test), train_labels.cpu(), test_labels.cpu()
-    test_x, W_dec, probe = test_x.detach().cpu(), W_dec.detach().cpu(), LinearProbe(*(part.cpu() for part in probe))
+    test_x, W_dec, probe = (
+        test_x.detach().cpu(),
+        W_dec.detach().cpu(),
+        probing.LinearProbe(*(part.cpu() for part in probe)),
+    )
     norms = fold_decoder(W_dec)[1]
-    known = has_both(train_labels) & has_both(test_labels)
-    warn_of_empty("first letters", known)
-    scale = firing_magnitudes(train)
+    known = probing.has_both(train_labels) & probing.has_both(test_labels)
+    probing.warn_of_empty("first letters", known)
+    scale = probing.firing_magnitudes(train)
     ranked = l1_ranking(train, train_labels, scale)
     found = probe.scores(test_x) > 0
     scores = {name: torch.full(known.shape, torch.nan, dtype=torch.float64) for name in FirstLetterScores._fields}
     for letter in known.nonzero().flatten().tolist():
         y, y_test = train_labels[:, letter], test_labels[:, letter]
-        scores["probe_f1"][letter] = probe_f1 = f1_score(found[:, letter], y_test)
+        scores["probe_f1"][letter] = probe_f1 = probing.f1_score(found[:, letter], y_test)
         words = (found[:, letter] & y_test).nonzero().squeeze(1)
         if probe_f1 <= MIN_PROBE_F1 or not len(words):
             continue
@@ -141,8 +144,8 @@ def k_sparse_f1(train: Codes, y: Tensor, test: Codes, y_test: Tensor, ranked: Te
     x, x_test = (picked(codes, 1, ranked) / scale[ranked] for codes in (train, test))
     scores: list[float] = []
     for k in range(1, len(ranked) + 1):
-        probe = logistic_regression(x[:, :k], y)
-        score = f1_score(probe.scores(x_test[:, :k])[:, 0] > 0, y_test)
+        probe = probing.logistic_regression(x[:, :k], y)
+        score = probing.f1_score(probe.scores(x_test[:, :k])[:, 0] > 0, y_test)
         if scores and score <= scores[-1] + F1_JUMP:
             break
         scores.append(score)

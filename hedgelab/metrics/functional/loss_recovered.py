@@ -47,12 +47,17 @@ def next_token_divergences(clean: Tensor, logits: Tensor, keep: Tensor) -> Tenso
     return (p.exp() * (p - q)).sum(-1)
 
 
+def spliced_sums(name: str, tokens: Tensor, keep: Tensor, clean: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    """Sums over tokens of losses and divergences of a model whose activations something of that name replaces."""
+    losses, divergences = next_token_losses(logits, tokens, keep), next_token_divergences(clean, logits, keep)
+    return {name: float64(losses).sum(), f"kl_{name}": float64(divergences).sum()}
+
+
 def baseline_sums(tokens: Tensor, keep: Tensor, clean: Tensor, zero: Tensor, mean: Tensor) -> dict[str, Tensor]:
-    """Sums over tokens of what does not depend on an SAE, from the logits of the model untouched and with both ablations."""
+    """Those that do not depend on an SAE: of the untouched model, and with zeros and the mean activation in its place."""
     sums = {"count": float64(keep[:, :-1]).sum(), "clean": float64(next_token_losses(clean, tokens, keep)).sum()}
     for name, logits in (("zero", zero), ("mean", mean)):
-        sums[name] = float64(next_token_losses(logits, tokens, keep)).sum()
-        sums[f"kl_{name}"] = float64(next_token_divergences(clean, logits, keep)).sum()
+        sums |= spliced_sums(name, tokens, keep, clean, logits)
     return sums
 
 

@@ -2,24 +2,161 @@
 
 Latents are rescaled to a mean firing magnitude of 1 and ranked, for each class, by the absolute difference of their means
 between the class and the rest; a class-balanced logistic regression reads the top k (Gurnee et al. 2023; Gao et al. 2024).
+
+Probes are fitted in float64 and without chance. Their objective is scikit-learn's, ``½‖w‖² + C Σ_i s_i log(1 + exp(-y_i (w·x_i
++ b)))`` with a free intercept and ``s_i = n / (2 n_class)``, so that both classes weigh alike. It is strictly convex in w: any
+two exact solvers agree.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from hedgelab.errors import whole_number
+from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.accumulate import as_codes, float64, on_cpu, picked
-from hedgelab.metrics.functional.logistic import f1_score, has_both, logistic_regression, roc_auc, warn_of_empty
 from hedgelab.seeding import generator
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
 """Candidates for C; the one with the best AUC on a fifth of the training split is taken."""
+_NEWTON_STEPS = 100
+_TOLERANCE = 1e-9
+
+
+class LinearProbe(NamedTuple):
+    """Linear classifiers, one a class."""
+
+    weight: Tensor  # [classes, d]
+    bias: Tensor  # [classes]
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Log odds of examples ``x [n, d]``, ``[n, classes]``, in the probe's precision."""
+        return x.to(self.weight) @ self.weight.T + self.bias
+
+
+def has_both(labels: Tensor) -> Tensor:
+    """Whether members and others both occur, bool ``[...]`` of labels ``[n, ...]``: without either no score can be computed."""
+    return labels.any(0) & ~labels.all(0)
+
+
+def warn_of_empty(what: str, known: Tensor) -> None:
+    """Say which classes of ``known [classes]`` have members only, or none."""
+    if not bool(known.all()):
+        empty = (~known).nonzero().flatten().tolist()
+        warnings.warn(f"{what}: classes {empty} lack members or others: NaN", stacklevel=3)
+
+
+def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:
+    """One binary classifier on few columns, by Newton's method; on the CPU, where so few numbers gain most.
+
+    ``x [n, d]``, ``labels [n]`` bool; C is the inverse strength of the L2 penalty; both classes weigh alike.
+
+    >>> probe = logistic_regression(torch.tensor([[0.0], [1.0]]), torch.tensor([False, True]))
+    >>> bool(probe.weight > 0), (probe.scores(torch.tensor([[0.5]])).abs() < 1e-9).item()
+    (True, True)
+
+    Raises:
+        UserError: All examples are of one kind, so that nothing tells them apart.
+    """
+    x, labels = x.detach().cpu(), labels.cpu()
+    if not bool(has_both(labels)):
+        raise UserError(f"labels: need examples of both kinds, got {int(labels.sum())} positive of {len(labels)}")
+    x = torch.cat([x.double(), x.new_ones(x.shape[0], 1, dtype=torch.float64)], dim=1)
+    target, sample = labels.double(), C * _example_weights(labels)
+    ridge = torch.ones(x.shape[1], dtype=torch.float64)
+    ridge[-1] = 0
+    w = torch.zeros_like(ridge)
+
+    def objective(w: Tensor) -> Tensor:
+        return 0.5 * (ridge * w * w).sum() + (sample * softplus(-(target * 2 - 1) * (x @ w))).sum()
+
+    value = objective(w)
+    for _ in range(_NEWTON_STEPS):
+        p = torch.sigmoid(x @ w)
+        gradient = ridge * w + x.T @ (sample * (p - target))
+        curvature = x.T @ (x * (sample * p * (1 - p))[:, None]) + torch.diag(ridge)
+        curvature[-1, -1] += 1e-12 * (1 + curvature[-1, -1])
+        step = torch.linalg.solve(curvature, gradient)
+        decrease, size = gradient @ step, 1.0
+        while (moved := objective(w - size * step)) > value - 1e-4 * size * decrease and size > 1e-10:
+            size /= 2
+        w, value = w - size * step, moved
+        if decrease < _TOLERANCE * (1 + value.abs()):
+            break
+    return LinearProbe(w[None, :-1], w[-1:])
+
+
+def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:
+    """Binary classifiers on many columns (raw activations), one against the rest each, by L-BFGS on the CPU.
+
+    ``x [n, d]``, ``labels [n, classes]`` bool. Columns are centred and scaled to a mean square of 1 for the fit alone; C refers
+    to that scale. NaN, with a warning, for classes without members or without others.
+    """
+    x, labels = x.detach().cpu().double(), labels.cpu()
+    known = has_both(labels)
+    warn_of_empty("probes", known)
+    weight = torch.full((len(known), x.shape[1]), torch.nan, dtype=torch.float64)
+    bias, labels = weight.new_full(known.shape, torch.nan), labels[:, known]
+    mean, scale = x.mean(0), x.std(0, unbiased=False).clamp_min(1e-12)
+    standard = (x - mean) / scale
+    target, sample = labels.double(), C * _example_weights(labels)
+    classes, d = labels.shape[1], x.shape[1]
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        w = torch.from_numpy(flat).view(classes, d + 1)
+        logits = standard @ w[:, :d].T + w[:, d]
+        pull = sample * (torch.sigmoid(logits) - target)
+        loss = (sample * (softplus(logits) - target * logits)).sum() + 0.5 * w[:, :d].square().sum()
+        gradient = torch.cat([pull.T @ standard + w[:, :d], pull.sum(0)[:, None]], dim=1)
+        return float(loss), gradient.flatten().numpy()
+
+    from scipy.optimize import minimize  # slow to import, and needed by probes alone
+
+    start = np.zeros(classes * (d + 1))
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "gtol": 1e-4 * C})
+    w = torch.from_numpy(found.x).view(classes, d + 1)
+    weight[known] = w[:, :d] / scale
+    bias[known] = w[:, d] - weight[known] @ mean
+    return LinearProbe(weight, bias)
+
+
+def _example_weights(labels: Tensor) -> Tensor:
+    """Weight of each example so that both classes weigh n / 2, float64 of the shape of ``labels [n, ...]``."""
+    n, positive = labels.shape[0], labels.sum(0).double()
+    return torch.where(labels, n / (2 * positive), n / (2 * (n - positive)))
+
+
+def roc_auc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve of scores ``[n]``: P(positive above negative), ties counting half; NaN with one class.
+
+    >>> roc_auc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([False, True, False, True]))
+    0.875
+    """
+    values, inverse = torch.unique(scores, return_inverse=True)
+    labels = labels.to(scores.device)
+    positive = torch.bincount(inverse[labels], minlength=len(values)).double()
+    negative = torch.bincount(inverse[~labels], minlength=len(values)).double()
+    below = negative.cumsum(0) - negative / 2
+    return float((positive * below).sum() / (positive.sum() * negative.sum()))
+
+
+def f1_score(predicted: Tensor, labels: Tensor) -> float:
+    """F1 of predictions, both bool ``[n]``: 0 where nothing of the class is found, NaN where the class has no members.
+
+    >>> f1_score(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
+    0.6666666666666666
+    """
+    labels = labels.to(predicted.device)
+    if not bool(labels.any()):
+        return float("nan")
+    return 2 * float((predicted & labels).sum()) / float(predicted.sum() + labels.sum())
 
 
 class ProbingScores(NamedTuple):

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional import accumulate
 from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, sparse_product
-from hedgelab.metrics.functional.sparsity import firing_update
+from hedgelab.metrics.functional.basic import firing_update
 
 NEAR_DUPLICATE = 0.9
 """Cosine from which two decoder rows count as the same direction."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.metrics.functional.logistic import LinearProbe, has_both, linear_probes, warn_of_empty
+from hedgelab.metrics.functional.probing import LinearProbe, has_both, linear_probes, warn_of_empty
 
 
 class PooledTexts(NamedTuple):
@@ -80,11 +80,9 @@ def targeted_probe_perturbation(
     def accuracies(x: Tensor) -> Tensor:
         """Of each class's classifier where the class and the rest weigh alike, ``[classes]``."""
         scores = probe.scores(x)
-        found = scores > 0
-        right = (found & test_labels).sum(0) / test_labels.sum(0) + (~found & ~test_labels).sum(0) / (~test_labels).sum(
-            0
-        )
-        return (right.double() / 2).masked_fill(scores.isnan().any(0), torch.nan)
+        right = (scores > 0) == test_labels
+        members, others = ((right & kind).sum(0) / kind.sum(0) for kind in (test_labels, ~test_labels))
+        return ((members + others).double() / 2).masked_fill(scores.isnan().any(0), torch.nan)
 
     clean, others = accuracies(test.x), ~torch.eye(len(effects), dtype=torch.bool)
     result = []

@@ -10,10 +10,9 @@ import torch
 from torch.nn.functional import normalize
 
 from hedgelab.errors import whole_number
+from hedgelab.metrics.functional.basic import density_histogram, explained_variance
 from hedgelab.metrics.functional.probing import firing_magnitudes
-from hedgelab.metrics.functional.reconstruction import explained_variance
 from hedgelab.metrics.functional.recovery import NEAR_DUPLICATE, decoder_geometry
-from hedgelab.metrics.functional.sparsity import density_histogram
 from hedgelab.plots.evaluation import cosine_distribution
 from hedgelab.plots.training import firing_density
 from hedgelab.protocols.evaluation.reader import Readings

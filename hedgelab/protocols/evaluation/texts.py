@@ -16,7 +16,7 @@ from torch import Tensor
 from hedgelab.data.llm.labelled import ClassifiedTexts
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.logistic import linear_probes
+from hedgelab.metrics.functional.probing import linear_probes
 from hedgelab.metrics.functional.removal import (
     PooledTexts,
     biased_probes,

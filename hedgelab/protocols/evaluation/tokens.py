@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hedgelab.data.llm.labelled import FirstLetters, TaggedWords
 from hedgelab.metrics.functional.first_letter import first_letter_scores
-from hedgelab.metrics.functional.logistic import linear_probes
-from hedgelab.metrics.functional.probing import k_sparse_probing
+from hedgelab.metrics.functional.probing import k_sparse_probing, linear_probes
 from hedgelab.plots.evaluation import absorption_by_letter, probing_by_class
 from hedgelab.protocols.evaluation.reader import ModelReader, Readings
 from hedgelab.protocols.evaluation.suite import Scores, Suite, Title, encode_rows, finite, rows_of, whole_numbers

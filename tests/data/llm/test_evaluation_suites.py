@@ -7,8 +7,8 @@ import torch
 
 from hedgelab.data.llm.labelled import ClassifiedTexts, Property, TaggedWords
 from hedgelab.data.source import ActivationSource
-from hedgelab.metrics.functional.logistic import linear_probes
-from hedgelab.metrics.functional.reconstruction import explained_variance
+from hedgelab.metrics.functional.basic import explained_variance
+from hedgelab.metrics.functional.probing import linear_probes
 from hedgelab.protocols.evaluation import ModelReader, Readings, suite_classes
 from hedgelab.protocols.evaluation.density import DensitySuite, GeometrySuite
 from hedgelab.protocols.evaluation.loss import LossSuite
