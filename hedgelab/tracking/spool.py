@@ -138,10 +138,7 @@ class Spool:
         """Keep an operation, and a copy of the file that it speaks of."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
-            with self.path.open("ab+") as file:
-                file.seek(max(0, file.tell() - 1))
-                torn = file.read() not in (b"", b"\n")
-            if torn:  # a process was killed, or the disk was full, in the middle of a line
+            if self._is_torn():  # a process was killed, or the disk was full, in the middle of a line
                 self._replace(self._lines())
             line = self._encode(operation)
             if self._store is not None and not self.uri:  # absent, or left empty by a full disk
@@ -195,6 +192,13 @@ class Spool:
             file.write(line + "\n")
         return f"the tracking store refuses {_name(operation)} ({reason_of(error)}); kept in {self.refused}, the rest is sent"
 
+    def _is_torn(self) -> bool:
+        if not self:
+            return False
+        with self.path.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 1))
+            return file.read() not in (b"", b"\n")
+
     def _lines(self) -> list[str]:
         """The operations that wait; one cut short as its process was killed, always the last, is left out."""
         return (self.path.read_text() if self else "").rpartition("\n")[0].splitlines()
@@ -234,7 +238,7 @@ class Spool:
                 elif cls is Artifact:
                     fields["source"] = str(self._own_file(fields["source"]))
                 yield cls(**fields)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 raise UserError(f"{self.path}, line {number}: damaged ({reason}); mend or delete it") from error
 

@@ -66,6 +66,14 @@ def test_table_shows_key_numbers_and_no_empty_columns(runs):
     assert "failed" in two
 
 
+def test_the_table_shows_a_hedging_degree_which_belongs_to_no_stage(runs):
+    tracker = MLflowTracker("a", run_name="hedge", uri=runs)
+    tracker.log_metrics({"hedging/degree": 0.125}, 1)
+    tracker.finalize("success")
+    header, hedge, *_ = format_table(list_runs()).splitlines()
+    assert hedge.index("0.125") == header.index("hedging degree")
+
+
 def test_no_store_and_no_runs(uri, tmp_path, monkeypatch):
     assert format_table(list_runs()) == "no runs yet"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/absent.db")
