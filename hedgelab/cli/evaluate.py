@@ -71,12 +71,11 @@ def run(command: str, words: list[str]) -> int:
 
 
 def _swept(file: str, words: list[str]) -> str:
-    """Train what a sweep's config lists; the name of its run."""
+    """Train what a sweep's config lists; the id of its run."""
     from hedgelab.cli.sweep import sweep
     from hedgelab.protocols.evaluation.subjects import say
-    from hedgelab.protocols.sweep.config import read_sweep
 
-    sweep_words = ["--config", file, *words]
-    if sweep("sweep", sweep_words):
+    study = sweep(["--config", file, *words])
+    if study.failures:
         say("some cells failed; evaluating the others")
-    return read_sweep(sweep_words).name
+    return study.run_id

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from hedgelab.cli.startup import begin
+
+if TYPE_CHECKING:
+    from hedgelab.protocols.sweep.run import Sweep
 
 _HELP = """\
 usage: hedgelab sweep --config FILE [--list] [--KEY VALUE ...]
@@ -38,11 +42,11 @@ def run(command: str, words: list[str]) -> int:
         print(_HELP, end="")
         return 0
     begin([word for word in words if word != "--list"], tracked="--list" not in words)
-    return sweep(command, words)
+    return 1 if sweep(words).failures else 0
 
 
-def sweep(command: str, words: list[str]) -> int:
-    """Run the cells that the words describe; 1 where some failed."""
+def sweep(words: list[str]) -> Sweep:
+    """Run the sweep that the words describe, and say what came of it."""
     from hedgelab.cli.cells import parse_cell
     from hedgelab.cli.studies import conduct
     from hedgelab.protocols.study import Bench
@@ -52,4 +56,4 @@ def sweep(command: str, words: list[str]) -> int:
     print("\n".join(conduct(study, Bench(), study.grid.text)))
     for name, reason in study.failures.items():
         sys.stderr.write(f"hedgelab: cell '{name}' failed: {reason}\n")
-    return 1 if study.failures else 0
+    return study

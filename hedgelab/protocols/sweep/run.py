@@ -47,6 +47,7 @@ class Sweep(Study):
         self.lists, self.retrain, self.parse = "--list" in words, "--retrain" in words, parse
         self.grid, self.description = read_sweep(words), opening_comment(config_files(words))
         self.failures: dict[str, str] = {}  # why cells failed, by name
+        self.run_id = ""
 
     def run(self, bench: Bench) -> Outcome:
         """Train what is not finished; table and figure are those of all cells."""
@@ -68,6 +69,7 @@ class Sweep(Study):
             total = f"{len(units)} cells, {len(jobs)} to be trained in {len(groups)} jobs"
             return Outcome(headline=[*lines, total])
         tracker = self._open_run(units, uri)
+        self.run_id = str(tracker.run_id)
         try:
             if finished:
                 say(f"sweep: {len(finished)} of {len(units)} cells are finished already")
@@ -122,7 +124,7 @@ class Sweep(Study):
         command, executor = self.grid.options.command, self.grid.options.executor
         processes = groups[0][0].processes if groups else ONE_PROCESS
         jobs = [
-            Job(command, tuple(group), tracker.run_id or "", uri, tracker.name, self.parse, processes, self.retrain)
+            Job(command, tuple(group), self.run_id, uri, tracker.name, self.parse, processes, self.retrain)
             for group in groups
         ]
         quiet = isinstance(executor, InProcess) and not processes.several  # where every job has a bar of its own
