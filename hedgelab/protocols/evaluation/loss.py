@@ -49,7 +49,7 @@ class LossSuite(Suite):
         contexts = reader.data.stage_contexts("test")
         tokens = contexts.tokens[: self.loss_contexts].long().to(model.device)
         usable = contexts.usable(reader.data.skip_first)[: self.loss_contexts].to(model.device)
-        parts = list(zip(tokens.split(_CONTEXTS_AT_ONCE), usable.split(_CONTEXTS_AT_ONCE), strict=True))
+        parts = list(zip(torch.split(tokens, _CONTEXTS_AT_ONCE), torch.split(usable, _CONTEXTS_AT_ONCE), strict=True))
         total = sum(model.activations(part)[where].double().sum(0) for part, where in parts)
         mean = (torch.as_tensor(total) / usable.sum()).float()
         metrics = {name: LossRecovered().to(model.device) for name in saes}

@@ -89,7 +89,7 @@ class ModelReader:
 
     def rows(self, name: str, tokens: Tensor, usable: Tensor) -> Rows:
         """Activations at the usable positions (bool ``[n, length]``) of contexts, in reading order; ``name`` says what for."""
-        parts = list(zip(tokens.split(_CONTEXTS_PER_PART), usable.split(_CONTEXTS_PER_PART), strict=True))
+        parts = list(zip(torch.split(tokens, _CONTEXTS_PER_PART), torch.split(usable, _CONTEXTS_PER_PART), strict=True))
         shown = tqdm(parts, f"Activations for {name}", unit="part", delay=1)
         return self._usual(torch.cat([self._kept(part, partial(self._harvest, *part)) for part in shown]))
 
@@ -97,7 +97,9 @@ class ModelReader:
         """Activations at words behind their common prompt."""
 
         def run() -> Tensor:
-            shown = tqdm(words.words.split(_WORDS_AT_ONCE), "Activations for first letters", unit="part", delay=1)
+            shown = tqdm(
+                torch.split(words.words, _WORDS_AT_ONCE), "Activations for first letters", unit="part", delay=1
+            )
             return torch.cat([self.spliced.last_activations(words.prefix, part).float().cpu() for part in shown])
 
         return self._usual(self._kept((words.prefix, words.words), run))
