@@ -246,8 +246,8 @@ def scores(ensemble: EnsembleSAE, batch: Batch, directions: torch.Tensor, parent
             error = member.loss(batch).error
         mse = float(error.square().sum(1) @ batch.weight.to(error))
         weights = [float(weight) for weight in member.current_weights()]
-        errors = [float((1 - one[parent].clamp(0, 1).square()).sqrt()) for one in (encoder, decoder)]
-        found.append(Score(weights, encoder.tolist(), decoder.tolist(), *errors, mse, float(mcc(rows[i]))))
+        off, off_decoder = (float((1 - one[parent].clamp(0, 1).square()).sqrt()) for one in (encoder, decoder))
+        found.append(Score(weights, encoder.tolist(), decoder.tolist(), off, off_decoder, mse, float(mcc(rows[i]))))
     return found
 
 

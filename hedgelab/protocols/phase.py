@@ -175,13 +175,13 @@ class Phase(Study):
                 x.label, y.label, label, overlay, (x.logarithmic, y.logarithmic),
             )  # fmt: skip
         metrics = {"sae_steps/s": measured["loss"].size * self.steps * rounds / (bench.seconds - before)}
-        for name in measured:
-            metrics |= {f"{name}/min": float(np.nanmin(drawn[name])), f"{name}/max": float(np.nanmax(drawn[name]))}
+        for key in measured:
+            metrics |= {f"{key}/min": float(np.nanmin(drawn[key])), f"{key}/max": float(np.nanmax(drawn[key]))}
         if closed:
             metrics |= agreement(closed)
         rows = self._rows({**measured, **closed})
         headline = [f"{len(rows)} SAEs, {self.steps} steps each"]
-        headline += aligned([[name, f"{value:.5g}"] for name, value in metrics.items()]).splitlines()
+        headline += aligned([[key, f"{value:.5g}"] for key, value in metrics.items()]).splitlines()
         given = (x.label, y.label, "seed")
         parts = [
             Part(

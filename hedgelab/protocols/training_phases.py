@@ -236,16 +236,18 @@ def fit_group(
     group = None
     if ids is not None and trackers:
         group = GroupCheckpoints(checkpoints_root(next(iter(trackers.values()))), ids, lone)
-        for name, run_id in group.runs.items():
-            trackers[name].go_on_with(run_id)
+        for name, run_id in group.folder.members.items():
+            if run_id is not None:
+                trackers[name].go_on_with(run_id)
     records: list[L.Callback] = [MemberRecord("" if lone else keys[name], one) for name, one in trackers.items()]
     made = trainer.another(list(trackers.values()), [_ReachesTheEnd(), *records], checkpoints=group is not None)
     begin()
     checkpoint = None
-    if group is not None:
+    saving = next((one for one in made.checkpoint_callbacks if isinstance(one, RunCheckpoint)), None)
+    if group is not None and saving is not None:
         runs = {name: tracker.run_id for name, tracker in trackers.items()}
-        checkpoint = decided_by_rank_zero(partial(group.begin, made, runs))
-        group.use(made)
+        checkpoint = decided_by_rank_zero(partial(group.begin, runs))
+        saving.folder, saving.dirpath = group.folder, str(group.folder.path)
     module: L.LightningModule
     if lone:
         ((name, module),) = saes.items()
@@ -288,29 +290,17 @@ class GroupCheckpoints:
             if all(f"{member}/".startswith(own) for member in group):
                 shutil.rmtree(path, ignore_errors=True)
 
-    @property
-    def runs(self) -> dict[str, str]:
-        """The MLflow runs of the members, by name; nothing where training has not begun yet."""
-        return {name: run_id for name, run_id in self.folder.members.items() if run_id is not None}
-
-    def begin(self, trainer: L.Trainer, runs: Mapping[str, str | None]) -> Path | None:
+    def begin(self, runs: Mapping[str, str | None]) -> Path | None:
         """Claim the folder, on rank zero; the checkpoint to go on from, None to start from the beginning.
 
         Raises:
             UserError: Another process trains the same SAEs right now, and goes on doing so; or has just done it.
         """
-        if _saves(trainer) is None:
-            return None
         if self.folder.claim(_PATIENCE) and not self.folder.about:
             self.folder.release()
             raise UserError(f"another process has just trained {', '.join(self.members)}; run the same command again")
         self.folder.note(group=self.members, members=dict(runs))
         return newest_whole(self.folder.path)
-
-    def use(self, trainer: L.Trainer) -> None:
-        """Let a trainer write its checkpoints here; on every rank."""
-        if (callback := _saves(trainer)) is not None:
-            callback.folder, callback.dirpath = self.folder, str(self.folder.path)
 
     def end(self) -> None:
         """Training has ended well, and what came of it is kept elsewhere."""
@@ -324,10 +314,6 @@ def _groups(root: Path) -> Iterator[tuple[Path, dict[str, str]]]:
         members = RunFolder(path).about.get("group")
         if isinstance(members, dict):
             yield path, members
-
-
-def _saves(trainer: L.Trainer) -> RunCheckpoint | None:
-    return next((found for found in trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)), None)
 
 
 class _ReachesTheEnd(L.Callback):

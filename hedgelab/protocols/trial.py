@@ -273,7 +273,7 @@ def _score(
         control.W_dec, extended.W_dec, live=live & (fired_extended[:width] > 0), live_new=fired_extended[width:] > 0, seed=seed
     )  # fmt: skip
     residual = metric.compute()
-    nested = isinstance(control, MatryoshkaSAE)
+    levels = level_hedging(control, directions, fired, sums) if isinstance(control, MatryoshkaSAE) else ()
     tracked = tracked_features(decoder_cosines(control.W_dec, directions), live)
     return TrialScore(
         kind, width, toy, seed,
@@ -282,7 +282,7 @@ def _score(
         residual_std=float(residual.std),
         degree=float(degree.degree),
         tracked=int((tracked.feature >= 0).sum()),
-        levels=level_hedging(control, directions, fired, sums) if nested else (),
+        levels=levels,
     )  # fmt: skip
 
 
