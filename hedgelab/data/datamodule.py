@@ -15,7 +15,7 @@ from torch import Tensor
 from hedgelab.batch import Batch
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError, whole_number
-from hedgelab.seeding import resolve_seed
+from hedgelab.seeding import generator, resolve_seed
 
 Stage = Literal["train", "val", "test"]
 
@@ -96,8 +96,7 @@ class ActivationDataModule(L.LightningDataModule, ABC):
     def slice_for_rank(self, batch: Batch) -> Batch:
         """The rows of a global batch that belong to this rank; weights sum to 1 on average over the ranks.
 
-        Raises:
-            UserError: The batch cannot be split evenly. A weighted one always can: rows of weight 0 are added.
+        A weighted batch that does not split evenly gets rows of weight 0.
         """
         count = self._rank()[1]
         if count == 1:
@@ -111,11 +110,7 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         return Batch(x[rows], None if features is None else features[rows], None if weight is None else weight[rows])
 
     def rows_for_rank(self, size: int) -> slice:
-        """Which rows of a global batch of ``size`` examples belong to this rank.
-
-        Raises:
-            UserError: They cannot be split evenly.
-        """
+        """Which rows of a global batch of ``size`` examples belong to this rank."""
         rank, count = self._rank()
         if size % count:
             raise UserError(f"data.batch_size: {size} cannot be split evenly over {count} ranks")
@@ -125,11 +120,7 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         return (0, 1) if self.trainer is None else data_rank(self.trainer)
 
     def train_dataloader(self) -> BatchStream:
-        """The stream from the trainer's current step to its last; with ``overfit_batches``, its first batches again and again.
-
-        Raises:
-            UserError: Nothing says where it ends.
-        """
+        """The stream from the trainer's step to its last; with ``overfit_batches``, its first batches again and again."""
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("train_dataloader needs a trainer; ask batch('train', i) for single batches")
@@ -152,6 +143,15 @@ class ActivationDataModule(L.LightningDataModule, ABC):
     def test_dataloader(self) -> BatchStream:
         """The first ``val_batches`` batches of the test stage."""
         return SizedBatchStream(self, "test", self.val_batches)
+
+
+def held_out_split(n: int, share: float, what: str) -> dict[Stage, Tensor]:
+    """Which of n rows or contexts belong to which stage: half the share each to validation and test, whatever the seed."""
+    held = int(n * share / 2)
+    if not 1 <= held < n / 2:
+        raise UserError(f"data.held_out: {share} of {n} {what} leaves a stage without any; change it, or give more")
+    train, val, test = torch.randperm(n, generator=generator(0, "split")).split([n - 2 * held, held, held])
+    return {"train": train, "val": val, "test": test}
 
 
 def data_rank(trainer: L.Trainer) -> tuple[int, int]:

@@ -63,11 +63,7 @@ class ActivationSource:
 
     @classmethod
     def load(cls, folder: str | Path) -> ActivationSource | None:
-        """Read it back from beside an SAE; None where nothing is known.
-
-        Raises:
-            UserError: The file is damaged.
-        """
+        """Read it back from beside an SAE; None where nothing is known."""
         path = Path(folder) / FILE
         if not path.is_file():
             return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from hedgelab.batch import Batch
-from hedgelab.data.datamodule import ActivationDataModule, Stage
+from hedgelab.data.datamodule import ActivationDataModule, Stage, held_out_split
 from hedgelab.data.source import ActivationSource, Normalisation, measured_normalisation
 from hedgelab.errors import UserError, one_line, whole_number
 from hedgelab.seeding import generator
@@ -63,22 +63,16 @@ class RowActivations(ActivationDataModule):
         whole_number("data.batch_size", batch_size)
         if isinstance(held_out, bool) or not 0 < held_out < 1:
             raise UserError(f"data.held_out: must lie between 0 and 1, got {held_out}")
-        held = int(n * held_out / 2)
-        if held < 1:
+        self._parts = held_out_split(n, held_out, "rows")
+        training, held = len(self._parts["train"]), len(self._parts["val"])
+        if training < batch_size:
             raise UserError(
-                f"data.held_out: {held_out} of {n} rows leaves none for validation; raise it, or give more rows"
-            )
-        if n - 2 * held < batch_size:
-            raise UserError(
-                f"data.batch_size: must be at most the {n - 2 * held} training rows ({n} rows, {2 * held} of them held "
-                f"out), got {batch_size}"
+                f"data.batch_size: must be at most the {training} training rows ({n} rows, {2 * held} of them held out), got "
+                f"{batch_size}"
             )
         # Fewer held-out rows than a batch are served in batches of a power of two, which ranks can split.
         held_batch = batch_size if held >= batch_size else 1 << (held.bit_length() - 1)
         super().__init__(batch_size, seed, held // held_batch if val_batches is None else val_batches, chunk_steps)
-        order = torch.randperm(n, generator=generator(0, "split"))
-        train, val, test = torch.split(order, [n - 2 * held, held, held])
-        self._parts: dict[Stage, Tensor] = {"train": train, "val": val, "test": test}
         self._sizes: dict[Stage, int] = {"train": batch_size, "val": held_batch, "test": held_batch}
         self.normalisation: Normalisation = normalisation
         self._directions = None if feature_directions is None else feature_directions.float()

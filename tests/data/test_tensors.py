@@ -156,7 +156,7 @@ def test_ranks_read_their_own_rows_and_together_all(x, make, monkeypatch):
         ("fine", {"batch_size": 300}, r"data\.batch_size: must be at most the 226 training rows \(250 rows, 24 of them"),
         ("fine", {"batch_size": True}, r"data\.batch_size: expected a whole number"),
         ("fine", {"chunk_steps": 2.0}, r"data\.chunk_steps: expected a whole number"),
-        ("fine", {"held_out": 0.001}, r"data\.held_out: 0\.001 of 250 rows leaves none for validation"),
+        ("fine", {"held_out": 0.001}, r"data\.held_out: 0\.001 of 250 rows leaves a stage without any"),
         ("fine", {"held_out": True}, r"data\.held_out: must lie between 0 and 1"),
         ("fine", {"features": torch.ones(3, 2)}, r"data\.features: expected 250 rows, as x has, got 3"),
         ("fine", {"feature_directions": torch.eye(2, D)}, r"data\.feature_directions: need data\.features"),

@@ -37,11 +37,7 @@ _SHOWN = 72
 
 
 class ActivationCache:
-    """A folder of activations that is there already; :meth:`begin` makes one.
-
-    Raises:
-        UserError: There is none, or its manifest is damaged or of another format.
-    """
+    """A folder of activations that is there already; :meth:`begin` makes one."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -80,16 +76,7 @@ class ActivationCache:
     ) -> ActivationCache:
         """A cache to write on: made if it is not there, made longer if it is too short.
 
-        Args:
-            folder: Where.
-            identity: What the activations depend on.
-            contexts: How many contexts it shall hold.
-            d_in: Width of the activations.
-            storage_dtype: Number format on disk.
-            shard: Contexts a shard; None for about 16 thousand tokens.
-
-        Raises:
-            UserError: The folder holds other activations, or something else.
+        ``shard`` is the number of contexts in each shard of a new cache; None takes about 16 thousand tokens.
         """
         folder = Path(folder)
         try:
@@ -177,19 +164,14 @@ class ActivationCache:
     def write(self, shard: int, rows: Tensor) -> None:
         """Write a shard whole, ``[contexts, context_length, d_in]``; of several processes one at a time may.
 
-        Raises:
-            OSError: The disk is full, or refuses otherwise; the shard then counts as not written.
+        On an ``OSError`` (a full disk, say) the shard counts as not written.
         """
         rows = rows.cpu().to(getattr(torch, self.storage_dtype)).contiguous()
         checksums = torch.tensor([_checksum(context) for context in rows])
         _replace(self._path(shard), save({"activations": rows, "checksums": checksums}))
 
     def read(self, numbers: Tensor) -> Tensor:
-        """Activations of some contexts, ``[n, context_length, d_in]``, in the number format on disk.
-
-        Raises:
-            UserError: A shard is damaged.
-        """
+        """Activations of some contexts, ``[n, context_length, d_in]``, in the number format on disk."""
         rows = torch.empty(len(numbers), *self.shape, dtype=getattr(torch, self.storage_dtype))
         for row, number in enumerate(numbers.tolist()):
             shard, place = divmod(number, self.contexts_per_shard)

@@ -43,9 +43,6 @@ def write_cache(data: LLMDataModule, folder: str, verify: bool = False, shard: i
     Shards that are there are kept; ``verify`` reads them first and writes anew what is damaged. Several processes may do this
     at once: each takes the next shard that nobody works on, and stays until all are written. ``shard`` is the number of
     contexts in each shard of a new cache; None takes about 16 thousand tokens.
-
-    Raises:
-        UserError: The folder holds something else, or the disk has too little room.
     """
     data.files.prepare()
     contexts = len(data.contexts.tokens)
@@ -74,8 +71,8 @@ def write_cache(data: LLMDataModule, folder: str, verify: bool = False, shard: i
 def _fill(data: LLMDataModule, cache: ActivationCache, bar: tqdm[None]) -> bool | None:
     """Write until everything is there; whether the model gave the same bits twice, None if nothing was to do."""
     repeatable = None
-    bar.initial = _tokens_on_disk(cache)
     _show(cache, bar)
+    bar.initial = bar.n
     with ThreadPoolExecutor(1, "hedgelab-cache") as writer:
         while todo := [shard for shard in cache.shards if not cache.is_done(shard)]:
             pending: Callable[[], None] | None = None
@@ -120,13 +117,9 @@ def _is_repeatable(data: LLMDataModule, numbers: Tensor, rows: Tensor) -> bool:
     return torch.equal(_rows(data, numbers[some]), rows[some])
 
 
-def _tokens_on_disk(cache: ActivationCache) -> int:
-    return cache.shape[0] * sum(len(cache.contexts_of(shard)) for shard in cache.shards if cache.is_done(shard))
-
-
 def _show(cache: ActivationCache, bar: tqdm[None]) -> None:
-    """Count what other processes have written, too."""
-    bar.n = _tokens_on_disk(cache)
+    """Count what is on disk, other processes' work too."""
+    bar.n = cache.shape[0] * sum(len(cache.contexts_of(shard)) for shard in cache.shards if cache.is_done(shard))
     bar.refresh()
 
 
@@ -136,10 +129,6 @@ def _check_room(cache: ActivationCache) -> None:
     free = shutil.disk_usage(cache.folder).free
     if needed > free:
         raise UserError(
-            f"data.cache: '{cache.folder}' needs {_size(needed)} more and its disk has {_size(free)} free; {_FULL}, take "
-            "data.storage_dtype: bfloat16, or lower data.max_contexts"
+            f"data.cache: '{cache.folder}' needs {needed / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free; "
+            f"{_FULL}, take data.storage_dtype: bfloat16, or lower data.max_contexts"
         )
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -11,19 +11,17 @@ import torch
 from torch import Tensor
 
 from hedgelab.batch import Batch
-from hedgelab.data.datamodule import ActivationDataModule, Stage
+from hedgelab.data.datamodule import ActivationDataModule, Stage, held_out_split
 from hedgelab.data.llm.cache_files import ActivationCache, CachedRows
-from hedgelab.data.llm.conversion import find_gguf
 from hedgelab.data.llm.harvest import Harvester, Rows, shared_by_ranks
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.hook_names import block_number, block_path, check_layer, hook_path
-from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles
+from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles, find_gguf
 from hedgelab.data.llm.stream import BlockStream
 from hedgelab.data.llm.text import StandardLibraryText, TextSource
 from hedgelab.data.llm.tokens import Contexts, load_contexts
 from hedgelab.data.source import ActivationSource, Normalisation, measured_normalisation
 from hedgelab.errors import UserError, whole_number
-from hedgelab.seeding import generator
 
 
 def model_path(name: Any) -> Path | None:
@@ -309,15 +307,8 @@ class LLMDataModule(ActivationDataModule):
 
     @cached_property
     def _split(self) -> dict[Stage, Tensor]:
-        """Which contexts belong to which stage: the last of them in an order that never depends on the seed are held out."""
-        n = len(self.contexts.tokens)
-        held = int(n * self.held_out / 2)
-        if not 1 <= held < n / 2:
-            raise UserError(
-                f"data.held_out: {self.held_out} of {n} contexts leaves a stage without text; give more text"
-            )
-        order = torch.randperm(n, generator=generator(0, "split"))
-        return {"train": order[: n - 2 * held], "val": order[n - 2 * held : n - held], "test": order[n - held :]}
+        """Which contexts belong to which stage."""
+        return held_out_split(len(self.contexts.tokens), self.held_out, "contexts")
 
 
 def _device(name: str) -> torch.device:

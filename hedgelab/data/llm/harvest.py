@@ -49,12 +49,8 @@ class Harvester(Worker):
 
     On a CPU each forward pass has one thread, and as many passes run side by side as PyTorch was given threads: nothing
     waits at barriers when the cores are shared with training, and the activations are the same to the last bit with
-    any number of threads, prefetched or not. A GPU has one pass at a time.
-
-    Args:
-        model: The model, cut at its hook, on the device where it is to run.
-        contexts_at_once: Contexts of one forward pass.
-        dtype: Number format of the rows; None leaves the model's.
+    any number of threads, prefetched or not. A GPU has one pass at a time. The model runs on the device where it is; its
+    activations are rounded to ``dtype``.
     """
 
     def __init__(self, model: CutModel, contexts_at_once: int, dtype: torch.dtype | None = None) -> None:

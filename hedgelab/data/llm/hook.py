@@ -16,14 +16,9 @@ from hedgelab.errors import UserError
 
 
 class Hook:
-    """A place in a model where activations are read, or replaced.
+    """A place in a causal language model (or its skeleton) where activations are read, or replaced.
 
-    Args:
-        model: A causal language model (transformers ``PreTrainedModel``), or its skeleton.
-        path: Path of a module in it, whose output is meant; its input where the path ends in ``.input``.
-
-    Raises:
-        UserError: The model has no such module.
+    ``path`` is that of a module, whose output is meant; its input where the path ends in ``.input``.
     """
 
     def __init__(self, model: nn.Module, path: str) -> None:
@@ -61,18 +56,11 @@ class Hook:
         """Activations ``[n, length, width]`` of token ids ``[n, length]``, after :meth:`stop`.
 
         ``cache`` holds keys and values of a prefix (transformers' ``Cache``), and grows.
-
-        Raises:
-            UserError: The model does not run the hooked module, or what it gives has no activation for each token.
         """
         return self.by_token(self._reach(tokens, cache), *tokens.shape)
 
     def by_token(self, output: Tensor, n: int, length: int) -> Tensor:
-        """What the hook gave, as ``[n, length, width]``: heads side by side, and contexts apart.
-
-        Raises:
-            UserError: It has no activation for each token.
-        """
+        """What the hook gave, as ``[n, length, width]``: heads side by side, and contexts apart."""
         shape = output.shape
         if output.ndim == 4 and shape[0] == n and self.heads_first:
             return output.transpose(1, 2).flatten(2)
@@ -112,13 +100,6 @@ class CutModel(nn.Module):
     """A causal language model up to a hook: token ids in, activations out.
 
     Blocks behind the hook and the language-model head are dropped, so take a model that nobody else uses.
-
-    Args:
-        model: A causal language model (transformers ``PreTrainedModel``).
-        hook: Path of a module in it, as :class:`Hook` takes it.
-
-    Raises:
-        UserError: The model has no such module.
     """
 
     def __init__(self, model: nn.Module, hook: str) -> None:
@@ -143,11 +124,7 @@ class CutModel(nn.Module):
         return self.hook.run(tokens)
 
     def width(self) -> int:
-        """Width of the activations; a skeleton is enough.
-
-        Raises:
-            UserError: The hook gives no activation for each token, or one that depends on the context's length.
-        """
+        """Width of the activations; a skeleton is enough."""
         probe = next(self.parameters())
         with getattr(probe, "fake_mode", contextlib.nullcontext()):
             widths = {self(torch.zeros(2, n, dtype=torch.long, device=probe.device)).shape[-1] for n in (7, 5)}

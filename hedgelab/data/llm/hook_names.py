@@ -102,11 +102,7 @@ def read_hook_name(name: str) -> HookPoint:
 
 
 def block_path(model: nn.Module, n_layers: int, layer: int) -> str:
-    """The module path of transformer block number ``layer``, from zero; negative numbers count from the end.
-
-    Raises:
-        UserError: There is no such block, or no list of ``n_layers`` blocks in the model (or its skeleton).
-    """
+    """The module path of transformer block number ``layer``, from zero; negative numbers count from the end."""
     check_layer(n_layers, layer)
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
@@ -133,9 +129,6 @@ def hook_path(model: Any, n_layers: int, name: str) -> str:
     """The one name of a hook in a model: a module's path, with ``.input`` where it is what goes into the module.
 
     ``name`` is a path, also as seen from the model's body (``layers.5``), or a name of TransformerLens.
-
-    Raises:
-        UserError: The model (or its skeleton) has no such place.
     """
     if lens := _LENS.fullmatch(name):
         return _lens_path(model, n_layers, int(lens[1]), lens[2])
@@ -154,11 +147,7 @@ def hook_path(model: Any, n_layers: int, name: str) -> str:
 
 
 def hooked_module(model: nn.Module, hook: str) -> tuple[nn.Module, bool]:
-    """The module of a hook, and whether its input is meant rather than its output.
-
-    Raises:
-        UserError: There is no such module.
-    """
+    """The module of a hook, and whether its input is meant rather than its output."""
     modules = {path: module for path, module in model.named_modules() if path}
     if hook in modules:
         return modules[hook], False

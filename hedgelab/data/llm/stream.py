@@ -37,19 +37,9 @@ class BlockStream:
     epoch; the next one shuffles anew. So batch i comes from block ``i // batches_per_block``, whatever was asked for before.
     The last two blocks are kept.
 
-    Args:
-        rows: Turns contexts into rows.
-        submit: Does a block's work in the background; called with it and the block's number.
-        numbers: The contexts, as ``rows`` takes them, ``[n]``.
-        usable: Positions that count, ``[n, length]``.
-        contexts_per_block: Contexts a block; lowered to ``n``.
-        batch_size: Rows a batch.
-        max_norm_ratio: Rows longer than this many times their block's median are dropped; None keeps all.
-        seed: Seed of the orders.
-        name: The stage, for error lines and independent seeds.
-
-    Raises:
-        UserError: A block cannot fill a single batch.
+    ``rows`` turns contexts, of which there are ``numbers``, into rows at the ``usable`` positions; ``submit`` does that in
+    the background. Rows longer than ``max_norm_ratio`` times their block's median are dropped (None: none). ``name``, that of
+    the stage, gives independent seeds.
     """
 
     def __init__(

@@ -126,11 +126,7 @@ class TextFiles(TextSource):
 
 
 def as_text(value: Any, key: str, place: str) -> str | None:
-    r"""A value that should be text: a string, or bytes in UTF-8; None stays None.
-
-    Raises:
-        UserError: It is something else (a number, token ids, a chat's messages), bytes in another encoding, or holds half of a
-            surrogate pair, which is no character. The line names the config ``key`` that chose it and its ``place``.
+    r"""A value that should be text: a string, or bytes in UTF-8; None stays None. Anything else is refused in a line.
 
     >>> as_text(b"caf\xc3\xa9", "data.text.field", "column 'text'")
     'café'
@@ -153,12 +149,7 @@ def as_text(value: Any, key: str, place: str) -> str | None:
 
 
 def json_lines(path: Path, key: str, needed: Sequence[str], hint: str = "") -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file (or .gz); empty lines are left out.
-
-    Raises:
-        UserError: The file, which the config's ``key`` names, is missing, damaged or not UTF-8, or a line is no object with
-            the ``needed`` keys; ``hint`` then says what to do.
-    """
+    """The objects of a JSON-lines file (or .gz); empty lines are left out."""
     if not path.is_file():
         raise UserError(f"{key}: there is no file '{path}'")
     with _readable(path, key) as file:

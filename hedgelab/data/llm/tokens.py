@@ -60,9 +60,6 @@ def pack(documents: Iterator[str], tokenizer: Any, length: int, most: int | None
     Where the tokenizer itself starts every text with its BOS token, as models trained that way need, each context
     starts with it and it separates the documents; elsewhere the EOS token separates them. Documents behind the first ``most``
     contexts are not read.
-
-    Raises:
-        UserError: The documents do not fill a single context.
     """
     opening, eos = opening_tokens(tokenizer), tokenizer.eos_token_id
     separator = opening or ([] if eos is None else [eos])

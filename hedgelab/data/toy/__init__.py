@@ -12,25 +12,12 @@ from hedgelab.data.toy.modifiers import (
     MutualExclusion,
     ParentChild,
     Suppression,
-)
+)  # fmt: skip
 from hedgelab.data.toy.pair import CorrelatedPair
 from hedgelab.data.toy.tree import TreeFiring
 
 __all__ = [
-    "ConditionalFiring",
-    "Cooccurrence",
-    "CopulaFiring",
-    "CorrelatedPair",
-    "Firing",
-    "IndependentFiring",
-    "ModifiedFiring",
-    "Modifier",
-    "MutualExclusion",
-    "ParentChild",
-    "Suppression",
-    "ToyDataModule",
-    "TreeFiring",
-    "correlated_features",
-    "make_dictionary",
-    "orthonormal_features",
-]
+    "ConditionalFiring", "Cooccurrence", "CopulaFiring", "CorrelatedPair", "Firing", "IndependentFiring", "ModifiedFiring",
+    "Modifier", "MutualExclusion", "ParentChild", "Suppression", "ToyDataModule", "TreeFiring", "correlated_features",
+    "make_dictionary", "orthonormal_features",
+]  # fmt: skip

@@ -137,11 +137,7 @@ class CopulaFiring(Firing):
 
 
 def zipf_rates(n: int, exponent: float, max_rate: float, mean_l0: float | None) -> _Array:
-    """Firing rates ``min(max_rate, c (i + 1)^-exponent)``, ``[n]``, with c set by ``mean_l0`` (None: ``max_rate``).
-
-    Raises:
-        UserError: For any impossible value.
-    """
+    """Firing rates ``min(max_rate, c (i + 1)^-exponent)``, ``[n]``, with c set by ``mean_l0`` (None: ``max_rate``)."""
     if not 0 <= exponent < math.inf:
         raise UserError(f"data.firing.exponent: must be at least 0 and finite, got {exponent}")
     if not 0 < max_rate < 1:

@@ -20,11 +20,7 @@ def make_dictionary(n: int, d_in: int, target_cosine: float, generator: torch.Ge
 
 
 def orthonormal_features(n: int, d_in: int, generator: torch.Generator) -> Tensor:
-    """``n <= d_in`` orthonormal directions in a uniformly random orientation, ``[n, d_in]`` (float64).
-
-    Raises:
-        UserError: If there are more features than dimensions.
-    """
+    """``n <= d_in`` orthonormal directions in a uniformly random orientation, ``[n, d_in]`` (float64)."""
     if n > d_in:
         raise UserError(f"data.d_in: {n} orthonormal features need d_in of at least {n}, got {d_in}")
     q, r = torch.linalg.qr(torch.randn(d_in, n, generator=generator, dtype=torch.float64))
@@ -40,9 +36,6 @@ def correlated_features(n: int, d_in: int, target_cosine: float, generator: torc
     Fickus 2003), so that at target 0 the root mean square over pairs is Welch's ``sqrt((n/d_in - 1)/(n - 1))``.
 
     The target lies below 1, and below 0 only for ``n <= d_in`` and down to ``-1/(n - 1)``.
-
-    Raises:
-        UserError: If no such directions exist.
     """
     lowest = 0.0 if n > d_in else -1 / max(n - 1, 1)
     if not lowest <= target_cosine < 1:

@@ -39,11 +39,7 @@ class Firing(ABC):
         """Independent firing patterns, bool ``[count, n]``."""
 
     def enumerate(self) -> tuple[Tensor, Tensor]:
-        """Every pattern of positive probability, bool ``[m, n]``, and its probability, float64 ``[m]``, in sum 1.
-
-        Raises:
-            UserError: If there are too many features, or the distribution has no closed form.
-        """
+        """Every pattern of positive probability, bool ``[m, n]``, and its probability, float64 ``[m]``, in sum 1."""
         if self.n > MAX_ENUMERABLE:
             raise UserError(
                 f"data.sampling: 'population' enumerates at most {MAX_ENUMERABLE} features, this firing has {self.n}; "
@@ -55,11 +51,7 @@ class Firing(ABC):
         return all_patterns(self.n)[possible], kept / kept.sum()
 
     def pattern_probabilities(self) -> Tensor:
-        """Probability of each row of :func:`all_patterns`, float64 ``[2**n]``; only for few features.
-
-        Raises:
-            UserError: If the distribution has no closed form.
-        """
+        """Probability of each row of :func:`all_patterns`, float64 ``[2**n]``; only for few features."""
         raise UserError(f"data.sampling: {type(self).__name__} cannot be enumerated for 'population'; use 'samples'")
 
     def rates(self) -> Tensor | None:

@@ -49,9 +49,6 @@ def parse_tree(raw: object, path: str = "tree") -> TreeNode:
     """Check a tree given as plain mappings and lists, and build it.
 
     The root's ``probability`` is 1 and its ``is_read_out`` false unless given; other nodes must give a probability.
-
-    Raises:
-        UserError: For anything that is not a tree, naming the node such as ``tree.children[1].probability``.
     """
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping with keys such as 'probability', got {_shown(raw)}")
@@ -96,11 +93,7 @@ def parse_tree(raw: object, path: str = "tree") -> TreeNode:
 
 
 def load_tree(file: str | Path) -> object:
-    """The plain content of a YAML or JSON file.
-
-    Raises:
-        UserError: If it is missing or cannot be read.
-    """
+    """The plain content of a YAML or JSON file."""
     path = Path(file)
     try:
         return read_yaml(path)

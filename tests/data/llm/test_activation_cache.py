@@ -284,7 +284,7 @@ def test_too_little_room_is_said_before_anything_runs(make_data, tmp_path, monke
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("hedgelab.data.llm.cache_writing.shutil.disk_usage", lambda folder: usage)
     monkeypatch.setattr("hedgelab.data.llm.model.ModelFiles.causal_lm", lambda *args: pytest.fail("loaded weights"))
-    with pytest.raises(UserError, match=r"data\.cache: .* needs \d+\.\d MB more and its disk has 0\.0 MB free"):
+    with pytest.raises(UserError, match=r"data\.cache: .* needs \d+\.\d+ GB more and its disk has 0\.00 GB free"):
         write_cache(make_data(), str(tmp_path / "cache"))
 
 

@@ -110,7 +110,7 @@ def test_norm_percentiles_report_outliers(make_data):
         ({"device": "cuda:77"}, r"data\.device: 'cuda:77' is not to be had"),
         ({"batch_size": 100_000}, r"data\.contexts_per_block: .* too few for a batch of 100000"),
         ({"context_length": 1_000_000, "skip_first": 0}, r"data\.text: holds \d+ tokens, too few"),
-        ({"held_out": 0.001}, r"data\.held_out: 0\.001 of \d+ contexts leaves a stage without text"),
+        ({"held_out": 0.001}, r"data\.held_out: 0\.001 of \d+ contexts leaves a stage without any"),
     ],
 )
 def test_impossible_values_are_named(make_data, options, message):

