@@ -150,7 +150,8 @@ def held_out_split(n: int, share: float, what: str) -> dict[Stage, Tensor]:
     held = int(n * share / 2)
     if not 1 <= held < n / 2:
         raise UserError(f"data.held_out: {share} of {n} {what} leaves a stage without any; change it, or give more")
-    train, val, test = torch.randperm(n, generator=generator(0, "split")).split([n - 2 * held, held, held])
+    order = torch.randperm(n, generator=generator(0, "split"))
+    train, val, test = torch.split(order, [n - 2 * held, held, held])
     return {"train": train, "val": val, "test": test}
 
 

@@ -158,8 +158,8 @@ class ActivationCache:
 
     def bytes_of(self, shard: int) -> int:
         """Size of a shard on disk, about."""
-        length, d_in = self.shape
-        return len(self.contexts_of(shard)) * (length * d_in * getattr(torch, self.storage_dtype).itemsize + 8)
+        width: int = getattr(torch, self.storage_dtype).itemsize
+        return len(self.contexts_of(shard)) * (self.shape[0] * self.shape[1] * width + 8)
 
     def write(self, shard: int, rows: Tensor) -> None:
         """Write a shard whole, ``[contexts, context_length, d_in]``; of several processes one at a time may.
@@ -236,7 +236,7 @@ class CachedRows(Worker):
 
 
 def _checksum(context: Tensor) -> int:
-    return zlib.crc32(context.view(torch.uint8).numpy())
+    return zlib.crc32(context.view(torch.uint8).numpy().data)
 
 
 def _replace(path: Path, content: bytes) -> None:
