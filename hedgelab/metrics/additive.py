@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib.metadata import entry_points
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
@@ -81,6 +82,9 @@ class FunctionMetric(AdditiveMetric):
     def update(self, *batch: Any, **named: Any) -> None:
         """Add a batch; arguments as the function of sums takes them."""
         self.add_to(**self.sums_of(*batch, **named)._asdict())
+
+    def _filter_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # what a MetricCollection passes on
+        return {name: kwargs[name] for name in signature(self.sums_of).parameters if name in kwargs}
 
     def compute(self) -> Any:
         """The result over everything seen."""

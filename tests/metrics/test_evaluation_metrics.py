@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_sum
 
 from hedgelab.batch import Batch
@@ -130,6 +130,16 @@ def test_metrics_pickle_clone_reset_and_leave_no_state_dict():
     torch.testing.assert_close(whole.compute(toy.W_enc, toy.W_dec), first, equal_nan=True)
     assert whole.state_dict() == {}
     assert whole.half().explained_variance.total.dtype == torch.float64
+
+
+def test_metrics_work_in_a_collection_and_as_functions():
+    toy = Toy()
+    batch = toy.batch(0)
+    x_hat, codes = toy(batch)
+    collection = MetricCollection([ExplainedVariance(D_IN), Shrinkage(), L0()])
+    collection.update(x=batch.x, x_hat=x_hat, codes=codes)
+    assert collection.compute()["L0"] == L0()(codes)
+    assert collection.compute()["ExplainedVariance"] == ExplainedVariance(D_IN)(batch.x, x_hat)
 
 
 def test_a_result_stays_what_it_was_when_more_batches_come():

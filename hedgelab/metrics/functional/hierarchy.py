@@ -94,7 +94,7 @@ def absorption(
 
 
 def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor) -> AbsorptionScores:
-    """The same from pairwise counts alone, gathered over batches before latents are matched or parents known.
+    """What :func:`absorption` gives, from pairwise counts alone, gathered before latents are matched or parents known.
 
     Exact when children never fire without their parent; off by at most the rate at which they do. Only parents that a latent
     tracks are seen: read it beside :func:`parents_best_f1`.
