@@ -43,9 +43,7 @@ class Codes:
         """Wrap dense activations ``[..., d_sae]``."""
         *leading, d_sae = activations.shape
         shape = None if len(leading) == 1 else tuple(leading)
-        return cls(
-            d_sae, activations.reshape(-1, d_sae) if shape is not None else activations, rates=rates, leading=shape
-        )
+        return cls(d_sae, activations.reshape(-1, d_sae), rates=rates, leading=shape)
 
     @classmethod
     def from_csr(cls, crow: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
@@ -142,12 +140,11 @@ class Codes:
 
     def active_per_example(self) -> Tensor:
         """L0 of each example, ``[...]`` int64."""
-        if self.crow is None:
-            counts = (self.values > 0).sum(1)
+        active = self.values > 0
+        if self.layout is None:
+            counts = active.sum(1)
         else:
-            active = torch.zeros(self.values.shape[0] + 1, dtype=torch.long, device=self.values.device)
-            torch.cumsum(self.values > 0, 0, out=active[1:])
-            counts = active[self.crow[1:]] - active[self.crow[:-1]]
+            counts = self.layout.crow.new_zeros(self.batch_size).index_add_(0, self.layout.rows, active.long())
         return counts if self.leading is None else counts.view(self.leading)
 
     def sum_per_latent(self, weight: Tensor | None = None) -> Tensor:

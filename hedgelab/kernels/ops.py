@@ -135,7 +135,10 @@ def _many_fire(x: Tensor, encoder: Encoder, selection: Selection) -> bool:
     elif isinstance(selection, JumpReLU):
         threshold = selection.log_threshold.exp() - selection.bandwidth / 2
     sample = x[:: max(1, -(-len(x) // SAMPLED_ROWS))]
-    fired = reference.pre_activations(sample, encoder) > threshold
+    with torch.autocast(
+        x.device.type, enabled=False
+    ):  # its cache would keep casts of the weights that have no gradient
+        fired = reference.pre_activations(sample, encoder) > threshold
     density = fired.double().mean() if len(sample) else torch.zeros((), dtype=torch.float64)
     if encoder.share is not None:
         density = encoder.share.ranks.mean(density)

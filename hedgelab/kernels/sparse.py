@@ -50,20 +50,21 @@ def available_on(tensor: Tensor) -> bool:
 
 
 def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
-    """As :func:`reference.encode`, which also serves populations: they are small.
+    """As :func:`reference.encode`, which also serves what is small: populations and, on CUDA, TopK among some latents.
 
     Of JumpReLU all entries above the lower end of the estimate's kernel are stored, those below the threshold with value 0.
     """
-    if isinstance(selection, BatchTopK) and selection.weight is not None:
-        return reference.encode(x, encoder, selection)
     among = selection.among if isinstance(selection, TopK) else None
+    population = isinstance(selection, BatchTopK) and selection.weight is not None
+    if population or (among is not None and x.is_cuda):
+        return reference.encode(x, encoder, selection)
     with torch.no_grad():
         product = Product.of(x, encoder if among is None else encoder.columns(among))
         layout, values = _select(product, encoder, selection)
         if among is not None:
             layout = Layout(layout.crow, among[layout.latents], encoder.W_enc.shape[1])
     # On CUDA the narrow copies that the product was made of are kept for the backward pass; elsewhere that takes the weights.
-    narrow = (product.x, None if among is not None else product.W_enc) if x.is_cuda else (None, None)
+    narrow = (product.x, product.W_enc) if x.is_cuda else (None, None)
     pre: Tensor = _SelectedPreActivations.apply(x, *encoder[:3], values, layout, *narrow)  # type: ignore[no-untyped-call]
     if isinstance(selection, TopK):
         return Codes.from_layout(layout, pre.relu())

@@ -89,21 +89,9 @@ def decode_levels(layout: Layout, values: Tensor, weight: Tensor, levels: Sequen
     batch, width = layout.row_count, weight.shape[1]
     out = torch.empty(len(levels), batch, width, dtype=values.dtype, device=weight.device)
     if batch:
-        _decode[(batch, triton.cdiv(width, tile.block))](
-            layout.crow,
-            layout.latents,
-            values.contiguous(),
-            weight.contiguous(),
-            _stops(levels, weight),
-            out,
-            batch,
-            width,
-            LEVELS=len(levels),
-            DOUBLE=values.dtype == torch.float64,
-            ENTRIES=tile.entries,
-            BLOCK=tile.block,
-            num_warps=tile.num_warps,
-        )
+        pointers = layout.crow, layout.latents, values.contiguous(), weight.contiguous(), _stops(levels, weight), out
+        grid = (batch, triton.cdiv(width, tile.block))
+        _decode[grid](*pointers, batch, width, LEVELS=len(levels), **_shape(tile, values))
     return out
 
 
@@ -189,29 +177,18 @@ def latent_gradients(
     gradient = source.new_empty(layout.d_sae, width, dtype=dtype)
     sums = values.new_empty(layout.d_sae) if bias else None
     dots = None if weight is None else values.new_empty(tiles, len(values))
-    _latent_gradients[(layout.d_sae, tiles)](
-        offsets,
-        order,
-        rows,
-        values.contiguous(),
-        source.contiguous(),
-        _stops(levels, source),
-        gradient if weight is None else weight.contiguous(),
-        gradient,
-        gradient if sums is None else sums,
-        gradient if dots is None else dots,
-        batch,
-        width,
-        len(values),
-        LEVELS=count,
-        BIAS=bias,
-        DOTS=weight is not None,
-        DOUBLE=values.dtype == torch.float64,
-        ENTRIES=tile.entries,
-        BLOCK=tile.block,
-        num_warps=tile.num_warps,
-    )
+    inputs = offsets, order, rows, values.contiguous(), source.contiguous(), _stops(levels, source)
+    # Kernels do not touch a pointer that they do not need.
+    outputs = gradient, gradient if sums is None else sums, gradient if dots is None else dots
+    weights = gradient if weight is None else weight.contiguous()
+    options = {"LEVELS": count, "BIAS": bias, "DOTS": weight is not None, **_shape(tile, values)}
+    _latent_gradients[(layout.d_sae, tiles)](*inputs, weights, *outputs, batch, width, len(values), **options)
     return LatentGradients(gradient, sums, None if dots is None else dots.sum(0))
+
+
+def _shape(tile: Tile, values: Tensor) -> dict[str, Any]:
+    double = values.dtype == torch.float64
+    return {"DOUBLE": double, "ENTRIES": tile.entries, "BLOCK": tile.block, "num_warps": tile.num_warps}
 
 
 def _stops(levels: Sequence[int], like: Tensor) -> Tensor:

@@ -186,22 +186,13 @@ def _groups(width: int, tile: SelectionTile) -> int:
 
 
 def _maxima(pre: Tensor, scale: Tensor | None, k: int, tile: SelectionTile, per_row: bool) -> tuple[Tensor, Tensor]:
-    batch, groups = pre.shape[0], _groups(pre.shape[1], tile)
+    batch, width = pre.shape
+    groups = _groups(width, tile)
     maxima = torch.empty(batch, groups, dtype=torch.int32, device=pre.device)
     thresholds = torch.empty(batch, dtype=torch.int32, device=pre.device)
-    _group_maxima[(batch,)](
-        pre,
-        pre if scale is None else scale,
-        maxima,
-        thresholds,
-        pre.shape[1],
-        k,
-        SCALED=scale is not None,
-        PER_ROW=per_row,
-        STEPS=31 - LOW_BIT,
-        GROUPS=groups,
-        num_warps=tile.num_warps,
-    )
+    options = {"PER_ROW": per_row, "STEPS": 31 - LOW_BIT, "GROUPS": groups, "num_warps": tile.num_warps}
+    scales = pre if scale is None else scale
+    _group_maxima[(batch,)](pre, scales, maxima, thresholds, width, k, SCALED=scale is not None, **options)
     return maxima, thresholds
 
 
@@ -230,19 +221,7 @@ def _launch_candidates(
     tile: SelectionTile,
 ) -> None:
     batch, groups = maxima.shape
-    _candidates[(batch,)](
-        pre,
-        pre if scale is None else scale,
-        maxima,
-        thresholds,
-        int(len(thresholds) > 1),
-        counts,
-        counts if offsets is None else offsets,
-        counts if out is None else out,
-        pre.shape[1],
-        capacity,
-        SCALED=scale is not None,
-        EMIT=out is not None,
-        GROUPS=groups,
-        num_warps=tile.num_warps,
-    )
+    pointers = pre, pre if scale is None else scale, maxima, thresholds, int(len(thresholds) > 1), counts
+    targets = counts if offsets is None else offsets, counts if out is None else out
+    options = {"SCALED": scale is not None, "EMIT": out is not None, "GROUPS": groups, "num_warps": tile.num_warps}
+    _candidates[(batch,)](*pointers, *targets, pre.shape[1], capacity, **options)
