@@ -24,13 +24,7 @@ class HedgeTrainer(PhaseTrainer):
         datamodule: ActivationDataModule,
         hedge: HedgeOptions = HedgeOptions(),  # noqa: B008 (frozen)
     ) -> None:
-        """Measure how much an SAE hedges: train it, widen it, train on with and without the new latents.
-
-        Args:
-            model: The SAE to be trained.
-            datamodule: Where activations come from.
-            hedge: How the hedging degree is measured.
-        """
+        """Measure how much an SAE hedges: train it, widen it, train on with and without the new latents."""
 
     hedge = measure_hedging  # the command's name, which the section of its options has as well
 

@@ -44,16 +44,9 @@ CALLBACKS = {"guard": FiniteGuard, "record": RunRecord, "progress": StepProgress
 SWITCHES = {"progress": "enable_progress_bar", "checkpoint": "enable_checkpointing"}
 TRACKER = "hedgelab.tracking.MLflowTracker"
 TYPES = {
-    "model": SAE,
-    "data": ActivationDataModule,
-    "trainer": L.Trainer,
-    "seed_everything": bool | int,
-    "name": str | None,
-    "experiment": str | None,
-    "ckpt_path": str | None,
-    "resume": bool | str,
-    **CALLBACKS,
-}
+    "model": SAE, "data": ActivationDataModule, "trainer": L.Trainer, "seed_everything": bool | int, "name": str | None,
+    "experiment": str | None, "ckpt_path": str | None, "resume": bool | str, **CALLBACKS,
+}  # fmt: skip
 SUMMARY = ("loss", "mse", "explained_variance", "l0", "dead_latents", "mcc")
 EXPECTED_WARNINGS = (
     ".*LeafSpec.*",  # Lightning meets a newer torch
@@ -71,26 +64,15 @@ RESUME_HELP = (
     "be requeued always passes it. Keys that nobody wrote stay what they were when the run was begun, whatever a newer "
     "release has for defaults. --resume=ID takes the run of that id. --ckpt_path=last means the same."
 )
+_LARGEST = 2**63 - 1
 TRAINER_DEFAULTS = {
-    "logger": {"class_path": TRACKER},
-    "devices": 1,
-    "log_every_n_steps": 100,
-    "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,
-    "enable_model_summary": False,
-    "enable_progress_bar": True,
-}
+    "logger": {"class_path": TRACKER}, "devices": 1, "log_every_n_steps": 100, "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False, "enable_model_summary": False, "enable_progress_bar": True,
+}  # fmt: skip
 TRAINER_BOUNDS = {
-    "num_nodes": (1, 100_000),
-    "log_every_n_steps": (0, 2**63 - 1),
-    "check_val_every_n_epoch": (1, 2**63 - 1),
-}
-CHECKPOINT_DEFAULTS = {
-    "checkpoint.save_last": True,
-    "checkpoint.save_top_k": 0,
-    "checkpoint.every_n_train_steps": 1000,
-}
-
+    "num_nodes": (1, 100_000), "log_every_n_steps": (0, _LARGEST), "check_val_every_n_epoch": (1, _LARGEST)
+}  # fmt: skip
+CHECKPOINT_DEFAULTS = {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1000}
 C = TypeVar("C", bound="HedgelabCLI")
 
 
@@ -172,7 +154,7 @@ class HedgelabCLI(LightningCLI):
             parser.add_argument("--resume", type=bool | str, default=False, help=RESUME_HELP)
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
-        parser.set_defaults(CHECKPOINT_DEFAULTS)
+        parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()})
         parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -223,7 +205,7 @@ class HedgelabCLI(LightningCLI):
         """Check the checkpoint, name the run, and leave out what the trainer is told to do without."""
         config = self.config[self.command]
         for key, value in vars(config.trainer).items():  # Lightning takes these, and stumbles over them later
-            least, most = TRAINER_BOUNDS.get(key, (-(2**63), 2**63 - 1))
+            least, most = TRAINER_BOUNDS.get(key, (-_LARGEST, _LARGEST))
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise UserError(f"trainer.{key}: must be from {least} to {most}, got {value}")
         check_folders(config.as_dict(), compose(without_configs(self.words)))

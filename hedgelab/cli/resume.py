@@ -33,11 +33,7 @@ _OF_THIS_START = {"config", "ckpt_path", "resume", "retrain"}
 
 
 class Resumption:
-    """What a command goes on with.
-
-    Attributes:
-        folder: The run gone on with; None for a new run.
-    """
+    """What a command goes on with: the folder of a run, or None for a new one."""
 
     def __init__(self, cli: HedgelabCLI) -> None:
         self._cli = cli
@@ -57,14 +53,9 @@ class Resumption:
         }  # fmt: skip
 
     def find(self, wanted: bool | str) -> None:
-        """Find the run to go on with, and claim it; its defaults that have changed since become those of the config.
+        """Find the run of an id, or (``True``) the newest of this config, and claim it; where it has finished, leave.
 
-        Args:
-            wanted: Its id, or ``True`` for the newest of this config.
-
-        Raises:
-            UserError: There is no run of that id, another process is training it, or nothing can be gone on with.
-            SystemExit: The run has finished: nothing is left to be done.
+        Its defaults that have changed since become those of the config.
         """
         config = self._cli.config[self._cli.command]
         if config.get("ckpt_path") is not None:

@@ -58,11 +58,7 @@ def opening_comment(files: list[Path]) -> str | None:
 
 
 def compose(words: list[str], defaults: Tree | None = None) -> Tree:
-    """Everything that the command line says, as one tree: later files and options over earlier ones, all over defaults.
-
-    Raises:
-        UserError: A missing or unreadable file, invalid YAML, or a word that is neither option nor value.
-    """
+    """Everything that the command line says, as one tree: later files and options over earlier ones, all over defaults."""
     tree: Tree = copy.deepcopy(defaults or {})
     for key, text in options_of(words):
         if key in ("config", "c"):
@@ -92,11 +88,7 @@ def options_of(words: list[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def load(path: Path, key: str = "--config") -> Tree:
-    """One config file, which the option ``key`` names.
-
-    Raises:
-        UserError: It is missing, unreadable, invalid YAML, or no mapping.
-    """
+    """One config file, which the option ``key`` names."""
     try:
         if not path.is_file():
             candidates = {file.name: file for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
