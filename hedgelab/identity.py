@@ -76,7 +76,9 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list):
             return [plain(one, (*key, str(number)), name_input) for number, one in enumerate(value)]
         if isinstance(value, Mapping):
-            named, arguments, path = {}, value, str(value.get("class_path"))
+            path = str(value.get("class_path"))
+            named: Mapping[str, Callable[[Any], Any]] = {}
+            arguments = value
             if "class_path" in value:
                 cls, arguments = imported(path), value["init_args"]
                 named = getattr(cls, "inputs", None) or {}

@@ -79,7 +79,8 @@ def concrete(base: type) -> Iterator[type]:
     """The public classes under a base that can be made, the base included."""
     if not inspect.isabstract(base) and not base.__name__.startswith("_"):
         yield base
-    for cls in type.__subclasses__(base):
+    subclasses: list[type] = type.__subclasses__(base)
+    for cls in subclasses:
         yield from concrete(cls)
 
 

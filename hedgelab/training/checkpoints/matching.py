@@ -52,8 +52,8 @@ def compare(folder: RunFolder, now: Mapping[str, Any]) -> Match:
     if now["command"] == "fit" and all(isinstance(one, int) for one in steps) and 0 <= steps[0] < steps[1]:
         match.more_steps = steps[0], steps[1]
     written = [*then.get("written", []), *now["written"]]
-    configs = [{"name": one["config"].get("name"), **pruned(one["config"], loaded)} for one in (then, now)]
-    for key, was, today in differences(*configs):
+    before, after = ({"name": one["config"].get("name"), **pruned(one["config"], loaded)} for one in (then, now))
+    for key, was, today in differences(before, after):
         name = dotted(key)
         on_both_sides = was is not ABSENT and today is not ABSENT
         itself = any(f"{one}.".startswith(f"{name}.") for one in written)
