@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ class LatentGradients(NamedTuple):
     weight: Tensor  # [d_sae, d]: for each latent the sum of value · source[row]
     bias: Tensor | None  # [d_sae]: for each latent the sum of its values; None unless asked for
     values: Tensor | None  # [nnz], row by row: source[row] · weight[latent]; None without a weight
+
+
+def select(*_: Any) -> None:
+    """The CPU has no kernel that selects: tiles do it."""
 
 
 def decode_levels(layout: Layout, values: Tensor, weight: Tensor, levels: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ Selections look at groups of eight latents first: only groups whose largest entr
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from hedgelab.kernels.agreement import Share, among_largest
 from hedgelab.kernels.allocator import scratch
 from hedgelab.kernels.layout import Layout, row_pointers, stable_order
 from hedgelab.kernels.ranks import ALONE
-from hedgelab.kernels.values import Encoder, compute_dtype
+from hedgelab.kernels.values import BatchTopK, Encoder, JumpReLU, ReLU, Selection, Threshold, TopK, compute_dtype
 
 # On the CPU a larger tile is mapped anew each step (see allocator), and a smaller one slows the product down.
 TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 2**31}
@@ -80,6 +80,24 @@ class Product(NamedTuple):
                 ranked = buffers[1][: part.shape[0]]
                 torch.mul(tile[:, :d_sae], scale, out=ranked[:, :d_sae])
             yield slice(start, None, count), tile, ranked
+
+
+def select(product: Product, encoder: Encoder, selection: Selection, fast: Callable[..., Entries | None]) -> Entries:
+    """The entries of the pre-activations that codes store; ``fast`` is a device's kernel, None where it does not reach."""
+    match selection:
+        case TopK(k, among):
+            scale = encoder.scale if among is None else None
+            return fast(product, k, scale, True) or select_topk(product, k, scale)
+        case BatchTopK(k, _, ranks):
+            share = encoder.share_of(len(product.x), ranks)
+            found = fast(product, k, encoder.scale, False) if share.ranks.size == 1 else None
+            return found or select_batch_topk(product, k, encoder.scale, share)
+        case ReLU():
+            return select_above(product, product.b_enc.new_zeros(()))
+        case Threshold(threshold):
+            return select_above(product, threshold)
+        case JumpReLU(log_threshold, bandwidth):
+            return select_above(product, log_threshold.exp() - bandwidth / 2)
 
 
 def select_topk(product: Product, k: int, scale: Tensor | None) -> Entries:

@@ -19,17 +19,15 @@ from hedgelab.kernels import products, reference, triton
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.layout import Layout
 from hedgelab.kernels.ranks import ALONE, Ranks
-from hedgelab.kernels.selection import Entries, Product, select_above, select_batch_topk, select_topk
+from hedgelab.kernels.selection import Product, select
 from hedgelab.kernels.values import (
     BatchTopK,
     Decoder,
     Encoder,
     JumpReLU,
     LevelErrors,
-    ReLU,
     Selection,
     Target,
-    Threshold,
     TopK,
     compute_dtype,
 )
@@ -60,7 +58,7 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
         return reference.encode(x, encoder, selection)
     with torch.no_grad():
         product = Product.of(x, encoder if among is None else encoder.columns(among))
-        layout, values = _select(product, encoder, selection)
+        layout, values = select(product, encoder, selection, products_on(x).select)
         if among is not None:
             layout = Layout(layout.crow, among[layout.latents], encoder.W_enc.shape[1])
     # On CUDA the narrow copies that the product was made of are kept for the backward pass; elsewhere that takes the weights.
@@ -75,30 +73,6 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     share = fired / x.shape[0] if weight is None else fired * weight.to(fired.dtype)[layout.rows]
     rates = share.new_zeros(layout.d_sae).index_add(0, layout.latents, share)
     return Codes.from_layout(layout, activations, rates)
-
-
-def _select(product: Product, encoder: Encoder, selection: Selection) -> Entries:
-    """The entries of the pre-activations that codes store."""
-    match selection:
-        case TopK(k, among):
-            scale = encoder.scale if among is None else None
-            return _on_cuda(product, k, scale, per_row=True) or select_topk(product, k, scale)
-        case BatchTopK(k, _, ranks):
-            share = encoder.share_of(len(product.x), ranks)
-            fast = _on_cuda(product, k, encoder.scale, per_row=False) if share.ranks.size == 1 else None
-            return fast or select_batch_topk(product, k, encoder.scale, share)
-        case ReLU():
-            return select_above(product, product.b_enc.new_zeros(()))
-        case Threshold(threshold):
-            return select_above(product, threshold)
-        case JumpReLU(log_threshold, bandwidth):
-            return select_above(product, log_threshold.exp() - bandwidth / 2)
-
-
-def _on_cuda(product: Product, k: int, scale: Tensor | None, per_row: bool) -> Entries | None:
-    """What Triton's kernel selects, k entries of each row or on average; None where it does not reach."""
-    kernels = products_on(product.x)
-    return None if kernels is products else kernels.select(product, k, scale, per_row)
 
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:

@@ -55,10 +55,10 @@ class MatryoshkaSAE(SAE):
     per_member = ("level_weights", "credit")
     full_precision = ("log_factors",)
 
-    W_enc = property(attrgetter("inner.W_enc"))  # type: ignore[assignment]
-    b_enc = property(attrgetter("inner.b_enc"))  # type: ignore[assignment]
-    W_dec = property(attrgetter("inner.W_dec"))  # type: ignore[assignment]
-    b_dec = property(attrgetter("inner.b_dec"))  # type: ignore[assignment]
+    W_enc = property(attrgetter("inner.W_enc"))
+    b_enc = property(attrgetter("inner.b_enc"))
+    W_dec = property(attrgetter("inner.W_dec"))
+    b_dec = property(attrgetter("inner.b_dec"))
     dead_latents = property(attrgetter("inner.dead_latents"))
 
     def __init__(
@@ -122,12 +122,12 @@ class MatryoshkaSAE(SAE):
             if penalty is not None:
                 paid = ops.total(penalty, latents if self.detached else slice(latents.stop))
                 terms[f"{self.inner.penalty_name}/level{latents.stop}"] = weight * paid
-        revived = {"auxiliary": (errors[-1], None)}
+        revived: dict[str, tuple[Tensor, slice | None]] = {"auxiliary": (errors[-1], None)}
         if self.auxiliary_per_level:
-            levels = zip(errors, self.level_slices(), strict=True)
-            revived = {f"auxiliary/level{latents.stop}": (error, latents) for error, latents in levels}
-        for name, (error, latents) in revived.items():
-            if (auxiliary := self.inner.auxiliary_loss(batch, error, latents)) is not None:
+            slices = self.level_slices()
+            revived = {f"auxiliary/level{own.stop}": (error, own) for error, own in zip(errors, slices, strict=True)}
+        for name, (error, among) in revived.items():
+            if (auxiliary := self.inner.auxiliary_loss(batch, error, among)) is not None:
                 terms[name] = auxiliary
         return LossTerms(terms, codes, errors[-1])
 
