@@ -71,30 +71,32 @@ class PhaseTrainer(L.Trainer):
 
     def _remember(self, settings: dict[str, Any]) -> None:
         """Keep the arguments as they are before a trainer sets up its strategy."""
-        self._settings = {**settings, "strategy": copy.deepcopy(settings.get("strategy", "auto"))}
+        self._given = {**settings, "strategy": copy.deepcopy(settings.get("strategy", "auto"))}
         callbacks, loggers = (
             given if isinstance(given, list) else [given]
             for given in (settings.get("callbacks"), settings.get("logger"))
         )
         of_every_run = (RunRecord, ProgressBar, RunCheckpoint, SaveConfigCallback)
-        self._callbacks = [one for one in callbacks if one is not None and not isinstance(one, of_every_run)]
-        self._loggers = [one for one in loggers if isinstance(one, Logger) and not isinstance(one, MLflowTracker)]
+        self._own_callbacks = [one for one in callbacks if one is not None and not isinstance(one, of_every_run)]
+        self._own_loggers = [one for one in loggers if isinstance(one, Logger) and not isinstance(one, MLflowTracker)]
         self._saving = next((one for one in callbacks if isinstance(one, RunCheckpoint)), None)
-        self.one_at_a_time = bool(self._loggers or [one for one in self._callbacks if not isinstance(one, FiniteGuard)])
+        self.one_at_a_time = bool(
+            self._own_loggers or [one for one in self._own_callbacks if not isinstance(one, FiniteGuard)]
+        )
 
     def another(
         self, trackers: Sequence[MLflowTracker], callbacks: Sequence[L.Callback], checkpoints: bool
     ) -> L.Trainer:
         """A trainer with copies of the user's callbacks and loggers, and those of one fit."""
-        bars: list[L.Callback] = [StepProgressBar()] if self._settings.get("enable_progress_bar", True) else []
+        bars: list[L.Callback] = [StepProgressBar()] if self._given.get("enable_progress_bar", True) else []
         saving = [RunCheckpoint(**self._saving.interval)] if checkpoints and self._saving is not None else []
         own: dict[str, Any] = {
-            "logger": [*trackers, *copy.deepcopy(self._loggers)] or False,
-            "callbacks": [*bars, *copy.deepcopy(self._callbacks), *callbacks, *saving],
-            "enable_checkpointing": bool(saving) or any(isinstance(one, Checkpoint) for one in self._callbacks),
-            "strategy": copy.deepcopy(self._settings["strategy"]),
+            "logger": [*trackers, *copy.deepcopy(self._own_loggers)] or False,
+            "callbacks": [*bars, *copy.deepcopy(self._own_callbacks), *callbacks, *saving],
+            "enable_checkpointing": bool(saving) or any(isinstance(one, Checkpoint) for one in self._own_callbacks),
+            "strategy": copy.deepcopy(self._given["strategy"]),
         }
-        trainer = L.Trainer(**{**self._settings, **own})
+        trainer = L.Trainer(**{**self._given, **own})
         use_verified_io(trainer)
         start_time_limit_anew(trainer)
         return trainer

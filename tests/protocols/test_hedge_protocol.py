@@ -5,6 +5,7 @@ import functools
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError
@@ -33,6 +34,7 @@ from hedgelab.saes import (
     fresh,
 )
 from hedgelab.saes.io import same_weights
+from hedgelab.tracking import MLflowTracker
 
 D_IN, D_SAE, STEPS = 12, 6, 15
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -146,6 +148,15 @@ def test_saes_are_measured_on_the_device_of_the_activations(monkeypatch):
     assert len(seen) >= 3 * made.data.val_batches
     assert set(seen) == {("cuda", "cuda")}
     assert {where[sae] for sae in saes[0]} == {"cpu"}
+
+
+def test_trainers_of_phases_log_to_the_runs_of_the_phases_alone():
+    parent, phase, own = MLflowTracker(), MLflowTracker(), CSVLogger("logs")
+    trainer = PhaseTrainer(**{**QUIET, "logger": [parent, own]})
+    first, second = trainer.another([phase], [], checkpoints=False).loggers
+    assert first is phase
+    assert isinstance(second, CSVLogger)
+    assert trainer.one_at_a_time
 
 
 def test_phases_need_a_number_of_steps():
