@@ -153,6 +153,8 @@ class RunWriter:
         try:
             send(operation, self._client, self._run_id)
         except Exception as error:
+            if not is_refusal(error):
+                self._warn_of_store(error)
             with self._order:
                 self._spill()
                 if is_refusal(error) and not self._queue:
