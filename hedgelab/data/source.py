@@ -69,7 +69,8 @@ class ActivationSource:
             return None
         try:
             document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-            known = {one.name: document[one.name] for one in fields(cls) if one.name in document}
+            names = {one.name for one in fields(cls)}
+            known = {key: value for key, value in document.items() if key in names}
             known["scale"] = float(known.get("scale", 1.0))
             if known.get("mean") is not None:
                 known["mean"] = tuple(map(float, known["mean"]))
