@@ -104,7 +104,7 @@ def principal_component(population: Population) -> tuple[Array, float]:
 
     >>> direction, loss = principal_component(Population.of_pair(0.25, 0.2, 0.0))
     >>> direction.round(4), round(loss, 4)
-    (array([0.97  , 0.2434]), 0.0381)
+    (array([0.9699, 0.2434]), 0.0381)
     """
     values, vectors = np.linalg.eigh(population.covariance)
     return _toward_its_largest(vectors[:, -1]), float(values[:-1].sum())
