@@ -74,6 +74,7 @@ def test_full_width_is_clean(show, name):
     assert (encoder * (1 - own)).abs().max() < 0.03
 
 
+@pytest.mark.slow
 def test_the_balance_trio(show):
     parents = {name: show(f"balance_{name}")[1][0, 1:] for name in ("detached", "standard", "balanced")}
     assert (parents["detached"] > 0.1).all()

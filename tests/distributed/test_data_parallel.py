@@ -37,6 +37,7 @@ def test_two_ranks_train_every_kind_as_one_does(stream, tmp_path):
     assert any("auxiliary" in name for _, name in one.numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_for_200_steps(ranks, tmp_path):
     check(*one_and_many("toy", ranks, tmp_path, ["batch_topk", "matryoshka"]))

@@ -39,6 +39,7 @@ def make(data):
     return made
 
 
+@pytest.mark.slow
 def test_credit_beats_every_fixed_weight_and_adaptive_weights_find_the_best_of_them(make, data):
     trained, batch = [], data.batch("train", 0)
 

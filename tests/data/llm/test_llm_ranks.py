@@ -44,7 +44,7 @@ def outcomes(make_data, cache, strategy, ranks, steps, folder, **settings):
     return one, live
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_ranks_train_as_one_does(make_data, cache, strategy, tmp_path):
     fits.assert_as_one(*outcomes(make_data, cache, strategy, 2, 30, tmp_path))
 
