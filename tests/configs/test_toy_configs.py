@@ -52,6 +52,7 @@ def test_absorption_has_a_negative_encoder_and_a_mixed_decoder(show):
     assert decoder[0, 1].abs() < 0.02
 
 
+@pytest.mark.slow
 def test_correlation_hedges_and_more_l1_lessens_it(show):
     low, _, _ = show("correlated_low_l1")
     high, encoder, _ = show("correlated_high_l1")
@@ -66,7 +67,9 @@ def test_anti_correlation_hedges_negatively(show):
     assert encoder[0, 1] < -0.02
 
 
-@pytest.mark.parametrize("name", ["correlated_full_width", "anti_correlated_full_width"])
+@pytest.mark.parametrize(
+    "name", ["correlated_full_width", pytest.param("anti_correlated_full_width", marks=pytest.mark.slow)]
+)
 def test_full_width_is_clean(show, name):
     decoder, encoder, _ = show(name)
     own = torch.eye(2)

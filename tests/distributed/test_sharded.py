@@ -51,6 +51,7 @@ def test_two_processes_train_as_one_does(kind, on_ranks, tmp_path):
     check(*both(on_ranks, kind, fits.toy, False, tmp_path))
 
 
+@pytest.mark.slow
 def test_for_200_steps(on_ranks, tmp_path):
     check(*both(on_ranks, "matryoshka", fits.Correlated, True, tmp_path, steps=200))
 
@@ -61,7 +62,8 @@ def test_single_precision_rounds_and_no_more(stream, on_ranks, tmp_path):
     check(*both(on_ranks, "matryoshka", *STREAMS[stream], tmp_path, precision="32-true"), 1e-2)
 
 
-@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 2])
 def test_four_processes(groups, on_ranks, tmp_path):
     """All share latents, or two groups of two share rows."""
     check(*both(on_ranks, ["batch_topk", "matryoshka"], fits.toy, False, tmp_path, ranks=4, groups=groups))

@@ -81,6 +81,7 @@ def only_rank_zero_says_why(job):
     return {"cell": "why"}
 
 
+@pytest.mark.slow
 def test_what_rank_zero_says_counts(tmp_path):
     pytest.importorskip("submitit", reason="needs submitit")
     ended = list(LocalProcesses(1, log_dir=str(tmp_path)).run(only_rank_zero_says_why, ["job"], Processes(2)))

@@ -84,6 +84,7 @@ def test_its_hedge_is_finished_and_why_its_cells_train_anew_is_said(here):
     assert "has finished" in out
 
 
+@pytest.mark.slow
 def test_its_stopped_fit_goes_on_to_the_same_weights(here, capsys):
     assert main(["fit", "--config", "stopped.yaml", "--resume"]) == 0
     assert "9078687745454d0088ce32ab6d3a0077" in capsys.readouterr().out
