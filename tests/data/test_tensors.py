@@ -233,8 +233,9 @@ def test_items_that_are_not_finite_or_of_another_width_are_named(x):
     with pytest.raises(UserError, match=r"data\.dataset: item 40 is not finite"):
         [data.batch("train", 0), data.batch("val", 0), data.batch("test", 0)]
     mixed = DatasetActivations(Rows([torch.ones(3)] + [torch.ones(4)] * 249), batch_size=100)
-    with pytest.raises(UserError, match=r"expected items of width 3, as item 0 has, got 4"):
-        mixed.batch("train", 0)
+    for rows, found in ([1, 2], r", got 4"), ([0, 1], r" \(each tensor to be equal size"):
+        with pytest.raises(UserError, match=r"expected items of width 3, as item 0 has" + found):
+            mixed.read(torch.tensor(rows))
 
 
 def activations(d_in=8, n=2000):
