@@ -106,7 +106,8 @@ class ConfigRecord(SaveConfigCallback):
         kept = (one.folder for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint))
         folder = next(kept, None)
         if trainer.is_global_zero and folder is not None and folder.path.is_dir():
-            (folder.path / "config.yaml").write_text(self.parser.dump(self.config, skip_none=False))
+            text = self.parser.dump(self.config, skip_none=False)
+            folder.write("config.yaml", text, "the tracked run has it, too")
 
 
 class HedgelabCLI(LightningCLI):

@@ -186,9 +186,11 @@ def create_database(database: Path) -> None:
         partial = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
         try:
             try:
-                shutil.copyfile(_filled_template(), partial)
+                template = _filled_template()
             except (OSError, RuntimeError):  # this user has no cache folder, or may not write there
                 _make_database(partial)
+            else:
+                shutil.copyfile(template, partial)
             with closing(sqlite3.connect(partial)) as connection, connection:
                 location = f"{(database.parent / 'artifacts').as_uri()}/0"
                 connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (location,))
@@ -230,7 +232,7 @@ def _make_database(path: Path) -> None:
     """Has MLflow make an empty database: step by step, so that others must not see the file before it is complete."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs in pages, it also raises
     store = SqlAlchemyStore(f"{_SQLITE}{path}", (path.parent / "artifacts").as_uri())  # type: ignore[no-untyped-call]
     store.engine.dispose()
 

@@ -57,14 +57,17 @@ class RunFolder:
         return self.about.get("members") or {}
 
     def note(self, **facts: Any) -> None:
-        """Add to what is known about the run; a disk that does not take it is told of, and stops nothing."""
+        """Add to what is known about the run."""
+        outlook = "goes by what it said before" if self.about else "will not find this run"
         text = json.dumps({"created": time.time(), **self.about, **facts}, indent=2, default=str) + "\n"
+        self.write(_ABOUT, text, f"--resume {outlook}")
+
+    def write(self, name: str, text: str, otherwise: str) -> None:
+        """Write a file of the folder; a disk that does not take it is named with what follows, and stops nothing."""
         try:
-            write_atomically(self.path / _ABOUT, lambda file: file.write(text.encode()))
+            write_atomically(self.path / name, lambda file: file.write(text.encode()))
         except OSError as error:
-            outlook = "goes by what it said before" if self.about else "will not find this run"
-            reason = error.strerror or error
-            _logger.warning("%s could not be written (%s); --resume %s", self.path / _ABOUT, reason, outlook)
+            _logger.warning("%s could not be written (%s); %s", self.path / name, error.strerror or error, otherwise)
 
     def claim(self, patience: float = 0.0) -> bool:
         """Keep other processes from going on with this run as long as this one lives.
