@@ -352,7 +352,22 @@ def print_profile(step: Callable[[], None], steps: int = 5) -> None:
         print(f"      {ms:7.3f} ms  {event.count / steps:4.1f} x  {event.key[:90]}")
 
 
+def patch_interpreter() -> None:
+    """Triton 3.6 interprets scalars as arrays of one element, which NumPy 2.4 no longer takes for integers."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = with_index
+
+
 def main() -> None:
+    if DEVICE == "cpu":
+        patch_interpreter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-sweep", action="store_true", help="time the launch shapes of tiles.py")

@@ -30,6 +30,8 @@ SHAPES = {
     "narrow": {"d_in": 576, "d_sae": 1024, "k": 32, "batch": 2048},
     "wide": {"d_in": 576, "d_sae": 32768, "k": 32, "batch": 2048},
     "gemma": {"d_in": 2304, "d_sae": 65536, "k": 25, "batch": 4096, "autocast": True},
+    "gemma_16k": {"d_in": 2304, "d_sae": 16384, "k": 25, "batch": 4096, "autocast": True},
+    "dry": {"d_in": 32, "d_sae": 256, "k": 4, "batch": 64, "autocast": True},
 }
 COEFFICIENTS = {"vanilla": 1.0, "jumprelu": 0.1}
 CLIPS = {"saelens": 1.0, "dictionary_learning": 1.0}  # these always clip gradients; beside them we do, too
@@ -94,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "library": options.peer or "", "sae": options.sae, "autocast": False, **shape,
             "levels": [d_sae // 64, d_sae // 16, d_sae // 4, d_sae], "lr": 3e-4, "clip_norm": CLIPS.get(options.peer),
             "sparsity_coefficient": COEFFICIENTS.get(options.sae, 0.0), "threads": options.threads,
-            "device": "cuda" if options.shape == "gemma" else "cpu", "data": str(data), "steps": total,
+            "device": "cuda" if options.shape.startswith("gemma") else "cpu", "data": str(data), "steps": total,
         }  # fmt: skip
         encoder = Worker(sys.executable, "worker.py", task)
         ours = Worker(sys.executable, "ours.py", task)
@@ -161,8 +163,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.peer and not options.peer_python:
         parser.error("--peer needs --peer-python")
-    if options.shape == "gemma" and not torch.cuda.is_available():
-        parser.error("--shape gemma needs a GPU")
+    if options.shape.startswith("gemma") and not torch.cuda.is_available():
+        parser.error(f"--shape {options.shape} needs a GPU")
     result = measure(options)
     if options.json:
         print(json.dumps(result))

@@ -1,0 +1,83 @@
+"""Whole training steps at Gemma's shapes beside SAELens and sparsify, one table and one JSON line a measurement.
+
+    python tests/gpu/steps.py --shapes gemma,gemma_16k --peer-python PYTHON --json FILE
+
+The floor is what an exact TopK step must move and multiply on the card: measured bandwidth and measured bf16 rate are put in
+for the datasheet's.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PAIRS = [("topk", "saelens"), ("topk", "sparsify"), ("batch_topk", "saelens"), ("matryoshka", "saelens")]
+ROOT = Path(__file__).parents[2]
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes per second of a copy (read plus written), and bf16 operations per second of a product."""
+    if not torch.cuda.is_available():
+        return 1e10, 1e11
+    from triton.testing import do_bench
+
+    block = torch.randn(1 << 28, device="cuda")
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    copy = do_bench(block.clone, return_mode="median")
+    product = do_bench(lambda: square @ square, return_mode="median")
+    return 8 * block.numel() / copy * 1e3, 2 * 8192**3 / product * 1e3
+
+
+def floor_ms(d_in: int, d_sae: int, k: int, batch: int, bandwidth: float, rate: float) -> float:
+    """Encoder product; weights, gradients and moments of both matrices once; pre-activations twice; four gathers."""
+    size = d_in * d_sae
+    moved = 2 * size * 28 + 2 * 2 * batch * d_sae + 2 * size + 4 * 4 * batch * k * d_in / 4
+    return 1e3 * (2 * batch * size / rate + moved / bandwidth)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="gemma,gemma_16k")
+    parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    from tests.benchmarks.training_step import SHAPES
+
+    bandwidth, rate = ceilings()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(
+        f"{name}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s"
+    )
+    failures, rows = 0, []
+    for shape in options.shapes.split(","):
+        sizes = {key: int(SHAPES[shape][key]) for key in ("d_in", "d_sae", "k", "batch")}
+        floor = floor_ms(**sizes, bandwidth=bandwidth, rate=rate)
+        for sae, peer in PAIRS if torch.cuda.is_available() else PAIRS[:1]:
+            command = [sys.executable, "-m", "tests.benchmarks.training_step", "--sae", sae, "--shape", shape, "--json"]
+            command += ["--peer", peer, "--peer-python", options.peer_python, "--turns", "20"]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+            if done.returncode:
+                failures += 1
+                print(f"{shape} {sae} beside {peer} failed:\n{done.stderr[-1500:]}")
+                continue
+            row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) | {"floor_ms": floor, "device": name}
+            with options.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            rows.append(row)
+            print(
+                f"{shape:<10} {sae:<11} {row['step_ms']:7.2f} ms {row['tokens_per_s']:11,.0f} tokens/s "
+                f"{row['peak_bytes'] / 1e9:6.2f} GB  {row['step_ms'] / floor:5.2f} x floor {floor:5.2f} ms | {peer:<9}"
+                f"{row['peer_step_ms']:8.2f} ms {row['peer_peak_bytes'] / 1e9:6.2f} GB, ratio {row['ratio']:5.2f}; "
+                f"loss {row['loss']:.4g} and {row['peer_loss']:.4g}",
+                flush=True,
+            )
+    return 1 if failures or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
