@@ -45,10 +45,13 @@ class Worker:
         command = [python, str(HERE / script)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._write(task)
-        self._read()
+        self._ready = False
 
     def ask(self, command: str, number: int = 0) -> dict[str, Any]:
-        """The answer to a command."""
+        """The answer to a command; the first waits until the step is built."""
+        if not self._ready:
+            self._read()
+            self._ready = True
         self._write({"command": command, "number": number})
         return self._read()
 

@@ -8,7 +8,7 @@
 # every part on the CPU with Triton's interpreter and small shapes.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-out=gpu-session only=checks,end_to_end,kernels,steps dry=
+out=gpu-session only=checks,end_to_end,profile,kernels,steps dry=
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=$2 && shift 2 ;;
@@ -53,5 +53,6 @@ part() {
 part checks 150 $pytest tests/kernels/triton tests/gpu/test_gpu.py -k 'not commands'
 part end_to_end 120 $pytest tests/gpu/test_gpu.py -k commands
 lines=70 part kernels 110 env ${dry:+TRITON_INTERPRET=1} $python -m tests.benchmarks.gpu_kernels $kernels --json "$out/kernels.json"
+lines=110 part profile 60 $python tests/gpu/steps.py --profile --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
 part steps 200 $python tests/gpu/steps.py --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
 [ -z "$failed" ] || { echo "failed:$failed" && exit 1; }

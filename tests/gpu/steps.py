@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,59 @@ def floor_ms(d_in: int, d_sae: int, k: int, batch: int, bandwidth: float, rate: 
     return 1e3 * (2 * batch * size / rate + moved / bandwidth)
 
 
+def profile(shape: str, sae: str) -> None:
+    """Where the time of our step goes: milliseconds with and without waiting for each step, busy kernels, host copies."""
+    sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+    import ours
+    from worker import Task
+
+    from tests.benchmarks.training_step import COEFFICIENTS, SHAPES
+
+    sizes = SHAPES[shape]
+    d_sae, device = int(sizes["d_sae"]), "cuda" if torch.cuda.is_available() else "cpu"
+    task = Task(
+        library="", sae=sae, levels=[d_sae // 64, d_sae // 16, d_sae // 4, d_sae], lr=3e-4, clip_norm=None, threads=2,
+        sparsity_coefficient=COEFFICIENTS.get(sae, 0.0), device=device, data="", steps=40, **sizes,
+    )  # fmt: skip
+    step = ours.build(task)
+    data = [torch.randn(task.batch, task.d_in, device=device) for _ in range(4)]
+
+    def steps(count: int, wait: bool) -> float:
+        start = time.perf_counter()
+        for number in range(count):
+            with torch.autocast(device, torch.bfloat16):
+                step.take(data[number % 4])
+            if wait and device == "cuda":
+                torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count * 1e3
+
+    steps(5, wait=True)
+    count = 20 if device == "cuda" else 2
+    print(
+        f"{shape} {sae}: {steps(count, wait=True):.2f} ms waiting for each step, {steps(count, wait=False):.2f} ms not waiting"
+    )
+    with torch.profiler.profile() as record:
+        steps(5, wait=False)
+    events = record.key_averages()
+    on_device = sorted(events, key=lambda event: -event.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in events) / 5e3
+    print(f"    kernels busy {busy:.2f} ms a step")
+    for event in on_device[:22]:
+        print(f"    {event.self_device_time_total / 5e3:7.3f} ms  {event.count / 5:5.1f} x  {event.key[:100]}")
+    waits = [
+        event for event in events if any(word in event.key for word in ("Synchronize", "aten::item", "DtoH", "nonzero"))
+    ]
+    print("    waits: " + "; ".join(f"{event.key[:40]} {event.count / 5:.1f} x" for event in waits), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="gemma,gemma_16k")
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--profile", action="store_true", help="only ours, with its kernels")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from tests.benchmarks.training_step import SHAPES
@@ -53,6 +102,11 @@ def main() -> int:
     print(
         f"{name}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s"
     )
+    if options.profile:
+        for shape in options.shapes.split(","):
+            for sae in ("topk", "batch_topk", "matryoshka", "jumprelu"):
+                profile(shape, sae)
+        return 0
     failures, rows = 0, []
     for shape in options.shapes.split(","):
         sizes = {key: int(SHAPES[shape][key]) for key in ("d_in", "d_sae", "k", "batch")}
