@@ -3,7 +3,6 @@
 ``hedging``, ``residual_hedging`` and ``hedging_degree`` measure an SAE at hand in one call.
 """
 
-from hedgelab.metrics.additive import ValidationMetric as ValidationMetric
 from hedgelab.metrics.classes import L0 as L0
 from hedgelab.metrics.classes import DeadLatents as DeadLatents
 from hedgelab.metrics.classes import ExplainedVariance as ExplainedVariance
@@ -16,6 +15,7 @@ from hedgelab.metrics.classes import LossRecovered as LossRecovered
 from hedgelab.metrics.classes import MeanSquaredError as MeanSquaredError
 from hedgelab.metrics.classes import ResidualHedgingMetric as ResidualHedgingMetric
 from hedgelab.metrics.classes import Shrinkage as Shrinkage
+from hedgelab.metrics.classes import ValidationMetric as ValidationMetric
 from hedgelab.metrics.direct import hedging as hedging
 from hedgelab.metrics.direct import hedging_degree as hedging_degree
 from hedgelab.metrics.direct import residual_hedging as residual_hedging

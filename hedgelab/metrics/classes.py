@@ -1,28 +1,126 @@
 """The metrics as torchmetrics classes: what each function of :mod:`.functional` gives, over all batches and ranks.
 
-``update`` takes what the function takes, ``weight [batch]`` last.
+``update`` takes what the function takes; its last argument, ``weight [batch]``, is the probability of each example (population
+mode), without which each weighs 1.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from importlib.metadata import entry_points
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any, ClassVar, Self
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.additive import AdditiveMetric, FunctionMetric, ShapedMetric
 from hedgelab.metrics.functional import basic, loss_recovered
-from hedgelab.metrics.functional.accumulate import Ratio, as_codes
-from hedgelab.metrics.functional.degree import DRAWS, DegreeScores, DegreeSums, degree_update, hedging_degree
+from hedgelab.metrics.functional.accumulate import NO_FLOAT64, as_codes
+from hedgelab.metrics.functional.degree import DRAWS, DegreeScores, degree_update, hedging_degree
 from hedgelab.metrics.functional.error_spread import BLOCKS, ResidualHedging, residual_hedging
-from hedgelab.metrics.functional.hierarchy import HierarchySums, hierarchy_update
-from hedgelab.metrics.functional.recovery import co_firing_update
+from hedgelab.metrics.functional.hierarchy import hierarchy_update
+from hedgelab.metrics.functional.recovery import co_firing
 from hedgelab.metrics.functional.true_hedging import regression_update
+from hedgelab.tracking.glossary import GROUP
 
-ROWS = 8192
-"""Examples that residual hedging keeps: memory grows with them, time with their square."""
+ROWS = 8192  # examples that residual hedging keeps: memory grows with them, time with their square
+
+
+class AdditiveMetric(Metric):
+    """A metric whose states add up, so that it is the same on one rank or many.
+
+    States are no part of a ``state_dict``; they stay float64 whatever precision the module gets, and on the CPU where the
+    module's device has no float64 (MPS). Results keep their shapes: torchmetrics squeezes ``[1]``, all that an SAE of one
+    latent has.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    def add_sum(self, name: str, *shape: int) -> None:
+        """Declare a state: zeros of the given shape in float64, summed over ranks."""
+        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def add_to(self, **amounts: Tensor | float) -> None:
+        """Add the sums of a batch to the states of those names, in place: some are large."""
+        for name, amount in amounts.items():
+            state = getattr(self, name)
+            state.add_(torch.as_tensor(amount, device=state.device))
+
+    def _wrap_compute(self, compute: Callable[[], Any]) -> Callable[[], Any]:
+        @wraps(compute)
+        def boxed() -> SimpleNamespace:  # which torchmetrics does not look into; copies, as it makes them of states
+            return SimpleNamespace(value=apply_to_collection(compute(), Tensor, Tensor.clone))
+
+        computed = super()._wrap_compute(boxed)
+        return wraps(compute)(lambda: computed().value)
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Self:
+        self._computed = None
+        on_cpu = fn(torch.zeros(1)).device.type in NO_FLOAT64
+        return super()._apply(fn, tuple(self._defaults) if on_cpu else exclude_state)
+
+
+class FunctionMetric(AdditiveMetric):
+    """A metric of one pure function ``sums_of``, which takes what ``update`` takes and returns a batch's sums in a NamedTuple.
+
+    The result is the ``value()`` of all sums, or the sums where they have none. ``widths`` are those of the arguments but the
+    last, ``weight``.
+    """
+
+    def __init__(self, sums_of: Callable[..., Any], *widths: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        zero = sums_of(*(torch.zeros(0, width) for width in widths), torch.zeros(0))  # of a batch without examples
+        self.sums_of, self.sums = sums_of, type(zero)
+        for name, value in zero._asdict().items():
+            self.add_state(name, value.clone(), dist_reduce_fx="sum")
+
+    def update(self, *batch: Any, **named: Any) -> None:
+        """Add a batch; arguments as the function of sums takes them."""
+        self.add_to(**self.sums_of(*batch, **named)._asdict())
+
+    def _filter_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # what a MetricCollection passes on
+        return {name: kwargs[name] for name in signature(self.sums_of).parameters if name in kwargs}
+
+    def compute(self) -> Any:
+        """The result over everything seen."""
+        sums = self.sums(*(getattr(self, name) for name in self.sums._fields))
+        return sums.value() if hasattr(sums, "value") else sums
+
+
+class ValidationMetric(AdditiveMetric):
+    """A metric of one's own, which every validation pass reports beside the others.
+
+    A subclass that gives itself a ``name`` is known from when it is imported: by an entry point of the group
+    ``hedgelab.metrics``, or because a config names it. It is made with the widths ``d_in`` and ``d_sae`` of activations and
+    latents, declares its sums in ``__init__`` (:meth:`add_sum`), adds to them in ``update(batch, x_hat, codes)`` and returns a
+    scalar, or scalars by name (logged as ``name/...``), from ``compute``.
+    """
+
+    name: ClassVar[str] = ""
+    declared: ClassVar[dict[str, type[ValidationMetric]]] = {}
+
+    def __init__(self, d_in: int, d_sae: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.d_in, self.d_sae = d_in, d_sae
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if vars(cls).get("name"):
+            ValidationMetric.declared[cls.name] = cls
+
+    @classmethod
+    def known(cls) -> list[type[ValidationMetric]]:
+        """Those that have been imported, and those of entry points."""
+        for point in entry_points(group=GROUP):
+            point.load()
+        return list(cls.declared.values())
 
 
 class ExplainedVariance(FunctionMetric):
@@ -31,8 +129,7 @@ class ExplainedVariance(FunctionMetric):
     higher_is_better = True
 
     def __init__(self, d_in: int, **kwargs: Any) -> None:
-        functions = basic.explained_variance_update, basic.explained_variance_compute
-        super().__init__(*functions, torch.zeros(0, d_in), torch.zeros(0, d_in), **kwargs)
+        super().__init__(basic.explained_variance_update, d_in, d_in, **kwargs)
 
 
 class MeanSquaredError(FunctionMetric):
@@ -41,69 +138,41 @@ class MeanSquaredError(FunctionMetric):
     higher_is_better = False
 
     def __init__(self, **kwargs: Any) -> None:
-        empty = torch.zeros(0, 1), torch.zeros(0, 1)
-        super().__init__(basic.mean_squared_error_update, Ratio.value, *empty, **kwargs)
+        super().__init__(basic.mean_squared_error_update, 1, 1, **kwargs)
 
 
 class Shrinkage(FunctionMetric):
     """Relative reconstruction bias, below 1 when shrunk; see :func:`.functional.shrinkage`."""
 
-    higher_is_better = None
-
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(basic.shrinkage_update, Ratio.value, torch.zeros(0, 1), torch.zeros(0, 1), **kwargs)
+        super().__init__(basic.shrinkage_update, 1, 1, **kwargs)
 
 
 class L0(FunctionMetric):
     """Mean number of active latents an example; see :func:`.functional.l0`."""
 
-    higher_is_better = None
-
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(basic.l0_update, Ratio.value, torch.zeros(0, 1), **kwargs)
-
-
-class DeadCount(NamedTuple):
-    """Latents that fired on no example seen."""
-
-    number: Tensor  # int64 scalar
-    fraction: Tensor  # of all latents, float64 scalar
+        super().__init__(basic.l0_update, 1, **kwargs)
 
 
 class DeadLatents(FunctionMetric):
-    """Count and fraction of the ``d_sae`` latents that fired on no example seen; see :func:`.functional.dead_latents`."""
+    """Number of the ``d_sae`` latents that fired on no example seen; see :func:`.functional.dead_latents`."""
 
     higher_is_better = False
 
     def __init__(self, d_sae: int, **kwargs: Any) -> None:
-        super().__init__(basic.firing_update, None, torch.zeros(0, d_sae), **kwargs)
+        super().__init__(basic.firing_update, d_sae, **kwargs)
 
-    def compute(self) -> DeadCount:
+    def compute(self) -> Tensor:
         """Dead latents over everything seen."""
-        dead = super().compute().fired == 0
-        return DeadCount(dead.sum(), dead.double().mean())
-
-
-class FiringDensities(NamedTuple):
-    """How often latents fire."""
-
-    rates: Tensor  # fraction of examples each latent fires on, [d_sae]
-    histogram: basic.DensityHistogram  # latents by log10 of that rate
+        return (~(super().compute() > 0)).sum()
 
 
 class FiringDensity(FunctionMetric):
-    """Firing rate of each of ``d_sae`` latents, and their histogram over ascending ``edges`` in log10 of the rate."""
+    """Firing rates of ``d_sae`` latents, as :func:`.functional.firing_rates` gives and ``density_histogram`` takes them."""
 
-    higher_is_better = None
-
-    def __init__(self, d_sae: int, edges: tuple[float, ...] = basic.LOG_DENSITY_EDGES, **kwargs: Any) -> None:
-        super().__init__(basic.firing_update, None, torch.zeros(0, d_sae), **kwargs)
-        self.edges = edges
-
-    def compute(self) -> FiringDensities:
-        """Rates and histogram over everything seen."""
-        fired, weight = super().compute()
-        return FiringDensities(fired / weight, basic.density_histogram(fired / weight, self.edges))
+    def __init__(self, d_sae: int, **kwargs: Any) -> None:
+        super().__init__(basic.firing_update, d_sae, **kwargs)
 
 
 class FeatureDetection(FunctionMetric):
@@ -113,10 +182,8 @@ class FeatureDetection(FunctionMetric):
     :func:`.functional.absorption_from_co_firing`. Holds ``8 · d_sae · n`` bytes.
     """
 
-    higher_is_better = None
-
     def __init__(self, d_sae: int, n: int, **kwargs: Any) -> None:
-        super().__init__(co_firing_update, None, torch.zeros(0, d_sae), torch.zeros(0, n), **kwargs)
+        super().__init__(co_firing, d_sae, n, **kwargs)
 
 
 class FeatureRegression(FunctionMetric):
@@ -126,10 +193,8 @@ class FeatureRegression(FunctionMetric):
     and 16384 features; a batch costs what :class:`FeatureDetection`'s does, and ``batch · d_sae²`` multiplications more.
     """
 
-    higher_is_better = None
-
     def __init__(self, d_sae: int, n: int, **kwargs: Any) -> None:
-        super().__init__(regression_update, None, torch.zeros(0, d_sae), torch.zeros(0, n), **kwargs)
+        super().__init__(regression_update, d_sae, n, **kwargs)
 
 
 class FeatureHierarchy(FunctionMetric):
@@ -138,10 +203,8 @@ class FeatureHierarchy(FunctionMetric):
     Holds ``8 · n²`` bytes. Batches with weights are taken for exact populations, which leave nothing to chance.
     """
 
-    higher_is_better = None
-
     def __init__(self, n: int, **kwargs: Any) -> None:
-        super().__init__(hierarchy_update, HierarchySums.parents, torch.zeros(0, n), **kwargs)
+        super().__init__(hierarchy_update, n, **kwargs)
 
 
 class LossRecovered(AdditiveMetric):
@@ -178,47 +241,32 @@ class HedgingDegree(FunctionMetric):
     """
 
     higher_is_better = False
-    control: Tensor
-    extended: Tensor
-    reordered: Tensor | None
-    foreign: Tensor | None
 
     def __init__(
         self,
         control: Tensor,
         extended: Tensor,
         reordered: Tensor | None = None,
-        foreign: list[Tensor] | None = None,
+        foreign: Sequence[Tensor] = (),
         draws: int = DRAWS,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        empty = (torch.zeros(0, size) for size in (control.shape[1], len(control), len(extended)))
-        super().__init__(degree_update, None, *empty, **kwargs)
-        rows = {"control": control, "extended": extended, "reordered": reordered}
-        for name, decoder in (rows | {"foreign": torch.stack(foreign) if foreign else None}).items():
-            self.register_buffer(name, None if decoder is None else decoder.detach(), persistent=False)
-        self.draws, self.seed = draws, seed
+        super().__init__(degree_update, control.shape[1], len(control), len(extended), **kwargs)
+        options: dict[str, Any] = {"reordered": reordered, "foreign": foreign, "draws": draws, "seed": seed}
+        self.degree = partial(hedging_degree, control.detach(), extended.detach(), **options)
 
     def compute(self) -> DegreeScores:
         """The degree with its controls, over everything seen."""
-        sums: DegreeSums = super().compute()
-        width, seen = len(self.control), bool(sums.weight > 0)
-        mean = sums.total / sums.weight
-        return hedging_degree(
-            self.control,
-            self.extended,
-            live=(sums.control_fired > 0) & (sums.extended_fired[:width] > 0) if seen else None,
-            live_new=sums.extended_fired[width:] > 0 if seen else None,
-            covariance=sums.products / sums.weight - mean.outer(mean) if seen else None,
-            foreign=None if self.foreign is None else list(self.foreign),
-            reordered=self.reordered,
-            draws=self.draws,
-            seed=self.seed,
-        )
+        weight, total, products, old, new = super().compute()
+        if not bool(weight > 0):
+            return self.degree()
+        mean, (among_new, added) = total / weight, new.tensor_split([len(old)])
+        covariance = products / weight - mean.outer(mean)
+        return self.degree(live=(old > 0) & (among_new > 0), live_new=added > 0, covariance=covariance)
 
 
-class ResidualHedgingMetric(ShapedMetric):
+class ResidualHedgingMetric(AdditiveMetric):
     """How much each latent of an SAE hedges, from held-out activations alone; see :func:`.functional.residual_hedging`.
 
     Holds the first ``rows`` examples of each rank with their codes: ``4 · rows · (2 d_in + d_sae)`` bytes.

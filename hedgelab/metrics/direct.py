@@ -12,7 +12,7 @@ from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.classes import HedgingDegree, ResidualHedgingMetric
 from hedgelab.metrics.functional import degree, true_hedging
-from hedgelab.metrics.functional.accumulate import as_codes, run_sae
+from hedgelab.metrics.functional.accumulate import as_codes
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores
 from hedgelab.metrics.functional.error_spread import BLOCKS, ResidualHedging
 from hedgelab.metrics.functional.recovery import decoder_cosines
@@ -27,28 +27,19 @@ def hedging(
     """True hedging of each latent: how much of the features that no latent tracks its decoder row holds.
 
     Formulas in :mod:`hedgelab.metrics.functional.true_hedging`. ``.norm [d_sae]`` is 0 for a clean latent and at most about 1;
-    ``.largest`` has the sign: positive for features that fire together. Trust it where ``features`` are all that there is;
-    directions that are missing from them are not seen.
+    ``.largest`` has the sign: positive for features that fire together. ``W_dec [d_sae, d_in]`` is a decoder or an SAE,
+    ``features [n, d_in]`` are true directions, of any norms. With ``codes [examples, d_sae]`` and the features' ``activations
+    [examples, n]`` (in units of unit directions) hedging is read off the regression of one on the other, which is needed where
+    ``n > d_in``; latents that never fire then track nothing. Trust it where ``features`` are all that there is.
 
     >>> W_dec = torch.tensor([[0.8, 0.6, 0.0]])  # one latent that mixes .6 of a second feature in
     >>> hedging(W_dec, torch.eye(3)).norm
     tensor([0.6000], dtype=torch.float64)
-
-    Args:
-        W_dec: Decoder of any norms, ``[d_sae, d_in]``, or an SAE.
-        features: True directions of any norms, ``[n, d_in]``.
-        codes: Latents on examples, codes or dense ``[examples, d_sae]``. With ``activations`` hedging is read off the
-            regression of one on the other, which is needed where ``n > d_in``; latents that never fire then track nothing.
-        activations: True activations of the features on the same examples, ``[examples, n]``, in units of unit directions.
-
-    Raises:
-        UserError: Shapes that do not fit, or more features than dimensions without codes and activations.
     """
     decoder = _decoder(W_dec)
-    if features.ndim != 2 or features.shape[1] != decoder.shape[1]:
-        raise UserError(
-            f"features: expected directions [n, {decoder.shape[1]}] (W_dec's width), got {list(features.shape)}"
-        )
+    d_in = decoder.shape[1]
+    if features.ndim != 2 or features.shape[1] != d_in:
+        raise UserError(f"features: expected directions [n, {d_in}] (W_dec's width), got {list(features.shape)}")
     if (codes is None) != (activations is None):
         raise UserError("codes, activations: give both, or neither")
     features = features.to(decoder.device)
@@ -56,16 +47,14 @@ def hedging(
     if codes is None or activations is None:
         coordinates = true_hedging.decoder_coordinates(decoder, features)
         return true_hedging.hedging(coordinates, cosines, tracked_features(cosines))
-    codes = as_codes(codes)
-    if (codes.batch_size, codes.d_sae) != (len(activations), len(decoder)) or activations.shape[1] != len(features):
+    codes, expected = as_codes(codes), [len(decoder), len(features)]
+    if [len(activations), codes.d_sae, activations.shape[1]] != [codes.batch_size, *expected]:
         raise UserError(
-            f"codes, activations: expected [examples, {len(decoder)}] and [examples, {len(features)}], "
+            f"codes, activations: expected [examples, {expected[0]}] and [examples, {expected[1]}], "
             f"got {[codes.batch_size, codes.d_sae]} and {list(activations.shape)}"
         )
-    fired = codes.firing_counts().to(cosines.device)
-    sums = true_hedging.RegressionSums(
-        *(part.to(cosines.device) for part in true_hedging.regression_update(codes, activations))
-    )
+    fired, sums = codes.firing_counts().to(cosines.device), true_hedging.regression_update(codes, activations)
+    sums = true_hedging.RegressionSums(*(part.to(cosines.device) for part in sums))
     tracked, often = tracked_features(cosines, fired > 0), fired >= true_hedging.FIRINGS
     return true_hedging.regressed_hedging(sums, decoder, features, cosines, tracked, often)
 
@@ -74,21 +63,14 @@ def residual_hedging(x: Tensor, sae: Any, blocks: int = BLOCKS) -> ResidualHedgi
     """Hedging of an SAE read off its errors on held-out activations; no ground truth is needed.
 
     Formulas, and when to trust it, in :mod:`hedgelab.metrics.functional.error_spread`. ``.hedging`` is about 0 where nothing
-    hedges, of either sign; ``.std`` is its standard error.
-
-    Args:
-        x: Activations as the SAE reads them, ``[..., d_in]``; some thousands of independent ones, which it was not trained on.
-        sae: The SAE.
-        blocks: Parts that examples are split into.
-
-    Raises:
-        UserError: No SAE, another width, or hardly any examples.
+    hedges, of either sign; ``.std`` is its standard error. ``x [..., d_in]`` are activations as the SAE reads them: some
+    thousands of independent ones, which it was not trained on, split into ``blocks`` parts.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    run_sae(sae, rows[:1])
-    metric = ResidualHedgingMetric(sae.W_dec, len(rows), blocks, sync_on_compute=False).to(sae.W_dec.device)
-    for part in torch.split(rows.to(sae.W_dec.device), _ROWS_AT_ONCE):
-        metric.update(part, *run_sae(sae, part))
+    x = x.reshape(-1, x.shape[-1])
+    _run(sae, x[:1])
+    metric = ResidualHedgingMetric(sae.W_dec, len(x), blocks, sync_on_compute=False).to(sae.W_dec.device)
+    for rows in torch.split(x.to(sae.W_dec.device), _ROWS_AT_ONCE):
+        metric.update(rows, *_run(sae, rows))
     return metric.compute()
 
 
@@ -106,22 +88,18 @@ def hedging_degree(
 
     Each continuation is an SAE or its decoder; the rest is as in :func:`hedgelab.metrics.functional.hedging_degree`.
     Activations ``x [..., d_in]`` show which latents live, and their covariance; control and extended must be SAEs then.
-
-    Raises:
-        UserError: Shapes that do not fit, or activations without SAEs.
     """
     old, new = _decoder(control), _decoder(extended)
     if old.shape[1] != new.shape[1]:
         raise UserError(f"extended: expected decoder rows of width {old.shape[1]}, got {new.shape[1]}")
     other = None if reordered is None else _decoder(reordered)
     if x is None:
-        options: dict[str, Any] = {"foreign": list(foreign), "reordered": other, "draws": draws, "seed": seed}
-        return degree.hedging_degree(old, new, **options)
+        return degree.hedging_degree(old, new, foreign=foreign, reordered=other, draws=draws, seed=seed)
     if isinstance(control, Tensor) or isinstance(extended, Tensor):
         raise UserError("x: activations need SAEs for control and extended, not decoders alone")
-    metric = HedgingDegree(old, new, other, list(foreign), draws, seed, sync_on_compute=False).to(old.device)
-    for part in torch.split(x.reshape(-1, x.shape[-1]).to(old.device), _ROWS_AT_ONCE):
-        metric.update(part, run_sae(control, part)[1], run_sae(extended, part)[1])
+    metric = HedgingDegree(old, new, other, foreign, draws, seed, sync_on_compute=False).to(old.device)
+    for rows in torch.split(x.reshape(-1, x.shape[-1]).to(old.device), _ROWS_AT_ONCE):
+        metric.update(rows, _run(control, rows)[1], _run(extended, rows)[1])
     return metric.compute()
 
 
@@ -129,3 +107,15 @@ def _decoder(sae: Any) -> Tensor:
     """The decoder of an SAE, or the tensor that is one."""
     W_dec: Tensor = sae if isinstance(sae, Tensor) else sae.W_dec
     return W_dec
+
+
+def _run(sae: Any, x: Tensor) -> tuple[Tensor, Codes]:
+    """Reconstruction ``[batch, d_in]`` and codes of activations ``[batch, d_in]``, without a gradient."""
+    for name in ("encode", "decode", "W_dec"):
+        if not hasattr(sae, name):
+            raise UserError(f"sae: {type(sae).__name__} has no {name}; an SAE needs encode, decode and W_dec")
+    if x.shape[-1] != sae.W_dec.shape[1]:
+        raise UserError(f"x: expected activations of width {sae.W_dec.shape[1]} (W_dec's), got {list(x.shape)}")
+    with torch.no_grad():
+        latents = sae.encode(x)
+        return sae.decode(latents), as_codes(latents)

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 
 from hedgelab.errors import UserError
-from hedgelab.theory.population import Array
+from hedgelab.theory.single_latent import Array
 
 
 def tied_loss(t: ArrayLike, p_first: float, p_both: float, l1_coefficient: float = 0.0, norm: float = 1.0) -> Array:
@@ -32,9 +32,6 @@ def tied_loss(t: ArrayLike, p_first: float, p_both: float, l1_coefficient: float
 
     >>> tied_loss([0.0, 0.5], 0.3, 0.1)
     array([0.1 , 0.15])
-
-    Raises:
-        UserError: Probabilities that are none or sum to more than 1, or a norm not above 0.
     """
     if min(p_first, p_both) < 0 or p_first + p_both > 1:
         raise UserError(f"p_first, p_both: must be probabilities with a sum of at most 1, got {p_first}, {p_both}")

@@ -43,58 +43,76 @@ the activation ``ā = 1 - λ/(2Q)`` of a clean latent is zero too: there no L1 p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import linprog
 
+from hedgelab.batch import Batch
 from hedgelab.errors import UserError
-from hedgelab.theory.population import Array, Population, scatter
 
+Array = NDArray[np.float64]
 _MOST_STATES = 12
 _MOST_ITERATIONS = 200
 _TOLERANCE = 1e-9
 
 
-@dataclass(frozen=True, eq=False)
-class SingleLatentMinimum:
-    """A minimum of the single-latent SAE's loss.
+class Population(NamedTuple):
+    """A population: finitely many activations with their probabilities, on which every expectation is exact."""
 
-    Attributes:
-        active: States on which the latent fires, ``[s]`` bool.
-        direction: Unit decoder direction, ``[d_in]``.
-        b_dec: Decoder bias, ``[d_in]``.
-        activations: Activation of each state, ``[s]``.
-        loss: Expected squared error plus penalty.
-    """
-
-    active: np.ndarray
-    direction: Array
-    b_dec: Array
-    activations: Array
-    loss: float
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """What the module's derivation needs of an active set A: ``P``, ``Q``, ``m_A``, ``Δ`` and ``M_A``."""
-
-    rate: float
-    silence: float
-    mean: Array
-    shift: Array
-    matrix: Array
+    states: Array  # activations, [s, d_in]
+    probabilities: Array  # theirs, [s], all positive, summing to 1
 
     @classmethod
-    def of(cls, population: Population, active: np.ndarray) -> Split:
-        """Split a population; neither part may be empty."""
-        states, p = population.states, population.probabilities
-        rate, silence = float(p[active].sum()), float(p[~active].sum())
-        mean = p[active] @ states[active] / rate
-        shift = mean - p[~active] @ states[~active] / silence
-        matrix = scatter(states[active], p[active]) / rate + silence * np.outer(shift, shift)
-        return cls(rate, silence, mean, shift, matrix)
+    def from_batch(cls, batch: Batch) -> Population:
+        """The population behind a weighted batch; states of probability 0 are left out."""
+        if batch.weight is None:
+            raise UserError("data.sampling: closed forms need the whole population, set it to 'population'")
+        possible = batch.weight > 0
+        weight = batch.weight[possible].double()
+        return cls(batch.x[possible].double().numpy(), (weight / weight.sum()).numpy())
+
+    @classmethod
+    def of_pair(cls, rate: float, given: float, otherwise: float) -> Population:
+        """Two orthonormal features of magnitude 1 in the plane, by ``P(f0)``, ``P(f1 | f0)`` and ``P(f1 | not f0)``.
+
+        >>> Population.of_pair(0.25, 0.2, 0.0).probabilities  # both, f0 alone, neither
+        array([0.05, 0.2 , 0.75])
+        """
+        for name, value in (("rate", rate), ("given", given), ("otherwise", otherwise)):
+            if not 0 <= value <= 1:
+                raise UserError(f"{name}: must be a probability between 0 and 1, got {value}")
+        first, second = np.array([rate, 1 - rate]), np.array([[given, 1 - given], [otherwise, 1 - otherwise]])
+        probabilities = (first[:, None] * second).ravel()
+        states = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        return cls(states[probabilities > 0], probabilities[probabilities > 0])
+
+
+def scatter(states: Array, probabilities: Array) -> Array:
+    """Covariance of states whose probabilities need not sum to 1, times their sum, ``[d_in, d_in]``."""
+    deviations = states - probabilities @ states / probabilities.sum()
+    return np.asarray(deviations.T @ (probabilities[:, None] * deviations))
+
+
+class SingleLatentMinimum(NamedTuple):
+    """A minimum of the single-latent SAE's loss."""
+
+    active: np.ndarray  # states on which the latent fires, [s] bool
+    direction: Array  # unit decoder direction, [d_in]
+    b_dec: Array  # decoder bias, [d_in]
+    activations: Array  # activation of each state, [s]
+    loss: float  # expected squared error plus penalty
+
+
+def split_at(population: Population, active: np.ndarray) -> tuple[float, float, Array, Array, Array]:
+    """``P``, ``Q``, ``m_A``, ``Δ`` and ``M_A`` of an active set ``[s]`` (bool) that is neither empty nor everything."""
+    states, p = population
+    rate, silence = float(p[active].sum()), float(p[~active].sum())
+    mean = p[active] @ states[active] / rate
+    shift = mean - p[~active] @ states[~active] / silence
+    return rate, silence, mean, shift, scatter(states[active], p[active]) / rate + silence * np.outer(shift, shift)
 
 
 def principal_component(population: Population) -> tuple[Array, float]:
@@ -106,7 +124,7 @@ def principal_component(population: Population) -> tuple[Array, float]:
     >>> direction.round(4), round(loss, 4)
     (array([0.9699, 0.2434]), 0.0381)
     """
-    values, vectors = np.linalg.eigh(population.covariance)
+    values, vectors = np.linalg.eigh(scatter(*population))
     return _toward_its_largest(vectors[:, -1]), float(values[:-1].sum())
 
 
@@ -129,19 +147,19 @@ def pair_component(rate: float, given: float, otherwise: float) -> float:
 def minimum(population: Population, active: np.ndarray, l1_coefficient: float = 0.0) -> SingleLatentMinimum | None:
     """The minimum whose latent fires exactly on the states ``active``, ``[s]`` bool (see the module); None without one.
 
-    Active are neither none nor all of the states. λ = 0 stands for the limit λ → 0, in which a state may sit on the threshold.
+    Active are neither none nor all of the states; λ = 0 stands for the limit λ → 0, in which a state may sit on the threshold.
     """
-    split = Split.of(population, active)
-    direction = sphere_maximum(split.matrix, l1_coefficient / 2 * split.shift)
+    rate, silence, mean, shift, matrix = split_at(population, active)
+    direction = sphere_maximum(matrix, l1_coefficient / 2 * shift)
     if direction is None:
         return None
-    size = float(direction @ split.shift) - l1_coefficient / (2 * split.silence)
-    pre = size + (population.states - split.mean) @ direction
+    size = float(direction @ shift) - l1_coefficient / (2 * silence)
+    pre = size + (population.states - mean) @ direction
     if (pre[active] < -_TOLERANCE).any() or not _can_be_silenced(population.states, active, pre):
         return None
-    gain = direction @ split.matrix @ direction - l1_coefficient * direction @ split.shift
-    loss = np.trace(population.covariance) - split.rate * (gain + l1_coefficient**2 / (4 * split.silence))
-    b_dec = population.mean - split.rate * size * direction
+    gain = direction @ matrix @ direction - l1_coefficient * direction @ shift
+    loss = np.trace(scatter(*population)) - rate * (gain + l1_coefficient**2 / (4 * silence))
+    b_dec = population.probabilities @ population.states - rate * size * direction
     return SingleLatentMinimum(active, direction, b_dec, np.where(active, pre, 0.0), float(loss))
 
 
@@ -150,15 +168,10 @@ def minima(population: Population, l1_coefficient: float = 0.0) -> list[SingleLa
 
     >>> round(float(minima(Population.of_pair(0.25, 0.2, 0.1), 1e-3)[0].direction[1]), 4)
     0.2215
-
-    Raises:
-        UserError: More states than can be tried (12).
     """
     count = len(population.probabilities)
     if count > _MOST_STATES:
-        raise UserError(
-            f"population: {count} states have too many active sets, at most {_MOST_STATES} states are possible"
-        )
+        raise UserError(f"population: {count} states have too many active sets, at most {_MOST_STATES} are possible")
     sets = (np.isin(range(count), some) for size in range(1, count) for some in combinations(range(count), size))
     found = (minimum(population, active, l1_coefficient) for active in sets)
     return sorted((one for one in found if one is not None), key=lambda one: one.loss)
@@ -172,8 +185,8 @@ def hedging_pull(
     ``P (2 M_ij - λ Δ_j)``: where it is positive, positive hedging lowers the loss. The coordinates of the population must be
     the features; the latent fires on the states ``active``, ``[s]`` bool.
     """
-    split = Split.of(population, active)
-    return float(split.rate * (2 * split.matrix[own, other] - l1_coefficient * split.shift[other]))
+    rate, _, _, shift, matrix = split_at(population, active)
+    return float(rate * (2 * matrix[own, other] - l1_coefficient * shift[other]))
 
 
 def sphere_maximum(matrix: Array, pull: Array) -> Array | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback
 
 from hedgelab.identity import EVERYTHING
-from hedgelab.metrics.additive import ValidationMetric
+from hedgelab.metrics import ValidationMetric
 
 
 class OwnMetrics(Callback):

@@ -123,7 +123,7 @@ class Trainee:
 
         Summed over the ranks, so ask on every rank.
         """
-        return None if self._metrics is None else self._metrics.firing.compute().rates.reshape(-1)
+        return None if self._metrics is None else self._metrics.firing.compute().reshape(-1)
 
     def measure(self, batch: Batch) -> None:
         """Add a batch to the metrics."""

@@ -28,9 +28,8 @@ W_DEC = torch.tensor([[1.0, 0, 0, 0], [0.8, 0.6, 0, 0], [0, 0, 1.0, 0]])  # the 
 )
 def test_constructed_words(latents, full, fraction):
     x = torch.tensor([[2.0, 0, 0, 0]])
-    result = word_absorption(torch.tensor([latents]), x, 3 * LETTER, torch.tensor([0]), W_DEC)
-    assert result.full.item() is full
-    assert result.fraction.item() == pytest.approx(fraction)
+    found = word_absorption(torch.tensor([latents]), x, 3 * LETTER, torch.tensor([0]), W_DEC)
+    assert [one.item() for one in found] == [full, pytest.approx(fraction)]
 
 
 def definition(latents, x, direction, main, W_dec):

@@ -203,7 +203,7 @@ def test_states_stay_in_float64_on_the_cpu_where_a_device_has_no_such_numbers(mo
     metric = FeatureDetection(6, 4)
     dense, features = latents()
     metric.update(dense, features)
-    for module in ("additive", "functional.accumulate"):
+    for module in ("classes", "functional.accumulate"):
         monkeypatch.setattr(f"hedgelab.metrics.{module}.NO_FLOAT64", frozenset({"meta"}))
     metric.to("meta")
     assert metric.both.device.type == "cpu"

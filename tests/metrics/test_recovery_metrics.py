@@ -93,8 +93,8 @@ def test_co_firing_against_numpy(monkeypatch, threshold):
     crow, latents, values = Codes.from_dense(activations).csr()
     fired, present = (activations > 0).double(), (features > 0).double()
     for codes in (Codes.from_dense(activations), Codes.from_csr(crow, latents, values, 6)):
-        torch.testing.assert_close(co_firing(codes, features).double(), fired.T @ present)
-        torch.testing.assert_close(co_firing(codes, features, weight), (fired * weight[:, None]).T @ present)
+        torch.testing.assert_close(co_firing(codes, features).both.double(), fired.T @ present)
+        torch.testing.assert_close(co_firing(codes, features, weight).both, (fired * weight[:, None]).T @ present)
 
 
 def test_detection_by_hand():

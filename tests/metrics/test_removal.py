@@ -26,8 +26,8 @@ def texts(n, seed, directions, kinds):
     return codes @ directions + error, codes
 
 
-def pooled(x, codes):
-    return PooledTexts(x.mean(1), codes.mean(1))
+def pooled(x, codes, labels=None):
+    return PooledTexts(x.mean(1), codes.mean(1), labels)
 
 
 def rows(count, seed=3):
@@ -47,25 +47,25 @@ def test_silencing_after_pooling_is_silencing_every_token():
 
 def classified(seed, n=120):
     labels = torch.nn.functional.one_hot(torch.arange(n) % 3, 3).bool()
-    return pooled(*texts(n, seed, rows(3), labels)), labels
+    return pooled(*texts(n, seed, rows(3), labels), labels)
 
 
 def test_latents_of_one_class_each_score_high_and_shared_ones_nothing():
-    (train, y), (test, y_test) = classified(0), classified(1)
-    probe = linear_probes(train.x, y)
-    clean = targeted_probe_perturbation(probe, train, y, test, y_test, rows(3), [1])
+    train, test = classified(0), classified(1)
+    probe = linear_probes(train.x, train.labels)
+    clean = targeted_probe_perturbation(probe, train, test, rows(3), [1])
     assert clean.intended.item() > 0.3  # of the .5 that a blind probe loses
     assert clean.unintended.abs().item() < 0.1
-    shared = [PooledTexts(part.x, part.codes.sum(1, keepdim=True)) for part in (train, test)]
-    mixed = targeted_probe_perturbation(probe, shared[0], y, shared[1], y_test, rows(3).mean(0, keepdim=True), [1])
+    shared = [part._replace(codes=part.codes.sum(1, keepdim=True)) for part in (train, test)]
+    mixed = targeted_probe_perturbation(probe, *shared, rows(3).mean(0, keepdim=True), [1])
     assert mixed.total.item() < clean.total.item() / 2
 
 
 def test_tpp_is_the_difference_of_mean_losses_by_definition():
-    (train, y), (test, y_test) = classified(0), classified(1)
+    train, test = classified(0), classified(1)
+    y, y_test, W_dec = train.labels, test.labels, rows(3)
     probe = linear_probes(train.x, y)
-    W_dec = rows(3)
-    scores = targeted_probe_perturbation(probe, train, y, test, y_test, W_dec, [1, 2])
+    scores = targeted_probe_perturbation(probe, train, test, W_dec, [1, 2])
 
     def accuracy(x, c):
         found = x.double() @ probe.weight[c] + probe.bias[c] > 0
@@ -88,31 +88,31 @@ def test_tpp_is_the_difference_of_mean_losses_by_definition():
 def fourfold(seed, n=400):
     """Texts with a label and a stronger spurious property, a latent for each."""
     labels = torch.stack([torch.arange(n) % 2 == 0, torch.arange(n) // 2 % 2 == 0], dim=1)
-    return pooled(*texts(n, seed, DIRECTIONS, labels)), labels
+    return pooled(*texts(n, seed, DIRECTIONS, labels), labels)
 
 
 DIRECTIONS = rows(2) * torch.tensor([[1.0], [2.0]])
 
 
 def test_taking_the_spurious_latent_out_mends_the_biased_probe():
-    (train, y), (test, y_test) = fourfold(0), fourfold(1)
-    probes = biased_probes(train.x, y[:, 0], y[:, 1], C=1e-3)
-    scores = spurious_correlation_removal(probes, train, y, test, y_test, DIRECTIONS, [1])
+    train, test = fourfold(0), fourfold(1)
+    probes = biased_probes(train.x, *train.labels.T, C=1e-3)
+    scores = spurious_correlation_removal(probes, train, test, DIRECTIONS, [1])
     assert scores.clean.min() > 0.95
     assert scores.score[0] == scores.both[int(scores.biased.argmin()), 0]
     removed = [silence(test, DIRECTIONS, torch.tensor([latent])) for latent in (1, 0)]
     for kept in (0, 1):
-        found = probes.biased.scores(removed[kept])[:, 0] > 0
-        accuracy = (found == y_test[:, kept]).double().mean()
+        found = probes[0].scores(removed[kept])[:, 0] > 0
+        accuracy = (found == test.labels[:, kept]).double().mean()
         expected = (accuracy - scores.biased[kept]) / (scores.clean[kept] - scores.biased[kept])
         assert scores.both[kept, 0].item() == pytest.approx(expected.item())
 
 
 def test_useless_latents_mend_nothing():
-    (train, y), (test, y_test) = fourfold(0), fourfold(1)
-    probes = biased_probes(train.x, y[:, 0], y[:, 1])
-    silent = [PooledTexts(part.x, torch.zeros(len(part.x), 2)) for part in (train, test)]
-    scores = spurious_correlation_removal(probes, silent[0], y, silent[1], y_test, rows(2), [1, 2])
+    train, test = fourfold(0), fourfold(1)
+    probes = biased_probes(train.x, *train.labels.T)
+    silent = [part._replace(codes=torch.zeros(len(part.x), 2)) for part in (train, test)]
+    scores = spurious_correlation_removal(probes, *silent, rows(2), [1, 2])
     assert scores.score.tolist() == [0, 0]
 
 

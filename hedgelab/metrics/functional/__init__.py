@@ -38,7 +38,6 @@ from hedgelab.metrics.functional.recovery import decoder_geometry as decoder_geo
 from hedgelab.metrics.functional.recovery import detection_scores as detection_scores
 from hedgelab.metrics.functional.recovery import encoder_cosines as encoder_cosines
 from hedgelab.metrics.functional.recovery import match_features as match_features
-from hedgelab.metrics.functional.recovery import matched_cosines as matched_cosines
 from hedgelab.metrics.functional.recovery import mcc as mcc
 from hedgelab.metrics.functional.recovery import mean_max_cosine as mean_max_cosine
 from hedgelab.metrics.functional.recovery import uniqueness as uniqueness

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +11,12 @@ from torch.nn.functional import normalize
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 
-NO_FLOAT64 = frozenset({"mps"})
-"""Device types without float64: sums of what lies there are kept on the CPU."""
-SPARSE_BELOW = 1 / 16
-"""Share of latents firing below which a sparse product beats a dense one (measured on CPU)."""
+NO_FLOAT64 = frozenset({"mps"})  # device types without float64: sums of what lies there are kept on the CPU
+SPARSE_BELOW = 1 / 16  # share of latents firing below which a sparse product beats a dense one (measured on CPU)
 
 
 class Ratio(NamedTuple):
-    """Two sums whose ratio is a metric, such as a total and the weight of its examples; float64 scalars."""
+    """Two sums whose ratio is a metric, such as a total and the weight of its examples, in float64."""
 
     numerator: Tensor
     denominator: Tensor
@@ -33,9 +31,6 @@ def as_codes(latents: Tensor | Codes) -> Codes:
 
     >>> as_codes(torch.tensor([[[1.0, 0.0]], [[2.0, 3.0]]])).batch_size
     2
-
-    Raises:
-        UserError: Neither codes nor a tensor of latents.
     """
     if isinstance(latents, Codes):
         return latents
@@ -57,29 +52,9 @@ def picked(codes: Codes, dim: int, index: Tensor) -> Tensor:
     values = codes.values.detach()
     if codes.latents is None:
         return values.index_select(dim, index).double()
-    entries = torch.stack([codes.rows(), codes.latents])
-    shape = (codes.batch_size, codes.d_sae)
-    return (
-        torch.sparse_coo_tensor(entries, values.double(), shape, check_invariants=False)
-        .index_select(dim, index)
-        .to_dense()
-    )
-
-
-def run_sae(sae: Any, x: Tensor) -> tuple[Tensor, Codes]:
-    """Reconstruction ``[batch, d_in]`` and codes of activations ``[batch, d_in]``, without a gradient.
-
-    Raises:
-        UserError: The SAE has no ``encode``, ``decode`` and ``W_dec``, or another width than the activations.
-    """
-    missing = [name for name in ("encode", "decode", "W_dec") if not hasattr(sae, name)]
-    if missing:
-        raise UserError(f"sae: {type(sae).__name__} has no {missing[0]}; an SAE needs encode, decode and W_dec")
-    if x.shape[-1] != sae.W_dec.shape[1]:
-        raise UserError(f"x: expected activations of width {sae.W_dec.shape[1]} (W_dec's), got {list(x.shape)}")
-    with torch.no_grad():
-        latents = sae.encode(x)
-        return sae.decode(latents), as_codes(latents)
+    entries, shape = torch.stack([codes.rows(), codes.latents]), (codes.batch_size, codes.d_sae)
+    matrix = torch.sparse_coo_tensor(entries, values.double(), shape, check_invariants=False)
+    return matrix.index_select(dim, index).to_dense()
 
 
 def fold_decoder(W_dec: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,11 +79,6 @@ def float64(tensor: Tensor) -> Tensor:
     return detached(tensor).double()
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The detached tensor in its own precision, or in float32 where that is lower (bf16, fp16)."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def sparse_product(codes: Codes, matrix: Tensor, weight: Tensor | None = None) -> Tensor:
     """``Σ_b w_b c_b m_bᵀ`` of codes and a ``matrix [batch, n]``, ``[d_sae, n]`` in the matrix' precision, autocast or not."""
     device, dtype = matrix.device, matrix.dtype
@@ -117,8 +87,8 @@ def sparse_product(codes: Codes, matrix: Tensor, weight: Tensor | None = None) -
         if stored.numel() > SPARSE_BELOW * codes.batch_size * codes.d_sae:
             left = codes.to_dense().to(device, dtype)
             return (left if weight is None else left * weight.to(dtype)[:, None]).t() @ matrix
-        index = torch.stack([codes.csr()[1], codes.rows()]).to(device)
-        values = codes.csr()[2].to(device, dtype)
+        _, latents, values = codes.csr()
+        index, values = torch.stack([latents, codes.rows()]).to(device), values.to(device, dtype)
         values = values if weight is None else values * weight.to(dtype)[index[1]]
         shape = (codes.d_sae, codes.batch_size)
         product: Tensor = torch.sparse_coo_tensor(index, values, shape, check_invariants=False) @ matrix

@@ -12,25 +12,16 @@ import torch
 from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.accumulate import (
-    Ratio,
-    as_codes,
-    at_least_float32,
-    float64,
-    total_weight,
-    weighted_sum,
-)
+from hedgelab.metrics.functional.accumulate import Ratio, as_codes, float64, total_weight, weighted_sum
 
-LOG_DENSITY_EDGES = tuple(-6 + step / 4 for step in range(25))
-"""Default bin edges of the firing-density histogram: log10 rates from one in a million to always."""
+LOG_DENSITY_EDGES = tuple(-6 + step / 4 for step in range(25))  # log10 of firing rates, from one in a million to always
 
 
 class VarianceSums(NamedTuple):
-    """Sums behind explained variance; those of two batches, or of two ranks, add up entry by entry.
+    """Sums behind explained variance; those of batches and ranks add up.
 
-    The scatter of a batch about its own mean enters in ``within``, where nothing cancels; only the scatter of the batch
-    means is taken from raw float64 sums (``between``). The relative error is therefore about 1e-16 (mean / std)² times
-    the share of the variance that lies between batches.
+    Nothing cancels in a batch's scatter about its own mean (``within``), only in that of the batch means (``between``): the
+    relative error is about 1e-16 (mean / std)² times the share of the variance that lies between batches.
     """
 
     weight: Tensor  # of the examples, scalar
@@ -39,16 +30,20 @@ class VarianceSums(NamedTuple):
     between: Tensor  # Σ_batches weight · ‖batch mean‖², scalar
     total: Tensor  # Σ x, [d_in]
 
+    def value(self) -> Tensor:
+        """Explained variance; NaN without examples and where ``x`` does not vary."""
+        variance = self.within + self.between - self.total.square().sum() / self.weight
+        return 1 - self.residual / torch.where(variance > 0, variance, torch.nan)
+
 
 def explained_variance_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> VarianceSums:
     """Sums of one batch."""
-    x, x_hat = at_least_float32(x), at_least_float32(x_hat)
+    x, x_hat = _at_least_float32(x), _at_least_float32(x_hat)
     count = total_weight(x, weight)
     if x.shape[0] == 0 or (weight is not None and count == 0):
         zero = count.new_zeros(())
         return VarianceSums(zero, zero, zero, zero, count.new_zeros(x.shape[1]))
-    shift = x.mean(0)
-    centred = x - shift
+    centred = x - (shift := x.mean(0))
     offset = float64(centred.mean(0)) if weight is None else weighted_sum(centred, weight) / count  # rounding, weights
     mean = float64(shift) + offset
     within = weighted_sum(centred.square_().sum(1), weight) - count * offset.square().sum()
@@ -56,18 +51,12 @@ def explained_variance_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = 
     return VarianceSums(count, residual, within, count * mean.square().sum(), count * mean)
 
 
-def explained_variance_compute(sums: VarianceSums) -> Tensor:
-    """Explained variance from its sums; NaN without examples and where ``x`` does not vary."""
-    variance = sums.within + sums.between - sums.total.square().sum() / sums.weight
-    return 1 - sums.residual / torch.where(variance > 0, variance, torch.nan)
-
-
 def explained_variance(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     """Share of the variance that the reconstruction explains, ``1 - Σ‖x - x_hat‖² / Σ‖x - mean x‖²``: at most 1.
 
-    Squares are summed over examples *and* dimensions before the one division (1 - FVU of Gao et al. 2024). Do not compare it
-    with other numbers of the same name: the mean of a ratio for each example or dimension, or the one of scikit-learn and
-    torchmetrics that takes the mean residual off first. A constant offset of ``x_hat`` counts as error here.
+    Squares are summed over examples *and* dimensions before the one division (1 - FVU of Gao et al. 2024), and a constant
+    offset of ``x_hat`` counts as error. Do not compare it with means of a ratio for each example or dimension, or with
+    scikit-learn's and torchmetrics' number of this name, which takes the mean residual off first.
 
     >>> x = torch.tensor([[0.0, 0], [2, 0]])
     >>> explained_variance(x, torch.tensor([[0.5, 0], [1.5, 0]])).item()
@@ -76,12 +65,12 @@ def explained_variance(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -
     Logged as:
         explained_variance: expl. var. (higher): 1 - squared error / variance of the activations; 1 is perfect
     """
-    return explained_variance_compute(explained_variance_update(x, x_hat, weight))
+    return explained_variance_update(x, x_hat, weight).value()
 
 
 def mean_squared_error_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Ratio:
     """Σ‖x - x_hat‖² of one batch, over its weight."""
-    error = at_least_float32(x) - at_least_float32(x_hat)
+    error = _at_least_float32(x) - _at_least_float32(x_hat)
     return Ratio(weighted_sum(error.square_().sum(1), weight), total_weight(x, weight))
 
 
@@ -101,17 +90,16 @@ def mean_squared_error(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -
 
 def shrinkage_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Ratio:
     """Σ‖x_hat‖² of one batch, over Σ x·x_hat."""
-    x, x_hat = at_least_float32(x), at_least_float32(x_hat)
+    x, x_hat = _at_least_float32(x), _at_least_float32(x_hat)
     return Ratio(weighted_sum(x_hat.square().sum(1), weight), weighted_sum((x * x_hat).sum(1), weight))
 
 
 def shrinkage(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     """Relative reconstruction bias ``γ = E‖x_hat‖² / E[x·x_hat]``; below 1 the reconstruction is shrunk, 1 is unbiased.
 
-    γ is the scale by which ``x_hat`` would have to be *divided* for the least squared error (Rajamanoharan et al. 2024,
-    *Improving Dictionary Learning with Gated Sparse Autoencoders*). Unlike ‖x_hat‖ / ‖x‖ it is 1 for an orthogonal
-    projection, which loses norm without shrinking, and it is defined where single examples are all zero (toys). Of
-    reconstructions that hardly correlate with ``x`` it says nothing.
+    γ is what ``x_hat`` would have to be *divided* by for the least squared error (Rajamanoharan et al. 2024, *Improving
+    Dictionary Learning with Gated Sparse Autoencoders*). Unlike ‖x_hat‖ / ‖x‖ it is 1 for an orthogonal projection, which
+    loses norm without shrinking. Of reconstructions that hardly correlate with ``x`` it says nothing.
 
     >>> x = torch.tensor([[1.0, 2.0]])
     >>> shrinkage(x, x / 2).item()
@@ -123,11 +111,8 @@ def shrinkage(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     return shrinkage_update(x, x_hat, weight).value()
 
 
-class FiringSums(NamedTuple):
-    """How often latents fire, float64; those of batches and ranks add up."""
-
-    fired: Tensor  # weight of the examples each latent fires on, [d_sae]
-    weight: Tensor  # of all examples, scalar
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class DensityHistogram(NamedTuple):
@@ -145,7 +130,7 @@ def l0_update(codes: Tensor | Codes, weight: Tensor | None = None) -> Ratio:
 
 
 def l0(codes: Tensor | Codes, weight: Tensor | None = None) -> Tensor:
-    """Mean number of latents that fire on an example, from 0 to d_sae, a float64 scalar.
+    """Mean number of latents that fire on an example, from 0 to d_sae.
 
     It counts latents however weakly they fire: compare other metrics at equal L0, not L0 itself.
 
@@ -158,20 +143,19 @@ def l0(codes: Tensor | Codes, weight: Tensor | None = None) -> Tensor:
     return l0_update(codes, weight).value()
 
 
-def firing_update(codes: Tensor | Codes, weight: Tensor | None = None) -> FiringSums:
-    """Sums of one batch."""
+def firing_update(codes: Tensor | Codes, weight: Tensor | None = None) -> Ratio:
+    """Weight of a batch's examples that each latent fires on, ``[d_sae]``, over that of all."""
     codes = as_codes(codes)
     if weight is None:
         fired = float64(codes.firing_counts())
-        return FiringSums(fired, fired.new_tensor(codes.batch_size))
+        return Ratio(fired, fired.new_tensor(codes.batch_size))
     indicator = Codes(codes.d_sae, float64(codes.values > 0), codes.latents, codes.crow)
-    return FiringSums(indicator.sum_per_latent(float64(weight)), float64(weight).sum())
+    return Ratio(indicator.sum_per_latent(float64(weight)), float64(weight).sum())
 
 
 def firing_rates(codes: Tensor | Codes, weight: Tensor | None = None) -> Tensor:
     """Fraction of examples each latent fires on, ``[d_sae]`` float64."""
-    fired, count = firing_update(codes, weight)
-    return fired / count
+    return firing_update(codes, weight).value()
 
 
 def dead_latents(codes: Tensor | Codes, weight: Tensor | None = None) -> Tensor:
@@ -186,7 +170,7 @@ def dead_latents(codes: Tensor | Codes, weight: Tensor | None = None) -> Tensor:
         dead_latents: dead [latents] (lower): latents that fired on no example of the pass
         dead_fraction: dead share (lower): the same as a share of d_sae
     """
-    return (firing_update(codes, weight).fired == 0).sum()
+    return (firing_update(codes, weight).numerator == 0).sum()
 
 
 def density_histogram(rates: Tensor, edges: tuple[float, ...] = LOG_DENSITY_EDGES) -> DensityHistogram:
@@ -194,5 +178,4 @@ def density_histogram(rates: Tensor, edges: tuple[float, ...] = LOG_DENSITY_EDGE
     alive = float64(rates[rates > 0]).log10()
     boundaries = torch.tensor(edges, dtype=torch.float64, device=alive.device)
     bins = torch.bucketize(alive, boundaries[1:-1], right=True)
-    counts = torch.bincount(bins, minlength=len(edges) - 1)
-    return DensityHistogram(counts, boundaries, (rates == 0).sum())
+    return DensityHistogram(torch.bincount(bins, minlength=len(edges) - 1), boundaries, (rates == 0).sum())

@@ -12,6 +12,7 @@ With decoders folded (rows of norm 1), ``Δ = W_dec^ext[:W] - W_dec^ctl`` and Q 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,7 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, orthonormal_basis, total_weight
 from hedgelab.seeding import generator
 
-DRAWS = 50
-"""Random subspaces that a baseline is averaged over."""
+DRAWS = 50  # random subspaces that a baseline is averaged over
 
 
 class DegreeScores(NamedTuple):
@@ -49,9 +49,7 @@ class DegreeScores(NamedTuple):
     delta_norms: Tensor  # ‖Δ_i‖ of each, [W]
     cosines: Tensor  # of each, old with old, [W]
     live: Tensor  # which old latents fire in both SAEs, [W] bool
-    residual_hedging: Tensor = torch.tensor(
-        torch.nan
-    )  # of the control, another kind of measure; only where it was added
+    residual_hedging: Tensor = torch.tensor(torch.nan)  # of the control, where it was measured too
     residual_hedging_std: Tensor = torch.tensor(torch.nan)
 
     def scalars(self) -> dict[str, float]:
@@ -87,7 +85,7 @@ def hedging_degree(
     live: Tensor | None = None,
     live_new: Tensor | None = None,
     covariance: Tensor | None = None,
-    foreign: list[Tensor] | None = None,
+    foreign: Sequence[Tensor] = (),
     reordered: Tensor | None = None,
     draws: int = DRAWS,
     seed: int = 0,
@@ -95,25 +93,14 @@ def hedging_degree(
     """The hedging degree with its controls, in float64; see the module.
 
     From 0, where old latents moved no more into the span of the new ones than into any other, to 1. Trust it only where most
-    new latents fire, and above the noise floor. Rows may have any norms (a zero row stays zero).
+    new latents fire, and above the noise floor. Decoders may have any norms: the ``control``'s ``[W, d_in]``, the
+    ``extended`` SAE's ``[W + N, d_in]``, old latents first; of a control that saw the same data ``reordered``; other seeds'
+    new rows (``foreign``, ``[N, d_in]`` each). ``live [W]`` and ``live_new [N]`` (bool, None for all) say which latents fire
+    (in both SAEs), ``covariance [d_in, d_in]`` is that of the activations; ``seed`` draws the random subspaces.
 
     >>> control = torch.tensor([[0.8, 0.6, 0, 0, 0, 0, 0, 0]])  # it gives up what the new latent takes over
     >>> hedging_degree(control, torch.eye(8)[:2]).projection
     tensor(0.6000, dtype=torch.float64)
-
-    Args:
-        control: Decoder of the control, ``[W, d_in]``.
-        extended: Decoder of the extended SAE, ``[W + N, d_in]``, the old latents first.
-        live: Old latents that fire in both SAEs, ``[W]`` bool; None for all.
-        live_new: New latents that fire, ``[N]`` bool; None for all.
-        covariance: Covariance of the activations, ``[d_in, d_in]``.
-        foreign: Other seeds' new decoder rows, ``[N, d_in]`` each.
-        reordered: Decoder of a control that saw the same data in another order, ``[W, d_in]``.
-        draws: Random subspaces a baseline is averaged over.
-        seed: Seed of the draws.
-
-    Raises:
-        UserError: No new latents, or so many that they may span everything, or all new rows zero.
 
     Logged as:
         hedging/degree: hedging degree (lower): how far old latents move into the span of new ones, above chance
@@ -135,16 +122,16 @@ def hedging_degree(
             nothing
     """
     width, d_in = control.shape
-    n_new = extended.shape[0] - width
+    n_new = len(extended) - width
     if not 1 <= n_new < d_in:
         raise UserError(f"hedge.n_new: must lie between 1 and d_in - 1 = {d_in - 1}, got {n_new}; more span everything")
-    old, (moved_to, new) = fold_decoder(control)[0], torch.split(fold_decoder(extended)[0], [width, n_new])
+    old = fold_decoder(control)[0]
+    moved_to, new = torch.split(fold_decoder(extended)[0].to(old), [width, n_new])
     delta, basis = moved_to - old, orthonormal_basis(new)
     rank = basis.shape[1]
     if not rank:
         raise UserError("hedge.new_norm: the new latents' decoder rows are all zero; choose a larger one")
-    live = torch.ones(width, dtype=torch.bool, device=old.device) if live is None else live
-    unknown = old.new_tensor(torch.nan)
+    live = old.new_ones(width, dtype=torch.bool) if live is None else live.to(old.device)
 
     def moved_within(rows: Tensor) -> Tensor:
         """``‖Δ_i‖`` within the span of rows, ``[W]``."""
@@ -164,14 +151,14 @@ def hedging_degree(
     projections, delta_norms, cosines = (delta @ basis).norm(dim=1), delta.norm(dim=1), (moved_to * old).sum(1)
     projection, random = projections.mean() / size, at_random(None)
     baselines = random.mean(1) / size
-    matched = unknown
+    matched = elsewhere = old.new_tensor(torch.nan)
     if covariance is not None:
         symmetric = float64(covariance).to(old)
         values, vectors = torch.linalg.eigh((symmetric + symmetric.t()) / 2)
         matched = at_random(vectors * values.clamp_min(0).sqrt()).mean(1).mean() / size
-    others = [moved_within(fold_decoder(rows)[0]).mean() for rows in foreign or []]
-    elsewhere = torch.stack(others).mean() / size if others else unknown
-    noise = torch.full_like(old, torch.nan) if reordered is None else fold_decoder(reordered)[0] - old
+    if foreign:
+        elsewhere = torch.stack([moved_within(fold_decoder(rows)[0].to(old)).mean() for rows in foreign]).mean() / size
+    noise = torch.full_like(old, torch.nan) if reordered is None else fold_decoder(reordered)[0].to(old) - old
     return DegreeScores(
         degree=above(projection, baselines.mean()),
         projection=projection,

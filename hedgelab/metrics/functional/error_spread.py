@@ -9,18 +9,16 @@ The error ``e = x - x_hat`` shows no trace of it in its *mean*, which regression
     E[(e · f_j)² | c]  =  m² p_j(c) (1 - p_j(c))
     S_i = coefficient of c_i in the regression of e eᵀ on c  ≈  Σ_j m (1 - p_ij) h_ij f_j f_jᵀ
 
-with ``p_ij`` how often feature j fires along with latent i. The directions ``f_j`` need not be found: a Frobenius norm does
-not ask for them, nor does that of the third moment ``T_i``, the coefficient of ``c_i`` in the regression of ``e ⊗ e ⊗ e``,
-whose terms are those of S_i times ``m (1 - 2 p_ij)``. So
+with ``p_ij`` how often feature j fires along with latent i. Neither the Frobenius norm of ``S_i`` asks for the directions
+``f_j``, nor that of the third moment ``T_i``, the coefficient of ``c_i`` in the regression of ``e ⊗ e ⊗ e``, whose terms are
+those of S_i times ``m (1 - 2 p_ij)``. So
 
     r_i = ‖T_i‖ / ‖S_i‖ = m |1 - 2 p_i|,     p_i = (1 - r_i / m) / 2,     ‖h_i‖ = ‖S_i‖ / (m (1 - p_i)) = 2 ‖S_i‖ / (m + r_i).
 
-The magnitude m is that of a two-point variable whose mean variance is v and whose third moment is s times that, ``m² = s² + 4
-v``, both taken from the whole error: ``s² = ‖E[e ⊗ e ⊗ e]‖² / ‖E[e eᵀ]‖²`` and ``v = tr C³ / tr C²`` with C its covariance.
-
-*Errors of features that do have a latent* (a TopK latent pushed out by others) lie along decoder rows, so errors are projected
-off the span of the rows of measured latents, as long as these are fewer than d_in; a missing feature loses but its hedged
-share.
+The magnitude m is that of a two-point variable of mean variance v whose third moment is s times that, ``m² = s² + 4 v``, both
+from the whole error: ``s² = ‖E[e ⊗ e ⊗ e]‖² / ‖E[e eᵀ]‖²`` and ``v = tr C³ / tr C²`` with C its covariance. Errors of features
+that *do* have a latent (a TopK latent pushed out by others) lie along decoder rows, so errors are projected off the span of the
+measured latents' rows, as long as these are fewer than d_in; a missing feature loses but its hedged share.
 
 *Noise.* With examples split in blocks and ``g(t) = Cov(c)⁻¹ (c(t) - mean c) / n``,
 
@@ -34,19 +32,17 @@ blocks are taken. Where errors do not depend on codes, q_i scatters about 0 by a
     ‖S_i‖ = q_i / (q_i² + τ_i²)^¼,        r_i² = (max(0, q_i t_i) + m² τ_i²) / (q_i² + τ_i²),   at most m².
 
 The root is odd, and the rate even, under the change of sign of (q_i, t_i) that noise does not feel: a latent that hedges
-nothing is zero on average, of either sign, and the mean over latents with it. Hedging below about ``√τ_i`` is underestimated.
-
-No ``d_in x d_in`` matrix is made for any latent. ``Cov(c)`` is shrunk toward its diagonal by ``W / (W + examples)``, and for
-more than 4096 latents it is the diagonal. Each ``h_i`` is divided by the norm that regression gives row i, which takes out the
-scale of the codes. *Standard error*: the mean over latents is linearised in the values of every pair of blocks; the variance of
-a mean over pairs has a part that each block brings alone and a part of the pairs (Hoeffding 1948), both by analysis of
-variance.
+nothing is zero on average, of either sign. Hedging below about ``√τ_i`` is underestimated. ``Cov(c)`` is shrunk toward its
+diagonal by ``W / (W + examples)``, and for more than 4096 latents it is the diagonal. Each ``h_i`` is divided by the norm that
+regression gives row i, which takes out the scale of the codes. *Standard error*: the mean over latents is linearised in the
+values of every pair of blocks; the variance of a mean over pairs has a part that each block brings alone and a part of the
+pairs (Hoeffding 1948), both by analysis of variance.
 
 *When to trust it.* Toys with rare, orthonormal features and SAEs narrower than d_in: the ranks agree with true hedging at .97
 in the whole trial of release 0.1.0, and at .90 to .97 in a smaller one since the bias was taken out. *When not:* a missing
 feature that fires on *most* firings of a latent (``p_i > 1/2``) is underestimated, by ``(1 - p) / p``: the sign of ``1 - 2
-p_i`` is not known. Anything else that makes the error's shape depend on a code, such as magnitudes that are badly reconstructed
-outside the decoder's span, counts as hedging. With more features than dimensions the projection takes about the share ``W /
+p_i`` is not known. Anything else that makes the error's shape depend on a code counts as hedging, such as magnitudes that are
+badly reconstructed outside the decoder's span. With more features than dimensions the projection takes about the share ``W /
 d_in`` of every missing feature, so that widths between ``d_in / 2`` and ``d_in`` come out too low. On real activations, which
 are both dense and overlapping, treat it as a comparison between SAEs of one width, not as a level.
 """
@@ -64,14 +60,10 @@ from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, orthonormal_basis, weighted_sum
 
-BLOCKS = 16
-"""Parts that examples are split into; errors are compared between different ones only."""
-FIRINGS = 16
-"""Firings that a latent needs for its hedging to be estimated."""
-JOINT_LATENTS = 4096
-"""Most latents whose codes are taken as correlated."""
-_NOISE = 1.5
-"""Standard deviations of the noise at which root and rate bend."""
+BLOCKS = 16  # parts that examples are split into; errors are compared between different ones only
+FIRINGS = 16  # firings that a latent needs for its hedging to be estimated
+JOINT_LATENTS = 4096  # most latents whose codes are taken as correlated
+_NOISE = 1.5  # standard deviations of the noise at which root and rate bend
 
 
 class ResidualHedging(NamedTuple):
@@ -90,16 +82,13 @@ def residual_hedging(
     """How much each latent hedges, from held-out activations and the SAE's errors on them; formulas, and trust, in the module.
 
     From about 0 (none) to 1 (a latent that is mostly other features). ``x``, ``error = x - x_hat``: ``[examples, d_in]``;
-    latents as the SAE gives them, codes or dense ``[examples, W]``; ``W_dec [W, d_in]``, whose norms do not matter. Examples
-    should be independent of one another and of training: blocks are successive parts of them. Needs about ``8 · W · (examples +
-    2 W)`` bytes, and ``W · examples²`` multiplications.
+    latents are codes or dense ``[examples, W]``; ``W_dec [W, d_in]`` has any norms. Examples should be independent of one
+    another and of training: ``blocks`` are successive parts of them. Needs about ``8 · W · (examples + 2 W)`` bytes, and
+    ``W · examples²`` multiplications.
 
     >>> x = torch.eye(3).repeat(200, 1)[:, [0, 1, 1]]  # a perfect SAE leaves no error
     >>> residual_hedging(x, 0 * x, x[:, :1], torch.eye(3)[:1]).hedging.item()
     0.0
-
-    Raises:
-        UserError: Fewer than four blocks, or fewer than two examples a block.
 
     Logged as:
         hedging/residual_hedging: residual hedging (lower): norm of hedged components, from the spread of errors where
@@ -135,21 +124,19 @@ def residual_hedging(
     moments, noise = _moments([part.float() for part in torch.split(error, size)], weights)
     with torch.enable_grad():
         means = [part.mean(0).requires_grad_() for part in moments]
-        own, magnitude = _hedging(means, noise, _mean_variance(error))
+        own, magnitude = _hedging(means, noise, error.t() @ error / len(error))
         hedging = (own / scale).mean()
         slopes = torch.autograd.grad(hedging, means)
-    own_share = torch.stack(
-        [(g - g.mean(0)).double().mul_(part.to(g)).sum(0) for g, part in zip(weights, parts, strict=True)]
-    )
+    shares = [(g - g.mean(0)).double().mul_(part.to(g)).sum(0) for g, part in zip(weights, parts, strict=True)]
+    own_share = torch.stack(shares)
     first, second = torch.triu_indices(blocks, blocks, 1, device=own_share.device)
     excess = own_share / own_share.mean(0) - 1  # of a latent's variance in a block: no error of a regression
     excess = excess[first] + excess[second]
     q, t = (part - mean.detach() * excess for part, mean in zip(moments[:2], means[:2], strict=True))
     by_pair = (q * slopes[0] + t * slopes[1]).sum(1) + (moments[2] * slopes[2] + moments[3] * slopes[3])
     latents[chosen] = (own / scale).detach()
-    return ResidualHedging(
-        hedging.detach(), pairwise_standard_error(by_pair, blocks), latents, count, magnitude.detach()
-    )
+    std = pairwise_standard_error(by_pair, blocks)
+    return ResidualHedging(hedging.detach(), std, latents, count, magnitude.detach())
 
 
 def influence(codes: Sequence[Tensor]) -> list[Tensor]:
@@ -189,13 +176,6 @@ def pairwise_standard_error(values: Tensor, blocks: int) -> Tensor:
     return (4 * of_blocks / blocks + of_pairs / len(values)).sqrt()
 
 
-def _mean_variance(error: Tensor) -> Tensor:
-    """``tr C³ / tr C²`` of the errors' covariance C: its eigenvalues' mean, weighted by their squares."""
-    covariance = error.t() @ error / len(error)
-    squared = covariance @ covariance
-    return (squared * covariance).sum() / squared.diagonal().sum().clamp_min(1e-30)
-
-
 def _moments(errors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """For each pair of blocks q and t of each latent, ``[pairs, W]``, and of the whole error, ``[pairs]``; then σ ``[W]``."""
     blocks = len(errors)
@@ -215,15 +195,17 @@ def _moments(errors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[list[
     return [torch.stack(values) for values in zip(*parts, strict=True)], noise
 
 
-def _hedging(means: Sequence[Tensor], noise: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Signed ``‖h_i‖`` in units of codes, ``[W]``, and the magnitude m."""
+def _hedging(means: Sequence[Tensor], noise: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Signed ``‖h_i‖`` in units of codes, ``[W]``, and the magnitude m; the covariance is that of the errors."""
     second, third, second_of_all, third_of_all = means
+    squared = covariance @ covariance
+    variance = (squared * covariance).sum() / squared.diagonal().sum().clamp_min(1e-30)
     skew = (third_of_all / second_of_all.clamp_min(1e-30)).clamp_min(0)
     magnitude = (skew + 4 * variance).sqrt()
     bend = _NOISE * noise
     known = second.square() + bend.square()
     squared_ratio = ((second * third).clamp_min(0) + (magnitude * bend).square()) / known.clamp_min(1e-60)
     ratio = torch.minimum(squared_ratio.clamp_min(1e-30).sqrt(), magnitude)
-    fourth_power = (second.square() + bend.square()).clamp_min(torch.finfo(second.dtype).tiny)
-    root = second / fourth_power.pow(0.25)  # signed, and straight where |q| is below τ
+    # signed, and straight where |q| is below τ
+    root = second / known.clamp_min(torch.finfo(second.dtype).tiny).pow(0.25)
     return 2 * root / (magnitude + ratio), magnitude

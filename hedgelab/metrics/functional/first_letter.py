@@ -22,16 +22,11 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional import probing
 from hedgelab.metrics.functional.accumulate import fold_decoder, on_cpu, picked
 
-F1_JUMP = 0.03
-"""What a further latent must add to the F1 to count as a split."""
-MOST_SPLITS = 10
-MIN_PROBE_F1 = 0.6
-"""Letters whose dense probe is worse are left out."""
+F1_JUMP, MOST_SPLITS = 0.03, 10  # what a further latent must add to the F1 to count as a split, and the most splits
+MIN_PROBE_F1 = 0.6  # letters whose dense probe is worse are left out
 ABSORBER_COSINE, FULL_ABSORBER_COSINE = 0.1, 0.025
 """Cosine with the probe that absorbing latents need, for the fraction and for full absorption."""
-PROJECTION_SHARE = 0.4
-"""Share of the activation's projection that they must carry."""
-MOST_ABSORBERS = 3
+PROJECTION_SHARE, MOST_ABSORBERS = 0.4, 3  # share of the activation's projection that so many of them must carry
 _L1, _L1_STEPS, _SETTLED, _SILENT = 0.01, 400, 1e-4, 1e-8
 
 
@@ -45,13 +40,6 @@ class FirstLetterScores(NamedTuple):
     probe_f1: Tensor  # of the dense probe on the test words; NaN for letters without a word in either split
 
 
-class WordAbsorption(NamedTuple):
-    """Absorption of single words, ``[words]`` each."""
-
-    full: Tensor  # whether the word is fully absorbed, bool
-    fraction: Tensor
-
-
 def first_letter_scores(
     train: Tensor | Codes,
     train_labels: Tensor,
@@ -61,11 +49,19 @@ def first_letter_scores(
     probe: probing.LinearProbe,
     W_dec: Tensor,
 ) -> FirstLetterScores:
-    """Absorption (from 0 to 1) and splitting (from 1) of every letter.
+    """Absorption (from 0 to 1) and splitting (from 1 to 10) of every letter; formulas and sources in the module.
 
     Latents of training and test words are codes or dense ``[n, d_sae]`` of any device, labels bool ``[n, letters]``;
     ``test_x [n, d_in]`` are the activations as the SAE reads them, ``probe`` the letters' dense probes on such, ``W_dec
-    [d_sae, d_in]`` the decoder of any norms. It sees first letters alone, and only absorption along the probe.
+    [d_sae, d_in]`` the decoder of any norms. Trust it where ``probe_f1`` is high; it sees first letters alone, and only
+    absorption along the probe.
+
+    >>> y = torch.tensor([[True], [True], [False], [False]]).repeat(5, 1)
+    >>> x, W_dec = 2 * y.float(), torch.ones(2, 1)
+    >>> latents = x * torch.tensor([[1.0, 0], [0, 1], [0, 0], [0, 0]]).repeat(5, 1)  # the second takes half of the words
+    >>> probe = probing.LinearProbe(torch.ones(1, 1), -torch.ones(1))
+    >>> first_letter_scores(latents, y, latents, y, x, probe, W_dec).splits.item()
+    2.0
 
     Logged as:
         absorption/full: full absorption (lower): first-letter task: words whose letter only another latent carries
@@ -73,48 +69,47 @@ def first_letter_scores(
         absorption/split_latents: splits [latents] (lower): latents that a letter is split into, mean
     """
     train, test, train_labels, test_labels = on_cpu(train), on_cpu(test), train_labels.cpu(), test_labels.cpu()
-    test_x, W_dec, probe = (
-        test_x.detach().cpu(),
-        W_dec.detach().cpu(),
-        probing.LinearProbe(*(part.cpu() for part in probe)),
-    )
-    norms = fold_decoder(W_dec)[1]
-    known = probing.has_both(train_labels) & probing.has_both(test_labels)
-    probing.warn_of_empty("first letters", known)
-    scale = probing.firing_magnitudes(train)
-    ranked = l1_ranking(train, train_labels, scale)
+    test_x, W_dec, probe = test_x.detach().cpu(), W_dec.detach().cpu(), probing.LinearProbe(*(p.cpu() for p in probe))
+    known, scale = probing.known_classes("first letters", train_labels, test_labels), probing.firing_magnitudes(train)
+    ranked, norms = l1_ranking(train, train_labels, scale), fold_decoder(W_dec)[1]
     found = probe.scores(test_x) > 0
     scores = {name: torch.full(known.shape, torch.nan, dtype=torch.float64) for name in FirstLetterScores._fields}
     for letter in known.nonzero().flatten().tolist():
-        y, y_test = train_labels[:, letter], test_labels[:, letter]
+        y, y_test, best = train_labels[:, letter], test_labels[:, letter], ranked[letter]
         scores["probe_f1"][letter] = probe_f1 = probing.f1_score(found[:, letter], y_test)
         words = (found[:, letter] & y_test).nonzero().squeeze(1)
         if probe_f1 <= MIN_PROBE_F1 or not len(words):
             continue
-        f1 = k_sparse_f1(train, y, test, y_test, ranked[letter], scale)
-        main = ranked[letter, : len(f1)]
-        absorption = word_absorption(picked(test, 0, words) * norms, test_x[words], probe.weight[letter], main, W_dec)
-        scores["full"][letter] = absorption.full.double().mean()
-        scores["fraction"][letter] = absorption.fraction.mean()
-        scores["splits"][letter] = len(main)
-        scores["f1"][letter] = f1[0]
+        x, x_test = (picked(codes, 1, best) / scale[best] for codes in (train, test))
+        f1: list[float] = []
+        for k in range(1, len(best) + 1):
+            score = probing.f1_score(probing.logistic_regression(x[:, :k], y).scores(x_test[:, :k])[:, 0] > 0, y_test)
+            if f1 and score <= f1[-1] + F1_JUMP:
+                break
+            f1.append(score)
+        activations = picked(test, 0, words) * norms
+        full, fraction = word_absorption(activations, test_x[words], probe.weight[letter], best[: len(f1)], W_dec)
+        values = full.double().mean(), fraction.mean(), len(f1), f1[0]
+        for name, value in zip(("full", "fraction", "splits", "f1"), values, strict=True):
+            scores[name][letter] = value
     return FirstLetterScores(**scores)
 
 
-def word_absorption(activations: Tensor, x: Tensor, direction: Tensor, main: Tensor, W_dec: Tensor) -> WordAbsorption:
-    """Absorption of words that the dense probe finds.
+def word_absorption(
+    activations: Tensor, x: Tensor, direction: Tensor, main: Tensor, W_dec: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Whether each word that the dense probe finds is fully absorbed (bool), and its absorption fraction, ``[words]`` each.
 
     ``activations [words, d_sae]`` are latents in units of decoder norm (folded), ``x [words, d_in]`` activations of the model,
     ``direction [d_in]`` is the probe's weight, ``main [splits]`` the latents that the letter is split into.
 
     >>> x, W_dec = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.8, 0.6]])
-    >>> word_absorption(torch.tensor([[1.0, 1.25]]), x, x[0], torch.tensor([0]), W_dec).fraction  # half by the second latent
+    >>> word_absorption(torch.tensor([[1.0, 1.25]]), x, x[0], torch.tensor([0]), W_dec)[1]  # half by the second latent
     tensor([0.5000], dtype=torch.float64)
     """
     direction = normalize(direction.double(), dim=0)
     cosines = normalize(W_dec.double(), dim=1) @ direction
-    activations = activations.double()
-    on_probe = x.double() @ direction
+    activations, on_probe = activations.double(), x.double() @ direction
     projections = activations * cosines
 
     best = projections.max(dim=1)
@@ -133,23 +128,7 @@ def word_absorption(activations: Tensor, x: Tensor, direction: Tensor, main: Ten
     taken = torch.minimum(by_absorbers, on_probe - by_main)
     fraction = torch.where(by_main <= 0, 1.0, taken / (taken + by_main)).clamp(0, 1)
     none = (by_main >= on_probe) | (by_absorbers / on_probe < PROJECTION_SHARE)
-    return WordAbsorption(full, torch.where(none, 0.0, fraction))
-
-
-def k_sparse_f1(train: Codes, y: Tensor, test: Codes, y_test: Tensor, ranked: Tensor, scale: Tensor) -> list[float]:
-    """F1 on the test words of probes on the first 1, 2, … of ``ranked`` latents, as long as each adds .03; one a split.
-
-    The latents are divided by ``scale [d_sae]``.
-    """
-    x, x_test = (picked(codes, 1, ranked) / scale[ranked] for codes in (train, test))
-    scores: list[float] = []
-    for k in range(1, len(ranked) + 1):
-        probe = probing.logistic_regression(x[:, :k], y)
-        score = probing.f1_score(probe.scores(x_test[:, :k])[:, 0] > 0, y_test)
-        if scores and score <= scores[-1] + F1_JUMP:
-            break
-        scores.append(score)
-    return scores
+    return full, torch.where(none, 0.0, fraction)
 
 
 def l1_ranking(codes: Codes, labels: Tensor, scale: Tensor, k: int = MOST_SPLITS) -> Tensor:
@@ -158,14 +137,12 @@ def l1_ranking(codes: Codes, labels: Tensor, scale: Tensor, k: int = MOST_SPLITS
     The loss is SAEBench's: mean over examples of the cross-entropy, positives weighing as much as the rest together, plus .01
     times the L1 norm; minimised by accelerated proximal gradients (FISTA) on latents divided by ``scale [d_sae]``.
     """
-    scaled = codes.scale((1 / scale).to(codes.values)).detach()
-    crow, latents, values = scaled.csr()
-    n, d_sae = codes.batch_size, codes.d_sae
-    matrix = torch.sparse_csr_tensor(crow, latents, values.float(), (n, d_sae), check_invariants=False)
+    n, target = codes.batch_size, labels.float()
+    crow, latents, values = codes.scale((1 / scale).to(codes.values)).detach().csr()
+    matrix = torch.sparse_csr_tensor(crow, latents, values.float(), (n, codes.d_sae), check_invariants=False)
     transpose = matrix.t().to_sparse_csr()
-    target = labels.float()
     sample = torch.where(labels, (n - target.sum(0)) / target.sum(0).clamp_min(1), 1.0) / n
-    v = torch.ones(d_sae, labels.shape[1])
+    v = torch.ones(codes.d_sae, labels.shape[1])
     for _ in range(20):  # power iteration: the largest curvature of each class's loss
         v = transpose @ (sample * (matrix @ normalize(v, dim=0)))
     lipschitz = v.norm(dim=0) * (1.1 / 4) + sample.sum(0) / 4  # of the latents and of the intercept

@@ -1,10 +1,10 @@
 """Absorption on toys: a parent's latent that falls silent when a child feature fires.
 
-A hierarchy is a parent for each feature (``parents [n]``, -1 for none): the child fires only if its parent does. For a
-parent that a latent tracks (``latent [n]``, the latent of each feature, -1 for none), *missed* is the fraction of examples with
-parent and child on which the parent's latent is silent (Chanin et al. 2024, *A is for Absorption*). A latent may also be deaf
-for other reasons, so the same fraction over the examples with the parent but without this child is given beside it. Siblings
-that are absorbed too raise the latter: the difference (``excess``) is then a lower bound.
+A hierarchy is a parent for each feature (``parents [n]``, int64, -1 for none): the child fires only if its parent does. For a
+parent that a latent tracks (``latent [n]``, each feature's latent, -1 for none), *missed* is the share of the examples with
+parent and child on which the parent's latent is silent (Chanin et al. 2024, *A is for Absorption*). Beside it stands the same
+share of the examples with the parent but without this child, for a latent may be deaf for other reasons; siblings that are
+absorbed too raise it, so that the difference (``excess``) is a lower bound.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.accumulate import as_codes, total_weight, weighted_sum
 from hedgelab.metrics.functional.recovery import CoFiring, co_firing
 
-IMPLIES = 0.999
-"""P(parent | child) from which a feature counts as a parent."""
-CHANCE = 1e-9
-"""A parent is believed only when independent features would show it with a smaller probability than this."""
+IMPLIES = 0.999  # P(parent | child) from which a feature counts as a parent
+CHANCE = 1e-9  # a parent is believed only when independent features would show it with a smaller probability than this
 
 
 class HierarchySums(NamedTuple):
@@ -32,7 +30,7 @@ class HierarchySums(NamedTuple):
     weight: Tensor  # of all examples, scalar
     exact: Tensor  # of those that came with weights, which are probabilities and leave nothing to chance, scalar
 
-    def parents(self) -> Tensor:
+    def value(self) -> Tensor:
         """Parent of each feature; see :func:`infer_parents`."""
         return infer_parents(self.both, self.weight, exact=bool(self.exact > 0))
 
@@ -46,9 +44,9 @@ class AbsorptionScores(NamedTuple):
 
 
 def hierarchy_update(features: Tensor, weight: Tensor | None = None) -> HierarchySums:
-    """Sums of one batch of firing magnitudes ``[batch, n]``; ``weight``: ``[batch]``."""
+    """Sums of one batch of firing magnitudes ``[batch, n]``."""
     total = total_weight(features, weight)
-    both = co_firing(Codes.from_dense(features), features, weight)
+    both = co_firing(features, features, weight).both
     return HierarchySums(both, total, torch.zeros_like(total) if weight is None else total)
 
 
@@ -75,10 +73,10 @@ def infer_parents(both: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
 def absorption(
     codes: Tensor | Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
 ) -> AbsorptionScores:
-    """Absorption of each child feature, each score from 0 to 1 and ``excess`` from -1 to 1.
+    """Absorption of each child feature, each score from 0 to 1 and ``excess`` from -1 to 1; formulas in the module.
 
-    Latents are codes or dense ``[examples, d_sae]``, ``features [examples, n]`` firing magnitudes, ``weight [examples]``
-    probabilities. Needs true features: of a language model see :mod:`.first_letter`.
+    Latents are codes or dense ``[examples, d_sae]``, ``features [examples, n]`` firing magnitudes. Needs true features: of a
+    language model see :mod:`.first_letter`.
 
     >>> features = torch.tensor([[1.0, 1], [1, 0]])  # a parent, and its child
     >>> codes = torch.tensor([[0.0, 1], [1, 0]])  # the parent's latent is silent on the child
@@ -99,13 +97,17 @@ def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor)
     Exact when children never fire without their parent; off by at most the rate at which they do. Only parents that a latent
     tracks are seen: read it beside :func:`parents_best_f1`.
 
+    >>> both = torch.tensor([[1.0, 0], [1, 1]])  # the parent's latent fires once, without the child; the child's with it
+    >>> counts = CoFiring(torch.tensor(2.0), torch.tensor([1.0, 1]), torch.tensor([2.0, 1]), both)
+    >>> absorption_from_co_firing(counts, torch.tensor([0, 1]), torch.tensor([-1, 0])).excess.tolist()
+    [nan, 1.0]
+
     Logged as:
         absorption: absorption (lower): how much more often the parent's latent is silent when the child fires
         absorption_missed: absorption, plain (lower): how often the parent's latent is silent when the child fires
     """
-    known = _tracked(latent, parents)
-    reader = latent[parents].clamp(min=0)
-    child = torch.arange(parents.shape[0], device=parents.device)
+    known, reader = _tracked(latent, parents), latent[parents].clamp(min=0)
+    child = torch.arange(len(parents), device=parents.device)
     heard, heard_always = counts.both[reader, child], counts.both[reader, parents]
     with_child = torch.where(known, counts.features, 0.0)
     without_child = torch.where(known, counts.features[parents] - counts.features, 0.0)
@@ -114,16 +116,14 @@ def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor)
 
 
 def _scores(missed: Tensor, with_child: Tensor, missed_without: Tensor, without_child: Tensor) -> AbsorptionScores:
-    """Scores from the weight of examples with parent and child, those without the child, and of each those that are missed."""
     first, second = missed / with_child, missed_without / without_child
     return AbsorptionScores(first, second, first - second)
 
 
 def parent_encoder_components(encoder_coordinates: Tensor, latent: Tensor, parents: Tensor) -> Tensor:
-    """Encoder coordinate of the parent's latent along each child, ``[n]`` from -1 to 1; NaN where there is none.
+    """Encoder coordinate ``[d_sae, n]`` of the parent's latent along each child, ``[n]`` from -1 to 1; NaN where there is none.
 
-    The geometric sign of the disease, of unit encoder columns' coordinates ``[d_sae, n]``: negative for absorption, positive
-    for hedging, 0 for a clean parent.
+    The geometric sign of the disease: negative for absorption, positive for hedging, 0 for a clean parent.
 
     >>> reads = torch.tensor([[0.8, -0.6], [0, 1]])  # the parent's latent is inhibited by the child
     >>> parent_encoder_components(reads, torch.tensor([0, 1]), torch.tensor([-1, 0]))[1].item() < 0
@@ -132,15 +132,20 @@ def parent_encoder_components(encoder_coordinates: Tensor, latent: Tensor, paren
     Logged as:
         absorption_encoder: absorption enc: parent's encoder along its child: < 0 absorbs, > 0 hedges
     """
-    child = torch.arange(parents.shape[0], device=parents.device)
+    child = torch.arange(len(parents), device=parents.device)
     return encoder_coordinates[latent[parents], child].masked_fill(~_tracked(latent, parents), torch.nan)
 
 
 def parents_best_f1(counts: CoFiring, parents: Tensor) -> Tensor:
-    """F1 of the best detector that each parent feature has among *all* latents, ``[n]``; NaN for features without children.
+    """F1 of the best detector that each parent feature has among *all* latents, ``[n]`` from 0 to 1; NaN without children.
 
-    Absorption is measured on parents that a latent tracks: a parent that was absorbed whole, or lost, is not among them. This
-    one looks at every parent, so it falls where the other has nothing left to see. A parent that never fires is NaN too.
+    ``max_i 2 · both_ij / (latent i's firings + feature j's)``. Absorption is measured on parents that a latent tracks: one
+    that was absorbed whole, or lost, is not among them. This one looks at every parent that fires, so it falls where the
+    other has nothing left to see; a parent's detector need not be a latent *for* it.
+
+    >>> counts = CoFiring(torch.tensor(8.0), torch.tensor([2.0]), torch.tensor([6.0, 2]), torch.tensor([[2.0, 2]]))
+    >>> parents_best_f1(counts, torch.tensor([-1, 0])).tolist()
+    [0.5, nan]
 
     Logged as:
         absorption_parents_f1: parents' F1 (higher): F1 of the best detector of each parent feature, tracked or not

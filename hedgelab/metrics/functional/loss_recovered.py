@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 
 from hedgelab.metrics.functional.accumulate import float64
 
@@ -30,35 +30,22 @@ class RecoveredLoss(NamedTuple):
     kl_recovered_mean: Tensor  # 1 - kl_sae / kl_mean
 
 
-def next_token_losses(logits: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
-    """Cross-entropy of the next token wherever ``keep`` says so, ``[kept]``, in nats.
+def spliced_sums(name: str, tokens: Tensor, keep: Tensor, clean: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    """Sums over tokens of the cross-entropy, and of KL(clean ‖ spliced) as ``kl_…``, of a spliced model's next tokens, in nats.
 
     ``logits [n, length, vocabulary]``, ``tokens [n, length]``, ``keep [n, length]`` bool: positions whose prediction counts;
     the last position predicts nothing.
     """
     kept = keep[:, :-1]
-    return cross_entropy(logits[:, :-1][kept].float(), tokens[:, 1:][kept].long(), reduction="none")
-
-
-def next_token_divergences(clean: Tensor, logits: Tensor, keep: Tensor) -> Tensor:
-    """KL(clean ‖ other) of the next-token distributions, ``[kept]``, in nats; arguments as in :func:`next_token_losses`."""
-    kept = keep[:, :-1]
     p, q = (log_softmax(values[:, :-1][kept].float(), dim=-1) for values in (clean, logits))
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def spliced_sums(name: str, tokens: Tensor, keep: Tensor, clean: Tensor, logits: Tensor) -> dict[str, Tensor]:
-    """Sums over tokens of losses and divergences of a model whose activations something of that name replaces."""
-    losses, divergences = next_token_losses(logits, tokens, keep), next_token_divergences(clean, logits, keep)
-    return {name: float64(losses).sum(), f"kl_{name}": float64(divergences).sum()}
+    losses = -q.gather(1, tokens[:, 1:][kept].long()[:, None])
+    return {name: float64(losses).sum(), f"kl_{name}": float64((p.exp() * (p - q)).sum(-1)).sum()}
 
 
 def baseline_sums(tokens: Tensor, keep: Tensor, clean: Tensor, zero: Tensor, mean: Tensor) -> dict[str, Tensor]:
     """Those that do not depend on an SAE: of the untouched model, and with zeros and the mean activation in its place."""
-    sums = {"count": float64(keep[:, :-1]).sum(), "clean": float64(next_token_losses(clean, tokens, keep)).sum()}
-    for name, logits in (("zero", zero), ("mean", mean)):
-        sums |= spliced_sums(name, tokens, keep, clean, logits)
-    return sums
+    sums = {"count": float64(keep[:, :-1]).sum(), "clean": spliced_sums("clean", tokens, keep, clean, clean)["clean"]}
+    return sums | spliced_sums("zero", tokens, keep, clean, zero) | spliced_sums("mean", tokens, keep, clean, mean)
 
 
 def recovered_loss(sums: dict[str, Tensor], count: Tensor) -> RecoveredLoss:
@@ -76,14 +63,10 @@ def recovered_loss(sums: dict[str, Tensor], count: Tensor) -> RecoveredLoss:
         loss_recovered/recovered: loss recovered (higher): share of the model's loss kept with reconstructions put in
         loss_recovered/kl_recovered: KL recovered (higher): the same of the divergence from the model's predictions
     """
-    clean, sae, zero, mean = (sums[name] / count for name in ("clean", "sae", "zero", "mean"))
-    kl_sae, kl_zero, kl_mean = (sums[f"kl_{name}"] / count for name in ("sae", "zero", "mean"))
+    means = clean, sae, zero, mean, kl_sae, kl_zero, kl_mean = [sums[name] / count for name in LOSSES]
 
     def share(part: Tensor, lost: Tensor) -> Tensor:
         return part / torch.where(lost == 0, torch.nan, lost)
 
-    return RecoveredLoss(
-        clean, sae, zero, mean, kl_sae, kl_zero, kl_mean,
-        share(zero - sae, zero - clean), share(mean - sae, mean - clean),
-        1 - share(kl_sae, kl_zero), 1 - share(kl_sae, kl_mean),
-    )  # fmt: skip
+    kl = 1 - share(kl_sae, kl_zero), 1 - share(kl_sae, kl_mean)
+    return RecoveredLoss(*means, share(zero - sae, zero - clean), share(mean - sae, mean - clean), *kl)

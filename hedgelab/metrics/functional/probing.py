@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,10 +25,8 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.accumulate import as_codes, float64, on_cpu, picked
 from hedgelab.seeding import generator
 
-PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
-"""Candidates for C; the one with the best AUC on a fifth of the training split is taken."""
-_NEWTON_STEPS = 100
-_TOLERANCE = 1e-9
+PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)  # for C: the one with the best AUC on a fifth of the training split is taken
+_NEWTON_STEPS, _TOLERANCE = 100, 1e-9
 
 
 class LinearProbe(NamedTuple):
@@ -46,11 +45,13 @@ def has_both(labels: Tensor) -> Tensor:
     return labels.any(0) & ~labels.all(0)
 
 
-def warn_of_empty(what: str, known: Tensor) -> None:
-    """Say which classes of ``known [classes]`` have members only, or none."""
+def known_classes(what: str, *splits: Tensor) -> Tensor:
+    """Classes with members and others in the labels ``[n, classes]`` of every split, bool; warns that the rest score NaN."""
+    known = torch.stack([has_both(labels) for labels in splits]).all(0)
     if not bool(known.all()):
         empty = (~known).nonzero().flatten().tolist()
         warnings.warn(f"{what}: classes {empty} lack members or others: NaN", stacklevel=3)
+    return known
 
 
 def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:
@@ -61,18 +62,14 @@ def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProb
     >>> probe = logistic_regression(torch.tensor([[0.0], [1.0]]), torch.tensor([False, True]))
     >>> bool(probe.weight > 0), (probe.scores(torch.tensor([[0.5]])).abs() < 1e-9).item()
     (True, True)
-
-    Raises:
-        UserError: All examples are of one kind, so that nothing tells them apart.
     """
-    x, labels = x.detach().cpu(), labels.cpu()
+    x, labels = x.detach().cpu().double(), labels.cpu()
     if not bool(has_both(labels)):
         raise UserError(f"labels: need examples of both kinds, got {int(labels.sum())} positive of {len(labels)}")
-    x = torch.cat([x.double(), x.new_ones(x.shape[0], 1, dtype=torch.float64)], dim=1)
+    x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
     target, sample = labels.double(), C * _example_weights(labels)
-    ridge = torch.ones(x.shape[1], dtype=torch.float64)
+    ridge, w = x.new_ones(x.shape[1]), x.new_zeros(x.shape[1])
     ridge[-1] = 0
-    w = torch.zeros_like(ridge)
 
     def objective(w: Tensor) -> Tensor:
         return 0.5 * (ridge * w * w).sum() + (sample * softplus(-(target * 2 - 1) * (x @ w))).sum()
@@ -94,20 +91,18 @@ def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProb
 
 
 def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:
-    """Binary classifiers on many columns (raw activations), one against the rest each, by L-BFGS on the CPU.
+    """Binary classifiers on many columns ``x [n, d]``, each class of ``labels [n, classes]`` against the rest, by L-BFGS.
 
-    ``x [n, d]``, ``labels [n, classes]`` bool. Columns are centred and scaled to a mean square of 1 for the fit alone; C refers
-    to that scale. NaN, with a warning, for classes without members or without others.
+    Columns are centred and scaled to a mean square of 1 for the fit alone; C refers to that scale. NaN, with a warning, for
+    classes without members or without others.
     """
     x, labels = x.detach().cpu().double(), labels.cpu()
-    known = has_both(labels)
-    warn_of_empty("probes", known)
-    weight = torch.full((len(known), x.shape[1]), torch.nan, dtype=torch.float64)
-    bias, labels = weight.new_full(known.shape, torch.nan), labels[:, known]
+    known = known_classes("probes", labels)
+    weight, bias = x.new_full((len(known), x.shape[1]), torch.nan), x.new_full(known.shape, torch.nan)
     mean, scale = x.mean(0), x.std(0, unbiased=False).clamp_min(1e-12)
     standard = (x - mean) / scale
-    target, sample = labels.double(), C * _example_weights(labels)
-    classes, d = labels.shape[1], x.shape[1]
+    target, sample = labels[:, known].double(), C * _example_weights(labels[:, known])
+    classes, d = target.shape[1], x.shape[1]
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         w = torch.from_numpy(flat).view(classes, d + 1)
@@ -170,24 +165,19 @@ class ProbingScores(NamedTuple):
 
 def firing_magnitudes(codes: Tensor | Codes) -> Tensor:
     """Mean activation of each latent where it fires, ``[d_sae]`` float64; 1 for latents that never do."""
-    wide = _in_float64(codes)
-    fired, total = wide.firing_counts(), wide.sum_per_latent()
-    return torch.where(fired > 0, total / fired.clamp_min(1), 1.0)
+    wide = replace(as_codes(codes), values=float64(as_codes(codes).values))
+    fired = wide.firing_counts()
+    return torch.where(fired > 0, wide.sum_per_latent() / fired.clamp_min(1), 1.0)
 
 
 def rank_latents(train: Tensor | Codes, labels: Tensor, k: int) -> Tensor:
     """The k latents of each class, best first, ``[classes, k]``; arguments as in :func:`k_sparse_probing`."""
-    wide = _in_float64(train)
+    wide = replace(as_codes(train), values=float64(as_codes(train).values))
     inside = torch.stack([wide.sum_per_latent(mask.double()) for mask in labels.T])
     count = labels.sum(0).double()[:, None]
     difference = inside / count - (wide.sum_per_latent() - inside) / (len(labels) - count)
     ranked = (difference / firing_magnitudes(train)).abs().sort(dim=1, descending=True, stable=True)
     return ranked.indices[:, :k]
-
-
-def _in_float64(latents: Tensor | Codes) -> Codes:
-    codes = as_codes(latents)
-    return Codes(codes.d_sae, float64(codes.values), codes.latents, codes.crow, codes.layout)
 
 
 def k_sparse_probing(
@@ -200,9 +190,9 @@ def k_sparse_probing(
 ) -> ProbingScores:
     """Probe every class, one against the rest, with k latents; scores from 0 to 1, an AUC of .5 is chance.
 
-    Latents are codes or dense ``[n, d_sae]`` of any device, labels bool ``[n, classes]``. ``seed`` picks the fifth of the
-    training split by which C is chosen. Small k tell whether *single* latents know a class; with many latents any SAE does
-    well. Classes without members, or without others, in either split score NaN, with a warning.
+    Latents are codes or dense ``[n, d_sae]`` of any device, labels bool ``[n, classes]``; ``seed`` picks the fifth of the
+    training split by which C is chosen. Classes that lack members or others in either split score NaN, with a warning. Small k
+    tell whether *single* latents know a class; with many latents any SAE does well.
 
     >>> codes, labels = torch.eye(2).repeat(20, 1), torch.eye(2).repeat(20, 1) > 0
     >>> k_sparse_probing(codes, labels, codes, labels, ks=[1]).auc.tolist()
@@ -214,8 +204,7 @@ def k_sparse_probing(
     """
     train, test, train_labels, test_labels = on_cpu(train), on_cpu(test), train_labels.cpu(), test_labels.cpu()
     ks = [min(whole_number("ks", k), train.d_sae) for k in ks]
-    known = has_both(train_labels) & has_both(test_labels)
-    warn_of_empty("k-sparse probing", known)
+    known = known_classes("k-sparse probing", train_labels, test_labels)
     latents = rank_latents(train, train_labels, max(ks))
     scale = firing_magnitudes(train)
     held = torch.randperm(train.batch_size, generator=generator(seed, "probing split")) < train.batch_size // 5
@@ -224,19 +213,16 @@ def k_sparse_probing(
         x, x_test = (picked(codes, 1, latents[row]) / scale[latents[row]] for codes in (train, test))
         y, y_test = train_labels[:, row], test_labels[:, row]
         for column, k in enumerate(ks):
-            C = _best_penalty(x[:, :k], y, held)
+            C = chosen[row, column] = _best_penalty(x[:, :k], y, held)
             scores = logistic_regression(x[:, :k], y, C).scores(x_test[:, :k])[:, 0]
             f1[row, column], auc[row, column] = f1_score(scores > 0, y_test), roc_auc(scores, y_test)
-            chosen[row, column] = C
     return ProbingScores(f1, auc, chosen, latents)
 
 
 def _best_penalty(x: Tensor, y: Tensor, held: Tensor) -> float:
     """The first of the penalties whose AUC on the held-out part is best."""
-    if not (has_both(y[held]) and has_both(y[~held])):
-        return 1.0
 
     def auc(C: float) -> float:
         return roc_auc(logistic_regression(x[~held], y[~held], C).scores(x[held])[:, 0], y[held])
 
-    return max(PENALTIES, key=auc)
+    return max(PENALTIES, key=auc) if has_both(y[held]) and has_both(y[~held]) else 1.0

@@ -14,11 +14,10 @@ from torch.nn.functional import normalize
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional import accumulate
-from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, sparse_product
+from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, sparse_product, weighted_sum
 from hedgelab.metrics.functional.basic import firing_update
 
-NEAR_DUPLICATE = 0.9
-"""Cosine from which two decoder rows count as the same direction."""
+NEAR_DUPLICATE = 0.9  # cosine from which two decoder rows count as the same direction
 _BINS = 200
 _ROWS_AT_ONCE = 1024
 
@@ -31,9 +30,7 @@ class Matching(NamedTuple):
 
 
 def decoder_cosines(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
-    """Cosine of each row of ``W_dec [d_sae, d_in]`` with each of ``feature_directions [n, d_in]``; 0 for a zero row.
-
-    ``[d_sae, n]`` float64, which neither TF32 nor autocast touches; norms do not matter.
+    """Cosines ``[d_sae, n]`` of the rows of ``W_dec [d_sae, d_in]`` with ``feature_directions [n, d_in]``; 0 for a zero row.
 
     >>> decoder_cosines(torch.tensor([[3.0, 4.0]]), torch.eye(2)).tolist()
     [[0.6, 0.8]]
@@ -49,8 +46,7 @@ def encoder_cosines(W_enc: Tensor, feature_directions: Tensor) -> Tensor:
 def match_features(cosines: Tensor, live: Tensor | None = None, threshold: float = 0.0) -> Matching:
     """Assign latents to features so that the sum of absolute cosines is largest (Hungarian algorithm).
 
-    At most ``min(live latents, n)`` pairs: ``live [d_sae]`` (bool; None for all) may be assigned, and pairs whose absolute
-    cosine is below ``threshold`` are dropped after the assignment.
+    ``live [d_sae]`` (bool; None for all) may be assigned; pairs of an absolute cosine below ``threshold`` are dropped then.
 
     >>> match_features(torch.tensor([[0.9, 0.1], [0.95, 0.2]])).feature.tolist()
     [0, 1]
@@ -60,26 +56,18 @@ def match_features(cosines: Tensor, live: Tensor | None = None, threshold: float
     d_sae, n = cosines.shape
     candidates = torch.arange(d_sae, device=cosines.device) if live is None else live.nonzero().squeeze(1)
     rows, columns = linear_sum_assignment(cosines[candidates].abs().cpu().numpy(), maximize=True)
-    latents, features = (torch.as_tensor(index, device=cosines.device) for index in (rows, columns))
-    latents = candidates[latents]
+    latents, features = candidates[torch.as_tensor(rows)], torch.as_tensor(columns, device=cosines.device)
     kept = cosines[latents, features].abs() >= threshold
-    latents, features = latents[kept], features[kept]
-    feature = torch.full((d_sae,), -1, device=cosines.device)
-    latent = torch.full((n,), -1, device=cosines.device)
-    feature[latents], latent[features] = features, latents
+    feature, latent = (torch.full((size,), -1, device=cosines.device) for size in (d_sae, n))
+    feature[latents[kept]], latent[features[kept]] = features[kept], latents[kept]
     return Matching(feature, latent)
 
 
-def matched_cosines(cosines: Tensor, matching: Matching) -> Tensor:
-    """Signed cosine of each matched pair, ``[pairs]``, in the order of the latents."""
-    latents = (matching.feature >= 0).nonzero().squeeze(1)
-    return cosines[latents, matching.feature[latents]]
-
-
-def mcc(cosines: Tensor) -> Tensor:
+def mcc(cosines: Tensor, matching: Matching | None = None) -> Tensor:
     """Mean absolute cosine over the ``min(d_sae, n)`` pairs of the best one-to-one assignment, from 0 to 1.
 
-    The mean correlation coefficient of the identifiability literature, taken on directions. Random directions do not score 0.
+    The mean correlation coefficient of the identifiability literature, taken on directions; random ones do not score 0. An
+    assignment that is known already may be given as ``matching``.
 
     >>> round(mcc(torch.tensor([[0.9, 0.1], [0.95, 0.2]])).item(), 3)
     0.55
@@ -87,14 +75,15 @@ def mcc(cosines: Tensor) -> Tensor:
     Logged as:
         mcc: MCC (higher): mean absolute cosine of features with latents assigned one to one; 1 recovers all features
     """
-    return matched_cosines(cosines, match_features(cosines)).abs().mean()
+    feature = (match_features(cosines) if matching is None else matching).feature
+    latents = (feature >= 0).nonzero().squeeze(1)
+    return cosines[latents, feature[latents]].abs().mean()
 
 
 def mean_max_cosine(cosines: Tensor) -> Tensor:
     """Largest absolute cosine of each *feature* with any latent, averaged over features (Sharkey et al. 2022), from 0 to 1.
 
-    An SAE narrower than the features cannot reach 1, and one latent may serve several features.
-    ``mean_max_cosine(cosines.T)`` averages over latents instead.
+    Below 1 for SAEs narrower than the features; one latent may serve several. With ``cosines.T`` the mean is over latents.
 
     >>> mean_max_cosine(torch.tensor([[1.0, 0.5], [0, 0.25]])).item()
     0.75
@@ -109,9 +98,7 @@ def mean_max_cosine(cosines: Tensor) -> Tensor:
 
 
 def uniqueness(cosines: Tensor) -> Tensor:
-    """Number of distinct best features, over the number of latents; 1 when no two latents share theirs.
-
-    At most ``n / d_sae`` for an SAE wider than the features.
+    """Number of distinct best features, over the number of latents: 1 when no two share theirs, at most ``n / d_sae``.
 
     >>> uniqueness(torch.tensor([[0.9, 0.1], [-0.8, 0.2]])).item()
     0.5
@@ -119,8 +106,7 @@ def uniqueness(cosines: Tensor) -> Tensor:
     Logged as:
         uniqueness: uniqueness (higher): share of latents whose nearest feature no other latent has
     """
-    best = cosines.abs().argmax(1)
-    distinct = torch.bincount(best, minlength=cosines.shape[1]) > 0
+    distinct = torch.bincount(cosines.abs().argmax(1), minlength=cosines.shape[1]) > 0
     return distinct.sum().double() / cosines.shape[0]
 
 
@@ -141,23 +127,16 @@ class DetectionScores(NamedTuple):
     f1: Tensor  # 0 for a latent that never fires, NaN for a feature that never does
 
 
-def co_firing(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Weight of the examples on which each latent fires together with each feature, ``[d_sae, n]``.
+def co_firing(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> CoFiring:
+    """Sums of one batch of latents, codes or dense ``[batch, d_sae]``, and firing magnitudes ``features [batch, n]``.
 
-    Latents are codes or dense ``[batch, d_sae]``, ``features [batch, n]`` firing magnitudes. The result is float64 with
-    ``weight [batch]``, else exact whole numbers in float32.
+    Without ``weight [batch]`` pairs are exact whole numbers in float32.
     """
     codes, present = as_codes(codes).detach(), features > 0
+    fired, count = firing_update(codes, weight)
     firing = Codes(codes.d_sae, (codes.values > 0).float(), codes.latents, codes.crow, codes.layout)
-    if weight is None:
-        return sparse_product(firing, present.float())
-    return sparse_product(firing, float64(present), float64(weight))
-
-
-def co_firing_update(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> CoFiring:
-    """Sums of one batch; arguments as in :func:`co_firing`."""
-    latents, count = firing_update(codes, weight)
-    return CoFiring(count, latents, accumulate.weighted_sum(features > 0, weight), co_firing(codes, features, weight))
+    pair = (present.float(), None) if weight is None else (float64(present), float64(weight))
+    return CoFiring(count, fired, weighted_sum(present, weight), sparse_product(firing, *pair))
 
 
 def detection_scores(counts: CoFiring, feature: Tensor) -> DetectionScores:
@@ -167,7 +146,7 @@ def detection_scores(counts: CoFiring, feature: Tensor) -> DetectionScores:
     latent should detect. Magnitudes do not enter: a latent that fires weakly beside its feature's absence loses precision.
 
     >>> fires = torch.tensor([[1.0], [1.0], [0.0]])
-    >>> detection_scores(co_firing_update(fires, torch.tensor([[1.0], [0.0], [0.0]])), torch.tensor([0])).precision.item()
+    >>> detection_scores(co_firing(fires, torch.tensor([[1.0], [0.0], [0.0]])), torch.tensor([0])).precision.item()
     0.5
 
     Logged as:
@@ -212,13 +191,9 @@ def decoder_geometry(W_dec: Tensor, live: Tensor | None = None, threshold: float
     for start in range(0, n, _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         cosines = (rows[part] @ rows.T).clamp(-1, 1)
-        own = torch.arange(len(cosines), device=rows.device)
-        others = torch.ones_like(cosines, dtype=torch.bool)
-        others[own, own + start] = False
-        values = cosines[others]
-        counts += torch.histc(values, _BINS, -1, 1).double()
-        total += values.abs().sum(dtype=torch.float64)
-        cosines[own, own + start] = -2.0
+        cosines.diagonal(start).fill_(-2.0)  # a latent with itself: left of every bin, and never the largest
+        counts += torch.histc(cosines, _BINS, -1, 1).double()
+        total += cosines.abs().sum(dtype=torch.float64) - 2 * len(cosines)
         largest[part], nearest[part] = cosines.max(dim=1)
     return DecoderGeometry(
         (counts / 2).long(), largest, nearest, total / max(1, n * (n - 1)), (largest >= threshold).sum()

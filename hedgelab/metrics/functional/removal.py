@@ -16,18 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.metrics.functional.probing import LinearProbe, has_both, linear_probes, warn_of_empty
+from hedgelab.metrics.functional.probing import LinearProbe, known_classes, linear_probes
 
 
 class PooledTexts(NamedTuple):
-    """Texts by their mean activations and latents."""
+    """Texts by their mean activations and latents, and their classes."""
 
     x: Tensor  # as the SAE reads them, [texts, d_in]
     codes: Tensor  # [texts, d_sae]
-
-    def cpu(self) -> PooledTexts:
-        """The same on the CPU, where probes are."""
-        return PooledTexts(self.x.detach().cpu(), self.codes.detach().cpu())
+    labels: Tensor  # bool, [texts, classes]
 
 
 class TPPScores(NamedTuple):
@@ -36,13 +33,6 @@ class TPPScores(NamedTuple):
     total: Tensor  # intended - unintended: 0 for latents that know nothing, high for latents that know one class each
     intended: Tensor  # loss of the class's own probe
     unintended: Tensor  # mean loss of the other classes' probes
-
-
-class BiasedProbes(NamedTuple):
-    """The probes of one removal task, which no SAE enters."""
-
-    biased: LinearProbe  # trained where both concepts go together; scores of one class
-    concepts: LinearProbe  # trained on each concept with the other balanced: two classes, label and spurious
 
 
 class SCRScores(NamedTuple):
@@ -55,33 +45,31 @@ class SCRScores(NamedTuple):
 
 
 def targeted_probe_perturbation(
-    probe: LinearProbe,
-    train: PooledTexts,
-    train_labels: Tensor,
-    test: PooledTexts,
-    test_labels: Tensor,
-    W_dec: Tensor,
-    counts: Sequence[int],
+    probe: LinearProbe, train: PooledTexts, test: PooledTexts, W_dec: Tensor, counts: Sequence[int]
 ) -> TPPScores:
-    """TPP for several numbers of silenced latents, from -.5 to .5: a blind probe loses half.
+    """TPP, ``loss of a class's own probe - mean loss of the others'``, for several numbers of silenced latents.
 
-    ``probe`` holds one classifier a class on mean activations. Latents are attributed to classes on ``train`` texts, accuracy
-    is measured on ``test`` texts, class and others weighing alike; labels are bool ``[texts, classes]``, one each. ``W_dec
-    [d_sae, d_in]``, ``counts`` how many latents are silenced.
+    From -.5 to .5: a blind probe loses half of its accuracy, in which class and others weigh alike. ``probe`` holds one
+    classifier a class on mean activations. Latents are attributed to classes on ``train`` texts, accuracy is measured on
+    ``test`` texts, of one class each; ``W_dec [d_sae, d_in]``, ``counts`` are how many latents are silenced.
+
+    >>> labels, probe = torch.eye(2) > 0, LinearProbe(torch.eye(2), torch.tensor([-0.5, -0.5]))
+    >>> texts = PooledTexts(torch.eye(2), torch.eye(2), labels)  # a latent a class, which alone carries it
+    >>> targeted_probe_perturbation(probe, texts, texts, torch.eye(2), [1]).total
+    tensor([0.5000], dtype=torch.float64)
 
     Logged as:
         tpp/n*: TPP (higher): targeted probe perturbation: what ablating a class's latents does to it alone
     """
-    train, test, train_labels, test_labels = train.cpu(), test.cpu(), train_labels.cpu(), test_labels.cpu()
-    W_dec = W_dec.detach().cpu()
-    warn_of_empty("targeted probe perturbation", has_both(train_labels) & has_both(test_labels))
-    effects = attribution(probe, train.codes, train_labels, W_dec, positive_only=True)
+    train, test, W_dec = _on_cpu(train), _on_cpu(test), W_dec.detach().cpu()
+    known_classes("targeted probe perturbation", train.labels, test.labels)
+    effects = attribution(probe, train.codes, train.labels, W_dec, positive_only=True)
 
     def accuracies(x: Tensor) -> Tensor:
         """Of each class's classifier where the class and the rest weigh alike, ``[classes]``."""
         scores = probe.scores(x)
-        right = (scores > 0) == test_labels
-        members, others = ((right & kind).sum(0) / kind.sum(0) for kind in (test_labels, ~test_labels))
+        right = (scores > 0) == test.labels
+        members, others = ((right & kind).sum(0) / kind.sum(0) for kind in (test.labels, ~test.labels))
         return ((members + others).double() / 2).masked_fill(scores.isnan().any(0), torch.nan)
 
     clean, others = accuracies(test.x), ~torch.eye(len(effects), dtype=torch.bool)
@@ -93,52 +81,56 @@ def targeted_probe_perturbation(
     return TPPScores(*torch.stack(result, dim=1))
 
 
-def biased_probes(x: Tensor, label: Tensor, spurious: Tensor, C: float = 1.0) -> BiasedProbes:
-    """Train the probes of a removal task on equally many texts of all four kinds.
+def biased_probes(x: Tensor, label: Tensor, spurious: Tensor, C: float = 1.0) -> tuple[LinearProbe, LinearProbe]:
+    """The probes of a removal task, from mean activations ``x [texts, d_in]`` of equally many texts of all four kinds.
 
-    ``x [texts, d_in]`` mean activations, ``label [texts]`` (bool) the concept to predict, ``spurious [texts]`` the one that
-    goes along with it; C is the inverse strength of the L2 penalty.
+    ``label [texts]`` (bool) is the concept to predict, ``spurious [texts]`` the one that goes along with it; C is the inverse
+    strength of the L2 penalty. The first, *biased* probe is trained where both go together; the second has a classifier for
+    each concept, with the other balanced.
     """
-    together = label == spurious
-    return BiasedProbes(
-        linear_probes(x[together], label[together, None], C), linear_probes(x, torch.stack([label, spurious], dim=1), C)
-    )
+    together, concepts = label == spurious, torch.stack([label, spurious], dim=1)
+    return linear_probes(x[together], label[together, None], C), linear_probes(x, concepts, C)
 
 
 def spurious_correlation_removal(
-    probes: BiasedProbes,
-    train: PooledTexts,
-    train_labels: Tensor,
-    test: PooledTexts,
-    test_labels: Tensor,
-    W_dec: Tensor,
-    counts: Sequence[int],
+    probes: tuple[LinearProbe, LinearProbe], train: PooledTexts, test: PooledTexts, W_dec: Tensor, counts: Sequence[int]
 ) -> SCRScores:
-    """SCR for several numbers of silenced latents: 1 where the bias is gone, 0 where it stays, below 0 where it grows.
+    """SCR, ``(A_ablated - A_biased) / (A_clean - A_biased)`` of accuracies A, for several numbers of silenced latents.
 
-    ``probes`` are made by :func:`biased_probes`; labels are label and spurious concept, bool ``[texts, 2]``; texts are of all
-    four kinds, those of ``test`` equally many. The rest is as in :func:`targeted_probe_perturbation`.
+    1 where the bias is gone, 0 where it stays, below 0 where it grows. ``probes`` are made by :func:`biased_probes`; classes
+    are the label and the spurious concept; texts are of all four kinds, those of ``test`` equally many. The rest is as in
+    :func:`targeted_probe_perturbation`.
+
+    >>> labels = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
+    >>> texts, zero = PooledTexts(2.0 * labels, 2.0 * labels, labels), torch.zeros(1)  # a latent a concept
+    >>> biased = LinearProbe(torch.tensor([[1.0, 2.0]]), zero - 1)  # hears the spurious concept
+    >>> probes = biased, LinearProbe(torch.eye(2), zero - 1)
+    >>> spurious_correlation_removal(probes, texts, texts, torch.eye(2), [1]).score
+    tensor([1.], dtype=torch.float64)
 
     Logged as:
         scr/n*: SCR (higher): spurious correlation removal: share of the bias that ablating latents removes
     """
-    train, test, train_labels, test_labels = train.cpu(), test.cpu(), train_labels.cpu(), test_labels.cpu()
-    W_dec = W_dec.detach().cpu()
-    effects = attribution(probes.concepts, train.codes, train_labels, W_dec, positive_only=False)
+    train, test, W_dec, (biased_probe, concepts) = _on_cpu(train), _on_cpu(test), W_dec.detach().cpu(), probes
+    effects = attribution(concepts, train.codes, train.labels, W_dec, positive_only=False)
 
     def accuracies(probe: LinearProbe, x: Tensor) -> Tensor:
         """Of the classifiers on both concepts, ``[2]``."""
         scores = probe.scores(x)
-        return ((scores > 0) == test_labels).double().mean(0).masked_fill(scores.isnan().any(0), torch.nan)
+        return ((scores > 0) == test.labels).double().mean(0).masked_fill(scores.isnan().any(0), torch.nan)
 
-    clean, biased = accuracies(probes.concepts, test.x), accuracies(probes.biased, test.x)
+    clean, biased = accuracies(concepts, test.x), accuracies(biased_probe, test.x)
     both = torch.zeros(2, len(counts), dtype=torch.float64)
     for kept, removed in ((0, 1), (1, 0)):
         room = clean[kept] - biased[kept]
         for column, count in enumerate(counts):
-            accuracy = accuracies(probes.biased, silence(test, W_dec, top(effects[removed], count)))[kept]
+            accuracy = accuracies(biased_probe, silence(test, W_dec, top(effects[removed], count)))[kept]
             both[kept, column] = (accuracy - biased[kept]) / room if room >= 1e-3 else torch.nan
     return SCRScores(both[int(biased.argmin())], both, biased, clean)
+
+
+def _on_cpu(texts: PooledTexts) -> PooledTexts:
+    return PooledTexts(*(part.detach().cpu() for part in texts))
 
 
 def attribution(probe: LinearProbe, codes: Tensor, labels: Tensor, W_dec: Tensor, positive_only: bool) -> Tensor:
@@ -146,8 +138,7 @@ def attribution(probe: LinearProbe, codes: Tensor, labels: Tensor, W_dec: Tensor
 
     ``positive_only`` counts only latents more active in the class (TPP); else the size of either sign (SCR).
     """
-    inside = labels.double() / labels.sum(0)
-    outside = (~labels).double() / (~labels).sum(0)
+    inside, outside = (kind.double() / kind.sum(0) for kind in (labels, ~labels))
     difference = (inside - outside).T @ codes.double()
     along = probe.weight.double() @ W_dec.detach().double().T
     return difference.clamp_min(0) * along if positive_only else (difference * along).abs()

@@ -39,12 +39,11 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, sparse_product, weighted_sum
 from hedgelab.metrics.functional.recovery import Matching, encoder_cosines, match_features
 
-TRACKING_COSINE = 0.6
-"""Absolute decoder cosine from which a latent is said to track its feature."""
-MOST_PAIRS = 2**27
-"""Most pairs of latent and feature that are regressed, such as 8192 x 16384: the sums take 8 bytes a pair."""
-FIRINGS = 16
-"""Firings that a latent needs for its regression to be believed."""
+TRACKING_COSINE = 0.6  # absolute decoder cosine from which a latent is said to track its feature
+MOST_PAIRS = (
+    2**27
+)  # most pairs of latent and feature that are regressed, such as 8192 x 16384: the sums take 8 bytes a pair
+FIRINGS = 16  # firings that a latent needs for its regression to be believed
 _FEATURES_AT_ONCE = 1024
 
 
@@ -77,15 +76,10 @@ class RegressionSums(NamedTuple):
 
 
 def decoder_coordinates(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
-    """Least-squares coordinates of the rows of ``W_dec [d_sae, d_in]`` along ``feature_directions [n, d_in]``, all of norm 1.
-
-    ``[d_sae, n]`` float64.
+    """Least-squares coordinates ``[d_sae, n]`` of ``W_dec``'s unit rows ``[d_sae, d_in]`` along unit directions ``[n, d_in]``.
 
     >>> decoder_coordinates(torch.tensor([[3.0, 4.0]]), torch.eye(2)).tolist()
     [[0.6, 0.8]]
-
-    Raises:
-        UserError: More features than dimensions, whose coordinates are not unique.
     """
     n, d_in = feature_directions.shape
     if n > d_in:
@@ -94,13 +88,18 @@ def decoder_coordinates(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
     return coordinates
 
 
-def encoder_coordinates(W_enc: Tensor, feature_directions: Tensor) -> Tensor:
-    """Response of the unit columns of ``W_enc [d_in, d_sae]`` to the unit features: their coordinates in the dual basis."""
-    return encoder_cosines(W_enc, feature_directions)
+encoder_coordinates = encoder_cosines
+"""Responses of the unit columns of ``W_enc [d_in, d_sae]`` to unit features: their coordinates in the dual basis."""
 
 
 def tracked_features(cosines: Tensor, live: Tensor | None = None, threshold: float = TRACKING_COSINE) -> Matching:
-    """Which live latent tracks which feature, from decoder ``cosines [d_sae, n]``; see the module.
+    """Which live latent tracks which feature: pairs of the matching of largest ``Σ |cosine|`` that reach ``threshold``.
+
+    ``cosines [d_sae, n]`` are the decoder's, ``live [d_sae]`` (bool; None for all) says which latents fire. From 0 to
+    ``min(d_sae, n)`` features are tracked, judged by direction alone: their latents may still fire at the wrong time.
+
+    >>> tracked_features(torch.tensor([[0.9, 0.1], [0.1, 0.5]])).latent.tolist()
+    [0, -1]
 
     Logged as:
         tracked_features: tracked [features] (higher): features that some live latent has as its nearest
@@ -111,9 +110,9 @@ def tracked_features(cosines: Tensor, live: Tensor | None = None, threshold: flo
 def hedging(coordinates: Tensor, cosines: Tensor, tracked: Matching, live: Tensor | None = None) -> HedgingScores:
     """Hedging of each latent along the features that no latent tracks, from 0 to about 1; see the module.
 
-    ``coordinates [d_sae, n]`` are those of the decoder or of the encoder; decoder ``cosines [d_sae, n]`` settle each latent's
-    own feature and its sign; ``live [d_sae]`` (bool; None for all) are latents that fire. Trust it where the features are all
-    that there is: directions that are missing from them are not seen.
+    ``coordinates [d_sae, n]`` are the decoder's or the encoder's; decoder ``cosines [d_sae, n]`` settle each latent's own
+    feature and its sign; ``live [d_sae]`` (bool; None for all) are latents that fire. Trust it where the features are all that
+    there is: directions that are missing from them are not seen.
 
     >>> cosines = torch.tensor([[0.8, 0.6]])  # one latent for the first feature, with .6 of the second
     >>> hedging(cosines, cosines, tracked_features(cosines)).norm
@@ -132,10 +131,7 @@ def hedging(coordinates: Tensor, cosines: Tensor, tracked: Matching, live: Tenso
 
 
 def regression_update(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> RegressionSums:
-    """Sums of one batch of latents, codes or dense ``[batch, d_sae]``, and true activations ``[batch, n]``.
-
-    ``weight``: of each example, ``[batch]``; None weighs all alike.
-    """
+    """Sums of one batch of latents, codes or dense ``[batch, d_sae]``, and true activations ``[batch, n]``."""
     codes, features = as_codes(codes).detach(), features.detach()
     rows = torch.arange(len(features), device=features.device) % 2
     amounts = [(rows == half).double() if weight is None else float64(weight) for half in (0, 1)]
@@ -159,43 +155,39 @@ def regressed_hedging(
     tracked: Matching,
     live: Tensor | None = None,
 ) -> HedgingScores:
-    """The same by regression, for more features than dimensions; see the module. NaN for latents that are not live.
+    """The same by regression, for more features than dimensions; NaN for latents that do not fire often enough to be ``live``.
 
-    ``live [d_sae]`` are latents that fire often enough. Takes about ``4 · d_sae² · n`` multiplications, and 4 bytes a pair of
-    latent and feature beside the sums.
+    Takes about ``4 · d_sae² · n`` multiplications, and 4 bytes a pair of latent and feature beside the sums.
     """
     side, counted = _counted(cosines, tracked, live)
-    d_sae, n = cosines.shape
-    chosen = torch.arange(d_sae, device=cosines.device) if live is None else live.nonzero().squeeze(1)
-    total = sums.weight.sum()
-    mean = sums.codes.sum(0) / total
+    (d_sae, n), device = cosines.shape, cosines.device
+    chosen = torch.arange(d_sae, device=device) if live is None else live.nonzero().squeeze(1)
+    total, mean = sums.weight.sum(), sums.codes.sum(0) / sums.weight.sum()
     covariance = (sums.code_products / total - mean.outer(mean))[chosen][:, chosen]
-    variance = covariance.diagonal().clamp_min(1e-30).clone()
+    variance = covariance.diagonal().clamp_min(1e-30)
     shrinkage = d_sae / (d_sae + sums.examples) if bool(sums.examples > 0) else sums.examples + 1e-9
     covariance.mul_(1 - shrinkage).diagonal().add_(shrinkage * variance)
     factor = torch.linalg.cholesky(covariance)
     rows, directions = fold_decoder(W_dec)[0][chosen], fold_decoder(feature_directions)[0]
-    found = torch.zeros(2, len(chosen), n, device=cosines.device)
-    scale = torch.zeros_like(variance)
+    found, scale = torch.zeros(2, len(chosen), n, device=device), torch.zeros_like(variance)
     for start in range(0, n, _FEATURES_AT_ONCE):
         part = slice(start, start + _FEATURES_AT_ONCE)
-        for half in range(2):
-            means = (sums.codes[half, chosen] / sums.weight[half]).outer(sums.features[half, part] / sums.weight[half])
-            cross = float64(sums.products[half, chosen, part]) / sums.weight[half] - means
-            coefficients = torch.cholesky_solve(cross, factor)
+        for half, weight in enumerate(sums.weight):
+            means = (sums.codes[half, chosen] / weight).outer(sums.features[half, part] / weight)
+            coefficients = torch.cholesky_solve(float64(sums.products[half, chosen, part]) / weight - means, factor)
             scale += (coefficients * (rows @ directions[part].t())).sum(1) / 2
             found[half, :, part] = torch.where(counted[chosen, part], coefficients * side[chosen], 0.0)
-    found /= scale.abs().clamp_min(1e-30)[:, None]
-    even, odd = found
+    even, odd = found.div_(scale.abs().clamp_min(1e-30)[:, None])
     square = (even * odd).sum(1, dtype=torch.float64)
     # the component that looks largest in one half, as the other half sees it: no choice among noise
     seen = [there.gather(1, here.abs().argmax(1, keepdim=True)) for here, there in ((even, odd), (odd, even))]
-    largest = ((seen[0] + seen[1]) / 2).squeeze(1).double()
-    components = torch.full((d_sae, n), torch.nan, device=cosines.device)
-    components[chosen] = (even + odd) / 2
-    nothing = torch.full((d_sae,), torch.nan, dtype=torch.float64, device=cosines.device)
-    norm = nothing.index_copy(0, chosen, square.sign() * square.abs().sqrt())
-    return HedgingScores(components, norm, nothing.index_copy(0, chosen, largest))
+
+    def of_all(values: Tensor) -> Tensor:
+        """Values of the chosen latents, NaN for the others."""
+        return values.new_full((d_sae, *values.shape[1:]), torch.nan).index_copy(0, chosen, values)
+
+    norm, largest = square.sign() * square.abs().sqrt(), ((seen[0] + seen[1]) / 2).squeeze(1).double()
+    return HedgingScores(of_all((even + odd) / 2), of_all(norm), of_all(largest))
 
 
 def _counted(cosines: Tensor, tracked: Matching, live: Tensor | None) -> tuple[Tensor, Tensor]:

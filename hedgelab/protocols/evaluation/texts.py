@@ -41,15 +41,11 @@ class TextActivations(NamedTuple):
     labels: Tensor
     test: Tensor
 
-    def of(self, sae: SAE) -> tuple[PooledTexts, Tensor, PooledTexts, Tensor]:
-        """Texts for training and for testing, by their mean activations and latents, each with its labels."""
-        codes, test = pooled(encode_rows(sae, self.x), self.text, len(self.labels)), self.test
-        return (
-            PooledTexts(self.pooled[~test], codes[~test]),
-            self.labels[~test],
-            PooledTexts(self.pooled[test], codes[test]),
-            self.labels[test],
-        )
+    def of(self, sae: SAE) -> tuple[PooledTexts, PooledTexts]:
+        """Texts for training and for testing, by their mean activations and latents."""
+        texts = PooledTexts(self.pooled, pooled(encode_rows(sae, self.x), self.text, len(self.labels)), self.labels)
+        train, test = (PooledTexts(*(part[kind] for part in texts)) for kind in (~self.test, self.test))
+        return train, test
 
 
 def text_activations(reader: ModelReader, texts: ClassifiedTexts, name: str) -> TextActivations:
