@@ -43,7 +43,9 @@ class SAEMetrics(nn.Module):
         ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
-        split: dict[str, Any] = {} if ranks is None else {"sync_on_compute": ranks.size > 1, "process_group": ranks.group}
+        split: dict[str, Any] = {}
+        if ranks is not None:
+            split = {"sync_on_compute": ranks.size > 1, "process_group": ranks.group}
         self.explained_variance = classes.ExplainedVariance(d_in, **split)
         self.mse = classes.MeanSquaredError(**split)
         self.shrinkage = classes.Shrinkage(**split)

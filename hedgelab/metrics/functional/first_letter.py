@@ -89,9 +89,8 @@ def first_letter_scores(
             f1.append(score)
         activations = picked(test, 0, words) * norms
         full, fraction = word_absorption(activations, test_x[words], probe.weight[letter], best[: len(f1)], W_dec)
-        values = full.double().mean(), fraction.mean(), len(f1), f1[0]
-        for name, value in zip(("full", "fraction", "splits", "f1"), values, strict=True):
-            scores[name][letter] = value
+        scores["full"][letter], scores["fraction"][letter] = full.double().mean(), fraction.mean()
+        scores["splits"][letter], scores["f1"][letter] = len(f1), f1[0]
     return FirstLetterScores(**scores)
 
 

@@ -63,10 +63,10 @@ def recovered_loss(sums: dict[str, Tensor], count: Tensor) -> RecoveredLoss:
         loss_recovered/recovered: loss recovered (higher): share of the model's loss kept with reconstructions put in
         loss_recovered/kl_recovered: KL recovered (higher): the same of the divergence from the model's predictions
     """
-    means = clean, sae, zero, mean, kl_sae, kl_zero, kl_mean = [sums[name] / count for name in LOSSES]
+    clean, sae, zero, mean, kl_sae, kl_zero, kl_mean = means = [sums[name] / count for name in LOSSES]
 
     def share(part: Tensor, lost: Tensor) -> Tensor:
         return part / torch.where(lost == 0, torch.nan, lost)
 
-    kl = 1 - share(kl_sae, kl_zero), 1 - share(kl_sae, kl_mean)
-    return RecoveredLoss(*means, share(zero - sae, zero - clean), share(mean - sae, mean - clean), *kl)
+    of_losses = share(zero - sae, zero - clean), share(mean - sae, mean - clean)
+    return RecoveredLoss(*means, *of_losses, *(1 - share(kl_sae, lost) for lost in (kl_zero, kl_mean)))
