@@ -36,6 +36,13 @@ def whole_number(key: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
+def positive(key: str, value: float, or_zero: bool = False) -> float:
+    """The value, if it is above 0, or with ``or_zero`` at least 0."""
+    if value < 0 or (value == 0 and not or_zero):
+        raise UserError(f"{key}: must {'not be negative' if or_zero else 'be above 0'}, got {value}")
+    return value
+
+
 class Stopped(SystemExit):
     """A signal has stopped the command: the exit code is 128 + its number, ``state`` says what became of the run."""
 

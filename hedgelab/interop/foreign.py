@@ -16,7 +16,6 @@ from hedgelab.data.llm.hub import find_model
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError, one_line
 from hedgelab.saes import SAE
-from hedgelab.saes.io import build_sae
 from hedgelab.saes.widen import flat_part
 
 _PAY = {"VanillaSAE": "l1_coefficient", "JumpReLUSAE": "l0_coefficient"}
@@ -128,7 +127,7 @@ def assemble(config: dict[str, Any], parts: Parts, where: object) -> SAE:
     else:
         config = {**config, "d_in": d_in, "d_sae": d_sae}
     try:
-        sae = build_sae(config)
+        sae = SAE.from_config(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     flat: Any = flat_part(sae)

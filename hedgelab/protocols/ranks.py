@@ -15,7 +15,6 @@ from torch import distributed as dist
 
 from hedgelab.errors import UserError
 from hedgelab.saes import SAE
-from hedgelab.saes.io import copy_of
 
 T = TypeVar("T")
 _MOST_NAMES = 6
@@ -88,7 +87,7 @@ def found_by_rank_zero(find: Callable[[], SAE | None]) -> SAE | None:
         return None if sae is None else (sae.config(), sae.state_dict())
 
     parts = decided_by_rank_zero(described)
-    return None if parts is None else copy_of(*parts)
+    return None if parts is None else SAE.from_state(*parts)
 
 
 def ranks_at_work() -> int:

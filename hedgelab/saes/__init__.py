@@ -1,36 +1,21 @@
 """Sparse autoencoders as LightningModules."""
 
-from hedgelab.saes.base import SAE, FoldedWeights, fold
-from hedgelab.saes.batch_topk import BatchTopKSAE
-from hedgelab.saes.flat import FlatSAE
-from hedgelab.saes.initialization import Initialization
-from hedgelab.saes.io import load_sae, sae_from_checkpoint, save_sae, weights_sha256
-from hedgelab.saes.jumprelu import JumpReLUSAE
-from hedgelab.saes.losses import LossTerms
-from hedgelab.saes.matryoshka import MatryoshkaSAE
-from hedgelab.saes.topk import TopKSAE
-from hedgelab.saes.vanilla import VanillaSAE
-from hedgelab.saes.widen import duplicate, fresh, widen
-from hedgelab.training.shell import SAEGroup
-
-__all__ = [
-    "SAE",
-    "BatchTopKSAE",
-    "FlatSAE",
-    "FoldedWeights",
-    "Initialization",
-    "JumpReLUSAE",
-    "LossTerms",
-    "MatryoshkaSAE",
-    "SAEGroup",
-    "TopKSAE",
-    "VanillaSAE",
-    "duplicate",
-    "fold",
-    "fresh",
-    "load_sae",
-    "sae_from_checkpoint",
-    "save_sae",
-    "weights_sha256",
-    "widen",
-]
+from hedgelab.saes.base import SAE as SAE
+from hedgelab.saes.base import FoldedWeights as FoldedWeights
+from hedgelab.saes.base import fold as fold
+from hedgelab.saes.batch_topk import BatchTopKSAE as BatchTopKSAE
+from hedgelab.saes.flat import FlatSAE as FlatSAE
+from hedgelab.saes.initialization import Initialization as Initialization
+from hedgelab.saes.io import load_sae as load_sae
+from hedgelab.saes.io import sae_from_checkpoint as sae_from_checkpoint
+from hedgelab.saes.io import save_sae as save_sae
+from hedgelab.saes.io import weights_sha256 as weights_sha256
+from hedgelab.saes.jumprelu import JumpReLUSAE as JumpReLUSAE
+from hedgelab.saes.losses import LossTerms as LossTerms
+from hedgelab.saes.matryoshka import MatryoshkaSAE as MatryoshkaSAE
+from hedgelab.saes.topk import TopKSAE as TopKSAE
+from hedgelab.saes.vanilla import VanillaSAE as VanillaSAE
+from hedgelab.saes.widen import duplicate as duplicate
+from hedgelab.saes.widen import fresh as fresh
+from hedgelab.saes.widen import widen as widen
+from hedgelab.training.shell import SAEGroup as SAEGroup

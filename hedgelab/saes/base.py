@@ -1,26 +1,34 @@
-"""The interface of every SAE."""
+"""The interface of every SAE; its weights as safetensors and its architecture as JSON, of which loading executes nothing."""
 
 from __future__ import annotations
 
+import inspect
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from hedgelab import __version__
 from hedgelab.batch import Batch
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import Decoder
-from hedgelab.saes.io import CLASSES, class_name, init_arguments, sae_from_checkpoint, save_sae
 from hedgelab.saes.losses import LossTerms
-from hedgelab.training.sharding import full_tensor
-from hedgelab.training.shell import TrainingShell
+from hedgelab.training.checkpoints import VerifiedCheckpointIO
+from hedgelab.training.sharding import full_tensor, is_split
+from hedgelab.training.shell import ARCHITECTURES, TrainingShell
 from hedgelab.training.trainee import OptimizerFactory, SchedulerFactory
+
+WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
+CLASSES: dict[str, type[SAE]] = {}
+"""Every SAE class that is imported, by the name that files give it. Loading an SAE never imports anything."""
 
 
 class Activation(NamedTuple):
@@ -55,6 +63,8 @@ class SAE(TrainingShell, ABC):
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
+    steps_done: int = 0
+    initialized: bool = False
 
     not_architecture: ClassVar[frozenset[str]] = frozenset({"init", "optimizer", "lr_scheduler", "gradient_clip_norm"})
 
@@ -64,11 +74,6 @@ class SAE(TrainingShell, ABC):
     per_member: ClassVar[tuple[str, ...]] = ()
     """Attributes, numbers or lists of them, that enter the loss as factors only: members of an ensemble may differ in them."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps_done = 0
-        self.initialized = False
-
     @abstractmethod
     def encode(self, x: Tensor) -> Codes:
         """Latents of activations ``x [..., d_in]``, as used for inference and measuring."""
@@ -77,6 +82,10 @@ class SAE(TrainingShell, ABC):
         """Reconstruction ``[..., d_in]`` of latents, or of dense activations ``[..., d_sae]``."""
         given = Codes.from_dense(codes) if isinstance(codes, Tensor) else codes
         return ops.decode(given, Decoder(self.W_dec, self.b_dec))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct ``x [..., d_in]``."""
+        return self.decode(self.encode(x))
 
     @abstractmethod
     def loss(self, batch: Batch | Tensor) -> LossTerms:
@@ -121,16 +130,12 @@ class SAE(TrainingShell, ABC):
         """Itself, alone."""
         return {"": self}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct ``x [..., d_in]``."""
-        return self.decode(self.encode(x))
-
     def folded(self) -> FoldedWeights:
         """Detached copies of the weights with decoder norms folded in."""
         return fold(*(full_tensor(value) for value in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)))
 
     def config(self) -> dict[str, Any]:
-        """Class name and architecture arguments as plain JSON values; :func:`hedgelab.saes.load_sae` reads it back.
+        """Class name and architecture arguments as plain JSON values; :meth:`from_config` reads it back.
 
         By convention every architecture argument of ``__init__`` is kept in an attribute of the same name.
         """
@@ -139,9 +144,47 @@ class SAE(TrainingShell, ABC):
             raise UserError(f"{type(self).__name__}: keeps its argument {missing[0]} in no attribute of that name")
         return {"class": class_name(type(self)), **{name: _plain(getattr(self, name)) for name in names}}
 
-    def save(self, folder: str | Path) -> None:
-        """Write the SAE into a folder, as :func:`hedgelab.saes.save_sae` does; :func:`hedgelab.saes.load_sae` reads it back."""
-        save_sae(self, folder)
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **training: Any) -> Self:
+        """An SAE, of this class or one that inherits from it, of the architecture that :meth:`config` described.
+
+        Its weights are fresh; ``training`` are other arguments. A class that is not imported is taken to be this one.
+        """
+        arguments = dict(config)
+        name = arguments.pop("class", None)
+        made = cls._imported(name)
+        if unknown := arguments.keys() - (init_arguments(made).keys() - made.not_architecture):
+            raise UserError(f"sae.json: {min(unknown)!r}: unknown key of {name}")
+        if isinstance(inner := arguments.get("inner"), dict):
+            arguments["inner"] = lambda d_in: SAE.from_config({**inner, "d_in": d_in})
+        try:
+            return made(**arguments, **training)
+        except UserError as error:
+            raise UserError(f"sae.json: {str(error).removeprefix('sae.json: ').removeprefix('model.')}") from error
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
+            raise UserError(f"sae.json: cannot be made into a {name} ({one_line(str(error))})") from error
+
+    @classmethod
+    def _imported(cls, name: Any) -> type[Self]:
+        """The class of a name, which must be or inherit from this one; this one itself where there is none."""
+        found = CLASSES.get(name, cls) if isinstance(name, str) else cls
+        if not issubclass(found, cls):
+            raise UserError(f"sae.json: class: the SAE is a {name}, not a {class_name(cls)}")
+        if inspect.isabstract(found):
+            advice = "name an SAE of hedgelab, or import yours first or give it: load_sae(folder, cls=…)"
+            raise UserError(f"sae.json: class: {name!r} is not imported; {advice}")
+        return found
+
+    @classmethod
+    def from_state(
+        cls, config: Mapping[str, Any], state: Mapping[str, Tensor], strict: bool = True, **training: Any
+    ) -> Self:
+        """The SAE that another's :meth:`config` and ``state_dict`` tell of, ready to measure or to train on."""
+        W_dec = decoder_weights(state)
+        sae = cls.from_config(config, **training).to(torch.float32 if W_dec is None else W_dec.dtype)
+        sae.load_state_dict(state, strict=strict)
+        sae.initialized = True
+        return sae
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -152,13 +195,40 @@ class SAE(TrainingShell, ABC):
         member: str | None = None,
         **kwargs: Any,
     ) -> Self:
-        """The SAE of a training checkpoint, of this class or one that inherits from it.
+        """The SAE of a training checkpoint, of this class or one that inherits from it, ready to measure or to train on.
 
         Besides Lightning's arguments: ``member`` names one of several SAEs that were trained together, and ``kwargs`` are
         arguments of ``__init__`` besides, or instead of, what the checkpoint says.
         """
-        sae = sae_from_checkpoint(checkpoint_path, member, cls, strict is not False, kwargs)
-        return cast(Self, sae if map_location is None else sae.to(map_location))
+        path, checkpoint = checkpoint_path, VerifiedCheckpointIO().load_checkpoint(checkpoint_path, map_location="cpu")
+        configs: dict[str, Any] = checkpoint.get(ARCHITECTURES, {"": {}})
+        name = next(iter(configs)) if member is None and len(configs) == 1 else member
+        if name not in configs:
+            raise UserError(f"{path}: holds the SAEs {', '.join(configs)}; name one of them as member, got {member!r}")
+        config = {key: value for key, value in configs[name].items() if key not in kwargs}
+        if not config and inspect.isabstract(cls):
+            advice = "call load_from_checkpoint of its class, with its arguments"
+            raise UserError(f"{path}: does not say which SAE it holds; {advice}")
+        prefix = f"members.{name}." if name else ""
+        state = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
+        sae = cls.from_state(config, state, strict is not False, **kwargs)
+        return sae if map_location is None else sae.to(map_location)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``sae.safetensors`` (weights and buffers) and ``sae.json`` (architecture) into a folder, made if missing.
+
+        Of an SAE whose latents are split over processes, all of them must call this; the process of rank 0 writes.
+        """
+        tensors, folder = self.full_state(), Path(folder)
+        if is_split(self.W_dec) and torch.distributed.get_rank() != 0:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps({"hedgelab": __version__, **self.config()}, indent=2) + "\n")
+
+    def full_state(self) -> dict[str, Tensor]:
+        """All weights and buffers on the CPU, also where latents are split; to be called on all processes."""
+        return {name: full_tensor(value).cpu().contiguous() for name, value in self.state_dict().items()}
 
     def __repr__(self) -> str:
         shown = {"d_in": self.d_in, "d_sae": self.d_sae}
@@ -182,6 +252,29 @@ class SAE(TrainingShell, ABC):
             if value.itemsize < 4:
                 value.data = before.to(value.device, torch.float32)
         return self
+
+
+def class_name(cls: type) -> str:
+    """What files call a class: its name for those of hedgelab, its full path for others."""
+    return cls.__name__ if cls.__module__.startswith("hedgelab.") else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def init_arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """All ``__init__`` arguments of a class, those it passes on to its parents through ``**kwargs`` included, by name."""
+    found: dict[str, inspect.Parameter] = {}
+    for parent in cls.__mro__:
+        if "__init__" not in vars(parent):
+            continue
+        parameters = inspect.signature(vars(parent)["__init__"]).parameters.values()
+        found = {p.name: p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"} | found
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def decoder_weights(state: Mapping[str, Tensor]) -> Tensor | None:
+    """The decoder's weights in a ``state_dict``, whatever SAE it is of."""
+    return next((value for name, value in state.items() if name.rpartition(".")[2] == "W_dec"), None)
 
 
 def _plain(value: Any) -> Any:
@@ -210,10 +303,5 @@ def fold(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> FoldedWe
     without norm-aware selection does not, so copies are folded for measuring, never the weights in training.
     """
     norms = W_dec.detach().norm(dim=1)
-    return FoldedWeights(
-        W_enc.detach() * norms,
-        b_enc.detach() * norms,
-        W_dec.detach() / norms.clamp_min(1e-30)[:, None],
-        b_dec.detach().clone(),
-        norms,
-    )
+    unit = W_dec.detach() / norms.clamp_min(1e-30)[:, None]
+    return FoldedWeights(W_enc.detach() * norms, b_enc.detach() * norms, unit, b_dec.detach().clone(), norms)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hedgelab.batch import Batch
 from hedgelab.kernels.values import BatchTopK, Threshold
-from hedgelab.saes.k_sparse import KSparseSAE
 from hedgelab.saes.losses import LossTerms
+from hedgelab.saes.topk import KSparseSAE
 
 THRESHOLD_RATE = 0.01
 

@@ -18,33 +18,27 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.saes.base import SAE, FoldedWeights, fold
 from hedgelab.saes.losses import LossTerms
 from hedgelab.saes.matryoshka import MatryoshkaSAE
+from hedgelab.saes.widen import flat_part
 from hedgelab.training.optimizers import make_optimizer
-
-_SILENT = -1.0
-"""Encoder bias of padding: with weights of zero it never fires and never feels a gradient."""
 
 
 class EnsembleSAE:
-    """SAEs of one architecture that train side by side, each as if alone.
+    """Initialised SAEs of one architecture, the members, whose copies train side by side, each as if alone.
 
     Members may differ in weights (seeds), in the numbers that their class names in ``per_member`` (λ, level weights and thus
     β), in the batches that they see, and flat SAEs in width: narrower ones are padded with latents that never fire. All
     else must agree. Each step runs the members' own ``loss`` once, mapped over the stacked weights, and one (fused) optimiser
     step; optimisers that treat every entry by itself, as Adam does, then leave each member where training alone would.
     Parameters that do not require a gradient stay as they are.
-
-    Args:
-        members: The SAEs, initialised; one that appears several times counts several times. They are not changed.
     """
 
     def __init__(self, members: Sequence[SAE]) -> None:
         if not members:
             raise UserError("ensemble: needs at least one member")
         self.members = list(members)
-        distinct = list({id(member): member for member in members}.values())
-        for member in distinct:
+        for member in {id(member): member for member in members}.values():
             _check(member, members[0])
-        widest = max(distinct, key=lambda member: member.d_sae)
+        widest = max(members, key=lambda member: member.d_sae)
         self._template = _Template(copy.deepcopy(widest))
         numbers = {name: [attrgetter(name)(member) for member in members] for name in _per_member_names(widest)}
         self._numbers = {
@@ -52,12 +46,15 @@ class EnsembleSAE:
             for name, values in numbers.items()
             if any(value != values[0] for value in values)
         }
-        self._tensors = _stack(members, distinct, widest)
+        own, self._tensors = [_named_tensors(member) for member in members], dict[str, Tensor]()
+        for name, like in _named_tensors(widest).items():
+            fill = (
+                -1.0 if name.endswith("b_enc") else 0.0
+            )  # with weights of 0, padding never fires and feels no gradient
+            tensor = torch.stack([_grow(tensors[name].detach(), like.shape, fill) for tensors in own])
+            self._tensors[f"sae.{name}"] = tensor.requires_grad_(all(tensors[name].requires_grad for tensors in own))
         self._counts = any(True for _ in widest.buffers())
         self.steps_done = 0
-
-    def __len__(self) -> int:
-        return len(self.members)
 
     def losses(self, batch: Batch) -> Tensor:
         """Loss of each member, ``[members]``, on a batch that all share or that has a leading dimension of members."""
@@ -71,16 +68,12 @@ class EnsembleSAE:
     def fit(
         self, batches: Batch | Callable[[int], Batch], steps: int, report: Callable[[int], None] | None = None
     ) -> None:
-        """Take optimiser steps with the first member's optimiser and schedule.
+        """Take optimiser steps with the first member's optimiser and schedule, and ``report`` how many after each.
 
-        Args:
-            batches: The batch of every step, or a function from the number of a step to its batch; shared, or with a leading
-                dimension of members (see :func:`stack_batches`).
-            steps: Number of steps.
-            report: Called after each step with the number of steps done.
+        ``batches`` are that of every step, or a function from the number of a step to its batch; shared, or with a leading
+        dimension of members (see :func:`stack_batches`).
         """
-        trained = [tensor for tensor in self._tensors.values() if tensor.requires_grad]
-        first = self.members[0]
+        first, trained = self.members[0], [tensor for tensor in self._tensors.values() if tensor.requires_grad]
         optimizer = make_optimizer(first.optimizer, trained)
         schedule = None if first.lr_scheduler is None else first.lr_scheduler(optimizer)
         for _ in range(steps):
@@ -110,18 +103,17 @@ class EnsembleSAE:
         sae = copy.deepcopy(self.members[index])
         for name, value in _named_tensors(sae).items():
             value.copy_(self._tensors[f"sae.{name}"][index][tuple(map(slice, value.shape))])
-        sae.set_steps_done(sae.steps_done + self.steps_done)
+        sae.steps_done += self.steps_done
         return sae
 
     def _run(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses ``[members]`` and activations ``[members, batch, d_sae]``."""
-        self._template.sae.set_steps_done(self.members[0].steps_done + self.steps_done)
+        self._template.sae.steps_done = self.members[0].steps_done + self.steps_done
         of_x = 0 if batch.x.ndim > 2 else None
         of_weight = 0 if batch.weight is not None and batch.weight.ndim > 1 else None
+        mapped = vmap(self._call, (0, 0, of_x, of_weight))
         with ops.backend("dense"):
-            result: tuple[Tensor, Tensor] = vmap(self._call, (0, 0, of_x, of_weight))(
-                self._tensors, self._numbers, batch.x, batch.weight
-            )
+            result: tuple[Tensor, Tensor] = mapped(self._tensors, self._numbers, batch.x, batch.weight)
         return result
 
     def _call(self, tensors: dict[str, Tensor], *given: Any) -> tuple[Tensor, Tensor]:
@@ -153,11 +145,10 @@ class _Template(nn.Module):
 def stack_batches(batches: Sequence[Batch]) -> Batch:
     """One batch with a leading dimension of members; populations of different size are padded with states of weight 0."""
     size = max(batch.x.shape[0] for batch in batches)
-    weighted = [batch.weight is not None for batch in batches]
-    if any(weighted) != all(weighted) or (not all(weighted) and any(batch.x.shape[0] != size for batch in batches)):
+    weights = [_grow(batch.weight, (size,)) for batch in batches if batch.weight is not None]
+    if len(weights) < len(batches) and (weights or any(batch.x.shape[0] != size for batch in batches)):
         raise UserError("ensemble: batches without weights must be of the same size")
     x = torch.stack([_grow(batch.x, (size, batch.x.shape[1])) for batch in batches])
-    weights = [_grow(batch.weight, (size,)) for batch in batches if batch.weight is not None]
     return Batch(x, None, torch.stack(weights) if weights else None)
 
 
@@ -168,21 +159,17 @@ def _check(member: SAE, first: SAE) -> None:
             f"ensemble: members must agree in all but {', '.join(_per_member_names(first))} and the width of flat SAEs, "
             f"got {_architecture(first)} and {_architecture(member)}"
         )
-    flat = member.inner if isinstance(member, MatryoshkaSAE) else member
     for name in ("gradient_clip_norm", "normalize_decoder", "auxiliary_coefficient"):
-        if getattr(flat, name, None):
+        if getattr(flat_part(member), name, None):
             raise UserError(f"model.{name}: cannot be used in an ensemble, switch it off")
 
 
 def _architecture(sae: SAE) -> dict[str, Any]:
     """What members must agree in."""
     config = sae.config()
-    inner = config.pop("inner", None)
     if isinstance(sae, MatryoshkaSAE):
-        config["inner"] = _architecture(sae.inner) | {"d_sae": sae.d_sae, "levels": inner and sae.levels}
-    for name in (*type(sae).per_member, "beta", "d_sae"):
-        config.pop(name, None)
-    return config
+        config["inner"] = _architecture(sae.inner)
+    return {name: value for name, value in config.items() if name not in (*type(sae).per_member, "beta", "d_sae")}
 
 
 def _per_member_names(sae: SAE) -> list[str]:
@@ -193,18 +180,6 @@ def _per_member_names(sae: SAE) -> list[str]:
 
 def _named_tensors(sae: SAE) -> dict[str, Tensor]:
     return dict([*sae.named_parameters(), *sae.named_buffers()])
-
-
-def _stack(members: Sequence[SAE], distinct: Sequence[SAE], widest: SAE) -> dict[str, Tensor]:
-    """Parameters and buffers of all members stacked under the template's names, padded to the widest member's shapes."""
-    places = {id(member): place for place, member in enumerate(distinct)}
-    index = torch.tensor([places[id(member)] for member in members])
-    own, stacked = [_named_tensors(member) for member in distinct], {}
-    for name, like in _named_tensors(widest).items():
-        fill = _SILENT if name.endswith("b_enc") else 0.0
-        tensor = torch.stack([_grow(tensors[name].detach(), like.shape, fill) for tensors in own])[index]
-        stacked[f"sae.{name}"] = tensor.requires_grad_(all(tensors[name].requires_grad for tensors in own))
-    return stacked
 
 
 def _grow(tensor: Tensor, shape: Sequence[int], fill: float = 0.0) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from hedgelab.batch import Batch
-from hedgelab.errors import UserError, whole_number
+from hedgelab.errors import UserError, positive, whole_number
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import Decoder, Encoder, Selection, Target
@@ -48,8 +48,6 @@ class FlatSAE(SAE):
         gradient_clip_norm: float | None = None,
     ) -> None:
         super().__init__()
-        if gradient_clip_norm is not None and gradient_clip_norm <= 0:
-            raise UserError(f"model.gradient_clip_norm: must be above 0 or null, got {gradient_clip_norm}")
         self.d_in = d_in = whole_number("model.d_in", d_in)
         self.d_sae = d_sae = whole_number("model.d_sae", d_sae)
         self.init = init
@@ -58,6 +56,8 @@ class FlatSAE(SAE):
             optimizer = partial(Adam, lr=3e-4)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        if gradient_clip_norm is not None:
+            positive("model.gradient_clip_norm", gradient_clip_norm)
         self.gradient_clip_norm = gradient_clip_norm
         encoder, decoder = init.random_weights(d_in, d_sae)
         self.W_enc_rows = nn.Parameter(encoder)
@@ -85,17 +85,14 @@ class FlatSAE(SAE):
             self.W_enc_rows.copy_(value.t())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        own: dict[str, Any] = {}
-        super()._save_to_state_dict(own, prefix, keep_vars)
-        destination[prefix + "W_enc"] = own.pop(prefix + "W_enc_rows").t()
-        destination.update(own)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "W_enc"] = destination.pop(prefix + "W_enc_rows").t()
 
     def _load_from_state_dict(
         self, state: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         given = dict(state)
-        encoder = given.pop(prefix + "W_enc", None)
-        if encoder is not None:
+        if (encoder := given.pop(prefix + "W_enc", None)) is not None:
             given[prefix + "W_enc_rows"] = encoder.mT if encoder.dim() == 2 else encoder
         super()._load_from_state_dict(given, prefix, metadata, strict, missing, *rest)
         missing[:] = [name.replace("W_enc_rows", "W_enc") for name in missing]
@@ -133,13 +130,9 @@ class FlatSAE(SAE):
         """The decoder's weights for a loss; with ``normalize_decoder`` a row's gradient has no part along the row."""
         if not (self.normalize_decoder and torch.is_grad_enabled() and self.W_dec.requires_grad):
             return Decoder(self.W_dec, self.b_dec)
-        rows = self.W_dec.view_as(self.W_dec)
-        rows.register_hook(self._across_rows)  # type: ignore[no-untyped-call]
+        rows, unit = self.W_dec.view_as(self.W_dec), self.W_dec.detach()
+        rows.register_hook(lambda grad: grad.addcmul((grad * unit).sum(1, keepdim=True), unit, value=-1))  # type: ignore[no-untyped-call]
         return Decoder(rows, self.b_dec)
-
-    def _across_rows(self, grad: Tensor) -> Tensor:
-        rows = self.W_dec.detach()
-        return grad.addcmul((grad * rows).sum(1, keepdim=True), rows, value=-1)
 
     def loss(self, batch: Batch | Tensor) -> LossTerms:
         """``mean_b ‖x_hat_b - x_b‖² + Σ_i penalty_i + auxiliary`` (SPEC section 2), the mean weighted in population mode."""
@@ -160,8 +153,15 @@ class FlatSAE(SAE):
 
         Or take all weights from an SAE on disk, with thresholds and dead-latent clocks where both have them.
         """
-        if self.init.weights is not None:
-            self._start_from(self.init.weights)
+        if (folder := self.init.weights) is not None:
+            other = load_sae(folder)
+            if (other.d_in, other.d_sae) != (self.d_in, self.d_sae):
+                widths = f"d_in {other.d_in} and d_sae {other.d_sae}"
+                raise UserError(f"model.init.weights: {folder} has {widths}, the config {self.d_in} and {self.d_sae}")
+            given = {name.removeprefix("inner."): value for name, value in other.state_dict().items()}
+            for name, value in self.state_dict().items():
+                if name in given:
+                    value.copy_(given[name])
             return
         if self.init.at_features:
             if feature_directions is None:
@@ -172,17 +172,6 @@ class FlatSAE(SAE):
         if self.normalize_decoder:
             self._project_decoder()
         self.b_dec.copy_(self.init.decoder_bias(first.x))
-
-    def _start_from(self, folder: str) -> None:
-        """Take the weights of an SAE on disk."""
-        other = load_sae(folder)
-        if (other.d_in, other.d_sae) != (self.d_in, self.d_sae):
-            widths = f"d_in {other.d_in} and d_sae {other.d_sae}"
-            raise UserError(f"model.init.weights: {folder} has {widths}, the config {self.d_in} and {self.d_sae}")
-        given = {name.removeprefix("inner."): value for name, value in other.state_dict().items()}
-        for name, value in self.state_dict().items():
-            if name in given:
-                value.copy_(given[name])
 
     @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:

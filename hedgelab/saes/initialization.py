@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hedgelab.errors import UserError, whole_number
+from hedgelab.errors import UserError, positive, whole_number
 from hedgelab.saes.losses import geometric_median
 from hedgelab.seeding import generator, resolve_seed
 
@@ -39,10 +39,8 @@ class Initialization:
     def __post_init__(self) -> None:
         if self.seed is not None:  # as a number of Python: streams are named by how a seed prints
             object.__setattr__(self, "seed", whole_number("model.init.seed", self.seed, -(2**63)))
-        if self.decoder_norm <= 0:
-            raise UserError(f"model.init.decoder_norm: must be above 0, got {self.decoder_norm}")
-        if self.noise < 0:
-            raise UserError(f"model.init.noise: must not be negative, got {self.noise}")
+        positive("model.init.decoder_norm", self.decoder_norm)
+        positive("model.init.noise", self.noise, or_zero=True)
         if self.weights is not None and self.at_features:
             raise UserError("model.init.weights: are those of a trained SAE; remove model.init.at_features")
         if self.noise and not self.at_features:
@@ -65,13 +63,9 @@ class Initialization:
 
     def decoder_bias(self, x: Tensor) -> Tensor:
         """Decoder bias ``[d_in]`` from the first batch ``[batch, d_in]``."""
-        match self.b_dec:
-            case "zeros":
-                return torch.zeros_like(x[0])
-            case "mean":
-                return x.mean(0)
-            case "geometric_median":
-                return geometric_median(x)
+        if self.b_dec == "geometric_median":
+            return geometric_median(x)
+        return x.mean(0) if self.b_dec == "mean" else torch.zeros_like(x[0])
 
 
 def random_directions(count: int, d_in: int, rng: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hedgelab.batch import Batch
-from hedgelab.errors import UserError, whole_number
+from hedgelab.errors import positive, whole_number
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import JumpReLU, Threshold
 from hedgelab.saes.flat import FlatSAE
@@ -44,15 +44,10 @@ class JumpReLUSAE(FlatSAE):
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
-        if l0_coefficient < 0:
-            raise UserError(f"model.l0_coefficient: must not be negative, got {l0_coefficient}")
-        for name, value in (("threshold", threshold), ("bandwidth", bandwidth)):
-            if value <= 0:
-                raise UserError(f"model.{name}: must be above 0, got {value}")
-        self.l0_coefficient = l0_coefficient
+        self.l0_coefficient = positive("model.l0_coefficient", l0_coefficient, or_zero=True)
         self.l0_warmup_steps = whole_number("model.l0_warmup_steps", l0_warmup_steps, 0)
-        self.threshold = threshold
-        self.bandwidth = bandwidth
+        self.threshold = positive("model.threshold", threshold)
+        self.bandwidth = positive("model.bandwidth", bandwidth)
         self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(threshold)))
 
     def thresholds(self) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from math import inf
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +20,11 @@ from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import LossTerms
 from hedgelab.training.sharding import is_split
+
+
+def _of_inner(name: str) -> Any:
+    """The inner SAE's attribute of this name, to read and to set."""
+    return property(lambda sae: getattr(sae.inner, name), lambda sae, value: setattr(sae.inner, name, value))
 
 
 class MatryoshkaSAE(SAE):
@@ -55,11 +59,10 @@ class MatryoshkaSAE(SAE):
     per_member = ("level_weights", "credit")
     full_precision = ("log_factors",)
 
-    W_enc = property(attrgetter("inner.W_enc"))
-    b_enc = property(attrgetter("inner.b_enc"))
-    W_dec = property(attrgetter("inner.W_dec"))
-    b_dec = property(attrgetter("inner.b_dec"))
-    dead_latents = property(attrgetter("inner.dead_latents"))
+    d_sae, W_enc, b_enc, W_dec, b_dec = map(_of_inner, ("d_sae", "W_enc", "b_enc", "W_dec", "b_dec"))
+    steps_done, dead_latents = _of_inner("steps_done"), _of_inner("dead_latents")
+    optimizer, lr_scheduler = _of_inner("optimizer"), _of_inner("lr_scheduler")
+    gradient_clip_norm = _of_inner("gradient_clip_norm")
 
     def __init__(
         self,
@@ -74,8 +77,7 @@ class MatryoshkaSAE(SAE):
     ) -> None:
         super().__init__()
         self.inner = inner if isinstance(inner, FlatSAE) else inner(d_in)
-        self.d_in = d_in
-        self.d_sae = d_sae = self.inner.d_sae
+        self.d_in, d_sae = d_in, self.inner.d_sae
         levels = [whole_number("model.levels", level) for level in levels]
         mistakes = {
             f"inner: has d_in = {self.inner.d_in}, the activations {d_in}": self.inner.d_in != d_in,
@@ -98,8 +100,6 @@ class MatryoshkaSAE(SAE):
         self.credit = float(credit)
         self.adaptive = adaptive
         self.log_factors = nn.Parameter(torch.zeros(len(levels) - 1)) if adaptive else None
-        for name in ("optimizer", "lr_scheduler", "gradient_clip_norm"):
-            setattr(self, name, getattr(self.inner, name))
 
     def level_slices(self) -> list[slice]:
         """Each level's own new latents."""
@@ -122,13 +122,12 @@ class MatryoshkaSAE(SAE):
             if penalty is not None:
                 paid = ops.total(penalty, latents if self.detached else slice(latents.stop))
                 terms[f"{self.inner.penalty_name}/level{latents.stop}"] = weight * paid
-        revived: dict[str, tuple[Tensor, slice | None]] = {"auxiliary": (errors[-1], None)}
+        revived: Iterable[tuple[Tensor, slice | None]] = [(errors[-1], None)]
         if self.auxiliary_per_level:
-            slices = self.level_slices()
-            revived = {f"auxiliary/level{own.stop}": (error, own) for error, own in zip(errors, slices, strict=True)}
-        for name, (error, among) in revived.items():
-            if (auxiliary := self.inner.auxiliary_loss(batch, error, among)) is not None:
-                terms[name] = auxiliary
+            revived = zip(errors, self.level_slices(), strict=True)
+        for error, own in revived:
+            if (auxiliary := self.inner.auxiliary_loss(batch, error, own)) is not None:
+                terms["auxiliary" if own is None else f"auxiliary/level{own.stop}"] = auxiliary
         return LossTerms(terms, codes, errors[-1])
 
     def current_weights(self) -> list[Any]:
@@ -149,9 +148,7 @@ class MatryoshkaSAE(SAE):
 
     def training_numbers(self) -> dict[str, float]:
         """With ``adaptive`` the weights of inner levels as ``level_weight/...``."""
-        if not self.adaptive:
-            return {}
-        weights = zip(self.levels[:-1], self.current_weights()[:-1], strict=True)
+        weights = zip(self.levels[:-1], self.current_weights()[:-1], strict=True) if self.adaptive else ()
         return {f"level_weight/level{size}": float(weight) for size, weight in weights}
 
     def level_errors(self, codes: Codes, batch: Batch) -> LevelErrors:
@@ -163,7 +160,7 @@ class MatryoshkaSAE(SAE):
         if is_split(self.W_dec):
             raise UserError("model.credit: cannot be used where latents are split over processes, set it to 0")
         with torch.no_grad():
-            *inner, last = ops.level_errors(codes.detach(), decoder, target).errors
+            *inner, last = ops.level_errors(codes.detach(), decoder, target)[1]
             spared = [
                 self.credit * outside_span(last - error, self.W_dec[:size])
                 for size, error in zip(self.levels[:-1], inner, strict=True)
@@ -177,19 +174,12 @@ class MatryoshkaSAE(SAE):
         """Initialise the inner SAE."""
         self.inner.initialize(first, feature_directions)
 
-    def set_steps_done(self, steps: int) -> None:
-        """Tell the inner SAE as well."""
-        super().set_steps_done(steps)
-        self.inner.set_steps_done(steps)
-
     def before_optimizer_step(self) -> None:
         """The inner SAE's."""
         self.inner.before_optimizer_step()
 
-    @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:
-        """The inner SAE's as well."""
-        super().after_step(result)
+        """The inner SAE's."""
         self.inner.after_step(result)
 
 

@@ -1,9 +1,92 @@
-"""The TopK SAE: the k largest latents of each example."""
+"""SAEs that keep k latents an example: what they share, and TopK."""
 
 from __future__ import annotations
 
-from hedgelab.kernels.values import TopK
-from hedgelab.saes.k_sparse import KSparseSAE
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hedgelab.batch import Batch
+from hedgelab.errors import UserError, positive, whole_number
+from hedgelab.kernels import ops
+from hedgelab.kernels.values import Encoder, Target, TopK
+from hedgelab.saes.flat import FlatSAE
+from hedgelab.saes.losses import LossTerms
+
+
+class KSparseSAE(FlatSAE):
+    """An SAE that keeps k latents an example (SPEC section 2); dead ones are revived by an auxiliary loss.
+
+    Args:
+        d_in: Width of the activations (linked from the data).
+        d_sae: Number of latents.
+        k: Latents kept an example (BatchTopK: on average).
+        norm_aware_selection: Select by pre-activation times decoder norm.
+        dead_after_steps: A latent that fired on no example in this many steps is dead.
+        auxiliary_coefficient: Weight of the auxiliary loss; 0 switches it off.
+        **kwargs: Arguments of :class:`~hedgelab.saes.flat.FlatSAE`.
+    """
+
+    steps_since_fired: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        norm_aware_selection: bool = False,
+        dead_after_steps: int = 1000,
+        auxiliary_coefficient: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, **kwargs)
+        self.k = whole_number("model.k", k)
+        if k > self.d_sae:
+            raise UserError(f"model.k: must lie between 1 and d_sae = {d_sae}, got {k}")
+        self.norm_aware_selection = norm_aware_selection
+        self.dead_after_steps = whole_number("model.dead_after_steps", dead_after_steps)
+        self.auxiliary_coefficient = positive("model.auxiliary_coefficient", auxiliary_coefficient, or_zero=True)
+        self.register_buffer("steps_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+
+    @property
+    def dead_latents(self) -> Tensor:
+        """Which latents fired on no example in the last ``dead_after_steps`` steps, ``[d_sae]`` bool."""
+        return self.steps_since_fired >= self.dead_after_steps
+
+    def selection_scale(self) -> Tensor | None:
+        """What pre-activations are multiplied by for the selection, ``[d_sae]``; None for nothing."""
+        return self.W_dec.detach().norm(dim=1) if self.norm_aware_selection else None
+
+    def encoder(self) -> Encoder:
+        """The encoder's weights, and what ranks latents."""
+        return super().encoder()._replace(scale=self.selection_scale())
+
+    def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | None = None) -> Tensor | None:
+        """The top ``d_in // 2`` dead latents predict the residual (Gao et al. 2024, appendix A.2; scaled as in SPEC §2).
+
+        The residual and ``b_dec`` are detached: the auxiliary loss moves dead latents only. ``among`` restricts it to a
+        level's latents. ``min(1, n_dead / k_aux) · mean_b ‖e_hat_b - (x_b - x_hat_b)‖²``; they reconstruct ``e_hat``.
+        """
+        if not self.auxiliary_coefficient:
+            return None
+        level = slice(0, self.d_sae) if among is None else among
+        columns = self.dead_latents[level].nonzero().squeeze(1) + level.start
+        if not len(columns):
+            return None
+        k_aux = max(1, self.d_in // 2)
+        encoder = Encoder(self.W_enc, self.b_enc, self.b_dec.detach())
+        codes = ops.encode(batch.x, encoder, TopK(min(k_aux, len(columns)), columns))
+        decoder = self.decoder()._replace(b_dec=torch.zeros_like(self.b_dec))
+        (missed,), _ = ops.level_errors(codes, decoder, Target(-error, (self.d_sae,), weight=batch.weight))
+        return self.auxiliary_coefficient * min(1.0, len(columns) / k_aux) * missed
+
+    @torch.no_grad()
+    def after_step(self, result: LossTerms) -> None:
+        """Advance the dead-latent clock: a latent that fired on any rank is alive."""
+        super().after_step(result)
+        fired = self.ranks.any(result.codes.fired())
+        self.steps_since_fired.add_(1).masked_fill_(fired, 0)
 
 
 class TopKSAE(KSparseSAE):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hedgelab.batch import Batch
-from hedgelab.errors import UserError, whole_number
+from hedgelab.errors import positive, whole_number
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import ReLU
 from hedgelab.saes.flat import FlatSAE
@@ -39,12 +39,9 @@ class VanillaSAE(FlatSAE):
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
-        for name, value in (("l1_coefficient", l1_coefficient), ("l1_warmup_start", l1_warmup_start)):
-            if value < 0:
-                raise UserError(f"model.{name}: must not be negative, got {value}")
-        self.l1_coefficient = l1_coefficient
+        self.l1_coefficient = positive("model.l1_coefficient", l1_coefficient, or_zero=True)
         self.l1_warmup_steps = whole_number("model.l1_warmup_steps", l1_warmup_steps, 0)
-        self.l1_warmup_start = l1_warmup_start
+        self.l1_warmup_start = positive("model.l1_warmup_start", l1_warmup_start, or_zero=True)
 
     def selection(self) -> ReLU:
         """All latents with a positive pre-activation."""

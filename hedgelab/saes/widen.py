@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from hedgelab.errors import UserError, whole_number
+from hedgelab.errors import positive, whole_number
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.initialization import random_directions
-from hedgelab.saes.io import build_sae
 from hedgelab.saes.matryoshka import MatryoshkaSAE
 from hedgelab.seeding import generator
 
@@ -48,21 +47,13 @@ def widen(sae: SAE, n_new: int, norm: float = 0.1, seed: int = 0) -> SAE:
 
     New latents start at random unit directions times ``norm`` in the decoder, the same in the encoder, encoder bias 0;
     JumpReLU thresholds at the configured start, dead-latent clocks at 0. In a matryoshka SAE they join the last level.
-
-    Args:
-        sae: Any SAE; optimiser and schedules are taken over, optimiser states are not.
-        n_new: Number of new latents.
-        norm: Decoder norm of the new latents.
-        seed: Seed of the new directions.
+    Optimiser and schedules are taken over, optimiser states are not. ``seed`` decides the new directions.
     """
-    whole_number("hedge.n_new", n_new)
-    if norm <= 0:
-        raise UserError(f"hedge.new_norm: must be above 0, got {norm}")
-    wide = _alike(sae, n_new).to(sae.W_dec)
+    wide = _alike(sae, whole_number("hedge.n_new", n_new)).to(sae.W_dec)
     old = sae.state_dict()
     for name, value in wide.state_dict().items():
         value[tuple(map(slice, old[name].shape))].copy_(old[name])
-    directions = random_directions(n_new, sae.d_in, generator(seed, "new latents")) * norm
+    directions = random_directions(n_new, sae.d_in, generator(seed, "new latents")) * positive("hedge.new_norm", norm)
     for rows in (wide.W_dec, flat_part(wide).W_enc_rows):
         rows[sae.d_sae :] = directions.to(rows)
     wide.initialized = True
@@ -75,15 +66,13 @@ def _alike(sae: SAE, n_new: int) -> SAE:
     config.get("inner", config)["d_sae"] += n_new
     if isinstance(sae, MatryoshkaSAE):
         config["levels"] = [*sae.levels[:-1], sae.d_sae + n_new]
-    made = build_sae(config)
-    train_like(made, sae)
+    made = SAE.from_config(config)
     flat_part(made).init = flat_part(sae).init
+    train_like(made, sae)
     return made
 
 
 def train_like(sae: SAE, other: SAE) -> None:
     """Give an SAE the optimiser, schedule and clipping of another of its kind."""
-    for target, source in ((sae, other), (flat_part(sae), flat_part(other))):
-        target.optimizer = source.optimizer
-        target.lr_scheduler = source.lr_scheduler
-        target.gradient_clip_norm = source.gradient_clip_norm
+    for name in ("optimizer", "lr_scheduler", "gradient_clip_norm"):
+        setattr(sae, name, getattr(other, name))

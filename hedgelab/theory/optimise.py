@@ -37,7 +37,7 @@ def minimise(
     if sae.W_dec.dtype != batch.x.dtype:
         raise UserError(f"data.dtype: the SAE is {sae.W_dec.dtype} but the batch {batch.x.dtype}; make them the same")
     parameters = list(sae.parameters())
-    sae.set_steps_done(_AFTER_WARMUP)
+    sae.steps_done = _AFTER_WARMUP
     descent = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
 
     def loss_and_gradient() -> float:

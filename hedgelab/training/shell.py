@@ -189,7 +189,7 @@ class TrainingShell(L.LightningModule):
             total = self._take_step(one, step)
             step += 1
         for trainee in self.trainees:
-            trainee.sae.set_steps_done(step)
+            trainee.sae.steps_done = step
         if isinstance(batch, list):  # Lightning counts batches where it logs, and steps are meant
             self.trainer.fit_loop.epoch_loop._batches_that_stepped += len(batch) - 1
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -208,7 +208,7 @@ class TrainingShell(L.LightningModule):
         self.zero_grad()  # first: the last step's gradients and this one's pre-activations are never held at once
         results: dict[str, Any] = {}
         for trainee in self.trainees:
-            trainee.sae.set_steps_done(step)
+            trainee.sae.steps_done = step
             result = trainee.sae.loss(batch.of(trainee.name) if isinstance(batch, steps.StepBatches) else batch)
             if self.on_nonfinite != "skip" or bool(torch.isfinite(self.ranks.sum(result.total.detach()))):
                 results[trainee.name] = result

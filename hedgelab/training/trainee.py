@@ -25,7 +25,7 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler]
 class Trainee:
     """An SAE in training, alone (its name is empty) or as a member of a group.
 
-    The shell asks of the SAE ``loss``, ``initialize``, ``before_optimizer_step``, ``after_step``, ``set_steps_done`` and
+    The shell asks of the SAE ``loss``, ``initialize``, ``before_optimizer_step``, ``after_step``, ``steps_done`` and
     ``training_numbers`` to train, ``encode``, ``decode`` and ``folded`` to measure.
     """
 

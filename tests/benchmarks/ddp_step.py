@@ -100,7 +100,7 @@ def our_step(kind: str, together: bool, ddp: dict[str, Any]) -> Step:
         Trainee(sae).prepare_gradients()
         optimizer.step()
         sae.after_step(loss.result)
-        sae.set_steps_done(sae.steps_done + 1)
+        sae.steps_done += 1
 
     return take
 

@@ -47,7 +47,7 @@ def build(task: Task) -> Step:
         Trainee(sae).prepare_gradients()
         optimizer.step()
         sae.after_step(result)
-        sae.set_steps_done(sae.steps_done + 1)
+        sae.steps_done += 1
 
     versions = {"hedgelab": version("hedgelab"), "torch": torch.__version__}
     return Step(take, lambda x: sae.loss(Batch(x)).error + x, versions)

@@ -19,7 +19,7 @@ COMMON = {"optimizer": functools.partial(torch.optim.Adam, lr=3e-3)}
 def alone(sae, batches):
     optimizer = make_optimizer(sae.optimizer, sae.parameters())
     for step in range(STEPS):
-        sae.set_steps_done(step)
+        sae.steps_done = step
         result = sae.loss(batches(step))
         optimizer.zero_grad()
         result.total.backward()

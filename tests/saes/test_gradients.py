@@ -140,7 +140,7 @@ def build(name, weighting):
 def kill_some_latents(sae):
     flat = getattr(sae, "inner", sae)
     flat.steps_since_fired[torch.tensor([1, 7, 20, 21, 35])] = flat.dead_after_steps
-    sae.set_steps_done(flat.dead_after_steps)
+    sae.steps_done = flat.dead_after_steps
 
 
 def check(sae, batch):

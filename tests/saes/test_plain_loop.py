@@ -10,6 +10,7 @@ from hedgelab.batch import Batch
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import (
+    SAE,
     BatchTopKSAE,
     Initialization,
     JumpReLUSAE,
@@ -20,7 +21,7 @@ from hedgelab.saes import (
     load_sae,
     save_sae,
 )
-from hedgelab.saes.io import copy_of, same_weights
+from hedgelab.saes.io import same_weights
 
 FEATURES = [0.3, {"f0": 0.3, "not f0": 0.1}, 0.2, {"f2": 0.4, "otherwise": 0}]
 STEPS = 40
@@ -203,6 +204,6 @@ def test_double_precision_survives_saving_and_copying(kind, tmp_path):
     with torch.no_grad():
         sae.W_dec.mul_(1 + 1e-12)
     save_sae(sae, tmp_path)
-    for copy in (load_sae(tmp_path), duplicate(sae), copy_of(sae.config(), sae.state_dict())):
+    for copy in (load_sae(tmp_path), duplicate(sae), SAE.from_state(sae.config(), sae.state_dict())):
         assert same_weights(copy, sae)
         assert copy.W_dec.dtype == torch.float64

@@ -11,7 +11,8 @@ import torch
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import SAE, BatchTopKSAE, FlatSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE, load_sae
-from hedgelab.saes.io import CLASSES, same_weights
+from hedgelab.saes.base import CLASSES
+from hedgelab.saes.io import same_weights
 
 
 class SoftTopKSAE(TopKSAE):

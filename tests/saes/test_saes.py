@@ -110,7 +110,7 @@ def test_auxiliary_loss_revives_dead_latents():
             sae.b_enc[8:] -= 2.5
         optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
         for index in range(300):
-            sae.set_steps_done(index)
+            sae.steps_done = index
             step(sae, optimizer, x_batch(seed=index))
         alive[coefficient] = 32 - int(sae.dead_latents.sum())
     assert alive[1.0] >= 30
@@ -258,7 +258,7 @@ def test_warmup_is_linear_and_may_start_above_zero():
     sae = VanillaSAE(8, 16, l1_coefficient=2.0, l1_warmup_steps=4)
     costs = []
     for done in range(6):
-        sae.set_steps_done(done)
+        sae.steps_done = done
         costs.append(sae.loss(Batch(x_batch())).terms["l1"].item())
     assert costs[0] == 0
     assert costs[2] == pytest.approx(costs[4] / 2)
