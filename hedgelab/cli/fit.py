@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hedgelab.cli.startup import begin
+from hedgelab.cli.startup import defer_torchmetrics
 
 
 def run(command: str, words: list[str]) -> int:
     """Run one of LightningCLI's subcommands."""
-    begin(words)
+    defer_torchmetrics()
     from hedgelab.cli.lightning import HedgelabCLI, run_cli, summary
     from hedgelab.kernels.allocator import keep_large_blocks
 

@@ -130,7 +130,7 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from hedgelab.tracking.glossary import title
+    from hedgelab.glossary import title
     from hedgelab.tracking.listing import as_text, compare, curve_metrics, curves
     from hedgelab.tracking.runs import resolve_run
     from hedgelab.tracking.store import runs_dir, tracking_uri

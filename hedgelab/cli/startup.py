@@ -1,4 +1,4 @@
-"""Before torch is imported: what can be done meanwhile, and what need not be imported yet.
+"""Before torch is imported: what need not be imported yet.
 
 ``import torchmetrics`` brings scipy.signal, and transformers where it is installed, which takes longer than Lightning itself.
 Lightning and hedgelab use two names of it, and the rest is left for whoever asks for it.
@@ -15,18 +15,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from hedgelab.config.tree import compose, only_shows
-from hedgelab.tracking.store import prepare_store_in_background
-
 _NAME = "torchmetrics"
-
-
-def begin(words: list[str], tracked: bool = True) -> None:
-    """Have the absent store of a tracked command made while torch is imported, and import no more than it needs."""
-    trainer = compose(words).get("trainer")
-    if tracked and not only_shows(words) and not (isinstance(trainer, dict) and trainer.get("logger") is False):
-        prepare_store_in_background()
-    defer_torchmetrics()
 
 
 class _Deferred(ModuleType):

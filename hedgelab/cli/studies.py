@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from hedgelab.cli.startup import begin
+from hedgelab.cli.startup import defer_torchmetrics
 from hedgelab.config.tree import compose, config_files, only_shows, opening_comment, with_bare_flags, without_configs
 from hedgelab.errors import UserError, stop_at_once
 
@@ -44,7 +44,7 @@ class Parsed(NamedTuple):
 
 def run(command: str, words: list[str]) -> int:
     """Run the study that a command, a class path or the name of an entry point names."""
-    begin(words, command not in _UNTRACKED)
+    defer_torchmetrics()
     from hedgelab.protocols.study import Bench
     from hedgelab.tracking import MLflowTracker
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from hedgelab.cli.startup import begin
+from hedgelab.cli.startup import defer_torchmetrics
 
 if TYPE_CHECKING:
     from hedgelab.protocols.sweep.run import Sweep
@@ -41,7 +41,7 @@ def run(command: str, words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(_HELP, end="")
         return 0
-    begin([word for word in words if word != "--list"], tracked="--list" not in words)
+    defer_torchmetrics()
     return 1 if sweep(words).failures else 0
 
 

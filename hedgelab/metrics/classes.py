@@ -19,6 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from hedgelab.glossary import GROUP
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional import basic, loss_recovered
 from hedgelab.metrics.functional.accumulate import NO_FLOAT64, as_codes
@@ -27,7 +28,6 @@ from hedgelab.metrics.functional.error_spread import BLOCKS, ResidualHedging, re
 from hedgelab.metrics.functional.hierarchy import hierarchy_update
 from hedgelab.metrics.functional.recovery import co_firing
 from hedgelab.metrics.functional.true_hedging import regression_update
-from hedgelab.tracking.glossary import GROUP
 
 ROWS = 8192  # examples that residual hedging keeps: memory grows with them, time with their square
 

@@ -7,8 +7,8 @@ import re
 from itertools import groupby
 from pathlib import Path
 
-from hedgelab.tracking import glossary
-from hedgelab.tracking.glossary import declarations
+from hedgelab import glossary
+from hedgelab.glossary import declarations
 
 FILE = Path(__file__).with_name("README.md")
 _INTRODUCTION = """# Metrics

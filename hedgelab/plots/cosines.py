@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
@@ -26,19 +27,23 @@ def cosine_heatmaps(decoder: ArrayLike, encoder: ArrayLike) -> Figure:
     """
     panels = {"decoder": np.asarray(decoder, dtype=float), "encoder": np.asarray(encoder, dtype=float)}
     rows, columns = panels["decoder"].shape
-    ordered = rows > _MOST_NAMED
-    if ordered:
-        strength = np.abs(panels["decoder"])
+    label = "latent"
+    if rows > _MOST_NAMED:
+        strength, label = np.abs(panels["decoder"]), "latent, by nearest feature"
         order = np.lexsort((-strength.max(axis=1), strength.argmax(axis=1)))
         panels = {name: cosines[order] for name, cosines in panels.items()}
+    if max(rows, columns) <= _MOST_NAMED:  # square cells
+        cell = 0.62 if max(rows, columns) <= 8 else 0.42
+        width, height = max(1.4, cell * columns), max(0.7, cell * rows)
+    else:
+        width, height = 9.0 if columns > 2 * rows else 5.2, float(np.clip(5.2 * rows / columns, 1.6, 5.2))
     stacked = columns > 2 * max(rows, 4)
-    width, height = _panel_size(rows, columns)
     size = (width + 1.6, 2 * height + 1.8) if stacked else (2 * width + 2.8, height + 1.2)
     pooled = ", strongest of each block" if max(rows, columns) > _MOST_BLOCKS else ""
-    figure = new_figure(*size, title=f"Cosine of each latent with the true features{pooled}")
-    grid = figure.subplots(*((2, 1) if stacked else (1, 2)), squeeze=False).flat
+    heading = f"Cosine of each latent with the true features{pooled}"
+    figure, grid = new_figure(*size, heading, *((2, 1) if stacked else (1, 2)))
     for axes, (name, cosines) in zip(grid, panels.items(), strict=True):
-        image = _heatmap(axes, cosines, name, "latent, by nearest feature" if ordered else "latent")
+        image = _heatmap(axes, cosines, name, label)
     color_bar(figure, image, "cosine", shrink=0.9, aspect=18, ticks=[-1, -0.5, 0, 0.5, 1])
     return figure
 
@@ -48,28 +53,19 @@ def decoder_bias(projections: ArrayLike, norm: float) -> Figure:
     values = np.asarray(projections, dtype=float)
     n = len(values)
     named = n <= _MOST_NAMED
-    figure = new_figure(min(10.0, max(4.2, 2.2 + 0.42 * n)), 3.2, "Decoder bias along the true features")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(min(10.0, max(4.2, 2.2 + 0.42 * n)), 3.2, "Decoder bias along the true features")
     colors = np.where(values >= 0, PALETTE[1], PALETTE[0])
     axes.bar(np.arange(n), values, width=0.62 if named else 1.0, color=colors)
     axes.axhline(0, color=MUTED, linewidth=0.8)
     tidy(axes, f"‖b_dec‖ = {norm:.3g}", "true feature", "b_dec · f  (activation units)")
     axes.set_xlim(-0.6 if named else -0.5, n - 0.4 if named else n - 0.5)
     axes.margins(y=0.18)
-    _name_columns(axes, n)
+    _name(axes.xaxis, n, "f")
     decimals = 2 if np.abs(values).max() >= 0.1 else 3
     for j, value in enumerate(values) if n <= 16 else ():
         above = value >= 0
         note(axes, _number(value, decimals), (j, value), (0, 3 if above else -3), va="bottom" if above else "top")
     return figure
-
-
-def _panel_size(rows: int, columns: int) -> tuple[float, float]:
-    """Inches for one panel: square cells while these are few, then a bounded picture."""
-    if max(rows, columns) <= _MOST_NAMED:
-        cell = 0.62 if max(rows, columns) <= 8 else 0.42
-        return max(1.4, cell * columns), max(0.7, cell * rows)
-    return (9.0 if columns > 2 * rows else 5.2), float(np.clip(5.2 * rows / columns, 1.6, 5.2))
 
 
 def _heatmap(axes: Axes, cosines: NDArray[np.float64], title: str, row_name: str) -> AxesImage:
@@ -81,11 +77,8 @@ def _heatmap(axes: Axes, cosines: NDArray[np.float64], title: str, row_name: str
     )  # fmt: skip
     tidy(axes, title, "true feature", row_name, grid=False)
     axes.spines[:].set_visible(False)
-    if rows <= _MOST_NAMED:
-        axes.set_yticks(range(rows))
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-    _name_columns(axes, columns)
+    _name(axes.yaxis, rows)
+    _name(axes.xaxis, columns, "f")
     if small:
         axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
@@ -99,11 +92,11 @@ def _heatmap(axes: Axes, cosines: NDArray[np.float64], title: str, row_name: str
     return image
 
 
-def _name_columns(axes: Axes, columns: int) -> None:
-    if columns <= _MOST_NAMED:
-        axes.set_xticks(range(columns), [f"f{j}" for j in range(columns)])
+def _name(axis: Axis, count: int, prefix: str = "") -> None:
+    if count <= _MOST_NAMED:
+        axis.set_ticks(range(count), [f"{prefix}{place}" for place in range(count)])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def _strongest_of_blocks(cosines: NDArray[np.float64]) -> NDArray[np.float64]:

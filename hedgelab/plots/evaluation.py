@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from hedgelab.plots import style
+from hedgelab.plots.sweep import Point, sweep_panels
 
 
 def probing_by_class(classes: Sequence[str], ks: Sequence[int], f1: ArrayLike) -> Figure:
     """F1 of probes on k latents for each class, ``[classes, len(ks)]``."""
-    figure = style.new_figure(max(5.0, 1.0 + 0.9 * len(classes)), 3.4, "k-sparse probing")
-    axes = figure.subplots()
+    figure, (axes,) = style.new_figure(max(5.0, 1.0 + 0.9 * len(classes)), 3.4, "k-sparse probing")
     columns = np.asarray(f1, dtype=float).T
     style.grouped_bars(axes, classes, {f"k = {k}": values for k, values in zip(ks, columns, strict=True)})
     axes.set_ylim(0, 1)
@@ -25,36 +25,25 @@ def probing_by_class(classes: Sequence[str], ks: Sequence[int], f1: ArrayLike) -
 
 def absorption_by_letter(letters: Sequence[str], full: ArrayLike, fraction: ArrayLike) -> Figure:
     """Share of words fully absorbed and mean absorption fraction for each first letter; NaN where the probe knows nothing."""
+    figure, (axes,) = style.new_figure(8.4, 3.2, "First-letter absorption")
     values = np.asarray([full, fraction], dtype=float)
-    figure = style.new_figure(8.4, 3.2, "First-letter absorption")
-    axes = figure.subplots()
-    labels = ("fully absorbed", "absorption fraction")
-    style.grouped_bars(axes, letters, dict(zip(labels, np.nan_to_num(values), strict=True)))
+    shown = np.nan_to_num(values)
+    style.grouped_bars(axes, letters, {"fully absorbed": shown[0], "absorption fraction": shown[1]})
     for place in np.flatnonzero(np.isnan(values[0])).tolist():
         style.note(axes, "–", (place, 0), (0, 2), color=style.MUTED)
-    axes.set_ylim(0, max(0.1, float(np.nan_to_num(values).max()) * 1.15))
+    axes.set_ylim(0, max(0.1, float(shown.max()) * 1.15))
     style.legend(axes)
     style.tidy(axes, "", "first letter  (–: the dense probe does not know it)", "share of words")
     return figure
 
 
 def scores_by_count(counts: Sequence[int], lines: Mapping[str, ArrayLike], title: str, ylabel: str) -> Figure:
-    """Scores against the number of latents silenced, a curve a label; the first curve is the one that counts."""
-    figure = style.new_figure(5.6, 3.4, title)
-    axes = figure.subplots()
-    for i, (label, values) in enumerate(lines.items()):
-        dashes, width = ("--", 1.2) if i else ("-", 2.0)
-        scores = np.asarray(values, dtype=float)
-        axes.plot(
-            counts, scores, dashes, marker="o", markersize=4, color=style.PALETTE[i], linewidth=width, label=label
-        )
-    axes.set_xscale("log")
-    axes.set_xticks(list(counts), [str(count) for count in counts])
-    axes.minorticks_off()
-    axes.axhline(0, color=style.FAINT, linewidth=1.0)
-    style.legend(axes)
-    style.tidy(axes, "", "latents silenced", ylabel)
-    return figure
+    """Scores against the number of latents silenced, a curve a label."""
+    curves = {
+        label: [Point(count, [value]) for count, value in zip(counts, np.asarray(values, dtype=float), strict=True)]
+        for label, values in lines.items()
+    }
+    return sweep_panels({"": curves}, "latents silenced", title, (True, False), ylabel=ylabel)
 
 
 def losses_spliced(losses: Mapping[str, float]) -> Figure:
@@ -62,10 +51,10 @@ def losses_spliced(losses: Mapping[str, float]) -> Figure:
 
     The keys are the fields of :class:`~hedgelab.metrics.functional.loss_recovered.RecoveredLoss`.
     """
-    figure = style.new_figure(8.4, 3.2, "The language model with …")
+    figure, grid = style.new_figure(8.4, 3.2, "The language model with …", columns=2)
     names = {"": "its own\nactivations", "_sae": "the SAE's\nreconstruction", "_mean": "their\nmean", "_zero": "zeros"}
     panels = {"cross-entropy": ("cross_entropy", "recovered"), "KL from the untouched model": ("kl", "kl_recovered")}
-    for axes, (label, (measure, recovered)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    for axes, (label, (measure, recovered)) in zip(grid, panels.items(), strict=True):
         values = [losses.get(f"{measure}{key}", 0.0) for key in names]  # the KL of the untouched model is zero
         axes.bar(range(4), values, 0.62, color=[style.FAINT, style.PALETTE[0], style.FAINT, style.FAINT], zorder=2)
         for place, value in enumerate(values):
@@ -82,16 +71,13 @@ def cosine_distribution(counts: ArrayLike, largest: ArrayLike, threshold: float)
     From ``threshold`` on, two latents count as near-duplicates.
     """
     pairs, nearest = np.asarray(counts, dtype=float), np.asarray(largest, dtype=float)
-    figure = style.new_figure(8.4, 3.2, "Decoder rows to one another")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = style.new_figure(8.4, 3.2, "Decoder rows to one another", columns=2)
     edges = np.linspace(-1, 1, len(pairs) + 1)
     left.stairs(np.maximum(pairs, 0.5), edges, fill=True, baseline=0.5, color=style.PALETTE[0])
     left.set_yscale("log")
+    style.tidy(left, "all pairs of live latents", "cosine", "pairs")
     style.histogram(right, nearest, np.linspace(-0.2, 1, 61).tolist())
     right.axvline(threshold, color=style.INK, linewidth=1.0, linestyle=style.DASHED)
-    duplicates = int((nearest >= threshold).sum())
-    style.tidy(left, "all pairs of live latents", "cosine", "pairs")
-    style.tidy(
-        right, f"{duplicates} of {nearest.size} above {threshold:g}", "largest cosine with another latent", "latents"
-    )
+    heading = f"{int((nearest >= threshold).sum())} of {nearest.size} above {threshold:g}"
+    style.tidy(right, heading, "largest cosine with another latent", "latents")
     return figure

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from itertools import product, zip_longest
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hedgelab.plots import style
+from hedgelab.plots.sweep import Point, sweep_panels
 
 _DEGREES = {
     "degree": "random\n(the degree)",
@@ -32,14 +33,13 @@ def degree_and_baselines(scores: Sequence[Mapping[str, float]]) -> Figure:
     ``scores`` are the scalars of each seed, by the names of :class:`~hedgelab.metrics.functional.DegreeScores`; bars are
     means, dots are seeds.
     """
-    figure = style.new_figure(11.0, 3.8, "Hedging degree")
-    left, right = figure.subplots(1, 2, width_ratios=[5, 4])
+    figure, (left, right) = style.new_figure(11.0, 3.8, "Hedging degree", columns=2, width_ratios=[5, 4])
     _bars(left, _MOTIONS, scores)
-    spread = [values["baseline_std"] for values in scores if "baseline_std" in values]
-    if spread and "baseline" in scores[0]:
+    deviations = [values["baseline_std"] for values in scores if "baseline_std" in values]
+    if deviations and "baseline" in scores[0]:
         place = [name for name in _MOTIONS if name in scores[0]].index("baseline")
         mean = np.mean([values["baseline"] for values in scores])
-        left.errorbar(place, mean, np.mean(spread), color=style.INK, linewidth=1.2, capsize=3)
+        left.errorbar(place, mean, np.mean(deviations), color=style.INK, linewidth=1.2, capsize=3)
     _bars(right, _DEGREES, scores)
     style.tidy(left, "motion of old latents within the span of …", "", "share of a decoder row's norm")
     style.tidy(right, "degree against a baseline that is …", "", "degree")
@@ -65,20 +65,16 @@ def projection_of_latents(
 
     ``baseline`` is the mean within random subspaces, ``noise_floor`` the mean of what reordering the data moves.
     """
-    figure = style.new_figure(9.6, 3.6, "Which latents made way for the new ones")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = style.new_figure(9.6, 3.6, "Which latents made way for the new ones", columns=2)
     for i, values in enumerate(projections):
         ranked = np.sort(np.asarray(values, dtype=float))[::-1]
         left.plot(np.arange(1, len(ranked) + 1), ranked, color=style.color_of(i), linewidth=1.4)
     everything = np.concatenate([np.asarray(values, dtype=float) for values in projections])
     style.histogram(right, everything, min(60, max(10, everything.size // 8)))
-    for label, value, color in (
-        ("random subspaces", baseline, style.INK),
-        ("reordering alone", noise_floor, style.MUTED),
-    ):
-        if value is not None:
-            left.axhline(value, color=color, linewidth=1.0, linestyle=style.DASHED, label=label)
-            right.axvline(value, color=color, linewidth=1.0, linestyle=style.DASHED)
+    lines = [("random subspaces", baseline, style.INK), ("reordering alone", noise_floor, style.MUTED)]
+    for label, value, color in lines[: 1 if noise_floor is None else 2]:
+        left.axhline(value, color=color, linewidth=1.0, linestyle=style.DASHED, label=label)
+        right.axvline(value, color=color, linewidth=1.0, linestyle=style.DASHED)
     left.set_xlim(1, max(2, max(len(values) for values in projections)))
     style.legend(left)
     style.tidy(left, "sorted; a curve a seed", "old latent, most moved first", "motion within the new latents' span")
@@ -95,47 +91,38 @@ def measures_against_truth(
     Measures named "residual…" are in the units of the truth and get its diagonal; ``ranks`` are Spearman's correlations.
     """
     kinds = list(next(iter(measures.values())))
-    size = (2.5 * len(kinds) + 0.6, 2.35 * len(measures) + 0.9)
-    figure = style.new_figure(*size, "Do measures without ground truth see hedging?")
-    grid = figure.subplots(len(measures), len(kinds), squeeze=False, sharex="col", sharey="row")
-    for row, (measure, by_kind) in zip(grid, measures.items(), strict=True):
-        for axes, (kind, points) in zip(row, by_kind.items(), strict=True):
-            for i, (toy, pairs) in enumerate(points.items()):
-                true, value = np.array(pairs, dtype=float).reshape(-1, 2).T
-                axes.scatter(true, value, s=12, color=style.color_of(i), alpha=0.85, linewidths=0, label=toy, zorder=3)
-            if measure.startswith("residual"):
-                axes.axline((0, 0), slope=1, color=style.FAINT, linewidth=1)
-            axes.axhline(0, color=style.FAINT, linewidth=0.8)
-            title = f"{kind}: Spearman {ranks[measure][kind]:.3f}"
-            style.tidy(axes, title, "true hedging" if row is grid[-1] else "", measure if axes is row[0] else "")
-    style.legend_below(figure, grid[0][0])
+    size, title = (2.5 * len(kinds) + 0.6, 2.35 * len(measures) + 0.9), "Do measures without ground truth see hedging?"
+    figure, grid = style.new_figure(*size, title, len(measures), len(kinds), sharex="col", sharey="row")
+    for number, (axes, (measure, kind)) in enumerate(zip(grid, product(measures, kinds), strict=True)):
+        for i, (toy, pairs) in enumerate(measures[measure][kind].items()):
+            true, value = np.array(pairs, dtype=float).reshape(-1, 2).T
+            axes.scatter(true, value, s=12, color=style.color_of(i), alpha=0.85, linewidths=0, label=toy, zorder=3)
+        if measure.startswith("residual"):
+            axes.axline((0, 0), slope=1, color=style.FAINT, linewidth=1)
+        axes.axhline(0, color=style.FAINT, linewidth=0.8)
+        xlabel = "true hedging" if number >= len(grid) - len(kinds) else ""
+        ylabel = measure if number % len(kinds) == 0 else ""
+        style.tidy(axes, f"{kind}: Spearman {ranks[measure][kind]:.3f}", xlabel, ylabel)
+    style.legend_below(figure, grid[0].collections)
     return figure
 
 
 def hedging_over_width(curves: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]) -> Figure:
-    """True hedging over the SAE's width: a panel a kind, a curve a toy (mean over the seeds' values)."""
-    figure = style.new_figure(2.6 * len(curves) + 0.4, 3.1, "Hedging falls as SAEs get wider")
-    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    for axes, (kind, by_toy) in zip(panels, curves.items(), strict=True):
-        for i, (toy, by_width) in enumerate(by_toy.items()):
-            means = [np.mean(values) for values in by_width.values()]
-            axes.plot(list(by_width), means, marker="o", ms=3, color=style.color_of(i), label=toy)
-        widths = sorted({width for by_width in by_toy.values() for width in by_width})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(widths, [str(width) for width in widths])
-        axes.minorticks_off()
-        style.tidy(axes, kind, "width", "true hedging" if axes is panels[0] else "")
-    style.legend_below(figure, panels[0])
-    return figure
+    """True hedging over the SAE's width: a panel a kind, a curve a toy, a value a seed."""
+    panels = {
+        kind: {toy: [Point(width, values) for width, values in by_width.items()] for toy, by_width in by_toy.items()}
+        for kind, by_toy in curves.items()
+    }
+    return sweep_panels(panels, "width", "Hedging falls as SAEs get wider", (True, False), ylabel="true hedging")
 
 
 def hedging_of_levels(levels: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
     """True hedging of matryoshka levels' own latents, innermost first: a panel a toy, a group of bars a width."""
-    figure = style.new_figure(2.2 * len(levels) + 0.4, 2.9, "Where matryoshka SAEs hedge")
-    panels = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
-    for axes, (toy, by_width) in zip(panels, levels.items(), strict=True):
+    width = 2.2 * len(levels) + 0.4
+    figure, grid = style.new_figure(width, 2.9, "Where matryoshka SAEs hedge", columns=len(levels), sharey=True)
+    for axes, (toy, by_width) in zip(grid, levels.items(), strict=True):
         by_level = enumerate(zip_longest(*by_width.values(), fillvalue=np.nan), start=1)
         style.grouped_bars(axes, [str(width) for width in by_width], {f"level {i}": values for i, values in by_level})
-        style.tidy(axes, toy, "width", "true hedging" if axes is panels[0] else "")
-    style.legend_below(figure, panels[0])
+        style.tidy(axes, toy, "width", "true hedging" if axes is grid[0] else "")
+    style.legend_below(figure, grid[0].containers)
     return figure

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,12 +35,17 @@ class _Figure(Figure):
         super().draw(renderer)
 
 
-def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of a size in inches, with its title set."""
+def new_figure(
+    width: float, height: float, title: str, rows: int = 1, columns: int = 1, panels: int | None = None, **layout: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of a size in inches with a title, and its axes row by row, of which the first ``panels`` are seen."""
     figure = _Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12, fontweight="bold", color=INK)
-    return figure
+    grid = list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
+    for axes in grid[panels:] if panels is not None else ():
+        axes.set_visible(False)
+    return figure, grid[:panels]
 
 
 def color_of(number: int) -> str:
@@ -66,10 +72,10 @@ def legend(owner: Axes | Figure, **options: Any) -> None:
     owner.legend(**{"frameon": False, "fontsize": 8, "labelcolor": INK, **options})
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int | None = None) -> None:
-    """A legend under the whole figure, of what one pair of axes shows."""
-    handles, labels = axes.get_legend_handles_labels()
-    legend(figure, handles=handles, labels=labels, loc="outside lower center", ncols=columns or max(1, len(labels)))
+def legend_below(figure: Figure, handles: Iterable[Artist], columns: int = 6) -> None:
+    """A legend under the whole figure, in which every label stands once."""
+    named = {str(handle.get_label()): handle for handle in handles}
+    legend(figure, handles=list(named.values()), loc="outside lower center", ncols=min(columns, max(1, len(named))))
 
 
 def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **options: Any) -> None:
@@ -83,10 +89,8 @@ def grouped_bars(axes: Axes, names: Sequence[str], groups: Mapping[str, ArrayLik
     """Bars side by side at each name, one of each group."""
     places, width = np.arange(len(names)), 0.8 / len(groups)
     for i, (label, heights) in enumerate(groups.items()):
-        shift = (i - (len(groups) - 1) / 2) * width
-        axes.bar(
-            places + shift, np.asarray(heights, dtype=float), 0.92 * width, color=color_of(i), label=label, zorder=2
-        )
+        shifted = places + (i - (len(groups) - 1) / 2) * width
+        axes.bar(shifted, np.asarray(heights, dtype=float), 0.92 * width, color=color_of(i), label=label, zorder=2)
     axes.set_xticks(places, names)
 
 

@@ -1,8 +1,7 @@
-"""What a sweep measured, against one of its axes."""
+"""Curves over an axis of which every place was measured once or several times: sweeps, widths, counts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hedgelab.plots.style import MUTED, color_of, legend, new_figure, tidy
+from hedgelab.plots.style import MUTED, color_of, legend_below, new_figure, tidy
 
 _COLUMNS = 4
 _MARKERS = "osD^vP*X"
@@ -29,26 +28,25 @@ def sweep_panels(
     title: str,
     log: tuple[bool, bool] = (False, False),
     names: Sequence[str] | None = None,
+    ylabel: str = "",
 ) -> Figure:
-    """One panel a metric, one curve a line: the mean over seeds, its standard deviation as a band, seeds as dots.
+    """One panel a title, one curve a line: the mean over seeds, its standard deviation as a band, seeds as dots.
 
-    ``log`` says whether x and y are logarithmic; ``names`` label x = 0, 1, …, where the axis is none of numbers.
+    ``log`` says whether x and y are logarithmic; ``names`` label x = 0, 1, …, where the axis is none of numbers. Panels with a
+    common ``ylabel`` have a common scale.
     """
     columns = min(_COLUMNS, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = new_figure(0.6 + 3.1 * columns, 0.9 + 2.6 * rows, title)
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    rows = -(-len(panels) // columns)
+    size = (0.6 + 3.1 * columns, 0.9 + 2.6 * rows)
+    figure, grid = new_figure(*size, title, rows, columns, len(panels), sharey=bool(ylabel))
     lines = list(dict.fromkeys(line for curves in panels.values() for line in curves))
-    for axes, (metric, curves) in zip(grid, panels.items(), strict=False):
+    for axes, (metric, curves) in zip(grid, panels.items(), strict=True):
         for line, points in curves.items():
             _curve(axes, points, lines.index(line))
         _scales(axes, log, names, [point for points in curves.values() for point in points])
-        tidy(axes, metric, xlabel)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
+        tidy(axes, metric, xlabel, ylabel if axes is grid[0] else "")
     if len(lines) > 1 or lines != [""]:
-        handles = [grid[0].plot([], [], label=line, **_look(i))[0] for i, line in enumerate(lines)]
-        legend(figure, handles=handles, loc="outside lower center", ncols=min(6, len(lines)), fontsize=9)
+        legend_below(figure, [grid[0].plot([], [], label=line, **_look(i))[0] for i, line in enumerate(lines)])
     return figure
 
 
@@ -60,15 +58,13 @@ def _curve(axes: Axes, points: Sequence[Point], number: int) -> None:
     ordered = sorted(points, key=lambda point: point.x)
     x = [point.x for point in ordered]
     mean = np.array([np.mean(point.values) for point in ordered])
-    spread = np.array([np.std(point.values, ddof=1) if len(point.values) > 1 else 0.0 for point in ordered])
+    deviation = np.array([np.std(point.values, ddof=1) if len(point.values) > 1 else 0.0 for point in ordered])
     color = color_of(number)
     axes.plot(x, mean, linewidth=1.5, zorder=3, **_look(number))
-    if spread.any():
-        axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.18, linewidth=0)
-    for point in ordered:
-        if len(point.values) > 1:
-            places = [point.x] * len(point.values)
-            axes.scatter(places, point.values, s=6, color=color, alpha=0.6, linewidths=0, zorder=2)
+    if deviation.any():
+        axes.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
+    seeds = [(point.x, value) for point in ordered if len(point.values) > 1 for value in point.values]
+    axes.scatter(*np.reshape(seeds, (-1, 2)).T, s=6, color=color, alpha=0.6, linewidths=0, zorder=2)
 
 
 def _scales(axes: Axes, log: tuple[bool, bool], names: Sequence[str] | None, points: Sequence[Point]) -> None:
@@ -78,10 +74,9 @@ def _scales(axes: Axes, log: tuple[bool, bool], names: Sequence[str] | None, poi
         axes.set_yscale("log")
     elif axes.get_ylim()[0] < 0 <= min(min(point.values) for point in points):
         axes.set_ylim(bottom=0)  # a band that reaches below zero says nothing there
+    ticks = sorted({point.x for point in points})
     if names is not None:
         axes.set_xticks(range(len(names)), list(names))
-        return
-    ticks = sorted({point.x for point in points})
-    if 1 < len(ticks) <= 8 and log[0]:
+    elif 1 < len(ticks) <= 8 and log[0]:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], color=MUTED)
         axes.minorticks_off()

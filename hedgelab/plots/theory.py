@@ -24,8 +24,8 @@ _CLOSED_FORM = "#1b7f3b"
 def loss_landscapes(t: ArrayLike, panels: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     """Loss over the mixture of two features, ``[points]``: a panel a title, a curve a name; a dot marks each minimum."""
     mixture = np.asarray(t, dtype=float)
-    figure = style.new_figure(4.0 * len(panels) + 0.6, 3.6, "Expected loss of a tied latent between two features")
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    size, heading = (4.0 * len(panels) + 0.6, 3.6), "Expected loss of a tied latent between two features"
+    figure, row = style.new_figure(*size, heading, columns=len(panels))
     for axes, (title, curves) in zip(row, panels.items(), strict=True):
         lowest = min(curves, key=lambda name: float(np.min(curves[name])))  # its label goes below, the others' above
         for i, (name, curve) in enumerate(curves.items()):
@@ -68,8 +68,7 @@ def phase_diagram(
     """
     x, y, shown = (np.asarray(part, dtype=float) for part in (x, y, values))
     size = np.nanmax(np.abs(shown)) if np.isfinite(shown).any() else 1.0
-    figure = style.new_figure(6.4, 5.2, title)
-    axes = figure.subplots()
+    figure, (axes,) = style.new_figure(6.4, 5.2, title)
     scale = Normalize(-(size or 1.0), size or 1.0)
     mesh = axes.pcolormesh(x, y, shown, cmap=style.DIVERGING, norm=scale, shading="nearest", rasterized=True)
     style.tidy(axes, "", xlabel, ylabel, grid=False)
@@ -92,7 +91,7 @@ def phase_diagram(
         if log:
             set_scale("log")
     if entries:
-        style.legend(figure, handles=entries, loc="outside lower center", ncols=3)
+        style.legend_below(figure, entries)
     style.color_bar(figure, mesh, quantity, aspect=30)
     return figure
 
@@ -111,17 +110,15 @@ def balance_figure(
     error). Right: the parent's encoder cosine with each child by method, ``[children]`` each.
     """
     x = np.asarray(betas, dtype=float)
-    figure = style.new_figure(10.4, 4.4, title)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    figure, (left, right) = style.new_figure(10.4, 4.4, title, columns=2, width_ratios=(1, 1.25))
     lowest = min(error for _, error in points.values())
     for i, (name, values) in enumerate(curves.items()):
         errors = np.asarray(values, dtype=float)
         best = int(np.nanargmin(errors))
         lowest = min(lowest, errors[best])
         left.plot(x, errors, color=style.color_of(i), linewidth=1.8, label=name)
-        style.note(
-            left, f"{errors[best]:.3f} at β = {x[best]:.2g}", (x[best], errors[best]), (0, -13), color=style.color_of(i)
-        )
+        text = f"{errors[best]:.3f} at β = {x[best]:.2g}"
+        style.note(left, text, (x[best], errors[best]), (0, -13), color=style.color_of(i))
     for i, ((name, place), marker) in enumerate(zip(points.items(), "o*Dsv^", strict=False)):
         left.plot(*place, marker, color=style.color_of(2 + i), markersize=8, label=name)
     left.set_xscale("log")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from hedgelab.plots.style import DASHED, FAINT, INK, MUTED, PALETTE, color_of, histogram, legend, new_figure, note, tidy
+from hedgelab.plots.style import (
+    DASHED,
+    FAINT,
+    INK,
+    MUTED,
+    PALETTE,
+    color_of,
+    histogram,
+    legend,
+    legend_below,
+    new_figure,
+    note,
+    tidy,
+)  # fmt: skip
 
 _MOST_LATENT_PANELS = 4
 _MOST_COLUMNS = 3
@@ -20,43 +34,30 @@ Curve = tuple[Sequence[int], Sequence[float]]
 
 
 def loss_terms(terms: Mapping[str, Curve]) -> Figure:
-    """Each loss term over training, by name; ``loss`` is drawn as the total."""
-    figure = new_figure(7.2, 3.8, "Loss terms during training")
-    axes = figure.subplots()
-    number = 0
-    for name, (steps, values) in terms.items():
-        if name == "loss":  # a broad band behind, or it would hide the term that dominates it
-            axes.plot(steps, values, color=FAINT, linewidth=5, solid_capstyle="round", label="loss (sum)", zorder=1)
-        else:
-            axes.plot(steps, values, color=color_of(number), linewidth=1.3, label=name, zorder=2)
-            number += 1
-    _logarithmic_where_it_helps(axes, terms.values())
-    tidy(axes, "", "training step", "loss (mean over a logging interval)")
-    legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
+    """Each loss term over training, by name; ``loss`` is drawn as the total, first, so that the others lie above it."""
+    total = {"loss (sum)": terms["loss"]} if "loss" in terms else {}
+    lines = total | {name: curve for name, curve in terms.items() if name != "loss"}
+    return overlaid_curves({"": lines}, {}, "Loss terms during training")
 
 
 def overlaid_curves(curves: Mapping[str, Mapping[str, Curve]], titles: Mapping[str, str], heading: str) -> Figure:
     """A panel for each metric, titled by ``titles``, with a line for each run, by its label."""
     runs = list(dict.fromkeys(label for lines in curves.values() for label in lines))
-    named = 1 < len(runs) <= len(PALETTE)
+    few = len(runs) <= 2 * len(PALETTE)
     columns = min(_MOST_COLUMNS, len(curves))
     rows = -(-len(curves) // columns)
     legend_columns = 2 * columns if columns > 1 else 1
-    legend_rows = -(-len(runs) // legend_columns) if named else 0
-    figure = new_figure(max(4.6, 3.4 * columns + 0.4), 2.5 * rows + 0.6 + 0.22 * legend_rows, heading)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(curves) :]:
-        axes.set_axis_off()
-    for axes, (metric, lines) in zip(grid.flat, curves.items(), strict=False):
+    legend_rows = -(-len(runs) // legend_columns) if few else 0
+    size = (max(4.6, 3.4 * columns + 0.4), 2.5 * rows + 0.6 + 0.22 * legend_rows)
+    figure, grid = new_figure(*size, heading, rows, columns, len(curves))
+    for axes, (metric, lines) in zip(grid, curves.items(), strict=True):
         for label, (steps, values) in lines.items():
-            color = PALETTE[runs.index(label)] if len(runs) <= len(PALETTE) else FAINT
+            color = color_of(runs.index(label)) if few else FAINT
             axes.plot(steps, values, color=color, linewidth=1.4, label=label)
         _logarithmic_where_it_helps(axes, lines.values())
         tidy(axes, titles.get(metric, metric), "step")
-    if named:
-        lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
-        legend(figure, handles=lines.values(), loc="outside lower center", ncols=legend_columns)
+    if few and len(runs) > 1:
+        legend_below(figure, [line for axes in grid for line in axes.get_lines()], legend_columns)
     return figure
 
 
@@ -70,22 +71,23 @@ def cosines_over_training(steps: Sequence[int], decoder: ArrayLike, encoder: Arr
     d_sae = rows["decoder"].shape[1]
     apart = d_sae <= _MOST_LATENT_PANELS
     panels = d_sae if apart else 1
-    figure = new_figure(max(6.4, 2.9 * panels + 1.6), 5.2, "How the latents turned during training")
-    grid = figure.subplots(2, panels, sharex=True, sharey=True, squeeze=False)
-    for row, (name, cosines) in zip(grid, rows.items(), strict=True):
-        for latent, axes in enumerate(row):
-            if apart:
-                _one_latent(axes, steps, cosines[:, latent])
-                title = f"{name}, latent {latent}"
-            else:
-                _many_latents(axes, steps, cosines)
-                title = f"{name}, all {d_sae} latents: final best feature in colour, the others grey"
-            xlabel = "training step" if name == "encoder" else ""
-            tidy(axes, title, xlabel, "" if latent else "cosine with feature")
-            axes.axhline(0, color=MUTED, linewidth=0.8)
-            axes.set_ylim(-1.05, 1.05)
+    size, heading = (max(6.4, 2.9 * panels + 1.6), 5.2), "How the latents turned during training"
+    figure, grid = new_figure(*size, heading, 2, panels, sharex=True, sharey=True)
+    for axes, ((name, cosines), latent) in zip(grid, product(rows.items(), range(panels)), strict=True):
+        if apart:
+            most = np.argsort(-np.abs(cosines[:, latent]).max(axis=0), kind="stable")[: len(PALETTE)]
+            _highlight(axes, steps, cosines[:, latent], sorted(most.tolist()), "f")
+            title = f"{name}, latent {latent}"
+        else:
+            best = np.abs(cosines[-1]).argmax(axis=1) + np.arange(d_sae) * cosines.shape[2]
+            _highlight(axes, steps, cosines.reshape(len(cosines), -1), best.tolist(), "")
+            title = f"{name}, all {d_sae} latents: final best feature in colour, the others grey"
+        xlabel = "training step" if name == "encoder" else ""
+        tidy(axes, title, xlabel, "" if latent else "cosine with feature")
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.set_ylim(-1.05, 1.05)
     if apart:
-        handles, labels = grid[0][-1].get_legend_handles_labels()
+        handles, labels = grid[panels - 1].get_legend_handles_labels()
         legend(figure, handles=handles, labels=labels, loc="outside right center")
     return figure
 
@@ -94,26 +96,22 @@ def firing_density(rates: ArrayLike) -> Figure:
     """Histogram of the latents' firing rates, ``[d_sae]``, on a logarithmic axis; the dead are counted in words."""
     values = np.asarray(rates, dtype=float)
     live = values[values > 0]
-    figure = new_figure(6.4, 3.6, "How often latents fire")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(6.4, 3.6, "How often latents fire")
     if live.size:
-        log_rates = np.log10(live)
-        low = min(np.floor(log_rates.min() * 2) / 2, -1.0)
-        histogram(axes, log_rates, np.arange(low, 0.126, 0.125).tolist())
-        median = np.median(log_rates)
+        axes.set_xscale("log")
+        lowest = min(np.floor(np.log10(live.min()) * 2) / 2, -1.0)
+        histogram(axes, live, (10.0 ** np.arange(lowest, 0.126, 0.125)).tolist())
+        median = np.median(live)
         axes.axvline(median, color=INK, linewidth=1.0, linestyle=DASHED)
-        text = f"median {10**median:.2g}"
-        note(axes, text, (median, 1.0), (4, -4), xycoords=("data", "axes fraction"), ha="left", va="top")
-        ticks = np.arange(np.ceil(low), 1)
-        axes.set_xticks(ticks, [f"$10^{{{int(tick)}}}$" if tick else "1" for tick in ticks])
-        axes.set_xlim(low, 0.06)
+        place = {"xycoords": ("data", "axes fraction"), "ha": "left", "va": "top"}
+        note(axes, f"median {median:.2g}", (float(median), 1.0), (4, -4), **place)
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     else:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no latent fires", transform=axes.transAxes, ha="center", color=MUTED)
-    dead = values.size - live.size
-    tidy(axes, f"{values.size} latents, of which {dead} never fired", "share of examples it fires on", "latents")
+    title = f"{values.size} latents, of which {values.size - live.size} never fired"
+    tidy(axes, title, "share of examples it fires on", "latents")
     return figure
 
 
@@ -125,20 +123,11 @@ def _logarithmic_where_it_helps(axes: Axes, curves: Iterable[Curve]) -> None:
         axes.set_yscale("log")
 
 
-def _one_latent(axes: Axes, steps: Sequence[int], cosines: NDArray[np.float64]) -> None:
-    shown = sorted(np.argsort(-np.abs(cosines).max(axis=0), kind="stable")[: len(PALETTE)])
-    for j in range(cosines.shape[1]):
-        if j not in shown:
-            axes.plot(steps, cosines[:, j], color=FAINT, linewidth=0.7, zorder=1)
-    for color, j in zip(PALETTE, shown, strict=False):
-        axes.plot(steps, cosines[:, j], color=color, linewidth=1.5, label=f"f{j}", zorder=2)
-
-
-def _many_latents(axes: Axes, steps: Sequence[int], cosines: NDArray[np.float64]) -> None:
-    best = np.abs(cosines[-1]).argmax(axis=1)
-    others = np.ones(cosines.shape[1:], dtype=bool)
-    others[np.arange(len(best)), best] = False
-    curves = [np.column_stack([steps, curve]) for curve in cosines[:, others].T]
-    axes.add_collection(LineCollection(curves, colors=FAINT, linewidths=0.5, zorder=1))
-    for latent, feature in enumerate(best):
-        axes.plot(steps, cosines[:, latent, feature], color=color_of(latent), linewidth=1.2, zorder=2)
+def _highlight(axes: Axes, steps: Sequence[int], curves: NDArray[np.float64], shown: Sequence[int], name: str) -> None:
+    """Curves, ``[t, number]``: those shown in colours of their own, named if there is a name for them, the others grey."""
+    others = np.delete(curves, shown, axis=1)
+    lines = [np.column_stack([steps, curve]) for curve in others.T]
+    axes.add_collection(LineCollection(lines, colors=FAINT, linewidths=0.5, zorder=1))
+    for number, place in enumerate(shown):
+        label = f"{name}{place}" if name else None
+        axes.plot(steps, curves[:, place], color=color_of(number), linewidth=1.3, label=label, zorder=2)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hedgelab.errors import UserError
-from hedgelab.tracking.glossary import bare, term, title
+from hedgelab.glossary import bare, term, title
 from hedgelab.tracking.listing import Comparison, compare, curve_metrics, curves, duration, labels, number
 from hedgelab.tracking.runs import REPORT_TAG, RunSummary, artifact, list_runs, open_runs
 from hedgelab.tracking.store import without_credentials

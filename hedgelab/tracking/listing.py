@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import NamedTuple
 
-from hedgelab.tracking.glossary import KEY_METRICS, title, worth_showing
+from hedgelab.glossary import KEY_METRICS, title, worth_showing
 from hedgelab.tracking.runs import RunSummary
 from hedgelab.tracking.store import ensure_store
 
@@ -23,29 +23,29 @@ _NOISE = re.compile(r"^(name|experiment|ckpt_path|config|record|progress|checkpo
 
 def as_json(runs: list[RunSummary]) -> str:
     """One JSON document: an array of runs. Numbers that JSON has no word for become ``null``."""
-    documents = [asdict(run) for run in runs]
-    for one in documents:
-        one["metrics"] = {key: value if math.isfinite(value) else None for key, value in one["metrics"].items()}
+    finite = [{key: value if math.isfinite(value) else None for key, value in run.metrics.items()} for run in runs]
+    documents = [{**asdict(run), "metrics": metrics} for run, metrics in zip(runs, finite, strict=True)]
     return json.dumps(documents, indent=2, allow_nan=False)
 
 
 def format_table(runs: list[RunSummary]) -> str:
     """A table of the runs with their key numbers, for the terminal; columns that no run fills are left out."""
-    if not runs:
-        return "no runs yet"
-    rows = [{column: printable(value) for column, value in _row(run).items()} for run in runs]
-    columns = [column for column in rows[0] if any(row[column] for row in rows)]
-    return aligned([columns, *([row[column] for column in columns] for row in rows)])
+    rows = [_row(run) for run in runs]
+    columns = [column for column in (rows[0] if rows else {}) if any(row[column] for row in rows)]
+    return aligned([columns, *([row[column] for column in columns] for row in rows)]) if rows else "no runs yet"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines of text with columns of equal width; a row without cells is an empty line.
+
+    Control characters, by which text from a store could do more to a terminal than be read, become question marks.
 
     >>> print(aligned([["run", "loss"], [], ["a", "0.5"]]))
     run  loss
     <BLANKLINE>
     a    0.5
     """
+    rows = [["".join(one if one.isprintable() else "?" for one in cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*filter(None, rows), strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -60,14 +60,9 @@ def _row(run: RunSummary) -> dict[str, str]:
         "took": "" if run.duration_seconds is None else duration(run.duration_seconds),
     }
     for metric in KEY_METRICS:
-        values = (run.metrics.get(f"{stage}{metric}") for stage in ("test/", "val/", ""))
-        row[title(metric)] = number(next((value for value in values if value is not None), None))
+        names = (f"{stage}{metric}" for stage in ("test/", "val/", ""))
+        row[title(metric)] = number(next((run.metrics[name] for name in names if name in run.metrics), None))
     return {**row, "samples/s": number(run.metrics.get("samples/s"))}
-
-
-def printable(text: str) -> str:
-    """Text from a store as a terminal may show it: without control characters, by which it could do more than be read."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def number(value: float | None) -> str:
@@ -122,7 +117,7 @@ def as_text(table: Comparison) -> str:
     rows += [[key, *values] for key, values in table.params.items()]
     rows += [[]] if table.params else []
     rows += [[f"{title(key)}  ({key})", *map(number, values)] for key, values in table.metrics.items()]
-    return aligned([[printable(cell) for cell in row] for row in rows])
+    return aligned(rows)
 
 
 def labels(runs: Sequence[RunSummary]) -> list[str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import getpass
 import hashlib
+import logging
+import os
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger
@@ -19,12 +22,21 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from hedgelab.errors import Stopped, UserError
 from hedgelab.tracking.history import ThinnedSeries
-from hedgelab.tracking.opening import OnUnreachable, choose_store, continue_run, start_run
-from hedgelab.tracking.params import MAX_VALUE, clean_key, file_name, flatten
+from hedgelab.tracking.params import MAX_VALUE, clean_key, flatten
+from hedgelab.tracking.provenance import SystemSampler
 from hedgelab.tracking.runs import PARENT_TAG
-from hedgelab.tracking.spool import Artifact, Params, Spool, Status, Tags, last_steps
-from hedgelab.tracking.store import INTENDED, runs_dir, tracking_uri, without_credentials
-from hedgelab.tracking.system import SystemSampler
+from hedgelab.tracking.spool import Operation, Spool, last_steps
+from hedgelab.tracking.store import (
+    INTENDED,
+    artifact_location,
+    ensure_store,
+    local_store,
+    local_uri,
+    runs_dir,
+    sqlite_file,
+    tracking_uri,
+    without_credentials,
+)  # fmt: skip
 from hedgelab.tracking.writer import RunWriter
 
 if TYPE_CHECKING:
@@ -32,6 +44,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
+_logger = logging.getLogger(__name__)
 _KEPT_LOSSES = 1000
 _MOST_TAG = 5000  # MLflow's limit for a tag's value
 
@@ -68,7 +81,7 @@ class MLflowTracker(Logger):
         uri: str | None = None,
         buffer_points: int = 500,
         run_id: str | None = None,
-        on_unreachable: OnUnreachable = "fail",
+        on_unreachable: Literal["fail", "local"] = "fail",
         system_metrics: bool = True,
     ) -> None:
         super().__init__()
@@ -81,9 +94,8 @@ class MLflowTracker(Logger):
         self._client: MlflowClient | None = None
         self._writer: RunWriter | None = None
         self._params: dict[str, str] = {}
-        self._keys: dict[str, str] = {}
         self._goes_on, self._on_unreachable = False, on_unreachable
-        self._logged_to: dict[str, int] = {}
+        self._logged_to: dict[str, int] = {}  # the last step of each metric that a run which goes on has already
         self.losses: ThinnedSeries[dict[str, float]] = ThinnedSeries(_KEPT_LOSSES)
         """What was logged as ``train/...``, thinned: the history behind the figure of loss terms."""
 
@@ -117,8 +129,8 @@ class MLflowTracker(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> MlflowClient:
-        """The MLflow client; the run exists once this was read."""
-        self._open()
+        """The MLflow client; once this was read, the store has the run, and all that was logged, unless it fails."""
+        self._open().send()
         assert self._client is not None
         return self._client
 
@@ -126,11 +138,11 @@ class MLflowTracker(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Takes metric points in, within microseconds; they are written within three seconds."""
         step = step or 0
-        values = {self._keys.get(key) or self._clean(key): float(value) for key, value in metrics.items()}
+        values = {clean_key(key): float(value) for key, value in metrics.items()}
         if "train/loss" in values:
             self.losses.offer(step, lambda: {key: value for key, value in values.items() if key.startswith("train/")})
         writer = self._writer or self._open()
-        if self._goes_on:
+        if self._logged_to:
             values = {key: value for key, value in values.items() if step > self._logged_to.get(key, -1)}
         writer.add(values, step)
 
@@ -145,21 +157,22 @@ class MLflowTracker(Logger):
         flat = flatten(params)
         for key, value in flat.items():
             if len(value) > MAX_VALUE:
-                file = f"params/{file_name(key)}.txt"
+                file = f"params/{key.replace('/', '_')}.txt"
                 self.log_text(value, file)
                 flat[key] = f"see artifact {file}, sha256 {hashlib.sha256(value.encode()).hexdigest()}"
-        fresh = {key: value for key, value in flat.items() if key not in self._params}
         changed = {key: value for key, value in flat.items() if self._params.get(key, value) != value}
+        fresh = {key: value for key, value in flat.items() if key not in self._params}
         self._params |= fresh
         if fresh:
-            writer.deliver(Params(fresh))
-        if changed:
-            self.log_tags({f"resumed_with.{key}": value for key, value in changed.items()})
+            writer.keep(Operation(params=fresh))
+        self.log_tags({f"resumed_with.{key}": value for key, value in changed.items()})
 
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, Any]) -> None:
         """Sets tags of the run."""
-        self._open().deliver(Tags({clean_key(key): str(value)[:_MOST_TAG] for key, value in tags.items()}))
+        if tags:
+            cut = {clean_key(key): str(value)[:_MOST_TAG] for key, value in tags.items()}
+            self._open().keep(Operation(tags=cut))
 
     @rank_zero_only
     def log_config(self, text: str) -> None:
@@ -170,7 +183,7 @@ class MLflowTracker(Logger):
     @rank_zero_only
     def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
         """Logs a file, or what a folder holds, below the artifact folder ``artifact_path``."""
-        self._open().deliver(Artifact(str(path), artifact_path))
+        self._open().keep(Operation(source=str(path), artifact_path=artifact_path))
 
     @rank_zero_only
     def log_text(self, text: str, artifact_file: str) -> None:
@@ -190,24 +203,21 @@ class MLflowTracker(Logger):
         """
         self._run_id, self._goes_on = run_id, True
 
-    def child(self, run_name: str, tags: dict[str, str], run_id: str | None = None) -> MLflowTracker:
-        """A logger of a new run below this one, in the same experiment; or of one that was cut short, and goes on."""
+    def child(self, run_name: str, tags: dict[str, str]) -> MLflowTracker:
+        """A logger of a new run below this one, in the same experiment."""
         below = {PARENT_TAG: self.run_id or "", **tags}
         if INTENDED in self._tags:
             below[INTENDED] = self._tags[INTENDED]
-        made = MLflowTracker(
+        return MLflowTracker(
             self._experiment, run_name, below, uri=self._uri, buffer_points=self._buffer_points, system_metrics=False,
             on_unreachable=self._on_unreachable,
         )  # fmt: skip
-        if run_id is not None:
-            made.go_on_with(run_id)
-        return made
 
     @rank_zero_only
     def save(self) -> None:
         """Writes everything that waits, to the store or to the disk."""
         if self._writer is not None:
-            self._writer.settle()
+            self._writer.keep()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -220,7 +230,7 @@ class MLflowTracker(Logger):
             return
         killed = isinstance(sys.exception(), (KeyboardInterrupt, SIGTERMException, Stopped))
         final = "KILLED" if killed else {"success": "FINISHED", "failed": "FAILED"}.get(status, status.upper())
-        self._writer.deliver(Status(final, int(time.time() * 1000)))
+        self._writer.keep(Operation(status=final, end_time=int(time.time() * 1000)))
         self._writer.close()
         if (unkept := self._writer.unkept) is not None and sys.exception() is None:
             raise UserError(
@@ -232,9 +242,6 @@ class MLflowTracker(Logger):
         """Travels to another process as a logger of the same run, without client and thread."""
         return {**self.__dict__, "_client": None, "_writer": None}
 
-    def _clean(self, key: str) -> str:
-        return self._keys.setdefault(key, clean_key(key))
-
     def _log_made(self, artifact_file: str, write: Callable[[Path], Any]) -> None:
         target = Path(artifact_file)
         with tempfile.TemporaryDirectory() as folder:
@@ -242,27 +249,103 @@ class MLflowTracker(Logger):
             self.log_artifact(file, None if target.parent == Path() else str(target.parent))
 
     def _open(self) -> RunWriter:
+        """Open the run, at the first call."""
         if self._writer is not None:
             return self._writer
-        self._client, self._uri, tags = choose_store(self._uri, self._run_id, self._goes_on, self._on_unreachable)
-        self._tags |= tags or {}
+        client, reachable = self._open_store()
         run: Run | None = None
         if self._run_id is None:
-            run = start_run(self._client, self._uri, self._experiment, self._run_name, self._tags)
-            self._run_id = str(run.info.run_id)
-        elif tags is not None:
-            run = continue_run(self._client, self._uri, self._run_id)
+            run = self._start_run(client)
+        elif reachable:
+            run = self._continue_run(client, self._run_id)
+        self._client, self._run_id = client, self._run_id if run is None else str(run.info.run_id)
         spool = Spool(runs_dir(self._uri) / "spool", self._run_id, without_credentials(self._uri))
         if run is not None:
             self._params = dict(run.data.params)
             if self._goes_on:
-                self._logged_to = last_steps(run)
-                for key, step in spool.last_steps().items():
-                    self._logged_to[key] = max(step, self._logged_to.get(key, step))
-        began = int(time.time() * 1000) if run is None else run.info.start_time
-        sampler = SystemSampler(began) if self._system_metrics else None
-        self._writer = RunWriter(
-            self._client, self._run_id, spool, self._buffer_points, sample=sampler, repeats=run is None
-        )
+                waiting, there = spool.last_steps(), last_steps(run)
+                self._logged_to = {key: max(waiting.get(key, -1), there.get(key, -1)) for key in {*waiting, *there}}
+        sampler = None
+        if self._system_metrics:
+            sampler = SystemSampler(int(time.time() * 1000) if run is None else run.info.start_time)
+        self._writer = RunWriter(client, self._run_id, spool, self._buffer_points, sample=sampler, repeats=run is None)
         atexit.register(self._writer.close)  # for a process that ends without finalize
         return self._writer
+
+    def _open_store(self) -> tuple[MlflowClient, bool]:
+        """A client of the store that the run goes to, and whether the store can be reached.
+
+        A run that goes on may have begun in the local store while its server could not be reached, and stays there. One
+        that began on a server which cannot be reached now goes on all the same: what is logged waits in the spool.
+        """
+        is_file = sqlite_file(self._uri) is not None
+        try:
+            client = ensure_store(self._uri)
+            if is_file or not self._goes_on or not _is_local(self._run_id):
+                return client, True
+        except UserError as error:
+            if self._on_unreachable == "fail" or is_file:
+                raise
+            reason = str(error).partition("; start")[0].removeprefix("MLFLOW_TRACKING_URI: ")
+            if self._run_id is not None and not _is_local(self._run_id):
+                from mlflow.tracking import MlflowClient
+
+                _logger.warning("%s: what is logged waits in runs/spool/ for `hedgelab sync`", reason)
+                return MlflowClient(tracking_uri=self._uri), False
+            _logger.warning("%s: the run goes to runs/mlflow.db; send it later with `hedgelab sync`", reason)
+            self._tags[INTENDED] = without_credentials(self._uri)
+        self._uri = local_uri()
+        return ensure_store(self._uri), True
+
+    def _start_run(self, client: MlflowClient) -> Run:
+        from mlflow.exceptions import MlflowException
+
+        name = self._experiment
+        if client.get_experiment_by_name(name) is None:
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view of training runs
+            try:
+                client.create_experiment(name, artifact_location(self._uri, name), kind)
+            except MlflowException:
+                if client.get_experiment_by_name(name) is None:  # else another process was quicker
+                    raise
+        experiment = client.get_experiment_by_name(name)
+        if experiment.lifecycle_stage != "active":
+            where = without_credentials(self._uri)
+            raise UserError(
+                f"trainer.logger.experiment: '{name}' is deleted in {where}; restore it, or take another name"
+            )
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # a container may run under a number that has no name
+            user = str(os.getuid())
+        tags = {"mlflow.user": user, "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+        return client.create_run(experiment.experiment_id, run_name=self._run_name, tags={**tags, **self._tags})
+
+    def _continue_run(self, client: MlflowClient, run_id: str) -> Run:
+        from mlflow.exceptions import MlflowException
+
+        where = without_credentials(self._uri)
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if "database is locked" in str(error):
+                raise
+            raise UserError(f"trainer.logger.run_id: no run '{run_id}' in {where}; see `hedgelab runs`") from error
+        if run.info.lifecycle_stage != "active":
+            raise UserError(
+                f"trainer.logger.run_id: run '{run_id}' is deleted in {where}: restore it there (`mlflow runs "
+                f"restore --run-id {run_id}`), or leave out --resume to train anew"
+            )
+        client.update_run(run_id, status="RUNNING")
+        return run
+
+
+def _is_local(run_id: str | None) -> bool:
+    """Whether the store in the working directory has a run."""
+    from mlflow.exceptions import MlflowException
+
+    client = local_store()
+    try:
+        return client is not None and run_id is not None and bool(client.get_run(run_id))
+    except MlflowException:
+        return False

@@ -7,33 +7,27 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 MAX_VALUE = 6000  # MLflow's limit for a parameter value
 _MAX_KEY = 250
+_FORBIDDEN = r"[^\w\-. :/]"
 _HOUSEKEEPING = frozenset({"config", "name", "experiment", "ckpt_path", "resume", "record", "progress", "checkpoint"})
-_FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 
+@lru_cache(4096)
 def clean_key(key: str) -> str:
     """The nearest name that MLflow accepts for a parameter, metric or tag.
 
     >>> clean_key("train/loss@[0]")
     'train/loss_0_'
     """
-    key = re.sub(r"_+", "_", _FORBIDDEN.sub("_", key)) if _FORBIDDEN.search(key) else key
+    if re.search(_FORBIDDEN, key):
+        key = re.sub(r"_+", "_", re.sub(_FORBIDDEN, "_", key))
     if len(key) > _MAX_KEY:
         return f"{key[: _MAX_KEY - 9]}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     return key
-
-
-def file_name(key: str) -> str:
-    """A key as the name of a file in the folder at hand, and in no other.
-
-    >>> file_name("data.text.paths"), file_name("data.../../up")
-    ('data.text.paths', 'data..._.._up')
-    """
-    return key.replace("/", "_").replace("\\", "_").replace("\0", "_")
 
 
 def flatten(params: Mapping[str, Any] | Namespace, prefix: str = "") -> dict[str, str]:
@@ -43,12 +37,12 @@ def flatten(params: Mapping[str, Any] | Namespace, prefix: str = "") -> dict[str
     {'model.k': '3', 'model.levels': '[1, 2]', 'callbacks.0.class_path': 'A', 'name': 'x', 'seed': 'null'}
     """
     flat: dict[str, str] = {}
-    for key, value in _items(params):
+    for key, value in (vars(params) if isinstance(params, Namespace) else params).items():
         name = f"{prefix}{key}"
-        if isinstance(value, (Mapping, Namespace)) and _items(value):
-            flat |= flatten(value, f"{name}.")
-        elif isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, Namespace)) for item in value):
-            flat |= flatten({str(index): item for index, item in enumerate(value)}, f"{name}.")
+        if isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, Namespace)) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, (Mapping, Namespace)) and (inner := flatten(value, f"{name}.")):
+            flat |= inner
         else:
             flat[clean_key(name)] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat
@@ -72,7 +66,3 @@ def _without_nothing(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nothing(one) for key, one in value.items() if one is not None}
     return value
-
-
-def _items(params: Mapping[str, Any] | Namespace) -> list[tuple[str, Any]]:
-    return list((vars(params) if isinstance(params, Namespace) else params).items())

@@ -25,24 +25,9 @@ class StepProgressBar(TQDMProgressBar):
     def __init__(self, per_second: float = 5.0) -> None:
         super().__init__()
         self._interval = 1.0 / per_second
-        self._drawn_at = 0.0
+        self._drawn_at = self._started_at = 0.0
+        self._next_line = self._first_step = 0
         self._terminal = sys.stdout.isatty()
-        self._next_line = 0
-        self._started_at, self._first_step = 0.0, 0
-
-    def init_train_tqdm(self) -> Tqdm:
-        """A bar over all steps of the run; hidden where there is no terminal."""
-        return Tqdm(
-            desc="Training",
-            unit="step",
-            initial=self.trainer.global_step,
-            total=self.trainer.max_steps if self.trainer.max_steps > 0 else None,
-            disable=self.is_disabled or not self._terminal,
-            dynamic_ncols=True,
-            smoothing=0,
-            mininterval=0,
-            file=sys.stdout,
-        )
 
     def init_validation_tqdm(self) -> Tqdm:
         """No bar for validation passes inside a fit, which are short; the stock bar otherwise."""
@@ -50,15 +35,17 @@ class StepProgressBar(TQDMProgressBar):
             return Tqdm(disable=True)
         return super().init_validation_tqdm()
 
-    def init_sanity_tqdm(self) -> Tqdm:
-        """No bar for the sanity check."""
-        return Tqdm(disable=True)
+    init_sanity_tqdm = init_validation_tqdm
 
     def on_train_start(self, *_: Any) -> None:
         """Starts at the trainer's step, which is not zero where a run is resumed."""
-        self.train_progress_bar = self.init_train_tqdm()
         self._started_at = time.monotonic()
         self._first_step = self._next_line = self.trainer.global_step
+        self.train_progress_bar = Tqdm(
+            desc="Training", unit="step", initial=self._first_step, dynamic_ncols=True, smoothing=0, mininterval=0,
+            total=self.trainer.max_steps if self.trainer.max_steps > 0 else None, file=sys.stdout,
+            disable=self.is_disabled or not self._terminal,
+        )  # fmt: skip
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """Epochs mean nothing to an endless stream."""
@@ -86,8 +73,7 @@ class StepProgressBar(TQDMProgressBar):
         text = "" if loss is None else f"loss {float(loss):.4g}"
         if self._terminal:
             self.train_progress_bar.n = step
-            self.train_progress_bar.set_postfix_str(text, refresh=False)
-            self.train_progress_bar.refresh()
+            self.train_progress_bar.set_postfix_str(text)
         elif step >= self._next_line:
             self._next_line = step + max(1, total // _LINES_WITHOUT_TERMINAL)
             rate = (step - self._first_step) / max(time.monotonic() - self._started_at, 1e-9)

@@ -1,4 +1,4 @@
-"""Where a run came from: the code, the packages and the machine, as tags."""
+"""Where a run came from (the code, the packages and the machine, as tags), and what the machine does meanwhile."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import os
 import platform
 import socket
 import subprocess
+import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
 
 import hedgelab
-
-_PACKAGES = ("hedgelab", "torch", "lightning", "mlflow")
+from hedgelab.tracking.spool import Operation
 
 
 def provenance_tags(world_size: int) -> dict[str, str]:
     """Git commit, package versions, host and hardware of this process."""
-    tags = {f"version.{name}": _version(name) for name in _PACKAGES}
+    tags = {f"version.{name}": _version(name) for name in ("hedgelab", "torch", "lightning", "mlflow")}
     tags |= {
         "version.python": platform.python_version(),
         "host": socket.gethostname(),
@@ -63,3 +65,36 @@ def _git(folder: Path, *words: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+class SystemSampler:
+    """Samples processor, memory and GPU use, under the names that MLflow's own monitor gives (``system/...``).
+
+    The steps are seconds since the run began, which go on where a run is resumed.
+    """
+
+    def __init__(self, start_time_ms: int) -> None:
+        self._start_time_ms = start_time_ms
+        self._process = psutil.Process()
+        psutil.cpu_percent()  # the first call only starts the measurement
+        self._process.cpu_percent()
+
+    def __call__(self) -> Operation:
+        """One sample of everything."""
+        now = int(time.time() * 1000)
+        memory = psutil.virtual_memory()
+        values = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "process_cpu_utilization_percentage": self._process.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "system_memory_usage_percentage": memory.percent,
+            "process_memory_usage_megabytes": self._process.memory_info().rss / 1e6,
+        }
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            free, total = torch.cuda.mem_get_info(index)
+            values[f"gpu_{index}_memory_usage_megabytes"] = (total - free) / 1e6
+            values[f"gpu_{index}_memory_usage_percentage"] = 100 * (total - free) / total
+            with suppress(Exception):  # needs NVIDIA's management library for Python, which is optional
+                values[f"gpu_{index}_utilization_percentage"] = torch.cuda.utilization(index)
+        step = (now - self._start_time_ms) // 1000
+        return Operation([(f"system/{name}", float(value), now, step) for name, value in values.items()])

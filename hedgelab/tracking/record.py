@@ -63,7 +63,7 @@ class RunRecord(L.Callback):
         if self._losses_before is not None:
             self._tracker.losses.load_state_dict(self._losses_before)
         self._tracker.log_tags({**provenance_tags(trainer.world_size), "threads": str(torch.get_num_threads())})
-        data = _datamodule(trainer)
+        data = getattr(trainer, "datamodule", None)
         if isinstance(data, ActivationDataModule) and trainer.ckpt_path is None:
             self._tracker.log_metrics(data.describe(), trainer.global_step)
 
@@ -98,7 +98,7 @@ class RunRecord(L.Callback):
             return
         if trainer.global_step > self._logged_at:
             self._log_throughput(self._tracker, trainer.global_step)
-        data = _datamodule(trainer)
+        data = getattr(trainer, "datamodule", None)
         if isinstance(data, ActivationDataModule):
             self._tracker.log_metrics(data.throughput(), trainer.global_step)
 
@@ -116,14 +116,14 @@ class RunRecord(L.Callback):
         if self._tracker is not None:
             self._finish(self._tracker, trainer, sae)
         elif trainer.is_global_zero and (folder := folder_of(trainer)) is not None:
-            _save(sae, folder / "sae", _datamodule(trainer))
+            _save(sae, folder / "sae", trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """History so far, so that the figures of a resumed run show all of it; and the run, to be resumed."""
-        losses = None if self._tracker is None else self._tracker.losses.state_dict()
-        run_id = None if self._tracker is None else self._tracker.run_id
-        cosines = self._cosines.state_dict()
-        return {"cosines": cosines, "losses": losses, "run_id": run_id, "firing_rates": self._firing_rates}
+        known: dict[str, Any] = {"losses": None, "run_id": None}
+        if self._tracker is not None:
+            known = {"losses": self._tracker.losses.state_dict(), "run_id": self._tracker.run_id}
+        return {"cosines": self._cosines.state_dict(), "firing_rates": self._firing_rates, **known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
@@ -150,51 +150,46 @@ class RunRecord(L.Callback):
 
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "sae"
-            _save(sae, folder, _datamodule(trainer))
+            _save(sae, folder, trainer)
             tracker.log_artifact(folder, "sae")
             tracker.log_tags({"weights_sha256": weights_sha256(folder)})
-        directions = _directions(trainer)
-        if directions is not None:
-            cosines = _cosines(sae, directions)
-            if sae.d_sae <= _MOST_LATENTS_LOGGED:
-                numbers = {"b_dec_norm": float(sae.b_dec.detach().float().norm())}
-                for name, matrix in zip(("decoder_cos", "encoder_cos"), cosines, strict=True):
-                    for (latent, feature), value in np.ndenumerate(matrix.numpy()):
-                        numbers[f"latent{latent}/{name}/feature{feature}"] = float(value)
-                tracker.log_metrics(numbers, trainer.global_step)
-            if self.draws_figures:
-                self._log_recovery_figures(tracker, sae, directions, cosines, trainer.global_step)
-        if self.draws_figures:
-            self._log_training_figures(tracker)
+        if (directions := _directions(trainer)) is not None:
+            self._keep_recovery(tracker, sae, directions, trainer.global_step)
+        if not self.draws_figures:
+            return
+        from hedgelab.plots import firing_density, loss_terms
 
-    def _log_recovery_figures(
-        self, tracker: MLflowTracker, sae: Any, directions: Tensor, cosines: Cosines, step: int
-    ) -> None:
+        terms: dict[str, tuple[list[int], list[float]]] = {}
+        for at, values in zip(tracker.losses.steps, tracker.losses.values, strict=True):
+            for name, value in values.items():
+                steps, curve = terms.setdefault(name.removeprefix("train/"), ([], []))
+                steps.append(at)
+                curve.append(value)
+        if terms:
+            tracker.log_figure(loss_terms(terms), "figures/loss_terms.png")
+        if self._firing_rates is not None and len(self._firing_rates) > _MOST_LATENTS_LOGGED:
+            tracker.log_figure(firing_density(self._firing_rates.cpu()), "figures/firing_density.png")
+
+    def _keep_recovery(self, tracker: MLflowTracker, sae: Any, directions: Tensor, step: int) -> None:
+        cosines, b_dec = _cosines(sae, directions), sae.b_dec.detach().float()
+        if sae.d_sae <= _MOST_LATENTS_LOGGED:
+            numbers = {"b_dec_norm": float(b_dec.norm())}
+            for name, matrix in zip(("decoder_cos", "encoder_cos"), cosines, strict=True):
+                for (latent, feature), value in np.ndenumerate(matrix.numpy()):
+                    numbers[f"latent{latent}/{name}/feature{feature}"] = float(value)
+            tracker.log_metrics(numbers, step)
+        if not self.draws_figures:
+            return
         from hedgelab.plots import cosine_heatmaps, cosines_over_training, decoder_bias
 
-        tracker.log_figure(cosine_heatmaps(*cosines), "figures/cosines.png")
-        b_dec = sae.b_dec.detach().float()
         along = torch.nn.functional.normalize(directions.to(b_dec), dim=1) @ b_dec
+        tracker.log_figure(cosine_heatmaps(*cosines), "figures/cosines.png")
         tracker.log_figure(decoder_bias(along.cpu(), float(b_dec.norm())), "figures/decoder_bias.png")
         if self._cosines.steps:
             history = dict(zip(self._cosines.steps, self._cosines.values, strict=True))
             history.setdefault(step, cosines)
             decoder, encoder = (torch.stack(part) for part in zip(*history.values(), strict=True))
             tracker.log_figure(cosines_over_training([*history], decoder, encoder), "figures/cosines_over_training.png")
-
-    def _log_training_figures(self, tracker: MLflowTracker) -> None:
-        from hedgelab.plots import firing_density, loss_terms
-
-        terms: dict[str, tuple[list[int], list[float]]] = {}
-        for step, values in zip(tracker.losses.steps, tracker.losses.values, strict=True):
-            for name, value in values.items():
-                steps, curve = terms.setdefault(name.removeprefix("train/"), ([], []))
-                steps.append(step)
-                curve.append(value)
-        if terms:
-            tracker.log_figure(loss_terms(terms), "figures/loss_terms.png")
-        if self._firing_rates is not None and len(self._firing_rates) > _MOST_LATENTS_LOGGED:
-            tracker.log_figure(firing_density(self._firing_rates.cpu()), "figures/firing_density.png")
 
 
 class MemberRecord(RunRecord):
@@ -215,12 +210,8 @@ class MemberRecord(RunRecord):
         return f"{type(self).__qualname__}[{self.member}]"
 
 
-def _datamodule(trainer: L.Trainer) -> Any:
-    return getattr(trainer, "datamodule", None)
-
-
 def _directions(trainer: L.Trainer) -> Any:
-    return getattr(_datamodule(trainer), "feature_directions", None)
+    return getattr(getattr(trainer, "datamodule", None), "feature_directions", None)
 
 
 @torch.no_grad()
@@ -234,10 +225,11 @@ def _cosines(sae: SAE, directions: Tensor) -> Cosines:
     return decoder.float().cpu(), encoder.float().cpu()
 
 
-def _save(sae: SAE, folder: Path, data: Any) -> None:
+def _save(sae: SAE, folder: Path, trainer: L.Trainer) -> None:
     """Write an SAE, and with it where its activations come from."""
     from hedgelab.saes import save_sae
 
     save_sae(sae, folder)
+    data = getattr(trainer, "datamodule", None)
     if isinstance(data, ActivationDataModule) and (source := data.source()) is not None:
         source.save(folder)

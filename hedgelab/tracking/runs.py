@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hedgelab.errors import UserError
-from hedgelab.tracking.store import all_experiments, ensure_store, reason_of, sqlite_file, tracking_uri
+from hedgelab.tracking.store import all_experiments, ensure_store, every, reason_of, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -77,16 +77,13 @@ def resolve_run(word: str, with_sae: bool = False) -> RunSummary:
     ``last`` is the newest run that is not part of another; else the word is a run's name (of several, the newest is meant),
     its id or the first characters of its id. ``with_sae`` looks only among runs that kept an SAE.
     """
-    client, names = open_runs()
-    more = [_HAS_SAE] if with_sae else []
+    wanted = [_HAS_SAE] if with_sae else []
     if word == "last":
-        found = _newest(client, names, more, 1, own=True)
+        found = _newest(wanted, 1, own=True)
     else:
-        found = (
-            [] if set(word) & set("'\\\n") else _newest(client, names, [f"attributes.run_name = '{word}'", *more], 1)
-        )
+        found = [] if set(word) & set("'\\\n") else _newest([f"attributes.run_name = '{word}'", *wanted], 1)
         if not found and re.fullmatch(r"[0-9a-f]{4,32}", word):
-            found = _newest(client, names, [f"attributes.run_id LIKE '{word}%'", *more], 5)
+            found = _newest([f"attributes.run_id LIKE '{word}%'", *wanted], 5)
     if len(found) > 1:
         fits = ", ".join(run.run_id[:12] for run in found)
         raise UserError(f"'{word}' is the beginning of several run ids ({fits}); give more characters")
@@ -110,9 +107,7 @@ def resolve_sae(word: str) -> FoundSAE:
 
 def children_with_sae(run: RunSummary) -> list[RunSummary]:
     """The finished runs right below a run that kept an SAE, in the order in which they began."""
-    client, names = open_runs()
-    wanted = f"tags.{PARENT_TAG} = '{run.run_id}' and attributes.status = 'FINISHED' and {_HAS_SAE}"
-    return [_summary(one, names) for one in search_runs(client, wanted, names, "ASC")]
+    return _newest([f"tags.{PARENT_TAG} = '{run.run_id}'", "attributes.status = 'FINISHED'", _HAS_SAE])[::-1]
 
 
 def artifact(run: RunSummary, path: str) -> Path:
@@ -136,48 +131,37 @@ def open_runs() -> tuple[MlflowClient, dict[str, str]]:
 
 def list_runs(experiment: str | None = None, last: bool = False, limit: int = 20) -> list[RunSummary]:
     """The latest runs, newest first: of one experiment or of all, or only the last that is not part of another."""
-    client, names = open_runs()
-    if experiment is not None:
-        if experiment not in names.values():
-            raise UserError(f"--experiment: no '{experiment}' in the store; it has {', '.join(sorted(names.values()))}")
-        names = {key: name for key, name in names.items() if name == experiment}
-    return _newest(client, names, [], 1 if last else limit, own=last)
+    return _newest([], 1 if last else limit, own=last, experiment=experiment)
 
 
-def search_runs(
-    client: MlflowClient, wanted: str, experiments: Iterable[str] | None = None, order: str = "DESC"
-) -> Iterator[Run]:
-    """Runs that fit a filter in MLflow's language, the newest first (``ASC``: the oldest), however many.
-
-    They are searched in the experiments of the given ids, or in all.
-    """
-    experiments = list(all_experiments(client) if experiments is None else experiments)
-    by = [f"attributes.start_time {order}"]
-    page = client.search_runs(experiments, wanted, order_by=by, max_results=_PAGE)
-    yield from page
-    while page.token:
-        page = client.search_runs(experiments, wanted, order_by=by, max_results=_PAGE, page_token=page.token)
-        yield from page
+def search_runs(client: MlflowClient, wanted: str, experiments: Iterable[str] | None = None) -> Iterator[Run]:
+    """Runs that fit a filter in MLflow's language, the newest first, however many, in experiments of given ids or in all."""
+    ids = list(all_experiments(client) if experiments is None else experiments)
+    order = ["attributes.start_time DESC"]
+    return every(lambda token: client.search_runs(ids, wanted, order_by=order, max_results=_PAGE, page_token=token))
 
 
 def _newest(
-    client: MlflowClient, names: dict[str, str], wanted: list[str], limit: int, own: bool = False
+    wanted: list[str], limit: int | None = None, own: bool = False, experiment: str | None = None
 ) -> list[RunSummary]:
     """The newest runs that fit all filters; ``own`` ones stand below no other."""
-    found = search_runs(client, " AND ".join(wanted), names)
-    if own:
-        found = (run for run in found if not {PARENT_TAG, REPORT_TAG} & set(run.data.tags))
-    return [_summary(run, names) for run in islice(found, limit)]
+    client, names = open_runs()
+    if experiment is not None and experiment not in names.values():
+        raise UserError(f"--experiment: no '{experiment}' in the store; it has {', '.join(sorted(names.values()))}")
+    ids = [key for key, name in names.items() if experiment in (None, name)]
+    found = search_runs(client, " AND ".join(wanted), ids)
+    fitting = (run for run in found if not (own and {PARENT_TAG, REPORT_TAG} & set(run.data.tags)))
+    return [_summary(run, names) for run in islice(fitting, limit)]
 
 
 def _summary(run: Run, experiments: dict[str, str]) -> RunSummary:
     info, data = run.info, run.data
     return RunSummary(
-        name=info.run_name,
-        run_id=info.run_id,
-        experiment=experiments[info.experiment_id],
-        status=info.status,
-        start=datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat(),
+        info.run_name,
+        info.run_id,
+        experiments[info.experiment_id],
+        info.status,
+        datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat(),
         duration_seconds=None if info.end_time is None else (info.end_time - info.start_time) / 1000,
         params=dict(sorted(data.params.items())),
         tags={key: value for key, value in sorted(data.tags.items()) if not key.startswith("mlflow.")},

@@ -1,12 +1,12 @@
-"""What could not be sent to the tracking store, kept on disk until it can be.
+"""What a run has to say to the tracking store, kept on disk until the store has taken it.
 
 A spool is one JSON-lines file a run, ``runs/spool/<run_id>.jsonl``, with the artifacts that it names in the folder
-``runs/spool/<run_id>/``. Every line is one operation, in the order in which it was due::
+``runs/spool/<run_id>/``. Every line is one :class:`Operation`, in the order in which it was due::
 
-    {"op": "metrics", "metrics": [[key, value, timestamp_ms, step], ...]}
-    {"op": "params", "params": {...}}      {"op": "tags", "tags": {...}}
-    {"op": "artifact", "source": "<path below the folder>", "artifact_path": "figures"}
-    {"op": "status", "status": "FINISHED", "end_time": timestamp_ms}
+    {"metrics": [[key, value, timestamp_ms, step], ...]}
+    {"params": {...}}      {"tags": {...}}
+    {"source": "<path below the folder>", "artifact_path": "figures"}
+    {"status": "FINISHED", "end_time": timestamp_ms}
 
 Sending an operation twice does no harm (MLflow ignores a point that it has), so a line is only dropped after the store
 has taken it. What the store will never take is set aside in ``<run_id>.refused``. A spool may come from elsewhere, with
@@ -20,10 +20,10 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -34,84 +34,41 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-T = TypeVar("T")
 Point = tuple[str, float, int, int]
 """A metric's key, value, timestamp in ms, and step."""
-MOST_POINTS = 1000  # MLflow's limits for one call: of points, and of parameters and tags
-_MOST_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """Points of metrics, at most 1000.
+class Operation:
+    """What a run has to say at one time: points of metrics, parameters, tags, a file or folder to keep, how the run ended.
 
-    ``repeated`` ones come from a run that went on without knowing how far the store had got: what the store has is not sent.
+    ``repeated`` points come from a run that went on without knowing how far the store had got: what the store has is not sent.
     """
 
-    metrics: list[Point]
+    metrics: Sequence[Point] = ()
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    source: str | None = None
+    artifact_path: str | None = None
+    status: str | None = None
+    end_time: int | None = None
     repeated: bool = False
 
+    def send(self, client: MlflowClient, run_id: str) -> None:
+        """Write it to a run of the store."""
+        from mlflow.entities import Metric, Param, RunTag
 
-@dataclass(frozen=True)
-class Params:
-    """Flat parameters, each short enough for MLflow."""
-
-    params: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Tags:
-    """Tags of the run."""
-
-    tags: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A file, or a folder with all it holds, and the artifact folder it belongs in."""
-
-    source: str
-    artifact_path: str | None = None
-
-
-@dataclass(frozen=True)
-class Status:
-    """How and when the run ended."""
-
-    status: str
-    end_time: int
-
-
-Operation = Metrics | Params | Tags | Artifact | Status
-_OPERATIONS: dict[str, type[Operation]] = {
-    cls.__name__.lower(): cls for cls in (Metrics, Params, Tags, Artifact, Status)
-}
-
-
-def _name(operation: Operation) -> str:
-    return type(operation).__name__.lower()
-
-
-def send(operation: Operation, client: MlflowClient, run_id: str) -> None:
-    """Write an operation to a run of the store."""
-    from mlflow.entities import Metric, Param, RunTag
-
-    match operation:
-        case Metrics(points, repeated):
-            known = last_steps(client.get_run(run_id)) if repeated else {}
-            if unknown := [Metric(*point) for point in points if point[3] > known.get(point[0], -1)]:
-                client.log_batch(run_id, metrics=unknown)
-        case Params(params):
-            for some in pages(list(params.items()), _MOST_AT_ONCE):
-                client.log_batch(run_id, params=[Param(*pair) for pair in some])
-        case Tags(tags):
-            for some in pages(list(tags.items()), _MOST_AT_ONCE):
-                client.log_batch(run_id, tags=[RunTag(*pair) for pair in some])
-        case Artifact(source, artifact_path):
-            upload = client.log_artifacts if Path(source).is_dir() else client.log_artifact
-            upload(run_id, source, artifact_path)
-        case Status(status, end_time):
-            client.set_terminated(run_id, status=status, end_time=end_time)
+        known = last_steps(client.get_run(run_id)) if self.repeated else {}
+        points = [Metric(*point) for point in self.metrics if point[3] > known.get(point[0], -1)]
+        params = [Param(*pair) for pair in self.params.items()]
+        tags = [RunTag(*pair) for pair in self.tags.items()]
+        if points or params or tags:
+            client.log_batch(run_id, metrics=points, params=params, tags=tags)
+        if self.source is not None:
+            upload = client.log_artifacts if Path(self.source).is_dir() else client.log_artifact
+            upload(run_id, self.source, self.artifact_path)
+        if self.status is not None:
+            client.set_terminated(run_id, status=self.status, end_time=self.end_time)
 
 
 class Spool:
@@ -123,8 +80,8 @@ class Spool:
         self.path = folder / f"{run_id}.jsonl"
         self.files = folder / run_id
         self.refused = folder / f"{run_id}.refused"
-        self._lock = FileLock(folder / f".{run_id}.lock")  # held for moments
-        self._turn = FileLock(folder / f".{run_id}.sending.lock")  # held by whoever sends what waits
+        self._lock_file = folder / f".{run_id}.lock"
+        self._lock = FileLock(self._lock_file)  # held for moments
 
     def __bool__(self) -> bool:
         return self.path.exists()
@@ -137,8 +94,8 @@ class Spool:
     def append(self, operation: Operation) -> None:
         """Keep an operation, and a copy of the file that it speaks of."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock:
-            if self._is_torn():  # a process was killed, or the disk was full, in the middle of a line
+        with self._lock.acquire(poll_interval=0.005):
+            if self and self._is_torn():  # a process was killed, or the disk was full, in the middle of a line
                 self._replace(self._lines())
             line = self._encode(operation)
             if self._store is not None and not self.uri:  # absent, or left empty by a full disk
@@ -146,55 +103,64 @@ class Spool:
             with self.path.open("a") as file:
                 file.write(line + "\n")
 
-    def replay(self, client: MlflowClient) -> tuple[list[str], Exception | None]:
+    def replay(self, client: MlflowClient, files: bool = True) -> tuple[list[str], Exception | None]:
         """Send what waits, in order; where the store fails, the rest stays.
 
-        Files are a matter of their own: where they cannot be uploaded, as happens to those who may only log metrics, they
-        stay, all else is sent, and the error is returned. So is what the store refuses for good, a line each.
+        Files are a matter of their own: where they cannot be uploaded, as happens to those who may only log metrics, or are not
+        to be (``files``), they stay, all else is sent, and the error is returned. So is what the store refuses for good, a line
+        each.
         """
-        done = 0
-        kept: list[str] = []
+        if not self:
+            return [], None
+        sent: list[str] = []
         refused: list[str] = []
         failure: Exception | None = None
-        with self._turn:
-            with self._lock:
-                lines = self._lines()
-            try:
-                for operation in self._decode(lines):
-                    try:
-                        if isinstance(operation, Artifact) and failure is not None:
-                            raise failure
-                        send(operation, client, self.run_id)
-                    except Exception as error:
-                        if is_refusal(error):
-                            refused.append(self._refuse(operation, lines[done], error))
-                        elif isinstance(operation, Artifact):
-                            failure = error
-                            kept.append(lines[done])
-                        else:
-                            raise
-                    done += 1
-            finally:
-                with self._lock:
-                    self._replace(kept + self._lines()[done:])
+        with self._lock.acquire(poll_interval=0.005):
+            lines = self._lines()
+        try:
+            for line, operation in zip(lines, self._decode(lines), strict=True):
+                if operation.source and (failure or not files):
+                    continue
+                try:
+                    operation.send(client, self.run_id)
+                except Exception as error:
+                    if is_refusal(error):
+                        refused.append(self._refuse(line, error))
+                    elif operation.source:
+                        failure = error
+                        continue
+                    else:
+                        raise
+                sent.append(line)
+        finally:
+            with self._lock.acquire(poll_interval=0.005):
+                left = self._lines()
+                for line in sent:
+                    if line in left:  # else another process has sent it too
+                        left.remove(line)
+                self._replace(left)
         return refused, failure
 
     def last_steps(self) -> dict[str, int]:
         """The last step of each metric that waits."""
         steps: dict[str, int] = {}
         for operation in self._decode(self._lines()):
-            for key, _, _, step in operation.metrics if isinstance(operation, Metrics) else ():
+            for key, _, _, step in operation.metrics:
                 steps[key] = max(step, steps.get(key, step))
         return steps
 
-    def _refuse(self, operation: Operation, line: str, error: Exception) -> str:
+    def close(self) -> None:
+        """Leave nothing behind, if nothing waits."""
+        if not self:
+            self._lock_file.unlink(missing_ok=True)
+
+    def _refuse(self, line: str, error: Exception) -> str:
         with self.refused.open("a") as file:
             file.write(line + "\n")
-        return f"the tracking store refuses {_name(operation)} ({reason_of(error)}); kept in {self.refused}, the rest is sent"
+        kind = next(key for key in json.loads(line) if key != "op")
+        return f"the tracking store refuses {kind} ({reason_of(error)}); kept in {self.refused}, the rest is sent"
 
     def _is_torn(self) -> bool:
-        if not self:
-            return False
         with self.path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 1))
             return file.read() not in (b"", b"\n")
@@ -215,10 +181,10 @@ class Spool:
                 shutil.rmtree(self.files, ignore_errors=True)
 
     def _encode(self, operation: Operation) -> str:
-        fields: dict[str, Any] = {"op": _name(operation), **asdict(operation)}
-        if isinstance(operation, Metrics):  # values as text: JSON has no word for nan and inf
+        fields: dict[str, Any] = {key: value for key, value in vars(operation).items() if value}
+        if operation.metrics:  # values as text: JSON has no word for nan and inf
             fields["metrics"] = [(key, repr(value), time, step) for key, value, time, step in operation.metrics]
-        elif isinstance(operation, Artifact):
+        if operation.source:
             source = Path(operation.source)
             fields["source"] = f"{uuid.uuid4().hex}/{source.name}"
             (self.files / fields["source"]).parent.mkdir(parents=True)
@@ -229,16 +195,17 @@ class Spool:
         for number, line in enumerate(lines, start=1):
             try:
                 fields = json.loads(line)
-                cls = _OPERATIONS[fields.pop("op")]
-                if cls is Metrics:
-                    points = fields["metrics"]
-                    fields["metrics"] = [
-                        (str(key), float(value), int(time), int(step)) for key, value, time, step in points
-                    ]
-                elif cls is Artifact:
+                fields.pop("op", None)  # its kind, which earlier releases wrote down
+                if not fields:
+                    raise UserError("says nothing")
+                points = fields.get("metrics", ())
+                fields["metrics"] = [
+                    (str(key), float(value), int(time), int(step)) for key, value, time, step in points
+                ]
+                if "source" in fields:
                     fields["source"] = str(self._own_file(fields["source"]))
-                yield cls(**fields)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                yield Operation(**fields)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 raise UserError(f"{self.path}, line {number}: damaged ({reason}); mend or delete it") from error
 
@@ -249,11 +216,6 @@ class Spool:
         if not inside or any(one.is_symlink() for one in (path, *path.rglob("*"))):
             raise UserError(f"'{name}' is no file that was kept here")
         return path
-
-
-def pages(items: list[T], most: int) -> list[list[T]]:
-    """Items in lists of at most so many."""
-    return [items[start : start + most] for start in range(0, len(items), most)]
 
 
 def is_refusal(error: Exception) -> bool:

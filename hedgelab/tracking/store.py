@@ -1,7 +1,6 @@
 """Where runs are kept: an MLflow store, by default one SQLite file under ``runs/`` with the artifacts beside it.
 
-Importing this module is cheap (neither torch nor mlflow): the command line starts the creation of an absent store in
-a process of its own before it imports either.
+Importing this module is cheap (neither torch nor mlflow).
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import os
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 import uuid
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from filelock import FileLock
@@ -41,7 +40,15 @@ _HTTP_DEFAULTS = {
 }
 INTENDED = "hedgelab.intended_for"
 """Tag of a run in the local store: the server that could not be reached when it began."""
-_creators: list[subprocess.Popen[bytes]] = []
+_REMEDIES = {
+    "error code 40[13]": "the server wants to know who you are: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+    "MLFLOW_TRACKING_TOKEN",
+    "^server": "start the server, or unset it for runs/mlflow.db, or train with trainer.logger.on_unreachable=local and "
+    "send the runs later with `hedgelab sync`",
+    "locked": "another process holds it: end that one, set it to another store, or unset it for runs/mlflow.db",
+    "is full|No space": "free some space, or set it to another store",
+    "": "check the file and its folder, or unset it for runs/mlflow.db",
+}
 
 
 def tracking_uri() -> str:
@@ -100,6 +107,12 @@ def artifact_location(uri: str, experiment: str) -> str | None:
     return (runs_dir(uri) / "artifacts" / (name if name.strip(".") else name.replace(".", "_"))).as_uri()
 
 
+def local_store() -> MlflowClient | None:
+    """A client of the store in the working directory, where there is one."""
+    uri = local_uri()
+    return ensure_store(uri) if Path(uri.removeprefix(_SQLITE)).exists() else None
+
+
 def ensure_store(uri: str | None = None) -> MlflowClient:
     """A client of the store, which is created first where it is an SQLite file that does not exist yet.
 
@@ -130,33 +143,25 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
 
 def all_experiments(client: MlflowClient) -> dict[str, str]:
     """Names of the active experiments by id, however many: a store gives them in pages."""
-    page = client.search_experiments()
-    found = list(page)
-    while page.token:
-        page = client.search_experiments(page_token=page.token)
-        found += page
+    found = every(lambda token: client.search_experiments(page_token=token))
     return {experiment.experiment_id: experiment.name for experiment in found}
+
+
+def every(page_of: Callable[[str | None], Any]) -> Iterator[Any]:
+    """All that a store gives in pages, each made from the token that the page before it ended with."""
+    token = None
+    while token != "":
+        page = page_of(token)
+        yield from page
+        token = page.token or ""
 
 
 def unusable(uri: str, reason: str) -> str:
     """Why a store cannot be used, and what to do, in a line."""
     if denied := re.search(r"error code 40[13]\b", reason):
         reason = denied[0]
-        remedy = (
-            "the server wants to know who you are: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-            "MLFLOW_TRACKING_TOKEN"
-        )
-    elif "://" in uri and not uri.startswith("sqlite"):
-        remedy = (
-            "start the server, or unset it for runs/mlflow.db, or train with trainer.logger.on_unreachable=local "
-            "and send the runs later with `hedgelab sync`"
-        )
-    elif "locked" in reason:
-        remedy = "another process holds it: end that one, set it to another store, or unset it for runs/mlflow.db"
-    elif "is full" in reason or "No space" in reason:
-        remedy = "free some space, or set it to another store"
-    else:
-        remedy = "check the file and its folder, or unset it for runs/mlflow.db"
+    subject = f"{'file' if uri.startswith('sqlite') or '://' not in uri else 'server'}: {reason}"
+    remedy = next(remedy for pattern, remedy in _REMEDIES.items() if re.search(pattern, subject))
     return f"MLFLOW_TRACKING_URI: cannot use the store {without_credentials(uri)} ({reason}); {remedy}"
 
 
@@ -179,80 +184,37 @@ def create_database(database: Path) -> None:
     """
     if database.exists():
         return
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        template = cache / "hedgelab" / f"mlflow-{version('mlflow')}.db"
+        _make_once(template, _make_database)
+    except (OSError, RuntimeError):  # this user has no cache folder, or may not write there
+        _make_once(database, _make_database)
+    else:
+        _make_once(database, partial(shutil.copyfile, template))
+
+
+def _make_once(database: Path, make: Callable[[Path], object]) -> None:
+    """Has one of many processes make a database, with artifacts beside it; the others wait."""
     database.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{database}.lock"):
-        if database.exists():
-            return
-        partial = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
+        unfinished = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
         try:
-            try:
-                template = _filled_template()
-            except (OSError, RuntimeError):  # this user has no cache folder, or may not write there
-                _make_database(partial)
-            else:
-                shutil.copyfile(template, partial)
-            with closing(sqlite3.connect(partial)) as connection, connection:
-                location = f"{(database.parent / 'artifacts').as_uri()}/0"
-                connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (location,))
-            partial.replace(database)
+            if not database.exists():
+                make(unfinished)
+                with closing(sqlite3.connect(unfinished)) as connection, connection:
+                    location = f"{(database.parent / 'artifacts').as_uri()}/0"
+                    connection.execute("UPDATE experiments SET artifact_location = ?", (location,))
+                unfinished.replace(database)
         finally:
-            partial.unlink(missing_ok=True)
-
-
-def _template() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "hedgelab" / f"mlflow-{version('mlflow')}.db"
-
-
-def _filled_template() -> Path:
-    """An empty database of this version of MLflow, made if it is missing."""
-    path = _template()
-    if not _is_database(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-            try:
-                if not _is_database(path):
-                    _make_database(partial)
-                    partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
-    return path
-
-
-def _is_database(path: Path) -> bool:
-    try:
-        check_database(path)
-    except UserError:
-        return False
-    return True
+            unfinished.unlink(missing_ok=True)
 
 
 def _make_database(path: Path) -> None:
-    """Has MLflow make an empty database: step by step, so that others must not see the file before it is complete."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs in pages, it also raises
-    store = SqlAlchemyStore(f"{_SQLITE}{path}", (path.parent / "artifacts").as_uri())  # type: ignore[no-untyped-call]
-    store.engine.dispose()
-
-
-def prepare_store_in_background(uri: str | None = None) -> None:
-    """Starts the creation of an absent SQLite store and returns at once.
-
-    The first database of a version of MLflow costs seconds of pure Python (imports and a chain of schema migrations). A
-    thread would only take turns with the import of torch; a process runs beside it. :func:`ensure_store` waits for it
-    through the lock, and creates the store itself should the process have died.
-    """
-    database = sqlite_file(uri or tracking_uri())
-    if database is None or database.exists():
-        return
-    with suppress(OSError, RuntimeError):  # ensure_store will meet the same trouble and say so
-        if _is_database(_template()):
-            create_database(database)
-            return
-        command = [sys.executable, "-m", "hedgelab.tracking.store", str(database)]
-        _creators.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    SqlAlchemyStore(f"{_SQLITE}{path}", path.parent.as_uri()).engine.dispose()  # type: ignore[no-untyped-call]
 
 
 def _prepare_http(uri: str) -> None:
@@ -269,7 +231,3 @@ def _prepare_http(uri: str) -> None:
     # Who answers late, or with a certificate that MLflow may be told to trust, is for MLflow to judge.
     with suppress(requests.exceptions.SSLError, requests.exceptions.ReadTimeout):
         requests.head(uri, timeout=_CONNECT_SECONDS, allow_redirects=False)
-
-
-if __name__ == "__main__":
-    create_database(Path(sys.argv[1]))

@@ -15,18 +15,18 @@ from filelock import FileLock, Timeout
 
 from hedgelab.errors import UserError
 from hedgelab.tracking.runs import PARENT_TAG, search_runs
-from hedgelab.tracking.spool import MOST_POINTS, Artifact, Metrics, Params, Spool, Status, Tags, pages, send
+from hedgelab.tracking.spool import Operation, Spool
 from hedgelab.tracking.store import (
     INTENDED,
     all_experiments,
     ensure_store,
+    local_store,
     local_uri,
     reason_of,
     runs_dir,
     same_store,
-    sqlite_file,
     tracking_uri,
-)
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -48,14 +48,13 @@ def sync(uri: str | None = None, announce: Callable[[str], object] = str) -> Sen
     ``announce`` hears of each run as its turn comes.
     """
     uri, local = uri or tracking_uri(), local_uri()
-    client, sent = ensure_store(uri), Sent([], [])
-    folder, database = runs_dir(local), sqlite_file(local)
+    client, sent, folder = ensure_store(uri), Sent([], []), runs_dir(local)
     folder.mkdir(exist_ok=True)
     try:
         with FileLock(folder / ".sync.lock", timeout=0):
             _send_spools(client, uri, sent, announce)
-            if database is not None and database.exists() and not same_store(local, uri):
-                _send_runs(ensure_store(local), client, uri, sent, announce)
+            if (here := local_store()) is not None and not same_store(local, uri):
+                _send_runs(here, client, uri, sent, announce)
     except Timeout:
         raise UserError(f"sync: another `hedgelab sync` is at work in {folder}; wait for its end") from None
     return sent
@@ -72,13 +71,12 @@ def _send_spools(client: MlflowClient, uri: str, sent: Sent, announce: Callable[
         announce(f"unsent operations of run {spool.run_id}")
         try:
             refused, failure = spool.replay(client)
-        except Exception as error:  # the store may take the next one
-            refused, failure = [], error
-        sent.left.extend(refused)
-        if failure is None:
+            sent.left.extend(refused)
+            if failure is not None:
+                raise failure
             sent.runs.append(spool.run_id)
-        else:
-            sent.left.append(f"{path}: {reason_of(failure)}")
+        except Exception as error:  # the store may take the next one
+            sent.left.append(f"{path}: {reason_of(error)}")
 
 
 def _send_runs(
@@ -90,48 +88,34 @@ def _send_runs(
     waiting = [run for run in found if same_store(run.data.tags[INTENDED], uri)]
     ids: dict[str, str] = {}
     for run in sorted(waiting, key=lambda run: (PARENT_TAG in run.data.tags, run.info.start_time)):
-        name = f"{run.info.run_name} ({run.info.run_id[:8]})"
+        own, name = run.info.run_id, f"{run.info.run_name} ({run.info.run_id[:8]})"
         announce(f"local run {name}")
         try:
-            ids[run.info.run_id] = _send_run(local, remote, run, names[run.info.experiment_id], ids)
+            ids[own] = _send_run(local, remote, run, names[run.info.experiment_id], ids)
+            if run.info.status != "RUNNING":  # one that still runs is sent again next time
+                local.delete_tag(own, INTENDED)
+            sent.runs.append(own)
         except Exception as error:
             sent.left.append(f"run {name}: {reason_of(error)}")
-            continue
-        if run.info.status != "RUNNING":  # one that still runs is sent again next time
-            local.delete_tag(run.info.run_id, INTENDED)
-        sent.runs.append(run.info.run_id)
 
 
 def _send_run(local: MlflowClient, remote: MlflowClient, run: Run, experiment: str, ids: dict[str, str]) -> str:
-    """One run; its id in the store."""
+    """One run, to the copy in the store that it was sent to before, or to a new one; the copy's id."""
     own = run.info.run_id
     tags = {key: value for key, value in run.data.tags.items() if key != INTENDED} | {LOCAL_RUN: own}
     if PARENT_TAG in tags:
         tags[PARENT_TAG] = ids.get(tags[PARENT_TAG], tags[PARENT_TAG])
-    there = _copy_of(remote, run, experiment, tags)
-    copy = str(there.info.run_id)
-    send(Tags(tags), remote, copy)
-    params = {key: value for key, value in run.data.params.items() if key not in there.data.params}
-    send(Params(params), remote, copy)
-    for key in run.data.metrics:
-        points = [(m.key, m.value, m.timestamp, m.step) for m in local.get_metric_history(own, key)]
-        for some in pages(points, MOST_POINTS):
-            send(Metrics(some), remote, copy)
-    if local.list_artifacts(own):
-        with tempfile.TemporaryDirectory() as folder:
-            send(Artifact(local.download_artifacts(own, "", folder)), remote, copy)
-    if run.info.status != "RUNNING":
-        send(Status(run.info.status, run.info.end_time), remote, copy)
-    return copy
-
-
-def _copy_of(remote: MlflowClient, run: Run, experiment: str, tags: dict[str, str]) -> Run:
-    """The run in the store that a local run was sent to before; else a new one."""
     found = remote.get_experiment_by_name(experiment)
     if found is not None and found.lifecycle_stage != "active":
         raise UserError(f"experiment '{experiment}' is deleted there; restore it, and sync again")
-    experiment_id = remote.create_experiment(experiment) if found is None else found.experiment_id
-    earlier = remote.search_runs([experiment_id], f"tags.`{LOCAL_RUN}` = '{run.info.run_id}'", max_results=1)
-    if earlier:
-        return earlier[0]
-    return remote.create_run(experiment_id, run.info.start_time, tags, run.info.run_name)
+    place = remote.create_experiment(experiment) if found is None else found.experiment_id
+    earlier = remote.search_runs([place], f"tags.`{LOCAL_RUN}` = '{own}'", max_results=1)
+    copy = earlier[0] if earlier else remote.create_run(place, run.info.start_time, tags, run.info.run_name)
+    histories = (local.get_metric_history(own, key) for key in run.data.metrics)
+    points = [(point.key, point.value, point.timestamp, point.step) for history in histories for point in history]
+    with tempfile.TemporaryDirectory() as folder:
+        files = local.download_artifacts(own, "", folder) if local.list_artifacts(own) else None
+        ended = {} if run.info.status == "RUNNING" else {"status": run.info.status, "end_time": run.info.end_time}
+        everything = Operation(points, run.data.params, tags, files, **ended)
+        everything.send(remote, copy.info.run_id)
+    return str(copy.info.run_id)

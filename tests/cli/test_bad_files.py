@@ -28,7 +28,6 @@ class Bomb:
 
 @pytest.fixture(autouse=True)
 def _no_store(monkeypatch):
-    monkeypatch.setattr("hedgelab.cli.startup.prepare_store_in_background", lambda: None)
     monkeypatch.delenv("HEDGELAB_FOLDERS", raising=False)
 
 

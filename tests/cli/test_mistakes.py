@@ -208,11 +208,6 @@ ELSEWHERE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_store(monkeypatch):
-    monkeypatch.setattr("hedgelab.cli.startup.prepare_store_in_background", lambda: None)
-
-
 def check(words, expected, capsys):
     code = main(words)
     printed = capsys.readouterr()
@@ -255,16 +250,16 @@ def test_debugging_shows_the_traceback(config, capsys, monkeypatch):
 
 
 def test_bugs_show_a_traceback(config, capsys, monkeypatch):
-    monkeypatch.setattr("hedgelab.cli.startup.compose", lambda words: 1 / 0)
+    monkeypatch.setattr("hedgelab.cli.fit.defer_torchmetrics", lambda: 1 / 0)
     assert main(["fit"]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_interrupt(config, capsys, monkeypatch):
-    def interrupt(words):
+    def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hedgelab.cli.startup.compose", interrupt)
+    monkeypatch.setattr("hedgelab.cli.fit.defer_torchmetrics", interrupt)
     assert main(["fit"]) == 130
     assert capsys.readouterr().err == "hedgelab: interrupted\n"
 

@@ -20,8 +20,8 @@ def imported():
     """Modules that a fit of a toy has imported when its trainer is about to start."""
     code = (
         "import json, sys\n"
-        "from hedgelab.cli.startup import begin\n"
-        "begin(['--trainer.logger=false'])\n"
+        "from hedgelab.cli.startup import defer_torchmetrics\n"
+        "defer_torchmetrics()\n"
         "import hedgelab.cli.lightning, hedgelab.metrics.evaluation\n"
         "print(json.dumps(sorted(sys.modules)))\n"
     )

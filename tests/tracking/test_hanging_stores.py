@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from hedgelab.errors import UserError
-from hedgelab.tracking.spool import Artifact, Metrics, Params, Spool, Status, Tags
+from hedgelab.tracking.spool import Operation, Spool
 from hedgelab.tracking.writer import RunWriter
 
 
@@ -69,7 +69,7 @@ def hung(store, spool, tmp_path):
     (tmp_path / "note.txt").write_text("kept")
     writer = RunWriter(store, "r", spool, buffer_points=5, flush_seconds=0.05)
     writer.add({"a": 1.0}, 0)
-    writer.settle()
+    writer.send()
     assert store.steps == [0]
     store.gate.clear()
     calls = []
@@ -82,10 +82,10 @@ def hung(store, spool, tmp_path):
     for step in range(1, 40):
         timed(writer.add, {"a": 1.0}, step)
         if step % 10 == 0:
-            timed(writer.settle)
-    timed(writer.deliver, Params({"k": "3"}))
-    timed(writer.deliver, Artifact(str(tmp_path / "note.txt"), "notes"))
-    timed(writer.deliver, Status("FINISHED", 1))
+            timed(writer.keep)
+    timed(writer.keep, Operation(params={"k": "3"}))
+    timed(writer.keep, Operation(source=str(tmp_path / "note.txt"), artifact_path="notes"))
+    timed(writer.keep, Operation(status="FINISHED", end_time=1))
     (tmp_path / "note.txt").unlink()
     return writer, calls
 
@@ -103,9 +103,7 @@ def test_a_store_that_hangs_holds_nobody_up_for_long(store, spool, tmp_path, fai
     writer, calls = hung(store, spool, tmp_path)
     assert sum(calls) < 1.0  # one wait for what hangs, none afterwards
     assert spool.last_steps()["a"] == 39  # on the disk: a kill now would lose nothing
-    assert {
-        step for line in spool._decode(spool._lines()) if isinstance(line, Metrics) for *_, step in line.metrics
-    } == {*range(1, 40)}
+    assert {step for line in spool._decode(spool._lines()) for *_, step in line.metrics} == {*range(1, 40)}
     store.gate.set()
     writer.close()
     writer.flush()
@@ -117,7 +115,7 @@ def test_what_came_through_slowly_may_be_sent_again_but_nothing_is_left(store, s
     writer = RunWriter(store, "r", spool)
     store.gate.clear()
     for step in (1, 2):
-        writer.deliver(Metrics([("a", 1.0, 0, step)]))  # given up after a while, and spooled
+        writer.keep(Operation([("a", 1.0, 0, step)]))  # given up after a while, and spooled
     assert spool.last_steps() == {"a": 2}
     store.gate.set()
     writer.close()
@@ -128,6 +126,7 @@ def test_what_came_through_slowly_may_be_sent_again_but_nothing_is_left(store, s
 def test_a_store_that_hangs_is_not_waited_for_twice_at_the_end(store, spool, tmp_path):
     store.fails_after_hanging = True
     writer, _ = hung(store, spool, tmp_path)
+    time.sleep(0.5)  # longer than its patience
     store.gate.set()
     deadline = time.monotonic() + 10
     while not writer._hangs and time.monotonic() < deadline:
@@ -146,14 +145,14 @@ def test_files_that_cannot_be_uploaded_keep_nothing_else_back(store, spool, tmp_
     (tmp_path / "note.txt").write_text("kept")
     store.no_files = True
     writer = RunWriter(store, "r", spool)
-    writer.deliver(Artifact(str(tmp_path / "note.txt")))
+    writer.keep(Operation(source=str(tmp_path / "note.txt")))
     for step in range(5):
-        writer.deliver(Metrics([("a", 1.0, 0, step)]))
-    writer.deliver(Artifact(str(tmp_path / "note.txt")))
-    writer.deliver(Status("FINISHED", 1))
+        writer.keep(Operation([("a", 1.0, 0, step)]))
+    writer.keep(Operation(source=str(tmp_path / "note.txt")))
+    writer.keep(Operation(status="FINISHED", end_time=1))
     writer.close()
     assert (store.steps, store.ended, store.files) == ([0, 1, 2, 3, 4], "FINISHED", [])
-    assert all(isinstance(operation, Artifact) for operation in spool._decode(spool._lines()))
+    assert all(operation.source for operation in spool._decode(spool._lines()))
     assert len([message for message in caplog.messages if "no credentials" in message]) == 1
     store.no_files = False
     writer.flush()
@@ -163,9 +162,9 @@ def test_files_that_cannot_be_uploaded_keep_nothing_else_back(store, spool, tmp_
 
 def test_after_an_outage_files_that_fail_keep_no_metrics_back(store, spool, tmp_path):
     (tmp_path / "note.txt").write_text("kept")
-    spool.append(Artifact(str(tmp_path / "note.txt")))
-    spool.append(Metrics([("a", 1.0, 0, 1)]))
-    spool.append(Status("FINISHED", 1))
+    spool.append(Operation(source=str(tmp_path / "note.txt")))
+    spool.append(Operation([("a", 1.0, 0, 1)]))
+    spool.append(Operation(status="FINISHED", end_time=1))
     store.no_files = True
     refused, failure = spool.replay(store)
     assert (refused, str(failure)) == ([], "no credentials for the bucket")
@@ -178,15 +177,16 @@ def test_after_an_outage_files_that_fail_keep_no_metrics_back(store, spool, tmp_
 
 def test_what_a_store_refuses_for_good_keeps_nothing_else_back(store, spool, caplog):
     writer = RunWriter(store, "r", spool)
-    writer.deliver(Params({"long": "x" * 30}))
-    writer.deliver(Metrics([("a", 1.0, 0, 1)]))
+    writer.keep(Operation(params={"long": "x" * 30}))
+    writer.keep(Operation([("a", 1.0, 0, 1)]))
+    writer.send()
     assert store.steps == [1]
     assert not spool
     assert '"long"' in spool.refused.read_text()
     assert any("refuses params (Param value is too long)" in message for message in caplog.messages)
 
-    spool.append(Params({"longer": "y" * 30}))
-    spool.append(Tags({"t": "v"}))
+    spool.append(Operation(params={"longer": "y" * 30}))
+    spool.append(Operation(tags={"t": "v"}))
     refused, failure = spool.replay(store)
     assert store.tags == {"t": "v"}
     assert (len(refused), failure) == (1, None)

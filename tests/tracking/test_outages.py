@@ -22,7 +22,7 @@ from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import VanillaSAE
 from hedgelab.tracking import MLflowTracker
-from hedgelab.tracking.spool import Metrics, Spool, send
+from hedgelab.tracking.spool import Operation, Spool
 from hedgelab.tracking.store import INTENDED, ensure_store, same_store, without_credentials
 from hedgelab.tracking.sync import LOCAL_RUN, sync
 from hedgelab.tracking.writer import RunWriter
@@ -92,7 +92,7 @@ def test_a_run_may_go_on_locally_and_is_sent_later_once(uri, other, monkeypatch,
 
 def test_sync_leaves_what_waits_for_another_server(uri, tmp_path):
     spool = Spool(tmp_path / "runs" / "spool", "abc", "http://other:5000")
-    spool.append(Metrics([("a", 1.0, 0, 0)]))
+    spool.append(Operation([("a", 1.0, 0, 0)]))
     (left,) = sync(uri).left
     assert "waits for http://other:5000" in left
     assert spool
@@ -104,8 +104,8 @@ def test_sync_command(uri, tmp_path, capsys):
     tracker = MLflowTracker()
     run_id = tracker.run_id
     tracker.finalize("success")
-    Spool(tmp_path / "runs" / "spool", run_id).append(Metrics([("a", 1.0, 5, 7)]))
-    Spool(tmp_path / "runs" / "spool", "0" * 32).append(Metrics([("a", 1.0, 5, 7)]))
+    Spool(tmp_path / "runs" / "spool", run_id).append(Operation([("a", 1.0, 5, 7)]))
+    Spool(tmp_path / "runs" / "spool", "0" * 32).append(Operation([("a", 1.0, 5, 7)]))
     assert main(["sync"]) == 2
     printed = capsys.readouterr()
     assert f"unsent operations of run {run_id}" in printed.out
@@ -203,11 +203,11 @@ def test_what_a_full_disk_does_not_take_waits_in_memory(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Spool, "append", append)
     for step in range(5):
-        writer.deliver(Metrics([("a", 1.0, 0, step)]))
+        writer.keep(Operation([("a", 1.0, 0, step)]))
     assert writer.unkept == "5 operations (0 of them files)"
     assert len([line for line in caplog.messages if "No space left" in line]) == 1
     full[0] = False
-    writer.deliver(Metrics([("a", 1.0, 0, 5)]))
+    writer.keep(Operation([("a", 1.0, 0, 5)]))
     assert writer.unkept is None
     assert spool.last_steps() == {"a": 5}
     again = RunWriter(up := Up(), "r", spool)
@@ -239,17 +239,17 @@ def test_points_of_a_run_that_went_on_blindly_are_not_sent_twice(uri):
         tracker.log_metrics({"a": float(step)}, step)
     tracker.finalize("success")
     client = ensure_store(uri)
-    send(Metrics([("a", float(step), 99, step) for step in range(5, 15)], repeated=True), client, run_id)
+    Operation([("a", float(step), 99, step) for step in range(5, 15)], repeated=True).send(client, run_id)
     assert points(client, run_id, "a") == [(step, float(step)) for step in range(15)]
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     spool = Spool(tmp_path, "r")
-    spool.append(Metrics([("a", 1.0, 0, 1)]))
+    spool.append(Operation([("a", 1.0, 0, 1)]))
     with spool.path.open("a") as file:
         file.write('{"op": "metrics", "metr')
     assert spool.last_steps() == {"a": 1}
-    spool.append(Metrics([("a", 1.0, 0, 2)]))
+    spool.append(Operation([("a", 1.0, 0, 2)]))
     assert [json.loads(line)["metrics"][0][3] for line in spool.path.read_text().splitlines()] == [1, 2]
 
 

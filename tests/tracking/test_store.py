@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -115,13 +116,6 @@ def test_damaged_database_is_a_user_error(tmp_path):
         store.ensure_store(f"sqlite:///{database}")
 
 
-def test_existing_database_is_left_alone_and_starts_no_process(uri):
-    before = len(store._creators)
-    store.prepare_store_in_background(uri)
-    store.prepare_store_in_background("http://tracker:5000")
-    assert len(store._creators) == before
-
-
 def test_interrupted_creation_leaves_nothing_behind(tmp_path, monkeypatch):
     from mlflow.store.tracking import sqlalchemy_store
 
@@ -141,7 +135,7 @@ def experiments(database):
         return connection.execute("SELECT name, artifact_location FROM experiments").fetchall()
 
 
-@pytest.mark.parametrize("cached", ["nothing", "a database", "damage", "no folder", "no home"])
+@pytest.mark.parametrize("cached", ["nothing", "a database", "no folder", "no home"])
 def test_a_store_is_a_copy_of_the_first_one_where_that_can_be_kept(cached, empty_database, tmp_path, monkeypatch):
     from mlflow.store.tracking import sqlalchemy_store
 
@@ -152,19 +146,18 @@ def test_a_store_is_a_copy_of_the_first_one_where_that_can_be_kept(cached, empty
         lambda uri, root: made.append(shutil.copy(empty_database, uri[10:])) or Mock(),
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    template = store._template()
     if cached == "no folder":
         (tmp_path / "cache").write_text("a file stands here")
     elif cached == "no home":
         monkeypatch.setenv("XDG_CACHE_HOME", "")
         monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
-    elif cached != "nothing":
-        template.parent.mkdir(parents=True)
-        template.write_bytes(empty_database.read_bytes() if cached == "a database" else b"no database")
+    elif cached == "a database":
+        (tmp_path / "cache" / "hedgelab").mkdir(parents=True)
+        shutil.copy(empty_database, tmp_path / "cache" / "hedgelab" / f"mlflow-{version('mlflow')}.db")
     for name in ("a", "b"):
         store.create_database(tmp_path / name / "mlflow.db")
         assert experiments(tmp_path / name / "mlflow.db") == [("Default", f"file://{tmp_path}/{name}/artifacts/0")]
-    assert len(made) == {"a database": 0, "nothing": 1, "damage": 1}.get(cached, 2)
+    assert len(made) == {"a database": 0, "nothing": 1}.get(cached, 2)
 
 
 @pytest.mark.slow
@@ -182,17 +175,6 @@ def test_three_processes_at_once_on_an_absent_store(tmp_path, monkeypatch):
     results = [(*racer.communicate(timeout=120), racer.returncode) for racer in racers]
     assert [(out.strip(), code) for out, _, code in results] == [("['Default']", 0)] * 3, results
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mlflow.db", "mlflow.db.lock"]
-
-
-@pytest.mark.slow
-def test_background_creation_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
-    start = time.monotonic()
-    store.prepare_store_in_background(uri)
-    assert time.monotonic() - start < 0.5
-    assert len(store.ensure_store(uri).search_experiments()) == 1
-    assert store._creators.pop().wait(timeout=60) == 0
 
 
 class Proxy(Answer):

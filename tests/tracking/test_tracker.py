@@ -80,10 +80,10 @@ def test_resuming_goes_on_in_the_same_run(uri):
 def test_a_point_sent_twice_is_kept_once(uri):
     tracker = MLflowTracker(uri=uri)
     spool = Spool(Path(tracker.save_dir) / "spool", tracker.run_id)
-    from hedgelab.tracking.spool import Metrics
+    from hedgelab.tracking.spool import Operation
 
     for _ in range(2):
-        spool.append(Metrics([("a", 1.0, 123, 1), ("b", float("nan"), 123, 1)]))
+        spool.append(Operation([("a", 1.0, 123, 1), ("b", float("nan"), 123, 1)]))
     tracker._writer.flush()
     assert not spool
     for key in ("a", "b"):

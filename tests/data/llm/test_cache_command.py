@@ -15,7 +15,6 @@ def config(tiny_model, tiny_text, tmp_path, monkeypatch):
     """A config ``tiny.yaml`` in an empty working directory, as a tree; its cache would lie in ``acts``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HEDGELAB_DEBUG", raising=False)
-    monkeypatch.setattr("hedgelab.cli.startup.prepare_store_in_background", lambda: None)
     data = {
         "model": tiny_model,
         "layer": 1,

@@ -46,7 +46,6 @@ SEEN = []
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_two_steps(path, architecture, tiny_text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hedgelab.cli.startup.prepare_store_in_background", lambda: None)
     folder = architecture("Gemma2" if "gemma" in path.stem else "Llama")
     for tree in composed(path):
         data, model = tree["data"], tree["model"]

@@ -6,12 +6,12 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
+from hedgelab import glossary
 from hedgelab.batch import Batch
+from hedgelab.glossary import GLOSSARY, bare, term, title, worth_showing
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import SAEMetrics, ValidationMetric, classes, readme
 from hedgelab.metrics.functional.degree import hedging_degree
-from hedgelab.tracking import glossary
-from hedgelab.tracking.glossary import GLOSSARY, bare, term, title, worth_showing
 
 
 def test_every_metric_of_a_validation_pass_is_explained():

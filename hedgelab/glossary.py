@@ -14,8 +14,15 @@ import re
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
+
+GROUP = "hedgelab.metrics"
+_MARK = "\nLogged as:\n"
+_LINE = re.compile(
+    r"(?P<name>\S+): (?P<title>[^:[(]+?)(?: \[(?P<unit>.+?)\])?(?: \((?P<better>higher|lower)\))?: (?P<meaning>.+)"
+)
 
 
 class Term(NamedTuple):
@@ -43,43 +50,25 @@ def declarations() -> list[Entry]:
     Source is read, not imported. A section holds lines of ``name: title [unit] (higher or lower): meaning``, of which unit and
     direction may be missing; a number at the end of a name is declared as ``*``.
     """
-    package = Path(__file__).parents[1]
-    files = [Path(__file__), *sorted(package.glob("metrics/**/*.py"))]
-    for point in entry_points(group=GROUP):
-        spec = find_spec(point.module)
-        files += [Path(spec.origin)] if spec is not None and spec.origin else []
+    files = [Path(__file__), *sorted(Path(__file__).parent.glob("metrics/**/*.py"))]
+    specs = [find_spec(point.module) for point in entry_points(group=GROUP)]
+    files += [Path(spec.origin) for spec in specs if spec is not None and spec.origin]
     found = []
     for file in files:
         source = file.read_text()
-        if _MARK.strip() not in source:
-            continue
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(ast.parse(source)) if _MARK.strip() in source else ():
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 continue
-            text = ast.get_docstring(node)
-            if text and _MARK in text:
+            text, mark, section = (ast.get_docstring(node) or "").partition(_MARK)
+            if mark:
+                lines = (line.strip() for line in re.sub(r"\n {8,}", " ", section).splitlines())
+                matches = takewhile(bool, map(_LINE.fullmatch, lines))
+                terms = {match["name"]: Term(*(one or "" for one in match.groups()[1:])) for match in matches if match}
                 name = file.stem if isinstance(node, ast.Module) else node.name
-                found.append(Entry(file, name, *_read(text)))
+                found.append(Entry(file, name, text.rstrip(), terms))
     return found
 
 
-def _read(docstring: str) -> tuple[str, dict[str, Term]]:
-    """A docstring without its ``Logged as:`` section, and what that declares."""
-    before, section = docstring.split(_MARK, 1)
-    terms = {}
-    for line in re.sub(r"\n {8,}", " ", section).splitlines():
-        match = _LINE.fullmatch(line.strip())
-        if match is None:
-            break
-        terms[match["name"]] = Term(match["title"], match["unit"] or "", match["better"] or "", match["meaning"])
-    return before.rstrip(), terms
-
-
-GROUP = "hedgelab.metrics"
-_MARK = "\nLogged as:\n"
-_LINE = re.compile(
-    r"(?P<name>\S+): (?P<title>[^:[(]+?)(?: \[(?P<unit>.+?)\])?(?: \((?P<better>higher|lower)\))?: (?P<meaning>.+)"
-)
 GLOSSARY = {name: term for entry in declarations() for name, term in entry.terms.items()}
 KEY_METRICS = (
     "explained_variance", "l0", "dead_latents", "mcc", "hedging/degree", "hedging/decoder_signed",
