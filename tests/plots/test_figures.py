@@ -57,10 +57,10 @@ def test_decoder_bias_has_one_bar_a_feature():
 
 def test_loss_terms_are_logarithmic_only_where_they_can_be():
     steps = [0, 1, 2]
-    axes = loss_terms({"mse": (steps, [1.0, 0.1, 0.01]), "loss": (steps, [1.1, 0.2, 0.1])}).axes[0]
-    assert axes.get_yscale() == "log"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mse", "loss (sum)"]
-    assert axes.get_xlabel() == "training step"
+    figure = loss_terms({"mse": (steps, [1.0, 0.1, 0.01]), "loss": (steps, [1.1, 0.2, 0.1])})
+    assert figure.axes[0].get_yscale() == "log"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["loss (sum)", "mse"]
+    assert figure.axes[0].get_xlabel() == "step"
     signed = loss_terms({"mse": (steps, [1.0, 0.1, 0.01]), "negative": (steps, [-1.0, float("nan"), 0.1])})
     assert signed.axes[0].get_yscale() == "linear"
     pixels(signed)
