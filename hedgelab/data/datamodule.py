@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hedgelab.batch import Batch
-from hedgelab.data.source import ActivationSource
+from hedgelab.data.source import ActivationSource, Normalisation
 from hedgelab.errors import UserError, whole_number
 from hedgelab.seeding import generator, resolve_seed
 
@@ -98,26 +99,24 @@ class ActivationDataModule(L.LightningDataModule, ABC):
 
         A weighted batch that does not split evenly gets rows of weight 0.
         """
-        count = self._rank()[1]
+        count = data_rank(self.trainer)[1]
         if count == 1:
             return batch
         x, features, weight = batch
         if weight is not None:
             missing = -len(x) % count
-            x, features = _lengthened(x, missing), None if features is None else _lengthened(features, missing)
+            places = torch.arange(len(x) + missing, device=x.device).clamp_max(len(x) - 1)
+            x, features = x[places], None if features is None else features[places]
             weight = torch.cat([weight * count, weight.new_zeros(missing)])
         rows = self.rows_for_rank(len(x))
         return Batch(x[rows], None if features is None else features[rows], None if weight is None else weight[rows])
 
     def rows_for_rank(self, size: int) -> slice:
         """Which rows of a global batch of ``size`` examples belong to this rank."""
-        rank, count = self._rank()
+        rank, count = data_rank(self.trainer)
         if size % count:
             raise UserError(f"data.batch_size: {size} cannot be split evenly over {count} ranks")
         return slice(rank * size // count, (rank + 1) * size // count)
-
-    def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else data_rank(self.trainer)
 
     def train_dataloader(self) -> BatchStream:
         """The stream from the trainer's step to its last; with ``overfit_batches``, its first batches again and again."""
@@ -145,9 +144,53 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         return SizedBatchStream(self, "test", self.val_batches)
 
 
+class NormalisedActivations(ActivationDataModule):
+    """Serves ``(x - mean) * scale``, measured in float64 on the first training rows.
+
+    ``unit_norm`` gives a mean squared norm of 1, ``centred`` a mean of 0; ``none`` changes nothing.
+    """
+
+    normalisation: Normalisation
+
+    @abstractmethod
+    def measured_rows(self) -> Tensor:
+        """The training rows on which the normalisation is measured, ``[n, d_in]``."""
+
+    @cached_property
+    def _measured(self) -> tuple[float, Tensor | None]:
+        if self.normalisation == "none":
+            return 1.0, None
+        rows = self.measured_rows().double()
+        if self.normalisation == "unit_norm":
+            return float(rows.square().sum(dim=-1).mean().rsqrt()), None
+        return 1.0, rows.mean(dim=0).float()
+
+    @property
+    def activation_scale(self) -> float:
+        """What (centred) activations are multiplied by: 1 / root mean squared norm, or 1."""
+        return self._measured[0]
+
+    @property
+    def activation_mean(self) -> Tensor | None:
+        """What is subtracted from activations first, ``[d_in]``; None for nothing."""
+        return self._measured[1]
+
+    def normalised(self, x: Tensor, features: Tensor | None = None) -> Batch:
+        """A batch of activations ``[rows, d_in]``, float32, and of true magnitudes, which are scaled with them."""
+        scale, mean = self._measured
+        x = x if mean is None else x - mean
+        return Batch(x, features) if scale == 1 else Batch(x * scale, None if features is None else features * scale)
+
+    def described(self, **facts: Any) -> ActivationSource:
+        """The normalisation as measured, and further facts about the activations."""
+        scale, mean = self._measured
+        kept = None if mean is None else tuple(mean.tolist())
+        return ActivationSource(normalisation=self.normalisation, scale=scale, mean=kept, **facts)
+
+
 def held_out_split(n: int, share: float, what: str) -> dict[Stage, Tensor]:
     """Which of n rows or contexts belong to which stage: half the share each to validation and test, whatever the seed."""
-    held = int(n * share / 2)
+    held = int(n * share / 2) if 0 < share < 1 else 0
     if not 1 <= held < n / 2:
         raise UserError(f"data.held_out: {share} of {n} {what} leaves a stage without any; change it, or give more")
     order = torch.randperm(n, generator=generator(0, "split"))
@@ -155,15 +198,11 @@ def held_out_split(n: int, share: float, what: str) -> dict[Stage, Tensor]:
     return {"train": train, "val": val, "test": test}
 
 
-def data_rank(trainer: L.Trainer) -> tuple[int, int]:
+def data_rank(trainer: L.Trainer | None) -> tuple[int, int]:
     """Which part of each batch this process works on, and of how many; processes that share an SAE's latents share it."""
-    split: dict[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    strategy = None if trainer is None else trainer.strategy
+    split: dict[str, int] = getattr(strategy, "distributed_sampler_kwargs", None) or {}
     return split.get("rank", 0), split.get("num_replicas", 1)
-
-
-def _lengthened(part: Tensor, count: int) -> Tensor:
-    """The tensor with its last row ``count`` times more."""
-    return torch.cat([part, part[-1:].expand(count, *part.shape[1:])])
 
 
 @dataclass

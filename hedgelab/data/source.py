@@ -7,55 +7,28 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from hedgelab.errors import UserError
 
 FILE = "activations.json"
 Normalisation = Literal["none", "unit_norm", "centred"]
 
 
-def measured_normalisation(rows: Tensor, kind: Normalisation) -> tuple[float, Tensor | None]:
-    """Scale and mean that make activations ``(x - mean) * scale``, measured on rows ``[n, d_in]`` in float64.
-
-    ``unit_norm`` gives a mean squared norm of 1, ``centred`` a mean of 0 (``[d_in]``, float32); ``none`` changes nothing.
-    """
-    if kind == "unit_norm":
-        return float(rows.double().square().sum(dim=-1).mean().rsqrt()), None
-    return 1.0, rows.double().mean(dim=0).float() if kind == "centred" else None
-
-
 @dataclass(frozen=True)
 class ActivationSource:
-    """What an SAE reads: ``x = (activation - mean) · scale`` of a language model's hook.
+    """What an SAE reads: ``x = (activation - mean) · scale`` of a language model's hook; None for what is not known."""
 
-    Attributes:
-        model: Name of the model, as ``data.model`` took it.
-        hook: Path of the hooked module in the transformers model, such as ``model.layers.12``.
-        layer: The block whose residual stream it is, counted from zero; None for any other hook.
-        context_length: Tokens the model sees at a time.
-        skip_first: First positions of each context that were left out.
-        opens_with_bos: Whether each context begins with the tokenizer's BOS token; None where that is not known.
-        text: The text, in words.
-        dataset: The text's name on the Hugging Face hub; None where it has none.
-        normalisation: Name of the normalisation.
-        scale: Factor of the (centred) activations.
-        mean: What is subtracted first, ``d_in`` numbers; None for nothing.
-        unknown: Why a key of ``data`` is not known though the SAE came with words about it, by key.
-    """
-
-    model: str | None = None
-    hook: str | None = None
-    layer: int | None = None
+    model: str | None = None  # as ``data.model`` took it
+    hook: str | None = None  # path of the hooked module in the transformers model, such as ``model.layers.12``
+    layer: int | None = None  # the block whose residual stream it is, from zero; None for any other hook
     context_length: int | None = None
-    skip_first: int = 0
-    opens_with_bos: bool | None = None
-    text: str | None = None
-    dataset: str | None = None
+    skip_first: int = 0  # positions of each context that were left out
+    opens_with_bos: bool | None = None  # whether each context begins with the tokenizer's BOS token
+    text: str | None = None  # in words
+    dataset: str | None = None  # name of the text on the Hugging Face hub; None where it has none
     normalisation: str = "none"
     scale: float = 1.0
-    mean: tuple[float, ...] | None = field(default=None, repr=False)
-    unknown: dict[str, str] = field(default_factory=dict)
+    mean: tuple[float, ...] | None = field(default=None, repr=False)  # None for nothing to subtract
+    unknown: dict[str, str] = field(default_factory=dict)  # why a key of ``data`` is not known though the SAE names it
 
     def save(self, folder: str | Path) -> None:
         """Write ``activations.json`` into a folder."""

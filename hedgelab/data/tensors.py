@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import tee
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,19 +17,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from hedgelab.batch import Batch
-from hedgelab.data.datamodule import ActivationDataModule, Stage, held_out_split
-from hedgelab.data.source import ActivationSource, Normalisation, measured_normalisation
+from hedgelab.data.datamodule import NormalisedActivations, Stage, held_out_split
+from hedgelab.data.source import ActivationSource, Normalisation
 from hedgelab.errors import UserError, one_line, whole_number
 from hedgelab.seeding import generator
 
-_ROWS_MEASURED = 65_536
-_ROWS_CHECKED_AT_ONCE = 65_536
-_NAMES = ("x", "features", "feature_directions")
+_ROWS_AT_ONCE = 65_536  # that the normalisation is measured on, and that are checked together
 
 Pair = tuple[Tensor, Tensor | None]
 
 
-class RowActivations(ActivationDataModule):
+class RowActivations(NormalisedActivations):
     """Activations that can be read row by row: a seeded order an epoch, and rows held out for validation and test.
 
     Each epoch puts the training rows into a new order. Batch i takes the rows at places ``i * batch_size`` to
@@ -61,29 +59,37 @@ class RowActivations(ActivationDataModule):
         chunk_steps: int = 1,
     ) -> None:
         whole_number("data.batch_size", batch_size)
-        if isinstance(held_out, bool) or not 0 < held_out < 1:
-            raise UserError(f"data.held_out: must lie between 0 and 1, got {held_out}")
         self._parts = held_out_split(n, held_out, "rows")
+        x, features = self._read(torch.tensor([0]))
+        self._d_in = x.shape[1]
+        if feature_directions is not None:
+            if features is None:
+                raise UserError("data.feature_directions: need data.features, the features' magnitudes in each row")
+            expected, shape = [features.shape[1], self._d_in], list(feature_directions.shape)
+            if shape != expected:
+                raise UserError(f"data.feature_directions: expected [n_features, d_in] = {expected}, got {shape}")
         training, held = len(self._parts["train"]), len(self._parts["val"])
         if training < batch_size:
-            raise UserError(
-                f"data.batch_size: must be at most the {training} training rows ({n} rows, {2 * held} of them held out), got "
-                f"{batch_size}"
-            )
+            rows = f"{training} training rows ({n} rows, {2 * held} of them held out)"
+            raise UserError(f"data.batch_size: must be at most the {rows}, got {batch_size}")
         # Fewer held-out rows than a batch are served in batches of a power of two, which ranks can split.
         held_batch = batch_size if held >= batch_size else 1 << (held.bit_length() - 1)
         super().__init__(batch_size, seed, held // held_batch if val_batches is None else val_batches, chunk_steps)
         self._sizes: dict[Stage, int] = {"train": batch_size, "val": held_batch, "test": held_batch}
-        self.normalisation: Normalisation = normalisation
+        self.normalisation = normalisation
         self._directions = None if feature_directions is None else feature_directions.float()
 
     @abstractmethod
-    def read(self, rows: Tensor) -> Pair:
-        """Activations ``[len(rows), d_in]`` and, where known, magnitudes ``[len(rows), n_features]``, float32."""
+    def read(self, batches: Iterable[Tensor], ahead: bool) -> Iterator[Pair]:
+        """Of each set of rows activations ``[n, d_in]`` and, where known, magnitudes ``[n, n_features]``, float32."""
 
-    def read_each(self, batches: Iterable[Tensor]) -> Iterator[Pair]:
-        """The same for several sets of rows, one after the other; override to read ahead."""
-        return map(self.read, batches)
+    def _read(self, rows: Tensor) -> Pair:
+        return next(self.read([rows], ahead=False))
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._d_in
 
     @property
     def feature_directions(self) -> Tensor | None:
@@ -92,32 +98,21 @@ class RowActivations(ActivationDataModule):
 
     def batch(self, stage: Stage, index: int) -> Batch:
         """Global batch number ``index`` of a stage, ``[batch_size, d_in]``; held-out rows may make smaller ones."""
-        return self._normalised(*self.read(self._rows(stage, index)))
+        return self.normalised(*self._read(self._rows(stage, index)))
 
     def batches_at(self, stage: Stage, numbers: Sequence[int]) -> Iterator[Batch]:
         """This rank's slices of the batches with these numbers; no other rows are read."""
         mine = self.rows_for_rank(self._sizes[stage])
-        for pair in self.read_each(self._rows(stage, number)[mine] for number in numbers):
-            yield self._normalised(*pair)
+        for pair in self.read((self._rows(stage, number)[mine] for number in numbers), ahead=True):
+            yield self.normalised(*pair)
 
     def source(self) -> ActivationSource | None:
         """The normalisation as measured; None where activations are served as they are."""
-        if self.normalisation == "none":
-            return None
-        scale, mean = self._measured
-        kept = None if mean is None else tuple(mean.tolist())
-        return ActivationSource(normalisation=self.normalisation, scale=scale, mean=kept)
+        return None if self.normalisation == "none" else self.described()
 
-    @cached_property
-    def _measured(self) -> tuple[float, Tensor | None]:
-        return measured_normalisation(self.read(self._parts["train"][:_ROWS_MEASURED])[0], self.normalisation)
-
-    def _normalised(self, x: Tensor, features: Tensor | None) -> Batch:
-        if self.normalisation == "none":
-            return Batch(x, features)
-        scale, mean = self._measured
-        x = x if mean is None else x - mean
-        return Batch(x * scale, None if features is None else features * scale)
+    def measured_rows(self) -> Tensor:
+        """The first training rows."""
+        return self._read(self._parts["train"][:_ROWS_AT_ONCE])[0]
 
     def _rows(self, stage: Stage, index: int) -> Tensor:
         """Numbers of the rows of a batch."""
@@ -169,21 +164,14 @@ class TensorActivations(RowActivations):
         given |= {name: value for name, value in beside.items() if value is not None}
         tensors = {name: _checked(name, value) for name, value in given.items()}
         self._x, self._features = tensors["x"], tensors.get("features")
-        directions = tensors.get("feature_directions")
         if self._features is not None and len(self._features) != len(self._x):
             raise UserError(f"data.features: expected {len(self._x)} rows, as x has, got {len(self._features)}")
-        _check_directions(directions, self._features, self._x.shape[1])
-        super().__init__(len(self._x), batch_size, directions, **kwargs)
+        super().__init__(len(self._x), batch_size, tensors.get("feature_directions"), **kwargs)
 
-    @property
-    def d_in(self) -> int:
-        """Width of the activations."""
-        return self._x.shape[1]
-
-    def read(self, rows: Tensor) -> Pair:
-        """Rows by number, float32."""
-        features = None if self._features is None else self._features[rows.to(self._features.device)].float()
-        return self._x[rows.to(self._x.device)].float(), features
+    def read(self, batches: Iterable[Tensor], ahead: bool) -> Iterator[Pair]:
+        """Rows by number."""
+        for rows in batches:
+            yield self._x[rows].float(), None if self._features is None else self._features[rows].float()
 
 
 class DatasetActivations(RowActivations):
@@ -202,6 +190,7 @@ class DatasetActivations(RowActivations):
     """
 
     where_and_how: ClassVar[frozenset[str]] = frozenset({"num_workers"})
+    _d_in = 0  # until item 0 has been read
 
     def __init__(
         self,
@@ -215,46 +204,21 @@ class DatasetActivations(RowActivations):
         if isinstance(dataset, DataLoader):
             if dataset.batch_size is None or not isinstance(dataset.sampler, SequentialSampler | RandomSampler):
                 own = type(dataset.sampler if dataset.batch_size else dataset.batch_sampler).__name__
-                raise UserError(
-                    f"data.dataset: the DataLoader's own {own} would be ignored, for batch i must be a function of seed and i; "
-                    "give the dataset instead"
-                )
+                raise UserError(f"data.dataset: the DataLoader's own {own} would be ignored; give the dataset instead")
             batch_size = dataset.batch_size if batch_size is None else batch_size
             num_workers = dataset.num_workers if num_workers is None else num_workers
             self._collate, dataset = dataset.collate_fn, dataset.dataset
-        if isinstance(dataset, IterableDataset) or not (
-            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        ):
-            raise UserError(
-                f"data.dataset: expected a map-style dataset (with a length and items by number), got {type(dataset).__name__}"
-            )
-        self._dataset, self._width = dataset, 0
+        if isinstance(dataset, IterableDataset) or not {"__len__", "__getitem__"} <= set(dir(dataset)):
+            raise UserError(f"data.dataset: expected a map-style dataset (length, items), got {type(dataset).__name__}")
+        self._dataset: Any = dataset
         self._workers = whole_number("data.num_workers", 0 if num_workers is None else num_workers, 0)
-        n = len(dataset)
-        if n:
-            x, features = self.read(torch.tensor([0]))
-            self._width = x.shape[1]
-            _check_directions(feature_directions, features, self._width)
-        super().__init__(n, 1024 if batch_size is None else batch_size, feature_directions, **kwargs)
+        super().__init__(len(self._dataset), 1024 if batch_size is None else batch_size, feature_directions, **kwargs)
 
-    @property
-    def d_in(self) -> int:
-        """Width of the activations."""
-        return self._width
-
-    def read(self, rows: Tensor) -> Pair:
-        """Rows by number, float32."""
-        return next(self._loaded([rows], 0))
-
-    def read_each(self, batches: Iterable[Tensor]) -> Iterator[Pair]:
-        """The same, read ahead by the workers."""
-        return self._loaded(batches, self._workers)
-
-    def _loaded(self, batches: Iterable[Tensor], workers: int) -> Iterator[Pair]:
-        """Rows through a DataLoader, which draws no random number of the run's, checked."""
-        numbers, ahead = tee(rows.tolist() for rows in batches)
+    def read(self, batches: Iterable[Tensor], ahead: bool) -> Iterator[Pair]:
+        """Rows by number through a DataLoader, which draws no random number of the run's, checked."""
+        numbers, sampler = tee(rows.tolist() for rows in batches)
         loader = DataLoader(
-            self._dataset, batch_sampler=ahead, collate_fn=self._collate, num_workers=workers,
+            self._dataset, batch_sampler=sampler, collate_fn=self._collate, num_workers=self._workers if ahead else 0,
             generator=torch.Generator(),
         )  # fmt: skip
         try:
@@ -264,7 +228,7 @@ class DatasetActivations(RowActivations):
             if "equal size" not in str(error):
                 raise
             reason = one_line(str(error).rpartition("stack expects")[2])
-            raise UserError(f"data.dataset: expected items of width {self._width}, as item 0 has ({reason})") from error
+            raise UserError(f"data.dataset: expected items of width {self._d_in}, as item 0 has ({reason})") from error
 
     def _checked(self, rows: list[int], items: Any) -> Pair:
         parts = items if isinstance(items, tuple | list) else (items,)
@@ -272,24 +236,11 @@ class DatasetActivations(RowActivations):
             shown = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
             raise UserError(f"data.dataset: items must be tensors [d_in], or pairs of them (x, features), got {shown}")
         x = parts[0].float()
-        if self._width and x.shape[1] != self._width:
-            raise UserError(f"data.dataset: expected items of width {self._width}, as item 0 has, got {x.shape[1]}")
-        if not x.isfinite().all():
-            bad = rows[int((~x.isfinite()).any(dim=1).nonzero()[0, 0])]
-            raise UserError(f"data.dataset: item {bad} is not finite (NaN or infinite)")
+        if self._d_in and x.shape[1] != self._d_in:
+            raise UserError(f"data.dataset: expected items of width {self._d_in}, as item 0 has, got {x.shape[1]}")
+        if (wrong := _row_not_finite(x)) is not None:
+            raise UserError(f"data.dataset: item {rows[wrong]} is not finite (NaN or infinite)")
         return x, parts[1].float() if len(parts) == 2 else None
-
-
-def _check_directions(directions: Tensor | None, features: Tensor | None, d_in: int) -> None:
-    if directions is None:
-        return
-    if features is None:
-        raise UserError("data.feature_directions: need data.features, the features' magnitudes in each row")
-    expected = [features.shape[1], d_in]
-    if list(directions.shape) != expected:
-        raise UserError(
-            f"data.feature_directions: expected [n_features, d_in] = {expected}, got {list(directions.shape)}"
-        )
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -308,7 +259,7 @@ def _load(path: Path) -> dict[str, Any]:
         return {"x": next(iter(tensors.values()))}
     if "x" not in tensors:
         raise UserError(f"data.x: {path} holds {', '.join(tensors) or 'no tensor'}; name the activations 'x'")
-    return {name: tensor for name, tensor in tensors.items() if name in _NAMES}
+    return {name: tensors[name] for name in ("x", "features", "feature_directions") if name in tensors}
 
 
 def _checked(name: str, value: Any) -> Tensor:
@@ -320,8 +271,13 @@ def _checked(name: str, value: Any) -> Tensor:
     if tensor.dim() != 2 or not tensor.shape[1] or tensor.is_complex() or tensor.dtype == torch.bool:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise UserError(f"data.{name}: expected numbers [rows, width], got {kind} {list(tensor.shape)}")
-    for start in range(0, len(tensor), _ROWS_CHECKED_AT_ONCE):
-        wrong = ~tensor[start : start + _ROWS_CHECKED_AT_ONCE].isfinite().all(dim=1)
-        if wrong.any():
-            raise UserError(f"data.{name}: row {start + int(wrong.nonzero()[0, 0])} is not finite (NaN or infinite)")
+    for start in range(0, len(tensor), _ROWS_AT_ONCE):
+        if (wrong := _row_not_finite(tensor[start : start + _ROWS_AT_ONCE])) is not None:
+            raise UserError(f"data.{name}: row {start + wrong} is not finite (NaN or infinite)")
     return tensor
+
+
+def _row_not_finite(rows: Tensor) -> int | None:
+    """The first row that holds a NaN or an infinity; None where all are finite."""
+    wrong = ~rows.isfinite().all(dim=1)
+    return int(wrong.nonzero()[0, 0]) if wrong.any() else None

@@ -7,11 +7,12 @@ file system's cache is warm. An SAE of 8192 latents on activations 576 wide take
 import argparse
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from hedgelab.data.llm.cache_files import ActivationCache, CachedRows
+from hedgelab.data.llm.cache_files import ActivationCache
 from hedgelab.data.llm.stream import BlockStream
 
 CONSUMED = 12_000
@@ -36,16 +37,17 @@ def main() -> None:
             for shard in cache.shards:
                 cache.write(shard, rows[: len(cache.contexts_of(shard))])
             written = contexts * options.context / (time.perf_counter() - start)
-            read = read_speed(cache, contexts, options.context, dtype)
+            read = read_speed(cache, contexts, options.context)
         print(f"{dtype:9s} write {written:9.0f}   read {read:9.0f} rows/s = {read / CONSUMED:.1f} x what an SAE takes")
 
 
-def read_speed(cache: ActivationCache, contexts: int, length: int, dtype: str) -> float:
+def read_speed(cache: ActivationCache, contexts: int, length: int) -> float:
     """Rows a second of a stream's batches, over one pass behind a first block, each prefetched while none is used."""
-    source = CachedRows(cache, getattr(torch, dtype), torch.device("cpu"))
     usable = torch.ones(contexts, length, dtype=torch.bool)
+    background = ThreadPoolExecutor(1)
     stream = BlockStream(
-        source.rows, source.submit, torch.arange(contexts), usable, contexts_per_block=64, batch_size=1024,
+        lambda numbers, usable: cache.read(numbers)[usable], background, torch.arange(contexts), usable,
+        contexts_per_block=64, batch_size=1024,
         max_norm_ratio=10.0, seed=0, name="train",
     )  # fmt: skip
     stream.batch(0)
@@ -54,7 +56,7 @@ def read_speed(cache: ActivationCache, contexts: int, length: int, dtype: str) -
     for rows in stream.read(range(first, stop)):
         rows.float()
     elapsed = time.perf_counter() - start
-    source.close()
+    background.shutdown()
     return (stop - first) * 1024 / elapsed
 
 

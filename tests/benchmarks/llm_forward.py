@@ -10,9 +10,9 @@ import time
 import torch
 import transformers
 
-from hedgelab.data.llm.harvest import Harvester
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.model import ModelFiles
+from hedgelab.data.llm.stream import Harvester
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     usable = torch.ones(shape, dtype=torch.bool)
 
     def ours() -> torch.Tensor:
-        return harvester.rows(tokens, usable, lambda count: None)
+        return harvester.rows(tokens, usable)
 
     @torch.inference_mode()
     def theirs() -> torch.Tensor:

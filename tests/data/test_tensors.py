@@ -157,7 +157,7 @@ def test_ranks_read_their_own_rows_and_together_all(x, make, monkeypatch):
         ("fine", {"batch_size": True}, r"data\.batch_size: expected a whole number"),
         ("fine", {"chunk_steps": 2.0}, r"data\.chunk_steps: expected a whole number"),
         ("fine", {"held_out": 0.001}, r"data\.held_out: 0\.001 of 250 rows leaves a stage without any"),
-        ("fine", {"held_out": True}, r"data\.held_out: must lie between 0 and 1"),
+        ("fine", {"held_out": True}, r"data\.held_out: True of 250 rows leaves a stage without any"),
         ("fine", {"features": torch.ones(3, 2)}, r"data\.features: expected 250 rows, as x has, got 3"),
         ("fine", {"feature_directions": torch.eye(2, D)}, r"data\.feature_directions: need data\.features"),
         (
@@ -235,7 +235,7 @@ def test_items_that_are_not_finite_or_of_another_width_are_named(x):
     mixed = DatasetActivations(Rows([torch.ones(3)] + [torch.ones(4)] * 249), batch_size=100)
     for rows, found in ([1, 2], r", got 4"), ([0, 1], r" \(each tensor to be equal size"):
         with pytest.raises(UserError, match=r"expected items of width 3, as item 0 has" + found):
-            mixed.read(torch.tensor(rows))
+            list(mixed.read([torch.tensor(rows)], ahead=False))
 
 
 def activations(d_in=8, n=2000):

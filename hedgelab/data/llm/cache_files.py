@@ -23,7 +23,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hedgelab import __version__
-from hedgelab.data.llm.harvest import Worker
 from hedgelab.errors import UserError, one_line
 
 Identity = Mapping[str, Any]
@@ -63,22 +62,14 @@ class ActivationCache:
                 f"data.cache: '{folder}' is damaged or of another release ({one_line(str(error))[:200]}); delete it and write "
                 "it anew with `hedgelab cache` and this config"
             ) from error
+        self.dtype: torch.dtype = getattr(torch, self.storage_dtype)
+        self.shards = range(-(-self.contexts // self.contexts_per_shard))
 
     @classmethod
     def begin(
-        cls,
-        folder: str | Path,
-        identity: Identity,
-        contexts: int,
-        d_in: int,
-        storage_dtype: str,
-        shard: int | None = None,
+        cls, folder: Path, identity: Identity, contexts: int, d_in: int, storage_dtype: str, shard: int | None = None
     ) -> ActivationCache:
-        """A cache to write on: made if it is not there, made longer if it is too short.
-
-        ``shard`` is the number of contexts in each shard of a new cache; None takes about 16 thousand tokens.
-        """
-        folder = Path(folder)
+        """A cache to write on: made if it is not there, made longer if it is too short; ``shard``: see ``write_cache``."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -103,29 +94,20 @@ class ActivationCache:
             for name in ("shards", "locks"):
                 (folder / name).mkdir(exist_ok=True)
             cache = cls(folder)
-            cache.check_identity(identity)
-            cache.check_dtype(storage_dtype, exactly=True)
+            cache.check_identity({**identity, "storage_dtype": storage_dtype})
             if contexts > cache.contexts:
-                cache.contexts = cache.manifest["contexts"] = contexts
-                _replace(path, json.dumps(cache.manifest, indent=2).encode())
-            return cache
+                _replace(path, json.dumps(cache.manifest | {"contexts": contexts}, indent=2).encode())
+            return cls(folder)
 
     def check_identity(self, wanted: Identity) -> None:
         """Raise a UserError that names the first key in which a config asks for other activations than these."""
+        held = {**self.manifest["activations"], "storage_dtype": self.storage_dtype}
         for key, value in wanted.items():
-            if (holds := self.manifest["activations"].get(key)) != value:
+            if held.get(key) != value:
                 raise UserError(
-                    f"data.{key}: the cache in '{self.folder}' holds {_shown(holds)}, this config asks for {_shown(value)}; "
-                    "correct the key, or give data.cache a folder of its own"
+                    f"data.{key}: the cache in '{self.folder}' holds {_shown(held.get(key))}, this config asks for "
+                    f"{_shown(value)}; correct the key, or give data.cache a folder of its own"
                 )
-
-    def check_dtype(self, wanted: str, exactly: bool = False) -> None:
-        """Raise a UserError unless a number format can be had: the cache's own, or what its float32 rounds to."""
-        if wanted != self.storage_dtype and (exactly or self.storage_dtype != "float32"):
-            raise UserError(
-                f"data.storage_dtype: the cache in '{self.folder}' holds {self.storage_dtype}, this config asks for {wanted}; "
-                f"set data.storage_dtype: {self.storage_dtype}, or give data.cache a folder of its own"
-            )
 
     def check_coverage(self, contexts: int) -> None:
         """Raise a UserError unless the first ``contexts`` contexts are written, as far as sizes tell."""
@@ -136,11 +118,6 @@ class ActivationCache:
                 "`hedgelab cache` with this config writes the others"
                 + (f", or data.max_contexts: {there} makes do with these" if there else "")
             )
-
-    @property
-    def shards(self) -> range:
-        """Numbers of the shards."""
-        return range(-(-self.contexts // self.contexts_per_shard))
 
     def contexts_of(self, shard: int) -> range:
         """Numbers of the contexts in a shard."""
@@ -158,21 +135,20 @@ class ActivationCache:
 
     def bytes_of(self, shard: int) -> int:
         """Size of a shard on disk, about."""
-        width: int = getattr(torch, self.storage_dtype).itemsize
-        return len(self.contexts_of(shard)) * (self.shape[0] * self.shape[1] * width + 8)
+        return len(self.contexts_of(shard)) * (self.shape[0] * self.shape[1] * self.dtype.itemsize + 8)
 
     def write(self, shard: int, rows: Tensor) -> None:
         """Write a shard whole, ``[contexts, context_length, d_in]``; of several processes one at a time may.
 
         On an ``OSError`` (a full disk, say) the shard counts as not written.
         """
-        rows = rows.cpu().to(getattr(torch, self.storage_dtype)).contiguous()
+        rows = rows.cpu().to(self.dtype).contiguous()
         checksums = torch.tensor([_checksum(context) for context in rows])
         _replace(self._path(shard), save({"activations": rows, "checksums": checksums}))
 
     def read(self, numbers: Tensor) -> Tensor:
         """Activations of some contexts, ``[n, context_length, d_in]``, in the number format on disk."""
-        rows = torch.empty(len(numbers), *self.shape, dtype=getattr(torch, self.storage_dtype))
+        rows = torch.empty(len(numbers), *self.shape, dtype=self.dtype)
         for row, number in enumerate(numbers.tolist()):
             shard, place = divmod(number, self.contexts_per_shard)
             try:
@@ -217,22 +193,6 @@ class ActivationCache:
                 return int(n) if kept and n <= self.contexts_per_shard else 0
         except (OSError, ValueError, SafetensorError):
             return 0
-
-
-class CachedRows(Worker):
-    """Reads the activations that count out of a cache, in the number format and on the device of the run."""
-
-    def __init__(self, cache: ActivationCache, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self._cache, self._dtype, self._device = cache, dtype, device
-
-    def rows(self, numbers: Tensor, usable: Tensor) -> Tensor:
-        """Activations at the usable positions ``[n, length]`` of contexts ``numbers`` ``[n]``, ``[rows, d_in]``."""
-        start = time.perf_counter()
-        rows = self._cache.read(numbers).to(self._dtype)[usable]
-        self.tokens += usable.numel()
-        self.seconds += time.perf_counter() - start
-        return rows.to(self._device)
 
 
 def _checksum(context: Tensor) -> int:

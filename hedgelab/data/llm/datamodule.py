@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,16 +13,14 @@ import torch
 from torch import Tensor
 
 from hedgelab.batch import Batch
-from hedgelab.data.datamodule import ActivationDataModule, Stage, held_out_split
-from hedgelab.data.llm.cache_files import ActivationCache, CachedRows
-from hedgelab.data.llm.harvest import Harvester, Rows, shared_by_ranks
+from hedgelab.data.datamodule import NormalisedActivations, Stage, held_out_split
+from hedgelab.data.llm.cache_files import ActivationCache
 from hedgelab.data.llm.hook import CutModel
-from hedgelab.data.llm.hook_names import block_number, block_path, check_layer, hook_path
+from hedgelab.data.llm.hook_names import block_number, block_path, hook_path
 from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles, find_gguf
-from hedgelab.data.llm.stream import BlockStream
-from hedgelab.data.llm.text import StandardLibraryText, TextSource
-from hedgelab.data.llm.tokens import Contexts, load_contexts
-from hedgelab.data.source import ActivationSource, Normalisation, measured_normalisation
+from hedgelab.data.llm.stream import BlockStream, Harvester, Rows, shared_by_ranks
+from hedgelab.data.llm.text import Contexts, StandardLibraryText, TextSource, load_contexts
+from hedgelab.data.source import ActivationSource, Normalisation
 from hedgelab.errors import UserError, whole_number
 
 
@@ -34,7 +34,7 @@ def default_text(text: Any) -> str | None:
     return StandardLibraryText().fingerprint() if text is None else None
 
 
-class LLMDataModule(ActivationDataModule):
+class LLMDataModule(NormalisedActivations):
     """Activations of a language model at one hook, over packed contexts of text.
 
     The model is cut at the hook, and runs in the background while the SAE trains on the block before. Nothing is
@@ -111,17 +111,22 @@ class LLMDataModule(ActivationDataModule):
         self.contexts_at_once = whole_number("data.contexts_at_once", contexts_at_once)
         self.max_contexts = None if max_contexts is None else whole_number("data.max_contexts", max_contexts)
         self.skip_first = whole_number("data.skip_first", skip_first, least=0)
+        try:
+            name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+            torch.empty(0, device=name)
+            self.device = torch.device(name)
+        except (RuntimeError, AssertionError):
+            raise UserError(f"data.device: {device!r} is not to be had here; expected auto, cpu or a GPU") from None
         if skip_first >= context_length:
             raise UserError(f"data.skip_first: must be from 0 to data.context_length - 1, got {skip_first}")
         if max_norm_ratio is not None and max_norm_ratio <= 1:
             raise UserError(f"data.max_norm_ratio: must be greater than 1, or null to keep all, got {max_norm_ratio}")
-        if not 0 < held_out < 1:
-            raise UserError(f"data.held_out: must lie between 0 and 1, got {held_out}")
         self.max_norm_ratio, self.normalisation, self.held_out = max_norm_ratio, normalisation, held_out
         self.model_dtype, self.attention, self.compile = model_dtype, attention, compile
         self.storage_dtype: ModelDtype = storage_dtype or model_dtype
-        self.device, self.cache, self.cache_dir = _device(device), cache, cache_dir
+        self.cache, self.cache_dir = cache, cache_dir
         self._streams: dict[Stage, BlockStream] = {}
+        self.tokens_read, self.seconds_read = 0, 0.0
 
     @cached_property
     def files(self) -> ModelFiles:
@@ -139,7 +144,7 @@ class LLMDataModule(ActivationDataModule):
         """Width of the hooked activations, from the model's configuration alone."""
         if self.hook is not None:
             return CutModel(self.files.skeleton(), self.hook_path).width()
-        check_layer(self.files.n_layers, self.layer)
+        _ = self.hook_path  # refuses a layer that the model does not have
         return int(self.files.config().get_text_config().hidden_size)
 
     @cached_property
@@ -158,23 +163,36 @@ class LLMDataModule(ActivationDataModule):
         return Harvester(cut, self.contexts_at_once, getattr(torch, self.storage_dtype))
 
     @cached_property
-    def cached(self) -> CachedRows | None:
-        """The cache that is read, checked; None where the model runs."""
+    def rows(self) -> Rows:
+        """Gives activations by the numbers of contexts, of the model or of the cache.
+
+        Ranks that train together make them together.
+        """
+        dtype, device, tokens = getattr(torch, self.storage_dtype), self._own_device(), self.contexts.tokens
         if self.cache is None:
-            return None
-        cache = ActivationCache(self.cache)
-        cache.check_identity(self.identity())
-        cache.check_dtype(self.storage_dtype)
-        cache.check_coverage(len(self.contexts.tokens))
-        return CachedRows(cache, getattr(torch, self.storage_dtype), self._own_device())
+            harvester = self.harvester
+            return shared_by_ranks(self._timed(lambda numbers, usable: harvester.rows(tokens[numbers], usable)))
+        cache, identity = ActivationCache(self.cache), self.identity()
+        if cache.storage_dtype != "float32":  # which serves narrower formats too
+            identity["storage_dtype"] = self.storage_dtype
+        cache.check_identity(identity)
+        cache.check_coverage(len(tokens))
+        return self._timed(lambda numbers, usable: cache.read(numbers).to(dtype)[usable].to(device))
+
+    def _timed(self, rows: Rows) -> Rows:
+        def timed(numbers: Tensor, usable: Tensor) -> Tensor:
+            start = time.perf_counter()
+            found = rows(numbers, usable)
+            self.tokens_read += usable.numel()
+            self.seconds_read += time.perf_counter() - start
+            return found
+
+        return timed
 
     @cached_property
-    def rows(self) -> Rows:
-        """Gives activations by the numbers of contexts; ranks that train together make it together."""
-        if self.cached is not None:
-            return self.cached.rows
-        harvester, tokens = self.harvester, self.contexts.tokens
-        return shared_by_ranks(lambda numbers, usable: harvester.rows(tokens[numbers], usable))
+    def _background(self) -> ThreadPoolExecutor:
+        """The thread that makes blocks of all stages, one after the other."""
+        return ThreadPoolExecutor(1, "hedgelab-blocks")
 
     def identity(self) -> dict[str, Any]:
         """What raw activations depend on, by config key."""
@@ -197,17 +215,17 @@ class LLMDataModule(ActivationDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the model and run the first block, so that whatever is wrong shows before training starts."""
-        _ = self.rows, self._measured
+        _ = self.stream("train").block(0), self._measured
 
     def batch(self, stage: Stage, index: int) -> Batch:
         """Global batch number ``index``, ``[batch_size, d_in]``, float32; passes over the text repeat without end."""
-        return self._normalised(self.stream(stage).batch(index))
+        return self.normalised(self.stream(stage).batch(index).float())
 
     def batches_at(self, stage: Stage, numbers: Sequence[int]) -> Iterator[Batch]:
         """This rank's slices of the batches with these numbers, the next block under way in the background."""
         stream = self.stream(stage) if isinstance(numbers, range) else self._new_stream(stage)
         for rows in stream.read(numbers):
-            yield self.slice_for_rank(self._normalised(rows))
+            yield self.slice_for_rank(self.normalised(rows.float()))
 
     def batches_per_block(self, stage: Stage) -> int:
         """How many consecutive batches come from one block of contexts."""
@@ -223,41 +241,24 @@ class LLMDataModule(ActivationDataModule):
         mine = self._split[stage]
         return BlockStream(
             self.rows,
-            (self.cached or self.harvester).submit,
+            self._background,
             mine,
             self.contexts.usable(self.skip_first)[mine],
-            contexts_per_block=self.contexts_per_block,
-            batch_size=self.batch_size,
-            max_norm_ratio=self.max_norm_ratio,
-            seed=self.seed if stage == "train" else 0,
-            name=stage,
+            self.contexts_per_block,
+            self.batch_size,
+            self.max_norm_ratio,
+            self.seed if stage == "train" else 0,
+            stage,
         )
 
-    def _normalised(self, rows: Tensor) -> Batch:
-        x = rows.float()
-        if self.activation_mean is not None:
-            x = x - self.activation_mean
-        return Batch(x if self.activation_scale == 1 else x * self.activation_scale)
-
-    @cached_property
-    def _measured(self) -> tuple[float, Tensor | None]:
-        """Scale and mean, as measured on the first block of training activations."""
-        return measured_normalisation(self.stream("train").block(0).rows, self.normalisation)
-
-    @property
-    def activation_scale(self) -> float:
-        """What (centred) activations are multiplied by: 1 / root mean squared norm, or 1."""
-        return 1.0 if self.normalisation == "none" else self._measured[0]
-
-    @property
-    def activation_mean(self) -> Tensor | None:
-        """What is subtracted from activations first, ``[d_in]``; None for nothing."""
-        return None if self.normalisation == "none" else self._measured[1]
+    def measured_rows(self) -> Tensor:
+        """The first block of training activations."""
+        return self.stream("train").block(0).rows
 
     def source(self) -> ActivationSource:
         """Model, hook, contexts, and the normalisation as measured."""
         opening = set(self.contexts.tokens[:, 0].tolist())
-        return ActivationSource(
+        return self.described(
             model=self.model,
             hook=self.hook_path,
             layer=block_number(self.files.skeleton(), self.files.n_layers, self.hook_path),
@@ -266,9 +267,6 @@ class LLMDataModule(ActivationDataModule):
             opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),
             text=self.text.fingerprint(),
             dataset=getattr(self.text, "dataset", None),
-            normalisation=self.normalisation,
-            scale=self.activation_scale,
-            mean=None if self.activation_mean is None else tuple(self.activation_mean.tolist()),
         )
 
     def stage_contexts(self, stage: Stage) -> Contexts:
@@ -281,16 +279,17 @@ class LLMDataModule(ActivationDataModule):
 
     def throughput(self) -> dict[str, float]:
         """Tokens a second of the language model, or of its cache, while it shared the machine with training."""
-        worked = self.cached or vars(self).get("harvester")
-        return {"data/tokens_per_s": worked.tokens / worked.seconds if worked is not None and worked.seconds else 0.0}
+        return {"data/tokens_per_s": self.tokens_read / self.seconds_read if self.seconds_read else 0.0}
 
     def teardown(self, stage: str) -> None:
         """End the background work."""
-        for worked in (vars(self).get("harvester"), vars(self).get("cached")):
-            if worked is not None:
-                worked.close()
-        for stream in self._streams.values():
-            stream.forget()
+        background = vars(self).pop("_background", None)
+        if background is not None:  # no further block begins, and the one in progress ends at its next forward pass
+            background.shutdown(wait=False, cancel_futures=True)
+        if "harvester" in vars(self):
+            self.harvester.close()
+        if background is not None:
+            background.shutdown()
         # Ranks need not go on together from here; streams made later ask anew who shares their work.
         self._streams.clear()
         vars(self).pop("rows", None)
@@ -309,16 +308,3 @@ class LLMDataModule(ActivationDataModule):
     def _split(self) -> dict[Stage, Tensor]:
         """Which contexts belong to which stage."""
         return held_out_split(len(self.contexts.tokens), self.held_out, "contexts")
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise UserError(
-            f"data.device: {name!r} is not to be had here; expected auto, cpu or a GPU that is there"
-        ) from None
-    return torch.device(name)

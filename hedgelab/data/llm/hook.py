@@ -1,4 +1,4 @@
-"""Reading a language model at a hook: the model runs up to there and no further."""
+"""A place in a language model: its activations are read there, or replaced while the rest of the model runs on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,80 @@ from torch.utils.hooks import RemovableHandle
 from hedgelab.data.llm.hook_names import hooked_module
 from hedgelab.errors import UserError
 
+Replacement = Callable[[Tensor], Tensor]
+"""Takes hooked activations ``[n, length, width]`` to what shall stand in their place."""
 
-class Hook:
-    """A place in a causal language model (or its skeleton) where activations are read, or replaced.
 
-    ``path`` is that of a module, whose output is meant; its input where the path ends in ``.input``.
+class SplicedModel:
+    """A causal language model (or its skeleton) whose activations at a hook are read, or replaced.
+
+    ``hook`` is the path of a module, whose output is meant; its input where the path ends in ``.input``.
     """
 
-    def __init__(self, model: nn.Module, path: str) -> None:
-        self.path, self.model = path, model
-        self.module, self.is_input = hooked_module(model, path)
+    def __init__(self, model: nn.Module, hook: str) -> None:
+        self.model, self.path = model, hook
+        self.module, self.is_input = hooked_module(model, hook)
         base = getattr(model, "base_model", model)  # without the head, unless the hook is there
         self.body = base if any(module is self.module for module in base.modules()) else model
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
 
-    def register(self, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor, replace: Replacement | None = None) -> Tensor:
+        """Next-token logits, ``[n, length, vocabulary]``, of token ids ``[n, length]``."""
+        heads_first = (
+            replace is not None and self._heads_first
+        )  # found by a forward pass, which cannot run inside another
+
+        def change(output: Tensor) -> Tensor | None:
+            if replace is None:
+                return None
+            rows = replace(self._by_token(output, *tokens.shape)).to(output.dtype)
+            if output.ndim == 4 and heads_first:
+                return rows.view(output.transpose(1, 2).shape).transpose(1, 2)
+            return rows.view(output.shape)
+
+        check_tokens(tokens, self.vocabulary)
+        with self._register(change):
+            logits: Tensor = self.model(input_ids=tokens.long().to(self.device), use_cache=False).logits
+        return logits
+
+    @torch.inference_mode()
+    def activations(self, tokens: Tensor, cache: Any = None) -> Tensor:
+        """Hooked activations ``[n, length, width]`` of token ids ``[n, length]``; nothing behind the hook runs.
+
+        ``cache`` holds keys and values of a prefix (transformers' ``Cache``), and grows.
+        """
+        check_tokens(tokens, self.vocabulary)
+        with self.stop():
+            return self.run(tokens.long().to(self.device), cache)
+
+    @torch.inference_mode()
+    def last_activations(self, prefix: Tensor, last: Tensor) -> Tensor:
+        """Hooked activations at one last token ``[n]`` behind a common prefix ``[length]``, ``[n, width]``.
+
+        The prefix runs once; its keys and values are shared by all last tokens.
+        """
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        self.activations(prefix[None], cache)
+        cache.batch_repeat_interleave(len(last))
+        return self.activations(last[:, None], cache)[:, -1]
+
+    def stop(self) -> RemovableHandle:
+        """End every forward pass at the hook from now on; :meth:`run` then gives what was reached."""
+        return self._register(_stop)
+
+    def run(self, tokens: Tensor, cache: Any = None) -> Tensor:
+        """Activations ``[n, length, width]`` of token ids ``[n, length]``, after :meth:`stop`."""
+        return self._by_token(self._reach(tokens, cache), *tokens.shape)
+
+    def _register(self, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call ``change`` with each activation tensor as the model has it; what it returns takes the tensor's place."""
 
         def replaced(values: Any) -> Any:
@@ -48,44 +108,18 @@ class Hook:
             return self.module.register_forward_pre_hook(before, with_kwargs=True)
         return self.module.register_forward_hook(after)
 
-    def stop(self) -> RemovableHandle:
-        """End every forward pass here from now on; :meth:`run` then gives what was reached."""
-        return self.register(_stop)
-
-    def run(self, tokens: Tensor, cache: Any = None) -> Tensor:
-        """Activations ``[n, length, width]`` of token ids ``[n, length]``, after :meth:`stop`.
-
-        ``cache`` holds keys and values of a prefix (transformers' ``Cache``), and grows.
-        """
-        return self.by_token(self._reach(tokens, cache), *tokens.shape)
-
-    def by_token(self, output: Tensor, n: int, length: int) -> Tensor:
+    def _by_token(self, output: Tensor, n: int, length: int) -> Tensor:
         """What the hook gave, as ``[n, length, width]``: heads side by side, and contexts apart."""
-        shape = output.shape
-        if output.ndim == 4 and shape[0] == n and self.heads_first:
+        if output.ndim == 4 and len(output) == n and self._heads_first:
             return output.transpose(1, 2).flatten(2)
-        if output.ndim > 2 and shape[:2] == (n, length):
+        if output.ndim > 2 and output.shape[:2] == (n, length):
             return output.flatten(2)
-        if output.ndim == 2 and shape[0] == n * length:
+        if output.ndim == 2 and len(output) == n * length:
             return output.view(n, length, -1)
         raise UserError(
-            f"data.hook: {self.path!r} gives numbers of shape {list(shape)} for {n} contexts of {length} tokens, not an "
-            "activation for each token; choose another module"
+            f"data.hook: {self.path!r} gives numbers of shape {list(output.shape)} for {n} contexts of {length} tokens, not "
+            "an activation for each token; choose another module"
         )
-
-    def as_it_was(self, rows: Tensor, output: Tensor) -> Tensor:
-        """Activations ``[n, length, width]`` in the shape and number format of what the hook gave."""
-        if output.ndim == 4 and self.heads_first:
-            return rows.to(output.dtype).view(output.transpose(1, 2).shape).transpose(1, 2)
-        return rows.to(output.dtype).view(output.shape)
-
-    @cached_property
-    def heads_first(self) -> bool:
-        """Whether the hook gives ``[n, heads, length, width]``, as attention does inside."""
-        device = next(self.model.parameters()).device
-        with self.stop():
-            two, three = (self._reach(torch.zeros(1, n, dtype=torch.long, device=device)).shape for n in (2, 3))
-        return len(two) == 4 and two[1] == three[1]
 
     def _reach(self, tokens: Tensor, cache: Any = None) -> Tensor:
         try:
@@ -94,6 +128,13 @@ class Hook:
         except _ReachedError as reached:
             return reached.output
         raise UserError(f"data.hook: the model does not run {self.path!r} on plain text; choose another module")
+
+    @cached_property
+    def _heads_first(self) -> bool:
+        """Whether the hook gives ``[n, heads, length, width]``, as attention does inside."""
+        with self.stop():
+            two, three = (self._reach(torch.zeros(1, n, dtype=torch.long, device=self.device)).shape for n in (2, 3))
+        return len(two) == 4 and two[1] == three[1]
 
 
 class CutModel(nn.Module):
@@ -104,12 +145,11 @@ class CutModel(nn.Module):
 
     def __init__(self, model: nn.Module, hook: str) -> None:
         super().__init__()
-        self.hook = Hook(model, hook)
+        self.hook = SplicedModel(model, hook)
         self._before = [block for blocks, number in _lists_around(model, hook) for block in blocks[:number]]
         for blocks, number in _lists_around(model, hook):
             del blocks[number + 1 :]
-        self.body = self.hook.body
-        self.vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        self.body, self.vocabulary = self.hook.body, self.hook.vocabulary
         self.hook.stop()
 
     def compile_blocks(self, backend: str = "inductor") -> None:

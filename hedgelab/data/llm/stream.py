@@ -1,23 +1,115 @@
-"""The activation stream: text through the cut model, in shuffled blocks that depend on (config, seed, number) alone."""
+"""The activation stream: contexts through the cut model, in shuffled blocks that depend on (config, seed, number) alone."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from itertools import groupby
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import groupby, pairwise
+from threading import Barrier
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
-from hedgelab.data.llm.harvest import Rows
+from hedgelab.data.llm.hook import CutModel, check_tokens
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
+
+Rows = Callable[[Tensor, Tensor], Tensor]
+"""Takes numbers of contexts ``[n]`` and positions ``[n, length]`` that count to their activations ``[rows, d_in]``."""
 
 _KEPT_BLOCKS = 2  # the one in use, and the one being prefetched
 _ROOM_FOR_OUTLIERS = 0.05  # how many outliers a block has is not known before the model has run
 _PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
+_PATIENCE = timedelta(hours=1)  # a rank may wait for another's block
+
+
+class Harvester:
+    """Runs a cut model, on the device where it is, over contexts and keeps the activations that count, rounded to ``dtype``.
+
+    On a CPU each forward pass has one thread, and as many passes run side by side as PyTorch was given threads: nothing
+    waits at barriers when the cores are shared with training, and the activations are the same to the last bit with
+    any number of threads, prefetched or not. A GPU has one pass at a time.
+    """
+
+    def __init__(self, model: CutModel, contexts_at_once: int, dtype: torch.dtype | None = None) -> None:
+        self._model, self._contexts_at_once, self._dtype = model, contexts_at_once, dtype
+        self._device = next(model.parameters()).device
+        self._passes: ThreadPoolExecutor | None = None
+        self._quiet = False
+
+    def rows(self, tokens: Tensor, usable: Tensor) -> Tensor:
+        """Activations at the usable positions ``[n, length]`` of token ids ``[n, length]``, ``[rows, d_in]`` on its device."""
+        check_tokens(tokens, self._model.vocabulary)
+        if self._passes is None:
+            self._passes = _single_threaded_pool(1 if self._device.type == "cuda" else torch.get_num_threads())
+        parts = [torch.split(tensor, self._contexts_at_once) for tensor in (tokens, usable)]
+        # Later calls run in the background, where training shows its own progress.
+        with tqdm(total=tokens.numel(), desc="First activations", unit=" tokens", disable=self._quiet) as bar:
+            kept = []
+            for part, rows in zip(parts[0], self._passes.map(self._forward, *parts), strict=True):
+                kept.append(rows)
+                bar.update(part.numel())
+        self._quiet = True
+        return torch.cat(kept)
+
+    @torch.no_grad()  # inference mode's own tensors could not be used in the SAE's backward pass
+    def _forward(self, tokens: Tensor, usable: Tensor) -> Tensor:
+        with torch.inference_mode():
+            output = self._model(tokens.long().to(self._device))
+        rows: Tensor = output[usable.to(self._device)].to(self._dtype or output.dtype)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return rows
+
+    def close(self) -> None:
+        """Let work in progress raise ``CancelledError`` at its next forward pass; usable again afterwards."""
+        if self._passes is not None:
+            self._passes.shutdown(cancel_futures=True)
+            self._passes = None
+
+
+def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
+    """Worker threads in which PyTorch uses one thread each; the calling thread keeps its number."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "hedgelab-forward", initializer=torch.set_num_threads, initargs=(1,))
+    ready = Barrier(workers + 1)
+    for _ in range(workers):
+        pool.submit(ready.wait)
+    ready.wait()
+    torch.set_num_threads(threads)  # the workers' call has also changed what later threads start with
+    return pool
+
+
+def shared_by_ranks(rows: Rows) -> Rows:
+    """The same rows, of several ranks each running the model over its part of the contexts and getting the others' parts.
+
+    Every rank must call this at the same point, and then ask for the same contexts in the same order, as ranks do that take
+    slices of the same batches. The exchange has a process group of its own, so that it may go on in the background while the
+    SAE's gradients travel.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    own, size = dist.get_rank(group), dist.get_world_size(group)
+
+    def shared(numbers: Tensor, usable: Tensor) -> Tensor:
+        if len(numbers) < size:
+            return rows(numbers, usable)
+        parts = [slice(*pair) for pair in pairwise(len(numbers) * rank // size for rank in range(size + 1))]
+        mine = rows(numbers[parts[own]], usable[parts[own]])
+        pieces = [torch.empty(int(usable[part].sum()), mine.shape[1], dtype=mine.dtype) for part in parts]
+        pieces[own] = mine.cpu()
+        for rank, piece in enumerate(pieces):
+            dist.broadcast(piece.view(torch.uint8), group_src=rank, group=group)  # as bytes: any number format
+        return torch.cat(pieces).to(mine.device)
+
+    return shared
 
 
 class Block(NamedTuple):
@@ -27,78 +119,63 @@ class Block(NamedTuple):
     norms: Tensor
 
 
+@dataclass(eq=False)
 class BlockStream:
     """An endless stream of rows over some contexts, in blocks of equally many batches.
 
-    Every epoch puts the contexts into a new order. These orders, laid end to end, are cut into blocks, so that every context
-    comes once an epoch; a block in which two epochs meet may hold a context twice. A block's usable rows are shuffled, and
-    the same whole number of batches is taken from each block: as many as the poorest contexts fill. The rows left over (less
-    than a batch where contexts are alike, and a twentieth of the block where outliers may be dropped) are not used in that
-    epoch; the next one shuffles anew. So batch i comes from block ``i // batches_per_block``, whatever was asked for before.
-    The last two blocks are kept.
-
-    ``rows`` turns contexts, of which there are ``numbers``, into rows at the ``usable`` positions; ``submit`` does that in
-    the background. Rows longer than ``max_norm_ratio`` times their block's median are dropped (None: none). ``name``, that of
-    the stage, gives independent seeds.
+    Every epoch puts the contexts into a new order, and these orders, laid end to end, are cut into blocks: every context comes
+    once an epoch. A block's usable rows are shuffled, and each block gives as many whole batches as the poorest contexts fill.
+    The rows left over are not used in that epoch. So batch i comes from block ``i // batches_per_block``, whatever was asked
+    for before.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        submit: Callable[[Callable[[int], Block], int], Future[Block]],
-        numbers: Tensor,
-        usable: Tensor,
-        *,
-        contexts_per_block: int,
-        batch_size: int,
-        max_norm_ratio: float | None,
-        seed: int,
-        name: str,
-    ) -> None:
-        self._rows, self._submit, self._numbers, self._usable = rows, submit, numbers, usable
-        self._batch_size, self._max_norm_ratio = batch_size, max_norm_ratio
-        self._seed, self._name = seed, name
-        self.contexts_per_block = min(contexts_per_block, len(numbers))
-        poorest = int(usable.sum(dim=1).sort().values[: self.contexts_per_block].sum())
-        room = 0.0 if max_norm_ratio is None else _ROOM_FOR_OUTLIERS
-        self.batches_per_block = int(poorest * (1 - room)) // batch_size
+    rows: Rows
+    background: Executor  # makes the blocks, one after the other
+    numbers: Tensor  # of the contexts
+    usable: Tensor  # which of their positions count
+    contexts_per_block: int
+    batch_size: int
+    max_norm_ratio: float | None  # rows longer than this many times their block's median are dropped; None drops none
+    seed: int
+    name: str  # the stage's; gives independent seeds
+
+    def __post_init__(self) -> None:
+        self.contexts_per_block = min(self.contexts_per_block, len(self.numbers))
+        poorest = int(self.usable.sum(dim=1).sort().values[: self.contexts_per_block].sum())
+        room = 0.0 if self.max_norm_ratio is None else _ROOM_FOR_OUTLIERS
+        self.batches_per_block = int(poorest * (1 - room)) // self.batch_size
         if self.batches_per_block == 0:
             raise UserError(
-                f"data.contexts_per_block: {self.contexts_per_block} of the {len(numbers)} {name} contexts have {poorest} "
-                f"usable tokens or a few more, too few for a batch of {batch_size}; give more contexts a block, more "
-                "text, or a smaller data.batch_size"
+                f"data.contexts_per_block: {self.contexts_per_block} of the {len(self.numbers)} {self.name} contexts have "
+                f"{poorest} usable tokens or a few more, too few for a batch of {self.batch_size}; give more contexts a block, "
+                "more text, or a smaller data.batch_size"
             )
         self._blocks: OrderedDict[int, Future[Block]] = OrderedDict()
 
     def batch(self, index: int) -> Tensor:
         """Rows of batch number ``index``, ``[batch_size, d_in]``."""
         number, position = divmod(index, self.batches_per_block)
-        return self.block(number).rows[position * self._batch_size : (position + 1) * self._batch_size]
+        return self.block(number).rows[position * self.batch_size : (position + 1) * self.batch_size]
 
     def read(self, numbers: Iterable[int]) -> Iterator[Tensor]:
         """Rows of the batches with these numbers, in this order, the next block of them under way in the background."""
-        per_block = self.batches_per_block
-        blocks = [(block, list(inside)) for block, inside in groupby(numbers, lambda number: number // per_block)]
-        for place, (_, inside) in enumerate(blocks):
+        blocks = [(block, list(inside)) for block, inside in groupby(numbers, lambda i: i // self.batches_per_block)]
+        for place, (_, inside) in enumerate(blocks, start=1):
             for number in inside:
                 rows = self.batch(number)
-                if place + 1 < len(blocks):
-                    self._request(blocks[place + 1][0])
+                if place < len(blocks):
+                    self._request(blocks[place][0])
                 yield rows
 
     def block(self, number: int) -> Block:
         """Block ``number``."""
         return self._request(number).result()
 
-    def forget(self) -> None:
-        """Drop the kept blocks, unfinished ones too."""
-        self._blocks.clear()
-
     def context_numbers(self, number: int) -> Tensor:
         """Which contexts block ``number`` is made of, ``[contexts_per_block]``."""
-        n, start = len(self._numbers), number * self.contexts_per_block
+        n, start = len(self.numbers), number * self.contexts_per_block
         epochs = range(start // n, (start + self.contexts_per_block - 1) // n + 1)
-        sources = (generator(self._seed, self._name, "epoch", epoch) for epoch in epochs)
+        sources = (generator(self.seed, self.name, "epoch", epoch) for epoch in epochs)
         order = torch.cat([torch.randperm(n, generator=source) for source in sources])
         return order[start % n :][: self.contexts_per_block]
 
@@ -106,13 +183,13 @@ class BlockStream:
         """Percentiles of the norm over block 0, outliers included, and their share ``dropped``."""
         norms = self.block(0).norms
         values = torch.quantile(norms.double(), torch.tensor(_PERCENTILES, dtype=torch.float64) / 100).tolist()
-        limit = float("inf") if self._max_norm_ratio is None else self._max_norm_ratio * norms.median()
+        limit = float("inf") if self.max_norm_ratio is None else self.max_norm_ratio * norms.median()
         dropped = (norms > limit).float().mean().item()
         return {f"p{p:g}": value for p, value in zip(_PERCENTILES, values, strict=True)} | {"dropped": dropped}
 
     def _request(self, number: int) -> Future[Block]:
         if number not in self._blocks:
-            self._blocks[number] = self._submit(self._compute, number)
+            self._blocks[number] = self.background.submit(self._compute, number)
             while len(self._blocks) > _KEPT_BLOCKS:
                 self._blocks.popitem(last=False)[1].cancel()
         self._blocks.move_to_end(number)
@@ -120,15 +197,15 @@ class BlockStream:
 
     def _compute(self, number: int) -> Block:
         chosen = self.context_numbers(number)
-        rows = self._rows(self._numbers[chosen], self._usable[chosen])
+        rows = self.rows(self.numbers[chosen], self.usable[chosen])
         norms = rows.float().norm(dim=-1)
-        if self._max_norm_ratio is not None:
-            rows = rows[norms <= self._max_norm_ratio * norms.median()]
-        needed = self.batches_per_block * self._batch_size
+        if self.max_norm_ratio is not None:
+            rows = rows[norms <= self.max_norm_ratio * norms.median()]
+        needed = self.batches_per_block * self.batch_size
         if len(rows) < needed:
             raise UserError(
-                f"data.max_norm_ratio: {self._max_norm_ratio} leaves {len(rows)} of a block's {len(norms)} rows where "
+                f"data.max_norm_ratio: {self.max_norm_ratio} leaves {len(rows)} of a block's {len(norms)} rows where "
                 f"{needed} are needed; raise it, or choose another data.layer"
             )
-        order = torch.randperm(len(rows), generator=generator(self._seed, self._name, "block", number))
+        order = torch.randperm(len(rows), generator=generator(self.seed, self.name, "block", number))
         return Block(rows[order[:needed].to(rows.device)], norms.cpu())

@@ -1,23 +1,35 @@
-"""Where text comes from: each source yields documents in a fixed order and says what it would yield."""
+"""Text: documents in a fixed order from several sources, and the contexts of tokens that they are packed into."""
 
 from __future__ import annotations
 
 import ast
 import gzip
+import hashlib
 import io
 import json
+import os
 import platform
 import sysconfig
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from hedgelab.data.llm.hub import first_line
+from hedgelab.data.llm.model import ModelFiles
 from hedgelab.digest import file_digest
 from hedgelab.errors import UserError
 
+_FORMAT = 2  # of cached contexts; a new number leaves older ones aside
+_DOCUMENTS_AT_ONCE = 64
 # Tests, bundled third-party code and what an operating system's package leaves out would make the text differ
 # between installations of the same Python.
 _EXCLUDED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
@@ -97,7 +109,7 @@ class TextFiles(TextSource):
         for path in self.paths:
             if _kind(path) == ".txt":
                 with _readable(path, "data.text.paths") as file:
-                    yield _decoded(file).read()
+                    yield file.read()
                 continue
             is_parquet = _kind(path) == ".parquet"
             rows = self._parquet_rows(path) if is_parquet else json_lines(path, "data.text.paths", (self.field,), hint)
@@ -107,10 +119,9 @@ class TextFiles(TextSource):
                     yield text
 
     def _parquet_rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        import pyarrow
         from pyarrow.parquet import ParquetFile
 
-        with _readable(path, "data.text.paths", pyarrow.ArrowException) as raw:
+        with _readable(path, "data.text.paths", "rb", None) as raw:
             file = ParquetFile(io.BytesIO(raw.read()) if path.suffix == ".gz" else raw)
             if self.field not in file.schema_arrow.names:
                 raise UserError(
@@ -153,7 +164,7 @@ def json_lines(path: Path, key: str, needed: Sequence[str], hint: str = "") -> I
     if not path.is_file():
         raise UserError(f"{key}: there is no file '{path}'")
     with _readable(path, key) as file:
-        for number, text in enumerate(_decoded(file), start=1):
+        for number, text in enumerate(file, start=1):
             if not (text := text.strip("\ufeff \t\r\n")):  # files put together have byte order marks between
                 continue
             try:
@@ -167,26 +178,94 @@ def json_lines(path: Path, key: str, needed: Sequence[str], hint: str = "") -> I
 
 
 @contextmanager
-def _readable(path: Path, key: str, error_type: type[Exception] = OSError) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked where it is compressed; says in one line why they cannot be read, or decoded."""
+def _readable(path: Path, key: str, mode: str = "rt", encoding: str | None = "utf-8-sig") -> Iterator[Any]:
+    """A file, unpacked where it is compressed; whatever goes wrong while it is read is said in one line."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield file  # type: ignore[misc]
+        with (gzip.open if path.suffix == ".gz" else open)(path, mode, encoding=encoding) as file:
+            yield file
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(
             f"{key}: cannot read {path}: it is not UTF-8 ({error.reason} at byte {error.start} of a part); convert it, for "
             "example with iconv"
         ) from error
-    except (OSError, EOFError, zlib.error, error_type) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{key}: cannot read {path}: {reason}") from error
-
-
-def _decoded(file: IO[bytes]) -> io.TextIOWrapper:
-    """The bytes as text without a byte order mark."""
-    return io.TextIOWrapper(file, encoding="utf-8-sig")
+    except Exception as error:  # of the file system, of the decompressor, of pyarrow
+        raise UserError(f"{key}: cannot read {path}: {first_line(error)}") from error
 
 
 def _kind(path: Path) -> str:
     """The file's suffix, below that of its compression."""
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+class Contexts(NamedTuple):
+    """Text as a language model reads it, ``[n, length]``: token ids, int32, and which are special (separators, chat marks)."""
+
+    tokens: Tensor
+    special: Tensor
+
+    def usable(self, skip_first: int) -> Tensor:
+        """Which positions count as activations: no special tokens, not the first ``skip_first``; ``[n, length]``."""
+        keep = ~self.special
+        keep[:, :skip_first] = False
+        return keep
+
+
+def load_contexts(
+    text: TextSource, files: ModelFiles, length: int, cache_dir: str | Path = "runs/cache", most: int | None = None
+) -> Contexts:
+    """The first ``most`` packed contexts of a text (None: all); tokenised on first use, read from ``cache_dir`` afterwards."""
+    limit = () if most is None else (most,)
+    key = repr((_FORMAT, text.fingerprint(), files.tokenizer_fingerprint(), length, *limit))
+    path = Path(cache_dir) / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.is_file():
+                contexts = pack(text.documents(), files.tokenizer(), length, most)
+                unfinished = path.with_suffix(f".{os.getpid()}")
+                save_file(contexts._asdict(), unfinished, metadata={"key": key})
+                unfinished.rename(path)
+    return Contexts(**load_file(path))
+
+
+def pack(documents: Iterator[str], tokenizer: Any, length: int, most: int | None = None) -> Contexts:
+    """Tokenise documents, join them with a separator and cut the result to contexts; an incomplete last one is dropped.
+
+    Where the tokenizer itself starts every text with its BOS token, as models trained that way need, each context
+    starts with it and it separates the documents; elsewhere the EOS token separates them. Documents behind the first ``most``
+    contexts are not read.
+    """
+    opening, eos = opening_tokens(tokenizer), tokenizer.eos_token_id
+    separator = opening or ([] if eos is None else [eos])
+    body = length - len(opening)
+    documents, parts, made = iter(documents), [torch.empty(0, dtype=torch.int32)], 0
+    with tqdm(desc="Tokenising text (once)", unit=" tokens", unit_scale=True) as progress:
+        while (most is None or made < most * body) and (some := list(islice(documents, _DOCUMENTS_AT_ONCE))):
+            encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            ids = list(chain.from_iterable(document + separator for document in encoded))
+            parts.append(torch.tensor(ids, dtype=torch.int32))
+            made += len(ids)
+            progress.update(len(ids))
+    n = made // body if most is None else min(made // body, most)
+    if n == 0:
+        raise UserError(f"data.text: holds {made} tokens, too few for one context of data.context_length {length}")
+    tokens = torch.cat(parts)[: n * body].view(n, body)
+    tokens = torch.cat([torch.tensor([opening], dtype=torch.int32).expand(n, -1), tokens], dim=1)
+    added = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    special = torch.tensor(sorted({*tokenizer.all_special_ids, *added}), dtype=torch.int32)
+    return Contexts(tokens, torch.isin(tokens, special))
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """The BOS token, where the tokenizer puts it in front of every text, as models trained that way need; else nothing.
+
+    Every place that tokenises puts these in front itself and leaves the tokenizer's own special tokens out: some tokenizers
+    also append an EOS token, which belongs behind a document and never into the middle of a prompt.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return []
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return [bos] if full[: len(bare) + 1] == [bos, *bare] else []

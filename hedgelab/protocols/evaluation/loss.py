@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hedgelab.data.llm.splice import Replacement
+from hedgelab.data.llm.hook import Replacement
 from hedgelab.errors import whole_number
 from hedgelab.metrics import LossRecovered
 from hedgelab.metrics.functional.loss_recovered import baseline_sums

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
+from hedgelab.data.llm.hook import SplicedModel
 from hedgelab.data.llm.labelled import LabelledWords
-from hedgelab.data.llm.splice import SplicedModel
 from hedgelab.data.source import ActivationSource
 
 _FORMAT = 1  # of kept activations; a new number leaves older ones aside

@@ -5,10 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from hedgelab.data.llm.hook import CutModel
+from hedgelab.data.llm.hook import CutModel, SplicedModel
 from hedgelab.data.llm.hook_names import block_path, hook_path
 from hedgelab.data.llm.model import ModelFiles
-from hedgelab.data.llm.splice import SplicedModel
 from hedgelab.errors import UserError
 
 from .conftest import ARCHITECTURES

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hedgelab.data.llm.labelled import ClassifiedTexts, FirstLetters, Property, TaggedWords
-from hedgelab.data.llm.tokens import pack
+from hedgelab.data.llm.text import pack
 from hedgelab.errors import UserError
 
 

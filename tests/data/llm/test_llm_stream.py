@@ -1,12 +1,12 @@
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from hedgelab.data.llm.harvest import Harvester
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.model import ModelFiles
-from hedgelab.data.llm.stream import BlockStream
+from hedgelab.data.llm.stream import BlockStream, Harvester
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
 
@@ -31,7 +31,7 @@ def make_stream(n=20, usable=None, **options):
     defaults = {"contexts_per_block": 6, "batch_size": 8, "max_norm_ratio": None, "seed": 0, "name": "train"}
     harvester = Harvester(Counting(), contexts_at_once=4)
     stream = BlockStream(
-        lambda numbers, usable: harvester.rows(tokens[numbers], usable), harvester.submit, torch.arange(n), usable,
+        lambda numbers, usable: harvester.rows(tokens[numbers], usable), ThreadPoolExecutor(1), torch.arange(n), usable,
         **(defaults | options),
     )  # fmt: skip
     stream.harvester, stream.tokens = harvester, tokens
@@ -127,8 +127,8 @@ def test_reading_ahead_stops_where_the_batches_stop_and_closing_ends_it():
     assert list(stream._blocks) == [0, 5]
     before = stream.batch(per_block)
     stream.harvester.close()
-    stream.forget()
-    assert stream.harvester._thread is stream.harvester._passes is None
+    stream._blocks.clear()
+    assert stream.harvester._passes is None
     torch.testing.assert_close(stream.batch(per_block), before, rtol=0, atol=0)
 
 

@@ -3,7 +3,7 @@ import torch
 
 from hedgelab.data.llm import TextFiles
 from hedgelab.data.llm.model import ModelFiles
-from hedgelab.data.llm.tokens import load_contexts, pack
+from hedgelab.data.llm.text import load_contexts, pack
 from hedgelab.errors import UserError
 
 BOS, EOS, CHAT = 0, 1, 3

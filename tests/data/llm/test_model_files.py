@@ -120,7 +120,7 @@ def test_contexts_longer_than_the_table_of_positions(architecture, make_data, na
 
 def test_names_of_transformer_lens_lead_to_the_hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused(ModelFiles("gpt2-small").config, "data.model: 'gpt2-small' is no id on the hub", "the hub has it as 'gpt2'")
+    refused(ModelFiles("gpt2-small").config, "data.model: 'gpt2-small' is neither", "the hub has it as 'gpt2'")
     refused(ModelFiles("gemma-2-2b").config, "the hub has it as 'google/gemma-2-2b'")
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hedgelab.data.llm.cache_writing import write_cache
+from hedgelab.data.llm.hook import SplicedModel
 from hedgelab.data.llm.model import ModelFiles
-from hedgelab.data.llm.splice import SplicedModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from second_device import DEVICE, SecondDevice
@@ -34,8 +34,8 @@ class Inline:
 @pytest.fixture
 def second(monkeypatch):
     """Data on the second device, and the same data on the CPU."""
-    monkeypatch.setattr("hedgelab.data.llm.harvest.ThreadPoolExecutor", lambda *args: Inline())
-    monkeypatch.setattr("hedgelab.data.llm.harvest._single_threaded_pool", lambda workers: Inline())
+    monkeypatch.setattr("hedgelab.data.llm.datamodule.ThreadPoolExecutor", lambda *args: Inline())
+    monkeypatch.setattr("hedgelab.data.llm.stream._single_threaded_pool", lambda workers: Inline())
 
     def without_modes(plain):
         def run(*args):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hedgelab.data.llm import LLMDataModule, TextFiles
-from hedgelab.data.llm.harvest import shared_by_ranks
+from hedgelab.data.llm.stream import shared_by_ranks
 
 BATCHES = 100  # more than an epoch
 
@@ -36,7 +36,7 @@ def contents(data):
         "train": torch.stack([batch.x for batch in data.batches("train", 0, BATCHES)]),
         "val": data.batch("val", 1).x,
         "scale": torch.tensor(data.activation_scale, dtype=torch.float64),
-        "tokens": torch.tensor(data.harvester.tokens),
+        "tokens": torch.tensor(data.tokens_read),
     }
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hedgelab.data.llm.hook import SplicedModel
 from hedgelab.data.llm.model import ModelFiles
-from hedgelab.data.llm.splice import SplicedModel
 from hedgelab.errors import UserError
 
 HOOK = "model.layers.1"
