@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hedgelab.data.llm.hook_names import HookPoint, read_hook_name
-from hedgelab.data.llm.hub import find_model
+from hedgelab.data.llm.model import find_model
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError, one_line
 from hedgelab.saes import SAE

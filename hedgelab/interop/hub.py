@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hedgelab.data.llm.hub import first_line, hub_problem
+from hedgelab.data.llm.model import first_line, hub_problem
 from hedgelab.errors import UserError
 
 _WANTED = ("*.json", "*.safetensors", "*.pt")

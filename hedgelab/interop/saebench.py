@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hedgelab.data.llm.hub import hub_problem
+from hedgelab.data.llm.model import hub_problem
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.interop.saelens import export_saelens

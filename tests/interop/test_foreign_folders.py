@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import save_file
 
 from hedgelab.cli import main
-from hedgelab.data.llm.hub import find_model
+from hedgelab.data.llm.model import find_model
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.interop.formats import import_folder

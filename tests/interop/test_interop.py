@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hedgelab.data.llm.hub import find_model
+from hedgelab.data.llm.model import find_model
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.interop.dictionary_learning import import_dictionary_learning

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hedgelab.data.llm.hub import first_line, hub_problem
+from hedgelab.data.llm.model import first_line, hub_problem
 from hedgelab.data.llm.text import TextSource, as_text
 from hedgelab.digest import file_digest
 from hedgelab.errors import UserError, whole_number

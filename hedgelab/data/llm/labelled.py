@@ -79,7 +79,7 @@ class TaggedWords:
         if not self.classes:
             raise UserError("words.classes: names no class")
         whole_number("words.contexts", self.contexts)
-        whole_number("words.context_length", self.context_length)
+        whole_number("words.context_length", self.context_length, 2)
         for name, patterns in self.classes.items():
             for pattern in patterns:
                 try:

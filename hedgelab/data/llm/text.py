@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from hedgelab.data.llm.hub import first_line
-from hedgelab.data.llm.model import ModelFiles
+from hedgelab.data.llm.model import ModelFiles, first_line
 from hedgelab.digest import file_digest
 from hedgelab.errors import UserError
 

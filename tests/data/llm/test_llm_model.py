@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from hedgelab.data.llm import hub, model
+from hedgelab.data.llm import model
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.hook_names import block_path
 from hedgelab.data.llm.model import ModelFiles
@@ -98,7 +98,7 @@ def test_models_that_cannot_be_had_are_one_quick_line(monkeypatch, name, message
 def test_offline_mode_is_respected(monkeypatch):
     pytest.importorskip("transformers", reason="needs hedgelab[llm]")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(hub, "urlopen", lambda *args, **options: pytest.fail("asked the network"))
+    monkeypatch.setattr(model, "urlopen", lambda *args, **options: pytest.fail("asked the network"))
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         ModelFiles("no-such/model").config()
 
