@@ -136,8 +136,8 @@ class LLMDataModule(NormalisedActivations):
     @cached_property
     def hook_path(self) -> str:
         """Path of the hooked module in the causal language model."""
-        skeleton, n_layers = self.files.skeleton(), self.files.n_layers
-        return hook_path(skeleton, n_layers, self.hook) if self.hook else block_path(skeleton, n_layers, self.layer)
+        skeleton = self.files.skeleton()
+        return hook_path(skeleton, self.hook) if self.hook else block_path(skeleton, self.layer)
 
     @cached_property
     def d_in(self) -> int:
@@ -261,7 +261,7 @@ class LLMDataModule(NormalisedActivations):
         return self.described(
             model=self.model,
             hook=self.hook_path,
-            layer=block_number(self.files.skeleton(), self.files.n_layers, self.hook_path),
+            layer=block_number(self.files.skeleton(), self.hook_path),
             context_length=self.context_length,
             skip_first=self.skip_first,
             opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),

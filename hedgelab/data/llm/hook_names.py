@@ -101,8 +101,9 @@ def read_hook_name(name: str) -> HookPoint:
     return HookPoint(why_not="is neither a hook of TransformerLens nor the path of a module")
 
 
-def block_path(model: nn.Module, n_layers: int, layer: int) -> str:
+def block_path(model: Any, layer: int) -> str:
     """The module path of transformer block number ``layer``, from zero; negative numbers count from the end."""
+    n_layers = model.config.get_text_config().num_hidden_layers
     if not -n_layers <= layer < n_layers:
         raise UserError(f"data.layer: the model has layers 0 to {n_layers - 1}, got {layer}")
     for path, module in model.named_modules():
@@ -111,23 +112,23 @@ def block_path(model: nn.Module, n_layers: int, layer: int) -> str:
     raise UserError(f"data.layer: {type(model).__name__} has no list of {n_layers} blocks; set data.hook to a module")
 
 
-def block_number(model: nn.Module, n_layers: int, path: str) -> int | None:
+def block_number(model: Any, path: str) -> int | None:
     """The number of the block whose output a hook is; None for any other hook."""
     number = path.rpartition(".")[2]
-    is_block = number.isdecimal() and int(number) < n_layers and path == block_path(model, n_layers, int(number))
+    is_block = number.isdecimal() and path == block_path(model, 0).removesuffix("0") + number
     return int(number) if is_block else None
 
 
-def hook_path(model: Any, n_layers: int, name: str) -> str:
+def hook_path(model: Any, name: str) -> str:
     """The one name of a hook in a model: a module's path, with ``.input`` where it is what goes into the module.
 
     ``name`` is a path, also as seen from the model's body (``layers.5``), or a name of TransformerLens.
     """
     if lens := _LENS.fullmatch(name):
-        return _lens_path(model, n_layers, int(lens[1]), lens[2])
+        return _lens_path(model, int(lens[1]), lens[2])
     if name == "hook_embed":
         if model.config.model_type.startswith("gemma"):  # TransformerLens scales its embeddings by sqrt(d_model)
-            return block_path(model, n_layers, 0) + _INPUT
+            return block_path(model, 0) + _INPUT
         embedding = model.get_input_embeddings()
         return str(next(path for path, module in model.named_modules() if module is embedding))
     bare = name.removesuffix(_OUTPUT)
@@ -151,13 +152,13 @@ def hooked_module(model: nn.Module, hook: str) -> tuple[nn.Module, bool]:
     raise UserError(f"data.hook: {type(model).__name__} has no module {hook!r}; {hint}")
 
 
-def _lens_path(model: Any, n_layers: int, layer: int, place: str) -> str:
+def _lens_path(model: Any, layer: int, place: str) -> str:
     """The path of a hook of TransformerLens inside or around one block."""
-    block = block_path(model, n_layers, layer)
+    block = block_path(model, layer)
     if place == "hook_resid_post":
         return block
     if place == "hook_resid_pre":
-        return block_path(model, n_layers, layer - 1) if layer else block + _INPUT
+        return block_path(model, layer - 1) if layer else block + _INPUT
     inside = {path for path, _ in model.get_submodule(block).named_modules()}
     candidates = _PLACES[place]
     if "post_feedforward_layernorm" in inside:

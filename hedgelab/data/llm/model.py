@@ -12,7 +12,6 @@ import ssl
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -220,11 +219,6 @@ class ModelFiles:
         if self._gguf and not Path(self.location).is_dir():
             return load("AutoConfig", str(self._gguf.parent), True, gguf_file=self._gguf.name)
         return load("AutoConfig", self.location, self._is_local)
-
-    @cached_property
-    def n_layers(self) -> int:
-        """How many transformer blocks the model has."""
-        return int(self.config().get_text_config().num_hidden_layers)
 
     def tokenizer(self) -> Any:
         """The tokenizer (transformers' ``PreTrainedTokenizerBase``)."""

@@ -48,7 +48,7 @@ def tokens():
 
 
 def read(model, hook, tokens):
-    return SplicedModel(model, hook_path(model, 3, hook)).activations(tokens)
+    return SplicedModel(model, hook_path(model, hook)).activations(tokens)
 
 
 def test_layers_are_hidden_states(files, model, tokens):
@@ -59,7 +59,7 @@ def test_layers_are_hidden_states(files, model, tokens):
         torch.testing.assert_close(read(model, f"blocks.{layer}.hook_resid_post", tokens), states[layer + 1])
         torch.testing.assert_close(read(model, f"blocks.{layer + 1}.hook_resid_pre", tokens), states[layer + 1])
     with torch.inference_mode():
-        torch.testing.assert_close(CutModel(files.causal_lm(), block_path(model, 3, 1))(tokens), states[2])
+        torch.testing.assert_close(CutModel(files.causal_lm(), block_path(model, 1))(tokens), states[2])
 
 
 def test_every_module_that_gives_an_activation_for_each_token(files, model, tokens):
@@ -76,7 +76,7 @@ def test_every_module_that_gives_an_activation_for_each_token(files, model, toke
         model(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    block = block_path(model, 3, 1)
+    block = block_path(model, 1)
     paths = [path for path in given if path.startswith(block) and "experts" not in path and calls[path] == 1]
     assert len(paths) > 5
     for path in paths:
@@ -109,7 +109,7 @@ def test_names_of_transformer_lens(model, tokens, name):
     else:
         middle = lens["hook_resid_pre"] + lens["hook_attn_out"]
         torch.testing.assert_close(read(model, "blocks.1.hook_resid_mid", tokens), middle, rtol=1e-4, atol=1e-4)
-    z, path = read(model, "blocks.1.attn.hook_z", tokens), hook_path(model, 3, "blocks.1.attn.hook_z")
+    z, path = read(model, "blocks.1.attn.hook_z", tokens), hook_path(model, "blocks.1.attn.hook_z")
     assert z.shape == (3, 10, 32)
     projection = path.removesuffix(".input")
     torch.testing.assert_close(model.get_submodule(projection)(z), read(model, projection, tokens))
@@ -118,10 +118,10 @@ def test_names_of_transformer_lens(model, tokens, name):
 
 def test_replacing_by_itself_changes_nothing(model, tokens):
     """For outputs, inputs, and what lies with heads apart or contexts flattened."""
-    plain = SplicedModel(model, hook_path(model, 3, "blocks.1.hook_mlp_out")).logits(tokens)
+    plain = SplicedModel(model, hook_path(model, "blocks.1.hook_mlp_out")).logits(tokens)
     inside = [path for path, _ in model.named_modules() if ".1." in path and path.endswith(("q_norm", "fc1", "q_proj"))]
     for hook in ("blocks.1.hook_mlp_out", "blocks.1.hook_resid_post", "blocks.1.attn.hook_z", *inside):
-        spliced = SplicedModel(model, hook_path(model, 3, hook))
+        spliced = SplicedModel(model, hook_path(model, hook))
         torch.testing.assert_close(spliced.logits(tokens, lambda rows: rows.clone()), plain)
         assert not torch.allclose(spliced.logits(tokens, lambda rows: rows * 2), plain)
 

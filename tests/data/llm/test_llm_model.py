@@ -25,7 +25,7 @@ def test_layers_are_the_models_hidden_states(tiny_model, tokens, layer):
     whole.model.layers[layer].register_forward_hook(lambda module, args, output: expected.update(x=output))
     whole(input_ids=tokens)
     model = ModelFiles(tiny_model).causal_lm()
-    cut = CutModel(model, block_path(model, 3, layer))
+    cut = CutModel(model, block_path(model, layer))
     torch.testing.assert_close(cut(tokens), expected["x"], rtol=0, atol=0)
     if layer % 3 < 2:  # the last hidden state is taken behind the final norm
         torch.testing.assert_close(cut(tokens), states[layer % 3 + 1], rtol=0, atol=0)
@@ -65,7 +65,7 @@ def test_bad_hooks_and_layers_are_named(tiny_model):
     with pytest.raises(UserError, match=r"data\.hook: LlamaForCausalLM has no module 'model\.layer\.1'; did you mean"):
         CutModel(files.skeleton(), "model.layer.1")
     with pytest.raises(UserError, match=r"data\.layer: the model has layers 0 to 2, got 3"):
-        block_path(files.skeleton(), 3, 3)
+        block_path(files.skeleton(), 3)
     with pytest.raises(UserError, match=r"data\.hook: the model does not run 'model\.layers'"):
         CutModel(files.skeleton(), "model.layers").width()
 
