@@ -4,8 +4,6 @@
 mode), without which each weighs 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from importlib.metadata import entry_points
@@ -25,7 +23,7 @@ from hedgelab.metrics.functional import basic, loss_recovered
 from hedgelab.metrics.functional.accumulate import NO_FLOAT64, as_codes
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores, degree_update, hedging_degree
 from hedgelab.metrics.functional.error_spread import BLOCKS, ResidualHedging, residual_hedging
-from hedgelab.metrics.functional.hierarchy import hierarchy_update
+from hedgelab.metrics.functional.hierarchy import infer_parents
 from hedgelab.metrics.functional.recovery import co_firing
 from hedgelab.metrics.functional.true_hedging import regression_update
 
@@ -68,10 +66,9 @@ class AdditiveMetric(Metric):
 
 
 class FunctionMetric(AdditiveMetric):
-    """A metric of one pure function ``sums_of``, which takes what ``update`` takes and returns a batch's sums in a NamedTuple.
+    """A metric whose ``update`` takes what the function ``sums_of`` takes, which returns a batch's sums in a NamedTuple.
 
-    The result is the ``value()`` of all sums, or the sums where they have none. ``widths`` are those of the arguments but the
-    last, ``weight``.
+    The result is the ``value()`` of all sums, or they themselves. ``widths`` are those of the arguments before ``weight``.
     """
 
     def __init__(self, sums_of: Callable[..., Any], *widths: int, **kwargs: Any) -> None:
@@ -90,7 +87,7 @@ class FunctionMetric(AdditiveMetric):
 
     def compute(self) -> Any:
         """The result over everything seen."""
-        sums = self.sums(*(getattr(self, name) for name in self.sums._fields))
+        sums = self.sums(**self.metric_state)
         return sums.value() if hasattr(sums, "value") else sums
 
 
@@ -104,7 +101,7 @@ class ValidationMetric(AdditiveMetric):
     """
 
     name: ClassVar[str] = ""
-    declared: ClassVar[dict[str, type[ValidationMetric]]] = {}
+    declared: ClassVar[dict[str, type["ValidationMetric"]]] = {}
 
     def __init__(self, d_in: int, d_sae: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -116,7 +113,7 @@ class ValidationMetric(AdditiveMetric):
             ValidationMetric.declared[cls.name] = cls
 
     @classmethod
-    def known(cls) -> list[type[ValidationMetric]]:
+    def known(cls) -> list[type["ValidationMetric"]]:
         """Those that have been imported, and those of entry points."""
         for point in entry_points(group=GROUP):
             point.load()
@@ -190,21 +187,34 @@ class FeatureRegression(FunctionMetric):
     """Sums behind true hedging where features overlap: the regression of ``n`` true activations on ``d_sae`` codes.
 
     Feed the result to :func:`.functional.regressed_hedging`. Holds ``8 · d_sae · (n + d_sae)`` bytes: .7 GB for 4096 latents
-    and 16384 features; a batch costs what :class:`FeatureDetection`'s does, and ``batch · d_sae²`` multiplications more.
+    and 16384 features; a batch takes ``batch · d_sae²`` multiplications more than :class:`FeatureDetection`'s.
     """
 
     def __init__(self, d_sae: int, n: int, **kwargs: Any) -> None:
         super().__init__(regression_update, d_sae, n, **kwargs)
 
 
-class FeatureHierarchy(FunctionMetric):
+class FeatureHierarchy(AdditiveMetric):
     """Which of ``n`` features is whose parent, inferred from firing; see :func:`.functional.infer_parents`.
 
     Holds ``8 · n²`` bytes. Batches with weights are taken for exact populations, which leave nothing to chance.
     """
 
     def __init__(self, n: int, **kwargs: Any) -> None:
-        super().__init__(hierarchy_update, n, **kwargs)
+        super().__init__(**kwargs)
+        self.add_sum("both", n, n)
+        self.add_sum("weight")
+        self.add_sum("weighted")
+
+    def update(self, features: Tensor, weight: Tensor | None = None) -> None:
+        """Add a batch of firing magnitudes ``[batch, n]``."""
+        counts = co_firing(features, features, weight)
+        self.add_to(both=counts.both, weight=counts.weight, weighted=float(weight is not None))
+
+    def compute(self) -> Tensor:
+        """Parent of each feature over everything seen."""
+        both, weight, weighted = self.metric_state.values()
+        return infer_parents(both, weight, exact=bool(weighted > 0))
 
 
 class LossRecovered(AdditiveMetric):
@@ -214,7 +224,6 @@ class LossRecovered(AdditiveMetric):
     """
 
     higher_is_better = True
-    count: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -229,8 +238,7 @@ class LossRecovered(AdditiveMetric):
 
     def compute(self) -> loss_recovered.RecoveredLoss:
         """Losses and shares over everything seen."""
-        sums = {name: getattr(self, name) for name in loss_recovered.LOSSES}
-        return loss_recovered.recovered_loss(sums, self.count)
+        return loss_recovered.recovered_loss(self.metric_state, self.metric_state["count"])
 
 
 class HedgingDegree(FunctionMetric):

@@ -1,7 +1,5 @@
 """Hedging of an SAE that one has, of whatever library: of its decoder, or of anything with encode, decode and W_dec."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

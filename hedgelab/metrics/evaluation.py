@@ -1,7 +1,5 @@
 """Everything a validation pass of an SAE measures, behind one ``update`` and one ``compute``."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -83,14 +81,9 @@ class SAEMetrics(nn.Module):
     def compute(self, W_enc: Tensor, W_dec: Tensor) -> dict[str, Tensor]:
         """Scalars over everything seen, by name; weights ``[d_in, d_sae]`` and ``[d_sae, d_in]`` may have any norms."""
         rates = self.firing.compute()
-        results = {
-            "explained_variance": self.explained_variance.compute(),
-            "mse": self.mse.compute(),
-            "shrinkage": self.shrinkage.compute(),
-            "l0": rates.sum(),
-            "dead_latents": (rates == 0).sum().double(),
-            "dead_fraction": (rates == 0).double().mean(),
-        }
+        results = {name: getattr(self, name).compute() for name in ("explained_variance", "mse", "shrinkage")}
+        dead = (rates == 0).double()
+        results |= {"l0": rates.sum(), "dead_latents": dead.sum(), "dead_fraction": dead.mean()}
         for own in self.own:
             value = own.compute()  # type: ignore[operator]
             by_name = {f"/{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {"": value}

@@ -1,7 +1,5 @@
 """Makes ``hedgelab/metrics/README.md`` from the metrics' docstrings: ``python -m hedgelab.metrics.readme``."""
 
-from __future__ import annotations
-
 import ast
 import re
 from itertools import groupby
@@ -13,8 +11,8 @@ from hedgelab.glossary import declarations
 FILE = Path(__file__).with_name("README.md")
 _INTRODUCTION = """# Metrics
 
-What hedgelab measures, by the names under which it is logged (`val/l0`, `test/l0`, …). This page is made from the docstrings;
-renew it with `python -m hedgelab.metrics.readme`. ↑ marks numbers of which more is better, ↓ those of which less is.
+What hedgelab measures, by the names under which it is logged (`val/l0`, `test/l0`, …); ↑ marks numbers of which more is better,
+↓ those of which less is. This page is made from the docstrings: `python -m hedgelab.metrics.readme` renews it.
 
 - `hedgelab.metrics` holds torchmetrics classes, which add up over batches and ranks; `hedgelab.metrics.functional` the
   functions behind them. Both take latents as codes or as dense tensors and decoders of any norms, and fold inside.
@@ -35,10 +33,8 @@ def page() -> str:
         parts += [f"## {_markdown(title.rstrip('.'))}", *filter(None, [_markdown(rest.strip())])]
         for entry in of_file:
             description = re.split(r"\n\n(?:(?:Args|Returns|Raises):|>>> )", entry.text)[0]
-            rows = [
-                f"| `{name}` | {one.title}{arrows[one.better]} | {one.meaning} |" for name, one in entry.terms.items()
-            ]
-            table = ["| logged as | short | meaning |", "|---|---|---|", *rows]
+            table = ["| logged as | short | meaning |", "|---|---|---|"]
+            table += [f"| `{name}` | {t.title}{arrows[t.better]} | {t.meaning} |" for name, t in entry.terms.items()]
             parts += [f"**`{entry.name}`**: {_markdown(description)}", "\n".join(table)]
     return "\n\n".join(parts) + "\n"
 

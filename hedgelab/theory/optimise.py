@@ -1,7 +1,5 @@
 """The population optimum of any SAE: its own loss on the exact population, brought to convergence by L-BFGS."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -49,14 +47,12 @@ def minimise(
     def flat(tensors: Iterable[Tensor]) -> Array:
         return torch.cat([tensor.detach().reshape(-1).double().cpu() for tensor in tensors]).numpy()
 
-    @torch.no_grad()
-    def write(weights: Array) -> None:
-        pieces = torch.split(torch.from_numpy(weights), [parameter.numel() for parameter in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.copy_(piece.view(parameter.shape))
-
     def evaluate(weights: Array) -> tuple[float, Array]:
-        write(weights)
+        """Loss and gradient at the weights, which the SAE keeps."""
+        pieces = torch.split(torch.from_numpy(weights), [parameter.numel() for parameter in parameters])
+        with torch.no_grad():
+            for parameter, piece in zip(parameters, pieces, strict=True):
+                parameter.copy_(piece.view(parameter.shape))
         loss = loss_and_gradient()
         return loss, flat(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
 
@@ -65,5 +61,5 @@ def minimise(
         descent.step()
     options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 30, "ftol": 0.0, "gtol": 1e-10}
     found = minimize(evaluate, flat(parameters), jac=True, method="L-BFGS-B", options=options)
-    write(found.x)
+    evaluate(found.x)
     return Minimum(float(found.fun), float(abs(found.jac).max()), descent_steps + int(found.nfev))

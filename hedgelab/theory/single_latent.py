@@ -9,25 +9,18 @@ silence, ``C`` the covariance of everything, and ``Δ = m_A - m_0``, the loss is
 
 *Shape.* On ``A`` the activation is affine in x: ``a_s = ā + w·(x_s - m_A)``, with ``ā`` (through ``b_enc``) and ``w`` free.
 Only ``P (w·C_A w - 2 d·C_A w)`` depends on w, so ``w = d`` on the span of the active states: the encoder reads what the
-decoder writes. (Off that span w is free; that freedom is what can keep other states silent.)
-
-*Bias.* ``b`` serves silent and active states alike: ``∂L/∂b = 0`` gives ``b = m - P ā d``.
-
-*Size.* With that b, the means cost ``P Q ‖Δ - ā d‖² + P λ ā``, least at ``ā = d·Δ - λ / (2Q)``: the usual shrinkage,
-divided by the rate of silence.
-
-*Direction.* What is left of the loss is
+decoder writes. (Off that span w is free, which can keep other states silent.) *Bias.* ``b`` serves silent and active states
+alike: ``∂L/∂b = 0`` gives ``b = m - P ā d``. *Size.* With that b, the means cost ``P Q ‖Δ - ā d‖² + P λ ā``, least at ``ā =
+d·Δ - λ / (2Q)``: the usual shrinkage, divided by the rate of silence. *Direction.* What is left of the loss is
 
     L = tr C - P [ d·M_A d - λ d·Δ + λ² / (4Q) ],    M_A = C_A + Q Δ Δᵀ,    P M_A = C - Q C_0,
 
 so d is a maximum of ``d·M_A d - λ d·Δ`` on the unit sphere. For λ → 0 it is the top eigenvector of ``C - Q C_0``: *the latent
-finds the principal component of the activations once the scatter among the states on which it is silent is
-taken out*. For λ > 0 stationarity, ``(M_A - ν) d = (λ/2) Δ``, is one secular equation in the multiplier ν, whose root nearest
-the top eigenvalue from below is the maximum with ``d·Δ > 0``.
-
-*Validity.* The solution is a minimum of the SAE's loss where ``a_s > 0`` on all of A and some affine function equal to it
-there is at most 0 on every other state (a linear feasibility problem). Each such A is a minimum of its own: the SAEs on
-the correlated toy have two, the linear regime below and the one that is silent unless feature 0 fires.
+finds the principal component of the activations once the scatter among the states on which it is silent is taken out*. For
+λ > 0 stationarity, ``(M_A - ν) d = (λ/2) Δ``, is one secular equation in the multiplier ν, whose root nearest the top
+eigenvalue from below is the maximum with ``d·Δ > 0``. It is a minimum of the SAE's loss where ``a_s > 0`` on all of A and some
+affine function equal to it there is at most 0 on every other state (a linear feasibility problem). Each such A is a minimum of
+its own: the correlated toy has two, the linear regime below and the one that is silent unless feature 0 fires.
 
 *Linear regime.* If one state x* alone is silent then ``C_0 = 0`` and ``P M_A = C``: at λ → 0 the direction is the principal
 component of *all* activations, with ``b`` taking the offset. No single latent can do better, whatever its active set:
@@ -41,22 +34,18 @@ the pull is ``2 Cov(f0, f1) - λ P(f1)``; where the latent is silent unless f0 f
 the activation ``ā = 1 - λ/(2Q)`` of a clean latent is zero too: there no L1 penalty cures hedging before it kills the latent.
 """
 
-from __future__ import annotations
-
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import linprog
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linprog, minimize_scalar
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 
 Array = NDArray[np.float64]
-_MOST_STATES = 12
-_MOST_ITERATIONS = 200
-_TOLERANCE = 1e-9
+_MOST_STATES, _MOST_ITERATIONS, _TOLERANCE = 12, 200, 1e-9
 
 
 class Population(NamedTuple):
@@ -66,7 +55,7 @@ class Population(NamedTuple):
     probabilities: Array  # theirs, [s], all positive, summing to 1
 
     @classmethod
-    def from_batch(cls, batch: Batch) -> Population:
+    def from_batch(cls, batch: Batch) -> Self:
         """The population behind a weighted batch; states of probability 0 are left out."""
         if batch.weight is None:
             raise UserError("data.sampling: closed forms need the whole population, set it to 'population'")
@@ -75,7 +64,7 @@ class Population(NamedTuple):
         return cls(batch.x[possible].double().numpy(), (weight / weight.sum()).numpy())
 
     @classmethod
-    def of_pair(cls, rate: float, given: float, otherwise: float) -> Population:
+    def of_pair(cls, rate: float, given: float, otherwise: float) -> Self:
         """Two orthonormal features of magnitude 1 in the plane, by ``P(f0)``, ``P(f1 | f0)`` and ``P(f1 | not f0)``.
 
         >>> Population.of_pair(0.25, 0.2, 0.0).probabilities  # both, f0 alone, neither
@@ -84,8 +73,8 @@ class Population(NamedTuple):
         for name, value in (("rate", rate), ("given", given), ("otherwise", otherwise)):
             if not 0 <= value <= 1:
                 raise UserError(f"{name}: must be a probability between 0 and 1, got {value}")
-        first, second = np.array([rate, 1 - rate]), np.array([[given, 1 - given], [otherwise, 1 - otherwise]])
-        probabilities = (first[:, None] * second).ravel()
+        second = np.array([[given, 1 - given], [otherwise, 1 - otherwise]])
+        probabilities = (np.array([[rate], [1 - rate]]) * second).ravel()
         states = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
         return cls(states[probabilities > 0], probabilities[probabilities > 0])
 
@@ -234,3 +223,56 @@ def _can_be_silenced(states: Array, active: np.ndarray, pre: Array) -> bool:
         return True
     result = linprog(np.zeros(free.shape[0]), A_ub=rest, b_ub=wanted, bounds=(None, None))
     return bool(result.status == 0)
+
+
+def tied_loss(t: ArrayLike, p_first: float, p_both: float, l1_coefficient: float = 0.0, norm: float = 1.0) -> Array:
+    """Expected loss of a *tied* latent without biases at mixtures t in [0, 1], of the shape of t (the paper's theory figure).
+
+    It encodes and decodes along the unit vector ``(cos θ, sin θ)`` in the direction of ``(1 - t) f0 + t f1`` (orthonormal
+    features), sees f0 alone with probability p (``p_first``) and both with q (``p_both``); its activation a costs ``λ a^r``
+    (``norm`` r)::
+
+        L(θ) = p (1 - cos²θ) + q (2 - (cos θ + sin θ)²) + λ (p cos^r θ + q (cos θ + sin θ)^r)
+
+    >>> tied_loss([0.0, 0.5], 0.3, 0.1)
+    array([0.1 , 0.15])
+    """
+    if min(p_first, p_both) < 0 or p_first + p_both > 1:
+        raise UserError(f"p_first, p_both: must be probabilities with a sum of at most 1, got {p_first}, {p_both}")
+    if norm <= 0:
+        raise UserError(f"norm: must be above 0, got {norm}")
+    mixture = np.asarray(t, dtype=np.float64)
+    length = np.hypot(1 - mixture, mixture)
+    alone, both = (1 - mixture) / length, 1 / length
+    error = p_first * (1 - alone**2) + p_both * (2 - both**2)
+    return np.asarray(error + l1_coefficient * (p_first * alone**norm + p_both * both**norm))
+
+
+def best_mixture(p_first: float, p_both: float, l1_coefficient: float = 0.0, norm: float = 1.0) -> float:
+    """The t in [0, 1] of least :func:`tied_loss`: from ``tan 2θ = 2 q / p`` without a penalty, by search from a grid with one.
+
+    For every ``q > 0`` the latent mixes f1 in, more the more often both fire: the squared error alone asks for hedging.
+
+    >>> round(best_mixture(0.3, 0.1), 4), best_mixture(0.3, 0.0)
+    (0.2324, 0.0)
+    """
+    if l1_coefficient == 0:
+        angle = np.arctan2(2 * p_both, p_first) / 2
+        return float(np.sin(angle) / (np.sin(angle) + np.cos(angle)))
+
+    def loss(t: float) -> float:
+        return float(tied_loss(t, p_first, p_both, l1_coefficient, norm))
+
+    grid = np.linspace(0, 1, 201)
+    start = int(tied_loss(grid, p_first, p_both, l1_coefficient, norm).argmin())
+    low, high = float(grid[max(0, start - 1)]), float(grid[min(200, start + 1)])
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-10})
+    return min((low, high, float(found.x)), key=loss)
+
+
+def hedging_lowers_loss(p_both: float, l1_coefficient: float = 0.0, norm: float = 1.0) -> bool:
+    """Whether :func:`tied_loss` falls as the latent at f0 tilts toward f1: ``dL/dθ(0) = q (λ r - 2)`` is below 0.
+
+    No sensible penalty prevents it: at λ = 2 (r = 1) the activation on f0 alone, which saves an error of 1, costs twice that.
+    """
+    return p_both > 0 and l1_coefficient * norm < 2

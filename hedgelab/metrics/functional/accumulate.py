@@ -1,7 +1,5 @@
 """What every metric takes and adds up: codes of any layout, decoders of any norms, float64 sums on any device."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -4,8 +4,6 @@
 ``weight [batch]`` are the examples' probabilities (population mode), None weighs all alike. A score is a float64 scalar.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -10,8 +10,6 @@ With decoders folded (rows of norm 1), ``Δ = W_dec^ext[:W] - W_dec^ctl`` and Q 
 (Chanin et al. 2025, arXiv 2505.11756, section 5.) Beside it stand controls: other baselines, and what reordering data moves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -118,8 +116,7 @@ def hedging_degree(
         hedging/mean_cosine: old with old: cosine of old rows in control and extended SAE, mean
         hedging/rank: rank: dimension of the span of the new latents
         hedging/live_latents: live old [latents]: old latents that fire in both SAEs
-        hedging/live_new_latents: live new [latents] (higher): new latents that fire; without them a degree says
-            nothing
+        hedging/live_new_latents: live new [latents] (higher): new latents that fire; without them a degree says nothing
     """
     width, d_in = control.shape
     n_new = len(extended) - width

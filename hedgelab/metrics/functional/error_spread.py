@@ -47,8 +47,6 @@ d_in`` of every missing feature, so that widths between ``d_in / 2`` and ``d_in`
 are both dense and overlapping, treat it as a comparison between SAEs of one width, not as a level.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -91,8 +89,7 @@ def residual_hedging(
     0.0
 
     Logged as:
-        hedging/residual_hedging: residual hedging (lower): norm of hedged components, from the spread of errors where
-            a latent fires; 0: none
+        hedging/residual_hedging: residual hedging (lower): norm of hedged components, from the spread of errors; 0: none
         hedging/residual_hedging_std: its std. error: standard error of residual hedging over examples
     """
     if blocks < 4:

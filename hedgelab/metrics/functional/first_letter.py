@@ -10,8 +10,6 @@ along the probe carries at least .4 of the activation's projection on it; the *a
 by at most three latents.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -110,7 +108,6 @@ def word_absorption(
     cosines = normalize(W_dec.double(), dim=1) @ direction
     activations, on_probe = activations.double(), x.double() @ direction
     projections = activations * cosines
-
     best = projections.max(dim=1)
     full = (
         (activations[:, main] < _SILENT).all(1)
@@ -118,7 +115,6 @@ def word_absorption(
         & (on_probe > 0)
         & (best.values >= PROJECTION_SHARE * on_probe)
     )
-
     by_main = projections[:, main].sum(1)
     absorbs = cosines >= ABSORBER_COSINE
     absorbs[main] = False

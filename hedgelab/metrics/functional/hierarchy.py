@@ -7,8 +7,6 @@ share of the examples with the parent but without this child, for a latent may b
 absorbed too raise it, so that the difference (``excess``) is a lower bound.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -16,23 +14,11 @@ import torch
 from torch import Tensor
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.accumulate import as_codes, total_weight, weighted_sum
-from hedgelab.metrics.functional.recovery import CoFiring, co_firing
+from hedgelab.metrics.functional.accumulate import as_codes, weighted_sum
+from hedgelab.metrics.functional.recovery import CoFiring
 
 IMPLIES = 0.999  # P(parent | child) from which a feature counts as a parent
 CHANCE = 1e-9  # a parent is believed only when independent features would show it with a smaller probability than this
-
-
-class HierarchySums(NamedTuple):
-    """Weight of the examples on which features fire together, float64; those of batches and ranks add up."""
-
-    both: Tensor  # of each pair, [n, n]; the diagonal holds single features
-    weight: Tensor  # of all examples, scalar
-    exact: Tensor  # of those that came with weights, which are probabilities and leave nothing to chance, scalar
-
-    def value(self) -> Tensor:
-        """Parent of each feature; see :func:`infer_parents`."""
-        return infer_parents(self.both, self.weight, exact=bool(self.exact > 0))
 
 
 class AbsorptionScores(NamedTuple):
@@ -43,19 +29,12 @@ class AbsorptionScores(NamedTuple):
     excess: Tensor  # the first less the second: 1 for a parent fully absorbed by its only child, 0 for none
 
 
-def hierarchy_update(features: Tensor, weight: Tensor | None = None) -> HierarchySums:
-    """Sums of one batch of firing magnitudes ``[batch, n]``."""
-    total = total_weight(features, weight)
-    both = co_firing(features, features, weight).both
-    return HierarchySums(both, total, torch.zeros_like(total) if weight is None else total)
-
-
 def infer_parents(both: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
     """Parent of each feature, ``[n]`` int64 (-1 for none), from how often features fire together.
 
     ``p`` is an ancestor of ``c`` when P(p | c) ≥ .999 while P(c | p) and P(p) stay below that, and ``c`` fired often
     enough for this not to be chance (``exact`` sums are probabilities, which leave nothing to it); the parent is the rarest
-    ancestor. ``both`` and ``weight`` are as in :class:`HierarchySums`.
+    ancestor. ``both [n, n]`` and ``weight`` are those that :func:`.co_firing` gives of features with themselves.
 
     >>> infer_parents(torch.tensor([[0.3, 0.1], [0.1, 0.1]]), torch.tensor(1.0), exact=True).tolist()
     [-1, 0]

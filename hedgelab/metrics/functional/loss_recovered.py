@@ -1,7 +1,5 @@
 """What a language model loses when an SAE's reconstruction takes the place of its activations."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -3,12 +3,9 @@
 Latents are rescaled to a mean firing magnitude of 1 and ranked, for each class, by the absolute difference of their means
 between the class and the rest; a class-balanced logistic regression reads the top k (Gurnee et al. 2023; Gao et al. 2024).
 
-Probes are fitted in float64 and without chance. Their objective is scikit-learn's, ``½‖w‖² + C Σ_i s_i log(1 + exp(-y_i (w·x_i
-+ b)))`` with a free intercept and ``s_i = n / (2 n_class)``, so that both classes weigh alike. It is strictly convex in w: any
-two exact solvers agree.
+Probes are fitted in float64. Their objective is scikit-learn's, ``½‖w‖² + C Σ_i s_i log(1 + exp(-y_i (w·x_i + b)))`` with a
+free intercept and ``s_i = n / (2 n_class)``, so that both classes weigh alike; any two exact solvers agree.
 """
-
-from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
@@ -55,9 +52,9 @@ def known_classes(what: str, *splits: Tensor) -> Tensor:
 
 
 def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:
-    """One binary classifier on few columns, by Newton's method; on the CPU, where so few numbers gain most.
+    """One binary classifier (``labels [n]`` bool) on few columns ``x [n, d]``, by Newton's method on the CPU.
 
-    ``x [n, d]``, ``labels [n]`` bool; C is the inverse strength of the L2 penalty; both classes weigh alike.
+    C is the inverse strength of the L2 penalty.
 
     >>> probe = logistic_regression(torch.tensor([[0.0], [1.0]]), torch.tensor([False, True]))
     >>> bool(probe.weight > 0), (probe.scores(torch.tensor([[0.5]])).abs() < 1e-9).item()
@@ -155,7 +152,7 @@ def f1_score(predicted: Tensor, labels: Tensor) -> float:
 
 
 class ProbingScores(NamedTuple):
-    """What the probes reach on the test split, float64 on the CPU; NaN for classes without members or others in a split."""
+    """What the probes reach on the test split, float64 on the CPU."""
 
     f1: Tensor  # [classes, len(ks)]
     auc: Tensor  # [classes, len(ks)]

@@ -4,8 +4,6 @@
 not. What is made of them trusts that ``features`` are all that there is, and counts dead latents like others.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -18,15 +16,14 @@ from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decod
 from hedgelab.metrics.functional.basic import firing_update
 
 NEAR_DUPLICATE = 0.9  # cosine from which two decoder rows count as the same direction
-_BINS = 200
-_ROWS_AT_ONCE = 1024
+_BINS, _ROWS_AT_ONCE = 200, 1024
 
 
 class Matching(NamedTuple):
-    """A one-to-one assignment of latents to features."""
+    """A one-to-one assignment of latents to features, int64, -1 for none."""
 
-    feature: Tensor  # feature of each latent, [d_sae] int64, -1 for none
-    latent: Tensor  # latent of each feature, [n] int64, -1 for none
+    feature: Tensor  # of each latent, [d_sae]
+    latent: Tensor  # of each feature, [n]
 
 
 def decoder_cosines(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
@@ -89,10 +86,8 @@ def mean_max_cosine(cosines: Tensor) -> Tensor:
     0.75
 
     Logged as:
-        mean_max_cosine: max cosine (higher): each feature's largest absolute cosine with any latent, mean over
-            features
-        mean_max_cosine_latents: max cosine of latents (higher): each latent's largest absolute cosine with any
-            feature, mean over latents
+        mean_max_cosine: max cosine (higher): each feature's largest absolute cosine with any latent, mean over features
+        mean_max_cosine_latents: max cosine of latents (higher): each latent's largest absolute cosine with any feature, mean
     """
     return cosines.abs().amax(0).mean()
 
@@ -128,10 +123,7 @@ class DetectionScores(NamedTuple):
 
 
 def co_firing(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> CoFiring:
-    """Sums of one batch of latents, codes or dense ``[batch, d_sae]``, and firing magnitudes ``features [batch, n]``.
-
-    Without ``weight [batch]`` pairs are exact whole numbers in float32.
-    """
+    """Sums of one batch of latents and ``features [batch, n]``; without ``weight`` pairs are exact whole numbers in float32."""
     codes, present = as_codes(codes).detach(), features > 0
     fired, count = firing_update(codes, weight)
     firing = Codes(codes.d_sae, (codes.values > 0).float(), codes.latents, codes.crow, codes.layout)
@@ -173,8 +165,8 @@ class DecoderGeometry(NamedTuple):
 def decoder_geometry(W_dec: Tensor, live: Tensor | None = None, threshold: float = NEAR_DUPLICATE) -> DecoderGeometry:
     """Cosines between rows of ``W_dec [d_sae, d_in]``, block by block: the ``[d_sae, d_sae]`` matrix is never held.
 
-    The results are of the latents of ``live [d_sae]`` (bool; None for all), in their order; ``threshold`` is the cosine of
-    near-duplicates. Rows of dead latents are as they were drawn: leave them out.
+    The results are of the ``live [d_sae]`` latents (bool; None for all), in their order: rows of dead ones are as they were
+    drawn. ``threshold`` is the cosine of near-duplicates.
 
     >>> decoder_geometry(torch.tensor([[1.0, 0], [2, 0], [0, 1]])).near_duplicates.item()
     2
@@ -195,6 +187,5 @@ def decoder_geometry(W_dec: Tensor, live: Tensor | None = None, threshold: float
         counts += torch.histc(cosines, _BINS, -1, 1).double()
         total += cosines.abs().sum(dtype=torch.float64) - 2 * len(cosines)
         largest[part], nearest[part] = cosines.max(dim=1)
-    return DecoderGeometry(
-        (counts / 2).long(), largest, nearest, total / max(1, n * (n - 1)), (largest >= threshold).sum()
-    )
+    mean_absolute, near_duplicates = total / max(1, n * (n - 1)), (largest >= threshold).sum()
+    return DecoderGeometry((counts / 2).long(), largest, nearest, mean_absolute, near_duplicates)

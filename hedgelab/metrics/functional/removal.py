@@ -8,8 +8,6 @@ The field advises against both: TPP falls as training goes on, and SCR with many
 SAEs (Chanin, *Are SAE Benchmarks Reliable?*, arXiv 2605.18229). Use them for comparison with published numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,7 +28,7 @@ class PooledTexts(NamedTuple):
 class TPPScores(NamedTuple):
     """Accuracy that probes lose when the latents of a class are silenced, mean over classes, ``[len(counts)]`` each."""
 
-    total: Tensor  # intended - unintended: 0 for latents that know nothing, high for latents that know one class each
+    total: Tensor  # intended - unintended
     intended: Tensor  # loss of the class's own probe
     unintended: Tensor  # mean loss of the other classes' probes
 
@@ -139,8 +137,7 @@ def attribution(probe: LinearProbe, codes: Tensor, labels: Tensor, W_dec: Tensor
     ``positive_only`` counts only latents more active in the class (TPP); else the size of either sign (SCR).
     """
     inside, outside = (kind.double() / kind.sum(0) for kind in (labels, ~labels))
-    difference = (inside - outside).T @ codes.double()
-    along = probe.weight.double() @ W_dec.detach().double().T
+    difference, along = (inside - outside).T @ codes.double(), probe.weight.double() @ W_dec.detach().double().T
     return difference.clamp_min(0) * along if positive_only else (difference * along).abs()
 
 

@@ -2,8 +2,8 @@
 
 Definitions, for an SAE with folded weights and known features ``f_1 … f_n``:
 
-- *Tracked*: latents that fire at all are assigned to features one-to-one (Hungarian on absolute decoder cosines); a
-  feature is tracked when its latent's absolute decoder cosine is at least ``threshold`` (default .6).
+- *Tracked*: latents that fire are assigned to features one-to-one (Hungarian on absolute decoder cosines); a feature is
+  tracked when its latent's absolute decoder cosine is at least ``threshold`` (default .6).
 - *Own feature* of a latent: the one it tracks, else the one of largest absolute decoder cosine.
 - *Hedging component* of latent i along feature j: the coordinate of its unit decoder row (or unit encoder column) along
   ``f_j``, for every j that is untracked and not its own; 0 elsewhere. Positive: on the same side as its own feature.
@@ -14,22 +14,20 @@ spurious between overlapping features. An encoder column *reads* features, so it
 encoder that separates overlapping features perfectly scores 0. On orthonormal features both are plain cosines.
 
 *More features than dimensions* (n > d_in): decoder rows have no unique coordinates, and cosines are no substitute: they give
-1.57 for perfect latents of 384 features in 128 dimensions, where 0 is right. What a decoder row should hold of a feature is
-then read from the codes c and the true activations z::
+1.57 for perfect latents of 384 features in 128 dimensions, where 0 is right. What a row should hold is then read from the
+codes c and the true activations z::
 
     B = Cov(c)⁻¹ Cov(c, z)  [d_sae, n],        h_ij = ± B_ij / |Σ_j B_ij f_j · W_dec[i] / ‖W_dec[i]‖|
 
 the coefficient of ``c_i`` in the regression of ``z_j`` on all codes (what the best decoder on these codes holds), over the size
-of that row along the SAE's own. It takes no notice of the scale of codes, is 0 for perfect latents however much features
-overlap, and equals the coordinate for a decoder of least squared error on orthonormal features. Squared norms are products of B
-from the even and from the odd examples, so that the noise of the two cancels: a latent's hedging is ``sign(q) √|q|`` of
-``q = Σ_j h_ij h'_ij`` and may be below zero by chance. ``Cov(c)`` is shrunk toward its diagonal by ``d_sae / (d_sae +
-examples)``. Latents of fewer than 16 firings are not measured (NaN), nor are encoders where n > d_in.
+of that row along the SAE's own. It ignores the scale of codes, is 0 for perfect latents however much features overlap, and
+equals the coordinate for a decoder of least squared error on orthonormal features. Squared norms are products of B from the
+even and from the odd examples, whose noise cancels: a latent's hedging is ``sign(q) √|q|`` of ``q = Σ_j h_ij h'_ij`` and may be
+below zero by chance. ``Cov(c)`` is shrunk toward its diagonal by ``d_sae / (d_sae + examples)``. Latents of fewer than 16
+firings are not measured (NaN), nor are encoders where n > d_in.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -69,7 +67,7 @@ class RegressionSums(NamedTuple):
     code_products: Tensor  # Σ c cᵀ over both, [d_sae, d_sae]
     products: Tensor  # Σ c zᵀ, [2, d_sae, n] float32: 8 · d_sae · n bytes
 
-    def first(self, count: int) -> RegressionSums:
+    def first(self, count: int) -> Self:
         """The sums of the first ``count`` latents alone."""
         products = self.code_products[:count, :count]
         return self._replace(codes=self.codes[:, :count], code_products=products, products=self.products[:, :count])
