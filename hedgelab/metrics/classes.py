@@ -51,6 +51,10 @@ class AdditiveMetric(Metric):
             state = getattr(self, name)
             state.add_(torch.as_tensor(amount, device=state.device))
 
+    def totals(self) -> dict[str, Tensor]:
+        """The states by name."""
+        return {name: getattr(self, name) for name in self._defaults}
+
     def _wrap_compute(self, compute: Callable[[], Any]) -> Callable[[], Any]:
         @wraps(compute)
         def boxed() -> SimpleNamespace:  # which torchmetrics does not look into; copies, as it makes them of states
@@ -87,7 +91,7 @@ class FunctionMetric(AdditiveMetric):
 
     def compute(self) -> Any:
         """The result over everything seen."""
-        sums = self.sums(**self.metric_state)
+        sums = self.sums(**self.totals())
         return sums.value() if hasattr(sums, "value") else sums
 
 
@@ -213,7 +217,7 @@ class FeatureHierarchy(AdditiveMetric):
 
     def compute(self) -> Tensor:
         """Parent of each feature over everything seen."""
-        both, weight, weighted = self.metric_state.values()
+        both, weight, weighted = self.totals().values()
         return infer_parents(both, weight, exact=bool(weighted > 0))
 
 
@@ -238,7 +242,7 @@ class LossRecovered(AdditiveMetric):
 
     def compute(self) -> loss_recovered.RecoveredLoss:
         """Losses and shares over everything seen."""
-        return loss_recovered.recovered_loss(self.metric_state, self.metric_state["count"])
+        return loss_recovered.recovered_loss(self.totals(), self.totals()["count"])
 
 
 class HedgingDegree(FunctionMetric):
