@@ -2,11 +2,13 @@
 
 ``HYPOTHESIS_PROFILE=long`` searches at random, for long; without it the examples are the same wherever and whenever the
 tests run. ``--slow-share 3/12`` runs the third of twelve shares of the slow tests instead of the fast ones; CI goes through
-the shares in turn, so that a dozen runs in a row run all of them.
+the shares in turn, so that a dozen runs in a row run all of them. ``HEDGELAB_SKIPPED=FILE`` lists what was skipped, for
+``pytest @FILE`` in an environment that has what was missing.
 """
 
 import os
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +40,12 @@ def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == number - 1]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter):
+    if file := os.environ.get("HEDGELAB_SKIPPED"):
+        skipped = dict.fromkeys(report.nodeid for report in terminalreporter.stats.get("skipped", []))
+        Path(file).write_text("\n".join(skipped))
 
 
 @pytest.fixture(autouse=True)

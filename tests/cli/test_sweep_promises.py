@@ -101,6 +101,7 @@ def test_cells_with_callbacks_of_the_users_train_one_at_a_time(sweep):
     assert len({unit.stream for unit in check_sweep(read_sweep(sweep[1:]), parse_cell, construct=False)}) == 1
 
 
+@pytest.mark.slow
 def test_callbacks_loggers_and_guard_are_kept(sweep, tmp_path):
     text = (tmp_path / "sweep.yaml").read_text()
     (tmp_path / "sweep.yaml").write_text(
@@ -122,6 +123,7 @@ def test_callbacks_loggers_and_guard_are_kept(sweep, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_cell_that_max_time_cut_is_not_finished_and_goes_on(sweep, capsys, monkeypatch):
     looks = iter(range(1000))
     with monkeypatch.context() as patch:

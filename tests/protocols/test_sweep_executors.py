@@ -60,6 +60,7 @@ def who_am_i(job):
     return {"rank": os.environ["LOCAL_RANK"]}
 
 
+@pytest.mark.slow
 def test_local_processes_know_which_they_are(tmp_path, monkeypatch):
     """Rank zero tells how the job ended; in-process jobs of several processes get processes of their own as well."""
     pytest.importorskip("submitit", reason="needs submitit")
