@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,14 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.number).name}" + (f" {self.state}" if self.state else "")
+
+
+def stopped_by_signal() -> bool:
+    """Whether the exception under way is, or came of, a signal that stopped the command."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, (KeyboardInterrupt, Stopped)):
+        error = error.__context__
+    return error is not None
 
 
 @contextmanager

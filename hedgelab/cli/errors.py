@@ -47,7 +47,7 @@ def guarded(run: Callable[[], int]) -> int:
         if mistake is None:
             return BUG
         peers = sys.modules.get("hedgelab.training.checkpoints.peers")  # there in every rank
-        if peers is not None and peers.told_elsewhere():  # another rank has made the same mistake and says so
+        if peers is not None and peers.main_process_ends():  # it has found the same mistake and says so
             return MISTAKE
         return _say(one_line(str(mistake)), MISTAKE)
 

@@ -17,7 +17,7 @@ def run(command: str, words: list[str]) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     from hedgelab.data.source import ActivationSource
-    from hedgelab.interop.hub import push
+    from hedgelab.interop.formats import push
     from hedgelab.interop.saelens import WRITTEN_FOR, export_saelens
     from hedgelab.saes import sae_from_checkpoint, save_sae
     from hedgelab.tracking.runs import import_class, resolve_sae
@@ -47,8 +47,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from hedgelab.interop.formats import config_lines, import_folder
-    from hedgelab.interop.hub import fetch
+    from hedgelab.interop.formats import config_lines, fetch, import_folder
     from hedgelab.saes import save_sae
 
     path = Path(options.source)

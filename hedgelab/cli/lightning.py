@@ -36,7 +36,7 @@ from hedgelab.protocols.training_phases import was_cut
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
 from hedgelab.tracking.params import searchable
-from hedgelab.training.checkpoints import RunCheckpoint, use_verified_io
+from hedgelab.training.checkpoints import RunCheckpoint
 from hedgelab.training.checkpoints.peers import lost, watch
 from hedgelab.training.flags import accelerator
 from hedgelab.training.guard import FiniteGuard
@@ -268,9 +268,7 @@ class HedgelabCLI(LightningCLI):
         if SLURMEnvironment.detect() and not chosen:  # Lightning's own handler of SIGUSR1 saves in the middle of a step
             kwargs["plugins"] = [*filter(None, plugins), SLURMEnvironment(auto_requeue=False)]
         try:
-            trainer = super().instantiate_trainer(**kwargs)
-            use_verified_io(trainer)
-            return trainer
+            return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, ArithmeticError, MemoryError, MisconfigurationException) as error:
             raise UserError(f"trainer: {one_line(str(error)) or type(error).__name__}") from error
 

@@ -21,8 +21,16 @@ from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.store import runs_dir, tracking_uri
 from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
 from hedgelab.training.checkpoints.files import write_atomically
-from hedgelab.training.checkpoints.folder import known_runs, named
-from hedgelab.training.checkpoints.matching import Match, as_option, compare, dotted, show, written_keys
+from hedgelab.training.checkpoints.folder import (
+    Match,
+    as_option,
+    compare,
+    dotted,
+    known_runs,
+    named,
+    show,
+    written_keys,
+)
 
 if TYPE_CHECKING:
     from hedgelab.cli.lightning import HedgelabCLI

@@ -17,7 +17,7 @@ import yaml
 
 from hedgelab.cli.startup import defer_torchmetrics
 from hedgelab.config.tree import compose, config_files, only_shows, opening_comment, with_bare_flags, without_configs
-from hedgelab.errors import UserError, stop_at_once
+from hedgelab.errors import UserError, stop_at_once, stopped_by_signal
 
 GROUP = "hedgelab.studies"
 BUILT_IN = {
@@ -178,7 +178,6 @@ def conduct(study: Any, bench: Any, text: str) -> list[str]:
     """
     from hedgelab.tracking.params import searchable
     from hedgelab.tracking.provenance import provenance_tags
-    from hedgelab.training.checkpoints.stopping import stopped
 
     tracker = bench.tracker
     with stop_at_once():
@@ -192,7 +191,7 @@ def conduct(study: Any, bench: Any, text: str) -> list[str]:
                 outcome = study.run(bench)
                 bench.keep(outcome)
             except BaseException:
-                tracker.finalize("killed" if stopped() else "failed")
+                tracker.finalize("killed" if stopped_by_signal() else "failed")
                 raise
             tracker.finalize("success" if outcome.failure is None else "failed")
     if outcome.failure is not None:

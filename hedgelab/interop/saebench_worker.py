@@ -1,7 +1,6 @@
-"""Runs SAEBench in whatever Python has it; called as a script, imports nothing of hedgelab.
+"""``python saebench_worker.py MODEL EVALUATIONS OUTPUT NAME=FOLDER ...`` runs SAEBench in whatever Python has it.
 
-Usage: ``python saebench_worker.py MODEL EVALUATIONS OUTPUT NAME=FOLDER ...`` with evaluations separated by
-commas and folders in SAELens' format. Writes SAEBench's own result files below OUTPUT.
+Evaluations are separated by commas, folders are SAELens'. Nothing of hedgelab is imported.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-_KEEP_NOTHING = {"clean_up_activations": True, "save_activations": False}
-_EVALUATIONS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "absorption": ("absorption", "AbsorptionEvalConfig", {}, {}),
-    "sparse_probing": ("sparse_probing", "SparseProbingEvalConfig", {}, _KEEP_NOTHING),
-    "scr": ("scr_and_tpp", "ScrAndTppEvalConfig", {"perform_scr": True}, _KEEP_NOTHING),
-    "tpp": ("scr_and_tpp", "ScrAndTppEvalConfig", {"perform_scr": False}, _KEEP_NOTHING),
+_SCR_AND_TPP = ("scr_and_tpp", "ScrAndTppEvalConfig")
+_EVALUATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "absorption": ("absorption", "AbsorptionEvalConfig", {}),
+    "sparse_probing": ("sparse_probing", "SparseProbingEvalConfig", {}),
+    "scr": (*_SCR_AND_TPP, {"perform_scr": True}),
+    "tpp": (*_SCR_AND_TPP, {"perform_scr": False}),
 }
-"""Module, config class, its arguments and those of ``run_eval`` besides the defaults."""
+"""Module, config class, and its arguments besides the defaults."""
 
 
 def main(words: list[str]) -> None:
@@ -40,8 +39,9 @@ def main(words: list[str]) -> None:
     batch_size, dtype = (32, "float32") if device == "cpu" else (128, "bfloat16")
     settings = {"model_name": model, "llm_batch_size": batch_size, "llm_dtype": dtype}
     for evaluation in evaluations.split(","):
-        package, config, arguments, options = _EVALUATIONS[evaluation]
+        package, config, arguments = _EVALUATIONS[evaluation]
         module = import_module(f"sae_bench.evals.{package}.main")
+        options = {} if package == "absorption" else {"clean_up_activations": True, "save_activations": False}
         folder = output if package == "scr_and_tpp" else f"{output}/{package}"  # which makes folders of its own
         module.run_eval(getattr(module, config)(**settings, **arguments), saes, device, folder, True, **options)
 

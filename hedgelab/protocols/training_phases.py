@@ -30,7 +30,7 @@ from hedgelab.saes.io import gathered
 from hedgelab.tracking import MemberRecord, MLflowTracker, RunRecord, StepProgressBar
 from hedgelab.tracking.params import searchable
 from hedgelab.tracking.runs import search_runs
-from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole, use_verified_io
+from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
 from hedgelab.training.guard import FiniteGuard
 
 _PATIENCE = 60.0
@@ -97,7 +97,6 @@ class PhaseTrainer(L.Trainer):
             "strategy": copy.deepcopy(self._given["strategy"]),
         }
         trainer = L.Trainer(**{**self._given, **own})
-        use_verified_io(trainer)
         start_time_limit_anew(trainer)
         return trainer
 

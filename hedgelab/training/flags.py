@@ -13,57 +13,39 @@ import torch
 from lightning.pytorch import callbacks as stock
 
 from hedgelab.errors import UserError
+from hedgelab.training.checkpoints import RunCheckpoint
 
 INSTEAD = {
-    stock.StochasticWeightAveraging: "averages over epochs, and a stream of activations has one; use WeightAveraging or "
-    "EMAWeightAveraging of lightning.pytorch.callbacks, which average over steps",
+    stock.StochasticWeightAveraging: "averages over epochs; use WeightAveraging or EMAWeightAveraging, which do over steps",
     stock.GradientAccumulationScheduler: "would change how many batches a step has; set data.batch_size",
     stock.BatchSizeFinder: "would change what the SAE learns from; set data.batch_size",
     stock.LearningRateFinder: "sets an attribute that SAEs do not have; compare rates with hedgelab sweep",
     stock.ModelPruning: "would replace the SAE's weights by masked ones; lower model.d_sae",
 }
 """Callbacks that are refused, and why."""
-_OWN = ("hedgelab.", "lightning.", "torch.", "builtins", "abc", "typing")
 
 
 def check_trainer(trainer: Any) -> None:
     """Raise a UserError if a trainer's flag or callback cannot be obeyed in a fit; it names what to use instead."""
     clip, accumulated = trainer.gradient_clip_val, trainer.accumulate_grad_batches
-    epochs = max(1, trainer.max_epochs or 1)
-    refusals = [
-        (
-            clip,
-            f"gradient_clip_val: set model.gradient_clip_norm to {clip} instead: each SAE of a group clips its own",
-        ),
-        (
-            accumulated != 1,
-            "accumulate_grad_batches: must be 1, because what is counted over a batch (BatchTopK's selection, dead latents) is "
-            f"counted over a step; make data.batch_size {accumulated} times as large",
-        ),
-        (
-            (trainer.check_val_every_n_epoch or 1) > epochs and trainer.limit_val_batches,
-            "check_val_every_n_epoch: must be 1, because a stream has one epoch; set trainer.val_check_interval to a number of "
-            "steps",
-        ),
-        (
-            trainer.precision == "16-true",
-            "precision: 16-true cannot hold the small numbers that Adam divides by; use bf16-true or 16-mixed",
-        ),
-    ]
+    too_rare = (trainer.check_val_every_n_epoch or 1) > max(1, trainer.max_epochs or 1) and trainer.limit_val_batches
+    refusals = {
+        f"gradient_clip_val: set model.gradient_clip_norm to {clip} instead: each SAE of a group clips its own": clip,
+        f"accumulate_grad_batches: must be 1; make data.batch_size {accumulated} times as large": accumulated != 1,
+        "check_val_every_n_epoch: must be 1, for a stream has one epoch; set val_check_interval in steps": too_rare,
+        "precision: Adam divides by numbers too small for 16-true; use bf16-true": trainer.precision == "16-true",
+    }
     for flag in ("limit_train_batches", "overfit_batches", "val_check_interval"):
         value = getattr(trainer, flag, None)  # an interval in time leaves no val_check_interval
-        is_share = isinstance(value, float) and value not in (0.0, 1.0)
-        refusals.append(
-            (is_share, f"{flag}: a stream has no length of its own, so give steps (a whole number), not {value}")
-        )
+        reason = f"{flag}: a stream has no length of its own, so give steps (a whole number), not {value}"
+        refusals[reason] = isinstance(value, float) and value not in (0.0, 1.0)
     for callback in trainer.callbacks:
         name = f"callbacks: {type(callback).__name__}"
-        refusals += [(isinstance(callback, kind), f"{name} {reason}") for kind, reason in INSTEAD.items()]
-        by_time = getattr(callback, "_train_time_interval", None) is not None
+        refusals |= {f"{name} {reason}": isinstance(callback, kind) for kind, reason in INSTEAD.items()}
+        by_time = getattr(callback, "_train_time_interval", None) and not isinstance(callback, RunCheckpoint)
         instead = "hedgelab.training.checkpoints.RunCheckpoint with train_time_interval, or every_n_train_steps"
-        reason = f"{name} saves by time under automatic optimisation only; use {instead}"
-        refusals.append((by_time and not type(callback).__module__.startswith("hedgelab."), reason))
-    for is_refused, reason in refusals:
+        refusals[f"{name} saves by time under automatic optimisation only; use {instead}"] = by_time
+    for reason, is_refused in refusals.items():
         if is_refused:
             raise UserError(f"trainer.{reason}")
 
@@ -82,32 +64,28 @@ def check_device(device: torch.device) -> None:
 def check_monitors(trainer: Any, shell: Any) -> None:
     """Raise a UserError if a callback monitors what is never logged, unless a module or callback from outside may log it."""
     watching = {
-        callback: callback.monitor
+        callback.monitor: type(callback).__name__
         for callback in trainer.callbacks
         if isinstance(callback, (stock.EarlyStopping, stock.ModelCheckpoint)) and getattr(callback, "strict", True)
     }
-    if not any(watching.values()) or _others_log(trainer, shell):
+    parts = [*trainer.callbacks, shell, *(trainee.sae for trainee in shell.trainees)]
+    if not any(watching) or any(map(_may_log, {cls for part in parts for cls in type(part).__mro__})):
         return
     known = _numbers_to_come(trainer, shell)
-    for callback, monitor in watching.items():
+    for monitor, name in watching.items():
         if monitor and monitor not in known and not monitor.split("/")[-1].startswith("absorption"):
-            raise UserError(
-                f"trainer.callbacks: {type(callback).__name__} monitors '{monitor}', which is never logged; there are "
-                f"{', '.join(sorted(known))}"
-            )
+            there = ", ".join(sorted(known))
+            raise UserError(f"trainer.callbacks: {name} monitors '{monitor}', which is never logged; there are {there}")
 
 
-def _others_log(trainer: Any, shell: Any) -> bool:
-    """Whether code from outside hedgelab and Lightning may log numbers of its own: whether its source speaks of logging."""
-    parts = [*trainer.callbacks, shell, *(trainee.sae for trainee in shell.trainees)]
-    for cls in {cls for part in parts for cls in type(part).__mro__ if not cls.__module__.startswith(_OWN)}:
-        try:
-            source = inspect.getsource(cls)
-        except (OSError, TypeError):  # defined where no source is kept
-            return True
-        if re.search(r"\.log(_dict|_metrics)?\(|callback_metrics\[[^]]*\] *=", source):
-            return True
-    return False
+def _may_log(cls: type) -> bool:
+    """Whether a class from outside hedgelab and Lightning may log numbers of its own: whether its source speaks of logging."""
+    if cls.__module__.startswith(("hedgelab.", "lightning.", "torch.", "builtins", "abc", "typing")):
+        return False
+    try:
+        return re.search(r"\.log(_dict|_metrics)?\(|callback_metrics\[[^]]*\] *=", inspect.getsource(cls)) is not None
+    except (OSError, TypeError):  # defined where no source is kept
+        return True
 
 
 @torch.no_grad()

@@ -43,10 +43,10 @@ class FiniteGuard(L.Callback):
         pl_module.on_nonfinite = self.on_nonfinite  # type: ignore[assignment]
 
 
-def check_measured(counts: Tensor, stage: str, on_nonfinite: OnNonfinite | None, ranks: Ranks) -> None:
-    """Stop, or say how many batches of a pass hold NaN or infinity and were left out; every rank must call it.
+def check_measured(counts: Tensor, stage: str, on_nonfinite: OnNonfinite, ranks: Ranks) -> None:
+    """Stop, or warn, if batches of a pass hold NaN or infinity; ``counts`` are all of them and those left out.
 
-    ``counts`` are all batches and those left out; the run stops where none may be left out, or there is nothing else.
+    Every rank must call it. The run stops where none may be left out, or there is nothing else.
     """
     seen, left_out = ranks.sum(counts).tolist()
     found = f"data: {left_out} of {seen} batches of stage {stage} hold activations that are NaN or infinite"
@@ -57,51 +57,37 @@ def check_measured(counts: Tensor, stage: str, on_nonfinite: OnNonfinite | None,
 
 
 def check_window(
-    window: Sequence[Mapping[str, Tensor]], end: int, ranks: Ranks, data: Any = None, member: str = ""
+    window: Sequence[Mapping[str, Tensor]], end: int, ranks: Ranks, data: Any = None, whose: str = ""
 ) -> None:
-    """Stop the run if a loss term of the last steps, up to step ``end``, is not finite, and say which of which batch.
-
-    Every rank must call it, and all stop or none. The DataModule makes the batch to blame again.
-    """
+    """Stop the run if a loss term of the last steps, up to step ``end``, is not finite; every rank must call it."""
     every = [term for terms in window for term in terms.values()]
     if not every or math.isfinite(float(ranks.sum(torch.stack(every).sum()))):
         return
     for index, terms in enumerate(window, start=end - len(window)):
-        finite = [torch.isfinite(term) for term in terms.values()]
-        bad = ranks.any(~torch.stack(finite)).tolist() if finite else []
-        if wrong := [repr(name) for name, is_bad in zip(terms, bad, strict=True) if is_bad]:
-            raise UserError(
-                f"model: loss term {', '.join(wrong)}{_of(member)} is NaN or infinite at step {index + 1} (batch {index} of "
-                f"stage train{_look_at(index, data)}); the last checkpoint is from before it; mend the data, lower the "
-                "learning rate, or pass over such batches with guard.on_nonfinite=skip"
-            )
+        wrong = [repr(name) for name, term in terms.items() if ranks.any(~torch.isfinite(term))]
+        if wrong:
+            at = f"step {index + 1} (batch {index} of stage train{_look_at(index, data)})"
+            fix = "mend the data, lower the learning rate, or pass over such batches with guard.on_nonfinite=skip"
+            raise UserError(f"model: loss term {', '.join(wrong)}{whose} is NaN or infinite at {at}; {fix}")
 
 
-def check_parameters(module: Any, step: int, member: str = "") -> None:
+def check_parameters(module: Any, step: int, whose: str = "") -> None:
     """Stop the run if a weight is not finite. Of latents split over ranks every rank must call it, and all stop or none."""
     for name, parameter in module.named_parameters():
         total = (parameter.detach() * 0).sum()  # 0, or NaN
         if not math.isfinite(float(full_tensor(total))):  # of split latents all ranks come to the same end
-            raise UserError(
-                f"model.{name}{_of(member)}: holds NaN or infinity after step {step}; the checkpoint before it is kept; lower "
-                "the learning rate or set model.gradient_clip_norm"
-            )
+            found = f"model.{name}{whose}: holds NaN or infinity after step {step}; the checkpoint before it is kept"
+            raise UserError(f"{found}; lower the learning rate or set model.gradient_clip_norm")
 
 
 def check_fits(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raise a UserError that names the first weight in which a checkpoint's SAE differs from the one that is to take it up."""
     own = module.state_dict()
     for name in {**own, **state}:
-        here, there = (tuple(part[name].shape) if name in part else None for part in (own, state))
-        if here != there:
-            shown = ["none" if shape is None else "×".join(map(str, shape)) or "a number" for shape in (there, here)]
-            raise UserError(
-                f"ckpt_path: the checkpoint is of another SAE: its {name} is {shown[0]}, the config's {shown[1]}"
-            )
-
-
-def _of(member: str) -> str:
-    return f" of member '{member}'" if member else ""
+        there, here = ("×".join(map(str, part[name].shape)) if name in part else "none" for part in (state, own))
+        if there != here:
+            sizes = f"its {name} is {there or 'a number'}, the config's {here or 'a number'}"
+            raise UserError(f"ckpt_path: the checkpoint is of another SAE: {sizes}")
 
 
 def _look_at(index: int, data: Any) -> str:

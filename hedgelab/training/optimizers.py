@@ -14,8 +14,7 @@ from hedgelab.training.trainee import OptimizerFactory, SchedulerFactory
 _REFUSED: dict[type, str] = {
     LBFGS: "evaluates the loss several times a step; use Adam, AdamW or SGD",
     SparseAdam: "takes sparse gradients, and those of SAEs are dense; use Adam",
-    ReduceLROnPlateau: "follows a metric, and SAEs' schedules follow steps; use CosineAnnealingLR, LinearLR or another of "
-    "torch.optim.lr_scheduler",
+    ReduceLROnPlateau: "follows a metric, and SAEs' schedules follow steps; use CosineAnnealingLR, LinearLR or others",
 }
 
 
@@ -34,10 +33,8 @@ def make_schedule(factory: SchedulerFactory, optimizer: Optimizer, max_steps: in
     """The learning-rate schedule of an optimiser, stepped once an optimiser step; ``max_steps`` of -1 is unknown."""
     schedule: LRScheduler = _made("model.lr_scheduler", factory, optimizer)
     if isinstance(schedule, OneCycleLR) and schedule.total_steps < max_steps:
-        raise UserError(
-            f"model.lr_scheduler: OneCycleLR ends after {schedule.total_steps} steps, the run after {max_steps}; set "
-            f"model.lr_scheduler.total_steps to {max_steps}"
-        )
+        ends = f"OneCycleLR ends after {schedule.total_steps} steps, the run after {max_steps}"
+        raise UserError(f"model.lr_scheduler: {ends}; set model.lr_scheduler.total_steps to {max_steps}")
     return schedule
 
 
@@ -59,34 +56,29 @@ class MemberOptimizers(Optimizer):
     """
 
     def __init__(self, optimizers: Mapping[str, Optimizer], schedules: Mapping[str, LRScheduler]) -> None:
-        self.members, self.schedules = dict(optimizers), dict(schedules)
-        groups = [group for optimizer in self.members.values() for group in optimizer.param_groups]
+        self.parts: dict[str, dict[str, Any]] = {"optimizers": dict(optimizers), "schedules": dict(schedules)}
+        groups = self._groups()
         super().__init__([parameter for group in groups for parameter in group["params"]], {})
         self.param_groups = groups  # the very groups whose learning rates the schedules set
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.parts["optimizers"].values() for group in optimizer.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every optimiser, then its schedule."""
         result = None if closure is None else closure()
-        for name, optimizer in self.members.items():
-            optimizer.step()
-            if name in self.schedules:
-                self.schedules[name].step()
+        for part in self.parts.values():
+            for one in part.values():
+                one.step()
         return result
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of every member."""
-        for optimizer in self.members.values():
-            optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """States of all optimisers and schedules, by member."""
-        parts: dict[str, dict[str, Any]] = {"optimizers": self.members, "schedules": self.schedules}
-        return {part: {name: one.state_dict() for name, one in own.items()} for part, own in parts.items()}
+        return {part: {name: one.state_dict() for name, one in own.items()} for part, own in self.parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from saved states."""
-        for name, optimizer in self.members.items():
-            optimizer.load_state_dict(state_dict["optimizers"][name])
-        for name, schedule in self.schedules.items():
-            schedule.load_state_dict(state_dict["schedules"][name])
-        self.param_groups = [group for optimizer in self.members.values() for group in optimizer.param_groups]
+        for part, own in self.parts.items():
+            for name, one in own.items():
+                one.load_state_dict(state_dict[part][name])
+        self.param_groups = self._groups()

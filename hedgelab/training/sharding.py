@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-    StrategyRegistry,
-)
+from lightning.pytorch import strategies
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,14 +15,10 @@ from torch.optim import Optimizer
 from hedgelab.errors import UserError
 from hedgelab.kernels.ranks import ALONE, Ranks
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-BY_LATENT = ("W_enc_rows", "b_enc", "W_dec", "log_threshold")
-"""Parameters whose first dimension is split; the others are on every process."""
+BY_LATENT = ("W_enc_rows", "b_enc", "W_dec", "log_threshold")  # their first dimension is split, others are not
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class ShardedStrategy(strategies.ModelParallelStrategy):
     """Splits the latents of one SAE over processes, for SAEs too wide for one device; ``trainer.strategy: sharded``.
 
     The processes of a tensor-parallel group each hold some columns of the encoder and rows of the decoder and see the same
@@ -41,12 +31,10 @@ class ShardedStrategy(ModelParallelStrategy):
         kwargs: Further arguments of Lightning's ModelParallelStrategy.
     """
 
-    restore_checkpoint_after_setup = False
-    """What happens when a fit starts depends on whether it goes on from a checkpoint."""
-    lightning_restore_optimizer = True
-    """Lightning hands over the optimisers' states, as with one process."""
-    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
-    optimizer_state = Strategy.optimizer_state  # to be called on all processes: see exchange_full_states
+    restore_checkpoint_after_setup = False  # what happens when a fit starts depends on whether it goes on from one
+    lightning_restore_optimizer = True  # Lightning hands over the optimisers' states, as with one process
+    load_optimizer_state_dict = strategies.Strategy.load_optimizer_state_dict
+    optimizer_state = strategies.Strategy.optimizer_state  # to be called on all processes: see exchange_full_states
 
     def __init__(
         self,
@@ -63,51 +51,42 @@ class ShardedStrategy(ModelParallelStrategy):
         groups = self.num_nodes if self._data_parallel_size == "auto" else int(self._data_parallel_size)
         parts = self.num_processes if self._tensor_parallel_size == "auto" else int(self._tensor_parallel_size)
         if groups * parts != count:
-            raise UserError(
-                f"trainer.strategy: data_parallel_size {groups} times tensor_parallel_size {parts} must be the number of "
-                f"processes, trainer.num_nodes times trainer.devices: {count}"
-            )
-        if self._save_distributed_checkpoint:
-            # PyTorch's format for them is read by unpickling, which executes whatever a file from elsewhere says.
-            raise UserError(
-                "trainer.strategy: checkpoints of an SAE are single files; remove save_distributed_checkpoint"
-            )
+            sizes = f"data_parallel_size {groups} times tensor_parallel_size {parts}"
+            raise UserError(f"trainer.strategy: {sizes} must be trainer.num_nodes times trainer.devices: {count}")
+        if self._save_distributed_checkpoint:  # PyTorch reads its format for them by unpickling, which executes code
+            raise UserError("trainer.strategy: checkpoints are single files; remove save_distributed_checkpoint")
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint as one process does; every process reads it."""
-        path = self.broadcast(checkpoint_path)
-        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        return checkpoint
+        return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this process's part of the weights."""
         assert self.lightning_module is not None
         own, given = self.lightning_module.state_dict(), checkpoint["state_dict"]
-        parts = {name: part_of(value, own[name]) if name in own else value for name, value in given.items()}
+        parts = {name: part_of(value, own.get(name)) for name, value in given.items()}
         self.lightning_module.load_state_dict(parts, strict=strict)
 
 
-StrategyRegistry.register("sharded", ShardedStrategy, description="latents split over processes", override=True)
+strategies.StrategyRegistry.register("sharded", ShardedStrategy, override=True)
 for _name, _start in (("ddp", "popen"), ("ddp_fork", "fork")):  # gradients stay where they were averaged
     _options = {"start_method": _start, "gradient_as_bucket_view": True}
-    StrategyRegistry.register(_name, DDPStrategy, description="batches split over processes", override=True, **_options)
+    strategies.StrategyRegistry.register(_name, strategies.DDPStrategy, override=True, **_options)
 
 
 def batch_ranks(trainer: L.Trainer) -> Ranks:
     """The ranks over which the trainer splits each batch; strategies that SAEs do not train with are refused."""
     strategy = trainer.strategy
-    if isinstance(strategy, SingleDeviceStrategy):
-        return ALONE
-    if isinstance(strategy, DDPStrategy):
-        return Ranks.of(None) if strategy.world_size > 1 else ALONE
+    if isinstance(strategy, (strategies.SingleDeviceStrategy, strategies.DDPStrategy)):
+        return Ranks.of(None) if trainer.world_size > 1 else ALONE
     if isinstance(strategy, ShardedStrategy):
         mesh = strategy.device_mesh["data_parallel"]
         return Ranks.of(mesh.get_group()) if mesh.size() > 1 else ALONE
     raise UserError(f"trainer.strategy: SAEs train with auto, ddp or sharded, not with {type(strategy).__name__}")
 
 
-def split_latents(sae: Any, mesh: DeviceMesh) -> None:
+def split_latents(sae: Any, mesh: Any) -> None:
     """Leave each process of a mesh its equal part of the latents; the parameters become DTensors."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -120,7 +99,7 @@ def split_latents(sae: Any, mesh: DeviceMesh) -> None:
         setattr(sae, name, nn.Parameter(part, parameter.requires_grad))
 
 
-def is_split(value: Tensor) -> bool:
+def is_split(value: Any) -> bool:
     """Whether each process has a part of this tensor only."""
     return getattr(value, "device_mesh", None) is not None
 
@@ -138,13 +117,13 @@ def part_of(value: Tensor, like: Any) -> Tensor:
     return _own_part(value, like.device_mesh, like.placements[0])
 
 
-def _own_part(value: Tensor, mesh: DeviceMesh, placement: Any) -> Tensor:
+def _own_part(value: Tensor, mesh: Any, placement: Any) -> Tensor:
     """PyTorch's ``distribute_tensor`` would move all of it to the device first."""
     from torch.distributed.tensor import DTensor
 
     own = value.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()] if placement.is_shard() else value
-    own = own.clone()  # a view would keep all of it
-    return DTensor.from_local(own.to(mesh.device_type), mesh, [placement], run_check=False)
+    own = own.clone().to(mesh.device_type)  # a view would keep all of it
+    return DTensor.from_local(own, mesh, [placement], run_check=False)
 
 
 def exchange_full_states(optimizer: Optimizer) -> None:
@@ -153,38 +132,30 @@ def exchange_full_states(optimizer: Optimizer) -> None:
     Its ``state_dict`` must then be called on all processes; the process of rank 0 alone gets tensors that were split.
     """
 
-    def gather(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        first = torch.distributed.get_rank() == 0
+    def gathered(value: Tensor) -> Tensor:
+        if not is_split(value):
+            return value
+        full = full_tensor(value)  # on all processes
+        return full.cpu() if torch.distributed.get_rank() == 0 else full.new_empty(0)
 
-        def gathered(value: Tensor) -> Tensor:
-            if not is_split(value):
-                return value
-            full = full_tensor(value)  # on all processes
-            return full.cpu() if first else full.new_empty(0)
-
-        return {**state, "state": apply_to_collection(state["state"], Tensor, gathered)}
-
-    def split(own: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        parameters = [parameter for group in own.param_groups for parameter in group["params"]]
+    def split(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         numbers = [number for group in state["param_groups"] for number in group["params"]]
-        like = dict(zip(numbers, parameters, strict=False))  # the optimiser complains if they are not as many
-        states = {
-            key: apply_to_collection(values, Tensor, part_of, like=like[key])
-            for key, values in state["state"].items()
-            if key in like
-        }
+        pairs = zip(numbers, parameters, strict=False)  # the optimiser complains if they are not as many
+        known = ((number, parameter) for number, parameter in pairs if number in state["state"])
+        states = {n: apply_to_collection(state["state"][n], Tensor, part_of, like=own) for n, own in known}
         return {**state, "state": states}
 
-    optimizer.register_state_dict_post_hook(gather)
+    optimizer.register_state_dict_post_hook(
+        lambda _, state: {**state, "state": apply_to_collection(state["state"], Tensor, gathered)}
+    )
     optimizer.register_load_state_dict_pre_hook(split)
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     """Average the gradients of split parameters over the ranks among whom rows are split; DDP does it for others."""
-    if ranks.size == 1:
-        return
-    for parameter in parameters:
+    for parameter in parameters if ranks.size > 1 else ():
         if is_split(parameter) and parameter.grad is not None:
             own = parameter.grad.to_local()  # type: ignore[attr-defined]
             own.copy_(ranks.mean(own))

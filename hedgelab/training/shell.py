@@ -19,18 +19,15 @@ from torch import Tensor, nn
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels.ranks import ALONE, Ranks
-from hedgelab.training import flags, guard, steps, threads
+from hedgelab.training import flags, guard, steps
+from hedgelab.training.checkpoints import use_verified_io
 from hedgelab.training.optimizers import MemberOptimizers, make_optimizer, make_schedule
 from hedgelab.training.sharding import batch_ranks, exchange_full_states, is_split, split_latents
 from hedgelab.training.trainee import Trainee
 
-UNREPORTED = "hedgelab_unreported"
-"""Where a checkpoint keeps loss terms that have not been reported yet."""
-ARCHITECTURES = "hedgelab_saes"
-"""Where a checkpoint keeps what its SAEs are, so that they can be made of it without the config of the run."""
-_MOST_RETURNED = 4
-"""Most SAEs whose numbers all go to ``callback_metrics`` where a process must return them through a pipe."""
-_FACTORIES = ("optimizer", "lr_scheduler")
+UNREPORTED = "hedgelab_unreported"  # where a checkpoint keeps loss terms that have not been reported yet
+ARCHITECTURES = "hedgelab_saes"  # where it keeps what its SAEs are, to be made without the config of the run
+_MOST_RETURNED = 4  # SAEs whose numbers all go to callback_metrics where a process returns them through a pipe
 
 
 class TrainingShell(L.LightningModule):
@@ -38,22 +35,16 @@ class TrainingShell(L.LightningModule):
 
     A batch is one optimiser step, or a list of batches as many steps (:mod:`hedgelab.training.steps`). Optimisation is
     manual in Lightning's sense, so ``global_step`` counts optimiser steps either way.
-
-    Attributes:
-        on_nonfinite: What :class:`~hedgelab.training.guard.FiniteGuard` does about NaN and infinity; None where there is none:
-            training stops, and validation measures whatever comes.
-        member_loggers: Each SAE's own logger, by name; where there is none, numbers go to the trainer's.
-        ranks: The processes over which each batch is split; every one sees its own part, and the loss is the mean over them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+        # Without a FiniteGuard, training stops at NaN and infinity, and validation measures whatever comes.
         self.on_nonfinite: guard.OnNonfinite | None = None
-        self.member_loggers: dict[str, Logger] = {}
-        self.ranks: Ranks = ALONE
+        self.member_loggers: dict[str, Logger] = {}  # numbers of an SAE without one go to the trainer's
+        self.ranks: Ranks = ALONE  # over which each batch is split; the loss is the mean over them
         self._trainees: dict[str, Trainee] = {}
-        self._measured = [0, 0]
         self._threads_before: int | None = None
         self._followed = False
         self._good: Set[str] = frozenset()
@@ -81,17 +72,17 @@ class TrainingShell(L.LightningModule):
         """A copy with weights of its own, and the same optimiser factories: those of a config cannot always be copied."""
         made = memo[id(self)] = type(self).__new__(type(self))
         state = self.__getstate__()
-        copied = {key: v if key in _FACTORIES else copy.deepcopy(v, memo) for key, v in state.items()}
+        shared = ("optimizer", "lr_scheduler")
+        copied = {key: v if key in shared else copy.deepcopy(v, memo) for key, v in state.items()}
         made.__setstate__(copied)  # type: ignore[no-untyped-call]
         return made
-
-    # -- before the first step ---------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[L.Callback]:
         """No callbacks of its own; the moment at which impossible settings are found, before anything costly begins."""
         # Lightning means modules that keep their weights of before each step; others are saved as they are after it.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         warnings.filterwarnings("ignore", message="You called `self.log.* but have no logger")  # results are returned
+        use_verified_io(self.trainer)
         if self.trainer.state.fn == "fit":
             flags.check_trainer(self.trainer)
             for sae in self.saes().values():
@@ -101,23 +92,22 @@ class TrainingShell(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Find out over which ranks batches are split, and take as many threads as the work is worth."""
         flags.check_device(self.trainer.strategy.root_device)
-        self._share_batches(batch_ranks(self.trainer))
+        self._split_batches_over(batch_ranks(self.trainer))
         if stage == "fit":
-            self._threads_before = threads.use_threads(self.trainer, self._products_a_step())
+            self._threads_before = steps.use_threads(self.trainer, self._products_a_step())
             if self.device_mesh is not None:  # latents are split next
                 self.trainer.precision_plugin.convert_module(self)
                 self._initialize()
 
     def teardown(self, stage: str) -> None:
         """Work alone again, with the threads of before."""
-        self._share_batches(ALONE)
+        self._split_batches_over(ALONE)
         if self._threads_before is not None:
             torch.set_num_threads(self._threads_before)
             self._threads_before = None
 
-    def _share_batches(self, ranks: Ranks) -> None:
-        """Tell every SAE, also those within others, over which ranks its batches are split."""
-        for part in self.modules():
+    def _split_batches_over(self, ranks: Ranks) -> None:
+        for part in self.modules():  # SAEs within others too
             if isinstance(part, TrainingShell):
                 part.ranks = ranks
 
@@ -168,19 +158,17 @@ class TrainingShell(L.LightningModule):
 
     def _initialize(self) -> None:
         """Initialise SAEs from the first batch at the first step of a run; those resumed or loaded have their weights."""
-        if self.trainer.global_step or self.trainer.ckpt_path is not None:
-            return
-        if (data := self._data()) is None:
+        data = self._data()
+        if data is None:
             raise UserError("data: fit needs a hedgelab DataModule")
+        begins = not self.trainer.global_step and self.trainer.ckpt_path is None
         for sae in self.saes().values():
-            if not sae.initialized:
+            if begins and not sae.initialized:
                 sae.initialize(data.batch("train", 0).to(sae.W_dec.device), data.feature_directions)
                 sae.initialized = True
 
     def _data(self) -> Any:
         return getattr(self._trainer, "datamodule", None)
-
-    # -- training ----------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         """Take one optimiser step of every SAE, or as many as there are batches in a list; the last loss is returned."""
@@ -194,9 +182,9 @@ class TrainingShell(L.LightningModule):
             self.trainer.fit_loop.epoch_loop._batches_that_stepped += len(batch) - 1
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == self.trainer.max_steps or (every and step % every == 0):
-            skips = self.on_nonfinite == "skip"
             for trainee in self.trainees:
                 trainee.check_window(step, self._data())
+            skips = self.on_nonfinite == "skip"
             self.report({trainee.name: trainee.training_means(skips) for trainee in self.trainees}, step)
         elif self._followed:
             latest = {t.prefix + name: term for t in self.trainees for name, term in t.latest_terms().items()}
@@ -209,7 +197,8 @@ class TrainingShell(L.LightningModule):
         results: dict[str, Any] = {}
         for trainee in self.trainees:
             trainee.sae.steps_done = step
-            result = trainee.sae.loss(batch.of(trainee.name) if isinstance(batch, steps.StepBatches) else batch)
+            own = batch.own.get(trainee.name, batch.shared) if isinstance(batch, steps.StepBatches) else batch
+            result = trainee.sae.loss(own)
             if self.on_nonfinite != "skip" or bool(torch.isfinite(self.ranks.sum(result.total.detach()))):
                 results[trainee.name] = result
         # One backward pass of the sum: SAEs share no parameters, so each gets exactly its own gradients, and DDP sees every
@@ -217,7 +206,11 @@ class TrainingShell(L.LightningModule):
         totals = [result.total for result in results.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum() if totals else None
         if total is not None:
-            self._backpropagate(total)
+            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+            if self._followed or scaled or not isinstance(self.trainer.strategy, SingleDeviceStrategy):
+                self.manual_backward(total)
+            else:  # where nobody listens: the detour by the strategy costs a tiny toy a tenth of its step
+                total.backward()  # type: ignore[no-untyped-call]
         self._good = results.keys()
         self.optimizers().step()  # type: ignore[union-attr]  # without gradients it only counts
         if (schedule := self.lr_schedulers()) is not None:
@@ -228,14 +221,6 @@ class TrainingShell(L.LightningModule):
             else:
                 trainee.skip_step(step)
         return total
-
-    def _backpropagate(self, loss: Tensor) -> None:
-        """By way of the strategy, or directly where nobody listens: the detour costs a tiny toy a tenth of its step."""
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if self._followed or scaled or not isinstance(self.trainer.strategy, SingleDeviceStrategy):
-            self.manual_backward(loss)
-        else:
-            loss.backward()  # type: ignore[no-untyped-call]
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Clip and adjust gradients, which a gradient scaler has unscaled by now."""
@@ -250,21 +235,17 @@ class TrainingShell(L.LightningModule):
         if limited and trainer.max_epochs == -1:
             trainer.should_stop = True
 
-    # -- checkpoints -------------------------------------------------------------------------------
-
     def check_finite(self, step: int) -> None:
         """Stop the run if anything that a checkpoint would hold is not finite."""
         for trainee in self.trainees:
             trainee.check_window(step, self._data())
-            guard.check_parameters(trainee.sae, step, trainee.name)
+            guard.check_parameters(trainee.sae, step, trainee.whose)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what has not been reported yet, and what the SAEs are."""
+        """Keep what has not been reported yet, and what the SAEs are, unless a class of one's own does not say it."""
         states = {trainee.name: trainee.window_state() for trainee in self.trainees}
         checkpoint[UNREPORTED] = states.get("", states)
-        with suppress(
-            TypeError, ValueError, AttributeError
-        ):  # a class of one's own may break the conventions of config
+        with suppress(TypeError, ValueError, AttributeError):
             configs = {name: sae.config() for name, sae in self.saes().items()}
             checkpoint[ARCHITECTURES] = json.loads(json.dumps(configs))
 
@@ -279,14 +260,12 @@ class TrainingShell(L.LightningModule):
             if trainee.name in states:
                 trainee.load_window_state(states[trainee.name])
 
-    # -- measuring ---------------------------------------------------------------------------------
-
     def on_validation_epoch_start(self) -> None:
         """Start from empty metrics; in a fit, see first that there is something to measure."""
         self._measured = [0, 0]
         for trainee in self.trainees:
             if self.trainer.state.fn == "fit":
-                guard.check_parameters(trainee.sae, self.trainer.global_step, trainee.name)
+                guard.check_parameters(trainee.sae, self.trainer.global_step, trainee.whose)
             trainee.start_measuring(getattr(self._data(), "feature_directions", None), self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -297,8 +276,9 @@ class TrainingShell(L.LightningModule):
             for trainee in self.trainees:
                 trainee.measure(batch)
 
-    def on_validation_epoch_end(self, stage: str = "val") -> None:
+    def on_validation_epoch_end(self) -> None:
         """Report the metrics of the pass."""
+        stage = "test" if self.trainer.testing else "val"
         if self.on_nonfinite is not None:
             counts = torch.tensor(self._measured, device=self.device)
             guard.check_measured(counts, stage, self.on_nonfinite, self.ranks)
@@ -307,12 +287,7 @@ class TrainingShell(L.LightningModule):
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
-
-    def on_test_epoch_end(self) -> None:
-        """As in validation."""
-        self.on_validation_epoch_end("test")
-
-    # -- reporting ---------------------------------------------------------------------------------
+    on_test_epoch_end = on_validation_epoch_end
 
     def report(self, values: Mapping[str, dict[str, float]], step: int) -> None:
         """Send each SAE's numbers to its logger; callbacks, the progress bar and ``trainer.validate``'s result get all."""
@@ -324,15 +299,13 @@ class TrainingShell(L.LightningModule):
             for shared in self.loggers if in_fit and not self.member_loggers else []:
                 shared.log_metrics(named, step=step)
         losses = [own["train/loss"] for own in values.values() if "train/loss" in own]
-        if losses:
-            named["train/loss"] = sum(losses) / len(losses)
+        loss = {"train/loss": sum(losses) / len(losses)} if losses else {}
         # Processes that were forked or spawned (ddp_fork, ddp_spawn, ddp_notebook) return callback_metrics through a pipe that
         # holds 64 KiB and is read only after they have ended: both would wait for ever if there were more.
         through_a_pipe = "multiprocessing" in type(self.trainer.strategy.launcher).__module__
-        if len(self.trainees) > _MOST_RETURNED and through_a_pipe:
-            named = {"train/loss": named["train/loss"]} if losses else {}
+        shown = loss if through_a_pipe and len(values) > _MOST_RETURNED else {**named, **loss}
         # Lightning logs at its own count of batches, so in a fit it is not asked to.
-        self.log_dict(named, logger=not in_fit and not self.member_loggers, batch_size=1)
+        self.log_dict(shown, logger=not in_fit and not self.member_loggers, batch_size=1)
 
 
 class SAEGroup(TrainingShell):
@@ -342,22 +315,17 @@ class SAEGroup(TrainingShell):
     initialised start from the first training batch.
 
     Args:
-        members: The SAEs, by name.
+        members: The SAEs, by name, which must not hold a dot.
         loggers: Each member's own logger, by name; None reports to the trainer's, the names in front of the numbers.
-
-    Raises:
-        UserError: No members, widths of activations that differ, or a name with a dot.
     """
 
     members: nn.ModuleDict
 
     def __init__(self, members: Mapping[str, Any], loggers: Mapping[str, Logger] | None = None) -> None:
         super().__init__()
-        if not members:
-            raise UserError("members: a group needs at least one SAE")
         widths = {name: sae.d_in for name, sae in members.items()}
-        if len(set(widths.values())) > 1:
-            raise UserError(f"members: all need the same d_in, got {widths}")
+        if len(set(widths.values())) != 1:
+            raise UserError(f"members: a group needs SAEs of one d_in, got {widths}")
         if dotted := [name for name in members if "." in name]:
             raise UserError(f"members: a name must not contain a dot, got '{dotted[0]}'")
         self.members = nn.ModuleDict(members)

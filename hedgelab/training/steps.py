@@ -1,13 +1,13 @@
-"""What a batch is to Lightning: one step, or for tiny toys that nobody watches step by step several at once.
+"""What a step costs, and what follows from it: how many steps Lightning gets as one batch, and how many CPU threads they take.
 
-Lightning spends about half a millisecond on a batch. A step of an SAE of one latent costs as much, so its steps travel in
-lists ("chunks"). A batch is one step wherever a step costs more, and wherever a callback, a flag or an overridden hook looks
-at single steps; the numbers are the same either way.
+Lightning spends half a millisecond on a batch, and so does a step of a tiny toy: its steps travel in lists, unless somebody
+looks at single ones. The numbers are the same either way.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +17,16 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from hedgelab.batch import Batch
+from hedgelab.errors import whole_number
 
-TINY = 2**22
-"""Products a step, ``batch_size · d_in · d_sae``, up to which Lightning's own cost is worth avoiding."""
+TINY = 2**22  # products a step, batch_size · d_in · d_sae, up to which Lightning's own cost is worth avoiding
+PRODUCTS_A_THREAD = 2**22  # from which a further thread saves more than it costs (tests/benchmarks/threads.py)
 STEP_HOOKS = (
     "on_train_batch_start", "on_train_batch_end", "on_before_zero_grad", "on_before_backward", "on_after_backward",
     "on_before_optimizer_step",
 )  # fmt: skip
 MODULE_HOOKS = (*STEP_HOOKS, "training_step", "optimizer_step", "lr_scheduler_step", "configure_gradient_clipping")
+_GIVEN_ELSEWHERE = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _TRUSTED = ("hedgelab.", "lightning.pytorch.core.", "lightning.pytorch.callbacks.callback", "torch.")
 
 
@@ -39,21 +41,25 @@ class StepBatches(NamedTuple):
         """The shared activations, ``[batch, d_in]``."""
         return self.shared.x
 
-    def of(self, name: str) -> Batch:
-        """The batch that a member sees."""
-        return self.own.get(name, self.shared)
-
     def to(self, device: torch.device | str) -> StepBatches:
         """The same batches on another device."""
         return StepBatches(self.shared.to(device), {name: batch.to(device) for name, batch in self.own.items()})
 
 
 def steps_a_batch(trainer: Any, most: int, products: int) -> int:
-    """How many steps one batch of Lightning's may hold, at most ``most``: the largest number that divides all intervals, or 1.
-
-    The trainer's callbacks, flags and module decide, and the products of a step (:data:`TINY`).
-    """
-    if most == 1 or products > TINY or _looks_at_steps(trainer):
+    """How many steps one batch of Lightning's may hold: the largest number up to ``most`` that divides all intervals, or 1."""
+    someone_looks_at_steps = (
+        bool(trainer.fast_dev_run or trainer.overfit_batches)
+        or isinstance(trainer.limit_train_batches, int)
+        or not isinstance(getattr(trainer, "val_check_interval", None), float)  # a number of steps, or a time
+        or trainer.check_val_every_n_epoch is None
+        or not isinstance(trainer.profiler, PassThroughProfiler)
+        or not isinstance(trainer.strategy, SingleDeviceStrategy)
+        or type(trainer.precision_plugin) not in (Precision, DoublePrecision)
+        or any(watches_steps(callback) for callback in trainer.callbacks)
+        or watches_steps(trainer.lightning_module, MODULE_HOOKS)
+    )
+    if most == 1 or products > TINY or someone_looks_at_steps:
         return 1
     intervals = [int(getattr(trainer, "log_every_n_steps", 0))]
     intervals += [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
@@ -74,23 +80,8 @@ def watches_steps(watcher: Any, hooks: tuple[str, ...] = STEP_HOOKS) -> bool:
     """Whether a callback (or module) has a hook of its own that Lightning calls once a batch."""
     if isinstance(watcher, ModelCheckpoint):
         return bool(watcher.save_top_k) or not type(watcher).__module__.startswith("hedgelab.")
-    owners = [next((c for c in type(watcher).__mro__ if hook in vars(c)), None) for hook in hooks]
-    return any(owner is not None and not owner.__module__.startswith(_TRUSTED) for owner in owners)
-
-
-def _looks_at_steps(trainer: Any) -> bool:
-    """Whether anything about a trainer needs each batch to be one step."""
-    return (
-        bool(trainer.fast_dev_run or trainer.overfit_batches)
-        or isinstance(trainer.limit_train_batches, int)
-        or not isinstance(getattr(trainer, "val_check_interval", None), float)  # a number of steps, or a time
-        or trainer.check_val_every_n_epoch is None
-        or not isinstance(trainer.profiler, PassThroughProfiler)
-        or not isinstance(trainer.strategy, SingleDeviceStrategy)
-        or type(trainer.precision_plugin) not in (Precision, DoublePrecision)
-        or any(watches_steps(callback) for callback in trainer.callbacks)
-        or watches_steps(trainer.lightning_module, MODULE_HOOKS)
-    )
+    methods = (getattr(type(watcher), hook, watches_steps) for hook in hooks)
+    return any(not method.__module__.startswith(_TRUSTED) for method in methods)
 
 
 def count_batches_as_steps(checkpoint: dict[str, Any]) -> None:
@@ -101,6 +92,21 @@ def count_batches_as_steps(checkpoint: dict[str, Any]) -> None:
     if progress["total"]["ready"] != step:
         begun = progress["total"]["ready"] - progress["total"]["completed"]
         for counts in (progress["total"], progress["current"]):
-            counts["ready"] = counts["started"] = counts["processed"] = step
-            counts["completed"] = step - begun
+            counts.update(ready=step, started=step, processed=step, completed=step - begun)
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - begun
+
+
+def use_threads(trainer: Any, products: int) -> int | None:
+    """Set the number of threads for a fit on the CPU; the number of before, or None where nothing was changed.
+
+    A tiny toy gets one, so its results do not depend on the number of cores. Products of 0 are not known.
+    """
+    before = torch.get_num_threads()
+    if given := os.environ.get("HEDGELAB_THREADS"):
+        wanted = whole_number("HEDGELAB_THREADS", int(given) if given.isdecimal() else given)
+    elif not products or trainer.strategy.root_device.type != "cpu" or any(map(os.environ.get, _GIVEN_ELSEWHERE)):
+        return None
+    else:
+        wanted = max(1, min(before, products // PRODUCTS_A_THREAD))
+    torch.set_num_threads(wanted)
+    return before

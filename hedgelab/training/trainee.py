@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,30 +15,21 @@ from hedgelab.errors import UserError
 from hedgelab.training import guard
 from hedgelab.training.sharding import average_gradients
 
-if TYPE_CHECKING:
-    from hedgelab.metrics.evaluation import SAEMetrics
-
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 class Trainee:
-    """An SAE in training, alone (its name is empty) or as a member of a group.
-
-    The shell asks of the SAE ``loss``, ``initialize``, ``before_optimizer_step``, ``after_step``, ``steps_done`` and
-    ``training_numbers`` to train, ``encode``, ``decode`` and ``folded`` to measure.
-    """
+    """An SAE in training, alone (its name is empty) or as a member of a group."""
 
     def __init__(self, sae: Any, name: str = "") -> None:
         self.sae = sae
         self.name = name
-        self.prefix = f"{name}/" if name else ""
+        self.prefix, self.whose = (f"{name}/", f" of member '{name}'") if name else ("", "")
         self._skipped = self._skipped_in_a_row = 0
         self._window: list[dict[str, Tensor]] = []
-        self._metrics: SAEMetrics | None = None
+        self._metrics: Any = None
         self._folded: Any = None
-
-    # -- training ----------------------------------------------------------------------------------
 
     def prepare_gradients(self) -> None:
         """Average gradients of split latents, clip, and let the SAE adjust them, before the optimiser uses them."""
@@ -57,39 +48,37 @@ class Trainee:
         """Count a batch that was passed over, and stop where weights are to blame or no batch has been good for long."""
         self._skipped += 1
         self._skipped_in_a_row += 1
-        guard.check_parameters(self.sae, step, self.name)
+        guard.check_parameters(self.sae, step, self.whose)
         if self._skipped_in_a_row >= guard.MOST_SKIPPED:
-            raise UserError(
-                f"guard.on_nonfinite: the losses of {self._skipped_in_a_row} batches in a row are NaN or infinite, up to step "
-                f"{step + 1}; go on from an earlier checkpoint with a lower learning rate, or mend the data"
-            )
+            bad = f"the losses of {self._skipped_in_a_row} batches in a row are NaN or infinite, up to step {step + 1}"
+            raise UserError(f"guard.on_nonfinite: {bad}; go on from an earlier checkpoint, or mend the data")
         self._window.append({})
 
     def check_window(self, step: int, data: Any) -> None:
         """See that no loss term since the last report is NaN or infinite."""
-        guard.check_window(self._window, step, self.sae.ranks, data, self.name)
+        guard.check_window(self._window, step, self.sae.ranks, data, self.whose)
 
     def training_means(self, with_skipped: bool) -> dict[str, float]:
-        """Each loss term's mean over the steps since the last call and over the ranks, and their sum, named ``train/...``.
-
-        Batches that were passed over count in no mean; ``train/skipped_batches`` counts them, if asked for.
-        """
-        window, self._window = self._window, []
-        skipped = {"train/skipped_batches": float(self._skipped)} if with_skipped else {}
-        steps_taken = sum(1 for terms in window if terms)
-        if not steps_taken:
-            return skipped
-        names = list(dict.fromkeys(name for terms in window for name in terms))
-        sums = [torch.stack([terms[name].float() for terms in window if name in terms]).sum() for name in names]
-        means = (self.sae.ranks.mean(torch.stack(sums)) / steps_taken).tolist()
-        values: dict[str, float] = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
-        return {**values, "train/loss": sum(means), **self.sae.training_numbers(), **skipped}
+        """Each loss term's mean over ranks and the good steps since the last call, and their sum, named ``train/...``."""
+        values: dict[str, float] = {}
+        if steps := [terms for terms in self._window if terms]:
+            names, means = self._means(steps)
+            values = {f"train/{name}": mean for name, mean in zip(names, means.tolist(), strict=True)}
+            values |= {"train/loss": sum(values.values()), **self.sae.training_numbers()}
+        self._window = []
+        return values | ({"train/skipped_batches": float(self._skipped)} if with_skipped else {})
 
     def latest_terms(self) -> dict[str, Tensor]:
         """The last step's loss terms and their sum, named ``train/...``; mean over the ranks. Empty after a skipped batch."""
-        terms = self._window[-1] if self._window else {}
-        values = {f"train/{name}": self.sae.ranks.mean(term.float()) for name, term in terms.items()}
-        return values | {"train/loss": torch.stack(list(values.values())).sum()} if values else {}
+        if not self._window or not self._window[-1]:
+            return {}
+        names, means = self._means(self._window[-1:])
+        return {f"train/{name}": mean for name, mean in zip(names, means, strict=True)} | {"train/loss": means.sum()}
+
+    def _means(self, steps: list[dict[str, Tensor]]) -> tuple[Iterable[str], Tensor]:
+        names = dict.fromkeys(name for terms in steps for name in terms)
+        sums = [torch.stack([terms[name].float() for terms in steps if name in terms]).sum() for name in names]
+        return names, self.sae.ranks.mean(torch.stack(sums)) / len(steps)
 
     def window_state(self) -> dict[str, Any]:
         """The loss terms of the steps since the last report, for a checkpoint: means over the ranks."""
@@ -107,8 +96,6 @@ class Trainee:
             for i, value in zip(at, state["values"][name].to(self.sae.W_dec.device), strict=True):
                 self._window[i][name] = value
 
-    # -- measuring ---------------------------------------------------------------------------------
-
     def start_measuring(self, feature_directions: Tensor | None, device: torch.device) -> None:
         """Start from empty metrics."""
         from hedgelab.metrics.evaluation import SAEMetrics  # late: torchmetrics is slow to import
@@ -119,21 +106,16 @@ class Trainee:
 
     @property
     def firing_rates(self) -> Tensor | None:
-        """How often each latent fired on the examples measured so far, ``[d_sae]``; None where nothing is being measured.
-
-        Summed over the ranks, so ask on every rank.
-        """
+        """How often each latent fired so far, ``[d_sae]``, summed over the ranks, all of which must ask; None before."""
         return None if self._metrics is None else self._metrics.firing.compute().reshape(-1)
 
     def measure(self, batch: Batch) -> None:
         """Add a batch to the metrics."""
-        assert self._metrics is not None
         codes = self.sae.encode(batch.x)
         self._metrics.update(batch, self.sae.decode(codes), codes.gathered())
 
     def measurements(self, stage: str) -> dict[str, float]:
         """The metrics of everything measured, named ``<stage>/...``; they start again from nothing."""
-        assert self._metrics is not None
         values = self._metrics.compute(self._folded.W_enc, self._folded.W_dec)
         self._metrics.reset()
         return {f"{stage}/{name}": float(value) for name, value in values.items()}

@@ -87,7 +87,7 @@ def hub(monkeypatch):
     client = pytest.importorskip("huggingface_hub", reason="needs hedgelab[llm]")
     monkeypatch.setattr(client, "HfApi", create_autospec(client.HfApi))
     monkeypatch.setattr(client, "snapshot_download", create_autospec(client.snapshot_download))
-    monkeypatch.setattr("hedgelab.interop.hub.hub_problem", lambda: None)
+    monkeypatch.setattr("hedgelab.interop.formats.hub_problem", lambda: None)
     return client
 
 

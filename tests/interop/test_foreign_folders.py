@@ -120,19 +120,28 @@ def test_dictionary_learning_submodules(trainer, buffer, layer, reason, tmp_path
     [
         ({"normalize_activations": True}, "normalize_activations: True needs the factor"),
         ({"normalize_activations": "expected_average_only_in"}, "put activation_scaler.json"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations: 'layer_norm' changes each activation"),
-        ({"normalize_activations": "something"}, "normalize_activations: 'something'"),
-        ({"activation_fn_str": "tanh-relu"}, "activation_fn: hedgelab reads 'relu' and 'topk', got 'tanh-relu'"),
-        ({"activation_fn": "topk"}, "activation_fn_kwargs: expected a mapping with k for 'topk', got {}"),
-        ({"activation_fn": "topk", "activation_fn_kwargs": "k=3"}, "activation_fn_kwargs: expected a mapping with k"),
+        (
+            {"normalize_activations": "layer_norm"},
+            'normalize_activations: hedgelab reads "none", "expected_average_only_in"',
+        ),
+        ({"normalize_activations": "something"}, 'normalize_activations: hedgelab reads "none"'),
+        ({"activation_fn_str": "tanh-relu"}, 'activation_fn_str: hedgelab reads "relu", "topk", got "tanh-relu"'),
+        ({"activation_fn": "topk"}, "k: expected a whole number of at least 1, got None"),
+        (
+            {"activation_fn": "topk", "activation_fn_kwargs": "k=3"},
+            "k: expected a whole number of at least 1, got None",
+        ),
         (
             {"activation_fn": "topk", "activation_fn_kwargs": {"k": True}},
             "k: expected a whole number of at least 1, got True",
         ),
         ({"architecture": ["standard"]}, "architecture: hedgelab reads"),
-        ({"reshape_activations": "heads"}, "reshape_activations: expected 'none' or 'hook_z', got 'heads'"),
-        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input: expected true or false, got 'false'"),
-        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor: a fine-tuned scaling factor for each latent"),
+        ({"reshape_activations": "heads"}, 'reshape_activations: hedgelab reads "none", "hook_z", got "heads"'),
+        ({"apply_b_dec_to_input": "false"}, 'apply_b_dec_to_input: hedgelab reads true, false, got "false"'),
+        (
+            {"finetuning_scaling_factor": True},
+            "finetuning_scaling_factor: hedgelab's SAEs have no tuned factor",
+        ),
         ({"metadata": {**METADATA, "seqpos_slice": 5}}, r"seqpos_slice: expected a list such as [1, null], got 5"),
         ({"metadata": {**METADATA, "seqpos_slice": {}}}, r"seqpos_slice: expected a list such as [1, null], got {}"),
     ],
@@ -170,8 +179,8 @@ def test_the_factor_beside_the_weights_is_folded_in(tmp_path):
     ("config", "message"),
     [
         ({"signed": True}, "signed: hedgelab does not know what True changes"),
-        ({"activation": "groupmax"}, "activation: hedgelab reads 'topk', got 'groupmax'"),
-        ({"transcode": True}, "transcode: hedgelab's SAEs reconstruct what they read"),
+        ({"activation": "groupmax"}, 'activation: hedgelab reads "topk", got "groupmax"'),
+        ({"transcode": True}, "transcode: hedgelab does not know what True changes"),
         ({"k": True}, "k: expected a whole number of at least 1, got True"),
         ({"k": None}, "k: expected a whole number of at least 1, got None"),
     ],
@@ -185,9 +194,9 @@ def test_what_sparsify_says_and_hedgelab_cannot_do_is_refused(config, message, t
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"trainer": {"k": 3}}, "trainer.dict_class: missing"),
-        ({}, "trainer.dict_class: missing"),
-        ({"trainer": {"dict_class": "GatedAutoEncoder"}}, "hedgelab has nothing like 'GatedAutoEncoder'"),
+        ({"trainer": {"k": 3}}, "trainer.dict_class: hedgelab reads AutoEncoder, "),
+        ({}, "trainer.dict_class: hedgelab reads AutoEncoder, "),
+        ({"trainer": {"dict_class": "GatedAutoEncoder"}}, "JumpReluAutoEncoder, got 'GatedAutoEncoder'"),
         ({"trainer": {"dict_class": "AutoEncoderTopK"}}, "k: expected a whole number of at least 1, got None"),
     ],
 )

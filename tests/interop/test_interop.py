@@ -11,11 +11,9 @@ from safetensors.torch import load_file, save_file
 from hedgelab.data.llm.model import find_model
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
-from hedgelab.interop.dictionary_learning import import_dictionary_learning
 from hedgelab.interop.foreign import read_tensors
-from hedgelab.interop.formats import format_of, import_folder
+from hedgelab.interop.formats import format_of, import_dictionary_learning, import_folder, import_sparsify
 from hedgelab.interop.saelens import export_saelens, import_saelens
-from hedgelab.interop.sparsify import import_sparsify
 from hedgelab.saes import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE, load_sae, save_sae
 
 D_IN, D_SAE = 12, 40
@@ -249,15 +247,15 @@ def test_hooks_as_transformer_lens_names_them(tmp_path):
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"architecture": "gated"}, {}, "architecture: hedgelab reads standard, topk"),
-        ({"normalize_activations": "layer_norm"}, {}, "normalize_activations: 'layer_norm'"),
+        ({"architecture": "gated"}, {}, 'architecture: hedgelab reads "standard", "topk"'),
+        ({"normalize_activations": "layer_norm"}, {}, 'normalize_activations: hedgelab reads "none"'),
         ({}, {"W_dec": torch.zeros(3, D_IN)}, r"W_dec: expected \[40, 12\], got \[3, 12\]"),
         ({}, {"b_dec": torch.full((D_IN,), torch.nan)}, "b_dec: holds values that are not finite"),
-        ({}, {"r_mag": torch.zeros(3)}, "holds r_mag, for which hedgelab has no place"),
-        ({}, {"scaling_factor": torch.full((D_SAE,), 2.0)}, "fine-tuned scaling factor"),
-        ({"architecture": "topk", "k": "many"}, {}, "k: expected a number, got 'many'"),
+        ({}, {"r_mag": torch.zeros(3)}, "holds W_dec, W_enc, b_dec, b_enc, r_mag; expected W_enc, b_enc, W_dec, b_dec"),
+        ({}, {"scaling_factor": torch.full((D_SAE,), 2.0)}, "tuned factor for each latent"),
+        ({"architecture": "topk", "k": "many"}, {}, "k: expected a whole number of at least 1, got 'many'"),
         ({"architecture": "topk", "k": 400}, {}, "k: must lie between 1 and"),
-        ({"architecture": "jumprelu"}, {}, "lacks threshold"),
+        ({"architecture": "jumprelu"}, {}, "expected W_enc, b_enc, W_dec, b_dec, threshold"),
         ({"metadata": 3}, {}, "damaged"),
     ],
 )

@@ -114,18 +114,19 @@ def test_scores_come_back_into_each_run(package, run, capsys):
 @pytest.mark.slow
 def test_what_is_missing_is_one_line(package, run, monkeypatch):
     found = [run("one", TopKSAE(6, 8, 2), SOURCE)]
-    with pytest.raises(UserError, match="does not say which language model"):
+    with pytest.raises(UserError, match="give a run that says which language model it reads"):
         saebench.run_saebench([run("other", TopKSAE(6, 8, 2), None)])
     with pytest.raises(UserError, match="one language model at a time"):
         saebench.run_saebench([*found, run("b", TopKSAE(6, 8, 2), ActivationSource(model="c", layer=1))])
     monkeypatch.setattr(saebench, "hub_problem", lambda: "no route")
     with pytest.raises(UserError, match=r"on the Hugging Face hub, which cannot be had \(no route\)"):
         saebench.run_saebench(found)
+    monkeypatch.setattr(saebench, "hub_problem", lambda: None)
     monkeypatch.setenv("PYTHONPATH", os.devnull)
-    with pytest.raises(UserError, match=r"sae_bench.* not installed; install sae-bench in an environment of its own"):
+    with pytest.raises(UserError, match=r"No module named 'sae_lens'; sae-bench needs an environment of its own"):
         saebench.run_saebench(found)
     monkeypatch.setenv(saebench.PYTHON, "no-such-python")
-    with pytest.raises(UserError, match="SAEBENCH_PYTHON: cannot run no-such-python"):
+    with pytest.raises(UserError, match=r"no-such-python failed: .*whose python SAEBENCH_PYTHON names"):
         saebench.run_saebench(found)
 
 

@@ -17,7 +17,7 @@ from hedgelab.errors import UserError
 from hedgelab.saes import TopKSAE, load_sae
 from hedgelab.saes.io import same_weights
 from hedgelab.tracking import RunRecord
-from hedgelab.training.checkpoints import RunCheckpoint, VerifiedCheckpointIO, use_verified_io
+from hedgelab.training.checkpoints import RunCheckpoint, VerifiedCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KEEP = functools.partial(RunCheckpoint, save_last=True, save_top_k=0, every_n_train_steps=10)
@@ -45,7 +45,6 @@ def fit(callbacks, steps=20, ckpt_path=None, chunk=10, optimizer=torch.optim.Ada
     torch.manual_seed(0)
     model = TopKSAE(6, 5, k=2, optimizer=optimizer)
     data = ToyDataModule(IndependentFiring([0.3] * 6), d_in=6, batch_size=16, val_batches=2, seed=0, chunk_steps=chunk)
-    use_verified_io(trainer)
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return model
 
@@ -76,7 +75,7 @@ def test_scalars_of_numpy_are_saved_as_numbers(value):
     "value", [np.arange(3), Path("x"), threading.Lock(), lambda: 1, object()], ids=lambda v: type(v).__name__
 )
 def test_a_state_that_could_not_be_read_is_refused_when_it_is_to_be_written(value):
-    said = rf"checkpoint: the state of callback Best holds a {type(value).__name__}, which no checkpoint may hold"
+    said = "checkpoint: the state of callback Best holds what cannot be read without executing code"
     with pytest.raises(UserError, match=said):
         fit([Best(value), KEEP("kept")])
     assert not list(Path("kept").glob("*.ckpt"))

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgelab.errors import UserError
-from hedgelab.training.checkpoints import LAST, PREVIOUS, VerifiedCheckpointIO, fault, newest_whole
-from hedgelab.training.checkpoints.files import NEXT, promote, write_atomically
+from hedgelab.training.checkpoints import LAST, PREVIOUS, VerifiedCheckpointIO, newest_whole
+from hedgelab.training.checkpoints.files import NEXT, fault, promote, write_atomically
 
 IO = VerifiedCheckpointIO()
 
@@ -24,7 +24,7 @@ def checkpoint(step=7):
 
 def save(folder, step):
     IO.save_checkpoint(checkpoint(step), folder / NEXT)
-    return promote(folder)
+    promote(folder)
 
 
 def step_in(path):

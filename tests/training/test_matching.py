@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgelab.training.checkpoints import RunFolder
-from hedgelab.training.checkpoints.matching import (
+from hedgelab.training.checkpoints.folder import (
     ABSENT,
     as_option,
     compare,

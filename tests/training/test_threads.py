@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hedgelab.errors import UserError
-from hedgelab.training import threads
+from hedgelab.training import steps
 from hedgelab.training.flags import accelerator, check_device
 
 
@@ -30,23 +30,23 @@ def trainer(device="cpu"):
     [(500 * 50, 1), (2**22, 1), (2**23, 2), (3 * 2**22 + 5, 3), (4096 * 576 * 4608, 4)],
 )
 def test_a_thread_for_each_piece_of_work(many, products, expected):
-    assert threads.use_threads(trainer(), products) == 4
+    assert steps.use_threads(trainer(), products) == 4
     assert torch.get_num_threads() == expected
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 def test_what_the_environment_says_counts(many, name):
     many.setenv(name, "4")
-    assert threads.use_threads(trainer(), 1) is None
+    assert steps.use_threads(trainer(), 1) is None
     assert torch.get_num_threads() == 4
     many.setenv("HEDGELAB_THREADS", "3")
-    assert threads.use_threads(trainer(), 1) == 4
+    assert steps.use_threads(trainer(), 1) == 4
     assert torch.get_num_threads() == 3
 
 
 def test_a_gpu_and_unknown_work_change_nothing(many):
-    assert threads.use_threads(trainer("cuda"), 1) is None
-    assert threads.use_threads(trainer(), 0) is None
+    assert steps.use_threads(trainer("cuda"), 1) is None
+    assert steps.use_threads(trainer(), 0) is None
     assert torch.get_num_threads() == 4
 
 
@@ -54,7 +54,7 @@ def test_a_gpu_and_unknown_work_change_nothing(many):
 def test_impossible_numbers_of_threads(many, wrong):
     many.setenv("HEDGELAB_THREADS", wrong)
     with pytest.raises(UserError, match="HEDGELAB_THREADS: expected a whole number of at least 1"):
-        threads.use_threads(trainer(), 1)
+        steps.use_threads(trainer(), 1)
 
 
 def test_a_fit_takes_one_thread_for_a_toy_and_gives_the_others_back(many, tmp_path):

@@ -1,17 +1,9 @@
-"""Checkpoints that survive whatever stops a run: whole or not there, checked when read, found again by config."""
+"""Checkpoints that survive whatever stops a run: complete or not there, checked when read, found again by config."""
 
 from hedgelab.training.checkpoints.callback import RunCheckpoint, folder_of
-from hedgelab.training.checkpoints.files import (
-    LAST,
-    PREVIOUS,
-    VerifiedCheckpointIO,
-    fault,
-    newest_whole,
-    use_verified_io,
-)
+from hedgelab.training.checkpoints.files import LAST, PREVIOUS, VerifiedCheckpointIO, newest_whole, use_verified_io
 from hedgelab.training.checkpoints.folder import RunFolder
 
 __all__ = [
-    "LAST", "PREVIOUS", "RunCheckpoint", "RunFolder", "VerifiedCheckpointIO", "fault", "folder_of", "newest_whole",
-    "use_verified_io",
+    "LAST", "PREVIOUS", "RunCheckpoint", "RunFolder", "VerifiedCheckpointIO", "folder_of", "newest_whole", "use_verified_io",
 ]  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from hedgelab.errors import Stopped, UserError
-from hedgelab.training.checkpoints.files import LAST, NEXT, is_remote, local_path, promote, use_verified_io
+from hedgelab.errors import SIGNALS, Stopped, UserError
+from hedgelab.training.checkpoints.files import LAST, NEXT, is_remote, local_path, promote
 from hedgelab.training.checkpoints.folder import RunFolder
-from hedgelab.training.checkpoints.stopping import StopFlag
 
 _logger = logging.getLogger(__name__)
 
@@ -26,37 +27,27 @@ _logger = logging.getLogger(__name__)
 class RunCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt`` and, one interval older, ``previous.ckpt`` under ``runs/checkpoints/<run id>/``.
 
-    Written between steps, after the validation of that step where one was due, and when training ends: so a
-    run that goes on from one repeats nothing and leaves nothing out. SIGTERM, SIGUSR1 and Ctrl-C have one written and
-    end the run (:class:`~hedgelab.errors.Stopped`). What is logged up to a checkpoint is sent, or on the disk, before
-    it appears. A disk that is full costs checkpoints, not the run.
+    Written between steps, after a validation that was due, and when training ends, so a run that goes on from one repeats
+    nothing and leaves nothing out. SIGTERM, SIGUSR1 and Ctrl-C have one written and end the run. What is logged up to a
+    checkpoint is sent, or on the disk, before it appears. A full disk costs checkpoints, not the run.
 
     Args:
         dirpath: A local folder instead of the run's own.
         **kwargs: Other arguments of ModelCheckpoint.
-
-    Attributes:
-        folder: The run's folder; None before a fit.
-        facts: What the folder is to say about the run, so that ``--resume`` finds it; None to have only its path find it.
     """
 
     def __init__(self, dirpath: str | Path | None = None, **kwargs: Any) -> None:
         if dirpath is not None:
             if is_remote(dirpath):
-                raise UserError(
-                    f"checkpoint.dirpath: '{dirpath}' is not a folder of this machine, where alone a checkpoint can be "
-                    "replaced in one stroke; choose a local or mounted folder, and copy it from there"
-                )
+                raise UserError(f"checkpoint.dirpath: '{dirpath}' is not a folder of this machine; choose one that is")
             dirpath = local_path(dirpath)  # Lightning takes "file:///kept" for a folder "file:" below the current one
         super().__init__(dirpath, **kwargs)
-        self.folder: RunFolder | None = None
-        self.facts: Callable[[], dict[str, Any]] | None = None
-        self._flag = StopFlag()
-        self._saving = False
-        self._interval_began = 0.0
+        self.folder: RunFolder | None = None  # of the run that the fit goes on with, or else claimed when it starts
+        self.facts: Callable[[], dict[str, Any]] | None = None  # what the folder is to say, so that --resume finds it
+        self._signal: int | None = None
+        self._former_handlers = ExitStack()
+        self._saving = self._warned = False
         self._unaveraged: dict[str, Tensor] | None = None
-        self._saved_at = -1
-        self._warned = False
 
     @property
     def interval(self) -> dict[str, Any]:
@@ -64,11 +55,8 @@ class RunCheckpoint(ModelCheckpoint):
         by = {"every_n_train_steps": self._every_n_train_steps, "train_time_interval": self._train_time_interval}
         return {"save_last": self.save_last, "save_top_k": 0, **by}
 
-    # -- where -------------------------------------------------------------------------------------
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Name the folder after the run."""
-        use_verified_io(trainer)
         if stage == "fit" and self.dirpath is None:
             self.dirpath = str(default_folder(trainer))
         super().setup(trainer, pl_module, stage)
@@ -80,59 +68,56 @@ class RunCheckpoint(ModelCheckpoint):
         if self.folder is None:
             path = Path(str(self.dirpath))
             if (path / LAST).exists() and trainer.ckpt_path is None:
-                raise UserError(
-                    f"checkpoint.dirpath: '{path}' holds checkpoints of another run, which this one would replace; choose "
-                    "another folder, or go on with that run by --resume"
-                )
+                found = f"checkpoint.dirpath: '{path}' holds checkpoints of another run"
+                raise UserError(f"{found}; choose another folder, or go on with that run by --resume")
             self.folder = RunFolder(path)
             self.folder.claim()
         if self.facts is not None:
             tracker = _tracker(trainer)
-            run_id = None if tracker is None else str(tracker.version)
-            self.folder.note(**self.facts(), run_id=run_id, finished=False)
-
-    # -- when --------------------------------------------------------------------------------------
+            self.folder.note(**self.facts(), run_id=tracker and str(tracker.version), finished=False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen to signals."""
         super().on_train_start(trainer, pl_module)
         self._saved_at = trainer.global_step
         self._interval_began = time.monotonic()
-        self._unaveraged = None
-        self._flag = StopFlag()
-        self._flag.install(getattr(trainer.strategy.launcher, "kill", lambda number: None))
+        self._unaveraged = self._signal = None
+        self._forward = getattr(trainer.strategy.launcher, "kill", lambda number: None)
+        # SIGUSR2 counts where submitit listens to it, which submits a job again that SLURM is about to end.
+        awaited = signal.getsignal(signal.SIGUSR2) not in (signal.SIG_DFL, signal.SIG_IGN, None)
+        if threading.current_thread() is threading.main_thread():  # no other can listen
+            for number in (*SIGNALS, signal.SIGINT, *([signal.SIGUSR2] if awaited else [])):
+                former = signal.signal(number, self._keep_signal) or signal.SIG_DFL
+                self._former_handlers.callback(signal.signal, number, former)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Between two steps: stop if asked to, and save where an interval has ended."""
-        number = self._signal(trainer)
-        if self._is_due(trainer) or number is not None:
+    def _keep_signal(self, number: int, frame: Any) -> None:
+        """Keep a signal until the step has ended (Lightning's handlers act within it); a second Ctrl-C stops at once."""
+        if self._signal is None:
+            self._signal = number
+            self._forward(number)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Between two steps: stop if a signal has come to any rank, and save where an interval has ended."""
+        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        if self._is_due(trainer) or stop:
             self._save(trainer)
-        if number is not None:
-            self._flag.remove()
-            kept = f"; saved in {self.last_model_path or self.dirpath}, go on with --resume"
-            lost = ", which could not be saved; --resume goes on from the checkpoint before it"
-            step = trainer.global_step
-            raise Stopped(number, f"after step {step}{kept if self._saved_at == step else lost}")
+        if stop:
+            self._former_handlers.close()
+            state = f"; saved in {self.last_model_path or self.dirpath}, go on with --resume"
+            if self._saved_at != trainer.global_step:
+                state = ", which could not be saved; --resume goes on from the checkpoint before it"
+            raise Stopped(self._signal or signal.SIGTERM, f"after step {trainer.global_step}{state}")
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         """Whether an interval has ended: of steps, or of time, by the clock of rank zero."""
         if self._train_time_interval is None:
             return self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
         over = time.monotonic() - self._interval_began >= self._train_time_interval.total_seconds()
-        over = bool(trainer.strategy.broadcast(over)) if trainer.world_size > 1 else over
-        if over:
+        if over := bool(trainer.strategy.broadcast(over)):
             self._interval_began = time.monotonic()
         return over
-
-    def _signal(self, trainer: L.Trainer) -> int | None:
-        """The signal that came, to any of the ranks."""
-        if trainer.world_size == 1:
-            return self._flag.number
-        if not trainer.strategy.reduce_boolean_decision(self._flag.number is not None, all=False):
-            return None
-        return self._flag.number or signal.SIGTERM
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the weights as training left them: weight averaging puts its own in their place before the last save."""
@@ -142,12 +127,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step too, after its validation."""
-        self._flag.remove()
+        self._former_handlers.close()
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Listen no longer; what is in the middle of a step is not worth saving."""
-        self._flag.remove()
+        self._former_handlers.close()
         super().on_exception(trainer, pl_module, exception)
         self.teardown(trainer, pl_module, "fit")
 
@@ -158,8 +143,6 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Not at the moments that Lightning chooses: some come before a validation that would then be left out."""
-
-    # -- how ---------------------------------------------------------------------------------------
 
     def _save(self, trainer: L.Trainer) -> None:
         """Make a new ``last.ckpt`` unless this step has one; a disk that does not take it costs a warning."""
@@ -178,8 +161,7 @@ class RunCheckpoint(ModelCheckpoint):
                 promote(folder)
             self._saved_at, self._warned = step, False
         except OSError as error:
-            if trainer.world_size > 1:
-                trainer.strategy.barrier("Trainer.save_checkpoint")  # the other ranks wait there
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # the other ranks wait there
             if not self._warned:
                 self._warned = True
                 _logger.warning(
@@ -203,10 +185,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def default_folder(trainer: L.Trainer) -> Path:
-    """Where a run's checkpoints go unless told otherwise: beside the MLflow store, in a folder named after the run.
-
-    Without an :class:`~hedgelab.tracking.MLflowTracker`, whatever other loggers there are, below the trainer's folder.
-    """
+    """Where a run's checkpoints go by default: beside the MLflow store, or without a tracker below the trainer's folder."""
     tracker = _tracker(trainer)
     root = str(trainer.default_root_dir if tracker is None else tracker.save_dir)
     if is_remote(root):
@@ -219,11 +198,9 @@ def default_folder(trainer: L.Trainer) -> Path:
 def folder_of(trainer: L.Trainer) -> Path | None:
     """The folder of the run's checkpoints; None where neither checkpoints nor anything else of it is kept."""
     kept = next((found for found in trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)), None)
-    if kept is None:
-        return None if trainer.logger is None or trainer.fast_dev_run else default_folder(trainer)  # type: ignore[attr-defined]
-    if kept.dirpath is None:
-        kept.dirpath = str(default_folder(trainer))
-    return Path(kept.dirpath)
+    if kept is not None:
+        return Path(str(kept.dirpath))
+    return None if trainer.logger is None or trainer.fast_dev_run else default_folder(trainer)  # type: ignore[attr-defined]
 
 
 def _tracker(trainer: L.Trainer) -> Logger | None:

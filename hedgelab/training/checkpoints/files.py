@@ -1,8 +1,4 @@
-"""Checkpoint files: whole or not there, checked when read, and read without executing anything.
-
-A checkpoint is a zip archive (PyTorch's own format) that holds a CRC-32 of every part: reading all parts tells a torn or
-rotten file from a whole one, whoever wrote it.
-"""
+"""Checkpoint files: complete or not there, checked when read (by the CRC-32 of each part), and read without executing code."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import io
 import logging
 import os
 import zipfile
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +24,6 @@ from torch import Tensor
 from hedgelab.errors import UserError, one_line
 
 LAST, PREVIOUS, NEXT = "last.ckpt", "previous.ckpt", ".next.ckpt"
-_PLAIN = (bool, int, float, complex, str, bytes, torch.device, torch.dtype, type(None))
 _logger = logging.getLogger(__name__)
 
 
@@ -44,10 +38,7 @@ def local_path(path: object) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Make a file that appears under its name only when all of it is on the disk; its folder is made if missing.
-
-    If that fails, an older file of that name stays as it was.
-    """
+    """Make a file, and its folder, that replaces an older one of its name only when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name.lstrip('.')}.partial")
     try:
@@ -61,20 +52,20 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
-def promote(folder: Path) -> Path:
-    """Make the checkpoint just written the last one, and the last one the one before it; one is whole at any moment."""
+def promote(folder: Path) -> None:
+    """Make the checkpoint just written the last one, and the last one the one before it; one is complete at any moment."""
     if (folder / LAST).exists():
         (folder / LAST).replace(folder / PREVIOUS)
-    return (folder / NEXT).replace(folder / LAST)
+    (folder / NEXT).replace(folder / LAST)
 
 
 def fault(path: Path) -> str | None:
-    """Why a checkpoint cannot be used; None for a whole one. Reads every part and executes nothing."""
+    """Why a checkpoint cannot be used; None where it can. Reads every part and executes nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
-            if packed:
-                return f"{packed[0]} is compressed, which PyTorch never does"
+            for part in archive.infolist():
+                if part.compress_type != zipfile.ZIP_STORED:
+                    return f"{part.filename} is compressed, which PyTorch never does"
             torn = archive.testzip()
     except FileNotFoundError:
         return "no such file"
@@ -94,7 +85,7 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """PyTorch checkpoints: tensors and plain values only; on a local disk whole or not there, and verified when read.
+    """PyTorch checkpoints of tensors and plain values only; on a local disk complete or not there, and verified when read.
 
     Other places (``s3://…``) are written and read by fsspec, as Lightning does, and are as reliable as they are.
     """
@@ -102,7 +93,12 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         """Write a checkpoint that :meth:`load_checkpoint` will read, or refuse it."""
         checkpoint = apply_to_collection(checkpoint, np.generic, lambda value: value.item())
-        _check_readable(checkpoint)
+        parts = {f"'{key}'": value for key, value in checkpoint.items() if key != "callbacks"}
+        parts |= {f"the state of callback {name}": state for name, state in checkpoint.get("callbacks", {}).items()}
+        for name, part in parts.items():
+            if not _is_readable(part):
+                fix = "let its state_dict return tensors, numbers, text, lists and dicts"
+                raise UserError(f"checkpoint: {name} holds what cannot be read without executing code; {fix}")
         if is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -121,13 +117,9 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             checkpoint: Any = super().load_checkpoint(path, map_location, weights_only=True)
         except Exception as error:  # whatever a hostile or foreign file provokes
             reason = one_line(str(error).partition(".")[0]) or type(error).__name__
-            raise UserError(
-                f"ckpt_path: '{path}' holds more than tensors and plain values ({reason}); refused"
-            ) from error
+            raise UserError(f"ckpt_path: '{path}' is refused, it holds more than plain values ({reason})") from error
         if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "loops"} <= checkpoint.keys():
-            raise UserError(
-                f"ckpt_path: '{path}' is no checkpoint of a fit; expected runs/checkpoints/<run id>/last.ckpt"
-            )
+            raise UserError(f"ckpt_path: '{path}' is no checkpoint of a fit; give runs/checkpoints/<run id>/last.ckpt")
         return checkpoint
 
 
@@ -138,31 +130,13 @@ def use_verified_io(trainer: L.Trainer) -> None:
             trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
 
 
-def _check_readable(checkpoint: dict[str, Any]) -> None:
-    """Raise a UserError that names the callback whose state is more than tensors and plain values."""
-    parts = {f"'{key}'": value for key, value in checkpoint.items() if key != "callbacks"}
-    parts |= {f"the state of callback {name}": state for name, state in checkpoint.get("callbacks", {}).items()}
-    for name, part in parts.items():
-        if found := _unreadable(part):
-            raise UserError(
-                f"checkpoint: {name} holds a {found}, which no checkpoint may hold, because reading it would execute code; "
-                "let its state_dict return tensors, numbers, text, lists and dicts"
-            )
-
-
-def _unreadable(value: Any) -> str | None:
-    """Name of the first type within a value that PyTorch does not read by itself; None where there is none."""
-    if type(value) in (dict, OrderedDict, defaultdict):
-        value = [*value, *value.values()]
-    if type(value) in (list, tuple, set, torch.Size):
-        return next(filter(None, map(_unreadable, value)), None)
-    if isinstance(value, Tensor) or type(value) in _PLAIN:
-        return None
-    with io.BytesIO() as file:  # rare types, some of which PyTorch does read
+def _is_readable(value: Any) -> bool:
+    """Whether PyTorch reads a value without executing code, tried without its tensors, which it always does."""
+    with io.BytesIO() as file:
         try:
-            torch.save(value, file)
+            torch.save(apply_to_collection(value, Tensor, lambda _: None), file)
             file.seek(0)
             torch.load(file, weights_only=True)
         except Exception:  # whatever it is that cannot be written or read
-            return type(value).__qualname__
-    return None
+            return False
+    return True
