@@ -24,9 +24,10 @@ class FitCell(HedgelabCLI):
     def instantiate_classes(self) -> None:
         """Not yet."""
 
-    def make(self) -> None:
-        """Make data, model and trainer."""
+    def make(self) -> FitCell:
+        """Make data, model and trainer; the cell itself."""
         super().instantiate_classes()
+        return self
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Never."""

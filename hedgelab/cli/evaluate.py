@@ -73,7 +73,7 @@ def run(command: str, words: list[str]) -> int:
 def _swept(file: str, words: list[str]) -> str:
     """Train what a sweep's config lists; the id of its run."""
     from hedgelab.cli.sweep import sweep
-    from hedgelab.protocols.evaluation.subjects import say
+    from hedgelab.protocols.evaluation.evaluate import say
 
     study = sweep(["--config", file, *words])
     if study.failures:

@@ -1,7 +1,6 @@
 """A report of an experiment: its runs side by side, their curves, and each run's figures and config.
 
-It is one plain HTML page with everything inside it, no script, readable on light and dark screens and on paper: a few
-functions of escaped text. A template of Jinja's would be as long, and a second language.
+It is one plain HTML page with everything inside it, no script, readable on light and dark screens and on paper.
 """
 
 from __future__ import annotations
@@ -27,27 +26,17 @@ if TYPE_CHECKING:
 _MOST_BYTES = 2_000_000  # of one figure; larger ones are left out
 _MOST_COLUMNS = 6
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --muted: #626c77; --line: #d9dde2; --back: #ffffff; --soft: #f5f7f9;
-  --link: #2159a6 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --muted: #9aa5b1; --line: #363d46; --back: #15191e;
-  --soft: #1d232a; --link: #82b1f0 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background: var(--back); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem }
-h3 { font-size: 1.05rem; margin: 0 } p { margin: .4rem 0 } a { color: var(--link) }
-.muted { color: var(--muted) } code, pre { font: 12.5px/1.45 ui-monospace, monospace }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: 13.5px }
-th, td { text-align: left; padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+:root { color-scheme: light dark }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; font: 15px/1.5 system-ui, sans-serif }
+h1, h2, h3, p { margin: 1.2rem 0 .4rem } .muted, summary { opacity: .7 } code, pre { font: 12.5px/1.45 monospace }
+.scroll, pre { overflow: auto; max-height: 32rem } table { border-collapse: collapse; font-size: 13.5px }
+th, td { text-align: left; padding: .28rem .8rem .28rem 0; border-bottom: 1px solid #8884; vertical-align: top;
   white-space: nowrap }
-th { color: var(--muted); font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-td.wrap { white-space: normal } td.child { padding-left: 1.2rem }
-article { border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.2rem; margin: 1rem 0 }
-figure { margin: .6rem 0; display: inline-block; background: #fff; border-radius: 6px; padding: .4rem; max-width: 100% }
-figure img { display: block; max-width: 100%; height: auto } figcaption { color: #626c77; font-size: 12px }
-details { margin: .5rem 0 } summary { cursor: pointer; color: var(--muted) }
-pre { background: var(--soft); border-radius: 6px; padding: .8rem; overflow-x: auto; max-height: 32rem }
-@media print { details { display: none } article { break-inside: avoid } }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } td:last-child { white-space: normal }
+article { border: 1px solid #8886; border-radius: 8px; padding: 0 1.2rem 1rem; margin: 1rem 0; break-inside: avoid }
+figure { margin: .6rem 0; display: inline-block; background: #fff; color: #555; border-radius: 6px; padding: .4rem }
+img { display: block; max-width: 100%; height: auto } figcaption { font-size: 12px }
+@media print { details { display: none } }
 """
 
 
@@ -59,8 +48,7 @@ def build(experiment: str, limit: int = 100, address: str | None = None) -> str:
         raise UserError(f"--experiment: '{experiment}' has no runs yet")
     experiment_id = next(key for key, name in experiments.items() if name == experiment)
     base = None if address is None else f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs/"
-    finished = sum(run.status == "FINISHED" for run in runs)
-    began, ended = min(run.start for run in runs)[:10], max(run.start for run in runs)[:10]
+    finished, starts = sum(run.status == "FINISHED" for run in runs), sorted(run.start[:10] for run in runs)
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     drawn = curves([run for run in runs if run.parent is None] or runs, curve_metrics(runs))
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -68,7 +56,8 @@ def build(experiment: str, limit: int = 100, address: str | None = None) -> str:
         f'<!doctype html>\n<html lang="en"><head>{head}<title>{escape(experiment)}: report</title>',
         f"<style>{_STYLE}</style></head>\n<body>",
         f"<h1>{escape(experiment)}</h1>",
-        f'<p class="muted">{len(runs)} runs, {finished} finished, started {began} to {ended}; written by hedgelab {now}</p>',
+        f'<p class="muted">{len(runs)} runs, {finished} finished, started {starts[0]} to {starts[-1]}; written by hedgelab '
+        f"{now}</p>",
         "<h2>Runs side by side</h2>",
         _side_by_side(compare(runs)),
     ]
@@ -77,12 +66,12 @@ def build(experiment: str, limit: int = 100, address: str | None = None) -> str:
 
         buffer = io.BytesIO()
         overlaid_curves(drawn, {key: title(key) for key in drawn}, "").savefig(buffer, format="png")
-        parts += [
-            "<h2>Over training</h2>",
-            _image(buffer.getvalue(), "metrics over training steps, a line for each run"),
-        ]
+        image = _image(buffer.getvalue(), "metrics over training steps, a line for each run")
+        parts += ["<h2>Over training</h2>", image]
+    meanings = {name: known for name in map(bare, compare(runs).metrics) if (known := term(name))}
+    rows = [[f"<code>{escape(name)}</code>", one.better, escape(one.meaning)] for name, one in meanings.items()]
     parts += ["<h2>Each run</h2>", *(_article(client, run, base) for run in runs)]
-    parts += ["<h2>What the numbers mean</h2>", _glossary(runs), "</body></html>\n"]
+    parts += ["<h2>What the numbers mean</h2>", _table(["metric", "better", "meaning"], rows, 3), "</body></html>\n"]
     return "\n".join(parts)
 
 
@@ -126,44 +115,32 @@ def _article(client: MlflowClient, run: RunSummary, base: str | None) -> str:
     if "git_commit" in run.tags:
         facts.append(f"commit {escape(run.tags['git_commit'][:10])}")
     parts = [f'<article id="{escape(run.run_id)}"><h3>{escape(run.name)}</h3>']
-    parts.append(f'<p class="muted">{" · ".join(facts)}</p>')
-    if run.description:
-        parts.append(f"<p>{escape(run.description)}</p>")
-    shown = compare([run]).metrics
-    if shown:
+    parts += [f'<p class="muted">{" · ".join(facts)}</p>', f"<p>{escape(run.description or '')}</p>"]
+    if shown := compare([run]).metrics:
         values = [number(value) for (value,) in shown.values()]
         parts.append(_table([escape(title(key)) for key in shown], [values], 0))
-    figures, config = _artifacts(client, run)
-    parts += [_image(content, Path(path).stem.replace("_", " ")) for path, content in figures.items()]
-    parts += [_folded("config.yaml", without_credentials(text)) for text in config]
-    parts.append(_folded("code, packages, machine", "\n".join(f"{key}: {value}" for key, value in run.tags.items())))
+    texts = {}
+    for path, content in _artifacts(client, run):
+        if path == "config.yaml":
+            texts[path] = without_credentials(content.decode(errors="replace"))
+        else:
+            parts.append(_image(content, Path(path).stem.replace("_", " ")))
+    texts["code, packages, machine"] = "\n".join(f"{key}: {value}" for key, value in run.tags.items())
+    parts += [f"<details><summary>{key}</summary><pre>{escape(text)}</pre></details>" for key, text in texts.items()]
     return "\n".join([*parts, "</article>"])
 
 
-def _artifacts(client: MlflowClient, run: RunSummary) -> tuple[dict[str, bytes], list[str]]:
-    """The figures of a run by path, and its config; what cannot be had is left out."""
+def _artifacts(client: MlflowClient, run: RunSummary) -> list[tuple[str, bytes]]:
+    """The figures of a run and its config, by path; what cannot be had is left out."""
     from mlflow.exceptions import MlflowException
 
-    figures: dict[str, bytes] = {}
-    config: list[str] = []
-    folders: list[str | None] = [None]
+    found: dict[str, bytes] = {}
     with suppress(MlflowException, UserError, OSError):
-        while folders:
-            for entry in client.list_artifacts(run.run_id, folders.pop()):
-                if entry.is_dir:
-                    folders.append(entry.path)
-                elif entry.path == "config.yaml":
-                    config.append(artifact(run, entry.path).read_text(errors="replace"))
-                elif entry.path.endswith(".png") and (entry.file_size or 0) <= _MOST_BYTES:
-                    figures[entry.path] = artifact(run, entry.path).read_bytes()
-    return dict(sorted(figures.items())), config
-
-
-def _glossary(runs: Sequence[RunSummary]) -> str:
-    """The metrics that these runs have, in words."""
-    known = {name: found for name in map(bare, compare(runs).metrics) if (found := term(name))}
-    rows = [[f"<code>{escape(name)}</code>", one.better, escape(one.meaning)] for name, one in known.items()]
-    return _table(["metric", "better", "meaning"], rows, 3)
+        for entry in [*client.list_artifacts(run.run_id), *client.list_artifacts(run.run_id, "figures")]:
+            small = not entry.is_dir and (entry.file_size or 0) <= _MOST_BYTES
+            if small and (entry.path == "config.yaml" or entry.path.endswith(".png")):
+                found[entry.path] = artifact(run, entry.path).read_bytes()
+    return sorted(found.items())
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: int) -> str:
@@ -180,8 +157,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: int) -> 
 def _image(png: bytes, caption: str) -> str:
     data, text = base64.b64encode(png).decode(), escape(caption)
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-
-
-def _folded(summary: str, text: str) -> str:
-    """Long text that opens on a click."""
-    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"

@@ -7,8 +7,8 @@ import pytest
 from hedgelab.cli import main
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
-from hedgelab.protocols.evaluation.across import find_axis, means, rows_of
-from hedgelab.protocols.evaluation.subjects import Subject
+from hedgelab.protocols.evaluation.across import means, rows_of
+from hedgelab.protocols.evaluation.evaluate import Subject
 from hedgelab.protocols.evaluation.suite import suite_classes
 from hedgelab.saes import TopKSAE, save_sae
 
@@ -127,16 +127,15 @@ def test_only_seeds_are_averaged():
         f"{k} {lr} {seed}": {"data.k": str(k), "data.lr": str(lr), "seed_everything": str(seed)} for k, lr, seed in grid
     }
     results = {f"{k} {lr} {seed}": {"probing/f1_k1": 0.1 * lr + k / 100 + 0.01 * seed} for k, lr, seed in grid}
-    axis = find_axis(params)
-    assert axis.label == "k"
-    assert set(axis.lines.values()) == {"lr=1", "lr=2"}
-    lines = [line.split() for line in means(rows_of(axis, results))]
+    rows = rows_of(results, params)
+    assert {row.line for row in rows} == {"lr=1", "lr=2"}
+    lines = [line.split() for line in means(rows)]
     assert lines[:2] == [["line", "lr=1", "lr=1", "lr=2", "lr=2"], ["k", "8", "32", "8", "32"]]
     assert lines[2][3::3] == ["0.0071"] * 4
     assert lines[2][1::3] == ["0.185", "0.425", "0.285", "0.525"]
-    assert find_axis(params, "lr").label == "lr"
+    assert [row.values for row in rows_of(results, params, "lr")] == [{"lr": 1}] * 4 + [{"lr": 2}] * 4
     with pytest.raises(UserError, match=r"--x: the SAEs do not differ in a number 'width'; they do in data.k, data.lr"):
-        find_axis(params, "width")
+        rows_of(results, params, "width")
 
 
 OWN_SUITE = '''

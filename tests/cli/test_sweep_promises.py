@@ -11,8 +11,8 @@ from hedgelab.cli import main
 from hedgelab.cli.cells import parse_cell
 from hedgelab.plain_yaml import read_value, write_yaml
 from hedgelab.protocols.sweep import job
-from hedgelab.protocols.sweep.cells import check_sweep
 from hedgelab.protocols.sweep.config import read_sweep
+from hedgelab.protocols.sweep.job import check_sweep
 
 SWEEP = """\
 sweep: {base: tiny.yaml, axes: {model.d_sae: [3, 4]}}

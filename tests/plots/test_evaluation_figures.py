@@ -13,7 +13,7 @@ from hedgelab.plots.evaluation import (
     probing_by_class,
     scores_by_count,
 )
-from hedgelab.protocols.evaluation.across import Axis, figure, find_axis, flat, means, rows_of
+from hedgelab.protocols.evaluation.across import figure, flat, means, rows_of
 from hedgelab.protocols.study import as_csv
 from hedgelab.protocols.sweep.report import Row
 
@@ -50,38 +50,39 @@ PARAMS = {
     for beta in ("0", "0.5")
     for seed in ("0", "1")
 }
+NOTHING = {name: {} for name in PARAMS}
 
 
 def test_the_axis_is_the_number_in_which_runs_differ():
-    axis = find_axis(PARAMS)
-    assert (axis.key, axis.label) == ("model.beta", "beta")
-    assert axis.places == {"0/0": 0, "0/1": 0, "0.5/0": 0.5, "0.5/1": 0.5}
-    assert find_axis(PARAMS, "beta").key == "model.beta"
+    expected = {"0/0": {"beta": 0}, "0/1": {"beta": 0}, "0.5/0": {"beta": 0.5}, "0.5/1": {"beta": 0.5}}
+    for key in (None, "beta", "model.beta"):
+        assert {row.run_id: row.values for row in rows_of(NOTHING, PARAMS, key)} == expected
     with pytest.raises(UserError, match="--x: the SAEs do not differ in a number 'k'"):
-        find_axis(PARAMS, "k")
-    assert find_axis({"a": {"model.x": "one"}, "b": {"model.x": "two"}}) is None
+        rows_of(NOTHING, PARAMS, "k")
+    assert rows_of({"a": {}, "b": {}}, {"a": {"model.x": "one"}, "b": {"model.x": "two"}}) == []
     kinds = {f"{kind}{k}": {"model.class_path": kind, "model.k": k} for kind in ("topk", "relu") for k in ("1", "2")}
-    assert find_axis(kinds).lines == {"topk1": "topk", "topk2": "topk", "relu1": "relu", "relu2": "relu"}
+    lines = {row.run_id: row.line for row in rows_of({name: {} for name in kinds}, kinds)}
+    assert lines == {"topk1": "topk", "topk2": "topk", "relu1": "relu", "relu2": "relu"}
 
 
 def test_scores_are_averaged_over_seeds():
-    axis = find_axis(PARAMS)
     results = {
-        name: {"absorption/full": place + 0.1 * int(name[-1]), "tpp/n10": 1.0} for name, place in axis.places.items()
+        name: {"absorption/full": float(name[:-2]) + 0.1 * int(name[-1]), "tpp/n10": 1.0, "tpp/n5": 2.0}
+        for name in PARAMS
     }
-    rows = rows_of(axis, results)
-    drawn = figure(axis, rows, "T")
+    rows = rows_of(results, PARAMS)
+    drawn = figure(rows, "T")
     assert sorted(texts(drawn)[:2]) == ["TPP, 10 latents ↑", "full absorption ↓"]
     panel = drawn.axes[texts(drawn).index("full absorption ↓")]
     assert list(panel.get_lines()[0].get_ydata()) == pytest.approx([0.05, 0.55])
     (absorption,) = [line for line in means(rows) if "absorption/full" in line]
     assert absorption.split() == ["absorption/full", "0.05", "±", "0.071", "0.55", "±", "0.071"]
     lines = as_csv(flat(rows)).splitlines()
-    assert lines[0] == "sae,line,beta,absorption/full,tpp/n10"
-    assert lines[1] == "0/0,,0,0,1"
+    assert lines[0] == "sae,line,beta,absorption/full,tpp/n10,tpp/n5"
+    assert lines[1] == "0/0,,0,0,1,2"
 
 
 def test_a_score_that_some_lack_is_drawn_for_the_others():
     rows = [Row("", {"x": 0.0}, None, "a", {"absorption/full": 0.1}), Row("", {"x": 1.0}, None, "b", {})]
-    drawn = figure(Axis("x", {}, {}), rows, "T")
+    drawn = figure(rows, "T")
     assert list(drawn.axes[0].get_lines()[0].get_ydata()) == [0.1]

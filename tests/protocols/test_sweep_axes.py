@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgelab.errors import UserError
-from hedgelab.protocols.sweep.axes import Line, expand
+from hedgelab.protocols.sweep.config import expand
 
 KEYS = st.text("abcdefgh", min_size=1, max_size=6).filter(lambda key: key != "zip")
 VALUES = st.lists(st.integers(-5, 5), min_size=1, max_size=4, unique=True)
@@ -48,7 +48,10 @@ def test_zipped_lists_go_together(length, keys):
 
 
 def test_lines_have_values_and_axes_of_their_own():
-    lines = {"a": Line({"model.k": 1}), "b": Line({"model": {"class_path": "B"}}, {"model.l1": [0.1, 0.2]})}
+    lines = {
+        "a": {"set": {"model.k": 1}},
+        "b": {"set": {"model": {"class_path": "B"}}, "axes": {"model.l1": [0.1, 0.2]}},
+    }
     cells = expand(lines, {"model.d_sae": [4, 8]})
     names = ["a/d_sae=4", "a/d_sae=8", "b/l1=0.1/d_sae=4", "b/l1=0.1/d_sae=8", "b/l1=0.2/d_sae=4", "b/l1=0.2/d_sae=8"]
     assert [cell.name for cell in cells] == names
@@ -91,4 +94,4 @@ def test_mistakes_name_the_axis(axes, message):
 
 def test_an_axis_stands_in_one_place():
     with pytest.raises(UserError, match=r"^sweep\.lines\.a\.axes\.k: is an axis of all lines already"):
-        expand({"a": Line({}, {"k": [1]})}, {"k": [2]})
+        expand({"a": {"axes": {"k": [1]}}}, {"k": [2]})

@@ -15,7 +15,7 @@ def work(job):
 
 
 def test_jobs_that_die_do_not_stop_the_rest():
-    ended = list(InProcess().run(work, ["fine", "dies", "fails"]))
+    ended = list(InProcess().run(work, ["fine", "dies", "fails"], Processes()))
     assert ended == [(0, {}), (1, "RuntimeError: boom"), (2, {"fails": "why"})]
 
 
@@ -24,19 +24,21 @@ def test_an_interrupt_stops_all():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(InProcess().run(interrupted, ["a", "b"]))
+        list(InProcess().run(interrupted, ["a", "b"], Processes()))
 
 
 def test_slurm_gets_the_options_in_its_own_words(tmp_path):
     slurm = pytest.importorskip("submitit.slurm.slurm", reason="needs submitit")
     executor = Slurm("short", minutes=90, gpus=2, cpus=4, memory_gb=1.5, at_once=3, extra={"account": "me"})
-    script = slurm._make_sbatch_string(command="x", folder=Path(tmp_path), map_count=8, **executor.parameters())
+    script = slurm._make_sbatch_string(
+        command="x", folder=Path(tmp_path), map_count=8, **executor.parameters(Processes())
+    )
     options = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")}
     assert options >= {
         "partition=short", "time=90", "gpus-per-node=2", "cpus-per-task=4", "mem=1536M", "account=me",
         "ntasks-per-node=1", "array=0-7%3",
     }  # fmt: skip
-    bare = slurm._make_sbatch_string(command="x", folder=Path(tmp_path), map_count=1, **Slurm().parameters())
+    bare = slurm._make_sbatch_string(command="x", folder=Path(tmp_path), map_count=1, **Slurm().parameters(Processes()))
     assert not any(word in bare for word in ("--partition", "--gpus-per-node", "--mem="))
 
 

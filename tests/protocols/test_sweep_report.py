@@ -8,8 +8,8 @@ import math
 import pytest
 
 from hedgelab.protocols.study import as_csv
-from hedgelab.protocols.sweep.axes import Cell
-from hedgelab.protocols.sweep.report import Row, as_json, default_axis, figure, flat, rows_of, summary, table
+from hedgelab.protocols.sweep.config import Cell
+from hedgelab.protocols.sweep.report import Row, as_json, figure, flat, rows_of, table
 
 
 class Run:
@@ -28,11 +28,12 @@ ROWS = [row(line, width, seed, 1 / width + 0.01 * seed) for line in "ab" for wid
 
 
 def test_spreads_are_those_of_the_seeds():
-    first = summary(ROWS)[0]
+    first = json.loads(as_json(ROWS, {}))["summary"][0]
     assert (first["line"], first["model.d_sae"], first["seeds"]) == ("a", 4, 3)
     assert first["metrics"]["hedging/degree"]["mean"] == pytest.approx(0.26)
     assert first["metrics"]["hedging/degree"]["std"] == pytest.approx(0.01)
-    assert summary(ROWS[:1])[0]["metrics"]["hedging/degree"] == {"mean": 0.25, "std": None, "n": 1}
+    (alone,) = json.loads(as_json(ROWS[:1], {}))["summary"]
+    assert alone["metrics"]["hedging/degree"] == {"mean": 0.25, "std": None, "n": 1}
 
 
 def test_the_table_has_a_line_a_row():
@@ -50,7 +51,7 @@ def test_the_table_has_a_line_a_row():
 
 
 def test_seeds_of_a_run_are_told_apart():
-    cell = Cell("x/seed=3", "x", {"model.k": 2, "seed": 3}, {}, {"model.k": 2})
+    cell = Cell("x/seed=3", "x", "x", {"model.k": 2}, 3, {}, {"model.k": 2})
     metrics = {"hedging/degree": 0.2, "hedging/seed3/degree": 0.1, "hedging/seed4/degree": 0.3, "system/cpu": 1.0}
     assert [(own.seed, own.metrics) for own in rows_of(cell, Run(metrics))] == [
         (3, {"hedging/degree": 0.1}),
@@ -61,9 +62,9 @@ def test_seeds_of_a_run_are_told_apart():
 
 
 def test_the_figure_has_a_panel_a_metric_and_a_curve_a_line():
-    drawn = figure(ROWS, None, ["hedging/degree", "absent"], "title")
+    drawn = figure(ROWS, None, {"hedging/degree": "degree", "absent": "absent"}, "title")
     (panel,) = [axes for axes in drawn.axes if axes.get_visible()]
-    assert panel.get_title() == "hedging/degree"
+    assert panel.get_title() == "degree"
     assert panel.get_xscale() == "log"  # from 4 to 512
     curves = [line for line in panel.lines if len(line.get_xdata())]
     assert len(curves) == 2
@@ -74,18 +75,18 @@ def test_the_figure_has_a_panel_a_metric_and_a_curve_a_line():
 
 def test_a_measured_axis_takes_its_means():
     rows = [row("a", width, seed, 0.1, l0=width + seed) for width in (4, 8) for seed in (0, 2)]
-    drawn = figure(rows, "l0", ["hedging/degree"], "title")
+    drawn = figure(rows, "l0", {"hedging/degree": "degree"}, "title")
     assert list(drawn.axes[0].lines[0].get_xdata()) == [5, 9]
 
 
 def test_names_stand_on_an_axis_in_their_order():
     rows = [Row("", {"text": name, "k": k}, None, "r", {"val/mse": k}) for name in ("z", "a") for k in (1, 2)]
-    assert default_axis(rows) == "k"
-    drawn = figure(rows, "text", ["val/mse"], "title")
+    assert figure(rows, None, {"val/mse": "mse"}, "title").axes[0].get_xlabel() == "k"
+    drawn = figure(rows, "text", {"val/mse": "mse"}, "title")
     assert [tick.get_text() for tick in drawn.axes[0].get_xticklabels()] == ["z", "a"]
     assert [text.get_text() for text in drawn.legends[0].texts] == ["k 1", "k 2"]
 
 
 def test_nothing_to_draw_draws_nothing():
-    assert figure(ROWS, None, ["absent"], "title") is None
-    assert figure([Row("", {}, None, "r", {"val/mse": math.pi})], None, ["val/mse"], "title") is not None
+    assert figure(ROWS, None, {"absent": "absent"}, "title") is None
+    assert figure([Row("", {}, None, "r", {"val/mse": math.pi})], None, {"val/mse": "mse"}, "title") is not None

@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from hedgelab.protocols.sweep.job import CELL_TAG, finished_run, interrupted_run
+from hedgelab.protocols.sweep.job import CELL_TAG, run_of
 from hedgelab.tracking.runs import list_runs, resolve_run, search_runs
 from hedgelab.tracking.store import all_experiments, ensure_store
 
@@ -49,6 +49,6 @@ def test_runs_in_the_last_page_are_found(crowded, monkeypatch):
     assert resolve_run("done").experiment == "oldest"
     assert {run.name for run in list_runs("oldest")} == {"done", "begun"}
     assert [run.info.run_name for run in search_runs(client, "attributes.status = 'FINISHED'")] == ["done"]
-    assert finished_run(client, "done").info.run_name == "done"
-    assert finished_run(client, "begun") is None
-    assert interrupted_run(client, "begun", "above") is not None
+    assert run_of(client, "done").info.run_name == "done"
+    assert run_of(client, "begun") is None
+    assert run_of(client, "begun", "tags.mlflow.parentRunId = 'above'") is not None

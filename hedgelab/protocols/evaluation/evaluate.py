@@ -2,31 +2,147 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
 
-from jsonargparse import ArgumentParser
+import yaml
+from tqdm import tqdm
 
 import hedgelab.data.llm
 import hedgelab.data.tensors
 import hedgelab.data.toy  # noqa: F401
-from hedgelab.config.signatures import Parameter
-from hedgelab.config.tree import Tree
+from hedgelab.config.explain import resolve
+from hedgelab.config.signatures import Parameter, class_of
+from hedgelab.config.tree import Tree, overlay
 from hedgelab.config.walk import Walk
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
-from hedgelab.errors import UserError, one_line
-from hedgelab.protocols.evaluation import across
+from hedgelab.data.source import ActivationSource
+from hedgelab.errors import UserError
+from hedgelab.identity import deciding
+from hedgelab.protocols.evaluation.across import side_by_side
 from hedgelab.protocols.evaluation.reader import Readings
-from hedgelab.protocols.evaluation.subjects import TAG, Subject, distinct, find, say
-from hedgelab.protocols.evaluation.suite import Scores, choose, make_suites, names_of, suite_classes
+from hedgelab.protocols.evaluation.suite import Scores, choose, class_path, make_suites, names_of, suite_classes
+from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study, as_csv
-from hedgelab.tracking.listing import aligned
-from hedgelab.tracking.runs import RunSummary
+from hedgelab.saes import SAE
+from hedgelab.tracking import MLflowTracker
+from hedgelab.tracking.params import flatten
+from hedgelab.tracking.runs import FoundSAE, RunSummary, artifact, children_with_sae, resolve_run, resolve_sae
 from hedgelab.tracking.store import ensure_store
 
-Results = dict[str, dict[str, float]]  # metrics by SAE
+TAG = "evaluated"
+
+
+class Subject:
+    """An SAE to be scored: that of a run, or one in a folder, which gets a run when there are scores to put into it.
+
+    ``sae_class`` is the path of its class, where that is one of the user's own and no run says so.
+    """
+
+    def __init__(self, name: str, folder: Path, run: RunSummary | None, sae_class: str | None = None) -> None:
+        self.name, self.folder, self.run, self._sae_class = name, folder, run, sae_class
+        self.source = ActivationSource.load(folder)  # what is known of its activations
+        self.config: Tree = {}  # the resolved config of its run
+        if run is not None:
+            with suppress(UserError):  # a run of older days, or of another tool
+                self.config = yaml.safe_load(artifact(run, "config.yaml").read_text()) or {}
+
+    @cached_property
+    def sae(self) -> SAE:
+        """The SAE, ready to measure."""
+        return FoundSAE(self.folder, self.run).load(self._sae_class)
+
+    @cached_property
+    def run_id(self) -> str:
+        """The run that gets its scores; for a folder one is opened now."""
+        if self.run is not None:
+            return self.run.run_id
+        tracker = MLflowTracker("evaluation", self.folder.resolve().name, {"sae_folder": str(self.folder)})
+        tracker.finalize("success")
+        return str(tracker.run_id)
+
+    def known_scores(self, suite: str, mark: str) -> dict[str, float] | None:
+        """Its scores of a suite that was run on it before with the same mark; None where none was."""
+        if self.run is None or self.run.tags.get(f"{TAG}.{suite}") != mark:
+            return None
+        return {name: value for name, value in self.run.metrics.items() if name.startswith(f"{suite}/")}
+
+    @property
+    def params(self) -> dict[str, str]:
+        """What decided its numbers, flat."""
+        if not self.config:
+            return {} if self.run is None else self.run.params
+        facts = deciding(self.config)
+        return flatten({key: value for key, value in facts.items() if key not in ("code", "inputs")})
+
+    def data(self, said: Tree) -> Tree:
+        """Its section ``data``: what its run's config says, or its own source, and what the user says over that."""
+        tree, source = copy.deepcopy(self.config.get("data") or {}), self.source
+        said_class = class_of(said, ActivationDataModule) if "class_path" in said else None
+        arguments = {key: value for key, value in said.get("init_args", said).items() if key != "class_path"}
+        if not tree and source is not None and (said_class is None or issubclass(said_class, LLMDataModule)):
+            keys = ("model", "layer" if source.layer is not None else "hook", "context_length", "skip_first")
+            known = {key: value for key in keys if (value := getattr(source, key)) is not None}
+            tree = {"class_path": class_path(LLMDataModule), "init_args": known}
+        if both := arguments.keys() & {"layer", "hook"}:
+            if len(both) > 1:
+                raise UserError("--data.layer and --data.hook: both say where in the model; give one")
+            for key in ("layer", "hook"):
+                tree.get("init_args", {}).pop(key, None)
+        overlay(tree, {**({"class_path": class_path(said_class)} if said_class else {}), "init_args": arguments})
+        if "class_path" not in tree:
+            raise UserError(
+                f"{self.name}: nothing says what activations it reads; set --data.class_path and --data.model or the like"
+            )
+        for key in ("model", "layer", "hook", "normalisation"):
+            own = getattr(source, key, None)
+            if key in arguments and own is not None and arguments[key] != own:
+                say(f"{self.name}: was made for {key} {own}; measured with {arguments[key]}, as --data.{key} says")
+        cls = class_of(tree, ActivationDataModule)
+        if not self.config and cls is not None and issubclass(cls, LLMDataModule):
+            # The defaults are the model and the layer of no SAE in particular.
+            unknown = {} if source is None else source.unknown
+            for key, options in (("model", ("model",)), ("layer", ("layer", "hook"))):
+                if not any(option in tree["init_args"] for option in options):
+                    reason = unknown.get(key, "nothing says what it is")
+                    asked = " or ".join(f"--data.{option}" for option in options)
+                    raise UserError(f"{self.name}: data.{key}: not known ({reason}); set {asked}")
+        return tree
+
+
+def say(line: str) -> None:
+    """Tell what happens, above any progress bar."""
+    tqdm.write(f"evaluate: {line}")
+
+
+def find(word: str, sae_class: str | None = None) -> tuple[list[Subject], RunSummary | None]:
+    """The SAEs that a word means: a run's, those of a run's parts, or a folder's; and the run above them, if there is one."""
+    if Path(word).is_dir():
+        return [Subject(word, resolve_sae(word).folder, None, sae_class)], None
+    run = resolve_run(word)
+    alone = "weights_sha256" in run.tags
+    members = [run] if alone else children_with_sae(run)
+    if not members:
+        raise UserError(
+            f"run {run.run_id[:8]} ({run.name}): has no SAE, and none of its parts has; see `hedgelab runs`"
+        )
+    return [Subject(one.name, artifact(one, "sae"), one) for one in members], None if alone else run
+
+
+def distinct(found: Sequence[Subject]) -> list[Subject]:
+    """Each SAE once, under a name of its own."""
+    once = list({one.run.run_id if one.run else str(one.folder.resolve()): one for one in found}.values())
+    names = [one.name for one in once]
+    for one in once:
+        if names.count(one.name) > 1 and one.run is not None:
+            one.name = f"{one.name} ({one.run.run_id[:8]})"
+    return once
 
 
 class Evaluate(Study):
@@ -40,8 +156,7 @@ class Evaluate(Study):
         wanted: Sequence[str] = ("all",),  # suites, by name or class path; "all" are all that can be run
         options: Tree | None = None,  # of the suites, by key
         data: Tree | None = None,  # replaces parts of the SAEs' own section
-        x: str
-        | None = None,  # the parameter that several SAEs are drawn against; None is the first number that differs
+        x: str | None = None,  # what several SAEs are drawn against; None is the first number in which they differ
         class_path: str | None = None,  # of SAEs in folders, where it is one of the user's own
     ) -> None:
         self.suites = make_suites(options or {}, suite_classes(wanted))
@@ -58,19 +173,21 @@ class Evaluate(Study):
             known = None if one.source is None else [one.source.normalisation, one.source.scale, one.source.mean]
             key = json.dumps([tree, known], sort_keys=True, default=str)
             groups.setdefault(key, (tree, []))[1].append(one)
-        scored: Results = {}
-        for tree, members in groups.values():
-            scored |= self._score(tree, members)
-        results = {subject.name: scored.get(subject.name, {}) for subject in subjects}
+        scored = {name: metrics for group in groups.values() for name, metrics in self._score(*group).items()}
+        results = {one.name: scored[one.name] for one in subjects}
         parent = found[0][1] if len(found) == 1 else None
-        return Outcome(headline=side_by_side(results, subjects, self.x, parent))
+        return Outcome(headline=side_by_side(results, {one.name: one.params for one in subjects}, self.x, parent))
 
-    def _score(self, tree: Tree, subjects: Sequence[Subject]) -> Results:
+    def _score(self, tree: Tree, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
         """The metrics of SAEs that read the same activations; each result is in the SAE's run as soon as it is there.
 
         A suite that was run on an SAE before, with the same options, texts and data, is not run again.
         """
-        data = make_data(tree)
+        try:
+            data: ActivationDataModule = Recipe(ActivationDataModule, resolve(tree), "data")()
+        except UserError as error:
+            walk = Walk({"data": tree}, {"data": Parameter(ActivationDataModule)})
+            raise UserError(walk.first or str(error)) from error
         suites, left_out = choose(self.suites, self.wanted, isinstance(data, LLMDataModule))
         for name, reason in left_out.items():
             say(f"{name}: left out; {reason}")
@@ -81,14 +198,15 @@ class Evaluate(Study):
                 )
         own = "normalisation" in self.data.get("init_args", self.data)
         readings = Readings(data, None if own else subjects[0].source)
-        results: Results = {}
+        results: dict[str, dict[str, float]] = {one.name: {} for one in subjects}
         try:
             for suite in suites:
                 mark, start = suite.mark(tree), time.monotonic()
-                known = {one.name: one.known_scores(suite.name, mark) for one in subjects}
-                missing = {one.name: one for one in subjects if known[one.name] is None}
-                for name, metrics in known.items():
-                    results.setdefault(name, {}).update(metrics or {})
+                missing: dict[str, Subject] = {}
+                for one in subjects:
+                    if (known := one.known_scores(suite.name, mark)) is None:
+                        missing[one.name] = one
+                    results[one.name] |= known or {}
                 if not missing:
                     say(f"{suite.name}: was done before")
                     continue
@@ -103,50 +221,11 @@ class Evaluate(Study):
 
 def record(run_id: str, suite: str, mark: str, scores: Scores) -> None:
     """Put a suite's scores into a run; the tag that says so comes last."""
-    from mlflow.entities import Metric
-
-    client, now = ensure_store(), int(time.time() * 1000)
-    client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in scores.metrics.items()])
+    client = ensure_store()
+    for key, value in scores.metrics.items():
+        client.log_metric(run_id, key, value)
     for file, table in scores.tables.items():
         client.log_text(run_id, table if isinstance(table, str) else as_csv(table), f"evaluation/{file}")
     for file, draw in scores.figures.items():
         client.log_figure(run_id, draw(), f"figures/{file}")
     client.set_tag(run_id, f"{TAG}.{suite}", mark)
-
-
-def make_data(tree: Tree) -> ActivationDataModule:
-    """A DataModule from its section."""
-    parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf+")
-    parser.add_subclass_arguments(ActivationDataModule, "data", required=True)
-    try:
-        data: ActivationDataModule = parser.instantiate(parser.parse_object({"data": tree})).data
-    except Exception as error:
-        walk = Walk({"data": tree}, {"data": Parameter(ActivationDataModule)})
-        raise UserError(walk.first or one_line(str(error))) from error
-    return data
-
-
-def side_by_side(
-    results: Mapping[str, Mapping[str, float]], subjects: Sequence[Subject], x: str | None, parent: RunSummary | None
-) -> list[str]:
-    """What to print; with an axis, table and figure also go to the run above."""
-    if len(results) == 1:
-        ((name, metrics),) = results.items()
-        return [name, *aligned([[f"  {key}", f"{value:.4g}"] for key, value in metrics.items()]).splitlines()]
-    axis = across.find_axis({one.name: one.params for one in subjects}, x)
-    if axis is None:
-        return [
-            f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in sorted(metrics.items()))
-            for name, metrics in results.items()
-        ]
-    rows = across.rows_of(axis, results)
-    lines = across.means(rows)
-    if parent is not None:
-        client = ensure_store()
-        client.log_text(parent.run_id, as_csv(across.flat(rows)), "evaluation.csv")
-        if (drawn := across.figure(axis, rows, parent.name)) is not None:
-            client.log_figure(parent.run_id, drawn, "figures/evaluation.png")
-        lines.append(
-            f"figure and table: run {parent.run_id[:8]} ({parent.name}), figures/evaluation.png, evaluation.csv"
-        )
-    return lines

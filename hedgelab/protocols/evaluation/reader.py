@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,25 +24,11 @@ _WORDS_AT_ONCE = 128
 _CONTEXTS_PER_PART = 64
 
 
-class Rows(NamedTuple):
-    """Activations ``x [rows, d_in]``, float32, as an SAE reads them.
-
-    ``kept`` says which of the usable positions they come from, bool ``[usable]``: outliers of the norm are left out.
-    """
-
-    x: Tensor
-    kept: Tensor
-
-
 class Readings:
-    """Activations as the SAEs of one evaluation read them, made when first asked for.
-
-    ``known`` says how they were normalised for the SAEs; None measures that anew on the data.
-    """
+    """Activations as the SAEs of one evaluation read them: normalised as ``known`` says, or as measured anew on the data."""
 
     def __init__(self, data: ActivationDataModule, known: ActivationSource | None = None) -> None:
         self.data, self._known = data, known
-        self._rows: dict[int, Tensor] = {}
 
     @cached_property
     def model(self) -> ModelReader:
@@ -52,17 +38,12 @@ class Readings:
 
     def rows(self, least: int) -> Tensor:
         """At least so many activations of the validation stage, in whole batches or contexts, ``[rows, d_in]``."""
-        if least in self._rows:
-            return self._rows[least]
         if isinstance(data := self.data, LLMDataModule):
-            reader, contexts = self.model, data.stage_contexts("val")
-            count = -(-least // (data.context_length - data.skip_first))
-            x = reader.rows("density", contexts.tokens[:count].long(), contexts.usable(data.skip_first)[:count]).x
-        else:
-            data.prepare_data()
-            x = torch.cat([data.batch("val", i).x.float().cpu() for i in range(-(-least // data.batch_size))])
-        self._rows[least] = x
-        return x
+            contexts, count = data.stage_contexts("val"), -(-least // (data.context_length - data.skip_first))
+            usable = contexts.usable(data.skip_first)[:count]
+            return self.model.rows("density", contexts.tokens[:count].long(), usable)[0]
+        data.prepare_data()
+        return torch.cat([data.batch("val", i).x.float().cpu() for i in range(-(-least // data.batch_size))])
 
 
 class ModelReader:
@@ -75,6 +56,8 @@ class ModelReader:
     def __init__(self, data: LLMDataModule, known: ActivationSource | None = None) -> None:
         self.data, self._known = data, known
         data.files.prepare()
+        identity = (*data.model_identity().values(), data.files.tokenizer_fingerprint())
+        self._identity = repr((_FORMAT, identity)).encode()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -87,66 +70,60 @@ class ModelReader:
         model = self.data.files.causal_lm(self.data.model_dtype, self.data.attention)
         return SplicedModel(model.to(self.data.device), self.data.hook_path)
 
-    def rows(self, name: str, tokens: Tensor, usable: Tensor) -> Rows:
-        """Activations at the usable positions (bool ``[n, length]``) of contexts, in reading order; ``name`` says what for."""
-        parts = list(zip(torch.split(tokens, _CONTEXTS_PER_PART), torch.split(usable, _CONTEXTS_PER_PART), strict=True))
+    def rows(self, name: str, tokens: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations at the usable positions (bool ``[n, length]``) of contexts, in reading order; ``name`` says what for.
+
+        ``[rows, d_in]`` float32, as an SAE reads them, and which of the usable positions they come from: bool ``[usable]``,
+        for outliers of the norm are left out.
+        """
+
+        def harvest(*part: Tensor) -> Tensor:
+            return self.data.harvester.rows(*part)
+
+        parts = list(zip(tokens.split(_CONTEXTS_PER_PART), usable.split(_CONTEXTS_PER_PART), strict=True))
         shown = tqdm(parts, f"Activations for {name}", unit="part", delay=1)
-        return self._usual(torch.cat([self._kept(part, partial(self._harvest, *part)) for part in shown]))
+        return self._without_outliers(torch.cat([self._kept(harvest, *part) for part in shown]))
 
-    def word_rows(self, words: LabelledWords) -> Rows:
-        """Activations at words behind their common prompt."""
+    def word_rows(self, words: LabelledWords) -> tuple[Tensor, Tensor]:
+        """Activations at words behind their common prompt, and which of the words they are of."""
 
-        def run() -> Tensor:
-            shown = tqdm(
-                torch.split(words.words, _WORDS_AT_ONCE), "Activations for first letters", unit="part", delay=1
-            )
-            return torch.cat([self.spliced.last_activations(words.prefix, part).float().cpu() for part in shown])
+        def run(prefix: Tensor, last: Tensor) -> Tensor:
+            shown = tqdm(last.split(_WORDS_AT_ONCE), "Activations for first letters", unit="part", delay=1)
+            return torch.cat([self.spliced.last_activations(prefix, part).float().cpu() for part in shown])
 
-        return self._usual(self._kept((words.prefix, words.words), run))
+        return self._without_outliers(self._kept(run, words.prefix, words.words))
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Activations of the model as the SAE reads them."""
-        x = raw if self._mean is None else raw - self._mean.to(raw)
-        return x * self._scale
+        mean, scale = self._normalisation
+        return (raw - mean.to(raw)) * scale
 
     def restore(self, x: Tensor) -> Tensor:
         """Activations as the SAE writes them, as the model's."""
-        raw = x / self._scale
-        return raw if self._mean is None else raw + self._mean.to(raw)
+        mean, scale = self._normalisation
+        return x / scale + mean.to(x)
 
     @cached_property
-    def _mean(self) -> Tensor | None:
-        if self._known is None:
-            return self.data.activation_mean
-        return None if self._known.mean is None else torch.tensor(self._known.mean)
+    def _normalisation(self) -> tuple[Tensor, float]:
+        known, data = self._known, self.data
+        mean = data.activation_mean if known is None else known.mean
+        return torch.as_tensor(0.0 if mean is None else mean), data.activation_scale if known is None else known.scale
 
-    @cached_property
-    def _scale(self) -> float:
-        return self.data.activation_scale if self._known is None else self._known.scale
-
-    def _harvest(self, tokens: Tensor, usable: Tensor) -> Tensor:
-        return self.data.harvester.rows(tokens, usable).float().cpu()
-
-    def _usual(self, raw: Tensor) -> Rows:
+    def _without_outliers(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Drop outliers of the norm, as in training."""
-        norms = raw.norm(dim=-1)
-        ratio = self.data.max_norm_ratio
+        norms, ratio = raw.norm(dim=-1), self.data.max_norm_ratio
         kept = torch.ones_like(norms, dtype=torch.bool) if ratio is None else norms <= ratio * norms.median()
-        return Rows(self.normalise(raw[kept]), kept)
+        return self.normalise(raw[kept]), kept
 
-    def _kept(self, inputs: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
-        """A tensor from disk, or made now and kept there; known by model, tokenizer and hook, and by what it is made of."""
-        digest = hashlib.sha256(repr((_FORMAT, self._model)).encode())
+    def _kept(self, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """What is made of the inputs, from disk or made now; known by model, tokenizer and hook, and by the inputs."""
+        digest = hashlib.sha256(self._identity)
         for part in inputs:
             digest.update(part.numpy().tobytes() + str(part.shape).encode())
         file = Path(self.data.cache_dir) / "evaluation" / f"{digest.hexdigest()[:20]}.safetensors"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix(".unfinished")
-            save_file({"x": make().contiguous()}, unfinished)
+            save_file({"x": make(*inputs).float().cpu().contiguous()}, unfinished)
             unfinished.rename(file)
         return load_file(file)["x"]
-
-    @cached_property
-    def _model(self) -> tuple[object, ...]:
-        return *self.data.model_identity().values(), self.data.files.tokenizer_fingerprint()

@@ -14,18 +14,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hedgelab.config.explain import explain_parsing, resolve
 from hedgelab.config.signatures import parameters_of
 from hedgelab.config.tree import Tree
 from hedgelab.config.walk import Walk
-from hedgelab.errors import UserError, one_line
+from hedgelab.errors import UserError
 from hedgelab.identity import deciding, imported, stable_id
 from hedgelab.kernels.codes import Codes
 from hedgelab.protocols.evaluation.reader import Readings
@@ -36,27 +37,13 @@ _ROWS_AT_ONCE = 4096
 _PACKAGE = __name__.rpartition(".")[0]
 
 
-class Title(NamedTuple):
-    """How a score is shown in the table of several SAEs, and where ``drawn``, in the figure; better is "higher" or "lower"."""
-
-    text: str
-    better: str = ""
-    drawn: bool = True
-
-
 @dataclass(frozen=True)
 class Scores:
-    """Results of one suite on one SAE.
+    """Results of one suite on one SAE; tables and figures by file name."""
 
-    Attributes:
-        metrics: Numbers, named ``<suite>/...``.
-        tables: Details by file name: rows (values by column), or CSV text.
-        figures: Figures, made when asked for, by file name.
-    """
-
-    metrics: dict[str, float]
-    tables: Mapping[str, Sequence[Mapping[str, Any]] | str] = field(default_factory=dict)
-    figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
+    metrics: dict[str, float]  # named <suite>/...
+    tables: Mapping[str, Sequence[Mapping[str, Any]] | str] = field(default_factory=dict)  # rows, or CSV text
+    figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)  # made when asked for
 
 
 class Suite(ABC):
@@ -67,7 +54,7 @@ class Suite(ABC):
     """
 
     name: ClassVar[str]  # its scores are called <name>/...
-    titles: ClassVar[Mapping[str, Title]] = {}  # the scores that are shown side by side; empty shows all
+    titles: ClassVar[Mapping[str, str]] = {}  # the scores that are drawn side by side, and how; empty draws all
     reads_language_model: ClassVar[bool] = True  # whether it needs activations of a language model
     needs: ClassVar[str] = ""  # the argument that names its labelled text, without which it cannot run
 
@@ -75,8 +62,10 @@ class Suite(ABC):
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE, by its name, as they come."""
 
-    def lacks(self) -> str | None:
-        """What must be set before it can run; None for nothing."""
+    def lacks(self, language_model: bool) -> str | None:
+        """What it needs before it can run; None for nothing."""
+        if self.reads_language_model and not language_model:
+            return "needs activations of a language model"
         if self.needs and getattr(self, self.needs) is None:
             return f"needs labelled text; set {self.needs} (see configs/llm/evaluate_brown.yaml)"
         return None
@@ -110,9 +99,8 @@ def option_parser(classes: Mapping[str, type[Suite]]) -> tuple[ArgumentParser, d
     parser = ArgumentParser(prog="hedgelab evaluate", exit_on_error=False, parser_mode="omegaconf+", usage="")
     parameters: dict[str, Any] = {}
     for cls in classes.values():
-        own = parameters_of(cls)
-        parser.add_class_arguments(cls, skip=set(parameters) & set(own))
-        parameters = {**own, **parameters}
+        parser.add_class_arguments(cls, skip=parameters.keys() & parameters_of(cls).keys())
+        parameters = parameters_of(cls) | parameters
     return parser, parameters
 
 
@@ -120,16 +108,13 @@ def make_suites(tree: Tree, classes: Mapping[str, type[Suite]]) -> list[Suite]:
     """All suites, with the options that a config has, by key."""
     parser, parameters = option_parser(classes)
     tree = resolve(tree)
-    walk = Walk(tree, parameters)
     try:
         values = vars(parser.instantiate(parser.parse_object(tree)))
         return [cls(**{name: values[name] for name in inspect.signature(cls).parameters}) for cls in classes.values()]
-    except UserError:
-        raise
     except Exception as error:
-        cause = error.__cause__
-        line = one_line(str(cause)) if isinstance(cause, UserError) else explain_parsing(error, tree, walk)
-        raise UserError(line) from error
+        mistake = error if isinstance(error, UserError) else error.__cause__
+        known = isinstance(mistake, UserError)
+        raise UserError(str(mistake) if known else explain_parsing(error, tree, Walk(tree, parameters))) from error
 
 
 def names_of(suites: Sequence[Suite], wanted: Sequence[str]) -> list[str]:
@@ -143,18 +128,16 @@ def names_of(suites: Sequence[Suite], wanted: Sequence[str]) -> list[str]:
 
 def choose(suites: Sequence[Suite], wanted: Sequence[str], language_model: bool) -> tuple[list[Suite], dict[str, str]]:
     """The suites to be run, and why others are left out; ``all`` of the wanted names are all that can be run."""
-    names, by_name = names_of(suites, wanted), {suite.name: suite for suite in suites}
+    names = names_of(suites, wanted)
     chosen, left_out = [], {}
-    for name in by_name if "all" in names else dict.fromkeys(names):
-        suite = by_name[name]
-        no_model = suite.reads_language_model and not language_model
-        reason = "needs activations of a language model" if no_model else suite.lacks()
-        if reason is None:
+    for suite in suites:
+        reason = suite.lacks(language_model)
+        if reason is not None and suite.name in names:
+            raise UserError(f"--suite {suite.name}: {reason}")
+        if reason is None and not {"all", suite.name}.isdisjoint(names):
             chosen.append(suite)
-        elif name in names:
-            raise UserError(f"--suite {name}: {reason}")
-        else:
-            left_out[name] = reason
+        elif "all" in names:
+            left_out[suite.name] = str(reason)
     return chosen, left_out
 
 
@@ -166,11 +149,9 @@ def class_path(cls: type) -> str:
 @torch.no_grad()
 def encode_rows(sae: SAE, x: Tensor) -> Codes:
     """Latents of activations ``x [rows, d_in]`` as the SAE reads them, in sparse form, on the CPU."""
-    parts = [
-        [part.cpu() for part in sae.encode(rows.to(sae.W_dec.device)).csr()] for rows in torch.split(x, _ROWS_AT_ONCE)
-    ]
+    parts = [[part.cpu() for part in sae.encode(rows.to(sae.W_dec.device)).csr()] for rows in x.split(_ROWS_AT_ONCE)]
     crows, latents, values = zip(*parts, strict=True)
-    crow = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat([crow.diff() for crow in crows]).cumsum(0)])
+    crow = pad(torch.cat([crow.diff() for crow in crows]).cumsum(0), (1, 0))
     return Codes.from_csr(crow, torch.cat(latents), torch.cat(values), sae.d_sae)
 
 
@@ -182,8 +163,7 @@ def rows_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def finite(values: Mapping[str, Any]) -> dict[str, float]:
     """The values as numbers, those that are NaN left out."""
-    numbers = {key: float(value) for key, value in values.items()}
-    return {key: value for key, value in numbers.items() if value == value}
+    return {key: number for key, value in values.items() if (number := float(value)) == number}
 
 
 def whole_numbers(key: str, values: Sequence[Any]) -> list[int]:

@@ -1,10 +1,13 @@
-"""A sweep as it is written: its section, and the config of every cell."""
+"""A sweep as it is written: its section, and the config of every cell: every combination of its axes' values, for each line."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -14,9 +17,10 @@ from hedgelab.config.signatures import Parameter
 from hedgelab.config.tree import Tree, compose, config_files, load, options_of, overlay, overlay_value
 from hedgelab.config.walk import Walk, show
 from hedgelab.errors import UserError, one_line
-from hedgelab.protocols.sweep.axes import SEED, Cell, Line, expand
 from hedgelab.protocols.sweep.executors import Executor, InProcess
 
+SEED = "seed"
+"""The axis of the weights' seeds: its cells share their activations, and figures show their mean and spread."""
 FLAGS = ("--list", "--retrain")
 
 
@@ -37,7 +41,9 @@ class SweepOptions:
     """The section ``sweep``."""
 
     axes: dict[str, Any] = field(default_factory=dict)  # of all lines; every combination of their values is a cell
-    lines: dict[str, Line] = field(default_factory=dict)
+    lines: dict[str, Any] = field(
+        default_factory=dict
+    )  # curves: what their cells have in common (set), and axes of their own
     command: Literal["fit", "hedge"] = "fit"  # what is done in every cell
     base: str | list[str] | None = None  # config files that lie below this one, relative to it
     pack: int | None = None  # most cells (without seeds) that are trained together; None for all that share a stream
@@ -49,8 +55,22 @@ class SweepOptions:
             raise UserError(f"sweep.pack: must be at least 1, or null for no limit, got {self.pack}")
 
 
-@dataclass(frozen=True)
-class Grid:
+class Cell(NamedTuple):
+    """One place in a sweep: its values by axis, and by dotted key what its line (``fixed``) and its place (``varied``) set.
+
+    Its ``seed`` is None where seeds are no axis; ``group`` is its name without the seed.
+    """
+
+    name: str
+    group: str
+    line: str
+    values: dict[str, Any]
+    seed: int | None
+    fixed: dict[str, Any]
+    varied: dict[str, Any]
+
+
+class Grid(NamedTuple):
     """A sweep, read: its cells, each with its whole config, and everything that was written, for the record.
 
     ``said`` are the command line's options that name folders to write to: what a config alone may not do, the user may.
@@ -60,7 +80,7 @@ class Grid:
     options: SweepOptions
     cells: list[tuple[Cell, Tree]]
     text: str
-    said: tuple[str, ...] = ()
+    said: tuple[str, ...]
 
 
 def read_sweep(words: list[str]) -> Grid:
@@ -80,8 +100,11 @@ def read_sweep(words: list[str]) -> Grid:
         value = None if text is None else compose([f"--value={text}"])["value"]
         if names_folder(key):
             said.append(f"--{key}={text}")
-        if key.split(".")[0] == "sweep":
-            overlay_value(written, _section_path(key.split(".")), value)
+        section_name, *path = key.split(".")
+        if section_name == "sweep":  # where axes and what lines set are named by whole dotted keys
+            plain = {"axes": 1, "lines": 3}.get(path[0] if path else "", len(path))
+            path = [*path[:plain], ".".join(path[plain:])] if len(path) > plain else path
+            overlay_value(written, ["sweep", *path], value)
         else:
             overrides.append((key, value))
     section = written.pop("sweep", None)
@@ -99,10 +122,37 @@ def read_sweep(words: list[str]) -> Grid:
     for key, _ in overrides:
         if axis := axes.get(_plain(key)):
             raise UserError(f"{key}: is an axis; set its values instead (--sweep.axes.{axis} '[...]')")
-    name = next((value for key, value in overrides if key == "name"), None) or base.get("name")
+    name = dict(overrides).get("name") or base.get("name")
     text = yaml.safe_dump({"sweep": section, **base, "overrides": dict(overrides)}, sort_keys=False)
     trees = [(cell, _tree(base, cell, overrides)) for cell in cells]
     return Grid(str(name or "+".join(file.stem for file in files)), options, trees, text, tuple(said))
+
+
+def expand(lines: Mapping[str, Any], axes: Mapping[str, Any]) -> list[Cell]:
+    """All cells, line by line; the last axis runs fastest. No lines are a single one without a name.
+
+    An axis is a dotted key with a list of values; or a name with either ``zip`` and several dotted keys with lists, which
+    go together, or a mapping of labels to the dotted keys and values that each of them sets. ``seed`` is the weights'.
+    """
+    cells: list[Cell] = []
+    for line, parts in (lines or {"": {}}).items():
+        own = parts.get("axes", {})
+        if again := own.keys() & axes.keys():
+            key = min(again)
+            raise UserError(f"sweep.lines.{line}.axes.{key}: is an axis of all lines already (sweep.axes.{key})")
+        points = {key: _points(f"sweep.lines.{line}.axes.{key}", key, axis) for key, axis in own.items()}
+        points |= {key: _points(f"sweep.axes.{key}", key, axis) for key, axis in axes.items()}
+        for combination in itertools.product(*points.values()):
+            varied: dict[str, Any] = {}
+            for key, (_, settings) in zip(points, combination, strict=True):
+                if twice := varied.keys() & settings.keys():
+                    raise UserError(f"sweep.axes.{key}: sets {min(twice)}, which another axis sets as well")
+                varied |= settings
+            every = {key: value for key, (value, _) in zip(points, combination, strict=True)}
+            values = {key: value for key, value in every.items() if key != SEED}
+            name, group = _name(line, every), _name(line, values)
+            cells.append(Cell(name, group, line, values, every.get(SEED), dict(parts.get("set", {})), varied))
+    return cells
 
 
 def with_seed(tree: Tree, seed: int | None) -> Tree:
@@ -114,6 +164,45 @@ def with_seed(tree: Tree, seed: int | None) -> Tree:
     return tree
 
 
+def label(value: Any) -> str:
+    """A value in a name: a class by its name, plain values as they are."""
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rsplit(".", 1)[-1]
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _points(where: str, key: str, axis: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """The values of one axis, each with what it sets."""
+    match axis:
+        case list():
+            if key == SEED and (wrong := [value for value in axis if type(value) is not int]):
+                raise UserError(f"{where}: expected whole numbers, got {wrong[0]!r}")
+            points: list[tuple[Any, dict[str, Any]]] = [(value, {} if key == SEED else {key: value}) for value in axis]
+        case {"zip": lists} if len(axis) == 1:
+            if not isinstance(lists, dict) or not lists or not all(isinstance(one, list) for one in lists.values()):
+                raise UserError(f"{where}.zip: expected dotted keys with a list of values each, got {lists!r}")
+            lengths = {name: len(values) for name, values in lists.items()}
+            if len(set(lengths.values())) > 1:
+                raise UserError(f"{where}.zip: lists go together and must be equally long, got {lengths}")
+            points = [(row[0], dict(zip(lists, row, strict=True))) for row in zip(*lists.values(), strict=True)]
+        case dict() if axis and all(isinstance(settings, dict) for settings in axis.values()):
+            points = list(axis.items())
+        case _:
+            expected = "a list of values, {zip: {key: list, ...}}, or labels with what each sets"
+            raise UserError(f"{where}: expected {expected}, got {axis!r}")
+    if not points:
+        raise UserError(f"{where}: needs at least one value")
+    shown = [label(value) for value, _ in points]
+    if twice := [value for value in shown if shown.count(value) > 1]:
+        raise UserError(f"{where}: has {twice[0]} twice")
+    return points
+
+
+def _name(line: str, values: Mapping[str, Any]) -> str:
+    parts = [f"{key.rsplit('.', 1)[-1]}={label(value)}" for key, value in values.items()]
+    return "/".join([line, *parts] if line else parts) or "all"
+
+
 def _options(section: Tree) -> SweepOptions:
     """The section, checked; lines and axes apart, for a parser would make objects of the classes that they name."""
     rest = {key: value for key, value in section.items() if key not in ("lines", "axes")}
@@ -121,14 +210,11 @@ def _options(section: Tree) -> SweepOptions:
     for key, value in (("lines", lines), ("axes", axes)):
         if not isinstance(value, dict):
             raise UserError(f"sweep.{key}: expected a mapping, got {show(value)}")
+    lines = {str(name): line or {} for name, line in lines.items()}
     for name, line in lines.items():
-        if not isinstance(line or {}, dict):
-            raise UserError(f"sweep.lines.{name}: expected a mapping with 'set' and 'axes', got {show(line)}")
-        for key, value in (line or {}).items():
-            if key not in ("set", "axes") or not isinstance(value, dict):
-                raise UserError(
-                    f"sweep.lines.{name}.{key}: expected 'set' or 'axes' with dotted keys, got {show(value)}"
-                )
+        parts = line if isinstance(line, dict) else {"": None}
+        if parts.keys() - {"set", "axes"} or not all(isinstance(part, dict) for part in parts.values()):
+            raise UserError(f"sweep.lines.{name}: expected 'set' and 'axes' with dotted keys, got {show(line)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SweepOptions, "sweep", skip={"lines", "axes"})
     try:
@@ -136,7 +222,7 @@ def _options(section: Tree) -> SweepOptions:
     except (ArgumentError, TypeError) as error:
         walk = Walk({"sweep": rest}, {"sweep": Parameter(SweepOptions)})
         raise UserError(walk.first or one_line(str(error))) from error
-    return replace(options, lines={str(name): Line(**(line or {})) for name, line in lines.items()}, axes=axes)
+    return replace(options, lines=lines, axes=axes)
 
 
 def _tree(base: Tree, cell: Cell, overrides: list[tuple[str, Any]]) -> Tree:
@@ -146,12 +232,6 @@ def _tree(base: Tree, cell: Cell, overrides: list[tuple[str, Any]]) -> Tree:
         overlay_value(tree, key.split("."), copy.deepcopy(value))
     tree["name"] = cell.name
     return tree
-
-
-def _section_path(path: list[str]) -> list[str]:
-    """A path into the section: axes and what lines set are named by whole dotted keys."""
-    keys = {"axes": 2, "lines": 4}.get(path[1] if len(path) > 1 else "", len(path))
-    return path if len(path) <= keys else [*path[:keys], ".".join(path[keys:])]
 
 
 def _plain(key: str) -> str:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,9 @@ _GRACE_SECONDS = 30.0
 _PATIENCE_SECONDS = 300
 _OWN_OPTIONS = ("array", "chdir", "error", "ntasks-per-node", "open-mode", "output", "signal", "wrap")
 
+Work = Callable[[Any], dict[str, str]]  # does a job in each of its processes; says why cells failed, by name
+Ends = Generator[tuple[int, dict[str, str] | str], None, None]  # number and failures of a job, or why all of it died
+
 
 class Processes(NamedTuple):
     """How many processes do a job together."""
@@ -39,40 +43,24 @@ class Processes(NamedTuple):
         return self.per_node * self.nodes > 1
 
 
-ONE_PROCESS = Processes()
-
-
-Ends = Generator[tuple[int, dict[str, str] | str], None, None]
-"""How the jobs of some numbers ended: why cells failed, by name; or why the whole job died."""
-Work = Callable[[Any], dict[str, str]]
-"""Does a job and says which of its cells failed, with the reason of each; both travel to other processes.
-
-Where several processes do a job together each of them calls it, with the environment that a launcher would have left.
-"""
-
-
 class Executor(ABC):
     """Runs jobs; one that dies does not stop the others."""
 
     @abstractmethod
-    def run(self, work: Work, jobs: Sequence[Any], processes: Processes = ONE_PROCESS) -> Ends:
+    def run(self, work: Work, jobs: Sequence[Any], processes: Processes) -> Ends:
         """Do all jobs, in any order, each by so many processes; closing the iterator stops what still runs."""
 
 
 class InProcess(Executor):
     """One job after another, in this process; where several do a job together, in processes of their own."""
 
-    def run(self, work: Work, jobs: Sequence[Any], processes: Processes = ONE_PROCESS) -> Ends:
+    def run(self, work: Work, jobs: Sequence[Any], processes: Processes) -> Ends:
         """Do all jobs in their order."""
         if processes.several:
             yield from LocalProcesses(at_once=1, gpus=None).run(work, jobs, processes)
             return
         for number, job in enumerate(jobs):
-            try:
-                failures: dict[str, str] | str = work(job)
-            except Exception as error:
-                failures = _line(error)
-            yield number, failures
+            yield number, _result(partial(work, job))
 
 
 @dataclass
@@ -96,7 +84,7 @@ class LocalProcesses(Executor):
         if self.gpus is not None:
             whole_number("sweep.executor.gpus", self.gpus, least=0)
 
-    def run(self, work: Work, jobs: Sequence[Any], processes: Processes = ONE_PROCESS) -> Ends:
+    def run(self, work: Work, jobs: Sequence[Any], processes: Processes) -> Ends:
         """Keep ``at_once`` jobs going until all are done."""
         count = processes.per_node
         if processes.nodes > 1:
@@ -105,27 +93,20 @@ class LocalProcesses(Executor):
             raise UserError(f"sweep.executor.gpus: {self.gpus} are too few for trainer.devices: {count}")
         executor = _submitit().LocalExecutor(folder=Path(self.log_dir).absolute())
         executor.update_parameters(timeout_min=60 * 24 * 365, tasks_per_node=count)
-        shares, waiting = self.shares(count), list(enumerate(jobs))
-        running: dict[int, Any] = {}
-        slots: dict[int, int] = {}  # by job
 
-        def submit() -> None:
-            for slot in set(range(len(shares))) - {slots[number] for number in running}:
-                if waiting:
-                    number, job = waiting.pop(0)
-                    slots[number] = slot
-                    port = find_free_network_port() if count > 1 else None
-                    running[number] = executor.submit(local_work, work, os.getpid(), shares[slot], port, job)
+        def submit(job: Any, gpus: str | None) -> Any:
+            port = find_free_network_port() if count > 1 else None
+            return executor.submit(local_work, work, os.getpid(), gpus, port, job)
 
-        return _ends(running, submit)
+        return _ends(jobs, self.shares(count), submit)
 
     def shares(self, count: int) -> Sequence[str | None]:
         """The GPUs of each of the jobs that run at a time, one for each of ``count`` processes; None sets nothing."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if not self.gpus:
             return [visible if self.gpus is None else ""] * self.at_once
-        there = [name.strip() for name in visible.split(",") if name.strip()] if visible else []
-        there = list(map(str, range(self.gpus))) if visible is None else there
+        names = map(str, range(self.gpus)) if visible is None else map(str.strip, visible.split(","))
+        there = list(filter(None, names))
         if len(there) < self.gpus:
             raise UserError(
                 f"sweep.executor.gpus: {self.gpus} are to be dealt out, but CUDA_VISIBLE_DEVICES={visible!r} shows fewer"
@@ -145,16 +126,11 @@ def local_work(work: Work, sweep: int, gpus: str | None, port: int | None, job: 
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     if port is not None:
         here = _submitit().JobEnvironment()
-        os.environ |= {
-            "LOCAL_RANK": str(here.local_rank),
-            "NODE_RANK": "0",
-            "WORLD_SIZE": str(here.num_tasks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        ranks = {"LOCAL_RANK": str(here.local_rank), "NODE_RANK": "0", "WORLD_SIZE": str(here.num_tasks)}
+        os.environ |= {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         # Lightning has looked for it already, when it was imported.
         rank_zero_only.rank = here.global_rank  # type: ignore[attr-defined]
-    threading.Thread(target=_end_with, args=[sweep], name="hedgelab-sweep", daemon=True).start()
+    threading.Thread(target=_end_with, args=[sweep], daemon=True).start()
     with stop_at_once():  # submitit ignores SIGTERM; training answers it between steps
         return work(job)
 
@@ -210,12 +186,24 @@ class Slurm(Executor):
             whole_number(f"sweep.executor.{name}", getattr(self, name), least)
         if self.memory_gb is not None and not (isinstance(self.memory_gb, (int, float)) and 0 < self.memory_gb < 1e6):
             raise UserError(f"sweep.executor.memory_gb: expected a number above 0, got {self.memory_gb!r}")
-        if self.partition is not None:
-            _check_value("sweep.executor.partition", self.partition)
-        for option, value in (self.extra or {}).items():
-            _check_option(f"sweep.executor.extra.{option}", option, value)
+        for option, value in {
+            "partition": True if self.partition is None else self.partition,
+            **(self.extra or {}),
+        }.items():
+            key = f"sweep.executor.{'' if option == 'partition' else 'extra.'}{option}"
+            if not re.fullmatch(r"[A-Za-z][\w-]*", str(option), re.ASCII):
+                raise UserError(
+                    f"{key!r}: expected the long name of an option of sbatch, such as account, without dashes"
+                )
+            # sbatch completes names
+            if own := [name for name in _OWN_OPTIONS if name.startswith(option.replace("_", "-"))]:
+                raise UserError(f"{key}: --{own[0]} is set by hedgelab; remove it (log_dir says where logs go)")
+            # each becomes a line of the batch script
+            plain = value is True or (isinstance(value, (str, int, float)) and value is not False)
+            if not plain or not str(value).isprintable() or not str(value).strip():
+                raise UserError(f"{key}: must be one line of plain text, a number or true, got {value!r}")
 
-    def parameters(self, processes: Processes = ONE_PROCESS) -> dict[str, Any]:
+    def parameters(self, processes: Processes) -> dict[str, Any]:
         """What submitit is given."""
         given: dict[str, Any] = {
             "partition": self.partition,
@@ -231,62 +219,45 @@ class Slurm(Executor):
             given |= {"nodes": processes.nodes, "srun_args": ["--kill-on-bad-exit=1"]}
         return {key: value for key, value in given.items() if value is not None}
 
-    def run(self, work: Work, jobs: Sequence[Any], processes: Processes = ONE_PROCESS) -> Ends:
+    def run(self, work: Work, jobs: Sequence[Any], processes: Processes) -> Ends:
         """Submit all jobs as one array and wait for them."""
         try:
             executor = _submitit().SlurmExecutor(folder=Path(self.log_dir).absolute())
         except RuntimeError as error:  # no srun
             raise UserError(f"sweep.executor: Slurm is not to be had here ({error}); take LocalProcesses") from error
         executor.update_parameters(job_name="hedgelab", **self.parameters(processes))
-        return _ends(dict(enumerate(executor.map_array(Requeueable(work), list(jobs)))))
+        submitted = executor.map_array(Requeueable(work), list(jobs))
+        return _ends(submitted, [None] * len(submitted), lambda job, _: job)
 
 
-def _check_option(key: str, option: Any, value: Any) -> None:
-    """Raise a UserError unless an option of ``sbatch`` is the user's to set, and its value cannot set another."""
-    if not isinstance(option, str) or re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", option) is None:
-        raise UserError(
-            f"{key!r}: expected the long name of an option of sbatch, such as account, without dashes before it"
-        )
-    # sbatch completes names
-    if own := [name for name in _OWN_OPTIONS if name.startswith(option.replace("_", "-"))]:
-        raise UserError(f"{key}: --{own[0]} is set by hedgelab; remove it (log_dir says where logs go)")
-    _check_value(key, value)
-
-
-def _check_value(key: str, value: Any) -> None:
-    """Raise a UserError unless a value can stand in one line of the batch script."""
-    plain = value is True or (isinstance(value, (str, int, float)) and value is not False)
-    if not plain or not str(value).isprintable() or not str(value).strip():
-        raise UserError(f"{key}: must be one line of plain text, a number or true, got {value!r}")
-
-
-def _ends(running: dict[int, Any], submit: Callable[[], None] = lambda: None) -> Ends:
-    """How submitit's jobs end, by number, one after another; ``submit`` adds what may run beside them.
-
-    Jobs that still run when this is left, by an interrupt or an error, are cancelled.
-    """
+def _ends(jobs: Sequence[Any], shares: Sequence[str | None], submit: Callable[[Any, str | None], Any]) -> Ends:
+    """How jobs end that are submitted as soon as one of the shares is free; closing this cancels those that still run."""
+    waiting, free = list(enumerate(jobs)), list(shares)
+    running: dict[int, tuple[Any, str | None]] = {}  # submitit's jobs with their shares, by number
     try:
-        submit()
-        while running:
-            for number, job in list(running.items()):
+        while waiting or running:
+            while waiting and free:
+                number, job = waiting.pop(0)
+                share = free.pop(0)
+                running[number] = submit(job, share), share
+            for number, (job, share) in list(running.items()):
                 if job.done():
                     del running[number]
-                    try:
-                        failures: dict[str, str] | str = job.task(0).result()
-                    except Exception as error:
-                        failures = f"{_line(error)}; log: {job.task(0).paths.stderr}"
-                    yield number, failures
-            submit()
+                    free.append(share)
+                    yield number, _result(job.task(0).result, job.task(0).paths.stderr)
             time.sleep(_POLL_SECONDS)
     finally:
-        for job in running.values():
+        for job, _ in running.values():
             job.cancel()
 
 
-def _line(error: Exception) -> str:
-    """The last line of an exception that says something (submitit quotes whole tracebacks)."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+def _result(work: Callable[[], dict[str, str]], log: Path | None = None) -> dict[str, str] | str:
+    """What work says, or the last line of its exception that says something (submitit quotes whole tracebacks)."""
+    try:
+        return work()
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+        return ": ".join([type(error).__name__, *lines[-1:]]) + (f"; log: {log}" if log else "")
 
 
 def _submitit() -> Any:

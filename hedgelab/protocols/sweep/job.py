@@ -1,35 +1,148 @@
-"""One job of a sweep, wherever it runs: makes its members from their configs and trains them together."""
+"""Units of a sweep: parsed and checked, and trained together as one job, wherever it runs."""
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
+from hedgelab.config.tree import Tree
 from hedgelab.errors import UserError, one_line
-from hedgelab.identity import SCHEME
+from hedgelab.identity import SCHEME, deciding, stable_id
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.protocols.hedge import Hedge, measure_hedging
 from hedgelab.protocols.ranks import decided_by_rank_zero, on_every_rank, ranks_at_work, say, say_names
 from hedgelab.protocols.study import Bench
-from hedgelab.protocols.sweep.cells import Parse, Unit
-from hedgelab.protocols.sweep.executors import ONE_PROCESS, Processes
+from hedgelab.protocols.sweep.config import Cell, Grid, with_seed
+from hedgelab.protocols.sweep.executors import Processes
 from hedgelab.protocols.training_phases import CutShortError, GroupCheckpoints, PhaseRunner, fit_group, outcome_of
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.params import searchable
 from hedgelab.tracking.provenance import provenance_tags
-from hedgelab.tracking.runs import search_runs
+from hedgelab.tracking.runs import PARENT_TAG, search_runs
 from hedgelab.tracking.store import ensure_store, runs_dir
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
+
+Parse = Callable[[str, Tree, Sequence[str]], Any]
+"""Parses a command's config, given the options in which the user names folders: ``hedgelab.cli.cells.parse_cell``."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is trained as one member: a cell; for the hedging degree, the cells that differ in their seed only.
+
+    Its finished run is known by ``id``, a hash of all that determines its outcome. Units with the same ``stream`` read the
+    same activations and are trained together. ``seeds`` are those of a hedging degree, None leaves them to the config.
+    """
+
+    name: str
+    id: str
+    cell: Cell  # the first
+    parse: Callable[[], Any]  # its config, parsed; nothing is made yet
+    seeds: tuple[int, ...] | None
+    stream: str
+    tracking: tuple[str, str | None]  # experiment and URI
+    processes: Processes
+
+
+def check_sweep(grid: Grid, parse: Parse, construct: bool = True) -> list[Unit]:
+    """Parse every cell, and make an SAE of each place once to find impossible values, before anything runs."""
+    places: dict[str, list[tuple[Cell, Tree]]] = {}
+    for cell, tree in grid.cells:
+        places.setdefault(cell.group, []).append((cell, tree))
+    units: list[Unit] = []
+    for name, place in tqdm(places.items(), "Checking cells", unit="place", delay=1, leave=False, disable=None):
+        try:
+            units += _units(grid, place, parse, construct)
+        except UserError as error:
+            raise UserError(f"cell '{name}': {error}") from error
+    names: dict[str, str] = {}
+    for unit in units:
+        if (same := names.setdefault(unit.id, unit.name)) != unit.name:
+            raise UserError(f"cell '{unit.name}': is the same experiment as cell '{same}'; remove one")
+    if len({unit.processes for unit in units}) > 1:
+        raise UserError("trainer.devices: and trainer.num_nodes must be the same in all cells; split the sweep")
+    return units
+
+
+def packed(units: Sequence[Unit], most: int | None) -> list[list[Unit]]:
+    """Units that share a stream, at most so many together, in their order."""
+    streams: dict[str, list[Unit]] = {}
+    for unit in units:
+        streams.setdefault(unit.stream, []).append(unit)
+    return [
+        together[start : start + (most or len(together))]
+        for together in streams.values()
+        for start in range(0, len(together), most or len(together))
+    ]
+
+
+def _units(grid: Grid, place: list[tuple[Cell, Tree]], parse: Parse, construct: bool) -> list[Unit]:
+    """The units of cells that differ in their seed only; the first is made, to see whether that can be done."""
+    command, (first, tree) = grid.options.command, place[0]
+    seeds = None
+    if command == "hedge":
+        seeds = tuple(cell.seed for cell, _ in place if cell.seed is not None) or None
+        place = [(first._replace(name=first.group), {**tree, "name": first.group})]
+    units: list[Unit] = []
+    for cell, tree in place:
+        if cell.seed is not None:
+            tree = with_seed(tree, None if seeds else cell.seed)
+        parse_it = partial(parse, command, tree, grid.said)
+        parsed = parse_it()
+        if seeds is not None and parsed.hedge_options(made=False).seeds != 1:
+            raise UserError("hedge.seeds: seeds are an axis of the sweep already; leave it at 1")
+        if construct and not units:
+            parsed.make()
+            if parsed.trainer.max_steps < 1:
+                raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
+            if (options := parsed.hedge_options()) is not None:
+                Hedge(parsed.model, parsed.datamodule, parsed.trainer, options)
+        resolved = parsed.resolved()
+        stable = stable_id({"command": command, **deciding(resolved), "seeds": seeds})
+        units.append(Unit(cell.name, stable, cell, parse_it, seeds, *_checked(cell.name, resolved)))
+    return units
+
+
+def _checked(name: str, resolved: dict[str, Any]) -> tuple[str, tuple[str, str | None], Processes]:
+    """A cell's stream, its tracking and its processes."""
+    trainer = resolved["trainer"]
+    loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
+    if resolved.get("ckpt_path") or resolved.get("resume"):
+        raise UserError(
+            "ckpt_path: cells of a sweep start afresh, and go on by themselves where one was interrupted; remove it"
+        )
+    ours = [one for one in loggers if isinstance(one, dict) and str(one.get("class_path")).endswith("MLflowTracker")]
+    if len(ours) != 1:
+        raise UserError(
+            "trainer.logger: a sweep finds its cells in the tracking store; leave it at MLflowTracker, or list that with others"
+        )
+    devices = trainer["devices"]
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 0
+    if count < 1:
+        raise UserError(
+            f"trainer.devices: a sweep starts its jobs' processes itself and must know how many; got {devices!r}, expected a "
+            "number"
+        )
+    stream = {key: resolved.get(key) for key in ("data", "seed_everything", "guard", "checkpoint")}
+    stream["trainer"] = {key: value for key, value in trainer.items() if key != "logger"}
+    if trainer.get("callbacks") or len(loggers) > 1:
+        stream["alone"] = name  # callbacks and loggers of the user's are made for one SAE
+    tracking = ours[0]["init_args"]["experiment"], ours[0]["init_args"]["uri"]
+    return json.dumps(stream, sort_keys=True, default=str), tracking, Processes(count, trainer["num_nodes"])
+
 
 BUSY = "another process is training it"
 """Why a unit was not trained: another process is at it, and may be waited for."""
@@ -37,38 +150,24 @@ CELL_TAG = "sweep_cell"
 """The tag that says which cell a run is of: its stable id."""
 SCHEME_TAG = "identity_scheme"
 """The tag that says by which rules that id was made (:data:`hedgelab.identity.SCHEME`)."""
-_FOREVER = -1.0
 _PATIENCE_OF_RANKS = 1200.0  # other ranks wait for what rank zero says, half an hour at most
 
 
 @dataclass(frozen=True)
 class Job:
-    """Units that are trained together, below the run ``parent`` of a store; each of several processes gets all of it.
+    """Units that are trained together, below the run ``parent`` of a store; each of several processes gets all of it."""
 
-    ``retrain`` trains units that have finished too, all from their beginning. A job that ``waits`` does so for another process
-    that is training some of its units.
-    """
-
-    command: str
     units: tuple[Unit, ...]
     parent: str
     uri: str
     experiment: str
-    parse: Parse
-    processes: Processes = ONE_PROCESS
-    retrain: bool = False
-    waits: bool = False
+    retrain: bool  # units that have finished too, all from their beginning
+    waits: bool = False  # for another process that is training some of its units
 
 
-def finished_run(client: MlflowClient, cell_id: str) -> Run | None:
-    """The latest finished run of a cell; None without one."""
-    return next(search_runs(client, f"tags.{CELL_TAG} = '{cell_id}' and attributes.status = 'FINISHED'"), None)
-
-
-def interrupted_run(client: MlflowClient, cell_id: str, parent: str) -> Run | None:
-    """The run of a cell below a sweep's that was begun and has come to no end; None without one."""
-    below = f"tags.{CELL_TAG} = '{cell_id}' and tags.mlflow.parentRunId = '{parent}'"
-    return next(search_runs(client, f"{below} and attributes.status != 'FINISHED'"), None)
+def run_of(client: MlflowClient, cell_id: str, wanted: str = "attributes.status = 'FINISHED'") -> Run | None:
+    """The latest run of a cell that fits a filter, a finished one by default; None without one."""
+    return next(search_runs(client, f"tags.{CELL_TAG} = '{cell_id}' and {wanted}"), None)
 
 
 def take_locks(folder: Path, ids: Sequence[str], patience: float) -> ExitStack | None:
@@ -101,17 +200,16 @@ def do(job: Job) -> dict[str, str]:
 
 def _attempt(job: Job, units: Sequence[Unit]) -> dict[str, str]:
     try:
-        first = _made(job, units[0])
+        first = units[0].parse().make()
         return on_every_rank(first.trainer, lambda: _train(job, units, first))
-    except CutShortError as cut:
-        return {unit.name: str(cut) for unit in units}
     except Exception as error:
-        if len(units) == 1:
-            return {units[0].name: _reason(error)}
-        if job.processes.several:
-            reason = f"{_reason(error)} (trained together with others; --sweep.pack 1 tells which is to blame)"
+        reason = _reason(error)
+        if len(units) == 1 or isinstance(error, CutShortError):
             return {unit.name: reason for unit in units}
-        say(f"sweep: {len(units)} cells failed together ({_reason(error)}); trying half of them at a time")
+        if units[0].processes.several:
+            reason += " (trained together with others; --sweep.pack 1 tells which is to blame)"
+            return {unit.name: reason for unit in units}
+        say(f"sweep: {len(units)} cells failed together ({reason}); trying half of them at a time")
     # What they had reached together is of no use to the halves, and must not make a later sweep train all of them again.
     GroupCheckpoints.forget(runs_dir(job.uri) / "checkpoints", [unit.name for unit in units])
     half = len(units) // 2
@@ -127,7 +225,7 @@ def _train(job: Job, units: Sequence[Unit], first: Any) -> dict[str, str]:
         if not missing:
             return {}
         members = {unit.name: unit for unit in units if unit.name in missing}
-        parsed = {name: first if unit is units[0] else _made(job, unit) for name, unit in members.items()}
+        parsed = {name: first if unit is units[0] else unit.parse().make() for name, unit in members.items()}
         trackers = {name: _tracker(job, unit, system_metrics=unit is units[0]) for name, unit in members.items()}
         say_names("sweep: training", missing)
 
@@ -136,11 +234,9 @@ def _train(job: Job, units: Sequence[Unit], first: Any) -> dict[str, str]:
                 tracker.log_config(parsed[name].text())
                 tracker.log_hyperparams(searchable(parsed[name].resolved()))
 
-        if job.command == "fit":
-            saes, ids = (
-                {name: one.model for name, one in parsed.items()},
-                {name: one.id for name, one in members.items()},
-            )
+        if first.hedge_options() is None:
+            saes = {name: one.model for name, one in parsed.items()}
+            ids = {name: unit.id for name, unit in members.items()}
             fit_group(first.trainer, saes, trackers, first.datamodule, begin, ids)
             return {}
         runner = PhaseRunner(first.trainer, next(iter(trackers.values())), retrain=job.retrain)
@@ -167,18 +263,12 @@ def _train(job: Job, units: Sequence[Unit], first: Any) -> dict[str, str]:
         return {name: one.failure for name, one in zip(members, outcomes, strict=True) if one.failure is not None}
 
 
-def _made(job: Job, unit: Unit) -> Any:
-    """A unit's config, parsed, with its data, model and trainer made."""
-    parsed = job.parse(job.command, unit.tree, unit.said)
-    parsed.make()
-    return parsed
-
-
 def _tracker(job: Job, unit: Unit, system_metrics: bool) -> MLflowTracker:
     """A unit's run, which is the one that an earlier job of the same sweep has begun, if there is one."""
-    tags = {"mlflow.parentRunId": job.parent, CELL_TAG: unit.id, SCHEME_TAG: SCHEME}
+    tags = {PARENT_TAG: job.parent, CELL_TAG: unit.id, SCHEME_TAG: SCHEME}
     tracker = MLflowTracker(job.experiment, unit.name, tags, uri=job.uri, system_metrics=system_metrics)
-    if not job.retrain and (begun := interrupted_run(ensure_store(job.uri), unit.id, job.parent)) is not None:
+    interrupted = f"tags.{PARENT_TAG} = '{job.parent}' and attributes.status != 'FINISHED'"
+    if not job.retrain and (begun := run_of(ensure_store(job.uri), unit.id, interrupted)) is not None:
         tracker.go_on_with(begun.info.run_id)
     return tracker
 
@@ -189,7 +279,7 @@ def _missing(job: Job, units: Sequence[Unit], locks: ExitStack) -> list[str] | N
     Fits that were being trained together stay together, the finished ones too: their common checkpoint holds all of them.
     """
     ids = {unit.name: unit.id for unit in units}
-    patience = 0.0 if not job.waits else _PATIENCE_OF_RANKS if job.processes.several else _FOREVER
+    patience = 0.0 if not job.waits else _PATIENCE_OF_RANKS if units[0].processes.several else -1.0
     held = take_locks(runs_dir(job.uri) / "locks", list(ids.values()), patience)
     if held is None:
         if job.waits:
@@ -201,7 +291,7 @@ def _missing(job: Job, units: Sequence[Unit], locks: ExitStack) -> list[str] | N
         GroupCheckpoints.forget(root, list(ids))
         return list(ids)
     client = ensure_store(job.uri)
-    missing = [name for name, cell_id in ids.items() if finished_run(client, cell_id) is None]
+    missing = [name for name, cell_id in ids.items() if run_of(client, cell_id) is None]
     begun = missing and any(group.members == ids for group in GroupCheckpoints.all_unfinished(root, ids))
     return list(ids) if begun else missing
 
@@ -213,16 +303,15 @@ def _quality(study: Hedge, runner: PhaseRunner, tracker: MLflowTracker) -> dict[
     """
     numbers: dict[str, float] = {}
     for role in ("control", "extended"):
-        by_seed = {
-            seed: tracker.experiment.get_run(runner.run_ids[f"{study.label}{role}/seed{seed}"]).data.metrics
-            for seed in study.seeds
-        }
-        shared = set.intersection(*(set(metrics) for metrics in by_seed.values()))
-        for name in sorted(name.removeprefix("val/") for name in shared if name.startswith("val/")):
-            values = {seed: metrics[f"val/{name}"] for seed, metrics in by_seed.items()}
-            numbers[f"{role}/{name}"] = sum(values.values()) / len(values)
-            if len(values) > 1:
-                numbers |= {f"{role}/seed{seed}/{name}": value for seed, value in values.items()}
+        runs = {seed: runner.run_ids[f"{study.label}{role}/seed{seed}"] for seed in study.seeds}
+        by_seed = {seed: tracker.experiment.get_run(run).data.metrics for seed, run in runs.items()}
+        for name in sorted(set.intersection(*map(set, by_seed.values()))):
+            stage, _, short = name.partition("/")
+            if stage == "val":
+                values = {seed: metrics[name] for seed, metrics in by_seed.items()}
+                numbers[f"{role}/{short}"] = sum(values.values()) / len(values)
+                if len(values) > 1:
+                    numbers |= {f"{role}/seed{seed}/{short}": value for seed, value in values.items()}
     return numbers
 
 

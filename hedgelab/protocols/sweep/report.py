@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgelab.plots.sweep import Point, sweep_panels
-from hedgelab.protocols.sweep.axes import Cell, is_number, show
+from hedgelab.protocols.sweep.config import Cell, label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,6 @@ DEFAULT_METRICS = {
     ],
     "fit": ["val/explained_variance", "val/l0", "val/dead_latents", "val/mse"],
 }  # fmt: skip
-_OF_A_SEED = re.compile(r"(.+)/seed(-?\d+)/(.+)")
 _REPORTED = ("hedging/", "control/", "extended/", "val/", "train/", "samples/s")
 
 
@@ -38,37 +38,45 @@ class Row:
     metrics: Mapping[str, float]
 
 
+class Place(NamedTuple):
+    """What rows that differ in their seed only gave: each metric's values, of those that have it."""
+
+    line: str
+    values: Mapping[str, Any]
+    seeds: int
+    metrics: dict[str, list[float]]
+
+
 def rows_of(cell: Cell, run: Run) -> list[Row]:
     """A run's rows: one a seed, where it tells seeds apart."""
     metrics = {name: value for name, value in run.data.metrics.items() if name.startswith(_REPORTED)}
     by_seed: dict[Any, dict[str, float]] = {}
     for name, value in metrics.items():
-        if found := _OF_A_SEED.fullmatch(name):
+        if found := re.fullmatch(r"(.+)/seed(-?\d+)/(.+)", name):
             by_seed.setdefault(int(found[2]), {})[f"{found[1]}/{found[3]}"] = value
     rows = sorted(by_seed.items()) or [(cell.seed, metrics)]
-    return [Row(cell.line, cell.place, seed, run.info.run_id, own) for seed, own in rows]
+    return [Row(cell.line, cell.values, seed, run.info.run_id, own) for seed, own in rows]
 
 
-def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Mean, standard deviation (None of one seed) and number of seeds of every metric, for each place in the sweep."""
-    result = []
-    for own in _places(rows):
-        metrics = {}
-        for name in _metrics(own):
-            values = [row.metrics[name] for row in own if name in row.metrics]
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            metrics[name] = {"mean": statistics.fmean(values), "std": deviation, "n": len(values)}
-        result.append({"line": own[0].line, **own[0].values, "seeds": len(own), "metrics": metrics})
-    return result
+def places(rows: Sequence[Row]) -> list[Place]:
+    """Rows that differ in their seed only, together."""
+    together: dict[str, list[Row]] = {}
+    for row in rows:
+        together.setdefault(json.dumps([row.line, row.values], default=str), []).append(row)
+    found = []
+    for own in together.values():
+        values = {name: [row.metrics[name] for row in own if name in row.metrics] for name in _names(own, "metrics")}
+        found.append(Place(own[0].line, own[0].values, len(own), values))
+    return found
 
 
 def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows of a CSV file: line, axes, seed, run, metrics."""
-    axes, metrics = _axes(rows), _metrics(rows)
+    axes, metrics = _names(rows, "values"), _names(rows, "metrics")
     return [
         {
             "line": row.line,
-            **{key: value if is_number(value := row.values.get(key, "")) else show(value) for key in axes},
+            **{key: value if is_number(value := row.values.get(key, "")) else label(value) for key in axes},
             "seed": "" if row.seed is None else row.seed,
             "run": row.run_id,
             **{name: row.metrics.get(name, "") for name in metrics},
@@ -78,98 +86,86 @@ def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def as_json(rows: Sequence[Row], failures: Mapping[str, str]) -> str:
-    """The rows, their summary, and what failed."""
+    """The rows; mean, standard deviation (null of one seed) and number of each metric's values at each place; what failed."""
     plain = [
         {"line": row.line, **row.values, "seed": row.seed, "run": row.run_id, "metrics": dict(row.metrics)}
         for row in rows
     ]
-    return json.dumps({"rows": plain, "summary": summary(rows), "failures": dict(failures)}, indent=1, default=str)
+    summary = [
+        {
+            "line": line,
+            **values,
+            "seeds": seeds,
+            "metrics": {
+                name: {"mean": fmean(own), "std": stdev(own) if len(own) > 1 else None, "n": len(own)}
+                for name, own in metrics.items()
+            },
+        }
+        for line, values, seeds, metrics in places(rows)
+    ]
+    return json.dumps({"rows": plain, "summary": summary, "failures": dict(failures)}, indent=1, default=str)
 
 
 def table(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
     """A header, and for each place its line, its values, and the means over seeds with their spread."""
-    axes = _axes(rows)
+    axes = _names(rows, "values")
     result = [["line", *(key.rsplit(".", 1)[-1] for key in axes), *metrics]]
-    for place in summary(rows):
-        values = [place.get(key, "") for key in axes]
-        shown = [f"{value:g}" if is_number(value) else show(value) for value in values]
-        found = [place["metrics"].get(name, {"mean": None, "std": None}) for name in metrics]
-        numbers = [
-            ("" if one["mean"] is None else f"{one['mean']:.4g}")
-            + ("" if one["std"] is None else f" ± {one['std']:.2g}")
-            for one in found
-        ]
-        result.append([place["line"], *shown, *numbers])
+    for place in places(rows):
+        values = [place.values.get(key, "") for key in axes]
+        found = [place.metrics.get(name, []) for name in metrics]
+        means = [f"{fmean(own):.4g}" if own else "" for own in found]
+        spreads = [f" ± {stdev(own):.2g}" if len(own) > 1 else "" for own in found]
+        shown = [f"{value:g}" if is_number(value) else label(value) for value in values]
+        result.append([place.line, *shown, *map("".join, zip(means, spreads, strict=True))])
     return result
 
 
 def figure(
     rows: Sequence[Row],
     x: str | None,
-    y: Sequence[str],
-    title: str,
+    titles: Mapping[str, str],
+    heading: str,
     log_x: bool | None = None,
     log_y: bool = False,
 ) -> Figure | None:
-    """Each metric of ``y`` that some row has against an axis or another metric; None where nothing can be drawn.
+    """Each metric with a title that some row has against an axis or another metric; None where nothing can be drawn.
 
     Lines, and the values of all other axes, make curves; seeds make the spread. Without ``x`` it is the first numeric axis with
     several values, else the first axis; without ``log_x`` the values decide whether it is logarithmic.
     """
-    x = x or default_axis(rows) or ""
-    on_axis = [row.values[x] for row in rows if x in row.values]
-    names = None if all(map(is_number, on_axis)) else list(dict.fromkeys(map(show, on_axis)))
-    panels: dict[str, dict[str, list[Point]]] = {metric: {} for metric in y}
-    positions: list[float] = []
-    for own in _places(rows):
-        values = own[0].values
-        measured = [row.metrics[x] for row in own if x in row.metrics]
-        if x in values:
-            at = float(values[x] if names is None else names.index(show(values[x])))
-        elif measured or not x:
-            at = statistics.fmean(measured) if measured else 0.0
+    axes = {key: [row.values[key] for row in rows if key in row.values] for key in _names(rows, "values")}
+    numeric = [key for key, values in axes.items() if all(map(is_number, values)) and len(set(values)) > 1]
+    x = x or next(iter([*numeric, *axes, ""]))
+    names = None if all(map(is_number, axes.get(x, []))) else list(dict.fromkeys(map(label, axes[x])))
+    panels: dict[str, dict[str, list[Point]]] = {metric: {} for metric in titles}
+    for place in places(rows):
+        if x in place.values:
+            at = float(place.values[x] if names is None else names.index(label(place.values[x])))
+        elif not x or x in place.metrics:
+            at = fmean(place.metrics.get(x, [0.0]))
         else:
             continue
-        others = {key: value for key, value in values.items() if key != x} if on_axis else {}
-        label = ", ".join(
-            [
-                *filter(None, [own[0].line]),
-                *(f"{key.rsplit('.', 1)[-1]} {show(value)}" for key, value in others.items()),
-            ]
-        )
+        others = [
+            f"{key.rsplit('.', 1)[-1]} {label(value)}" for key, value in place.values.items() if x in axes and key != x
+        ]
         for metric, curves in panels.items():
-            if numbers := [row.metrics[metric] for row in own if metric in row.metrics]:
-                curves.setdefault(label, []).append(Point(at, numbers))
-                positions.append(at)
+            if metric in place.metrics:
+                curve = curves.setdefault(", ".join(filter(None, [place.line, *others])), [])
+                curve.append(Point(at, place.metrics[metric]))
+    positions = [point.x for curves in panels.values() for curve in curves.values() for point in curve]
     if not positions:
         return None
     if log_x is None:
         log_x = names is None and min(positions) > 0 and max(positions) >= 20 * min(positions)
-    drawn = {metric: curves for metric, curves in panels.items() if curves}
-    return sweep_panels(drawn, x.rsplit(".", 1)[-1], title, (log_x, log_y), names)
+    drawn = {titles[metric]: curves for metric, curves in panels.items() if curves}
+    return sweep_panels(drawn, x.rsplit(".", 1)[-1], heading, (log_x, log_y), names)
 
 
-def default_axis(rows: Sequence[Row]) -> str | None:
-    """The first numeric axis with several values, else the first axis."""
-    axes = _axes(rows)
-    for key in axes:
-        values = [row.values[key] for row in rows if key in row.values]
-        if all(map(is_number, values)) and len(set(values)) > 1:
-            return key
-    return axes[0] if axes else None
+def is_number(value: Any) -> bool:
+    """Whether a value can stand on a numeric axis."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _places(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that differ in their seed only, together."""
-    places: dict[str, list[Row]] = {}
-    for row in rows:
-        places.setdefault(json.dumps([row.line, row.values], default=str), []).append(row)
-    return list(places.values())
-
-
-def _axes(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row.values))
-
-
-def _metrics(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+def _names(rows: Sequence[Row], kind: str) -> list[str]:
+    """The axes (``values``) or the metrics of rows, in their order."""
+    return list(dict.fromkeys(name for row in rows for name in getattr(row, kind)))

@@ -7,17 +7,13 @@ from collections.abc import Container, Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from hedgelab.config.tree import config_files, opening_comment
 from hedgelab.errors import Stopped, UserError
 from hedgelab.identity import SCHEME, stable_id
 from hedgelab.protocols.ranks import say
 from hedgelab.protocols.study import Bench, Outcome, Study
-from hedgelab.protocols.sweep.cells import Parse, Unit, check_sweep, packed
 from hedgelab.protocols.sweep.config import read_sweep
-from hedgelab.protocols.sweep.executors import ONE_PROCESS, InProcess
-from hedgelab.protocols.sweep.job import BUSY, CELL_TAG, SCHEME_TAG, Job, do, finished_run
+from hedgelab.protocols.sweep.job import BUSY, CELL_TAG, SCHEME_TAG, Job, Parse, Unit, check_sweep, do, packed, run_of
 from hedgelab.protocols.sweep.report import DEFAULT_METRICS, Row, as_json, figure, flat, rows_of, table
 from hedgelab.protocols.training_phases import GroupCheckpoints
 from hedgelab.tracking import MLflowTracker
@@ -54,7 +50,7 @@ class Sweep(Study):
         units = check_sweep(self.grid, self.parse)
         uri = units[0].tracking[1] or tracking_uri()
         client = ensure_store(uri)
-        finished = {unit.id for unit in units if not self.retrain and finished_run(client, unit.id) is not None}
+        finished = {unit.id for unit in units if not self.retrain and run_of(client, unit.id) is not None}
         groups = self._groups(units, finished, uri)
         jobs = {unit.name: f"job {number}" for number, group in enumerate(groups, start=1) for unit in group}
         ended = search_runs(client, f"tags.{CELL_TAG} LIKE '%' and attributes.status = 'FINISHED'")
@@ -76,8 +72,8 @@ class Sweep(Study):
             self._train(groups, tracker, uri)
             rows: list[Row] = []
             for unit in units:
-                if (run := finished_run(client, unit.id)) is not None:
-                    rows += rows_of(unit.cells[0], run)
+                if (run := run_of(client, unit.id)) is not None:
+                    rows += rows_of(unit.cell, run)
                 else:
                     self.failures.setdefault(unit.name, "its run did not finish")
             lines = self._report(tracker, rows, len(units))
@@ -108,54 +104,44 @@ class Sweep(Study):
 
     def _open_run(self, units: Sequence[Unit], uri: str) -> MLflowTracker:
         """The sweep's run: the one that it has already, where it was run before."""
-        experiment, name = units[0].tracking[0], self.grid.name
-        identity = stable_id({"name": name, "cells": [unit.id for unit in units]})
+        identity = stable_id({"name": self.grid.name, "cells": [unit.id for unit in units]})
         before = next(search_runs(ensure_store(uri), f"tags.{_SWEEP_TAG} = '{identity}'"), None)
-        if before is not None:
-            tracker = MLflowTracker(experiment, uri=uri, run_id=before.info.run_id)
-        else:
-            tracker = MLflowTracker(experiment, name, {_SWEEP_TAG: identity}, self.description, uri)
+        tracker = MLflowTracker(
+            units[0].tracking[0], self.grid.name, {_SWEEP_TAG: identity}, self.description, uri,
+            run_id=None if before is None else before.info.run_id,
+        )  # fmt: skip
         tracker.log_config(self.grid.text)
         tracker.log_tags({"protocol": f"sweep {self.grid.options.command}", **provenance_tags(1)})
         return tracker
 
     def _train(self, groups: Sequence[Sequence[Unit]], tracker: MLflowTracker, uri: str) -> None:
         """Run the jobs; those that another process is training come last, and are waited for."""
-        command, executor = self.grid.options.command, self.grid.options.executor
-        processes = groups[0][0].processes if groups else ONE_PROCESS
-        jobs = [
-            Job(command, tuple(group), self.run_id, uri, tracker.name, self.parse, processes, self.retrain)
-            for group in groups
-        ]
-        quiet = isinstance(executor, InProcess) and not processes.several  # where every job has a bar of its own
+        jobs = [Job(tuple(group), self.run_id, uri, tracker.name, self.retrain) for group in groups]
         cells, done = sum(map(len, groups)), 0
-        with tqdm(total=cells, desc="Cells", unit="cell", disable=not jobs or quiet, miniters=1) as bar:
-            while jobs:
-                busy: list[Job] = []
-                with closing(executor.run(do, jobs, processes)) as ends:
-                    for number, failures in ends:
-                        job = jobs[number]
-                        if isinstance(failures, str):
-                            failures = {unit.name: failures for unit in job.units}
-                        if BUSY in failures.values():
-                            busy.append(replace(job, waits=True))
-                            continue
-                        self.failures |= failures
-                        done += len(job.units)
-                        bar.update(len(job.units))
-                        bar.set_postfix(failed=len(self.failures))
-                        if quiet:
-                            say(f"sweep: {done} of {cells} cells done, {len(self.failures)} failed")
-                if busy:
-                    names = sum(len(job.units) for job in busy)
-                    say(f"sweep: another process is training {names} cells; waiting for it")
-                jobs = busy
+        while jobs:
+            busy: list[Job] = []
+            with closing(self.grid.options.executor.run(do, jobs, jobs[0].units[0].processes)) as ends:
+                for number, failures in ends:
+                    job = jobs[number]
+                    if isinstance(failures, str):
+                        failures = {unit.name: failures for unit in job.units}
+                    if BUSY in failures.values():
+                        busy.append(replace(job, waits=True))
+                        continue
+                    self.failures |= failures
+                    done += len(job.units)
+                    say(f"sweep: {done} of {cells} cells done, {len(self.failures)} failed")
+            if busy:
+                waited_for = sum(len(job.units) for job in busy)
+                say(f"sweep: another process is training {waited_for} cells; waiting for it")
+            jobs = busy
 
     def _report(self, tracker: MLflowTracker, rows: Sequence[Row], cells: int) -> list[str]:
         """Log table, numbers and figure; what to say of them."""
         options = self.grid.options.figure
         metrics = options.y or DEFAULT_METRICS[self.grid.options.command]
-        drawn = figure(rows, options.x, metrics, self.grid.name, options.log_x, options.log_y)
+        titles = {name: name for name in metrics}
+        drawn = figure(rows, options.x, titles, self.grid.name, options.log_x, options.log_y)
         Bench(tracker=tracker).keep(
             Outcome(
                 metrics={"cells": cells, "failed_cells": len(self.failures)},

@@ -10,11 +10,18 @@ from hedgelab.data.source import ActivationSource
 from hedgelab.metrics.functional.basic import explained_variance
 from hedgelab.metrics.functional.probing import linear_probes
 from hedgelab.protocols.evaluation import ModelReader, Readings, suite_classes
-from hedgelab.protocols.evaluation.density import DensitySuite, GeometrySuite
-from hedgelab.protocols.evaluation.loss import LossSuite
+from hedgelab.protocols.evaluation.built_in import (
+    AbsorptionSuite,
+    DensitySuite,
+    GeometrySuite,
+    LossSuite,
+    ProbingSuite,
+    SCRSuite,
+    TPPSuite,
+    pooled,
+    text_activations,
+)
 from hedgelab.protocols.evaluation.suite import choose, encode_rows, make_suites
-from hedgelab.protocols.evaluation.texts import SCRSuite, TPPSuite, pooled, text_activations
-from hedgelab.protocols.evaluation.tokens import AbsorptionSuite, ProbingSuite
 from hedgelab.saes import BatchTopKSAE, TopKSAE
 
 D_SAE = 48
@@ -75,20 +82,21 @@ def only(suite, saes, readings, name="topk"):
 def test_reading_is_what_training_sees(reader, data):
     contexts = data.stage_contexts("val")
     usable = contexts.usable(1)
-    rows = reader.rows("test", contexts.tokens.long(), usable)
+    rows, kept = reader.rows("test", contexts.tokens.long(), usable)
+    assert kept.all()
     raw = data.harvester.rows(contexts.tokens, usable).float()
-    torch.testing.assert_close(rows.x, raw * data.activation_scale)
-    torch.testing.assert_close(reader.restore(rows.x), raw)
+    torch.testing.assert_close(rows, raw * data.activation_scale)
+    torch.testing.assert_close(reader.restore(rows), raw)
     again = ModelReader(data, ActivationSource(scale=2.0, mean=tuple([1.0] * 32)))
-    torch.testing.assert_close(again.rows("test", contexts.tokens.long(), usable).x, (raw - 1) * 2)
+    torch.testing.assert_close(again.rows("test", contexts.tokens.long(), usable)[0], (raw - 1) * 2)
 
 
 def test_activations_are_read_once(data, monkeypatch):
     contexts = data.stage_contexts("test")
     usable = contexts.usable(2)
-    first = ModelReader(data).rows("test", contexts.tokens.long(), usable)
+    first, _ = ModelReader(data).rows("test", contexts.tokens.long(), usable)
     monkeypatch.setattr(data.harvester, "rows", lambda *_: pytest.fail("asked the model again"))
-    assert torch.equal(ModelReader(data).rows("test", contexts.tokens.long(), usable).x, first.x)
+    assert torch.equal(ModelReader(data).rows("test", contexts.tokens.long(), usable)[0], first)
 
 
 def test_pooled_codes_are_means_over_tokens(saes):

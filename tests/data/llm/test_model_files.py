@@ -180,7 +180,7 @@ def test_kept_evaluation_activations_are_those_of_the_weights(own, make_data, tm
     def rows():
         data = make_data(model=str(own), cache_dir=str(tmp_path / "cache"))
         tokens = data.contexts.tokens[:4]
-        found = Readings(data).model.rows("a test", tokens, torch.ones_like(tokens, dtype=torch.bool)).x
+        found = Readings(data).model.rows("a test", tokens, torch.ones_like(tokens, dtype=torch.bool))[0]
         data.teardown("fit")
         return found
 
