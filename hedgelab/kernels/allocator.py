@@ -2,7 +2,6 @@
 
 import ctypes
 import mmap
-import sys
 from functools import cache
 
 import torch
@@ -22,11 +21,9 @@ def keep_large_blocks() -> bool:
     By default glibc maps blocks above 32 MiB anew each time and returns freed memory at the end of the heap, so each step
     pays page faults for blocks that it has held before. Call this once a process, before training.
     """
-    if not sys.platform.startswith("linux"):
-        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # not glibc
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)) and bool(mallopt(M_TRIM_THRESHOLD, KEPT_IN_ALL))
 

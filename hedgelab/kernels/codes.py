@@ -1,13 +1,98 @@
-"""Codes: the latents of a batch, whatever their layout in memory."""
+"""Codes: the latents of a batch, dense or as compressed sparse rows, and where the stored values of sparse ones lie."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hedgelab.kernels.layout import Layout, row_pointers
+
+class Layout:
+    """Row pointers ``crow [rows + 1]`` and latents ``[nnz]`` of sparse codes, and what follows from them, when asked.
+
+    Codes that differ in their values only (detached, scaled) share one layout, and so do the forward and backward
+    passes of encoder and decoder: nothing is sorted twice a step.
+    """
+
+    order: Tensor | None = None
+    """Where the values of this layout lie in that of which it is a split by level, ``[nnz]``."""
+
+    def __init__(self, crow: Tensor, latents: Tensor, d_sae: int) -> None:
+        self.crow, self.latents, self.d_sae = crow, latents, d_sae
+        self._levels: dict[tuple[int, ...], _LevelLayout] = {}
+
+    @classmethod
+    def equal_rows(cls, latents: Tensor, d_sae: int) -> Layout:
+        """The layout of as many latents in each row, ``[rows, k]``."""
+        crow = torch.arange(latents.shape[0] + 1, device=latents.device) * latents.shape[1]
+        return cls(crow, latents.flatten(), d_sae)
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows."""
+        return self.crow.shape[0] - 1
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The row of each stored value, ``[nnz]`` int64."""
+        index = torch.arange(self.row_count, device=self.crow.device)
+        return torch.repeat_interleave(index, self.crow.diff(), output_size=self.latents.shape[0])
+
+    @cached_property
+    def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """By latent, then row: where each latent starts ``[d_sae + 1]``, rows, and positions in the order by row, int64."""
+        order = stable_order(self.latents, self.d_sae)
+        return row_pointers(self.latents, self.d_sae), self.rows[order], order
+
+    def by_level(self, levels: Sequence[int]) -> Layout:
+        """The same entries with their rows split by level; level ℓ holds latents ``levels[ℓ - 1] … levels[ℓ] - 1``."""
+        key = tuple(levels)
+        if len(key) == 1:
+            return self
+        if key not in self._levels:
+            self._levels[key] = _LevelLayout(self, key)
+        return self._levels[key]
+
+
+class _LevelLayout(Layout):
+    """A layout of ``len(levels) · rows`` rows: row ``ℓ · rows + b`` holds example b's latents of level ℓ.
+
+    One product with it, of the base layout's ``values[order]``, decodes every level. Its transpose needs no sorting: a latent's
+    level is fixed, so entries keep the base layout's order by latent. All latents must lie below ``levels[-1]``.
+    """
+
+    def __init__(self, base: Layout, levels: tuple[int, ...]) -> None:
+        boundaries = torch.tensor(levels, device=base.latents.device)
+        level = torch.bucketize(base.latents, boundaries, right=True, out_int32=True)
+        self._base, self.order = base, stable_order(level, len(levels))
+        self._rows_of_values = level.long() * base.row_count + base.rows
+        crow = row_pointers(self._rows_of_values, len(levels) * base.row_count)
+        super().__init__(crow, base.latents[self.order], base.d_sae)
+
+    @cached_property
+    def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, but positions count in the *base* layout's order of values."""
+        ccol, _, order = self._base.transposed
+        return ccol, self._rows_of_values[order], order
+
+
+def row_pointers(rows: Tensor, row_count: int) -> Tensor:
+    """Row pointers ``[row_count + 1]`` of row indices ``[nnz]``, in any order."""
+    crow = torch.zeros(row_count + 1, dtype=torch.long, device=rows.device)
+    torch.cumsum(torch.bincount(rows, minlength=row_count), 0, out=crow[1:])
+    return crow
+
+
+def stable_order(keys: Tensor, bound: int) -> Tensor:
+    """Stable sorting permutation of integer keys in ``[0, bound)``, ``[nnz]`` int64."""
+    if keys.is_cuda or bound > 1 << 16:
+        return torch.argsort(keys, stable=True)
+    # NumPy radix-sorts 16-bit keys, several times faster than a comparison sort.
+    return torch.from_numpy(np.argsort(keys.numpy().astype(np.uint16), kind="stable"))
 
 
 @dataclass(frozen=True)
@@ -19,61 +104,56 @@ class Codes:
 
     Attributes:
         values: ``[batch, d_sae]``, or in the sparse layout ``[nnz]``, stored row by row; a stored value may be 0.
-        latents: The latent of each stored value, ``[nnz]`` int64; None in the dense layout.
-        crow: Where each row starts in ``values``, ``[batch + 1]`` int64; None in the dense layout.
-        layout: ``crow`` and ``latents`` with the index structures derived from them; made here unless given.
+        layout: Row pointers ``crow`` and ``latents`` of sparse values; None in the dense layout.
         rates: How often each latent fires on average, ``[d_sae]``, with a gradient; only JumpReLU selections make it.
         leading: The shape of the examples where they are no plain batch. Rows are the examples one after the other.
     """
 
-    d_sae: int
     values: Tensor
-    latents: Tensor | None = None
-    crow: Tensor | None = None
-    layout: Layout | None = field(default=None, compare=False, repr=False)
-    rates: Tensor | None = field(default=None, compare=False, repr=False)
+    layout: Layout | None = None
+    rates: Tensor | None = field(default=None, repr=False)
     leading: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.layout is None and self.crow is not None and self.latents is not None:
-            object.__setattr__(self, "layout", Layout(self.crow, self.latents, self.d_sae))
 
     @classmethod
     def from_dense(cls, activations: Tensor, rates: Tensor | None = None) -> Codes:
         """Wrap dense activations ``[..., d_sae]``."""
         *leading, d_sae = activations.shape
-        shape = None if len(leading) == 1 else tuple(leading)
-        return cls(d_sae, activations.reshape(-1, d_sae), rates=rates, leading=shape)
+        return cls(activations.reshape(-1, d_sae), None, rates, None if len(leading) == 1 else tuple(leading))
 
     @classmethod
     def from_csr(cls, crow: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
         """Wrap row pointers ``[batch + 1]``, latent indices ``[nnz]`` and values ``[nnz]``."""
-        return cls(d_sae, values, latents, crow)
-
-    @classmethod
-    def from_layout(cls, layout: Layout, values: Tensor, rates: Tensor | None = None) -> Codes:
-        """Wrap values ``[nnz]`` of a layout."""
-        return cls(layout.d_sae, values, layout.latents, layout.crow, layout, rates)
+        return cls(values, Layout(crow, latents, d_sae))
 
     @classmethod
     def from_topk(cls, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
         """Wrap k latents an example: ``latents`` and ``values`` are both ``[batch, k]``."""
-        return cls.from_layout(Layout.equal_rows(latents, d_sae), values.flatten())
+        return cls(values.flatten(), Layout.equal_rows(latents, d_sae))
 
     @property
-    def is_dense(self) -> bool:
-        """Whether the values lie in a ``[batch, d_sae]`` tensor."""
-        return self.crow is None
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.values.shape[1] if self.layout is None else self.layout.d_sae
 
     @property
     def batch_size(self) -> int:
         """Number of examples."""
-        return self.values.shape[0] if self.crow is None else self.crow.shape[0] - 1
+        return self.values.shape[0] if self.layout is None else self.layout.row_count
+
+    @property
+    def examples(self) -> tuple[int, ...]:
+        """The shape of the examples: ``(batch,)`` where they are a plain batch."""
+        return (self.batch_size,) if self.leading is None else self.leading
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the values lie in a ``[batch, d_sae]`` tensor."""
+        return self.layout is None
 
     def csr(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row pointers, latents and values; a dense layout is compressed to its nonzero entries first."""
-        if self.crow is not None and self.latents is not None:
-            return self.crow, self.latents, self.values
+        if self.layout is not None:
+            return self.layout.crow, self.layout.latents, self.values
         rows, latents = self.values.nonzero(as_tuple=True)
         return row_pointers(rows, self.batch_size), latents, self.values[rows, latents]
 
@@ -87,46 +167,49 @@ class Codes:
         >>> Codes.from_csr(torch.tensor([0, 1, 2]), torch.tensor([2, 0]), torch.tensor([5.0, 7.0]), 3).to_dense().tolist()
         [[0.0, 0.0, 5.0], [7.0, 0.0, 0.0]]
         """
-        dense = self.rows_to_dense()
-        return dense if self.leading is None else dense.view(*self.leading, self.d_sae)
+        dense = self.values
+        if self.layout is not None:
+            flat = self.layout.rows * self.d_sae + self.layout.latents
+            dense = dense.new_zeros(self.batch_size * self.d_sae).index_add(0, flat, dense)
+        return dense.view(*self.examples, self.d_sae)
 
-    def rows_to_dense(self) -> Tensor:
-        """Activations ``[batch, d_sae]``, whatever the shape of the examples."""
-        if self.layout is None:
-            return self.values
-        flat = self.layout.rows * self.d_sae + self.layout.latents
-        dense = self.values.new_zeros(self.batch_size * self.d_sae)
-        return dense.index_add(0, flat, self.values).view(self.batch_size, self.d_sae)
+    def with_values(self, values: Tensor) -> Codes:
+        """Codes of other values in the same places, without rates."""
+        return replace(self, values=values, rates=None)
 
     def detach(self) -> Codes:
         """The same codes without a gradient."""
-        return replace(self, values=self.values.detach(), rates=None)
+        return self.with_values(self.values.detach())
 
     def scale(self, factor: Tensor) -> Codes:
         """Codes with latent i multiplied by ``factor[i]`` (decoder norms, when folding); ``factor``: ``[d_sae]``."""
-        return replace(self, values=self.values * (factor if self.latents is None else factor[self.latents]))
+        return replace(self, values=self.values * (factor if self.layout is None else factor[self.layout.latents]))
+
+    def stored(self, index: Tensor) -> Codes:
+        """Sparse codes of some of the stored values alone, by their rising positions."""
+        assert self.layout is not None
+        crow = row_pointers(self.layout.rows[index], self.batch_size)
+        return replace(self, values=self.values[index], layout=Layout(crow, self.layout.latents[index], self.d_sae))
 
     def prefix(self, count: int) -> Codes:
         """Codes of the first ``count`` latents alone, the others silent."""
         if self.layout is None:
             kept = torch.arange(self.d_sae, device=self.values.device) < count
             return replace(self, values=torch.where(kept, self.values, 0.0))
-        entries = (self.layout.latents < count).nonzero().squeeze(1)
-        crow = row_pointers(self.layout.rows[entries], self.batch_size)
-        return replace(self, values=self.values[entries], latents=self.layout.latents[entries], crow=crow, layout=None)
+        return self.stored((self.layout.latents < count).nonzero().squeeze(1))
 
     def firing_counts(self) -> Tensor:
         """How many examples each latent fires on (activation > 0), ``[d_sae]`` int64."""
-        if self.latents is None:
+        if self.layout is None:
             return (self.values > 0).sum(0)
-        return torch.bincount(self.latents[self.values > 0], minlength=self.d_sae)
+        return torch.bincount(self.layout.latents[self.values > 0], minlength=self.d_sae)
 
     def fired(self) -> Tensor:
         """Whether each latent fires on any example, ``[d_sae]`` bool."""
-        if self.latents is None:
+        if self.layout is None:
             return (self.values > 0).any(0)
         fired = torch.zeros(self.d_sae, dtype=torch.int8, device=self.values.device)
-        return fired.scatter_reduce_(0, self.latents, (self.values > 0).to(torch.int8), "amax").bool()
+        return fired.scatter_reduce_(0, self.layout.latents, (self.values > 0).to(torch.int8), "amax").bool()
 
     def smallest_positive(self) -> Tensor:
         """The smallest activation above 0, a scalar; infinite without one."""
@@ -145,7 +228,7 @@ class Codes:
             counts = active.sum(1)
         else:
             counts = self.layout.crow.new_zeros(self.batch_size).index_add_(0, self.layout.rows, active.long())
-        return counts if self.leading is None else counts.view(self.leading)
+        return counts.view(self.examples)
 
     def sum_per_latent(self, weight: Tensor | None = None) -> Tensor:
         """Sum of each latent's activations over the batch, ``[d_sae]``, weighted by ``weight [batch]``; differentiable."""

@@ -4,8 +4,7 @@
 many. ReLU and JumpReLU latents, whose number is not bounded, are compressed where a sample of rows says that few fire.
 
 A path is a module with ``encode(x, encoder, selection)``, ``decode(codes, decoder)`` and ``level_errors(codes, decoder,
-target)``: :mod:`~hedgelab.kernels.reference` or :mod:`~hedgelab.kernels.sparse`. Weights of a tensor class of their own may
-bring kernels of their own (:func:`plug_in`), as those do whose latents are split over processes.
+target)``: :mod:`~hedgelab.kernels.reference` or :mod:`~hedgelab.kernels.sparse`.
 """
 
 from collections.abc import Iterator
@@ -19,22 +18,13 @@ from torch import Tensor
 from hedgelab.errors import UserError
 from hedgelab.kernels import reference, sparse
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.values import (
-    BatchTopK,
-    Decoder,
-    Encoder,
-    JumpReLU,
-    LevelErrors,
-    Selection,
-    Target,
-    Threshold,
-    TopK,
-    compute_dtype,
-)
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, Errors, Selection, Target, TopK, computed_in, floor_of
 
 Backend = Literal["auto", "dense", "sparse"]
 _backend: Backend = "auto"
-_plugged_in: dict[type, Any] = {}
+
+PLUGGED_IN: dict[type, Any] = {}
+"""Paths of weights of other tensor classes, as those have whose latents are split over processes; with a :func:`total`."""
 
 MIN_D_SAE = 512  # below, the sparse path gains nothing
 MAX_SHARE = 1 / 8  # share of latents kept, above which dense products win
@@ -50,11 +40,6 @@ def backend(name: Backend) -> Iterator[None]:
         yield
     finally:
         _backend = previous
-
-
-def plug_in(tensors: type, kernels: Any) -> None:
-    """Let ``kernels`` (with a path's functions, and :func:`total`) serve weights that are of the class ``tensors``."""
-    _plugged_in[tensors] = kernels
 
 
 def as_rows(x: Tensor, like: Tensor) -> Tensor:
@@ -73,9 +58,8 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     >>> encode(torch.tensor([[1.0, -2.0]]), encoder, ReLU()).to_dense().tolist()
     [[1.0, 0.0]]
     """
-    rows = as_rows(x, encoder.b_dec)
-    kernels = _plugged_in.get(type(encoder.W_enc))
-    codes = encode_part(rows, encoder, selection) if kernels is None else kernels.encode(rows, encoder, selection)
+    rows, path = as_rows(x, encoder.b_dec), PLUGGED_IN.get(type(encoder.W_enc))
+    codes = encode_part(rows, encoder, selection) if path is None else path.encode(rows, encoder, selection)
     return codes if x.dim() == 2 else replace(codes, leading=tuple(x.shape[:-1]))
 
 
@@ -85,60 +69,53 @@ def encode_part(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     among_few = isinstance(selection, TopK) and selection.among is not None
     k = selection.k if isinstance(selection, TopK | BatchTopK) and not among_few else 0
     small = encoder.d_sae < MIN_D_SAE or k > MAX_SHARE * encoder.d_sae
-    if _backend == "dense" or (_backend == "auto" and small) or not sparse.available_on(x):
+    if _backend == "dense" or (_backend == "auto" and small) or not sparse.products_on(x):
         return reference.encode(x, encoder, selection)
-    if _backend == "auto" and not bounded and _many_fire(x, encoder, selection):
+    if _backend == "auto" and not bounded and _many_fire(x, encoder, floor_of(selection)):
         plain = x.dtype == encoder.W_enc.dtype and not torch.is_autocast_enabled(x.device.type)
-        product = reference.lean_pre_activations if plain else reference.pre_activations
-        return reference.encode(x, encoder, selection, product)
+        return reference.encode(x, encoder, selection, lean=plain)
     return sparse.encode(x, encoder, selection)
 
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:
     """``a W_dec + b_dec``, ``[..., d_in]``."""
-    path = _plugged_in.get(type(decoder.W_dec)) or decoder_path(codes, decoder)
-    x_hat: Tensor = path.decode(codes, decoder)
-    return x_hat if codes.leading is None else x_hat.view(*codes.leading, x_hat.shape[-1])
+    x_hat: Tensor = decoder_path(codes, decoder.W_dec).decode(codes, decoder)
+    return x_hat.view(*codes.examples, x_hat.shape[-1])
 
 
-def level_errors(codes: Codes, decoder: Decoder, target: Target) -> LevelErrors:
+def level_errors(codes: Codes, decoder: Decoder, target: Target) -> Errors:
     """Squared error of the reconstruction from each of the target's levels, and the errors ``x_hat - x``."""
-    path = _plugged_in.get(type(decoder.W_dec)) or decoder_path(codes, decoder)
-    return cast(LevelErrors, path.level_errors(codes, decoder, target))
+    return cast(Errors, decoder_path(codes, decoder.W_dec).level_errors(codes, decoder, target))
 
 
 def total(values: Tensor, latents: slice = slice(None)) -> Tensor:
     """Sum of some latents' values ``[d_sae]``, a scalar."""
-    kernels = _plugged_in.get(type(values))
-    return values[latents].sum() if kernels is None else cast(Tensor, kernels.total(values, latents))
+    path = PLUGGED_IN.get(type(values))
+    return values[latents].sum() if path is None else cast(Tensor, path.total(values, latents))
 
 
-def decoder_path(codes: Codes, decoder: Decoder) -> Any:
+def decoder_path(codes: Codes, weight: Tensor) -> Any:
     """The module that decodes: codes keep the layout of the path that made them, unless dense products are faster."""
-    if codes.is_dense or _backend == "dense" or not sparse.available_on(decoder.W_dec):
+    if path := PLUGGED_IN.get(type(weight)):
+        return path
+    if codes.is_dense or _backend == "dense" or not sparse.products_on(weight):
         return reference
-    many = codes.values.shape[0] > _max_share(decoder.W_dec) * codes.batch_size * codes.d_sae
-    return reference if many and decoder.W_dec.is_cuda else sparse
+    many = weight.is_cuda and len(codes.values) > _max_share(weight) * codes.batch_size * codes.d_sae
+    return reference if many else sparse
 
 
 def _max_share(weight: Tensor) -> float:
     """Share of values stored above which dense products with a weight are faster."""
-    return MAX_SHARE if not weight.is_cuda else float(sparse.products_on(weight).max_share(compute_dtype(weight)))
+    return MAX_SHARE if not weight.is_cuda else float(sparse.products_on(weight).max_share(computed_in(weight)))
 
 
 @torch.no_grad()
-def _many_fire(x: Tensor, encoder: Encoder, selection: Selection) -> bool:
+def _many_fire(x: Tensor, encoder: Encoder, floor: Tensor | float) -> bool:
     """Whether too many entries of some rows fire for the sparse path to pay; over all parts of an SAE together."""
-    threshold: Tensor | float = 0.0
-    if isinstance(selection, Threshold):
-        threshold = selection.threshold
-    elif isinstance(selection, JumpReLU):
-        threshold = selection.log_threshold.exp() - selection.bandwidth / 2
     sample = x[:: max(1, -(-len(x) // SAMPLED_ROWS))]
-    with torch.autocast(
-        x.device.type, enabled=False
-    ):  # its cache would keep casts of the weights that have no gradient
-        fired = reference.pre_activations(sample, encoder) > threshold
+    # Autocast's cache would keep casts of the weights that have no gradient.
+    with torch.autocast(x.device.type, enabled=False):
+        fired = reference.pre_activations(sample, encoder) > floor
     density = fired.double().mean() if len(sample) else torch.zeros((), dtype=torch.float64)
     if encoder.share is not None:
         density = encoder.share.ranks.mean(density)

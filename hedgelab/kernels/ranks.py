@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+DIGIT_BITS = 11
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,53 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+class Share(NamedTuple):
+    """Which part of the pre-activations ``[rows, d_sae]`` of a global batch a rank has: its first row, its first latent."""
+
+    ranks: Ranks
+    rows: int
+    d_sae: int
+    first_row: int = 0
+    first_latent: int = 0
+
+    def positions(self, rows: Tensor, latents: Tensor) -> Tensor:
+        """Numbers of this part's entries in the global batch, counted row by row: no two entries of any parts share one."""
+        return (rows + self.first_row) * self.d_sae + (latents + self.first_latent)
+
+
+def among_largest(values: Tensor, positions: Callable[[Tensor], Tensor], wanted: int, ranks: Ranks) -> Tensor:
+    """Which of this rank's positive values are among the ``wanted`` largest of all ranks, ``[n]`` bool.
+
+    Of equal values at the edge those with the lowest ``positions`` are kept, which turns indices into ``values`` (of at least
+    single precision) into numbers that no two values of any ranks share. Values are not gathered: positive floating-point
+    numbers sort as their bit patterns do, so in each round every rank counts its values by the next 11 bits, and the sums of
+    the counts tell the next digit of the edge.
+    """
+    integers = torch.int32 if values.itemsize == 4 else torch.int64
+    keys = values[values > 0].view(integers)
+    shift = 8 * values.itemsize - 1  # all bits but the sign
+    prefix, places, ties = 0, wanted, 0
+    while shift:
+        digit = min(DIGIT_BITS, shift)
+        shift -= digit
+        digits = (keys >> shift) & ((1 << digit) - 1)
+        counts = ranks.sum(torch.bincount(digits, minlength=1 << digit))
+        at_least = counts.flip(0).cumsum(0).flip(0)
+        if not ties and int(at_least[0]) <= wanted:  # in the first round
+            return values > 0
+        found = int((at_least >= places).count_nonzero()) - 1
+        ties = int(counts[found])
+        places -= int(at_least[found]) - ties
+        prefix = prefix << digit | found
+        keys = keys[digits == found]
+    edge = torch.tensor([prefix], dtype=integers, device=values.device).view(values.dtype)
+    if places == ties:
+        return values >= edge
+    tied = (values == edge).nonzero().squeeze(1)
+    numbers = positions(tied)
+    last = ranks.cat(numbers).sort().values[places - 1]
+    keep = values > edge
+    keep[tied[numbers <= last]] = True
+    return keep

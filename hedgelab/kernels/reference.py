@@ -8,20 +8,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from hedgelab.kernels.agreement import Share, among_largest
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.values import (
-    BatchTopK,
-    Decoder,
-    Encoder,
-    JumpReLU,
-    LevelErrors,
-    ReLU,
-    Selection,
-    Target,
-    Threshold,
-    TopK,
-)
+from hedgelab.kernels.ranks import Share, among_largest
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Selection, Target, Threshold, TopK
 
 
 def pre_activations(x: Tensor, encoder: Encoder) -> Tensor:
@@ -29,14 +18,8 @@ def pre_activations(x: Tensor, encoder: Encoder) -> Tensor:
     return torch.addmm(encoder.b_enc, x - encoder.b_dec, encoder.W_enc)
 
 
-def lean_pre_activations(x: Tensor, encoder: Encoder) -> Tensor:
-    """The same with a cheaper backward pass, for one type of all tensors and without autocast."""
-    pre: Tensor = _PreActivations.apply(x, *encoder[:3])  # type: ignore[no-untyped-call]
-    return pre
-
-
 class _PreActivations(Function):
-    """The gradient of ``b_dec`` follows from that of ``b_enc``.
+    """The same for tensors of one type and without autocast: the gradient of ``b_dec`` follows from that of ``b_enc``.
 
     Autograd would pay a product as dear as the encoder's for that of ``x - b_dec``. The gradient of ``W_enc`` comes in the
     layout of a transposed ``[d_sae, d_in]``.
@@ -59,17 +42,12 @@ class _PreActivations(Function):
         return grad_x, grad_W_enc, grad_b_enc, -(W_enc @ grad_b_enc) if needs_b_dec else None
 
 
-def encode(
-    x: Tensor,
-    encoder: Encoder,
-    selection: Selection,
-    product: Callable[[Tensor, Encoder], Tensor] = pre_activations,
-) -> Codes:
-    """Codes of activations ``[batch, d_in]``; ``product`` computes the pre-activations."""
+def encode(x: Tensor, encoder: Encoder, selection: Selection, lean: bool = False) -> Codes:
+    """Codes of activations ``[batch, d_in]``; ``lean`` spares the backward pass a product, where all have one type."""
     if isinstance(selection, TopK) and selection.among is not None:
-        values, indices = product(x, encoder.columns(selection.among)).topk(selection.k, dim=1)
+        values, indices = pre_activations(x, encoder.columns(selection.among)).topk(selection.k, dim=1)
         return Codes.from_topk(selection.among[indices], values.relu(), encoder.W_enc.shape[1])
-    pre = product(x, encoder)
+    pre = _PreActivations.apply(x, *encoder[:3]) if lean else pre_activations(x, encoder)  # type: ignore[no-untyped-call]
     match selection:
         case ReLU():
             return Codes.from_dense(pre.relu_())
@@ -108,16 +86,11 @@ def _batch_topk(ranked: Tensor, selection: BatchTopK, share: Share) -> Tensor:
 
 
 def _first_mass(ranked: Tensor, weight: Tensor, k: int, share: Share) -> Tensor:
-    """Which entries, largest first, have a summed weight of at most k; ``ranked [batch · d_sae]``, ``weight [batch]``.
-
-    Weights are summed in double precision, and may exceed k by what rounding them, and their sums, can add.
-    """
-    count, parts = (
-        ranked.shape[0],
-        share.rows // weight.shape[0],
-    )  # over these parts of the batch weights sum to 1 on average
+    """Which entries, largest first, weigh at most k, but for rounding; ``ranked [batch · d_sae]``, ``weight [batch]``."""
+    count = len(ranked)
+    parts = share.rows // len(weight)  # over these parts of the batch weights sum to 1 on average
     rounding = 4 * torch.finfo(weight.dtype).eps + count * torch.finfo(torch.float64).eps
-    mass = share.ranks.cat(weight.double().repeat_interleave(count // weight.shape[0])) / parts
+    mass = share.ranks.cat(weight.double().repeat_interleave(count // len(weight))) / parts
     order = share.ranks.cat(ranked).argsort(descending=True, stable=True)
     kept = torch.zeros_like(order, dtype=torch.bool).scatter(0, order, mass[order].cumsum(0) <= k * (1 + rounding))
     return kept[share.ranks.rank * count : (share.ranks.rank + 1) * count]
@@ -125,55 +98,46 @@ def _first_mass(ranked: Tensor, weight: Tensor, k: int, share: Share) -> Tensor:
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:
     """``a W_dec + b_dec``, ``[batch, d_in]``."""
-    return torch.addmm(decoder.b_dec, codes.rows_to_dense(), decoder.W_dec)
+    return torch.addmm(decoder.b_dec, codes.to_dense().reshape(-1, codes.d_sae), decoder.W_dec)
 
 
 def level_errors(
     codes: Codes, decoder: Decoder, target: Target, total: Callable[[Tensor], Tensor] | None = None
-) -> LevelErrors:
-    """Squared error of each level's reconstruction, and the errors ``x_hat - x``.
-
-    With ``detach`` the running reconstruction is detached before each level adds its own latents. Where the latents are a
-    part, ``total`` sums what all parts add.
-    """
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Squared error of each level's reconstruction, and the errors; ``total`` sums what all parts of split latents add."""
     x, levels, detach, weight = target
     if total is None and list(levels) == [codes.d_sae]:
         loss, error = squared_error(decode(codes, decoder), x, weight)
-        return LevelErrors([loss], [error])
-    activations = codes.rows_to_dense()
+        return [loss], [error]
+    activations = codes.to_dense().reshape(-1, codes.d_sae)
     running, start = decoder.b_dec.expand(activations.shape[0], -1), 0
-    found: list[tuple[Tensor, Tensor]] = []
+    losses, errors = [], []
     for stop in levels:
-        if detach and found:
+        if detach and losses:
             running = running.detach()
         added = activations[:, start:stop] @ decoder.W_dec[start:stop]
         running = running + (added if total is None else total(added))
-        found.append(squared_error(running, x, weight))
+        loss, error = squared_error(running, x, weight)
+        losses.append(loss)
+        errors.append(error)
         start = stop
-    return LevelErrors([loss for loss, _ in found], [error for _, error in found])
+    return losses, errors
 
 
 def squared_error(x_hat: Tensor, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Squared error summed over ``d_in`` and averaged over the batch, or over ``weight [batch]``; and ``x_hat - x``.
-
-    The difference is taken in at least single precision, so bf16 reconstructions lose nothing more here.
-    """
+    """Squared error, summed over ``d_in`` and averaged over the batch, and ``x_hat - x``, in at least single precision."""
     error = x_hat - x if x_hat.dtype == x.dtype and x.itemsize >= 4 else x_hat.float() - x.float()
     if weight is not None:
         return weight.to(error.dtype) @ error.square().sum(1), error.detach()
     return error.square().sum() / max(1, x.shape[0]), error.detach()
 
 
-def jump(pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+class _Jump(Function):
     """``pre · 1[pre > threshold]`` and ``1[pre > threshold]``.
 
     The threshold's gradients are estimates with a rectangle kernel of the given bandwidth; the second has none to ``pre``.
     """
-    result: tuple[Tensor, Tensor] = _Jump.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
-    return result
 
-
-class _Jump(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -193,3 +157,6 @@ class _Jump(Function):
         of_jump = -(threshold / ctx.bandwidth) * (near * grad).sum_to_size(threshold.shape)
         of_step = -(near * grad_fired).sum_to_size(threshold.shape) / ctx.bandwidth
         return torch.where(pre > threshold, grad, 0.0), of_jump + of_step, None
+
+
+jump: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = _Jump.apply

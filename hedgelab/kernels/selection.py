@@ -4,7 +4,8 @@ The encoder's product runs in tiles of rows. A tile is reused, so its pages are 
 does to it happens while it is in cache. Tile i of n takes rows i, i + n, i + 2n …: every tile is a fair sample of the batch,
 whatever its order, and the first one tells what the others will look like.
 
-Selections look at groups of eight latents first: only groups whose largest entry can matter are opened.
+Selections look at groups of eight latents first: only groups whose largest entry can matter are opened. What they give are
+codes whose values are pre-activations.
 """
 
 import math
@@ -15,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgelab.kernels.agreement import Share, among_largest
 from hedgelab.kernels.allocator import scratch
-from hedgelab.kernels.layout import Layout, row_pointers, stable_order
-from hedgelab.kernels.ranks import ALONE
-from hedgelab.kernels.values import BatchTopK, Encoder, JumpReLU, ReLU, Selection, Threshold, TopK, compute_dtype
+from hedgelab.kernels.codes import Codes, Layout, row_pointers, stable_order
+from hedgelab.kernels.ranks import ALONE, Share, among_largest
+from hedgelab.kernels.values import BatchTopK, Encoder, Selection, TopK, computed_in, floor_of
 
 # On the CPU a larger tile is mapped anew each step (see allocator), and a smaller one slows the product down.
 TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 2**31}
@@ -28,13 +28,6 @@ GROUP_BITS = 3
 GROUP = 1 << GROUP_BITS
 SAMPLE_HITS = 256  # entries above the sought threshold in the sample that estimates it: 6 % standard error
 MARGIN = 1.3  # candidates sought, as a multiple of what is kept
-
-
-class Entries(NamedTuple):
-    """Selected entries of the pre-activations: where they lie, and what they are, ``[nnz]``."""
-
-    layout: Layout
-    pre: Tensor
 
 
 class Product(NamedTuple):
@@ -47,21 +40,15 @@ class Product(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, encoder: Encoder) -> "Product":
-        """That of some activations, in the type that autocast asks for.
-
-        Casts are made here, not by autocast: its cache would hand stale weights to the second step taken in one context.
-        """
-        dtype = compute_dtype(encoder.W_enc)
+        """That of some activations; cast here, since autocast's cache hands stale weights to a context's second step."""
+        dtype = computed_in(encoder.W_enc)
         with torch.autocast(x.device.type, enabled=False):
             centred = (x - encoder.b_dec).to(dtype)
             working = torch.promote_types(dtype, torch.float32)
             return cls(centred, encoder.W_enc.to(dtype), encoder.b_enc.to(dtype), working)
 
     def tiles(self, scale: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Of each tile its rows (a strided slice), its pre-activations, and what ranks them: these, or times ``scale``.
-
-        The next tile overwrites them. Columns of both from d_sae on, up to a multiple of ``GROUP``, are -inf.
-        """
+        """Of each tile its rows (a slice), its pre-activations and what ranks them; overwritten by the next, padded by -inf."""
         batch, d_sae = self.x.shape[0], self.W_enc.shape[1]
         least = max(LEAST_ROWS, TILE_BYTES[self.x.device.type] // (self.dtype.itemsize * d_sae))
         count = max(1, -(-batch // least))
@@ -82,25 +69,19 @@ class Product(NamedTuple):
             yield slice(start, None, count), tile, ranked
 
 
-def select(product: Product, encoder: Encoder, selection: Selection, fast: Callable[..., Entries | None]) -> Entries:
-    """The entries of the pre-activations that codes store; ``fast`` is a device's kernel, None where it does not reach."""
+def select(product: Product, encoder: Encoder, selection: Selection, fast: Callable[..., Codes | None]) -> Codes:
+    """The pre-activations that codes store; ``fast`` is a device's kernel, which gives None where it does not reach."""
     match selection:
-        case TopK(k, among):
-            scale = encoder.scale if among is None else None
-            return fast(product, k, scale, True) or select_topk(product, k, scale)
+        case TopK(k):
+            return fast(product, k, encoder.scale, True) or select_topk(product, k, encoder.scale)
         case BatchTopK(k, _, ranks):
             share = encoder.share_of(len(product.x), ranks)
             found = fast(product, k, encoder.scale, False) if share.ranks.size == 1 else None
             return found or select_batch_topk(product, k, encoder.scale, share)
-        case ReLU():
-            return select_above(product, product.b_enc.new_zeros(()))
-        case Threshold(threshold):
-            return select_above(product, threshold)
-        case JumpReLU(log_threshold, bandwidth):
-            return select_above(product, log_threshold.exp() - bandwidth / 2)
+    return select_above(product, floor_of(selection))
 
 
-def select_topk(product: Product, k: int, scale: Tensor | None) -> Entries:
+def select_topk(product: Product, k: int, scale: Tensor | None) -> Codes:
     """The k largest of each row, ranked by pre-activation (times ``scale [d_sae]``)."""
     batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
     latents = torch.empty(batch, k, dtype=torch.long, device=product.x.device)
@@ -109,15 +90,11 @@ def select_topk(product: Product, k: int, scale: Tensor | None) -> Entries:
         columns = largest_columns(ranked, k, d_sae)
         latents[rows] = columns
         pre[rows] = tile.gather(1, columns)
-    return Entries(Layout.equal_rows(latents, d_sae), pre.view(-1))
+    return Codes.from_topk(latents, pre, d_sae)
 
 
 def largest_columns(ranked: Tensor, k: int, d_sae: int) -> Tensor:
-    """Columns of the k largest of each row of ``ranked [rows, padded]``, ``[rows, k]`` in no order; ties as ``topk``'s.
-
-    The k largest entries lie in the k groups with the largest maxima. Where ties make "the k largest" ambiguous in a
-    tile, ``topk`` decides for the tile.
-    """
+    """Columns of the k largest of each row, in no order; they lie in the k groups of largest maxima. ``topk`` decides ties."""
     rows, groups = ranked.shape[0], ranked.shape[1] // GROUP
     if k * 2 <= groups and ranked.numel() and not ranked.is_cuda:
         chosen = _largest_k_of_rows(ranked.view(rows, GROUP, groups).amax(1), k)
@@ -129,29 +106,27 @@ def largest_columns(ranked: Tensor, k: int, d_sae: int) -> Tensor:
     return ranked[:, :d_sae].topk(k, dim=1, sorted=False).indices
 
 
-def select_batch_topk(product: Product, k: int, scale: Tensor | None, share: Share) -> Entries:
+def select_batch_topk(product: Product, k: int, scale: Tensor | None, share: Share) -> Codes:
     """Of the k · batch largest positive entries of the global batch, ranked by ``pre`` (times ``scale``), those of this part.
 
-    Entries from a threshold on, estimated from the first tile, are collected from all tiles; the largest are then picked among
-    them. Should they turn out too few, all positive entries are candidates in a second and last pass. The result is that of a
-    full sort; of equal entries those with the lowest row, then latent, are kept. Memory holds no more candidates than one tile
-    has, and twice what is kept.
+    Entries above a floor, estimated from the first tile, are collected from all tiles, and the largest are picked among them:
+    those of a full sort, of equal ones the lowest row, then latent. Should they turn out too few, a second and last pass
+    collects all positive entries.
     """
     wanted = k * share.rows
     candidates, floor = _candidates(product, scale, wanted, k / share.d_sae, share)
     found = share.ranks.sum(torch.tensor(len(candidates.pre), device=product.x.device))
     if floor > 0 and int(found) < wanted:
         candidates, _ = _candidates(product, scale, wanted, None, share)
-    return _in_row_order(candidates.largest(wanted, scale, share), product)
+    return candidates.largest(wanted, scale, share).in_row_order(product)
 
 
-def select_above(product: Product, threshold: Tensor) -> Entries:
+def select_above(product: Product, threshold: Tensor | float) -> Codes:
     """All entries above ``threshold`` (a scalar or ``[d_sae]``)."""
-    d_sae, parts = product.W_enc.shape[1], []
-    for rows, tile, _ in product.tiles():
-        flat = _flatnonzero(tile[:, :d_sae] > threshold)
-        parts.append(_Candidates.of(tile, flat // d_sae, flat % d_sae, rows))
-    return _in_row_order(_Candidates.cat(parts), product)
+    d_sae = product.W_enc.shape[1]
+    tiles = ((tile, _entries_above(tile[:, :d_sae], threshold), rows) for rows, tile, _ in product.tiles())
+    parts = [_Candidates.of(tile, *entries, rows) for tile, entries, rows in tiles]
+    return _Candidates.cat(parts).in_row_order(product)
 
 
 class _Candidates(NamedTuple):
@@ -183,15 +158,16 @@ class _Candidates(NamedTuple):
         index = _flatnonzero(among_largest(self.ranked(scale), positions, wanted, share.ranks))
         return _Candidates(*(field[index] for field in self))
 
+    def in_row_order(self, product: Product) -> Codes:
+        batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
+        order = stable_order(self.rows, batch)
+        return Codes(self.pre[order], Layout(row_pointers(self.rows, batch), self.latents[order], d_sae))
+
 
 def _candidates(
     product: Product, scale: Tensor | None, wanted: int, density: float | None, share: Share
 ) -> tuple[_Candidates, float]:
-    """Entries among which are the ``wanted`` largest, if as many lie above the floor; and the floor.
-
-    The floor is the lowest of all parts' estimates, from their first tiles, of what a share ``density`` of all entries
-    exceeds; without a density it is 0.
-    """
+    """Entries above a floor, the ``wanted`` largest among them, and that floor: a share ``density`` of all exceeds it."""
     few = density is not None and MARGIN * density * GROUP < 1 / 2
     parts: list[_Candidates] = []
     found, floor, above = 0, 0.0, 0.0
@@ -199,7 +175,8 @@ def _candidates(
         if density is not None and not parts:
             estimate = torch.tensor(_estimated_floor(ranked, density), dtype=torch.float64, device=tile.device)
             above = floor = float(share.ranks.min(estimate))
-        parts.append(_Candidates.of(tile, *_entries_above(ranked, above, few), rows))
+        entries = _entries_in_groups(ranked, above) if few else _entries_above(ranked, above)
+        parts.append(_Candidates.of(tile, *entries, rows))
         found += len(parts[-1].pre)
         if found > 2 * wanted:  # more than can be kept: go on from the edge of the largest so far
             parts = [_Candidates.cat(parts).largest(wanted, scale, share._replace(ranks=ALONE))]
@@ -221,12 +198,15 @@ def _just_below(value: Tensor) -> float:
     return float(torch.nextafter(value, torch.full_like(value, -torch.inf)))
 
 
-def _entries_above(ranked: Tensor, threshold: float, sparse: bool) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the entries of a tile above a threshold; ``sparse``: few are expected, look at groups first."""
+def _entries_above(ranked: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the entries of a tile above a threshold."""
+    flat = _flatnonzero(ranked > threshold)
+    return flat // ranked.shape[1], flat % ranked.shape[1]
+
+
+def _entries_in_groups(ranked: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """The same where few are expected: only groups with an entry above the threshold are opened."""
     width = ranked.shape[1]
-    if not sparse:
-        flat = _flatnonzero(ranked > threshold)
-        return flat // width, flat % width
     groups = width // GROUP
     found = _flatnonzero(ranked.view(ranked.shape[0], GROUP, groups).amax(1) > threshold)
     rows = found // groups
@@ -235,13 +215,6 @@ def _entries_above(ranked: Tensor, threshold: float, sparse: bool) -> tuple[Tens
     hits = _flatnonzero(ranked.view(-1)[inside] > threshold)
     group = hits >> GROUP_BITS  # shifts and masks: integer division is slow
     return rows[group], first[group] + (hits & (GROUP - 1)) * groups
-
-
-def _in_row_order(candidates: _Candidates, product: Product) -> Entries:
-    batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
-    order = stable_order(candidates.rows, batch)
-    crow = row_pointers(candidates.rows, batch)
-    return Entries(Layout(crow, candidates.latents[order], d_sae), candidates.pre[order])
 
 
 def _largest_k_of_rows(values: Tensor, k: int) -> Tensor | None:

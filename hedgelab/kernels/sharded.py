@@ -9,7 +9,7 @@ gradients are those that one process would compute. All processes must call each
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,21 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from hedgelab.kernels import ops, reference, sparse
-from hedgelab.kernels.agreement import Share
-from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.layout import row_pointers
-from hedgelab.kernels.ranks import Ranks
-from hedgelab.kernels.values import (
-    BatchTopK,
-    Decoder,
-    Encoder,
-    JumpReLU,
-    LevelErrors,
-    Selection,
-    Target,
-    Threshold,
-    TopK,
-)
+from hedgelab.kernels.codes import Codes, row_pointers
+from hedgelab.kernels.ranks import Ranks, Share
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, Errors, JumpReLU, Selection, Target, Threshold, TopK
 
 
 @dataclass(frozen=True)
@@ -46,7 +34,7 @@ class ShardedCodes(Codes):
     @classmethod
     def wrap(cls, codes: Codes, mesh: DeviceMesh) -> ShardedCodes:
         """Codes of one process's latents, which the processes of a mesh share."""
-        return cls(**{field.name: getattr(codes, field.name) for field in fields(Codes)}, mesh=mesh)
+        return cls(codes.values, codes.layout, codes.rates, codes.leading, mesh)
 
     @property
     def ranks(self) -> Ranks:
@@ -68,15 +56,13 @@ class ShardedCodes(Codes):
 
     def sum_per_latent(self, weight: Tensor | None = None) -> Tensor:
         """Sum of each latent's activations over the batch, a DTensor ``[d_sae]``."""
-        assert self.mesh is not None
-        return DTensor.from_local(super().sum_per_latent(weight), self.mesh, [Shard(0)], run_check=False)
+        return _of_all(super().sum_per_latent(weight), self.mesh)
 
     def gathered(self) -> Codes:
         """Codes of all latents, the same on every process, without a gradient."""
         ranks = self.ranks
         if not ranks.any(torch.tensor(self.layout is not None, device=self.values.device)):
-            dense = Codes.from_dense(ranks.stack(self.values.detach()).transpose(0, 1).flatten(1))
-            return replace(dense, leading=self.leading)
+            return Codes(ranks.stack(self.values.detach()).transpose(0, 1).flatten(1), leading=self.leading)
         _, own, values = self.csr()  # each process chose its layout by how many of its own latents fire
         rows, latents = ranks.cat(self.rows()), ranks.cat(own + ranks.rank * self.d_sae)
         order = rows.argsort(stable=True)
@@ -87,8 +73,8 @@ class ShardedCodes(Codes):
 
 def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     """As :func:`ops.encode`, of rows ``[batch, d_in]``; latents ``among`` which TopK selects are numbers among all."""
-    mesh = _mesh(encoder.W_enc)
-    ranks = _ranks(encoder.W_enc)
+    assert isinstance(encoder.W_enc, DTensor)
+    mesh, ranks = encoder.W_enc.device_mesh, _ranks(encoder.W_enc)
     b_dec: Tensor = _Summed.apply(_own(encoder.b_dec), ranks, False)  # type: ignore[no-untyped-call]
     W_enc, scale = _own(encoder.W_enc), None if encoder.scale is None else _own(encoder.scale)
     width = W_enc.shape[1]
@@ -113,7 +99,7 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
         case JumpReLU(log_threshold):
             codes = ops.encode_part(x, part, selection._replace(log_threshold=_own(log_threshold)))
             assert codes.rates is not None
-            codes = replace(codes, rates=DTensor.from_local(codes.rates, mesh, [Shard(0)], run_check=False))
+            codes = replace(codes, rates=_of_all(codes.rates, mesh))
         case _:
             codes = ops.encode_part(x, part, selection)
     return ShardedCodes.wrap(codes, mesh)
@@ -122,16 +108,16 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
 def decode(codes: Codes, decoder: Decoder) -> Tensor:
     """As :func:`ops.decode`, of rows."""
     own = _own(decoder.W_dec)
-    partial = ops.decode(_plain(codes), Decoder(own, own.new_zeros(own.shape[1])))
+    partial = ops.decode(Codes(codes.values, codes.layout), Decoder(own, own.new_zeros(own.shape[1])))
     return _sum(partial, _ranks(decoder.W_dec)) + _own(decoder.b_dec)
 
 
-def level_errors(codes: Codes, decoder: Decoder, target: Target) -> LevelErrors:
+def level_errors(codes: Codes, decoder: Decoder, target: Target) -> Errors:
     """As :func:`ops.level_errors`; what each level adds is summed over processes, and accumulated as one process does."""
-    part, own, ranks = _plain(codes), Decoder(_own(decoder.W_dec), _own(decoder.b_dec)), _ranks(decoder.W_dec)
-    width = own.W_dec.shape[0]
+    own, ranks = Decoder(_own(decoder.W_dec), _own(decoder.b_dec)), _ranks(decoder.W_dec)
+    part, width = Codes(codes.values, codes.layout), len(own.W_dec)
     target = target._replace(levels=[min(max(level - ranks.rank * width, 0), width) for level in target.levels])
-    if ops.decoder_path(part, own) is sparse:
+    if ops.decoder_path(part, own.W_dec) is sparse:
         return sparse.level_errors(part, own, target, ranks)
     return reference.level_errors(part, own, target, lambda added: _sum(added, ranks))
 
@@ -157,15 +143,13 @@ def _largest_of_rows(codes: Codes, k: int, scale: Tensor | None, ranks: Ranks) -
     tied = ranked == edge
     kept = (ranked > edge) | (tied & (tied.cumsum(1) <= places))
     if codes.layout is None:
-        return Codes.from_dense(torch.where(kept, codes.values, 0.0))
-    stored = kept.flatten().nonzero().squeeze(1)
-    crow = row_pointers(codes.layout.rows[stored], codes.batch_size)
-    return Codes.from_csr(crow, codes.layout.latents[stored], codes.values[stored], codes.d_sae)
+        return Codes(torch.where(kept, codes.values, 0.0))
+    return codes.stored(kept.flatten().nonzero().squeeze(1))
 
 
-def _mesh(weight: Tensor) -> DeviceMesh:
-    assert isinstance(weight, DTensor)
-    return weight.device_mesh
+def _of_all(own: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """Values ``[d_sae]`` of all latents, of which each process has its own."""
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
 
 
 def _own(value: Tensor) -> Tensor:
@@ -173,14 +157,10 @@ def _own(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _plain(codes: Codes) -> Codes:
-    """The same codes as of an SAE of this process's latents alone."""
-    return Codes(codes.d_sae, codes.values, codes.latents, codes.crow, codes.layout)
-
-
 def _ranks(weight: Tensor) -> Ranks:
     """The processes that share the latents of a weight."""
-    return Ranks.of(_mesh(weight).get_group())
+    assert isinstance(weight, DTensor)
+    return Ranks.of(weight.device_mesh.get_group())
 
 
 def _sum(partial: Tensor, ranks: Ranks) -> Tensor:
@@ -203,4 +183,4 @@ class _Summed(Function):
         return grad if ctx.of_values else ctx.ranks.sum(grad), None, None
 
 
-ops.plug_in(DTensor, sys.modules[__name__])
+ops.PLUGGED_IN[DTensor] = sys.modules[__name__]

@@ -7,7 +7,6 @@ single precision (autocast, bf16 parameters) are computed in it; what follows th
 precision.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,35 +15,21 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from hedgelab.kernels import products, reference, triton
-from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.layout import Layout
+from hedgelab.kernels.codes import Codes, Layout
 from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.kernels.selection import Product, select
-from hedgelab.kernels.values import (
-    BatchTopK,
-    Decoder,
-    Encoder,
-    JumpReLU,
-    LevelErrors,
-    Selection,
-    Target,
-    TopK,
-    compute_dtype,
-)
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, Errors, JumpReLU, Selection, Target, TopK, computed_in
 
 
-def products_on(tensor: Tensor) -> ModuleType:
-    """The module with the sparse products of a tensor's device."""
+def products_on(tensor: Tensor) -> Any:
+    """The module with the sparse products of a tensor's device; None on CUDA without Triton, where this path does not run."""
     if not tensor.is_cuda:
         return products
+    if not triton.available():
+        return None
     from hedgelab.kernels.triton import products as on_cuda
 
     return on_cuda
-
-
-def available_on(tensor: Tensor) -> bool:
-    """Whether the sparse path runs on a tensor's device: everywhere but on CUDA without Triton."""
-    return not tensor.is_cuda or triton.available()
 
 
 def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
@@ -57,35 +42,36 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     if population or (among is not None and x.is_cuda):
         return reference.encode(x, encoder, selection)
     with torch.no_grad():
-        product = Product.of(x, encoder if among is None else encoder.columns(among))
-        layout, values = select(product, encoder, selection, products_on(x).select)
+        used = encoder if among is None else encoder.columns(among)
+        product = Product.of(x, used)
+        selected = select(product, used, selection, products_on(x).select)
+        layout = selected.layout
+        assert layout is not None
         if among is not None:
             layout = Layout(layout.crow, among[layout.latents], encoder.W_enc.shape[1])
     # On CUDA the narrow copies that the product was made of are kept for the backward pass; elsewhere that takes the weights.
     narrow = (product.x, product.W_enc) if x.is_cuda else (None, None)
-    pre: Tensor = _SelectedPreActivations.apply(x, *encoder[:3], values, layout, *narrow)  # type: ignore[no-untyped-call]
-    if isinstance(selection, TopK):
-        return Codes.from_layout(layout, pre.relu())
+    pre: Tensor = _SelectedPreActivations.apply(x, *encoder[:3], selected.values, layout, *narrow)  # type: ignore[no-untyped-call]
     if not isinstance(selection, JumpReLU):
-        return Codes.from_layout(layout, pre)
+        return Codes(pre.relu() if isinstance(selection, TopK) else pre, layout)
     log_threshold, bandwidth, weight = selection
     activations, fired = reference.jump(pre, log_threshold.exp()[layout.latents], bandwidth)
     share = fired / x.shape[0] if weight is None else fired * weight.to(fired.dtype)[layout.rows]
     rates = share.new_zeros(layout.d_sae).index_add(0, layout.latents, share)
-    return Codes.from_layout(layout, activations, rates)
+    return Codes(activations, layout, rates)
 
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:
     """As :func:`reference.decode`; dense codes are decoded there."""
     if codes.layout is None:
         return reference.decode(codes, decoder)
-    args = (codes.values, None, *decoder, codes.layout, (codes.d_sae,), False, None, ALONE)
-    _, x_hats = _DecodeLevels.apply(*args)  # type: ignore[no-untyped-call]
+    settings = (codes.layout, (codes.d_sae,), False, None, ALONE)
+    _, x_hats = _DecodeLevels.apply(codes.values, None, *decoder, *settings)  # type: ignore[no-untyped-call]
     x_hat: Tensor = x_hats[0].to(decoder.W_dec.dtype)
     return x_hat
 
 
-def level_errors(codes: Codes, decoder: Decoder, target: Target, ranks: Ranks = ALONE) -> LevelErrors:
+def level_errors(codes: Codes, decoder: Decoder, target: Target, ranks: Ranks = ALONE) -> Errors:
     """As :func:`reference.level_errors`; decode and error are one kernel, and ``ranks`` may share the latents."""
     x, levels, detach, weight = target
     if codes.layout is None:
@@ -94,7 +80,7 @@ def level_errors(codes: Codes, decoder: Decoder, target: Target, ranks: Ranks = 
         codes = codes.prefix(levels[-1])
     settings = (codes.layout, tuple(levels), detach, weight, ranks)
     losses, errors = _DecodeLevels.apply(codes.values, x, *decoder, *settings)  # type: ignore[no-untyped-call]
-    return LevelErrors(losses.unbind(), errors.unbind())
+    return losses.unbind(), errors.unbind()
 
 
 class _SelectedPreActivations(Function):
@@ -114,24 +100,22 @@ class _SelectedPreActivations(Function):
         grad_x = grad_b_dec = None
         with torch.autocast(grad.device.type, enabled=False):
             centred = (x - b_dec).to(grad.dtype) if centred is None else centred
-            rows = (W_enc.to(grad.dtype) if weights is None else weights).t()
-            found = kernels.latent_gradients(layout, grad, centred[None], (layout.d_sae,), W_enc.dtype, bias=True)
+            rows, all_latents = (W_enc.to(grad.dtype) if weights is None else weights).t(), (layout.d_sae,)
+            found = kernels.latent_gradients(layout, grad, centred[None], all_latents, W_enc.dtype, bias=True)
+            grad_rows, grad_b_enc, _ = found
             if ctx.needs_input_grad[0]:
-                grad_x = kernels.decode_levels(layout, grad, rows, (layout.d_sae,))[0]
+                grad_x = kernels.decode_levels(layout, grad, rows, all_latents)[0]
             if ctx.needs_input_grad[3]:
-                grad_b_dec = -(found.bias.to(rows.dtype) @ rows)
-        return grad_x, found.weight.t(), found.bias, grad_b_dec, None, None, None, None
+                grad_b_dec = -(grad_b_enc.to(rows.dtype) @ rows)
+        return grad_x, grad_rows.t(), grad_b_enc, grad_b_dec, None, None, None, None
 
 
 class _DecodeLevels(Function):
-    """Sparse decode of nested prefixes of the latents, and their squared errors, in few passes over ``[batch, d_in]``.
+    """Sparse decode of nested prefixes of the latents: their losses ``[levels]`` and errors ``[levels, batch, d_in]``.
 
-    The first output holds the losses ``[levels]``, the second the errors ``[levels, batch, d_in]``, which are accumulated from
-    level to level; backward, level gradients are summed from the outermost inward. Without ``x`` there are no losses, and the
-    second output is the reconstructions of one level, with their gradient.
-
-    Values and decoder may be a part of the latents, the ``ranks`` having the others: what each level adds is then summed over
-    them, and accumulated as one rank would.
+    Errors are accumulated from level to level; backward, gradients are summed from the outermost level inward. Without ``x``
+    there are no losses, and in place of errors the reconstruction of one level, with its gradient. What each level adds is
+    summed over ``ranks`` that share the latents.
     """
 
     @staticmethod
@@ -143,8 +127,8 @@ class _DecodeLevels(Function):
         values = values.to(dtype)
         errors = ranks.sum(products_on(values).decode_levels(layout, values, W_dec, levels))
         errors[0].add_(b_dec)
-        ctx.layout, ctx.levels, ctx.detach, ctx.has_target = layout, levels, detach, x is not None
-        ctx.narrow = compute_dtype(W_dec) if values.is_cuda else dtype
+        ctx.layout, ctx.levels, ctx.detach = layout, levels, detach
+        ctx.narrow = computed_in(W_dec) if values.is_cuda else dtype
         ctx.set_materialize_grads(False)  # else backward is given zeros as large as the errors
         if x is None:
             ctx.save_for_backward(values, W_dec, None, None)
@@ -167,16 +151,13 @@ class _DecodeLevels(Function):
         upstream = grad_x_hat if grad is None else _of_squares(grad, errors, weight, ctx.detach)
         if upstream is None:
             return (None,) * 9
-        of_values = ctx.needs_input_grad[0]
-        found = products_on(values).latent_gradients(
-            ctx.layout, values, upstream.to(ctx.narrow), ctx.levels, W_dec.dtype, W_dec if of_values else None
+        needs_values, needs_x, _, needs_b_dec, *_ = ctx.needs_input_grad
+        grad_W_dec, _, grad_values = products_on(values).latent_gradients(
+            ctx.layout, values, upstream.to(ctx.narrow), ctx.levels, W_dec.dtype, W_dec if needs_values else None
         )
-        grad_x = grad_b_dec = None
-        if ctx.needs_input_grad[3]:
-            grad_b_dec = upstream[0].sum(0)
-        if ctx.needs_input_grad[1]:
-            grad_x = -(upstream.sum(0) if ctx.detach else upstream[0])
-        return found.values, grad_x, found.weight, grad_b_dec, None, None, None, None, None
+        grad_b_dec = upstream[0].sum(0) if needs_b_dec else None
+        grad_x = -(upstream.sum(0) if ctx.detach else upstream[0]) if needs_x else None
+        return grad_values, grad_x, grad_W_dec, grad_b_dec, None, None, None, None, None
 
 
 def _of_squares(grad: Tensor, errors: Tensor, weight: Tensor | None, detach: bool) -> Tensor:

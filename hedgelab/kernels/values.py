@@ -8,26 +8,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.kernels.agreement import Share
-from hedgelab.kernels.ranks import ALONE, Ranks
+from hedgelab.kernels.ranks import ALONE, Ranks, Share
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
+def computed_in(weight: Tensor) -> torch.dtype:
     """What products with a weight are computed in: autocast's type where it is on, else the weight's."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class Encoder(NamedTuple):
-    """Makes pre-activations ``pre = (x - b_dec) W_enc + b_enc``, ``[batch, d_sae]`` (SPEC section 2)."""
+    """Makes pre-activations ``pre = (x - b_dec) W_enc + b_enc``, ``[batch, d_sae]`` (SPEC section 2).
+
+    TopK and BatchTopK rank them times ``scale [d_sae]``. Weights of some latents only have the ``share`` that they make.
+    """
 
     W_enc: Tensor  # [d_in, d_sae]
     b_enc: Tensor
     b_dec: Tensor
-    scale: Tensor | None = None  # what pre-activations are multiplied by to rank them in TopK and BatchTopK, [d_sae]
-    share: Share | None = (
-        None  # which part of a global batch and of all latents these weights make; None for all latents
-    )
+    scale: Tensor | None = None
+    share: Share | None = None
 
     @property
     def d_sae(self) -> int:
@@ -87,6 +87,13 @@ class JumpReLU(NamedTuple):
 Selection = ReLU | Threshold | TopK | BatchTopK | JumpReLU
 
 
+def floor_of(selection: Selection) -> Tensor | float:
+    """What pre-activations exceed to be stored where no k bounds them; JumpReLU stores what has a gradient to θ as well."""
+    if isinstance(selection, JumpReLU):
+        return selection.log_threshold.exp() - selection.bandwidth / 2
+    return selection.threshold if isinstance(selection, Threshold) else 0.0
+
+
 class Decoder(NamedTuple):
     """Makes reconstructions ``x_hat = a W_dec + b_dec``, ``[batch, d_in]``, of ``W_dec [d_sae, d_in]`` and ``b_dec [d_in]``."""
 
@@ -108,8 +115,5 @@ class Target(NamedTuple):
     weight: Tensor | None = None
 
 
-class LevelErrors(NamedTuple):
-    """The squared error of each level's reconstruction, with a gradient; and ``x_hat - x`` of each, without one."""
-
-    losses: Sequence[Tensor]
-    errors: Sequence[Tensor]
+Errors = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""The squared error of each level's reconstruction, with a gradient; and ``x_hat - x`` of each, without one."""

@@ -21,8 +21,6 @@ by O(λ).
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -47,8 +45,8 @@ def asymmetry(codes: Codes, size: int, weight: Tensor | None = None, ranks: Rank
     The level's latents are the first ``size``; ``weight [batch]`` are probabilities of the examples, over all ``ranks``.
     """
     values = codes.values.detach().double()  # what follows is a difference of products: single precision leaves noise
-    codes = replace(codes, values=values)
-    fires = replace(codes, values=(codes.values > 0).double())
+    codes = codes.with_values(values)
+    fires = codes.with_values((codes.values > 0).double())
     if weight is None:
         weight = codes.values.new_full((codes.batch_size,), 1 / codes.batch_size)
     weight = weight.double()

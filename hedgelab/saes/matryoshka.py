@@ -14,7 +14,7 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.values import LevelErrors, Target
+from hedgelab.kernels.values import Errors, Target
 from hedgelab.saes.balance import asymmetry, outside_span
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
@@ -151,7 +151,7 @@ class MatryoshkaSAE(SAE):
         weights = zip(self.levels[:-1], self.current_weights()[:-1], strict=True) if self.adaptive else ()
         return {f"level_weight/level{size}": float(weight) for size, weight in weights}
 
-    def level_errors(self, codes: Codes, batch: Batch) -> LevelErrors:
+    def level_errors(self, codes: Codes, batch: Batch) -> Errors:
         """Squared error of each level, and the errors; those of inner levels after their credit."""
         x, _, weight = batch
         decoder, target = self.inner.decoder(), Target(x, self.levels, self.detached, weight)
@@ -168,7 +168,7 @@ class MatryoshkaSAE(SAE):
         parts = [(codes.prefix(size), x - part) for size, part in zip(self.levels[:-1], spared, strict=True)]
         targets = [(part, Target(wanted, (self.d_sae,), weight=weight)) for part, wanted in [*parts, (codes, x)]]
         found = [ops.level_errors(part, decoder, target) for part, target in targets]
-        return LevelErrors([losses[0] for losses, _ in found], [errors[0] for _, errors in found])
+        return [losses[0] for losses, _ in found], [errors[0] for _, errors in found]
 
     def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
         """Initialise the inner SAE."""

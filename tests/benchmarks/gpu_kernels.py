@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hedgelab.kernels import reference, sparse
-from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.layout import Layout
-from hedgelab.kernels.triton import products, selection, tiles
-from hedgelab.kernels.triton.products import decode_levels, latent_gradients
-from hedgelab.kernels.triton.tiles import SelectionTile, Tile
+from hedgelab.kernels.codes import Codes, Layout
+from hedgelab.kernels.triton import products, selection
+from hedgelab.kernels.triton.products import Tile, decode_levels, latent_gradients
+from hedgelab.kernels.triton.selection import SelectionTile
 from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, Target, TopK
 
 SELECTIONS: dict[str, Any] = {"topk": TopK, "batch_topk": BatchTopK}
@@ -69,33 +68,35 @@ def check(rows: list[tuple[str, float, float]]) -> None:
         layout = random_layout(batch, d_sae, k)
         values, weight = torch.randn(batch * k, device=DEVICE), torch.randn(d_sae, d_in, device=DEVICE)
         source = torch.randn(3, batch, d_in, device=DEVICE)
-        dense = Codes.from_layout(layout, values.double()).to_dense()
+        dense = Codes(values.double(), layout).to_dense()
         levels = [d_sae // 8, d_sae // 2, d_sae]
         exact = torch.stack([dense[:, a:b] @ weight[a:b].double() for a, b in pairwise([0, *levels])])
         rows.append((f"decode {name}", relative(decode_levels(layout, values, weight, levels), exact), 1e-6))
         level = torch.bucketize(layout.latents, torch.tensor(levels, device=DEVICE), right=True)
         for dtype, tolerance in ((torch.float32, 1e-6), (BF16, 1e-6)):
             given = source.to(dtype)
-            found = latent_gradients(layout, values, given, levels, torch.float32, weight, bias=True)
-            assert found.values is not None
-            assert found.bias is not None
+            of_weight, of_bias, of_values = latent_gradients(
+                layout, values, given, levels, torch.float32, weight, bias=True
+            )
+            assert of_values is not None
+            assert of_bias is not None
             expected = torch.zeros_like(weight, dtype=torch.float64)
             for number in range(3):
                 part = torch.where(level == number, values.double(), 0.0)
-                expected += Codes.from_layout(layout, part).to_dense().t() @ given[number].double()
+                expected += Codes(part, layout).to_dense().t() @ given[number].double()
             felt = given[level, layout.rows].double()
-            rows.append((f"weight gradient {dtype} {name}", relative(found.weight, expected), tolerance))
+            rows.append((f"weight gradient {dtype} {name}", relative(of_weight, expected), tolerance))
             dots = (felt * weight[layout.latents].double()).sum(1)
-            rows.append((f"value gradient {dtype} {name}", relative(found.values, dots), tolerance))
-            rows.append((f"bias gradient {dtype} {name}", relative(found.bias, dense.sum(0)), tolerance))
+            rows.append((f"value gradient {dtype} {name}", relative(of_values, dots), tolerance))
+            rows.append((f"bias gradient {dtype} {name}", relative(of_bias, dense.sum(0)), tolerance))
         for dtype in (torch.float32, BF16):
             pre = torch.randn(batch, d_sae, device=DEVICE).to(dtype)
             selected = selection.top_k(pre, k)
             assert selected is not None
             best = pre.topk(k, dim=1).values.flatten()
-            rows.append((f"top_k {dtype} {name}", float((selected.pre != best).sum()), 0))
+            rows.append((f"top_k {dtype} {name}", float((selected.values != best).sum()), 0))
             spread = pre * torch.rand(batch, 1, device=DEVICE).mul(3).to(dtype)
-            chosen = selection.batch_top_k(spread, k * batch).pre.sort(descending=True).values
+            chosen = selection.batch_top_k(spread, k * batch).values.sort(descending=True).values
             best = spread.flatten().topk(k * batch).values
             rows.append((f"batch_top_k {dtype} {name}", float((chosen != best).sum()), 0))
     rows.extend(check_step())
@@ -194,8 +195,8 @@ def time_parts(options: argparse.Namespace, bandwidth: float, best: dict[str, An
     touched = int(layout.latents.unique().numel()) * d_in
     encoder, x = weight.to(BF16), torch.randn(batch, d_in, device=DEVICE, dtype=BF16)
     bias = torch.zeros(d_sae, device=DEVICE, dtype=BF16)
-    decode_tile, dots_tile = best.get("decode", tiles.DECODE), best.get("decoder gradients", tiles.GRADIENT)
-    bias_tile, select_tile = best.get("encoder gradients", tiles.GRADIENT), best.get("top_k", tiles.SELECTION)
+    decode_tile, dots_tile = best.get("decode", products.DECODE), best.get("decoder gradients", products.GRADIENT)
+    bias_tile, select_tile = best.get("encoder gradients", products.GRADIENT), best.get("top_k", selection.SELECTION)
 
     def part(name: str, work: Callable[[], Any], gigabytes: float = 0.0) -> None:
         results[name] = timed(work)
@@ -231,7 +232,7 @@ def time_parts(options: argparse.Namespace, bandwidth: float, best: dict[str, An
         "decode: embedding_bag",
         lambda: F.embedding_bag(bags, weight, per_sample_weights=values.view(batch, k), mode="sum"),
     )
-    codes = Codes.from_layout(layout, values.to(BF16))
+    codes = Codes(values.to(BF16), layout)
     part("decode: dense bf16 (scatter + product)", lambda: codes.to_dense() @ encoder)
     _ = layout.transposed
     gigabytes = 4e-9 * (size + touched) + 2e-9 * source.numel()
@@ -244,7 +245,7 @@ def time_parts(options: argparse.Namespace, bandwidth: float, best: dict[str, An
     part("decoder gradients: ours, 4 levels", lambda: decoder_gradients(source.expand(4, -1, -1), four))
     skewed = random_layout(batch, d_sae, k, zipf=True)
     _ = skewed.transposed
-    hottest = int(skewed.transposed.ccol.diff().max())
+    hottest = int(skewed.transposed[0].diff().max())
     part(f"decoder gradients: ours, hottest latent {hottest} x", lambda: decoder_gradients(source, one, skewed))
 
     def plain_gradients() -> Any:
@@ -279,13 +280,13 @@ def find_density(options: argparse.Namespace, best: dict[str, Any], results: dic
         _ = layout.transposed
 
         def sparse() -> None:
-            decode_levels(layout, values, weight, one, tile=best.get("decode", tiles.DECODE))  # noqa: B023
-            gradient = best.get("decoder gradients", tiles.GRADIENT)
+            decode_levels(layout, values, weight, one, tile=best.get("decode", products.DECODE))  # noqa: B023
+            gradient = best.get("decoder gradients", products.GRADIENT)
             latent_gradients(layout, values, source, one, torch.float32, weight, tile=gradient)  # noqa: B023
             latent_gradients(layout, values, source, one, torch.float32, bias=True, tile=gradient)  # noqa: B023
 
         def dense() -> None:
-            codes = Codes.from_layout(layout, values.to(BF16)).to_dense()  # noqa: B023
+            codes = Codes(values.to(BF16), layout).to_dense()  # noqa: B023
             weight.to(BF16)  # noqa: B023
             codes @ encoder  # noqa: B023
             (codes.t() @ source[0]).float()  # noqa: B023
@@ -370,7 +371,7 @@ def main() -> None:
         patch_interpreter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--no-sweep", action="store_true", help="time the launch shapes of tiles.py")
+    parser.add_argument("--no-sweep", action="store_true", help="time the launch shapes that are built in")
     for name, default in (("d-in", 2304), ("d-sae", 65536), ("k", 25), ("batch", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()

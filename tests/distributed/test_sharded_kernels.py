@@ -7,9 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hedgelab.kernels import ops
-from hedgelab.kernels.agreement import Share, among_largest, edge_of_largest
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.ranks import ALONE, Ranks
+from hedgelab.kernels.ranks import ALONE, Ranks, Share, among_largest
 from hedgelab.kernels.selection import Product, select_batch_topk
 from hedgelab.kernels.sharded import ShardedCodes
 from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Target, Threshold, TopK
@@ -66,8 +65,8 @@ def outcome(kind, w, backend, detach, weight=None):
     with ops.backend(backend):
         codes, decoder = encode(kind, w, weight), Decoder(w["W_dec"], w["b_dec"])
         rates = codes.rates
-        errors = ops.level_errors(codes, decoder, Target(w["x"], (100, 400, D_SAE), detach, weight))
-        loss = torch.stack(list(errors.losses)) @ torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+        losses, errors = ops.level_errors(codes, decoder, Target(w["x"], (100, 400, D_SAE), detach, weight))
+        loss = torch.stack(list(losses)) @ torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
         penalty = codes.sum_per_latent(weight) * w["W_dec"].norm(dim=1)
         loss = loss + ops.total(penalty) + 2 * ops.total(penalty, slice(100)) + ops.total(penalty, slice(100, 400))
         loss = loss if rates is None else loss + ops.total(rates)
@@ -78,7 +77,7 @@ def outcome(kind, w, backend, detach, weight=None):
             "smallest": codes.smallest_positive(),
             "reconstruction": ops.decode(codes, decoder).detach(),
             "loss": loss.detach(),
-            **{f"error{level}": error for level, error in enumerate(errors.errors)},
+            **{f"error{level}": error for level, error in enumerate(errors)},
             **{name: gradient(w[name]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
         }
 
@@ -205,8 +204,7 @@ def check_part_of_both(rank):
     row, latent = rank // 2 * BATCH // 2, rank % 2 * D_SAE // 2
     rows, latents = slice(row, row + BATCH // 2), slice(latent, latent + D_SAE // 2)
     part = Product(x[rows], W_enc[:, latents], torch.zeros(D_SAE // 2), torch.float32)
-    layout, values = select_batch_topk(part, K, None, Share(Ranks.of(None), BATCH, D_SAE, row, latent))
-    found = Codes.from_layout(layout, values).to_dense()
+    found = select_batch_topk(part, K, None, Share(Ranks.of(None), BATCH, D_SAE, row, latent)).to_dense()
     torch.testing.assert_close(found, pre[rows, latents] * kept.view_as(pre)[rows, latents])
 
 
@@ -237,11 +235,11 @@ def test_among_largest_is_exact_ties_and_all(on_ranks, dtype):
     on_ranks(3, check_agreement, dtype)
 
 
-def test_the_edge_alone():
-    values = torch.tensor([3.0, 1.0, 2.0, 2.0, -5.0, 0.0])
-    assert edge_of_largest(values, 4, ALONE) is None
-    edge = edge_of_largest(values, 2, ALONE)
-    assert (float(edge.value), edge.places, edge.ties) == (2.0, 1, 2)
+@pytest.mark.parametrize(("wanted", "kept"), [(1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])])
+def test_the_largest_of_one_process(wanted, kept):
+    values, positions = torch.tensor([3.0, 1.0, 2.0, 2.0, -5.0, 0.0]), torch.arange(6).flip(0)
+    found = among_largest(values, positions.__getitem__, wanted, ALONE)
+    assert found.nonzero().flatten().tolist() == kept
 
 
 def test_positions_differ_between_parts():

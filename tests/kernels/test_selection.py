@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from hedgelab.kernels import selection
-from hedgelab.kernels.agreement import Share
-from hedgelab.kernels.ranks import ALONE
+from hedgelab.kernels.codes import Codes, stable_order
+from hedgelab.kernels.ranks import ALONE, Share
 from hedgelab.kernels.selection import Product as Encoder
 from hedgelab.kernels.selection import select_above, select_topk
 
@@ -22,18 +22,12 @@ def encoder(batch: int, d_sae: int, dtype: torch.dtype = torch.float64, order: s
     return Encoder(x.to(dtype), weights.to(dtype), bias.to(dtype), dtype)
 
 
-def select_batch_topk(encoder: Encoder, k: int, scale: Tensor | None) -> selection.Entries:
+def select_batch_topk(encoder: Encoder, k: int, scale: Tensor | None) -> Codes:
     return selection.select_batch_topk(encoder, k, scale, Share(ALONE, len(encoder.x), encoder.W_enc.shape[1]))
 
 
 def whole(encoder: Encoder) -> Tensor:
     return torch.addmm(encoder.b_enc, encoder.x, encoder.W_enc)
-
-
-def dense(entries: selection.Entries, d_sae: int) -> Tensor:
-    layout = entries.layout
-    filled = entries.pre.new_zeros(layout.row_count, d_sae)
-    return filled.index_put_((layout.rows, layout.latents), entries.pre)
 
 
 @pytest.mark.parametrize("d_sae", [300, 1027])
@@ -44,7 +38,7 @@ def test_batch_selection_is_that_of_a_full_sort(d_sae, order, k):
     pre = whole(e)
     edge = pre.flatten().sort(descending=True).values[k * 1300 - 1].clamp_min(0)
     expected = torch.where((pre >= edge) & (pre > 0), pre, 0.0)
-    torch.testing.assert_close(dense(select_batch_topk(e, k, None), d_sae), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(select_batch_topk(e, k, None).to_dense(), expected, rtol=1e-12, atol=1e-12)
 
 
 def products(monkeypatch) -> list[int]:
@@ -63,10 +57,10 @@ def products(monkeypatch) -> list[int]:
 def test_a_wrong_floor_costs_time_but_not_exactness(monkeypatch, estimate, passes):
     """Too low: more candidates. Too high: one more pass, which cannot fail."""
     e = encoder(1400, 520)
-    expected = dense(select_batch_topk(e, 9, None), 520)
+    expected = select_batch_topk(e, 9, None).to_dense()
     monkeypatch.setattr(selection, "_estimated_floor", lambda *args: estimate)
     rows = products(monkeypatch)
-    assert torch.equal(dense(select_batch_topk(e, 9, None), 520), expected)
+    assert torch.equal(select_batch_topk(e, 9, None).to_dense(), expected)
     assert sum(rows) == passes * 1400
 
 
@@ -90,7 +84,7 @@ def test_where_ties_decide_one_product_does(case, k, monkeypatch):
     rows = products(monkeypatch)
     entries = select_batch_topk(e, k, None)
     assert sum(rows) == 1300
-    assert entries.pre.numel() == k * 1300
+    assert entries.values.numel() == k * 1300
     order = pre.argsort(descending=True, stable=True)[: k * 1300]
     kept = entries.layout.rows * 600 + entries.layout.latents
     assert torch.equal(kept.sort().values, order.sort().values)
@@ -100,8 +94,8 @@ def test_fewer_positive_entries_than_wanted():
     e = encoder(50, 64)
     e = e._replace(b_enc=e.b_enc - 30)
     kept = select_batch_topk(e, 20, None)
-    assert 0 < kept.pre.numel() < 20 * 50
-    torch.testing.assert_close(dense(kept, 64), whole(e).relu(), rtol=1e-12, atol=1e-12)
+    assert 0 < kept.values.numel() < 20 * 50
+    torch.testing.assert_close(kept.to_dense(), whole(e).relu(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 5, 100])
@@ -134,11 +128,11 @@ def test_a_transposed_layout_is_ordered_by_latent():
     levels = layout.by_level([10, 40, 90])
     assert levels.row_count == 180
     assert torch.equal(levels.rows % 60, layout.rows[levels.order])
-    assert torch.equal(levels.transposed.rows % 60, rows)
+    assert torch.equal(levels.transposed[1] % 60, rows)
     assert layout.by_level([10, 40, 90]) is levels
 
 
 def test_wide_dictionaries_are_ordered_alike():
     keys = torch.randint(0, 1 << 17, (5000,), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(selection.stable_order(keys, 1 << 17), torch.argsort(keys, stable=True))
-    assert torch.equal(selection.stable_order(keys % 999, 999), torch.argsort(keys % 999, stable=True))
+    assert torch.equal(stable_order(keys, 1 << 17), torch.argsort(keys, stable=True))
+    assert torch.equal(stable_order(keys % 999, 999), torch.argsort(keys % 999, stable=True))

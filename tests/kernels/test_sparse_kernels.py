@@ -58,15 +58,15 @@ def run(m, name: str, x: Tensor, w: Weights, k: int, levels: list[int], detach: 
     """Everything a step produces on a path: activations, reconstructions, gradients of the weights and of ``x``."""
     x = x.detach().clone().requires_grad_()
     codes = ENCODERS[name](m, x, w, k)
-    result = m.level_errors(codes, w.decoder(), Target(x.detach(), levels, detach))
-    loss = sum((i + 1) * value for i, value in enumerate(result.losses)) * len(x)
+    losses, errors = m.level_errors(codes, w.decoder(), Target(x.detach(), levels, detach))
+    loss = sum((i + 1) * value for i, value in enumerate(losses)) * len(x)
     if len(levels) == 1:
         loss = loss + m.decode(codes, w.decoder()).sin().sum()
     loss = loss + codes.sum_per_latent().dot(w.W_dec.norm(dim=1))
     if codes.rates is not None:
         loss = loss + (codes.rates * torch.arange(len(codes.rates))).sum()
     loss.backward()
-    return [codes.to_dense().detach(), *result.errors, *w.gradients(), x.grad]
+    return [codes.to_dense().detach(), *errors, *w.gradients(), x.grad]
 
 
 def assert_same(name: str, batch: int, d_in: int, d_sae: int, k: int, levels: list[int], **options) -> None:
@@ -192,7 +192,7 @@ def test_gradients_by_finite_differences(one_level):
         decoder = Decoder(W_dec, b_dec)
         if one_level:
             return (sparse.decode(codes, decoder),)
-        return tuple(sparse.level_errors(codes, decoder, Target(x, [4, 9])).losses)
+        return tuple(sparse.level_errors(codes, decoder, Target(x, [4, 9]))[0])
 
     assert torch.autograd.gradcheck(step, (x, w.W_enc, w.b_enc, w.W_dec, w.b_dec))
 
@@ -224,10 +224,10 @@ def test_bf16_weights_and_autocast_work_in_single_precision_after_the_product(na
 def test_lean_dense_path_equals_autograd(name):
     x = torch.randn(37, 12, dtype=torch.float64)
     results = []
-    for product in (reference.pre_activations, reference.lean_pre_activations):
+    for lean in (False, True):
         w, leaf = Weights(12, 203), x.clone().requires_grad_()
         selection = ReLU() if name == "relu" else JumpReLU(w.log_threshold, 0.5)
-        codes = reference.encode(leaf, w.encoder(), selection, product)
+        codes = reference.encode(leaf, w.encoder(), selection, lean)
         loss = reference.decode(codes, w.decoder()).square().sum()
         (loss if codes.rates is None else loss + (codes.rates * torch.arange(203)).sum()).backward()
         results.append([codes.to_dense().detach(), leaf.grad, *w.gradients()])

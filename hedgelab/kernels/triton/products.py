@@ -6,19 +6,29 @@ Sums are accumulated in at least single precision, whatever the type of weights 
 # mypy: disallow-untyped-decorators=False
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.layout import Layout
-from hedgelab.kernels.products import LatentGradients
-from hedgelab.kernels.selection import Entries, Product
+from hedgelab.kernels.codes import Codes, Layout
+from hedgelab.kernels.selection import Product
 from hedgelab.kernels.triton import selection
-from hedgelab.kernels.triton.tiles import DECODE, GRADIENT, Tile
+
+
+class Tile(NamedTuple):
+    """How a program of a kernel is cut; ``block`` and ``entries`` are powers of two."""
+
+    block: int  # columns of d_in that a program handles
+    entries: int  # stored values of a row, or of a latent, in flight at once
+    num_warps: int
+
+
+# Chosen by ``python -m tests.benchmarks.gpu_kernels`` on an H100.
+DECODE = Tile(block=256, entries=8, num_warps=2)
+GRADIENT = Tile(block=256, entries=4, num_warps=1)
 
 # Largest share of stored values at which gathering rows beats a dense product: matrix units multiply 16-bit numbers an
 # order of magnitude faster than memory delivers scattered rows, float32 ones hardly faster.
@@ -31,7 +41,7 @@ def max_share(dtype: torch.dtype) -> float:
     return DENSITY_16_BIT if dtype.itemsize == 2 else DENSITY_32_BIT
 
 
-def select(product: Product, k: int, scale: Tensor | None, per_row: bool) -> Entries | None:
+def select(product: Product, k: int, scale: Tensor | None, per_row: bool) -> Codes | None:
     """The k largest positive entries of each row, or k a row on average; None where the kernels do not reach.
 
     Among equal entries the lowest latent of a row, or the first in memory, is kept. The kernels do not reach where k is above
@@ -162,16 +172,16 @@ def latent_gradients(
     weight: Tensor | None = None,
     bias: bool = False,
     tile: Tile = GRADIENT,
-) -> LatentGradients:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As :func:`hedgelab.kernels.products.latent_gradients`: each row is summed in fast memory and written once.
 
     Latents beyond the last level get zeros. Weight gradients of many values are a dense product.
     """
     count, batch, width = source.shape
     if weight is None and len(values) > max_share(source.dtype) * batch * layout.d_sae:
-        dense = Codes.from_layout(layout, values.to(source.dtype)).to_dense()
-        sums = Codes.from_layout(layout, values).sum_per_latent() if bias else None
-        return LatentGradients((dense.t() @ source[0]).to(dtype), sums, None)
+        dense = Codes(values.to(source.dtype), layout).to_dense()
+        sums = Codes(values, layout).sum_per_latent() if bias else None
+        return (dense.t() @ source[0]).to(dtype), sums, None
     offsets, rows, order = layout.transposed
     tiles = triton.cdiv(width, tile.block)
     gradient = source.new_empty(layout.d_sae, width, dtype=dtype)
@@ -183,7 +193,7 @@ def latent_gradients(
     weights = gradient if weight is None else weight.contiguous()
     options = {"LEVELS": count, "BIAS": bias, "DOTS": weight is not None, **_shape(tile, values)}
     _latent_gradients[(layout.d_sae, tiles)](*inputs, weights, *outputs, batch, width, len(values), **options)
-    return LatentGradients(gradient, sums, None if dots is None else dots.sum(0))
+    return gradient, sums, None if dots is None else dots.sum(0)
 
 
 def _shape(tile: Tile, values: Tensor) -> dict[str, Any]:

@@ -9,16 +9,24 @@ would make them 0 anyway.
 
 # mypy: disallow-untyped-decorators=False
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hedgelab.kernels.layout import Layout
-from hedgelab.kernels.selection import Entries
-from hedgelab.kernels.triton.tiles import SELECTION, SelectionTile
+from hedgelab.kernels.codes import Codes
+
+
+class SelectionTile(NamedTuple):
+    """How the kernels are cut; ``groups`` is a power of two."""
+
+    groups: int  # of latents of a row; the k-th largest of their maxima bounds the threshold
+    num_warps: int
+
+
+SELECTION = SelectionTile(groups=2048, num_warps=8)
 
 # Thresholds keep the sign, exponent and 7 bits of the mantissa; the bits below only shrink the candidates by a few percent.
 LOW_BIT = 16
@@ -139,11 +147,11 @@ def fits(batch: int, width: int, k: int) -> bool:
     return 0 < batch * width <= POSITION and k <= _groups(width, SELECTION) // 4
 
 
-def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Entries | None:
+def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Codes | None:
     """The k largest positive entries of each row of ``pre · scale``; None where ties make candidates too many.
 
-    Rows with fewer positive entries are filled with zeros, spread over the latents so that no latent collects them. ``pre`` is
-    contiguous and of single precision or less, and ``scale [d_sae]`` not negative.
+    Rows with fewer are filled with zeros, at changing latents so that none collects them. ``pre`` is contiguous and of single
+    precision or less, ``scale [d_sae]`` not negative.
     """
     batch, width = pre.shape
     maxima, thresholds = _maxima(pre, scale, k, tile, per_row=True)
@@ -159,10 +167,10 @@ def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile 
     filler = torch.arange(batch * k, device=pre.device).view(batch, k)
     positions = torch.where(filled, filler % width, POSITION - (chosen & POSITION))
     values = pre.view(-1)[positions].masked_fill_(filled, 0.0)
-    return Entries(Layout.equal_rows(positions % width, width), values.flatten().float())
+    return Codes.from_topk(positions % width, values.float(), width)
 
 
-def batch_top_k(pre: Tensor, count: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Entries:
+def batch_top_k(pre: Tensor, count: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Codes:
     """The ``count`` largest positive entries of ``pre · scale``, fewer where there are fewer; latents rise within a row."""
     batch, width = pre.shape
     maxima, _ = _maxima(pre, scale, 1, tile, per_row=False)
@@ -177,7 +185,7 @@ def batch_top_k(pre: Tensor, count: int, scale: Tensor | None = None, tile: Sele
         packed = packed.sort(descending=True).values[:count]
     positions = (POSITION - (packed & POSITION)).sort().values
     crow = torch.searchsorted(positions, torch.arange(batch + 1, device=pre.device) * width)
-    return Entries(Layout(crow, positions % width, width), pre.view(-1)[positions].float())
+    return Codes.from_csr(crow, positions % width, pre.view(-1)[positions].float(), width)
 
 
 def _groups(width: int, tile: SelectionTile) -> int:

@@ -41,16 +41,18 @@ def as_codes(latents: Tensor | Codes) -> Codes:
 def on_cpu(latents: Tensor | Codes) -> Codes:
     """Codes without a gradient on the CPU, where probes are fitted."""
     codes = as_codes(latents)
-    crow, index = (None if part is None else part.cpu() for part in (codes.crow, codes.latents))
-    return Codes(codes.d_sae, codes.values.detach().cpu(), index, crow)
+    if codes.layout is None:
+        return Codes(codes.values.detach().cpu())
+    crow, index, values = (part.detach().cpu() for part in codes.csr())
+    return Codes.from_csr(crow, index, values, codes.d_sae)
 
 
 def picked(codes: Codes, dim: int, index: Tensor) -> Tensor:
     """Some rows (``dim`` 0) or some latents (1) of codes, dense and in float64."""
     values = codes.values.detach()
-    if codes.latents is None:
+    if codes.layout is None:
         return values.index_select(dim, index).double()
-    entries, shape = torch.stack([codes.rows(), codes.latents]), (codes.batch_size, codes.d_sae)
+    entries, shape = torch.stack([codes.rows(), codes.layout.latents]), (codes.batch_size, codes.d_sae)
     matrix = torch.sparse_coo_tensor(entries, values.double(), shape, check_invariants=False)
     return matrix.index_select(dim, index).to_dense()
 
@@ -80,7 +82,7 @@ def float64(tensor: Tensor) -> Tensor:
 def sparse_product(codes: Codes, matrix: Tensor, weight: Tensor | None = None) -> Tensor:
     """``Σ_b w_b c_b m_bᵀ`` of codes and a ``matrix [batch, n]``, ``[d_sae, n]`` in the matrix' precision, autocast or not."""
     device, dtype = matrix.device, matrix.dtype
-    stored = codes.values if codes.latents is not None else codes.values[codes.values > 0]
+    stored = codes.values[codes.values > 0] if codes.layout is None else codes.values
     with torch.autocast(device.type, enabled=False):  # counts would come out rounded to 8 bits
         if stored.numel() > SPARSE_BELOW * codes.batch_size * codes.d_sae:
             left = codes.to_dense().to(device, dtype)

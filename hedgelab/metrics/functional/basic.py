@@ -147,7 +147,7 @@ def firing_update(codes: Tensor | Codes, weight: Tensor | None = None) -> Ratio:
     if weight is None:
         fired = float64(codes.firing_counts())
         return Ratio(fired, fired.new_tensor(codes.batch_size))
-    indicator = Codes(codes.d_sae, float64(codes.values > 0), codes.latents, codes.crow)
+    indicator = codes.with_values(float64(codes.values > 0))
     return Ratio(indicator.sum_per_latent(float64(weight)), float64(weight).sum())
 
 

@@ -9,7 +9,6 @@ free intercept and ``s_i = n / (2 n_class)``, so that both classes weigh alike; 
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -162,14 +161,14 @@ class ProbingScores(NamedTuple):
 
 def firing_magnitudes(codes: Tensor | Codes) -> Tensor:
     """Mean activation of each latent where it fires, ``[d_sae]`` float64; 1 for latents that never do."""
-    wide = replace(as_codes(codes), values=float64(as_codes(codes).values))
+    wide = as_codes(codes).with_values(float64(as_codes(codes).values))
     fired = wide.firing_counts()
     return torch.where(fired > 0, wide.sum_per_latent() / fired.clamp_min(1), 1.0)
 
 
 def rank_latents(train: Tensor | Codes, labels: Tensor, k: int) -> Tensor:
     """The k latents of each class, best first, ``[classes, k]``; arguments as in :func:`k_sparse_probing`."""
-    wide = replace(as_codes(train), values=float64(as_codes(train).values))
+    wide = as_codes(train).with_values(float64(as_codes(train).values))
     inside = torch.stack([wide.sum_per_latent(mask.double()) for mask in labels.T])
     count = labels.sum(0).double()[:, None]
     difference = inside / count - (wide.sum_per_latent() - inside) / (len(labels) - count)

@@ -126,7 +126,7 @@ def co_firing(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = N
     """Sums of one batch of latents and ``features [batch, n]``; without ``weight`` pairs are exact whole numbers in float32."""
     codes, present = as_codes(codes).detach(), features > 0
     fired, count = firing_update(codes, weight)
-    firing = Codes(codes.d_sae, (codes.values > 0).float(), codes.latents, codes.crow, codes.layout)
+    firing = codes.with_values((codes.values > 0).float())
     pair = (present.float(), None) if weight is None else (float64(present), float64(weight))
     return CoFiring(count, fired, weighted_sum(present, weight), sparse_product(firing, *pair))
 

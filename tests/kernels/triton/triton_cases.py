@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hedgelab.kernels import reference, sparse
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.selection import Entries
 from hedgelab.kernels.triton import available, products, selection
-from hedgelab.kernels.triton.tiles import SelectionTile, Tile
+from hedgelab.kernels.triton.products import Tile
+from hedgelab.kernels.triton.selection import SelectionTile
 from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, JumpReLU, ReLU, Target, Threshold, TopK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,20 +208,15 @@ def test_any_rows_repeated_indices_and_empty_rows(tile: Tile) -> None:
     dense = codes.to_dense()
     assert codes.layout is not None
     assert relative(products.decode_levels(codes.layout, values, weight, [d_sae], tile)[0], dense @ weight) <= 1e-6
-    found = products.latent_gradients(
+    of_weight, of_bias, of_values = products.latent_gradients(
         codes.layout, values, source, [d_sae], torch.float32, weight, bias=True, tile=tile
     )
-    assert found.bias is not None
-    assert found.values is not None
-    assert relative(found.weight, dense.t() @ source[0]) <= 1e-6
-    assert relative(found.bias, dense.sum(0)) <= 1e-6
-    assert relative(found.values, (source[0] @ weight.t())[codes.rows(), latents]) <= 1e-6
-    assert not found.weight[4].any()
-
-
-def filled(selected: Entries) -> Tensor:
-    """Selected entries in a dense tensor."""
-    return Codes.from_layout(selected.layout, selected.pre).to_dense()
+    assert of_bias is not None
+    assert of_values is not None
+    assert relative(of_weight, dense.t() @ source[0]) <= 1e-6
+    assert relative(of_bias, dense.sum(0)) <= 1e-6
+    assert relative(of_values, (source[0] @ weight.t())[codes.rows(), latents]) <= 1e-6
+    assert not of_weight[4].any()
 
 
 def check_top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile | None = None) -> None:
@@ -231,7 +226,7 @@ def check_top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: Selectio
     ranked = (pre if scale is None else pre.float() * scale).relu()
     order = torch.argsort(ranked, dim=1, descending=True, stable=True)[:, :k]
     expected = torch.zeros_like(pre).scatter_(1, order, (pre * (ranked > 0)).gather(1, order))
-    assert torch.equal(filled(selected), expected.float())
+    assert torch.equal(selected.to_dense(), expected.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -276,8 +271,9 @@ def test_batch_top_k_is_the_set_a_full_sort_keeps(kind: str, count: int, dtype: 
     flat = pre.flatten().relu()
     kept = torch.argsort(flat, descending=True, stable=True)[:count]
     expected = torch.zeros_like(flat).scatter_(0, kept, flat[kept]).view_as(pre)
-    assert torch.equal(filled(selected), expected.float())
+    assert torch.equal(selected.to_dense(), expected.float())
     layout = selected.layout
+    assert layout is not None
     assert all((layout.latents[a:b].diff() > 0).all() for a, b in pairwise(layout.crow.tolist()))
 
 
