@@ -43,7 +43,16 @@ def sweep_panels(
     for axes, (metric, curves) in zip(grid, panels.items(), strict=True):
         for line, points in curves.items():
             _curve(axes, points, lines.index(line))
-        _scales(axes, log, names, [point for points in curves.values() for point in points])
+        ticks = sorted({point.x for points in curves.values() for point in points})
+        lowest = min((value for points in curves.values() for point in points for value in point.values), default=-1)
+        axes.set(xscale="log" if log[0] else "linear", yscale="log" if log[1] else "linear")
+        if axes.get_ylim()[0] < 0 <= lowest and not log[1]:
+            axes.set_ylim(bottom=0)  # a band that reaches below zero says nothing there
+        if names is not None:
+            axes.set_xticks(range(len(names)), list(names))
+        elif 1 < len(ticks) <= 8 and log[0]:
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], color=MUTED)
+            axes.minorticks_off()
         tidy(axes, metric, xlabel, ylabel if axes is grid[0] else "")
     if len(lines) > 1 or lines != [""]:
         legend_below(figure, [grid[0].plot([], [], label=line, **_look(i))[0] for i, line in enumerate(lines)])
@@ -65,18 +74,3 @@ def _curve(axes: Axes, points: Sequence[Point], number: int) -> None:
         axes.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
     seeds = [(point.x, value) for point in ordered if len(point.values) > 1 for value in point.values]
     axes.scatter(*np.reshape(seeds, (-1, 2)).T, s=6, color=color, alpha=0.6, linewidths=0, zorder=2)
-
-
-def _scales(axes: Axes, log: tuple[bool, bool], names: Sequence[str] | None, points: Sequence[Point]) -> None:
-    if log[0]:
-        axes.set_xscale("log")
-    if log[1]:
-        axes.set_yscale("log")
-    elif axes.get_ylim()[0] < 0 <= min(min(point.values) for point in points):
-        axes.set_ylim(bottom=0)  # a band that reaches below zero says nothing there
-    ticks = sorted({point.x for point in points})
-    if names is not None:
-        axes.set_xticks(range(len(names)), list(names))
-    elif 1 < len(ticks) <= 8 and log[0]:
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], color=MUTED)
-        axes.minorticks_off()

@@ -87,9 +87,7 @@ def phase_diagram(
             with rc_context({"hatch.linewidth": 0.4, "hatch.color": style.MUTED}):
                 axes.contourf(x, y, shallower, levels=[0.5, 1.5], colors="none", hatches=["////"])
             entries.append(Patch(facecolor="none", edgecolor=style.MUTED, hatch="////", label="in a shallower minimum"))
-    for set_scale, log in zip((axes.set_xscale, axes.set_yscale), logarithmic, strict=True):
-        if log:
-            set_scale("log")
+    axes.set(xscale="log" if logarithmic[0] else "linear", yscale="log" if logarithmic[1] else "linear")
     if entries:
         style.legend_below(figure, entries)
     style.color_bar(figure, mesh, quantity, aspect=30)

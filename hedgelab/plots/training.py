@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import numpy as np
@@ -41,7 +41,10 @@ def loss_terms(terms: Mapping[str, Curve]) -> Figure:
 
 
 def overlaid_curves(curves: Mapping[str, Mapping[str, Curve]], titles: Mapping[str, str], heading: str) -> Figure:
-    """A panel for each metric, titled by ``titles``, with a line for each run, by its label."""
+    """A panel for each metric, titled by ``titles``, with a line for each run, by its label.
+
+    It is logarithmic where all values are positive and span more than a decade.
+    """
     runs = list(dict.fromkeys(label for lines in curves.values() for label in lines))
     few = len(runs) <= 2 * len(PALETTE)
     columns = min(_MOST_COLUMNS, len(curves))
@@ -54,7 +57,10 @@ def overlaid_curves(curves: Mapping[str, Mapping[str, Curve]], titles: Mapping[s
         for label, (steps, values) in lines.items():
             color = color_of(runs.index(label)) if few else FAINT
             axes.plot(steps, values, color=color, linewidth=1.4, label=label)
-        _logarithmic_where_it_helps(axes, lines.values())
+        everything = np.concatenate([np.asarray(values, dtype=float) for _, values in lines.values()])
+        known = everything[np.isfinite(everything)]
+        if known.size and known.min() > 0 and known.max() > 10 * known.min():
+            axes.set_yscale("log")
         tidy(axes, titles.get(metric, metric), "step")
     if few and len(runs) > 1:
         legend_below(figure, [line for axes in grid for line in axes.get_lines()], legend_columns)
@@ -113,14 +119,6 @@ def firing_density(rates: ArrayLike) -> Figure:
     title = f"{values.size} latents, of which {values.size - live.size} never fired"
     tidy(axes, title, "share of examples it fires on", "latents")
     return figure
-
-
-def _logarithmic_where_it_helps(axes: Axes, curves: Iterable[Curve]) -> None:
-    """A logarithmic scale where all values are positive and span more than a decade."""
-    values = np.concatenate([np.asarray(values, dtype=float) for _, values in curves])
-    values = values[np.isfinite(values)]
-    if values.size and values.min() > 0 and values.max() > 10 * values.min():
-        axes.set_yscale("log")
 
 
 def _highlight(axes: Axes, steps: Sequence[int], curves: NDArray[np.float64], shown: Sequence[int], name: str) -> None:

@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hedgelab.tracking.logger import MLflowTracker
-    from hedgelab.tracking.progress import StepProgressBar
-    from hedgelab.tracking.record import MemberRecord, RunRecord
+    from hedgelab.tracking.logger import MLflowTracker as MLflowTracker
+    from hedgelab.tracking.progress import StepProgressBar as StepProgressBar
+    from hedgelab.tracking.record import MemberRecord as MemberRecord
+    from hedgelab.tracking.record import RunRecord as RunRecord
 
 _HOMES = {"MLflowTracker": "logger", "MemberRecord": "record", "RunRecord": "record", "StepProgressBar": "progress"}
-__all__ = ["MLflowTracker", "MemberRecord", "RunRecord", "StepProgressBar"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,9 +15,7 @@ class ThinnedSeries(Generic[T]):
         self.limit = limit
         self.steps: list[int] = []
         self.values: list[T] = []
-        self._stride = 1
-        self._offers = 0
-        self._offered = -1
+        self._stride, self._offers, self._offered = 1, 0, -1
 
     def offer(self, step: int, make: Callable[[], T]) -> None:
         """Keeps ``make()`` for this step if its turn has come; it is not called otherwise.
@@ -26,14 +24,12 @@ class ThinnedSeries(Generic[T]):
         """
         if step <= self._offered:
             return
-        self._offered = step
         if self._offers % self._stride == 0:
             self.steps.append(step)
             self.values.append(make())
             if len(self.steps) > self.limit:
-                self.steps, self.values = self.steps[::2], self.values[::2]
-                self._stride *= 2
-        self._offers += 1
+                self.steps, self.values, self._stride = self.steps[::2], self.values[::2], 2 * self._stride
+        self._offers, self._offered = self._offers + 1, step
 
     def state_dict(self) -> dict[str, Any]:
         """Plain state for a checkpoint."""
@@ -43,5 +39,4 @@ class ThinnedSeries(Generic[T]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
         self.steps, self.values = list(state["steps"]), list(state["values"])
-        self._stride, self._offers = state["stride"], state["offers"]
-        self._offered = state["offered"]
+        self._stride, self._offers, self._offered = state["stride"], state["offers"], state["offered"]

@@ -87,7 +87,7 @@ class MLflowTracker(Logger):
         super().__init__()
         if buffer_points < 1:
             raise UserError(f"trainer.logger.buffer_points: must be at least 1, got {buffer_points}")
-        self._experiment, self._run_name, self._run_id = experiment, run_name, run_id
+        self._experiment, self.run_name, self._run_id = experiment, run_name, run_id
         self._tags = {**({} if description is None else {"mlflow.note.content": description}), **(tags or {})}
         self._uri = uri or tracking_uri()
         self._buffer_points, self._system_metrics = buffer_points, system_metrics
@@ -103,11 +103,6 @@ class MLflowTracker(Logger):
     def name(self) -> str:
         """Name of the experiment."""
         return self._experiment
-
-    @property
-    def run_name(self) -> str | None:
-        """Name that the run was given; None where MLflow invents one."""
-        return self._run_name
 
     @property
     def version(self) -> str | None:
@@ -256,18 +251,18 @@ class MLflowTracker(Logger):
         run: Run | None = None
         if self._run_id is None:
             run = self._start_run(client)
+            self._run_id = str(run.info.run_id)
         elif reachable:
             run = self._continue_run(client, self._run_id)
-        self._client, self._run_id = client, self._run_id if run is None else str(run.info.run_id)
         spool = Spool(runs_dir(self._uri) / "spool", self._run_id, without_credentials(self._uri))
+        began = int(time.time() * 1000)
         if run is not None:
-            self._params = dict(run.data.params)
-            if self._goes_on:
-                waiting, there = spool.last_steps(), last_steps(run)
-                self._logged_to = {key: max(waiting.get(key, -1), there.get(key, -1)) for key in {*waiting, *there}}
-        sampler = None
-        if self._system_metrics:
-            sampler = SystemSampler(int(time.time() * 1000) if run is None else run.info.start_time)
+            began, self._params = run.info.start_time, dict(run.data.params)
+        if run is not None and self._goes_on:
+            waiting, there = spool.last_steps(), last_steps(run)
+            self._logged_to = {key: max(waiting.get(key, -1), there.get(key, -1)) for key in {*waiting, *there}}
+        sampler = SystemSampler(began) if self._system_metrics else None
+        self._client = client
         self._writer = RunWriter(client, self._run_id, spool, self._buffer_points, sample=sampler, repeats=run is None)
         atexit.register(self._writer.close)  # for a process that ends without finalize
         return self._writer
@@ -319,7 +314,7 @@ class MLflowTracker(Logger):
         except (KeyError, OSError):  # a container may run under a number that has no name
             user = str(os.getuid())
         tags = {"mlflow.user": user, "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
-        return client.create_run(experiment.experiment_id, run_name=self._run_name, tags={**tags, **self._tags})
+        return client.create_run(experiment.experiment_id, run_name=self.run_name, tags={**tags, **self._tags})
 
     def _continue_run(self, client: MlflowClient, run_id: str) -> Run:
         from mlflow.exceptions import MlflowException

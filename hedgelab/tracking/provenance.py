@@ -8,8 +8,9 @@ import socket
 import subprocess
 import time
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -20,8 +21,9 @@ from hedgelab.tracking.spool import Operation
 
 def provenance_tags(world_size: int) -> dict[str, str]:
     """Git commit, package versions, host and hardware of this process."""
-    tags = {f"version.{name}": _version(name) for name in ("hedgelab", "torch", "lightning", "mlflow")}
-    tags |= {
+    tags = {
+        "version.hedgelab": hedgelab.__version__,
+        **{f"version.{name}": version(name) for name in ("torch", "lightning", "mlflow")},
         "version.python": platform.python_version(),
         "host": socket.gethostname(),
         "hardware.cpu": _cpu_model(),
@@ -36,13 +38,6 @@ def provenance_tags(world_size: int) -> dict[str, str]:
     return tags
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return hedgelab.__version__ if package == "hedgelab" else "not installed"
-
-
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -52,19 +47,14 @@ def _cpu_model() -> str:
 
 def _git_tags() -> dict[str, str]:
     """Commit of the working directory's repository, else of the one that hedgelab is imported from; none elsewhere."""
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
     for folder in (Path.cwd(), Path(hedgelab.__file__).parent):
-        if commit := _git(folder, "rev-parse", "HEAD"):
-            dirty = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
-            return {"git_commit": commit, "git_dirty": str(dirty).lower(), "mlflow.source.git.commit": commit}
+        with suppress(OSError, subprocess.SubprocessError):
+            git = ["git", "-C", str(folder)]
+            commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+            changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+            return {"git_commit": commit, "git_dirty": str(bool(changed)).lower(), "mlflow.source.git.commit": commit}
     return {}
-
-
-def _git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 class SystemSampler:

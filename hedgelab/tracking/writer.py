@@ -84,10 +84,12 @@ class RunWriter:
             self._start()
         self._wake.set()
 
-    def send(self) -> None:
-        """Send all there is, what waits longest first, up to the first failure; a store that has just failed is left alone."""
+    def send(self, again: bool = False) -> None:
+        """Send all there is, what waits longest first, up to the first failure; ``again`` asks a store that has just failed."""
         with self._sending:
             self._keep()
+            if again:
+                self._retry_at, self._files_at, self._sent = 0.0, 0.0, -1
             while self._sent < self._kept and time.monotonic() >= self._retry_at:
                 began = time.monotonic()
                 try:
@@ -99,22 +101,14 @@ class RunWriter:
                     self._retry_at = time.monotonic() + self._retry_seconds
                     self._retry_seconds = min(2 * self._retry_seconds, _MOST_RETRY_SECONDS)
 
-    def flush(self) -> None:
-        """Send everything that waits, trying the store even where it has just failed, for as long as that takes."""
-        self._retry_at, self._files_at, self._sent = 0.0, 0.0, -1
-        self.send()
-
     def close(self) -> None:
-        """Stop the thread and flush, unless the store was found to hang; :meth:`add` starts it again."""
+        """Stop the thread and send what waits, unless the store was found to hang; :meth:`add` starts it again."""
         if self._thread is not None:
             self._stop.set()
             self._wake.set()
             self._thread.join()
             self._thread = None
-        if self._hangs:
-            self.send()
-        else:
-            self.flush()
+        self.send(again=not self._hangs)
         self._spool.close()
 
     def _start(self) -> None:

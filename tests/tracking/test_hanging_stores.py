@@ -106,7 +106,7 @@ def test_a_store_that_hangs_holds_nobody_up_for_long(store, spool, tmp_path, fai
     assert {step for line in spool._decode(spool._lines()) for *_, step in line.metrics} == {*range(1, 40)}
     store.gate.set()
     writer.close()
-    writer.flush()
+    writer.send(again=True)
     arrived(store)
     assert not spool
 
@@ -155,7 +155,7 @@ def test_files_that_cannot_be_uploaded_keep_nothing_else_back(store, spool, tmp_
     assert all(operation.source for operation in spool._decode(spool._lines()))
     assert len([message for message in caplog.messages if "no credentials" in message]) == 1
     store.no_files = False
-    writer.flush()
+    writer.send(again=True)
     assert store.files == ["kept", "kept"]
     assert not spool
 

@@ -211,7 +211,7 @@ def test_what_a_full_disk_does_not_take_waits_in_memory(tmp_path, monkeypatch, c
     assert writer.unkept is None
     assert spool.last_steps() == {"a": 5}
     again = RunWriter(up := Up(), "r", spool)
-    again.flush()
+    again.send(again=True)
     assert up.taken == [0, 1, 2, 3, 4, 5]
 
 

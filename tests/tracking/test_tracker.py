@@ -84,7 +84,7 @@ def test_a_point_sent_twice_is_kept_once(uri):
 
     for _ in range(2):
         spool.append(Operation([("a", 1.0, 123, 1), ("b", float("nan"), 123, 1)]))
-    tracker._writer.flush()
+    tracker._writer.send(again=True)
     assert not spool
     for key in ("a", "b"):
         assert len(tracker.experiment.get_metric_history(tracker.run_id, key)) == 1
@@ -116,7 +116,7 @@ def test_store_that_fails_in_mid_run_loses_nothing(uri, monkeypatch, caplog):
     assert client.get_run(run_id).info.status == "RUNNING"
     assert Path(tracker.save_dir, "spool", f"{run_id}.jsonl").exists()
 
-    tracker._writer.flush()
+    tracker._writer.send(again=True)
     run = client.get_run(run_id)
     assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 1.0)
     assert artifact(tracker, "note.txt").read_text() == "kept"

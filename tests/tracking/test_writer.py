@@ -96,11 +96,11 @@ def test_what_a_dead_store_misses_is_spooled_and_sent_later_in_order(client, spo
     note.write_text("kept")
     writer = RunWriter(client, "r1", spool, buffer_points=10)
     writer.add({"a": 0.0}, 0)
-    writer.flush()
+    writer.send(again=True)
     client.down = True
     for step in range(1, 50):
         writer.add({"a": math.nan if step == 7 else math.inf if step == 8 else float(step)}, step)
-    writer.flush()
+    writer.send(again=True)
     writer.keep(Operation(params={"k": "3"}))
     writer.keep(Operation(tags={"t": "v"}))
     writer.keep(Operation(source=str(note), artifact_path="notes"))
@@ -115,7 +115,7 @@ def test_what_a_dead_store_misses_is_spooled_and_sent_later_in_order(client, spo
     assert [next(iter(line)) for line in kept][-4:] == ["params", "tags", "source", "status"]
 
     client.down = False
-    RunWriter(client, "r1", spool).flush()
+    RunWriter(client, "r1", spool).send(again=True)
     assert steps(client) == list(range(50))
     assert math.isnan(client.points[7][1])
     assert math.isinf(client.points[8][1])
