@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
-from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.data.toy import ToyDataModule
 from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.functional import mcc
 from hedgelab.plots.theory import balance_figure
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Row, Study, make_toy
 from hedgelab.saes import SAE, MatryoshkaSAE
-from hedgelab.saes.ensemble import EnsembleSAE
 from hedgelab.tracking.listing import aligned
 
-Array = NDArray[np.float64]
 _ELITE = 8  # one in eight of a round leads to the next
 _FIRST_WEIGHTS = (0.02, 1.0)
+Train = Callable[[Sequence[dict[str, Any]]], list[Row]]
+_NUMBERS = ("encoder_error", "decoder_error", "mse", "mcc")
 _SHOWN = ("β = 1, plain matryoshka", "best β", "adaptive weights, one a level", "one weight a level", "credit, β = 1")
 
 
@@ -47,10 +47,9 @@ class BetaGrid:
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high:
             raise UserError(f"betas: need 0 < low < high, got {self.low} and {self.high}")
-        if self.points < 3:
-            raise UserError(f"betas.points: must be at least 3, got {self.points}")
+        whole_number("betas.points", self.points, 3)
 
-    def values(self) -> Array:
+    def values(self) -> NDArray[np.float64]:
         """The values, ``[points]``."""
         return np.geomspace(self.low, self.high, self.points)
 
@@ -70,38 +69,11 @@ class WeightSearch:
     rounds: int = 4
 
     def __post_init__(self) -> None:
-        if self.members < _ELITE:
-            raise UserError(f"search.members: must be at least {_ELITE}, got {self.members}")
-        if self.rounds < 1:
-            raise UserError(f"search.rounds: must be at least 1, got {self.rounds}")
+        whole_number("search.members", self.members, _ELITE)
+        whole_number("search.rounds", self.rounds)
 
 
-class Score(NamedTuple):
-    """What came of an SAE: its levels' weights at the end, the cosines of its parent's latent with the features, and numbers.
-
-    ``encoder_error`` is the length of the parent's unit encoder off its own feature (0: a clean parent), ``decoder_error`` that
-    of its decoder row.
-    """
-
-    weights: list[float]
-    encoder: list[float]
-    decoder: list[float]
-    encoder_error: float
-    decoder_error: float
-    mse: float
-    mcc: float
-
-    def numbers(self) -> dict[str, float]:
-        """Errors by name."""
-        return {name: getattr(self, name) for name in ("encoder_error", "decoder_error", "mse", "mcc")}
-
-
-Make = Callable[..., MatryoshkaSAE]
-"""Makes the config's SAE, initialised, with some arguments of its own."""
-Train = Callable[[Sequence[MatryoshkaSAE]], list[Score]]
-"""Trains SAEs side by side and scores each."""
-
-
+@dataclass(eq=False)
 class BalanceStudy(Study):
     """Find the weighting of matryoshka levels that leaves a hierarchy's parent clean.
 
@@ -115,160 +87,140 @@ class BalanceStudy(Study):
         starts: β from which adaptive weights start.
         parent: The parent's feature, and its latent.
         steps: Optimiser steps of each SAE.
-
-    Raises:
-        UserError: Another SAE, or an impossible number.
     """
 
     experiment = "theory"
     example = "configs/theory/balance.yaml"
 
-    def __init__(
-        self,
-        data: Recipe[ActivationDataModule],
-        model: Recipe[SAE],
-        betas: BetaGrid = BetaGrid(),
-        search: WeightSearch | None = None,
-        starts: list[float] = [1.0],  # noqa: B006 (read only; jsonargparse shows it)
-        parent: int = 0,
-        steps: int = 2000,
-    ) -> None:
-        if model.class_name != "MatryoshkaSAE":
-            raise UserError(f"model: must be a MatryoshkaSAE, got {model.class_name}")
-        if not starts or min(starts) <= 0:
-            raise UserError(f"starts: needs values of β above 0, got {starts}")
-        self.data, self.model, self.betas, self.search, self.starts = data, model, betas, search, starts
-        self.steps, self.parent = whole_number("steps", steps), whole_number("parent", parent, 0)
+    data: Recipe[ActivationDataModule]
+    model: Recipe[SAE]
+    betas: BetaGrid = BetaGrid()
+    search: WeightSearch | None = None
+    starts: list[float] = field(default_factory=lambda: [1.0])
+    parent: int = 0
+    steps: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.model.class_name != "MatryoshkaSAE":
+            raise UserError(f"model: must be a MatryoshkaSAE, got {self.model.class_name}")
+        if not self.starts or min(self.starts) <= 0:
+            raise UserError(f"starts: needs values of β above 0, got {self.starts}")
+        whole_number("steps", self.steps)
+        whole_number("parent", self.parent, 0)
 
     def run(self, bench: Bench) -> Outcome:
         """Train, measure, draw."""
         data = make_toy(self.data, "data", population=True)
-        directions, batch = data.feature_directions, data.batch("train", 0)
-        if self.parent >= len(directions):
-            raise UserError(f"parent: must be a feature, 0 to {len(directions) - 1}, got {self.parent}")
+        features = len(data.feature_directions)
+        if self.parent >= features:
+            raise UserError(f"parent: must be a feature, 0 to {features - 1}, got {self.parent}")
 
-        def make(**arguments: Any) -> MatryoshkaSAE:
-            return cast(MatryoshkaSAE, bench.make_sae(self.model, data, **arguments))
-
-        def train(members: Sequence[MatryoshkaSAE]) -> list[Score]:
-            return scores(bench.train(members, batch, self.steps), batch, directions, self.parent)
-
-        with bench.progress(fits(self.search) * self.steps):
-            curves, methods = find_balance(make, train, self.betas, self.search, self.starts)
-        metrics = {
-            f"{method}/{name}": value for method, one in methods.items() for name, value in one.numbers().items()
-        }
+        train = partial(self._train, bench, data)
+        ensembles = 7 if self.search is None else 8 + self.search.rounds
+        with bench.progress(ensembles * self.steps):
+            curves, methods = self._find(train)
+        metrics = {f"{method}/{name}": one[name] for method, one in methods.items() for name in _NUMBERS}
         lines = [
             [
-                method, f"encoder error {one.encoder_error:.4f}", f"decoder error {one.decoder_error:.4f}",
-                f"mse {one.mse:.2e}", f"weights {' '.join(f'{weight:.4g}' for weight in one.weights)}",
+                method, f"encoder error {one['encoder_error']:.4f}", f"decoder error {one['decoder_error']:.4f}",
+                f"mse {one['mse']:.2e}", f"weights {' '.join(f'{weight:.4g}' for weight in one['level_weights'])}",
             ]
             for method, one in methods.items()
         ]  # fmt: skip
-        rows: list[Row] = [
-            {
-                "method": method,
-                **one.numbers(),
-                **{f"encoder_feature{j}": value for j, value in enumerate(one.encoder)},
-                **{f"decoder_feature{j}": value for j, value in enumerate(one.decoder)},
-                "level_weights": one.weights,
-            }
-            for method, one in methods.items()
-        ]
-        curve_rows: list[Row] = [
-            {"curve": curve, "beta": float(beta), **one.numbers()}
+        rows = [{"method": method, **one} for method, one in methods.items()]
+        curve_rows = [
+            {"curve": curve, "beta": float(beta), **{name: one[name] for name in _NUMBERS}}
             for curve, found in curves.items()
             for beta, one in zip(self.betas.values(), found, strict=True)
         ]
-        return Outcome(
-            metrics, {"methods.csv": rows, "curves.csv": curve_rows}, {"balance.png": self._figure(curves, methods)},
-            [f"{len(methods)} methods", *aligned(lines).splitlines()], step=self.steps,
-        )  # fmt: skip
-
-    def _figure(self, curves: Mapping[str, Sequence[Score]], methods: Mapping[str, Score]) -> Figure:
-        """Error over β, and the parent's components."""
-        adaptive = f"adaptive weights from β = {self.starts[0]:g}"
-        shown = [name for name in _SHOWN if name in methods]
-        shown.insert(2, adaptive)
-        children = [j for j in range(len(methods[adaptive].encoder)) if j != self.parent]
-        return balance_figure(
+        adapted = f"adaptive weights from β = {self.starts[0]:g}"
+        shown = [*_SHOWN[:2], adapted, *(name for name in _SHOWN[2:] if name in methods)]
+        start = methods[adapted]
+        children = [j for j in range(features) if j != self.parent]
+        figure = balance_figure(
             self.betas.values(),
-            {name: [one.encoder_error for one in found] for name, found in curves.items()},
-            {"adaptive weight, no ground truth used": (methods[adaptive].weights[0], methods[adaptive].encoder_error)},
-            {name: [methods[name].encoder[j] for j in children] for name in shown},
+            {name: [one["encoder_error"] for one in found] for name, found in curves.items()},
+            {"adaptive weight, no ground truth used": (start["level_weights"][0], start["encoder_error"])},
+            {name: [methods[name][f"encoder_feature{j}"] for j in children] for name in shown},
             [f"feature {j}" for j in children],
             "How clean is the parent's latent?",
         )
+        return Outcome(
+            metrics, {"methods.csv": rows, "curves.csv": curve_rows}, {"balance.png": figure},
+            [f"{len(methods)} methods", *aligned(lines).splitlines()], step=self.steps,
+        )  # fmt: skip
+
+    def _find(self, train: Train) -> tuple[dict[str, list[Row]], dict[str, Row]]:
+        """Train an SAE for each way to weight levels: curves over the grid of β, and the scores of a single SAE by method."""
+        grid = self.betas.values()
+        plain = train([{"beta": beta} for beta in grid])
+        place = plain.index(_best(plain))
+        around = np.geomspace(grid[max(0, place - 1)], grid[min(len(grid) - 1, place + 1)], len(grid))
+        at_one, at_zero = train([{"beta": 1.0}, {"beta": 0.0}])
+        methods = {
+            "β = 0, no inner levels": at_zero,
+            "β = 1, plain matryoshka": at_one,
+            "best β": _best(train([{"beta": beta} for beta in around])),
+        }
+        if self.search is not None:
+            methods["one weight a level"] = _search(self.search, train)
+            one_a_level = {"levels": self.search.levels, "beta": self.starts[0], "adaptive": True}
+            (methods["adaptive weights, one a level"],) = train([one_a_level])
+        adaptive = train([{"beta": beta, "adaptive": True} for beta in self.starts])
+        for start, one in zip(self.starts, adaptive, strict=True):
+            methods[f"adaptive weights from β = {start:g}"] = one
+        credited = train([{"beta": beta, "credit": 1.0} for beta in grid])
+        (methods["credit, β = 1"],) = train([{"beta": 1.0, "credit": 1.0}])
+        methods["credit, best β"] = _best(credited)
+        (methods["credit, adaptive weights"],) = train([{"beta": 1.0, "credit": 1.0, "adaptive": True}])
+        return {"β": plain, "β, credit": credited}, methods
+
+    def _train(self, bench: Bench, data: ToyDataModule, members: Sequence[dict[str, Any]]) -> list[Row]:
+        """Train the SAE side by side with each of some arguments, or level weights, of its own, and score each.
+
+        ``encoder_error`` is the length of the parent's unit encoder off its own feature (0: a clean parent), ``decoder_error``
+        that of its decoder row; beside them stand the cosines of both with each feature, and the levels' weights at the end.
+        """
+        parent, directions, batch = self.parent, data.feature_directions, data.batch("train", 0)
+        assert batch.weight is not None
+        saes = []
+        for arguments in members:
+            weights = arguments.pop("level_weights", None)
+            saes.append(sae := cast(MatryoshkaSAE, bench.make_sae(self.model, data, **arguments)))
+            sae.level_weights = weights or sae.level_weights
+        ensemble = bench.train(saes, batch, self.steps)
+        folded = ensemble.folded()
+        encoders = (normalize(folded.W_enc[:, :, parent], dim=1) @ directions.T).double()
+        rows = normalize(folded.W_dec, dim=2) @ directions.T
+        found: list[Row] = []
+        for i in range(len(ensemble)):
+            member = cast(MatryoshkaSAE, ensemble.member(i))
+            with torch.no_grad():
+                error = member.loss(batch).error
+            parts = {"encoder": encoders[i], "decoder": rows[i, parent].double()}
+            off = {f"{part}_error": float((1 - v[parent].clamp(0, 1).square()).sqrt()) for part, v in parts.items()}
+            mse = float(error.square().sum(1) @ batch.weight.to(error))
+            cosines = {f"{part}_feature{j}": one for part, v in parts.items() for j, one in enumerate(v.tolist())}
+            final = [float(weight) for weight in member.current_weights()]
+            found.append({**off, "mse": mse, "mcc": float(mcc(rows[i])), **cosines, "level_weights": final})
+        return found
 
 
-def find_balance(
-    make: Make, train: Train, betas: BetaGrid, search: WeightSearch | None = None, starts: Sequence[float] = (1.0,)
-) -> tuple[dict[str, list[Score]], dict[str, Score]]:
-    """Train an SAE for each way to weight levels: curves over the grid of β, and the score of a single SAE by method."""
-    grid = betas.values()
-    plain = train([make(beta=beta) for beta in grid])
-    place = plain.index(_best(plain))
-    around = np.geomspace(grid[max(0, place - 1)], grid[min(len(grid) - 1, place + 1)], len(grid))
-    at_one, at_zero = train([make(beta=1.0), make(beta=0.0)])
-    methods = {
-        "β = 0, no inner levels": at_zero,
-        "β = 1, plain matryoshka": at_one,
-        "best β": _best(train([make(beta=beta) for beta in around])),
-    }
-    if search is not None:
-        methods["one weight a level"] = _search(make, search, train)
-        (methods["adaptive weights, one a level"],) = train([make(levels=search.levels, beta=starts[0], adaptive=True)])
-    adaptive = train([make(beta=beta, adaptive=True) for beta in starts])
-    methods |= {f"adaptive weights from β = {start:g}": one for start, one in zip(starts, adaptive, strict=True)}
-    credited = train([make(beta=beta, credit=1.0) for beta in grid])
-    (methods["credit, β = 1"],) = train([make(beta=1.0, credit=1.0)])
-    methods["credit, best β"] = _best(credited)
-    (methods["credit, adaptive weights"],) = train([make(beta=1.0, credit=1.0, adaptive=True)])
-    return {"β": plain, "β, credit": credited}, methods
+def _best(found: Sequence[Row]) -> Row:
+    """The scores of the SAE with the cleanest parent."""
+    return min(found, key=lambda one: math.inf if math.isnan(one["encoder_error"]) else one["encoder_error"])
 
 
-def fits(search: WeightSearch | None) -> int:
-    """How many ensembles :func:`find_balance` trains."""
-    return 7 + (search.rounds + 1 if search is not None else 0)
-
-
-def scores(ensemble: EnsembleSAE, batch: Batch, directions: torch.Tensor, parent: int) -> list[Score]:
-    """The score of every member on the whole population."""
-    folded = ensemble.folded()
-    encoders = (normalize(folded.W_enc[:, :, parent], dim=1) @ directions.T).double()
-    rows = normalize(folded.W_dec, dim=2) @ directions.T
-    decoders = rows[:, parent].double()
-    assert batch.weight is not None
-    found = []
-    for i, (encoder, decoder) in enumerate(zip(encoders, decoders, strict=True)):
-        member = cast(MatryoshkaSAE, ensemble.member(i))
-        with torch.no_grad():
-            error = member.loss(batch).error
-        mse = float(error.square().sum(1) @ batch.weight.to(error))
-        weights = [float(weight) for weight in member.current_weights()]
-        off, off_decoder = (float((1 - one[parent].clamp(0, 1).square()).sqrt()) for one in (encoder, decoder))
-        found.append(Score(weights, encoder.tolist(), decoder.tolist(), off, off_decoder, mse, float(mcc(rows[i]))))
-    return found
-
-
-def _best(found: Sequence[Score]) -> Score:
-    """The score of the SAE with the cleanest parent."""
-    return min(found, key=lambda one: math.inf if math.isnan(one.encoder_error) else one.encoder_error)
-
-
-def _search(make: Make, search: WeightSearch, train: Train) -> Score:
+def _search(search: WeightSearch, train: Train) -> Row:
     """The best of all rounds; the outermost level's weight is 1."""
     generator, inner = np.random.default_rng(0), len(search.levels) - 1
     low, high = map(math.log, _FIRST_WEIGHTS)
     drawn = generator.uniform(low, high, (search.members, inner))
-    tried, found = np.empty((0, inner)), list[Score]()
+    tried, found = np.empty((0, inner)), list[Row]()
     for number in range(search.rounds):
-        saes = [make(levels=search.levels) for _ in drawn]
-        for sae, logarithms in zip(saes, drawn, strict=True):
-            sae.level_weights = [*np.exp(logarithms).tolist(), 1.0]
-        found += train(saes)
+        found += train([{"levels": search.levels, "level_weights": [*row, 1.0]} for row in np.exp(drawn).tolist()])
         tried = np.concatenate([tried, drawn])
-        elite = tried[np.argsort([one.encoder_error for one in found])[: search.members // _ELITE]]
+        elite = tried[np.argsort([one["encoder_error"] for one in found])[: search.members // _ELITE]]
         width = 0.5 ** (number + 1) * (high - low) / 4
         drawn = elite[generator.integers(len(elite), size=len(drawn))] + generator.normal(size=drawn.shape) * width
     return _best(found)

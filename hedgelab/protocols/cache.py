@@ -8,7 +8,7 @@ import torch
 
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
-from hedgelab.data.llm.cache_files import Written, write_cache
+from hedgelab.data.llm.cache_files import write_cache
 from hedgelab.errors import UserError
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study
@@ -51,25 +51,17 @@ class Cache(Study):
         if local is not None and str(data.device) == "cuda":
             data.device = torch.device("cuda", int(local) % torch.cuda.device_count())
         try:
-            written = write_cache(data, data.cache, self.verify)
+            cache, tokens, seconds, repeatable = write_cache(data, data.cache, self.verify)
         finally:
             data.teardown("fit")
-        return Outcome(headline=_lines(written))
-
-
-def _lines(written: Written) -> list[str]:
-    cache = written.cache
-    length, d_in = cache.shape
-    size = sum(cache.bytes_of(shard) for shard in cache.shards) / 1e9
-    lines = [
-        f"cache {cache.folder}: {cache.contexts} contexts of {length} tokens, {d_in} wide, {cache.storage_dtype}, {size:.2f} GB"
-    ]
-    if written.repeatable is None:
-        return [*lines, "nothing was left to write"]
-    lines.append(f"this process ran {written.tokens} tokens, {written.tokens / written.seconds:.0f} a second")
-    if not written.repeatable:
-        lines.append(
-            "here the model's last bits depend on what shares a forward pass: runs from the cache equal one another to the "
-            "bit, and live runs to rounding"
-        )
-    return lines
+        length, d_in = cache.shape
+        size = sum(cache.bytes_of(shard) for shard in cache.shards) / 1e9
+        about = f"{cache.contexts} contexts of {length} tokens, {d_in} wide, {cache.storage_dtype}, {size:.2f} GB"
+        done = f"this process ran {tokens} tokens, {tokens / seconds:.0f} a second"
+        lines = [f"cache {cache.folder}: {about}", "nothing was left to write" if repeatable is None else done]
+        if repeatable is False:
+            lines.append(
+                "here the model's last bits depend on what shares a forward pass: runs from the cache equal one another to the "
+                "bit, and live runs to rounding"
+            )
+        return Outcome(headline=lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -40,21 +40,13 @@ class Snippet(NamedTuple):
 
 
 class MovedLatent(NamedTuple):
-    """An old latent and how it moved when the new one came.
-
-    Attributes:
-        latent: Its number.
-        toward: Component of ``Δ_i`` along the new latent's direction, positive toward it.
-        cosine: Between its decoder rows in control and extended SAE.
-        before: Cosine with the new latent's row, in the control.
-        after: The same in the extended SAE.
-    """
+    """An old latent and how it moved when the new one came."""
 
     latent: int
-    toward: float
-    cosine: float
-    before: float
-    after: float
+    toward: float  # component of Δ_i along the new latent's direction
+    before: float  # cosine with the new latent's row, in the control
+    after: float  # the same in the extended SAE
+    cosine: float  # between its own rows in both
 
 
 def most_moved(control: Tensor, extended: Tensor, count: int = _SHOWN_LATENTS) -> list[MovedLatent]:
@@ -63,7 +55,7 @@ def most_moved(control: Tensor, extended: Tensor, count: int = _SHOWN_LATENTS) -
     old, moved, new = normalize(control.detach().double(), dim=1), rows[:-1], rows[-1]
     toward = (moved - old) @ new
     return [
-        MovedLatent(i, float(toward[i]), float(old[i] @ moved[i]), float(old[i] @ new), float(moved[i] @ new))
+        MovedLatent(i, float(toward[i]), float(old[i] @ new), float(moved[i] @ new), float(old[i] @ moved[i]))
         for i in toward.abs().argsort(descending=True)[:count].tolist()
     ]
 
@@ -96,20 +88,19 @@ class LLMProbe:
         rows = torch.split(self._x, 1024)  # where the language model is, maybe on a GPU; the SAE may be elsewhere
         parts = [sae.encode(x.to(sae.W_dec.device)).to_dense()[:, list(latents)] for x in rows]
         activations = torch.cat(parts).cpu()
-        return {latent: list(self._strongest(activations[:, i])) for i, latent in enumerate(latents)}
-
-    def _strongest(self, activation: Tensor) -> Iterator[Snippet]:
-        seen: set[int] = set()
-        for row in activation.argsort(descending=True).tolist():
-            context, position = self._places[row].tolist()
-            if len(seen) == _SHOWN_CONTEXTS or activation[row] <= 0:
-                return
-            if context not in seen:
-                seen.add(context)
-                tokens = self._tokens[context]
-                before, after = tokens[max(0, position - _AROUND) : position], tokens[position + 1 :][:_AROUND]
-                token = tokens[position : position + 1]
-                yield Snippet(self._text(before), self._text(token), self._text(after), float(activation[row]))
+        found: dict[int, list[Snippet]] = {}
+        for i, latent in enumerate(latents):
+            strongest: dict[int, Snippet] = {}
+            for row in activations[:, i].argsort(descending=True).tolist():
+                context, at = self._places[row].tolist()
+                if len(strongest) == _SHOWN_CONTEXTS or activations[row, i] <= 0:
+                    break
+                if context not in strongest:
+                    tokens = self._tokens[context]
+                    around = tokens[max(0, at - _AROUND) : at], tokens[at : at + 1], tokens[at + 1 :][:_AROUND]
+                    strongest[context] = Snippet(*map(self._text, around), float(activations[row, i]))
+            found[latent] = list(strongest.values())
+        return found
 
     def _text(self, tokens: Tensor) -> str:
         return str(self._tokenizer.decode(tokens.tolist()))
@@ -124,10 +115,7 @@ def page(control: SAE, extended: SAE, probe: LLMProbe | None = None) -> str:
         "<p>The old latents that moved most along the new latent's direction, once it was there to carry it. A cosine with "
         "the new latent that shrinks is a hedged component that left.</p>",
         "<table><tr><th>latent<th>motion along new<th>cosine with new, before<th>after<th>cosine before/after</tr>",
-        *(
-            f"<tr><td>{m.latent}<td>{m.toward:+.3f}<td>{m.before:+.3f}<td>{m.after:+.3f}<td>{m.cosine:.3f}</tr>"
-            for m in moved
-        ),
+        *("<tr><td>{}<td>{:+.3f}<td>{:+.3f}<td>{:+.3f}<td>{:.3f}</tr>".format(*latent) for latent in moved),
         "</table>",
     ]
     if probe is not None:

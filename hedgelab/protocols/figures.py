@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from hedgelab.batch import Batch
-from hedgelab.config.tree import Tree, load
+from hedgelab.config.tree import load
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.metrics.functional import decoder_cosines, encoder_cosines
 from hedgelab.plots import cosine_heatmaps, decoder_bias
 from hedgelab.plots.theory import loss_landscapes
 from hedgelab.protocols.recipe import Recipe
-from hedgelab.protocols.study import Bench, Outcome, Row, Study, make_toy
+from hedgelab.protocols.study import Bench, Outcome, Row, Study, features_as_x, make_toy
 from hedgelab.saes import SAE, VanillaSAE
 from hedgelab.theory import Population, minima, minimise, tied_loss
 
-T = TypeVar("T")
 
-
+@dataclass(eq=False)
 class PaperFigures(Study):
     """Redraw the paper's toy and theory figures, without sampling noise.
 
@@ -33,23 +30,18 @@ class PaperFigures(Study):
         landscapes: Pairs P(f0 alone), P(both), each drawn as a loss landscape.
         l1_coefficients: λ of the landscapes.
         norm: Exponent of the landscapes' penalty λ a^norm.
-
-    Raises:
-        UserError: Neither toys nor landscapes.
     """
 
     experiment = "paper"
 
-    def __init__(
-        self,
-        toys: list[str] = [],  # noqa: B006 (read only; jsonargparse shows it)
-        landscapes: list[tuple[float, float]] = [],  # noqa: B006
-        l1_coefficients: list[float] = [0.0, 0.1],  # noqa: B006
-        norm: float = 1.0,
-    ) -> None:
-        if not toys and not landscapes:
+    toys: list[str] = field(default_factory=list)
+    landscapes: list[tuple[float, float]] = field(default_factory=list)
+    l1_coefficients: list[float] = field(default_factory=lambda: [0.0, 0.1])
+    norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.toys and not self.landscapes:
             raise UserError("toys: nothing to draw; list configs under 'toys' or pairs under 'landscapes'")
-        self.toys, self.landscapes, self.l1_coefficients, self.norm = toys, landscapes, l1_coefficients, norm
 
     def run(self, bench: Bench) -> Outcome:
         """Every figure, and one table of the toys."""
@@ -62,21 +54,16 @@ class PaperFigures(Study):
             metrics = {f"{name}/{key}": value for key, value in numbers.items()}
             bench.keep(Outcome(metrics, figures={f"{name}/{key}": figure for key, figure in drawn.items()}))
             headline.append(f"{name:<28} " + "  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
-        figures = {"loss_landscapes.png": self._landscapes()} if self.landscapes else {}
-        return Outcome(tables={"toys.csv": rows} if rows else {}, figures=figures, headline=headline)
-
-    def _landscapes(self) -> Figure:
-        """The paper's theory figure."""
-        t = np.linspace(0, 1, 401)
-        return loss_landscapes(
-            t,
-            {
+        figures, t = {}, np.linspace(0, 1, 401)
+        if self.landscapes:
+            panels = {
                 f"P(f0 alone) = {first:g}, P(both) = {both:g}": {
                     f"λ = {l1:g}": tied_loss(t, first, both, l1, self.norm) for l1 in self.l1_coefficients
                 }
                 for first, both in self.landscapes
-            },
-        )
+            }
+            figures["loss_landscapes.png"] = loss_landscapes(t, panels)
+        return Outcome(tables={"toys.csv": rows} if rows else {}, figures=figures, headline=headline)
 
 
 def solve(file: str) -> tuple[dict[str, float], list[Row], dict[str, Figure]]:
@@ -85,26 +72,26 @@ def solve(file: str) -> tuple[dict[str, float], list[Row], dict[str, Figure]]:
     Returns:
         Loss, time, convergence, and for a single latent the distance of its loss and direction to the nearest closed form;
         cosines of decoder and encoder and the decoder bias along the feature, for each latent and feature; the paper's figures.
-
-    Raises:
-        UserError: There is no such file, or it is no toy's.
     """
     tree = load(Path(file), "toys")
+    for section in ("data", "model"):
+        if not isinstance(node := tree.get(section), dict) or "class_path" not in node:
+            raise UserError(f"toys: {file} has no '{section}' with a class_path")
     seed = int(tree.get("seed_everything", 0))
-    exact = {"sampling": "population", "dtype": "float64", "seed": seed}
-    data = make_toy(_recipe(ActivationDataModule, tree, "data", file), f"toys: {file}: data", True, **exact)
-    sae, batch = Bench(seed).make_sae(_recipe(SAE, tree, "model", file), data), data.batch("train", 0)
+    toy = Recipe(ActivationDataModule, tree["data"], f"toys: {file}: data")
+    model = Recipe(SAE, tree["model"], f"toys: {file}: model")
+    data = make_toy(toy, toy.key, True, sampling="population", dtype="float64", seed=seed)
+    sae, batch = Bench(seed).make_sae(model, data), data.batch("train", 0)
     start = time.perf_counter()
     reached = minimise(sae, batch)
     numbers = {"loss": reached.loss, "gradient": reached.gradient, "seconds": time.perf_counter() - start}
     folded, directions = sae.folded(), data.feature_directions
     decoder, encoder = decoder_cosines(folded.W_dec, directions), encoder_cosines(folded.W_enc, directions)
     bias = directions @ folded.b_dec
-    if sae.d_sae == 1 and isinstance(sae, VanillaSAE) and batch.features is not None:
-        population = Population.from_batch(Batch(batch.features, None, batch.weight))
+    if sae.d_sae == 1 and isinstance(sae, VanillaSAE):
         distances = [
             (float(np.abs(one.direction - decoder[0].numpy()).max()), one.loss)
-            for one in minima(population, sae.l1_coefficient)
+            for one in minima(Population.from_batch(features_as_x(batch)), sae.l1_coefficient)
         ]
         numbers["distance_to_closed_form"], loss = min(distances, key=lambda pair: pair[0])
         numbers["loss_above_closed_form"] = reached.loss - loss
@@ -118,11 +105,3 @@ def solve(file: str) -> tuple[dict[str, float], list[Row], dict[str, Figure]]:
         "b_dec.png": decoder_bias(bias, float(folded.b_dec.norm())),
     }
     return numbers, rows, figures
-
-
-def _recipe(base: Callable[..., T], tree: Tree, section: str, file: str) -> Recipe[T]:
-    """The recipe of one section of a fit config."""
-    node = tree.get(section)
-    if not isinstance(node, dict) or "class_path" not in node:
-        raise UserError(f"toys: {file} has no '{section}' with a class_path")
-    return Recipe(base, node, f"toys: {file}: {section}")

@@ -17,14 +17,13 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import PolynomialLR
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.classes import ROWS, HedgingDegree, ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores
 from hedgelab.metrics.functional.error_spread import BLOCKS
@@ -70,9 +69,8 @@ class HedgeOptions:
     draws: int = DRAWS
 
     def __post_init__(self) -> None:
-        for name, value, least in (("n_new", self.n_new, 1), ("seeds", self.seeds, 1), ("draws", self.draws, 2)):
-            if value < least:
-                raise UserError(f"hedge.{name}: must be at least {least}, got {value}")
+        for name, least in (("n_new", 1), ("seeds", 1), ("draws", 2)):
+            whole_number(f"hedge.{name}", getattr(self, name), least)
         if self.new_norm <= 0:
             raise UserError(f"hedge.new_norm: must be above 0, got {self.new_norm}")
         if self.lr is not None and self.lr <= 0:
@@ -82,88 +80,72 @@ class HedgeOptions:
 
 
 class Continuations(NamedTuple):
-    """What phase two makes of one initial SAE."""
+    """What phase two makes of one initial SAE, by role."""
 
     control: SAE
     extended: SAE
     reordered: SAE
 
 
+@dataclass(eq=False)
 class Hedge(Study):
     """Measure how much an SAE hedges: train, widen, train on, compare.
 
-    Its config has the sections of ``hedgelab fit`` and one more, ``hedge``.
-
-    Args:
-        model: The SAE to be trained, the pattern of all others; it stays as it is.
-        data: Where activations come from; the stream's first ``2 * max_steps`` batches are trained on.
-        trainer: Trains; its ``max_steps`` are the steps of each of the two phases.
-        hedge: How the hedging degree is measured.
-        outcome: Plain values that decide what training gives: phases found in the store with the same ones are not trained
-            again. None trains all.
-        retrain: Train all phases, those too that the store has already.
-        seeds: The seeds, instead of as many as ``hedge`` says from the model's own on.
-        tracker: The run below which those of the phases stand, where several studies share the stream.
-        label: What the names of its phases begin with there.
-
-    Raises:
-        UserError: No number of steps, or more new latents than directions.
+    Its config has the sections of ``hedgelab fit`` and one more, ``hedge``. Phases that the store has with the same
+    ``outcome``, plain values that decide what training gives, are not trained again; without it all are.
     """
 
-    def __init__(
-        self,
-        model: SAE,
-        data: ActivationDataModule,
-        trainer: PhaseTrainer,
-        hedge: HedgeOptions = HedgeOptions(),
-        outcome: Mapping[str, Any] | None = None,
-        retrain: bool = False,
-        seeds: Sequence[int] | None = None,
-        tracker: MLflowTracker | None = None,
-        label: str = "",
-    ) -> None:
-        if trainer.max_steps < 1:
+    model: SAE  # the pattern of all that are trained; it stays as it is
+    data: ActivationDataModule  # the stream's first ``2 * max_steps`` batches are trained on
+    trainer: PhaseTrainer  # its ``max_steps`` are the steps of each of the two phases
+    options: HedgeOptions = HedgeOptions()
+    outcome: Mapping[str, Any] | None = None
+    retrain: bool = False  # train also the phases that the store has
+    seeds: Sequence[int] = ()  # instead of as many as the options say from the model's own on
+    tracker: MLflowTracker | None = None  # the run below which those of the phases stand
+    label: str = ""  # what the names of its phases begin with, where several studies share the stream
+
+    def __post_init__(self) -> None:
+        if self.trainer.max_steps < 1:
             raise UserError("trainer.max_steps: must be set: it is the number of steps of each phase")
-        if hedge.n_new >= data.d_in:
-            raise UserError(
-                f"hedge.n_new: must be below d_in = {data.d_in}, or they span everything, got {hedge.n_new}"
-            )
-        self.model, self.data, self.trainer, self.options = model, data, trainer, hedge
-        self.outcome, self.retrain, self.tracker, self.label = outcome, retrain, tracker, label
-        first = resolve_seed(flat_part(model).init.seed)
-        self.seeds = list(seeds or [first + repeat for repeat in range(hedge.seeds)])
+        if (n_new := self.options.n_new) >= self.data.d_in:
+            raise UserError(f"hedge.n_new: must be below d_in = {self.data.d_in}, or they span everything, got {n_new}")
+        first = resolve_seed(flat_part(self.model).init.seed)
+        self.seeds = self.seeds or [first + repeat for repeat in range(self.options.seeds)]
 
     def run(self, bench: Bench) -> Outcome:
         """Train what the store has not, and measure."""
         if bench.tracker is not None:
             bench.tracker.log_tags({"protocol": "hedge", **provenance_tags(self.trainer.world_size)})
-        runner = PhaseRunner(self.trainer, bench.tracker, self.outcome is not None, self.retrain)
+            self.tracker = bench.tracker
+        runner = PhaseRunner(self.trainer, self.outcome is not None, self.retrain)
         return on_every_rank(self.trainer, lambda: measure_hedging([self], runner)[0])
 
-    def initial_phases(self) -> dict[int, Phase]:
-        """Phase one, by seed."""
-        config = {**(self.outcome or {}), "steps": self.trainer.max_steps, "phase": "initial"}
-        return {
-            seed: Phase(
-                f"{self.label}initial/seed{seed}", {**config, "seed": seed}, partial(fresh, self.model, seed), self.tracker
-            )
-            for seed in self.seeds
-        }  # fmt: skip
+    def phase_name(self, role: str, seed: int) -> str:
+        """What the phase of a role and a seed is called."""
+        return f"{self.label}{role}/seed{seed}"
 
-    def continuation_phases(self, trained: Mapping[str, SAE]) -> dict[tuple[int, str], Phase]:
-        """Phase two, by seed and role, from what phase one has given by name."""
+    def initial_phases(self) -> list[Phase]:
+        """Phase one, of each seed."""
+        config = {**(self.outcome or {}), "steps": self.trainer.max_steps, "phase": "initial"}
+        return [
+            Phase(self.phase_name("initial", seed), {**config, "seed": seed}, partial(fresh, self.model, seed), self.tracker)
+            for seed in self.seeds
+        ]  # fmt: skip
+
+    def continuation_phases(self, trained: Mapping[str, SAE]) -> list[Phase]:
+        """Phase two, of each seed and role, from what phase one has given by name."""
         options, steps = self.options, self.trainer.max_steps
-        release = {name: value for name, value in (self.outcome or {}).items() if name == "hedgelab"}  # that began
         common = {"steps": steps, "lr": options.lr, "lr_decay": options.lr_decay, "l1_restart": options.l1_restart}
-        phases: dict[tuple[int, str], Phase] = {}
-        for (seed, start), role in product(self.initial_phases().items(), Continuations._fields):
-            initial = trained[start.name]
-            train_like(initial, self.model)
-            config = {"phase": role, "seed": seed, "initial": start.id, **common, **release}
+        common |= {name: value for name, value in (self.outcome or {}).items() if name == "hedgelab"}  # the release
+        phases = []
+        for (seed, start), role in product(zip(self.seeds, self.initial_phases(), strict=True), Continuations._fields):
+            train_like(initial := trained[start.name], self.model)
+            config = {"phase": role, "seed": seed, "initial": start.id, **common}
             if role == "extended":
                 config |= {"n_new": options.n_new, "new_norm": options.new_norm}
             start_again = partial(continuation, initial, role, seed, options, steps)
-            phases[seed, role] = Phase(f"{self.label}{role}/seed{seed}", config, start_again, self.tracker)
+            phases.append(Phase(self.phase_name(role, seed), config, start_again, self.tracker))
         return phases
 
 
@@ -188,19 +170,16 @@ def train_together(studies: Sequence[Hedge], runner: PhaseRunner) -> list[dict[i
     only the new latents differ) is trained once; each study gets what it would get alone.
     """
     data, steps = studies[0].data, studies[0].trainer.max_steps
-    starts = [phase for study in studies for phase in study.initial_phases().values()]
+    starts = [phase for study in studies for phase in study.initial_phases()]
     initial = runner.train(starts, PhaseData(data, 0, steps))
-    phases = [study.continuation_phases(initial) for study in studies]
-    reordered = [phase.name for own in phases for (_, role), phase in own.items() if role == "reordered"]
-    every = [phase for own in phases for phase in own.values()]
-    trained = runner.train(every, PhaseData(data, steps, steps, reordered))
-    return [
-        {
-            seed: Continuations(*(trained[own[seed, role].name] for role in Continuations._fields))
-            for seed in study.seeds
-        }
-        for study, own in zip(studies, phases, strict=True)
-    ]
+    phases = [phase for study in studies for phase in study.continuation_phases(initial)]
+    reordered = [study.phase_name("reordered", seed) for study in studies for seed in study.seeds]
+    trained = runner.train(phases, PhaseData(data, steps, steps, reordered))
+
+    def continuations(study: Hedge, seed: int) -> Continuations:
+        return Continuations(*(trained[study.phase_name(role, seed)] for role in Continuations._fields))
+
+    return [{seed: continuations(study, seed) for seed in study.seeds} for study in studies]
 
 
 @torch.no_grad()
@@ -224,37 +203,31 @@ def measure_together(
 
 
 def _degree(trained: Mapping[int, Continuations], seed: int, draws: int, batches: Sequence[Batch]) -> DegreeScores:
-    """The degree of one seed, the other seeds' new latents as its foreign baseline, and the control's residual hedging."""
+    """The degree of one seed, the other seeds' new latents as its foreign baseline, and the control's residual hedging.
+
+    The latter needs enough examples without weights.
+    """
     saes, device = trained[seed], batches[0].x.device
-    width = saes.control.d_sae
-    foreign = [own.extended.W_dec[width:].to(device) for other, own in trained.items() if other != seed]
+    foreign = [own.extended.W_dec[saes.control.d_sae :].to(device) for other, own in trained.items() if other != seed]
     homes = [sae.W_dec.device for sae in saes]
     for sae in saes:
         sae.to(device)
-    control, extended, reordered = (sae.W_dec for sae in saes)
-    metric = HedgingDegree(control, extended, reordered, foreign, draws, seed, sync_on_compute=False).to(device)
+    decoders = [sae.W_dec for sae in saes]
+    metric = HedgingDegree(*decoders, foreign, draws, seed, sync_on_compute=False).to(device)
+    residual, rows = ResidualHedgingMetric(decoders[0], sync_on_compute=False).to(device), 0
     for x, _, weight in batches:
-        metric.update(x, saes.control.encode(x), saes.extended.encode(x), weight)
-    scores = _with_residual_hedging(metric.compute(), saes.control, batches)
+        codes = saes.control.encode(x)
+        metric.update(x, codes, saes.extended.encode(x), weight)
+        if weight is None and rows < ROWS:
+            residual.update(x, saes.control.decode(codes), codes)
+            rows += len(x)
+    scores: DegreeScores = metric.compute()
+    if rows >= 2 * BLOCKS:
+        hedging, std = residual.compute()[:2]
+        scores = scores._replace(residual_hedging=hedging, residual_hedging_std=std)
     for sae, home in zip(saes, homes, strict=True):
         sae.to(home)
     return scores
-
-
-def _with_residual_hedging(scores: DegreeScores, control: SAE, batches: Sequence[Batch]) -> DegreeScores:
-    """The scores with the control's residual hedging, given unweighted examples enough; codes are held dense."""
-    kept: list[Tensor] = []
-    for x, _, weight in batches:
-        if weight is None and sum(map(len, kept)) < ROWS:
-            kept.append(x)
-    if sum(map(len, kept)) < 2 * BLOCKS:
-        return scores
-    metric = ResidualHedgingMetric(control.W_dec, sync_on_compute=False).to(control.W_dec.device)
-    for x in kept:
-        codes = control.encode(x)
-        metric.update(x, control.decode(codes), codes)
-    result = metric.compute()
-    return scores._replace(residual_hedging=result.hedging, residual_hedging_std=result.std)
 
 
 def continuation(initial: SAE, role: str, seed: int, options: HedgeOptions, steps: int) -> SAE:
@@ -294,17 +267,19 @@ def outcome_of(
         for seed, own in scores.items()
         for latent, (p, d, c, live) in enumerate(zip(*(getattr(own, name).tolist() for name in columns), strict=True))
     ]
-    projections = [own.projections.tolist() for own in scores.values()]
+    baselines = numbers["hedging/baseline"], numbers.get("hedging/noise_floor")
     figures = {
         "hedging_degree.png": degree_and_baselines([own.scalars() for own in scores.values()]),
         "hedging_by_latent.png": projection_of_latents(
-            projections, numbers["hedging/baseline"], numbers.get("hedging/noise_floor")
+            [own.projections.tolist() for own in scores.values()], *baselines
         ),
     }
-    shown = [name for short in _SHOWN if (name := f"hedging/{short}") in numbers]
-    spreads = {name: f" ± {numbers[f'{name}_seed_std']:.2g}" if f"{name}_seed_std" in numbers else "" for name in shown}
     headline = [f"seeds {', '.join(map(str, scores))}, {study.trainer.max_steps} steps a phase"]
-    headline += [f"{name:<{max(map(len, shown))}}  {numbers[name]:.4g}{spreads[name]}" for name in shown]
+    shown = [name for short in _SHOWN if (name := f"hedging/{short}") in numbers]
+    for name in shown:
+        spread = numbers.get(f"{name}_seed_std")
+        line = f"{name:<{max(map(len, shown))}}  {numbers[name]:.4g}"
+        headline.append(line if spread is None else f"{line} ± {spread:.2g}")
     studied = trained.items() if study.options.n_new == 1 else ()
     texts = {f"case_study/seed{seed}.html": page(own.control, own.extended, probe) for seed, own in studied}
     return Outcome(

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn.functional import normalize
 
-from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import ToyDataModule
 from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.functional import mcc
 from hedgelab.plots.theory import Overlay, phase_diagram
 from hedgelab.protocols.recipe import Recipe
-from hedgelab.protocols.study import Bench, Outcome, Part, Row, Study, make_toy
+from hedgelab.protocols.study import Bench, Outcome, Part, Row, Study, features_as_x, make_toy
 from hedgelab.saes import SAE, VanillaSAE
 from hedgelab.saes.ensemble import stack_batches
 from hedgelab.theory import Population, minima
@@ -66,27 +62,27 @@ class Axis:
     whole: bool = False
 
     def __post_init__(self) -> None:
-        if self.points < 2:
-            raise UserError(f"axes.points: must be at least 2, got {self.points}")
+        whole_number("axes.points", self.points, 2)
         if not self.low < self.high:
             raise UserError(f"axes.high: must be above low = {self.low}, got {self.high}")
         if self.logarithmic and self.low <= 0:
             raise UserError(f"axes.low: must be above 0 on a logarithmic axis, got {self.low}")
-        if self.whole and not np.allclose(self._spaced(), self._spaced().round()):
-            raise UserError(f"axes.points: {self.points} from {self.low:g} to {self.high:g} are not all whole numbers")
+        self.values()
 
     def values(self) -> Array:
         """The axis's values, ``[points]``."""
-        return self._spaced().round() if self.whole else self._spaced()
+        space = np.geomspace if self.logarithmic else np.linspace
+        values = np.asarray(space(self.low, self.high, self.points), dtype=np.float64)
+        if not self.whole:
+            return values
+        if not np.allclose(values, values.round()):
+            raise UserError(f"axes.points: {self.points} from {self.low:g} to {self.high:g} are not all whole numbers")
+        return values.round()
 
     def at(self, value: float) -> dict[str, float]:
         """What its keys are at one of its values."""
         keys = [self.key] if isinstance(self.key, str) else self.key
-        return {key: int(value) if self.whole else float(value) for key in keys}
-
-    def _spaced(self) -> Array:
-        space = np.geomspace if self.logarithmic else np.linspace
-        return np.asarray(space(self.low, self.high, self.points), dtype=np.float64)
+        return dict.fromkeys(keys, int(value) if self.whole else float(value))
 
 
 @dataclass(frozen=True)
@@ -105,6 +101,7 @@ class Cell(NamedTuple):
     members: list[SAE]
 
 
+@dataclass(eq=False)
 class Phase(Study):
     """Map hedging of toy SAEs over two axes, beside the closed forms.
 
@@ -122,107 +119,103 @@ class Phase(Study):
         steps: Optimiser steps.
         theory: Draw the closed form of a single latent, too.
         log_members: Every SAE as a line of table.csv, or as a child run, too.
-
-    Raises:
-        UserError: An impossible number, or an axis whose key is not one of data or model.
     """
 
     experiment = "theory"
     example = "configs/theory/phase_correlation.yaml"
 
-    def __init__(
-        self,
-        data: Recipe[ActivationDataModule],
-        model: Recipe[SAE],
-        x: Axis,
-        y: Axis,
-        quantities: list[Quantity] = ["hedging"],  # noqa: B006 (read only; jsonargparse shows it)
-        target: Target = Target(),
-        seeds: int = 3,
-        steps: int = 2000,
-        theory: bool = False,
-        log_members: Literal["table", "runs"] = "table",
-    ) -> None:
-        for name, axis in (("x", x), ("y", y)):
+    data: Recipe[ActivationDataModule]
+    model: Recipe[SAE]
+    x: Axis
+    y: Axis
+    quantities: list[Quantity] = field(default_factory=lambda: ["hedging"])
+    target: Target = Target()
+    seeds: int = 3
+    steps: int = 2000
+    theory: bool = False
+    log_members: Literal["table", "runs"] = "table"
+
+    def __post_init__(self) -> None:
+        for name, axis in (("x", self.x), ("y", self.y)):
             for key in axis.at(axis.low):
-                if key.partition(".")[0] not in ("data", "model"):
+                if not key.startswith(("data.", "model.")):
                     raise UserError(f"{name}.key: must start with 'data.' or 'model.', got '{key}'")
-        self.data, self.model, self.x, self.y, self.target = data, model, x, y, target
-        self.quantities: list[Quantity] = list(dict.fromkeys(quantities))
-        self.seeds, self.steps = whole_number("seeds", seeds), whole_number("steps", steps)
-        self.theory, self.log_members = theory, log_members
+        self.quantities = list(dict.fromkeys(self.quantities))
+        for name in ("seeds", "steps"):
+            whole_number(name, getattr(self, name))
 
     def run(self, bench: Bench) -> Outcome:
         """Train, measure, draw."""
-        cells, x, y = self.cells(bench), self.x, self.y
+        cells, x, y, target = self.cells(bench), self.x, self.y, self.target
         rounds = 2 if "loss_gap" in self.quantities else 1
-        before = bench.seconds
-        with bench.progress(self.steps * rounds), _one_thread():
-            measured = train_and_measure(bench, cells, self.steps, self.quantities, self.target)
+        before, threads = bench.seconds, torch.get_num_threads()
+        torch.set_num_threads(1)  # such small tensors gain nothing from more, and lose much on a busy machine
+        try:
+            with bench.progress(self.steps * rounds):
+                measured = train_and_measure(bench, cells, self.steps, self.quantities, target)
+        finally:
+            torch.set_num_threads(threads)
         closed = {}
         if self.theory and "hedging" in self.quantities:
-            closed = closed_forms(cells, measured["hedging"], self.target)
+            closed = closed_forms(cells, measured["hedging"], target)
+        columns = {**measured, **closed}
         best = (np.arange(len(cells)), measured["loss"].argmin(1))
-        drawn = {name: values[best].reshape(y.points, x.points) for name, values in {**measured, **closed}.items()}
-        figures: dict[str, Figure] = {}
+        drawn = {name: values[best].reshape(y.points, x.points) for name, values in columns.items()}
+        overlay = None
+        if closed:
+            overlay = Overlay(drawn["nearest_minimum"], drawn["nearest_minimum_above_deepest"] > _SAME)
+        figures = {}
         for name in self.quantities:
-            label = _NAMES[name].format(own=self.target.own, other=self.target.other)
-            overlay = None
-            if closed and name == "hedging":
-                overlay = Overlay(drawn["nearest_minimum"], drawn["nearest_minimum_above_deepest"] > _SAME)
+            label = _NAMES[name].format(own=target.own, other=target.other)
             figures[f"{name}.png"] = phase_diagram(
-                x.values(), y.values(), drawn[name], f"{self.model.class_name}: {label}",
-                x.label, y.label, label, overlay, (x.logarithmic, y.logarithmic),
+                x.values(), y.values(), drawn[name], f"{self.model.class_name}: {label}", x.label, y.label, label,
+                overlay if name == "hedging" else None, (x.logarithmic, y.logarithmic),
             )  # fmt: skip
         metrics = {"sae_steps/s": measured["loss"].size * self.steps * rounds / (bench.seconds - before)}
         for key in measured:
             metrics |= {f"{key}/min": float(np.nanmin(drawn[key])), f"{key}/max": float(np.nanmax(drawn[key]))}
-        if closed:
-            metrics |= agreement(closed)
-        rows = self._rows({**measured, **closed})
-        headline = [f"{len(rows)} SAEs, {self.steps} steps each"]
-        headline += aligned([[key, f"{value:.5g}"] for key, value in metrics.items()]).splitlines()
-        given = (x.label, y.label, "seed")
+        if closed:  # how many SAEs are at a minimum that theory knows, and how many of those in the deepest
+            distance, above = closed["distance_to_nearest_minimum"], closed["nearest_minimum_above_deepest"]
+            known = np.isfinite(distance)
+            metrics |= {f"theory/share_within_{most}": float((distance[known] < most).mean()) for most in (1e-3, 1e-2)}
+            metrics["theory/share_in_deepest"] = 1 - float((above[known] > _SAME).mean())
+        places = product(y.values(), x.values(), range(self.seeds))
+        rows: list[Row] = [
+            {x.label: float(a), y.label: float(b), "seed": seed}
+            | {name: float(values.flat[number]) for name, values in columns.items()}
+            for number, (b, a, seed) in enumerate(places)
+        ]
         parts = [
             Part(
                 str(number),
-                {name: float(row[name]) for name in given},
-                {name: value for name, value in row.items() if name not in given and np.isfinite(value)},
+                {name: float(value) for name, value in row.items() if name not in columns},
+                {name: row[name] for name in columns if np.isfinite(row[name])},
             )
             for number, row in enumerate(rows if self.log_members == "runs" else [])
         ]
+        headline = [f"{len(rows)} SAEs, {self.steps} steps each"]
+        headline += aligned([[key, f"{value:.5g}"] for key, value in metrics.items()]).splitlines()
         return Outcome(metrics, {"table.csv": rows}, figures, headline, parts, self.steps)
 
     def cells(self, bench: Bench) -> list[Cell]:
         """All points, row by row: y rises slowly, x fast. What several points have in common is made once."""
-        toys: dict[Any, ToyDataModule] = {}
+        toys: dict[str, ToyDataModule] = {}
         saes: dict[Any, SAE] = {}
         cells: list[Cell] = []
         for b, a in product(self.y.values(), self.x.values()):
             values = {**self.x.at(a), **self.y.at(b)}
-            of_data, of_model = (_of_section(section, values) for section in ("data", "model"))
-            if (key := tuple(of_data.items())) not in toys:
-                toys[key] = make_toy(self.data.at(of_data), "data", population=True)
-            data, recipe = toys[key], self.model.at(of_model)
+            toy, model = self.data.at(values), self.model.at(values)
+            if (key := repr(toy.section)) not in toys:
+                toys[key] = make_toy(toy, "data", population=True)
+            data = toys[key]
             # Weights depend on the toy through its directions, and through its samples where b_dec starts at their centre.
-            depends_on = (data.feature_directions.numpy().tobytes(), recipe.starts_at_data and id(data))
-            members = []
+            at_samples = model.flat_arguments["init"]["b_dec"] != "zeros"
+            same = (repr(model.section), data.feature_directions.numpy().tobytes(), at_samples and key)
             for seed in range(self.seeds):
-                same = (tuple(of_model.items()), seed, depends_on)
-                if same not in saes:
-                    saes[same] = bench.make_sae(recipe, data, seed)
-                members.append(saes[same])
-            cells.append(Cell(data, members))
+                if (*same, seed) not in saes:
+                    saes[*same, seed] = bench.make_sae(model, data, seed)
+            cells.append(Cell(data, [saes[*same, seed] for seed in range(self.seeds)]))
         return cells
-
-    def _rows(self, values: Mapping[str, Array]) -> list[Row]:
-        """Every SAE: where it stands, its seed's number, what was measured, what theory says."""
-        places = product(enumerate(product(self.y.values(), self.x.values())), range(self.seeds))
-        return [
-            {self.x.label: float(a), self.y.label: float(b), "seed": seed}
-            | {name: float(array[cell, seed]) for name, array in values.items()}
-            for (cell, (b, a)), seed in places
-        ]
 
 
 def train_and_measure(
@@ -236,18 +229,16 @@ def train_and_measure(
     there); ``loss_gap``: how much worse the loss would be with the decoder kept at the true features; all train again for it.
     """
     members = [member for cell in cells for member in cell.members]
-    seeds = len(cells[0].members)
-    batches = [cell.data.batch("train", 0) for cell in cells]
-    batch = stack_batches([one for one in batches for _ in range(seeds)])
-    directions = torch.stack([cell.data.feature_directions for cell in cells for _ in range(seeds)])
+    batches = [batch for cell in cells for batch in [cell.data.batch("train", 0)] * len(cell.members)]
+    directions = torch.stack([cell.data.feature_directions for cell in cells for _ in cell.members])
+    batch = stack_batches(batches)
     ensemble = bench.train(members, batch, steps)
     folded = ensemble.folded()
     decoder = normalize(folded.W_dec, dim=2) @ directions.mT
     encoder = normalize(folded.W_enc.mT, dim=2) @ directions.mT
     along = decoder[:, target.latent, target.own]
     with torch.no_grad():
-        losses = ensemble.losses(batch)
-    measured = {"loss": losses}
+        measured = {"loss": ensemble.losses(batch)}
     for name in quantities:
         match name:
             case "hedging" | "encoder":
@@ -256,49 +247,41 @@ def train_and_measure(
             case "impurity":
                 measured[name] = (1 - along.square()).clamp_min(0).sqrt()
             case "absorption":
-                features = stack_batches([features_as_x(one) for one in batches for _ in range(seeds)]).x
+                weight, features = batch.weight, stack_batches([features_as_x(one) for one in batches]).x > 0
+                assert weight is not None
+                own, other = features[..., target.own], features[..., target.other]
                 activations = ensemble.activations(batch)[:, :, target.latent]
-                measured[name] = _absorption(activations, features, batch.weight, target)
+                both, alone = (
+                    (weight * where * activations).sum(1) / (weight * where).sum(1)
+                    for where in (own & other, own & ~other)
+                )
+                measured[name] = 1 - both / alone
             case "mcc":
                 measured[name] = torch.stack([mcc(own[: sae.d_sae]) for own, sae in zip(decoder, members, strict=True)])
             case "loss_gap":
                 at_truth = bench.train(_at_true_features(cells), batch, steps)
-                measured[name] = at_truth.losses(batch).detach() - losses
-    return {name: value.double().reshape(len(cells), seeds).numpy() for name, value in measured.items()}
-
-
-def features_as_x(batch: Batch) -> Batch:
-    """A toy's batch in feature coordinates."""
-    assert batch.features is not None
-    return Batch(batch.features, None, batch.weight)
-
-
-def _absorption(activations: Tensor, features: Tensor, weight: Tensor | None, target: Target) -> Tensor:
-    """Share of the activation on the own feature alone that is lost where the other fires too, ``[members]``."""
-    assert weight is not None
-    own, other = features[..., target.own] > 0, features[..., target.other] > 0
-    both, alone = (
-        (weight * where * activations).sum(1) / (weight * where).sum(1) for where in (own & other, own & ~other)
-    )
-    return 1 - both / alone
+                measured[name] = at_truth.losses(batch).detach() - measured["loss"]
+    return {name: value.double().reshape(len(cells), -1).numpy() for name, value in measured.items()}
 
 
 def _at_true_features(cells: Sequence[Cell]) -> list[SAE]:
     """Copies of all members with the decoder fixed at the true features."""
     copies: dict[tuple[int, bytes], SAE] = {}
-    result = []
-    for directions, member in ((cell.data.feature_directions, member) for cell in cells for member in cell.members):
-        key = (id(member), directions.numpy().tobytes())
-        if key not in copies:
-            sae = copies[key] = copy.deepcopy(member)
+    keys = []
+    for cell in cells:
+        directions = cell.data.feature_directions
+        for member in cell.members:
+            keys.append((id(member), directions.numpy().tobytes()))
+            if keys[-1] in copies:
+                continue
+            sae = copies[keys[-1]] = copy.deepcopy(member)
             if sae.d_sae > len(directions):
                 raise UserError(f"quantities: loss_gap needs d_sae of at most the {len(directions)} features")
             with torch.no_grad():
                 sae.W_dec.copy_(directions[: sae.d_sae])
                 sae.W_enc.copy_(directions[: sae.d_sae].T)
             sae.W_dec.requires_grad_(False)
-        result.append(copies[key])
-    return result
+    return [copies[key] for key in keys]
 
 
 def closed_forms(cells: Sequence[Cell], hedging: Array, target: Target) -> dict[str, Array]:
@@ -307,54 +290,23 @@ def closed_forms(cells: Sequence[Cell], hedging: Array, target: Target) -> dict[
     ``closed_form``: component of the deepest minimum whose latent tracks its own feature; ``nearest_minimum``: that of the
     minimum nearest to the trained SAE; ``distance_to_nearest_minimum``; ``nearest_minimum_above_deepest``: how much higher
     its loss is than the deepest's. NaN where none is known.
-
-    Raises:
-        UserError: SAEs or features that the closed forms do not cover.
     """
-    deepest, nearest, distance, depth = (np.full(hedging.shape, np.nan) for _ in range(4))
+    names = ("closed_form", "nearest_minimum", "distance_to_nearest_minimum", "nearest_minimum_above_deepest")
+    closed = np.full((len(names), *hedging.shape), np.nan)
     for i, (cell, measured) in enumerate(zip(cells, hedging, strict=True)):
-        sae, directions, batch = cell.members[0], cell.data.feature_directions, cell.data.batch("train", 0)
+        sae, directions = cell.members[0], cell.data.feature_directions
         if not isinstance(sae, VanillaSAE) or sae.d_sae != 1:
             raise UserError("theory: closed forms are known for VanillaSAE with d_sae: 1, set theory: false")
         if not torch.allclose(directions @ directions.T, torch.eye(len(directions)).to(directions), atol=1e-5):
             raise UserError("theory: closed forms need orthonormal features, set theory: false")
-        found = minima(Population.from_batch(features_as_x(batch)), sae.l1_coefficient)
+        found = minima(Population.from_batch(features_as_x(cell.data.batch("train", 0))), sae.l1_coefficient)
         if found:
             own, other = (np.array([one.direction[j] for one in found]) for j in (target.own, target.other))
             components = other * np.sign(own)
             reached = np.abs(measured[:, None] - components).argmin(1)
-            nearest[i] = components[reached]
-            distance[i] = np.abs(measured - nearest[i])
-            depth[i] = np.array([one.loss for one in found])[reached] - found[0].loss
             tracking = np.flatnonzero(own > np.abs(other))
-            deepest[i] = other[tracking[0]] if len(tracking) else np.nan
-    return {
-        "closed_form": deepest,
-        "nearest_minimum": nearest,
-        "distance_to_nearest_minimum": distance,
-        "nearest_minimum_above_deepest": depth,
-    }
-
-
-def agreement(closed: Mapping[str, Array]) -> dict[str, float]:
-    """How many trained SAEs are at a minimum that theory knows, and how many of those in the deepest."""
-    distance, depth = closed["distance_to_nearest_minimum"], closed["nearest_minimum_above_deepest"]
-    known = np.isfinite(distance)
-    shares = {f"theory/share_within_{limit}": float((distance[known] < limit).mean()) for limit in (1e-3, 1e-2)}
-    return {**shares, "theory/share_in_deepest": 1 - float((depth[known] > _SAME).mean())}
-
-
-def _of_section(section: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The values of a section's keys, its name left out."""
-    return {key.partition(".")[2]: value for key, value in values.items() if key.partition(".")[0] == section}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Such small tensors gain nothing from more threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+            closed[0, i] = other[tracking[0]] if len(tracking) else np.nan
+            closed[1, i] = components[reached]
+            closed[2, i] = np.abs(measured - components[reached])
+            closed[3, i] = np.array([one.loss for one in found])[reached] - found[0].loss
+    return dict(zip(names, closed, strict=True))

@@ -21,37 +21,19 @@ _HELD_BYTES = 2**30
 class PhaseData(ActivationDataModule):
     """Batches ``start`` … ``start + steps - 1`` of another DataModule's training stream; its other stages as they are.
 
-    Members named in ``reordered`` see the same batches in another order, at every scale the same kind of order: the blocks
-    in which the data is made are permuted over the whole phase, and the batches within each block, so that a batch moves about
-    a third of the phase on average. The order depends on the data's seed alone. A phase of up to 1 GiB is held in memory; of a
-    larger one the data is made twice, once in each order, for which a language model runs twice.
-
-    Args:
-        data: Whose batches.
-        start: Batch of its stream that is this phase's first.
-        steps: Batches of the phase.
-        reordered: Members of a group that see them in another order.
-        all_reordered: Serve every SAE plain batches in the other order.
+    The ``reordered`` members of a group see the same batches in another order (``[""]``: the SAE that is trained alone), at
+    every scale the same kind of order: the blocks in which the data is made are permuted over the whole phase, and the batches
+    within each block, so that a batch moves about a third of the phase on average. The order depends on the data's seed alone.
+    A phase of up to 1 GiB is held in memory; of a larger one the data is made twice, once in each order, for which a language
+    model runs twice.
     """
 
-    def __init__(
-        self,
-        data: ActivationDataModule,
-        start: int,
-        steps: int,
-        reordered: Sequence[str] = (),
-        all_reordered: bool = False,
-    ) -> None:
+    def __init__(self, data: ActivationDataModule, start: int, steps: int, reordered: Sequence[str] = ()) -> None:
         super().__init__(data.batch_size, data.seed, data.val_batches, data.chunk_steps)
-        self.data, self.start, self.steps = data, start, steps
-        self.reordered, self.all_reordered = list(reordered), all_reordered
-
-    def only(self, name: str) -> PhaseData:
-        """The phase as one member sees it: plain batches, in the member's own order."""
-        return PhaseData(self.data, self.start, self.steps, all_reordered=name in self.reordered)
+        self.data, self.start, self.steps, self.reordered = data, start, steps, list(reordered)
 
     def renamed(self, names: Mapping[str, str]) -> PhaseData:
-        """The phase for members that go by other names."""
+        """The phase for some members, which go by other names; ``""`` where there is one alone."""
         return PhaseData(self.data, self.start, self.steps, [names[name] for name in self.reordered if name in names])
 
     @property
@@ -84,13 +66,12 @@ class PhaseData(ActivationDataModule):
     def batches(self, stage: Stage, start: int, stop: int) -> Iterator[Batch]:
         """This rank's slices of the phase's batches; as :class:`~hedgelab.training.steps.StepBatches` where orders differ."""
         if stage != "train":
-            yield from self.data.batches(stage, start, stop)
-        elif self.reordered:
-            yield from self._in_two_orders(start, stop)  # type: ignore[misc]
-        elif self.all_reordered:
-            yield from self.data.batches_at("train", [self._number(index) for index in range(start, stop)])
-        else:
-            yield from self.data.batches("train", start + self.start, stop + self.start)
+            return self.data.batches(stage, start, stop)
+        if self.reordered == [""]:
+            return self.data.batches_at("train", [self._number(index) for index in range(start, stop)])
+        if self.reordered:
+            return self._in_two_orders(start, stop)  # type: ignore[return-value]
+        return self.data.batches("train", self.start + start, self.start + stop)
 
     @cached_property
     def order(self) -> list[int]:
@@ -104,7 +85,7 @@ class PhaseData(ActivationDataModule):
 
     def _number(self, index: int) -> int:
         """Which batch of the data's stream is number ``index`` here."""
-        return self.start + (self.order[index] if self.all_reordered else index)
+        return self.start + (self.order[index] if self.reordered == [""] else index)
 
     def _in_two_orders(self, start: int, stop: int) -> Iterator[StepBatches]:
         if 4 * self.batch_size * self.d_in * self.steps <= _HELD_BYTES:

@@ -14,19 +14,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed as dist
 
 from hedgelab.errors import UserError
-from hedgelab.saes import SAE
 
 T = TypeVar("T")
-_MOST_NAMES = 6
 
 
 def on_every_rank(trainer: L.Trainer, work: Callable[[], T]) -> T:
     """Do ``work`` in every process of a trainer, started here where no launcher (torchrun, srun) has started them.
 
-    Fits within ``work`` have trainers of their own, with the same strategy and devices; they find the processes there.
-
-    Raises:
-        UserError: A strategy whose processes last for one fit only.
+    Fits within ``work`` have trainers of their own, with the same strategy and devices; they find the processes there. A
+    strategy whose processes last for one fit only is refused.
     """
     if isinstance(trainer.strategy, SingleDeviceStrategy):
         return work()
@@ -54,40 +50,22 @@ def on_every_rank(trainer: L.Trainer, work: Callable[[], T]) -> T:
 def decided_by_rank_zero(decide: Callable[[], T]) -> T:
     """What ``decide`` gives on rank zero, on every rank; all must call this at the same point.
 
-    Raises:
-        UserError: ``decide`` has raised it: on every rank, with the same words.
-        RuntimeError: ``decide`` has raised anything else.
+    A :class:`~hedgelab.errors.UserError` of its is raised on every rank; any other error as a RuntimeError on the others.
     """
     if ranks_at_work() == 1:
         return decide()
     error: Exception | None = None
-    answer: list[Any] = [None, None, ""]  # the value, or what kind of error there was, and its words
+    answer: list[Any] = [None, None]  # the value, or what the other ranks raise
     if dist.get_rank() == 0:
         try:
             answer[0] = decide()
         except Exception as caught:
             error = caught
-            answer = [None, UserError if isinstance(caught, UserError) else RuntimeError, str(caught)]
+            answer[1] = (UserError if isinstance(caught, UserError) else RuntimeError)(str(caught))
     dist.broadcast_object_list(answer, src=0)
-    if error is not None:
-        raise error
-    value, kind, words = answer
-    if kind is not None:
-        raise kind(words)
-    return value  # type: ignore[no-any-return]
-
-
-def found_by_rank_zero(find: Callable[[], SAE | None]) -> SAE | None:
-    """The SAE that ``find`` gives on rank zero, on every rank, each with memory of its own; None where it finds none."""
-    if ranks_at_work() == 1:
-        return find()
-
-    def described() -> tuple[dict[str, Any], dict[str, Any]] | None:
-        sae = find()
-        return None if sae is None else (sae.config(), sae.state_dict())
-
-    parts = decided_by_rank_zero(described)
-    return None if parts is None else SAE.from_state(*parts)
+    if answer[1] is not None:
+        raise error or answer[1]
+    return answer[0]  # type: ignore[no-any-return]
 
 
 def ranks_at_work() -> int:
@@ -104,8 +82,8 @@ def say(line: str) -> None:
 
 def say_names(what: str, names: Sequence[str]) -> None:
     """Tell the user what happens to things with names, of which the first few are shown."""
-    more = [f"… ({len(names)} in all)"] if len(names) > _MOST_NAMES else []
-    say(f"{what} {', '.join([*names[: _MOST_NAMES - len(more)], *more])}")
+    shown = names if len(names) <= 6 else [*names[:5], f"… ({len(names)} in all)"]
+    say(f"{what} {', '.join(shown)}")
 
 
 class _Nobody(L.LightningModule):

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -43,37 +43,22 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study found.
-
-    Attributes:
-        metrics: Numbers, logged as MLflow metrics.
-        tables: Rows by file name, such as ``table.csv``; all rows of a table have the same columns.
-        figures: Figures by file name below ``figures/``, such as ``hedging.png``.
-        headline: Lines for the terminal; the first follows the run's id.
-        parts: Child runs.
-        step: Optimiser steps after which the metrics hold.
-        texts: Other files by name.
-        failure: Why all that says nothing: the run keeps it and has failed.
-    """
+    """What a study found, or a part of it."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
-    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-    headline: Sequence[str] = ()
-    parts: Sequence[Part] = ()
-    step: int = 0
-    texts: Mapping[str, str] = field(default_factory=dict)
-    failure: str | None = None
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)  # by file; all rows have the same columns
+    figures: Mapping[str, Figure] = field(default_factory=dict)  # by file, below figures/
+    headline: Sequence[str] = ()  # lines for the terminal; the first follows the run's id
+    parts: Sequence[Part] = ()  # child runs
+    step: int = 0  # optimiser steps after which the metrics hold
+    texts: Mapping[str, str] = field(default_factory=dict)  # other files
+    failure: str | None = None  # why all that says nothing: the run keeps it and has failed
 
 
 class Bench:
     """What a study works with: a seed, SAEs, training, a progress bar, and the run that takes what it finds.
 
     ``Bench()`` needs no tracking store, so a study runs in a notebook too: ``Phase(...).run(Bench()).metrics``.
-
-    Args:
-        seed: Seed of the study (``seed_everything``).
-        tracker: The study's run; None tracks nothing.
     """
 
     def __init__(self, seed: int = 0, tracker: MLflowTracker | None = None) -> None:
@@ -83,24 +68,19 @@ class Bench:
         self._bar = tqdm(disable=True)
 
     @contextmanager
-    def progress(self, total: int, what: str = "Training", unit: str = "step") -> Iterator[Callable[[int], Any]]:
-        """A bar on a terminal, which :meth:`train` moves on; gives the function that does so by a number of units."""
-        with tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty()) as self._bar:
-            yield self._bar.update
+    def progress(self, total: int) -> Iterator[None]:
+        """A bar on a terminal, which :meth:`train` moves on by each of so many steps."""
+        with tqdm(total=total, desc="Training", unit="step", disable=not sys.stderr.isatty()) as self._bar:
+            yield
 
     def make_sae(self, recipe: Recipe[SAE], data: ToyDataModule, seed: int = 0, **arguments: Any) -> SAE:
-        """An SAE for a toy, initialised on the toy's first batch, in the dtype of its activations.
+        """An SAE for a toy, with other arguments, initialised on the toy's first batch, in the dtype of its activations.
 
-        Args:
-            recipe: The SAE's section of the config.
-            data: The toy.
-            seed: Added to the study's seed; gives the weights.
-            arguments: Arguments of the SAE that replace those of the recipe.
+        Its weights are those of the study's seed plus ``seed``.
         """
         sae = recipe.with_weights_seed(self.seed + seed)(d_in=data.d_in, **arguments)
         first = data.batch("train", 0)
-        sae = sae.to(first.x.dtype)
-        sae.initialize(first, data.feature_directions)
+        sae.to(first.x.dtype).initialize(first, data.feature_directions)
         return sae
 
     def train(self, saes: Sequence[SAE], batches: Batch | Callable[[int], Batch], steps: int) -> EnsembleSAE:
@@ -134,20 +114,13 @@ class Study(ABC):
     A subclass has a typed ``__init__``, whose docstring (``Args:``) explains each argument, and a ``run``. Arguments of type
     :class:`~hedgelab.protocols.recipe.Recipe` are sections of the config that name a class (``data``, ``model``). An argument
     that the study cannot use is refused in ``__init__`` with a :class:`~hedgelab.errors.UserError`.
-
-    Attributes:
-        experiment: MLflow experiment of its runs, unless the config names another.
-        tracked: Whether it has a run at all.
-        example: A config that works, named where a required key is missing.
-        takes_any_config: Whether keys that it does not know are ignored, so that it reads the configs of other commands.
-        writes_to: Full keys of folders that it writes to.
     """
 
-    experiment: ClassVar[str] = "hedgelab"
-    tracked: ClassVar[bool] = True
-    example: ClassVar[str] = ""
-    takes_any_config: ClassVar[bool] = False
-    writes_to: ClassVar[frozenset[str]] = frozenset()
+    experiment = "hedgelab"  # MLflow experiment of its runs, unless the config names another
+    tracked = True  # whether it has a run at all
+    example = ""  # a config that works, named where a required key is missing
+    takes_any_config = False  # whether keys that it does not know, of other commands, are ignored
+    writes_to = frozenset[str]()  # full keys of folders that it writes to
 
     @abstractmethod
     def run(self, bench: Bench) -> Outcome:
@@ -171,16 +144,18 @@ def as_csv(rows: Sequence[Row]) -> str:
 def make_toy(
     recipe: Recipe[ActivationDataModule], key: str, population: bool = False, **arguments: Any
 ) -> ToyDataModule:
-    """The toy of the config's section ``key``, with some arguments replaced.
-
-    Raises:
-        UserError: It is something else, or does not enumerate its population where it must.
-    """
+    """The toy of the config's section ``key``, with some arguments replaced; one that enumerates its ``population``."""
     data = recipe(**arguments)
     needed = "a ToyDataModule with sampling: population" if population else "a ToyDataModule"
     if not isinstance(data, ToyDataModule) or (population and data.batch("train", 0).weight is None):
         raise UserError(f"{key}: expected {needed}, got {type(data).__name__}")
     return data
+
+
+def features_as_x(batch: Batch) -> Batch:
+    """A toy's batch in feature coordinates."""
+    assert batch.features is not None
+    return Batch(batch.features, None, batch.weight)
 
 
 def _cell(value: Any) -> Any:

@@ -24,7 +24,7 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding, stable_id
 from hedgelab.protocols.phase_data import PhaseData
-from hedgelab.protocols.ranks import decided_by_rank_zero, found_by_rank_zero, say_names
+from hedgelab.protocols.ranks import decided_by_rank_zero, say_names
 from hedgelab.saes import SAE, SAEGroup, load_sae, weights_sha256
 from hedgelab.saes.io import gathered
 from hedgelab.tracking import MemberRecord, MLflowTracker, RunRecord, StepProgressBar
@@ -42,16 +42,12 @@ class CutShortError(UserError):
 
 @dataclass(frozen=True)
 class Phase:
-    """One SAE to be trained.
-
-    ``config`` holds the plain values that together determine its outcome, ``start`` makes the SAE as it is before its first
-    step, and its run stands below that of ``tracker``, or else of the runner.
-    """
+    """One SAE to be trained."""
 
     name: str
-    config: Mapping[str, Any]
-    start: Callable[[], SAE]
-    tracker: MLflowTracker | None = None
+    config: Mapping[str, Any]  # plain values that together determine its outcome
+    start: Callable[[], SAE]  # makes the SAE as it is before its first step
+    tracker: MLflowTracker | None = None  # the run below which its own stands; None: nothing is tracked or found again
 
     @cached_property
     def id(self) -> str:
@@ -80,9 +76,8 @@ class PhaseTrainer(L.Trainer):
         self._own_callbacks = [one for one in callbacks if one is not None and not isinstance(one, of_every_run)]
         self._own_loggers = [one for one in loggers if isinstance(one, Logger) and not isinstance(one, MLflowTracker)]
         self._saving = next((one for one in callbacks if isinstance(one, RunCheckpoint)), None)
-        self.one_at_a_time = bool(
-            self._own_loggers or [one for one in self._own_callbacks if not isinstance(one, FiniteGuard)]
-        )
+        watching = [one for one in self._own_callbacks if not isinstance(one, FiniteGuard)]
+        self.one_at_a_time = bool(self._own_loggers or watching)
 
     def another(
         self, trackers: Sequence[MLflowTracker], callbacks: Sequence[L.Callback], checkpoints: bool
@@ -102,22 +97,14 @@ class PhaseTrainer(L.Trainer):
 
 
 class PhaseRunner:
-    """Trains phases that share a stream as one group, each in a run of its own below the experiment's.
+    """Trains phases that share a stream as one group, each in a run of its own.
 
-    Args:
-        trainer: Makes the trainer of a group.
-        tracker: The parent run; None tracks nothing, and nothing is found again.
-        reuse: Take phases that the store has from there, and go on with those that were cut short.
-        retrain: Train every phase from its beginning, whatever the store has.
-
-    Attributes:
-        run_ids: The run of every phase that was trained or found, by the phase's name.
+    With ``reuse``, phases that the store has are taken from there, and those that were cut short are gone on with; with
+    ``retrain`` every phase is trained from its beginning all the same. ``run_ids`` are the runs of all phases so far, by name.
     """
 
-    def __init__(
-        self, trainer: PhaseTrainer, tracker: MLflowTracker | None = None, reuse: bool = True, retrain: bool = False
-    ) -> None:
-        self.trainer, self.tracker, self.reuse, self.retrain = trainer, tracker, reuse, retrain
+    def __init__(self, trainer: PhaseTrainer, reuse: bool = True, retrain: bool = False) -> None:
+        self.trainer, self.reuse, self.retrain = trainer, reuse, retrain
         self.run_ids: dict[str, str] = {}
 
     def train(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
@@ -125,9 +112,8 @@ class PhaseRunner:
         first: dict[str, Phase] = {}
         for phase in phases:
             first.setdefault(phase.id, phase)
-        distinct = list(first.values())
         trained: dict[str, SAE] = {}
-        for group in [[phase] for phase in distinct] if self.trainer.one_at_a_time else [distinct]:
+        for group in [[one] for one in first.values()] if self.trainer.one_at_a_time else [list(first.values())]:
             trained |= self._train_group(group, data)
         for phase in phases:
             if (same := first[phase.id]) is not phase:
@@ -136,41 +122,38 @@ class PhaseRunner:
         return trained
 
     def _train_group(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
-        begun = decided_by_rank_zero(partial(self._begun, phases))
-        trained: dict[str, SAE] = {}
-        for phase in phases:
-            if phase.name not in begun and (sae := found_by_rank_zero(partial(self._finished, phase))) is not None:
-                trained[phase.name] = sae
-        if begun:
-            say_names("going on with", begun)
-            trained |= self._fit([phase for phase in phases if phase.name in begun], data)
-        if found := [name for name in trained if name not in begun]:
-            say_names("already trained:", found)
-        if missing := [phase for phase in phases if phase.name not in trained]:
-            say_names("training", [phase.name for phase in missing])
-            trained |= self._fit(missing, data)
+        names = decided_by_rank_zero(partial(self._begun, phases))
+        begun = [phase for phase in phases if phase.name in names]
+        others = [phase for phase in phases if phase.name not in names]
+        found = {phase.name: decided_by_rank_zero(partial(self._finished, phase)) for phase in others}
+        missing = [phase for phase in others if found[phase.name] is None]
+        trained = {name: sae for name, sae in found.items() if sae is not None}
+        if trained:
+            say_names("already trained:", list(trained))
+        for what, some in (("going on with", begun), ("training", missing)):
+            if some:
+                say_names(what, [phase.name for phase in some])
+                trained |= self._fit(some, data)
         return trained
 
     def _begun(self, phases: Sequence[Phase]) -> list[str]:
         """Names of the phases that were being trained together when something stopped them, not all of them finished."""
-        if self.tracker is None or not self.reuse:
+        if (tracker := phases[0].tracker) is None or not self.reuse:
             return []
-        groups = GroupCheckpoints.all_unfinished(
-            checkpoints_root(self.tracker), {phase.name: phase.id for phase in phases}
-        )
-        if self.retrain:
-            for group in groups:
-                group.end()
-            return []
-        return list(groups[0].members) if groups else []
+        ids = {phase.name: phase.id for phase in phases}
+        groups = GroupCheckpoints.all_unfinished(Path(tracker.save_dir) / "checkpoints", ids)
+        if not self.retrain:
+            return list(groups[0].members) if groups else []
+        for group in groups:
+            group.end()
+        return []
 
     def _finished(self, phase: Phase) -> SAE | None:
         """The SAE of the phase's latest finished run whose weights are whole; None without one."""
-        tracker = phase.tracker or self.tracker
-        if tracker is None or not self.reuse or self.retrain:
+        if phase.tracker is None or not self.reuse or self.retrain:
             return None
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        client = tracker.experiment
+        client = phase.tracker.experiment
         for run in islice(search_runs(client, f"tags.phase_id = '{phase.id}' and attributes.status = 'FINISHED'"), 5):
             with tempfile.TemporaryDirectory() as folder:
                 try:
@@ -184,11 +167,10 @@ class PhaseRunner:
         return None
 
     def _fit(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
-        saes = {phase.name: phase.start() for phase in phases}
         trackers = {
-            phase.name: above.child(phase.name, {"phase": phase.name, "phase_id": phase.id})
+            phase.name: phase.tracker.child(phase.name, {"phase": phase.name, "phase_id": phase.id})
             for phase in phases
-            if (above := phase.tracker or self.tracker) is not None
+            if phase.tracker is not None
         }
 
         def begin() -> None:
@@ -196,15 +178,16 @@ class PhaseRunner:
                 trackers[phase.name].log_hyperparams(searchable(phase.config))
                 self._link(phase, trackers[phase.name].run_id)
 
+        saes = {phase.name: phase.start() for phase in phases}
         ids = {phase.name: phase.id for phase in phases} if self.reuse else None
         return fit_group(self.trainer, saes, trackers, data, begin, ids)
 
     def _link(self, phase: Phase, run_id: str | None) -> None:
-        """Say in the parent run where the phase's run is; it may stand below another parent."""
+        """Say in the run above where the phase's run is; it may stand below another."""
         if run_id is not None:
             self.run_ids[phase.name] = run_id
-        if (tracker := phase.tracker or self.tracker) is not None:
-            tracker.log_tags({f"phase.{phase.name}": run_id})
+        if phase.tracker is not None:
+            phase.tracker.log_tags({f"phase.{phase.name}": run_id})
 
 
 def outcome_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,42 +204,35 @@ def fit_group(
     begin: Callable[[], None] = lambda: None,
     ids: Mapping[str, str] | None = None,
 ) -> dict[str, SAE]:
-    """Train SAEs on one stream, each recorded in its own run, which ends with the training, well or badly.
+    """Train SAEs on one stream, each recorded in the run of its name, which ends with the training, well or badly.
 
-    SAEs and their runs go by the same names; the SAEs that are returned are complete on every rank. Runs begin with
-    ``begin()``, when the trainer is there that ends them. A tracked training of the same ``ids`` that was cut short is gone on
-    with, in the same runs. On several ranks all of them call this, within :func:`~hedgelab.protocols.ranks.on_every_rank`.
-
-    Raises:
-        CutShortError: ``max_time`` has ended training before the last step.
+    The SAEs that are returned are complete on every rank. Runs begin with ``begin()``, when the trainer is there that ends
+    them. A tracked training of the same ``ids`` that was cut short is gone on with, in the same runs. On several ranks all of
+    them call this, within :func:`~hedgelab.protocols.ranks.on_every_rank`.
     """
     lone = trainer.one_at_a_time and len(saes) == 1
-    keys = {name: name.replace(".", "_") for name in saes}  # a module's name must not contain a dot
+    keys = {name: "" if lone else name.replace(".", "_") for name in saes}  # a module's name must not contain a dot
     if len(set(keys.values())) < len(keys):
         keys = {name: str(number) for number, name in enumerate(saes)}
     group = None
     if ids is not None and trackers:
-        group = GroupCheckpoints(checkpoints_root(next(iter(trackers.values()))), ids, lone)
+        root = Path(next(iter(trackers.values())).save_dir) / "checkpoints"  # beside the store
+        group = GroupCheckpoints(root, ids, lone)
         for name, run_id in group.folder.members.items():
             if run_id is not None:
                 trackers[name].go_on_with(run_id)
-    records: list[L.Callback] = [MemberRecord("" if lone else keys[name], one) for name, one in trackers.items()]
+    records: list[L.Callback] = [MemberRecord(keys[name], tracker) for name, tracker in trackers.items()]
     made = trainer.another(list(trackers.values()), [_ReachesTheEnd(), *records], checkpoints=group is not None)
     begin()
     checkpoint = None
     saving = next((one for one in made.checkpoint_callbacks if isinstance(one, RunCheckpoint)), None)
     if group is not None and saving is not None:
-        runs = {name: tracker.run_id for name, tracker in trackers.items()}
-        checkpoint = decided_by_rank_zero(partial(group.begin, runs))
+        checkpoint = decided_by_rank_zero(partial(group.begin, {name: one.run_id for name, one in trackers.items()}))
         saving.folder, saving.dirpath = group.folder, str(group.folder.path)
-    module: L.LightningModule
-    if lone:
-        ((name, module),) = saes.items()
-        data = data.only(name) if isinstance(data, PhaseData) else data
-    else:
-        loggers = {keys[name]: tracker for name, tracker in trackers.items()}
-        module = SAEGroup({keys[name]: sae for name, sae in saes.items()}, loggers)
-        data = data.renamed(keys) if isinstance(data, PhaseData) else data
+    if isinstance(data, PhaseData):
+        data = data.renamed(keys)
+    members, loggers = ({keys[name]: one for name, one in given.items()} for given in (saes, trackers))
+    module = members[""] if lone else SAEGroup(members, loggers)
     made.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
     if group is not None and made.is_global_zero:
         group.end()
@@ -275,28 +251,26 @@ class GroupCheckpoints:
         self.folder = RunFolder(root / f"group-{digest}{'-lone' if lone else ''}")
 
     @classmethod
+    def all_in(cls, root: Path) -> list[GroupCheckpoints]:
+        """All groups that have left checkpoints."""
+        abouts = ((path, RunFolder(path).about.get("group")) for path in sorted(root.glob("group-*/")))
+        return [cls(root, group, path.name.endswith("-lone")) for path, group in abouts if isinstance(group, dict)]
+
+    @classmethod
     def all_unfinished(cls, root: Path, members: Mapping[str, str]) -> list[GroupCheckpoints]:
         """The groups of some of these members whose training was cut short."""
-        return [
-            cls(root, group, path.name.endswith("-lone"))
-            for path, group in _groups(root)
-            if group and group.items() <= members.items()
-        ]
+        return [group for group in cls.all_in(root) if group.members and group.members.items() <= members.items()]
 
     @classmethod
     def forget(cls, root: Path, names: Sequence[str]) -> None:
         """Remove the checkpoints of all groups whose members are these, or phases of these (``name/...``)."""
         own = tuple(f"{name}/" for name in names)
-        for path, group in _groups(root):
-            if all(f"{member}/".startswith(own) for member in group):
-                shutil.rmtree(path, ignore_errors=True)
+        for group in cls.all_in(root):
+            if all(f"{member}/".startswith(own) for member in group.members):
+                shutil.rmtree(group.folder.path, ignore_errors=True)
 
     def begin(self, runs: Mapping[str, str | None]) -> Path | None:
-        """Claim the folder, on rank zero; the checkpoint to go on from, None to start from the beginning.
-
-        Raises:
-            UserError: Another process trains the same SAEs right now, and goes on doing so; or has just done it.
-        """
+        """Claim the folder, on rank zero; the checkpoint to go on from, None to start from the beginning."""
         if self.folder.claim(_PATIENCE) and not self.folder.about:
             self.folder.release()
             raise UserError(f"another process has just trained {', '.join(self.members)}; run the same command again")
@@ -307,14 +281,6 @@ class GroupCheckpoints:
         """Training has ended well, and what came of it is kept elsewhere."""
         self.folder.release()
         shutil.rmtree(self.folder.path, ignore_errors=True)
-
-
-def _groups(root: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Folders of groups with their members' ids by name."""
-    for path in sorted(root.glob("group-*/")):
-        members = RunFolder(path).about.get("group")
-        if isinstance(members, dict):
-            yield path, members
 
 
 class _ReachesTheEnd(L.Callback):
@@ -343,8 +309,3 @@ def start_time_limit_anew(trainer: L.Trainer) -> None:
 
 def _timers(trainer: L.Trainer) -> Iterator[Timer]:
     return (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
-
-
-def checkpoints_root(tracker: MLflowTracker) -> Path:
-    """Where checkpoints are kept: beside the store."""
-    return Path(tracker.save_dir) / "checkpoints"

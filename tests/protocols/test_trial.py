@@ -4,20 +4,14 @@ import math
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
+from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
-from hedgelab.protocols.trial import TrialOptions, TrialScore, agreement, level_hedging
-from hedgelab.saes import BatchTopKSAE, MatryoshkaSAE
-
-
-def score(true, residual, degree):
-    return TrialScore("topk", 8, "toy", 0, true, residual, 0.0, degree, 8)
-
-
-def test_agreement_is_spearmans():
-    scores = [score(0.1, 0.2, 3.0), score(0.2, 0.3, 1.0), score(0.3, 0.9, 2.0)]
-    assert agreement(scores, "residual_hedging") == pytest.approx(1)
-    assert agreement(scores, "degree") == pytest.approx(-0.5)
+from hedgelab.protocols.recipe import Recipe
+from hedgelab.protocols.study import Bench
+from hedgelab.protocols.trial import Trial, TrialOptions, level_hedging
+from hedgelab.saes import SAE, BatchTopKSAE, MatryoshkaSAE
 
 
 def test_inner_levels_hedge_on_what_later_levels_track():
@@ -38,29 +32,23 @@ def test_options_are_checked():
 
 @pytest.mark.slow
 def test_residual_hedging_ranks_and_is_calibrated():
-    from functools import partial
-
-    from torch.optim import Adam
-
-    from hedgelab.data.toy import CopulaFiring, ToyDataModule
-    from hedgelab.protocols.study import Bench
-    from hedgelab.protocols.trial import run_trial
-    from hedgelab.saes.initialization import Initialization
-
-    def toy(strength):
-        firing = CopulaFiring(n=64, exponent=0.5, max_rate=0.4, mean_l0=5, rank=4, strength=strength)
-        return ToyDataModule(firing, d_in=64, batch_size=128, seed=0)
-
-    def make(kind, width, seed):
-        init = Initialization(seed=seed)
-        optimizer = partial(Adam, lr=3e-3)
-        return BatchTopKSAE(64, width, k=2, auxiliary_coefficient=0.0, init=init, optimizer=optimizer)
-
-    toys = {f"{strength}": toy(strength) for strength in (0.0, 0.1, 0.2, 0.4)}
-    options = TrialOptions(widths=[8, 24], seeds=1, steps=1000, continued_steps=600, n_new=8)
-    scores = run_trial(Bench(), toys, ["batch_topk"], make, options)
-    assert agreement(scores, "residual_hedging") > 0.9
-    for result in scores:
+    firing = {"n": 64, "exponent": 0.5, "max_rate": 0.4, "mean_l0": 5, "rank": 4}
+    data = {"d_in": 64, "batch_size": 128, "firing": {"class_path": "CopulaFiring", "init_args": firing}}
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 3e-3}}
+    kind = {"class_path": "BatchTopKSAE", "init_args": {"k": 2, "auxiliary_coefficient": 0.0, "optimizer": adam}}
+    study = Trial(
+        Recipe(ActivationDataModule, {"class_path": "ToyDataModule", "init_args": data}, "data"),
+        {f"{strength}": {"strength": strength} for strength in (0.0, 0.1, 0.2, 0.4)},
+        {"batch_topk": Recipe(SAE, kind, "kinds.batch_topk")},
+        TrialOptions(widths=[8, 24], seeds=1, steps=1000, continued_steps=600, n_new=8),
+    )
+    outcome = study.run(Bench())
+    scores = outcome.tables["table.csv"]
+    assert len(scores) == 2 * 4
+    ranks = spearmanr(*([one[name] for one in scores] for name in ("residual_hedging", "true_hedging")))
+    assert outcome.metrics["spearman/residual_hedging/batch_topk"] == pytest.approx(ranks.statistic)
+    assert ranks.statistic > 0.9
+    for one in scores:
         assert math.isclose(
-            result.residual_hedging, result.true_hedging, rel_tol=0.3, abs_tol=0.04 + 3 * result.residual_std
+            one["residual_hedging"], one["true_hedging"], rel_tol=0.3, abs_tol=0.04 + 3 * one["residual_std"]
         )

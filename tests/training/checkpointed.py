@@ -72,13 +72,13 @@ def group(folder):
     """Two phases, the first of two SAEs, the second going on from one of them."""
     tracker = MLflowTracker(uri=tracking_uri())
     callback = RunCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=EVERY)
-    runner = PhaseRunner(PhaseTrainer(**settings(callback, LONG)), tracker)
+    runner = PhaseRunner(PhaseTrainer(**settings(callback, LONG)))
     first = [
-        Phase("vanilla", {"kind": "vanilla"}, lambda: VanillaSAE(8, 3, 0.01, l1_warmup_steps=50)),
-        Phase("topk", {"kind": "topk"}, lambda: TopKSAE(8, 5, k=2, dead_after_steps=5)),
+        Phase("vanilla", {"kind": "vanilla"}, lambda: VanillaSAE(8, 3, 0.01, l1_warmup_steps=50), tracker),
+        Phase("topk", {"kind": "topk"}, lambda: TopKSAE(8, 5, k=2, dead_after_steps=5), tracker),
     ]
     trained = runner.train(first, data())
-    phase = Phase("again", {"kind": "again"}, lambda: duplicate(trained["topk"]))
+    phase = Phase("again", {"kind": "again"}, lambda: duplicate(trained["topk"]), tracker)
     trained |= runner.train([phase], data())
     tracker.finalize("success")
     for name, model in trained.items():

@@ -239,12 +239,12 @@ def _train(job: Job, units: Sequence[Unit], first: Any) -> dict[str, str]:
             ids = {name: unit.id for name, unit in members.items()}
             fit_group(first.trainer, saes, trackers, first.datamodule, begin, ids)
             return {}
-        runner = PhaseRunner(first.trainer, next(iter(trackers.values())), retrain=job.retrain)
+        runner = PhaseRunner(first.trainer, retrain=job.retrain)
         try:
             studies = [
                 Hedge(
                     one.model, first.datamodule, first.trainer, one.hedge_options(), outcome_of(one.resolved()),
-                    seeds=members[name].seeds, tracker=trackers[name], label=f"{name}/",
+                    seeds=members[name].seeds or (), tracker=trackers[name], label=f"{name}/",
                 )
                 for name, one in parsed.items()
             ]  # fmt: skip
