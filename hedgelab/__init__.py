@@ -16,52 +16,64 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hedgelab.batch import Batch as Batch
-    from hedgelab.data.llm import LLMDataModule as LLMDataModule
-    from hedgelab.data.tensors import DatasetActivations as DatasetActivations
-    from hedgelab.data.tensors import TensorActivations as TensorActivations
-    from hedgelab.data.toy import ToyDataModule as ToyDataModule
-    from hedgelab.errors import UserError as UserError
-    from hedgelab.metrics import hedging as hedging
-    from hedgelab.metrics import hedging_degree as hedging_degree
-    from hedgelab.metrics import residual_hedging as residual_hedging
-    from hedgelab.metrics.functional import explained_variance as explained_variance
-    from hedgelab.metrics.functional import l0 as l0
-    from hedgelab.metrics.functional import mcc as mcc
-    from hedgelab.saes import SAE as SAE
-    from hedgelab.saes import BatchTopKSAE as BatchTopKSAE
-    from hedgelab.saes import JumpReLUSAE as JumpReLUSAE
-    from hedgelab.saes import MatryoshkaSAE as MatryoshkaSAE
-    from hedgelab.saes import SAEGroup as SAEGroup
-    from hedgelab.saes import TopKSAE as TopKSAE
-    from hedgelab.saes import VanillaSAE as VanillaSAE
-    from hedgelab.saes import load_sae as load  # noqa: F401
-    from hedgelab.saes import sae_from_checkpoint as sae_from_checkpoint
+    from hedgelab.batch import Batch
+    from hedgelab.data.llm import LLMDataModule
+    from hedgelab.data.tensors import DatasetActivations, TensorActivations
+    from hedgelab.data.toy import ToyDataModule
+    from hedgelab.errors import UserError
+    from hedgelab.metrics import hedging, hedging_degree, residual_hedging
+    from hedgelab.metrics.functional import explained_variance, l0, mcc
+    from hedgelab.saes import (
+        SAE,
+        BatchTopKSAE,
+        JumpReLUSAE,
+        MatryoshkaSAE,
+        SAEGroup,
+        TopKSAE,
+        VanillaSAE,
+        sae_from_checkpoint,
+    )
+    from hedgelab.saes import load_sae as load
 
 __version__ = "0.2.0"
-
+__all__ = [
+    "SAE",
+    "Batch",
+    "BatchTopKSAE",
+    "DatasetActivations",
+    "JumpReLUSAE",
+    "LLMDataModule",
+    "MatryoshkaSAE",
+    "SAEGroup",
+    "TensorActivations",
+    "TopKSAE",
+    "ToyDataModule",
+    "UserError",
+    "VanillaSAE",
+    "explained_variance",
+    "hedging",
+    "hedging_degree",
+    "l0",
+    "load",
+    "mcc",
+    "residual_hedging",
+    "sae_from_checkpoint",
+]  # fmt: skip
 _PLACES = {
-    "hedgelab.batch": "Batch",
-    "hedgelab.data.llm": "LLMDataModule",
-    "hedgelab.data.tensors": "DatasetActivations TensorActivations",
-    "hedgelab.data.toy": "ToyDataModule",
-    "hedgelab.errors": "UserError",
-    "hedgelab.metrics": "hedging hedging_degree residual_hedging",
-    "hedgelab.metrics.functional": "explained_variance l0 mcc",
-    "hedgelab.saes": (
-        "SAE BatchTopKSAE JumpReLUSAE MatryoshkaSAE SAEGroup TopKSAE VanillaSAE load sae_from_checkpoint"
-    ),
-}
+    "batch": "Batch", "data.llm": "LLMDataModule", "data.tensors": "DatasetActivations TensorActivations",
+    "data.toy": "ToyDataModule", "errors": "UserError", "metrics": "hedging hedging_degree residual_hedging",
+    "metrics.functional": "explained_variance l0 mcc",
+}  # fmt: skip
 _PLACE = {name: module for module, names in _PLACES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACE:
-        raise AttributeError(f"hedgelab has no '{name}'; it has {', '.join(sorted(_PLACE))}")
-    value = getattr(import_module(_PLACE[name]), {"load": "load_sae"}.get(name, name))
-    globals()[name] = value
+    if name not in __all__:
+        raise AttributeError(f"hedgelab has no '{name}'; it has {', '.join(__all__)}")
+    module = import_module(f"hedgelab.{_PLACE.get(name, 'saes')}")
+    globals()[name] = value = getattr(module, {"load": "load_sae"}.get(name, name))
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACE])
+    return sorted([*globals(), *__all__])

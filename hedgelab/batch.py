@@ -23,6 +23,4 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        features = None if self.features is None else self.features.to(device)
-        weight = None if self.weight is None else self.weight.to(device)
-        return Batch(self.x.to(device), features, weight)
+        return Batch(*(None if part is None else part.to(device) for part in self))

@@ -3,10 +3,9 @@
 Whether a run has *finished*, which one ``--resume`` goes on with, which cells of a sweep, phases of a hedging degree and scores
 of an evaluation are there already: :func:`deciding` decides.
 
-* What decides: arguments of classes, seeds, the number of steps, limits that cut an epoch short; the *code* of the classes
-  (of hedgelab's own its release, of others the source of their module and of the modules of the user's that it imports);
-  the *content* of files and folders that arguments name.
-* What does not: caches, devices, strategies, folders, how steps are chunked, loggers, logging and checkpoint intervals.
+Arguments of classes decide, seeds, the number of steps, limits that cut an epoch short; the *code* of classes (of hedgelab's
+own its release, of others the source of their module and of the modules of the user's that it imports); the *content* of files
+and folders that arguments name. Caches, devices, strategies, folders, chunks, loggers and intervals do not.
 
 A class says so once, beside its signature, and its subclasses inherit it::
 
@@ -23,9 +22,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -41,24 +41,29 @@ SCHEME = "2"
 """Which rules made an id; finished runs of other schemes are not recognised by their id."""
 _HASHED = 16
 _NOTHING: Any = object()
-_SECTIONS = frozenset(
-    {"config", "name", "experiment", "ckpt_path", "resume", "retrain", "record", "progress", "checkpoint", "sweep"}
-)
-_OF_THE_TRAINER = frozenset(
-    {
-        "accelerator", "strategy", "devices", "num_nodes", "plugins", "default_root_dir", "logger", "profiler", "max_time",
-        "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "num_sanity_val_steps",
-        "use_distributed_sampler", "benchmark", "inference_mode", "detect_anomaly", "enable_autolog_hparams",
-        "model_registry", "barebones",
-    }
-)  # fmt: skip
+_SECTIONS = {
+    "config",
+    "name",
+    "experiment",
+    "ckpt_path",
+    "resume",
+    "retrain",
+    "record",
+    "progress",
+    "checkpoint",
+    "sweep",
+}
+_OF_THE_TRAINER = frozenset({
+    "accelerator", "strategy", "devices", "num_nodes", "plugins", "default_root_dir", "logger", "profiler", "max_time",
+    "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "num_sanity_val_steps",
+    "use_distributed_sampler", "benchmark", "inference_mode", "detect_anomaly", "enable_autolog_hparams", "model_registry",
+    "barebones",
+})  # fmt: skip
 _READ_FROM = frozenset({"model", "data"})  # what paths elsewhere name may be written to
-_ONLY_WATCH = frozenset(
-    {
-        "Timer", "ModelCheckpoint", "OnExceptionCheckpoint", "LearningRateMonitor", "DeviceStatsMonitor", "ModelSummary",
-        "RichModelSummary", "ThroughputMonitor", "ProgressBar", "TQDMProgressBar", "RichProgressBar",
-    }
-)  # fmt: skip
+_ONLY_WATCH = frozenset({
+    "Timer", "ModelCheckpoint", "OnExceptionCheckpoint", "LearningRateMonitor", "DeviceStatsMonitor", "ModelSummary",
+    "RichModelSummary", "ThroughputMonitor", "ProgressBar", "TQDMProgressBar", "RichProgressBar",
+})  # fmt: skip
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,31 +81,28 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list):
             return [plain(one, (*key, str(number)), name_input) for number, one in enumerate(value)]
         if isinstance(value, Mapping):
-            path = str(value.get("class_path"))
-            named: Mapping[str, Callable[[Any], Any]] = {}
-            arguments = value
-            if "class_path" in value:
-                cls, arguments = imported(path), value["init_args"]
-                named = getattr(cls, "inputs", None) or {}
-                if cls is not None:
-                    code[path] = code_of(cls)
+            path = value.get("class_path")
+            cls, arguments = (None, value) if path is None else (imported(path), value["init_args"])
+            if cls is not None:
+                code[path] = code_of(cls)
+            named = getattr(cls, "inputs", None) or {}
             found = {str(name): plain(one, (*key, str(name)), named.get(name)) for name, one in arguments.items()}
             found = {name: one for name, one in found.items() if one is not None}
-            if "class_path" not in value:
+            if path is None:
                 return found
-            if path.startswith("hedgelab."):  # may move between modules
-                path = path.rpartition(".")[2]
-            return {"class_path": path, "init_args": found}
-        read = value if name_input is None else name_input(value)
-        if name_input is not None or _names_what_is_read(key, value):
-            if isinstance(read, (str, Path)) and _exists(read):
+            short = path.rpartition(".")[2] if path.startswith("hedgelab.") else path  # may move between modules
+            return {"class_path": short, "init_args": found}
+        is_text = key[0] in _READ_FROM and isinstance(value, str) and len(value) < 1000 and "\n" not in value
+        if name_input is not None or (is_text and ("/" in value or "." in value)):  # perhaps a path
+            read = value if name_input is None else name_input(value)
+            if isinstance(read, (str, Path)) and os.path.exists(read):  # noqa: PTH110 (False for what can be no path)
                 inputs[".".join(key)] = content_of(Path(read))
             elif name_input is not None and isinstance(read, str):
                 inputs[".".join(key)] = read
         return value
 
-    kept = {key: plain(value, (key,)) for key, value in pruned(config).items()}
-    kept = {key: value for key, value in kept.items() if value is not None}
+    found = {key: plain(value, (key,)) for key, value in pruned(config).items()}
+    kept = {key: value for key, value in found.items() if value is not None}
     return {**kept, "code": dict(sorted(code.items())), "inputs": dict(sorted(inputs.items()))}
 
 
@@ -191,46 +193,27 @@ def loaded(path: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
-def _names_what_is_read(key: tuple[str, ...], value: Any) -> bool:
-    """Whether a value in a section that reads files looks like a path."""
-    is_text = key[0] in _READ_FROM and isinstance(value, str) and len(value) < 1000
-    return is_text and "\n" not in value and ("/" in value or "." in value)
-
-
-def _exists(path: str | Path) -> bool:
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):
-        return False
-
-
 def _sources(module: ModuleType) -> dict[str, bytes]:
     """The source of a module, and of those modules of the user's that it takes names from, by name."""
     found: dict[str, bytes] = {}
     left = [module]
     while left:
         one = left.pop()
-        if one.__name__ not in found:
-            found[one.__name__] = b""
-            with suppress(OSError):
-                found[one.__name__] = Path(getattr(one, "__file__", None) or "").read_bytes()
-            left += [other for other in _imported_by(one) if not _is_installed(other)]
+        if one.__name__ in found:
+            continue
+        found[one.__name__] = b""
+        with suppress(OSError):
+            found[one.__name__] = Path(getattr(one, "__file__", None) or "").read_bytes()
+        for value in list(vars(one).values()):
+            name = getattr(value, "__module__", None)
+            other = value if isinstance(value, ModuleType) else sys.modules.get(name) if isinstance(name, str) else None
+            if other is not None and not _is_installed(other):
+                left.append(other)
     return found
-
-
-def _imported_by(module: ModuleType) -> Iterator[ModuleType]:
-    for value in list(vars(module).values()):
-        name = getattr(value, "__module__", None)
-        other = value if isinstance(value, ModuleType) else sys.modules.get(name) if isinstance(name, str) else None
-        if other is not None and other is not module:
-            yield other
 
 
 def _is_installed(module: ModuleType) -> bool:
     """Whether a module belongs to hedgelab, to Python or to an installed package, rather than to the user."""
-    file = getattr(module, "__file__", None)
-    if file is None or module.__name__.partition(".")[0] == "hedgelab":
-        return True
-    place = Path(file)
-    installed = {"site-packages", "dist-packages"} & set(place.parts)
+    place = Path(getattr(module, "__file__", None) or sysconfig.get_path("stdlib"))
+    installed = module.__name__.partition(".")[0] == "hedgelab" or {"site-packages", "dist-packages"} & set(place.parts)
     return bool(installed) or place.is_relative_to(sysconfig.get_path("stdlib"))

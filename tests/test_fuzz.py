@@ -10,7 +10,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hedgelab.data.toy.tree import TreeFiring, load_tree, parse_tree
+from hedgelab.config.tree import load
+from hedgelab.data.toy.tree import TreeFiring, parse_tree
 from hedgelab.errors import UserError
 from hedgelab.saes import BatchTopKSAE, MatryoshkaSAE, TopKSAE, load_sae, save_sae
 
@@ -106,7 +107,7 @@ def test_tree_files_with_mutated_bytes(tmp_path_factory, edits):
     file = tmp_path_factory.getbasetemp() / "fuzzed_tree.yaml"
     file.write_bytes(mutated(TREE, edits))
     try:
-        load_tree(file)
+        load(file)
         firing = TreeFiring(file=str(file))
     except UserError as error:
         one_line(error)

@@ -6,18 +6,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from hedgelab.cli.hedge import HedgeCLI, HedgeTrainer
-from hedgelab.cli.lightning import HedgelabCLI, run_cli
+from hedgelab.cli.lightning import run_cli
+from hedgelab.cli.resume import ResumableCLI
 from hedgelab.config.tree import Tree
-from hedgelab.plain_yaml import write_yaml
 from hedgelab.protocols.hedge import HedgeOptions
 from hedgelab.protocols.training_phases import PhaseTrainer
 
 
-class FitCell(HedgelabCLI):
+class FitCell(ResumableCLI):
     """Parses a config of ``fit``; makes what it names only when asked to, and runs nothing."""
 
-    folder: tempfile.TemporaryDirectory[str]  # where mistakes are looked up in the config; gone when the cell is
     trainer_type = HedgeTrainer
     trainer: PhaseTrainer
 
@@ -44,9 +45,7 @@ class HedgeCell(FitCell, HedgeCLI):
 
 def parse_cell(command: str, tree: Tree, said: Sequence[str] = ()) -> FitCell:
     """Parse one cell's config; ``said`` are options in which the user names folders to write to."""
-    folder = tempfile.TemporaryDirectory()
-    file = Path(folder.name) / "cell.yaml"
-    file.write_text(write_yaml(tree))
-    cell = run_cli(HedgeCell if command == "hedge" else FitCell, command, ["--config", str(file), *said])
-    cell.folder = folder
-    return cell
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cell.yaml"
+        file.write_text(yaml.safe_dump(tree, default_style='"', sort_keys=False))  # text that looks like 1e-3 is quoted
+        return run_cli(HedgeCell if command == "hedge" else FitCell, command, ["--config", str(file), *said])

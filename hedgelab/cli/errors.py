@@ -13,9 +13,6 @@ from hedgelab.errors import Stopped, UserError, one_line
 
 MISTAKE, BUG, INTERRUPTED, UNREAD = 2, 1, 130, 141
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_OF_THE_PLACE = _FULL | {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
-}  # fmt: skip
 _NO_MEMORY = re.compile(
     r"can't allocate memory: you tried to allocate (\d+ bytes)|out of memory\. Tried to allocate ([\d.]+ \w+)"
     r"|Storage size calculation overflowed"
@@ -37,7 +34,7 @@ def guarded(run: Callable[[], int]) -> int:
     except Stopped as stop:
         return _say(str(stop), int(stop.code or 0))
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else _say(str(stop.code), BUG)
+        return _say(stop.code, BUG) if isinstance(stop.code, str) else stop.code or 0
     except Exception as error:
         mistake = user_error(error)
         if isinstance(error, OSError) and error.errno in _FULL:
@@ -47,9 +44,8 @@ def guarded(run: Callable[[], int]) -> int:
         if mistake is None:
             return BUG
         peers = sys.modules.get("hedgelab.training.checkpoints.peers")  # there in every rank
-        if peers is not None and peers.main_process_ends():  # it has found the same mistake and says so
-            return MISTAKE
-        return _say(one_line(str(mistake)), MISTAKE)
+        said = peers is not None and peers.main_process_ends()  # it has found the same mistake and says so
+        return MISTAKE if said else _say(one_line(str(mistake)), MISTAKE)
 
 
 def user_error(error: BaseException) -> BaseException | None:
@@ -65,13 +61,12 @@ def _of_the_machine(error: BaseException) -> UserError | None:
     """What a machine without the memory, a place without the room or the rights, or the tracking store has refused."""
     refused = _NO_MEMORY.search(str(error))
     if refused or isinstance(error, MemoryError):
-        size = next(filter(None, refused.groups()), None) if refused else None
-        asked = f" ({size} at once)" if size else ""
+        asked = f" ({refused[1] or refused[2]} at once)" if refused and refused.lastindex else ""
         return UserError(f"not enough memory{asked}: lower model.d_sae, data.batch_size, or what else makes it large")
-    if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
-        return UserError("no space is left where this writes; free some, or write elsewhere")
-    if isinstance(error, OSError) and error.errno in _OF_THE_PLACE and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None:
         return UserError(f"'{error.filename}': {error.strerror}; name another file or folder, or mend this one")
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return UserError("no space is left where this writes; free some, or write elsewhere")
     mlflow = sys.modules.get("mlflow.exceptions")
     if mlflow is not None and isinstance(error, mlflow.MlflowException):
         from hedgelab.tracking.store import reason_of, tracking_uri, unusable

@@ -31,20 +31,15 @@ def run(command: str, words: list[str]) -> int:
     """Evaluate the SAEs that the first words name, with the options that follow."""
     from hedgelab.protocols.evaluation.suite import option_parser, suite_classes
 
-    if not words or any(word in ("-h", "--help") for word in words):
+    if not words or {"-h", "--help"} & set(words):
         classes = suite_classes()
-        print(
-            _HELP.format(suites=", ".join(classes)) + option_parser(classes)[0].format_help().partition("\n\n")[2],
-            end="",
-        )
+        options = option_parser(classes)[0].format_help().partition("\n\n")[2]
+        print(_HELP.format(suites=", ".join(classes)) + options, end="")
         return 0
     named = list(takewhile(lambda word: not word.startswith("-"), words))
     if not named:
         raise UserError("evaluate: name a run, a folder with an SAE, or the config file of a sweep, before the options")
-    pairs = [
-        (key, f"--{key}" if value is None else f"--{key}={value}") for key, value in options_of(words[len(named) :])
-    ]
-    tree = compose([text for _, text in pairs])
+    tree = compose(words[len(named) :])
     data, x, class_path, suite, suites = (tree.pop(key, None) for key in _OWN)
     names = str(suite).split(",") if suite is not None else [str(one) for one in suites or ["all"]]
     if names == ["saebench"]:
@@ -58,14 +53,18 @@ def run(command: str, words: list[str]) -> int:
     from hedgelab.protocols.study import Bench
 
     known = {"config", *_OWN, *option_parser(suite_classes(names))[1]}
-    others = [(key.split(".")[0], text) for key, text in pairs if key.split(".")[0] not in known]
-    tree = {key: value for key, value in tree.items() if key not in dict(others)}
+    of_cells: dict[str, list[str]] = {}  # options that are no suite's, and those of the data, by their first part
+    for key, text in options_of(words[len(named) :]):
+        if (section := key.split(".")[0]) == "data" or section not in known:
+            of_cells.setdefault(section, []).append(f"--{key}" if text is None else f"--{key}={text}")
+    tree = {key: value for key, value in tree.items() if key not in of_cells}
     evaluation = Evaluate(named, names, tree, data, None if x is None else str(x), class_path)
     of_sweeps = [word for word in named if Path(word).suffix in (".yaml", ".yml")]
-    if others and not of_sweeps:
-        raise UserError(f"evaluate: unknown option {others[0][1]}; {suggest(others[0][0], known)}")
-    words = [text for _, text in others] + [text for key, text in pairs if key.split(".")[0] == "data"]
-    evaluation.saes = [_swept(word, words) if word in of_sweeps else word for word in named]
+    unknown = [section for section in of_cells if section != "data"]
+    if unknown and not of_sweeps:
+        raise UserError(f"evaluate: unknown option {of_cells[unknown[0]][0]}; {suggest(unknown[0], known)}")
+    cell_words = [word for some in of_cells.values() for word in some]
+    evaluation.saes = [_swept(word, cell_words) if word in of_sweeps else word for word in named]
     print("\n".join(conduct(evaluation, Bench(), "")))
     return 0
 

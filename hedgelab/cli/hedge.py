@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from hedgelab.cli.lightning import TYPES, HedgelabCLI
+from hedgelab.cli.lightning import TYPES
+from hedgelab.cli.resume import ResumableCLI
 from hedgelab.cli.studies import conduct
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.protocols.hedge import Hedge, HedgeOptions
@@ -18,7 +19,7 @@ from hedgelab.tracking import MLflowTracker
 class HedgeTrainer(PhaseTrainer):
     """A trainer with the command as a method, from whose signature LightningCLI takes the section ``hedge``."""
 
-    def measure_hedging(
+    def hedge(
         self,
         model: SAE,
         datamodule: ActivationDataModule,
@@ -26,14 +27,12 @@ class HedgeTrainer(PhaseTrainer):
     ) -> None:
         """Measure how much an SAE hedges: train it, widen it, train on with and without the new latents."""
 
-    hedge = measure_hedging  # the command's name, which the section of its options has as well
 
-
-class HedgeCLI(HedgelabCLI):
+class HedgeCLI(ResumableCLI):
     """The sections of ``fit`` and ``hedge``; ``trainer.max_steps`` are the steps of each phase."""
 
     trainer_type = HedgeTrainer
-    types = {**TYPES, "hedge": HedgeOptions, "retrain": bool}  # noqa: RUF012 (read only)
+    types = {**TYPES, "hedge": HedgeOptions}  # noqa: RUF012 (read only)
     trainer: PhaseTrainer
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -49,8 +48,8 @@ class HedgeCLI(HedgelabCLI):
 
     def hedge(self, model: SAE, datamodule: ActivationDataModule, hedge: HedgeOptions) -> None:
         """Run the study in the trainer's MLflow run, if it has one, and print the numbers."""
-        outcome = self.resumption.begin(self.trainer, outcome_of(self.resolved()))
         tracker = next((logger for logger in self.trainer.loggers if isinstance(logger, MLflowTracker)), None)
-        study = Hedge(model, datamodule, self.trainer, hedge, outcome, bool(self.config[self.command].retrain))
+        outcome = self.begin(tracker, outcome_of(self.resolved()))
+        study = Hedge(model, datamodule, self.trainer, hedge, outcome, bool(self.section.retrain))
         say("\n".join(conduct(study, Bench(tracker=tracker), self.text())))
-        self.resumption.finish()
+        self.finish()

@@ -1,4 +1,4 @@
-"""The commands that train nothing: their options as one table, and what those about tracked runs do."""
+"""The commands that train nothing: their options as one table, and what they do with tracked runs and saved SAEs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hedgelab.config.names import nearest
+from hedgelab.config.names import suggest
 from hedgelab.errors import UserError
 
 
@@ -25,11 +25,6 @@ def new_place(text: str) -> Path:
     return path
 
 
-_OWN_CLASS = {
-    "metavar": "PATH",
-    "dest": "class_path",
-    "help": "class of the SAE in a folder, where it is one of your own",
-}
 _FOLDER = {
     "required": True,
     "metavar": "DIR",
@@ -47,9 +42,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "compare": {
         "runs": {"nargs": "+", "metavar": "RUN", "help": "a run's id, its name, or 'last'"},
         "--metrics": {"nargs": "+", "metavar": "NAME", "help": "metrics to show; the best known by default"},
-        "--to": {
-            "metavar": "FILE", "type": new_place, "help": "figure to write; runs/comparisons/<ids>.png by default"
-        },
+        "--to": {"metavar": "FILE", "type": new_place, "help": "figure to write; runs/comparisons/<ids>.png by default"},
     },
     "report": {
         "--experiment": {"default": "hedgelab", "metavar": "NAME", "help": "the experiment"},
@@ -66,20 +59,15 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "run": {"metavar": "SAE", "help": "a run's id, its name, 'last', a folder with an SAE, or a .ckpt file"},
         "--to": _FOLDER,
         "--format": {"choices": ("saelens", "hedgelab"), "default": "saelens", "help": "whose files to write"},
-        "--hooks": {
-            "choices": ("transformers", "transformer_lens"), "default": "transformers",
-            "help": "whose name of the hook goes into the metadata; TransformerLens knows fewer models",
-        },
-        "--class": _OWN_CLASS,
+        "--hooks": {"choices": ("transformers", "transformer_lens"), "default": "transformers", "help": "whose hook name"},
+        "--class": {"metavar": "PATH", "dest": "class_path", "help": "class of the SAE in a folder, if it is your own"},
         "--member": {"metavar": "NAME", "help": "which SAE of a checkpoint of several"},
         "--push": {"metavar": "USER/REPO", "help": "upload to the Hugging Face hub as well"},
     },
     "import": {
         "source": {"metavar": "DIR|HUB_ID", "help": "a folder, or user/repository[/folder] on the hub"},
         "--to": _FOLDER,
-        "--format": {
-            "choices": ("saelens", "sparsify", "dictionary_learning"), "help": "whose files they are; found out by default"
-        },
+        "--format": {"choices": ("saelens", "sparsify", "dictionary_learning"), "help": "whose files; found out by default"},
     },
 }  # fmt: skip
 
@@ -91,11 +79,9 @@ class LightParser(argparse.ArgumentParser):
         from hedgelab.cli import COMMANDS
 
         super().__init__(
-            prog=f"hedgelab {command}",
-            description=f"{COMMANDS[command].summary}.".capitalize(),
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+            prog=f"hedgelab {command}", description=f"{COMMANDS[command].summary}.".capitalize(),
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
         for name, settings in OPTIONS[command].items():
             self.add_argument(name, **settings)
 
@@ -104,9 +90,7 @@ class LightParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words)
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
-            near = nearest(unknown[0].split("=")[0], options)
-            hint = f"did you mean '{near}'?" if near else f"see '{self.prog} --help'"
-            self.error(f"unknown argument '{unknown[0]}'; {hint}")
+            self.error(f"unknown argument '{unknown[0]}'; {suggest(unknown[0].split('=')[0], options)}")
         return parsed
 
     def error(self, message: str) -> NoReturn:
@@ -115,9 +99,10 @@ class LightParser(argparse.ArgumentParser):
 
 
 def run(command: str, words: list[str]) -> int:
-    """Run ``runs``, ``compare``, ``report`` or ``sync``."""
+    """Run a command."""
     options = LightParser(command).parse(words)
-    {"runs": _runs, "compare": _compare, "report": _report, "sync": _sync}[command](options)
+    do = {"runs": _runs, "compare": _compare, "report": _report, "sync": _sync, "export": _export, "import": _import}
+    do[command](options)
     return 0
 
 
@@ -183,3 +168,46 @@ def _sync(options: argparse.Namespace) -> None:
         raise UserError(f"sync: {len(sent.left)} left: {'; '.join(sent.left)}")
     runs = len(sent.runs)
     print(f"sync: sent what waited of {runs} run{'s' * (runs != 1)}" if runs else "sync: nothing waits")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from hedgelab.data.source import ActivationSource
+    from hedgelab.interop.formats import push
+    from hedgelab.interop.saelens import WRITTEN_FOR, export_saelens
+    from hedgelab.saes import sae_from_checkpoint, save_sae
+    from hedgelab.tracking.runs import import_class, resolve_sae
+
+    source: ActivationSource | None = None
+    if (checkpoint := Path(options.run)).is_file():
+        import_class(options.class_path)
+        sae, origin = sae_from_checkpoint(checkpoint, options.member), options.run
+    else:
+        found = resolve_sae(options.run)
+        sae, source = found.load(options.class_path), ActivationSource.load(found.folder)
+        origin = f"run {found.run.run_id} ({found.run.name})" if found.run else str(found.folder)
+    if options.format == "hedgelab":
+        save_sae(sae, options.to)
+        if source is not None:
+            source.save(options.to)
+        print(f"{type(sae).__name__} of {origin} → {options.to}: {sae.d_in} × {sae.d_sae}")
+        print(f'load it: hedgelab.saes.load_sae("{options.to}")')
+    else:
+        config = export_saelens(sae, options.to, source, options.hooks)
+        print(f"{type(sae).__name__} of {origin} → {options.to}: {config['architecture']}, {sae.d_in} × {sae.d_sae}")
+        if source is None:
+            print("no model and hook are known of it, and no normalisation was folded in")
+        print(f'load it with SAELens 6 (tried with {WRITTEN_FOR}): sae_lens.SAE.load_from_disk("{options.to}")')
+    if options.push:
+        print(f"uploaded: {push(options.to, options.push)}")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from hedgelab.interop.formats import config_lines, fetch, import_folder
+    from hedgelab.saes import save_sae
+
+    path = Path(options.source)
+    sae, source, library = import_folder(path if path.exists() else fetch(options.source), options.format)
+    save_sae(sae, options.to)
+    source.save(options.to)
+    print(f"{library} → {type(sae).__name__}, {sae.d_in} × {sae.d_sae}, in {options.to}")
+    print("\n".join(["train on with this config:", *config_lines(sae, source, options.to)]))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -24,12 +24,10 @@ import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
 from hedgelab.cli.errors import causes, user_error
-from hedgelab.cli.resume import Resumption, with_stored_config
-from hedgelab.config.explain import explain_construction, explain_parsing, resolve
 from hedgelab.config.folders import check_folders
 from hedgelab.config.signatures import Parameter
-from hedgelab.config.tree import Tree, compose, config_files, opening_comment, with_bare_flags, without_configs
-from hedgelab.config.walk import Walk
+from hedgelab.config.tree import Tree, compose, config_files, opening_comment, with_bare_flags
+from hedgelab.config.walk import Walk, explain_construction, explain_parsing
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError, one_line, stop_at_once
 from hedgelab.protocols.training_phases import was_cut
@@ -47,7 +45,7 @@ SWITCHES = {"progress": "enable_progress_bar", "checkpoint": "enable_checkpointi
 TRACKER = "hedgelab.tracking.MLflowTracker"
 TYPES = {
     "model": SAE, "data": ActivationDataModule, "trainer": L.Trainer, "seed_everything": bool | int, "name": str | None,
-    "experiment": str | None, "ckpt_path": str | None, "resume": bool | str, **CALLBACKS,
+    "experiment": str | None, "ckpt_path": str | None, "resume": bool | str, "retrain": bool, **CALLBACKS,
 }  # fmt: skip
 SUMMARY = ("loss", "mse", "explained_variance", "l0", "dead_latents", "mcc")
 EXPECTED_WARNINGS = (
@@ -58,34 +56,19 @@ EXPECTED_WARNINGS = (
     "`max_epochs` was not set",  # the DataModule says it better
     "It is recommended to use `self.log",  # ranks have agreed on every number
 )
-RESUMABLE = ("fit", "hedge")
-RESUME_HELP = (
-    "Go on with the newest unfinished run of this very config (kept in run.json beside the checkpoints, "
-    "runs/checkpoints/<run id>/), in the same MLflow run, from its last whole checkpoint: the result is that of a run never "
-    "stopped. Starts afresh, and says so, where there is none; does nothing where that run has finished: so a job that may "
-    "be requeued always passes it. Keys that nobody wrote stay what they were when the run was begun, whatever a newer "
-    "release has for defaults. --resume=ID takes the run of that id. --ckpt_path=last means the same."
-)
-_LARGEST = 2**63 - 1
+LARGEST = 2**63 - 1
+BOUNDS = {
+    "seed_everything": (0, 2**32 - 1), "trainer.num_nodes": (1, 100_000), "trainer.log_every_n_steps": (0, LARGEST),
+    "trainer.check_val_every_n_epoch": (1, LARGEST),
+}  # fmt: skip
 TRAINER_DEFAULTS = {
     "logger": {"class_path": TRACKER}, "devices": 1, "log_every_n_steps": 100, "num_sanity_val_steps": 0,
     "use_distributed_sampler": False, "enable_model_summary": False, "enable_progress_bar": True,
 }  # fmt: skip
-TRAINER_BOUNDS = {
-    "num_nodes": (1, 100_000), "log_every_n_steps": (0, _LARGEST), "check_val_every_n_epoch": (1, _LARGEST)
+CHECKPOINT_DEFAULTS = {
+    "checkpoint.save_last": True, "checkpoint.save_top_k": 0, "checkpoint.every_n_train_steps": 1000
 }  # fmt: skip
-CHECKPOINT_DEFAULTS = {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1000}
 C = TypeVar("C", bound="HedgelabCLI")
-
-
-class OneLineParser(LightningArgumentParser):
-    """Raises what it refuses as a UserError, instead of printing usage and leaving."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Refuse the command line; parsers inside parsers report to theirs."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        raise UserError(one_line(message)) from ex
 
 
 class ConfigRecord(SaveConfigCallback):
@@ -94,41 +77,30 @@ class ConfigRecord(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called once, on rank zero."""
         text = self.parser.dump(self.config, skip_none=False)
-        resolved = yaml.safe_load(text)
-        resolved.pop("config", None)
         for logger in trainer.loggers:
             if isinstance(logger, MLflowTracker):
                 logger.log_config(text)
-                logger.log_hyperparams(searchable(resolved))
+                logger.log_hyperparams(searchable(yaml.safe_load(text)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Called on every rank when the folder of checkpoints is there."""
-        kept = (one.folder for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint))
-        folder = next(kept, None)
-        if trainer.is_global_zero and folder is not None and folder.path.is_dir():
-            text = self.parser.dump(self.config, skip_none=False)
-            folder.write("config.yaml", text, "the tracked run has it, too")
+        text = self.parser.dump(self.config, skip_none=False)
+        for one in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
+            if isinstance(one, RunCheckpoint) and one.folder is not None and one.folder.path.is_dir():
+                one.folder.write("config.yaml", text, "the tracked run has it, too")
 
 
 class HedgelabCLI(LightningCLI):
-    """``fit``, ``validate`` and ``test`` of any SAE on any activations.
+    """``fit``, ``validate`` and ``test`` of any SAE on any activations."""
 
-    Attributes:
-        trainer_type: The trainer, whose methods are the commands.
-        types: What may stand at the top of a config.
-        written: What the user wrote of it.
-        resume: The id of the run to go on with, or whether to look for one.
-    """
-
-    trainer_type: type[L.Trainer] = L.Trainer
-    types: Mapping[str, Any] = TYPES
-    written: Tree
-    resume: bool | str
+    trainer_type: type[L.Trainer] = L.Trainer  # its methods are the commands
+    types: Mapping[str, Any] = TYPES  # what may stand at the top of a config
+    written: Tree  # what the user wrote of it
+    walk: Walk  # over that, for explaining mistakes
 
     def __init__(self, command: str, words: list[str]) -> None:
-        self.command, self.words = command, with_stored_config(with_bare_flags(words, ["resume", "retrain"]))
-        self.resumption = Resumption(self)
-        parser: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
+        self.command, self.words = command, with_bare_flags(words, ["resume", "retrain"])
+        parser: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
         super().__init__(
             model_class=SAE,
             datamodule_class=ActivationDataModule,
@@ -138,12 +110,17 @@ class HedgelabCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={"prog": "hedgelab", **parser, command: parser},
-            parser_class=OneLineParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             args=[command, *self.words],
         )
+
+    @property
+    def section(self) -> Namespace:
+        """The config of the command."""
+        section: Namespace = self.config[self.command]
+        return section
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one subcommand that was asked for: each costs a parser of some hundred options."""
@@ -153,49 +130,39 @@ class HedgelabCLI(LightningCLI):
         """Name and experiment of the run, the callbacks that every run has, and the link from data to model."""
         parser.add_argument("--name", type=str | None, help="Name of the run; the config file's by default.")
         parser.add_argument("--experiment", type=str | None, help="MLflow experiment that the run belongs to.")
-        if self.command in RESUMABLE:
-            parser.add_argument("--resume", type=bool | str, default=False, help=RESUME_HELP)
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
-        parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()})
+        parser.set_defaults(CHECKPOINT_DEFAULTS)
         parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; what is refused is explained in one line with its full key."""
-        self.written = self.tree()
-        self.parse()
+        """Parse what the user wrote."""
+        self.written = self.parse(self.words)
 
-    def parse(self, more: Sequence[str] = ()) -> None:
-        """Parse the words, with more options after them; which run to go on with is no part of the config."""
-        words = [*self.words, *more]
+    def parse(self, words: Sequence[str]) -> Tree:
+        """Parse words, and give them as a tree; what is refused is explained in one line with its full key."""
+        tree = compose([*words], {"trainer": {"logger": {"class_path": TRACKER}}})
+        names = {**vars(self._parser(self.command).get_defaults()), "model": None, "data": None}
+        parameters = {name: Parameter(self.types.get(name, Any), name in ("model", "data")) for name in names}
+        self.walk = Walk(tree, parameters, frozenset({"model.d_in"}))
         try:
             self.config = self.parser.parse_args([self.command, *words])
-        except (UserError, OmegaConfBaseException) as error:
-            raise UserError(explain_parsing(error, self.tree(words), self.walk(words))) from error
-        config = self.config[self.command]
-        if not 0 <= config.seed_everything < 2**32:
-            raise UserError(f"seed_everything: must be from 0 to {2**32 - 1}, got {config.seed_everything}")
-        config.name = config.name or "+".join(file.stem for file in config_files(words)) or None
-        self.resume = config.get("resume", False)
-        if config.get("ckpt_path") == "last":
-            self.resume, config.ckpt_path = self.resume or True, None
-        if self.resume:
-            config.resume = False
-
-    def tree(self, words: list[str] | None = None) -> Tree:
-        """What the user wrote, over the classes that stand there by default."""
-        return compose(words or self.words, {"trainer": {"logger": {"class_path": TRACKER}}})
-
-    def walk(self, words: list[str] | None = None) -> Walk:
-        """A walk over what the user wrote, for explaining mistakes."""
-        needed = ("model", "data")
-        names = [*vars(self._parser(self.command).get_defaults()), *needed]
-        parameters = {name: Parameter(self.types.get(name, Any), name in needed) for name in names}
-        return Walk(resolve(self.tree(words)), parameters, frozenset({"model.d_in"}))
+        except (ArgumentError, OmegaConfBaseException) as error:
+            raise UserError(explain_parsing(error, tree, self.walk)) from error
+        if self.walk.impossible:
+            raise UserError(self.walk.impossible[0])
+        trainer = {f"trainer.{key}": value for key, value in vars(self.section.trainer).items()}
+        for key, value in {**trainer, "seed_everything": self.section.seed_everything}.items():
+            least, most = BOUNDS.get(key, (-LARGEST, LARGEST))  # Lightning takes these, and stumbles over them later
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                raise UserError(f"{key}: must be from {least} to {most}, got {value}")
+        check_folders(self.section.as_dict(), words)
+        self.section.name = self.section.name or "+".join(file.stem for file in config_files([*words])) or None
+        return tree
 
     def text(self) -> str:
         """The whole config."""
-        text: str = self._parser(self.command).dump(self.config[self.command], skip_none=False)
+        text: str = self._parser(self.command).dump(self.section, skip_none=False)
         return text
 
     def resolved(self) -> dict[str, Any]:
@@ -206,55 +173,32 @@ class HedgelabCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check the checkpoint, name the run, and leave out what the trainer is told to do without."""
-        config = self.config[self.command]
-        for key, value in vars(config.trainer).items():  # Lightning takes these, and stumbles over them later
-            least, most = TRAINER_BOUNDS.get(key, (-_LARGEST, _LARGEST))
-            if isinstance(value, (int, float)) and not least <= value <= most:
-                raise UserError(f"trainer.{key}: must be from {least} to {most}, got {value}")
-        check_folders(config.as_dict(), compose(without_configs(self.words)))
+        config = self.section
         path = config.get("ckpt_path")
         if path is None and self.command in ("validate", "test"):
             raise UserError(f"ckpt_path: {self.command} measures a trained SAE: give --ckpt_path .../last.ckpt")
         if path is not None and not Path(path).exists():
             raise UserError(f"ckpt_path: no such file '{path}'; checkpoints are kept under runs/checkpoints/<run id>/")
-        if self.resume:
-            self.resumption.find(self.resume)
-            config = self.config[self.command]
-        self._name_run(config)
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        trackers = [one.init_args for one in loggers if isinstance(one, Namespace) and one.class_path == TRACKER]
+        if config.experiment is not None and not trackers:
+            raise UserError("experiment: is MLflow's, and trainer.logger has no MLflowTracker; remove it, or add one")
+        for arguments in trackers:
+            arguments.run_name = arguments.run_name or config.name
+            arguments.experiment = config.experiment or arguments.experiment
+            arguments.description = arguments.description or opening_comment(config_files(self.words))
         if config.checkpoint.train_time_interval is not None:
             config.checkpoint.every_n_train_steps = None  # Lightning takes one of them, and this one has a default
         for callback, switch in SWITCHES.items():
             if config.trainer[switch] is False:
                 self._parser(self.command).callback_keys.remove(callback)
 
-    def _name_run(self, config: Namespace) -> None:
-        """Give name, experiment and description to every MLflowTracker among the loggers."""
-        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-        trackers = [one.init_args for one in loggers if isinstance(one, Namespace) and one.class_path == TRACKER]
-        if config.experiment is not None and not trackers:
-            raise UserError(
-                "experiment: is MLflow's, and no MLflowTracker is among trainer.logger; remove it, or add one"
-            )
-        for arguments in trackers:
-            arguments.run_name = arguments.run_name or config.name
-            arguments.experiment = config.experiment or arguments.experiment
-            arguments.description = arguments.description or opening_comment(config_files(self.words))
-
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; what a class finds impossible is told with the full key."""
-        walk = self.walk()
-        if walk.impossible:
-            raise UserError(walk.impossible[0])
         try:
             super().instantiate_classes()
         except Exception as error:
-            raise UserError(explain_construction(user_error(error) or list(causes(error))[-1], walk)) from error
-        if (checkpoint := self.resumption.apply(self.trainer)) is not None:
-            self.config_init[self.command].ckpt_path = checkpoint
-
-    def after_fit(self) -> None:
-        """The run is over; nothing is left to go on with."""
-        self.resumption.finish(was_cut(self.trainer))
+            raise UserError(explain_construction(user_error(error) or list(causes(error))[-1], self.walk)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would read a whole checkpoint here for hyper-parameters that hedgelab's never hold."""

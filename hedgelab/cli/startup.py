@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
@@ -37,12 +37,9 @@ def defer_torchmetrics() -> None:
     spec = find_spec(_NAME) if _NAME not in sys.modules else None
     if spec is None:
         return
-    module = _Deferred(_NAME)
-    module.__spec__, module.__file__, module.__loader__ = spec, spec.origin, spec.loader
-    module.__path__ = list(spec.submodule_search_locations or ())
-    module.__package__ = _NAME
+    module = sys.modules[_NAME] = module_from_spec(spec)
+    module.__class__ = _Deferred  # type: ignore[assignment]
     module.__dict__.update(__version__=version(_NAME), _logger=logging.getLogger(_NAME))
-    sys.modules[_NAME] = module
     with suppress(ImportError, AttributeError):
         import_module(f"{_NAME}.utilities")  # before the classes, which import it and are imported by it
         module.__dict__["Metric"] = import_module(f"{_NAME}.metric").Metric

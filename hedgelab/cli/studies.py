@@ -10,36 +10,14 @@ import inspect
 import re
 import typing
 from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
+from hedgelab.cli import COMMANDS, registered
 from hedgelab.cli.startup import defer_torchmetrics
-from hedgelab.config.tree import compose, config_files, only_shows, opening_comment, with_bare_flags, without_configs
+from hedgelab.config.tree import compose, config_files, only_shows, opening_comment, options_of, with_bare_flags
 from hedgelab.errors import UserError, stop_at_once, stopped_by_signal
-
-GROUP = "hedgelab.studies"
-BUILT_IN = {
-    "phase": "hedgelab.protocols.phase.Phase",
-    "balance": "hedgelab.protocols.balance.BalanceStudy",
-    "trial": "hedgelab.protocols.trial.Trial",
-    "figures": "hedgelab.protocols.figures.PaperFigures",
-    "cache": "hedgelab.protocols.cache.Cache",
-}
-"""Class paths of the package's own studies, by command."""
-_UNTRACKED = {"cache"}  # known before the class is imported
-
-
-class Parsed(NamedTuple):
-    """A study as its config describes it: the study, how its run is called, its seed, its resolved config, and what it says."""
-
-    study: Any
-    name: str
-    experiment: str
-    seed: int
-    text: str
-    description: str | None
 
 
 def run(command: str, words: list[str]) -> int:
@@ -48,23 +26,19 @@ def run(command: str, words: list[str]) -> int:
     from hedgelab.protocols.study import Bench
     from hedgelab.tracking import MLflowTracker
 
-    parsed = parse(study_class(command), command, words)
-    tracked = parsed.study.tracked
-    tracker = MLflowTracker(parsed.experiment, parsed.name, description=parsed.description) if tracked else None
-    print("\n".join(conduct(parsed.study, Bench(parsed.seed, tracker), parsed.text)))
+    study, config, text = parse(study_class(command), command, words)
+    files = config_files(words)
+    name = config.name or "+".join(file.stem for file in files) or command
+    tracker = MLflowTracker(config.experiment, name, description=opening_comment(files)) if study.tracked else None
+    print("\n".join(conduct(study, Bench(config.seed_everything, tracker), text)))
     return 0
-
-
-def registered() -> dict[str, str]:
-    """Class paths of the studies that installed packages register, by command."""
-    return {point.name: point.value.replace(":", ".") for point in entry_points(group=GROUP)}
 
 
 def study_class(command: str) -> type[Any]:
     """The class of a study, which a command, an entry point or a class path names."""
     from hedgelab.protocols.study import Study
 
-    path = BUILT_IN.get(command) or registered().get(command, command)
+    path = f"hedgelab.{COMMANDS[command].place}" if command in COMMANDS else registered().get(command, command)
     module, _, name = path.rpartition(".")
     try:
         found = getattr(import_module(module), name, None)
@@ -77,13 +51,12 @@ def study_class(command: str) -> type[Any]:
     return found
 
 
-def parse(cls: type[Any], command: str, words: list[str]) -> Parsed:
-    """Read the config of a study and make the study; what is refused is told in one line."""
+def parse(cls: type[Any], command: str, words: list[str]) -> tuple[Any, Any, str]:
+    """A study made as words and config files say, with its config, as objects and as text; what is refused is one line."""
     from jsonargparse import Namespace
 
-    from hedgelab.config.explain import explain_construction, explain_parsing, resolve
     from hedgelab.config.folders import check_folders
-    from hedgelab.config.walk import Walk
+    from hedgelab.config.walk import Walk, explain_construction, explain_parsing, resolve
     from hedgelab.protocols.recipe import Recipe
 
     parser, recipes, parameters = make_parser(cls, command)
@@ -91,10 +64,8 @@ def parse(cls: type[Any], command: str, words: list[str]) -> Parsed:
     written = compose(words)
     tree = resolve(written)
     if cls.takes_any_config:
-        said = {key for key, value in compose(without_configs(words)).items() if not isinstance(value, dict)}
-        tree = {key: value for key, value in tree.items() if key in said.union(parameters)}
-    provided = frozenset(f"{name}.d_in" for name, base in recipes.items() if base.__name__ == "SAE")
-    walk = Walk(tree, parameters, provided)
+        tree = {key: value for key, value in tree.items() if key in {*parameters, *dict(options_of(words))}}
+    walk = Walk(tree, parameters, frozenset(f"{name}.d_in" for name, base in recipes.items() if base.__name__ == "SAE"))
     try:
         by_tree = cls.takes_any_config and not only_shows(words)
         config = parser.parse_object(tree) if by_tree else parser.parse_args(words)
@@ -103,25 +74,20 @@ def parse(cls: type[Any], command: str, words: list[str]) -> Parsed:
     except Exception as error:
         line = explain_parsing(error, written, walk)
         raise UserError(f"{line}; see {cls.example}" if cls.example and ": is required" in line else line) from error
-    check_folders(config.as_dict(), compose(without_configs(words)), also=cls.writes_to)
-    sections: dict[str, Any] = {}
-    for name, base in recipes.items():
-        if parameters[name].annotation is base:
-            sections[name] = None if config[name] is None else Recipe(base, config[name], name)
-        else:  # as written: the parser puts defaults in, some of which a class refuses
-            parts = tree.get(name) or {}
-            sections[name] = {key: Recipe(base, section, f"{name}.{key}") for key, section in parts.items()}
+    check_folders(config.as_dict(), words, also=cls.writes_to)
     plain = Namespace({key: value for key, value in vars(config).items() if key not in recipes})  # type: ignore[no-untyped-call]
-    own = set(inspect.signature(cls).parameters)
     try:
-        values = {**vars(parser.instantiate(plain)), **sections}
-        study = cls(**{key: value for key, value in values.items() if key in own})
+        values = vars(parser.instantiate(plain))
+        for name, base in recipes.items():
+            if parameters[name].annotation is base:
+                values[name] = None if config[name] is None else Recipe(base, config[name], name)
+            else:  # as written: the parser puts defaults in, some of which a class refuses
+                parts = tree.get(name) or {}
+                values[name] = {key: Recipe(base, section, f"{name}.{key}") for key, section in parts.items()}
+        study = cls(**{name: values[name] for name in inspect.signature(cls).parameters})
     except UserError as error:
         raise UserError(explain_construction(error, walk)) from error
-    files = config_files(words)
-    name = config.name or "+".join(file.stem for file in files) or command
-    text = parser.dump(config, skip_none=False)
-    return Parsed(study, name, config.experiment, config.seed_everything, text, opening_comment(files))
+    return study, config, parser.dump(config, skip_none=False)
 
 
 def make_parser(cls: type[Any], command: str) -> tuple[Any, dict[str, type], dict[str, Any]]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hedgelab.cli.startup import defer_torchmetrics
-
-if TYPE_CHECKING:
-    from hedgelab.protocols.sweep.run import Sweep
 
 _HELP = """\
 usage: hedgelab sweep --config FILE [--list] [--KEY VALUE ...]
@@ -38,15 +35,15 @@ that decides their numbers (a key, the code of a class, the content of a file); 
 
 def run(command: str, words: list[str]) -> int:
     """Run a sweep."""
-    if any(word in ("-h", "--help") for word in words):
+    if {"-h", "--help"} & set(words):
         print(_HELP, end="")
         return 0
     defer_torchmetrics()
     return 1 if sweep(words).failures else 0
 
 
-def sweep(words: list[str]) -> Sweep:
-    """Run the sweep that the words describe, and say what came of it."""
+def sweep(words: list[str]) -> Any:
+    """Run the sweep that the words describe, and say what came of it; the study."""
     from hedgelab.cli.cells import parse_cell
     from hedgelab.cli.studies import conduct
     from hedgelab.protocols.study import Bench

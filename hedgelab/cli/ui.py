@@ -31,11 +31,8 @@ def run(command: str, words: list[str]) -> int:
     else:
         check_database(database)
     check_port(options.host, options.port)
-    print(
-        f"MLflow UI on {without_credentials(uri)}\n"
-        f"open http://{options.host}:{options.port}  (takes some seconds; Ctrl-C ends it)",
-        flush=True,
-    )
+    print(f"MLflow UI on {without_credentials(uri)}")
+    print(f"open http://{options.host}:{options.port}  (takes some seconds; Ctrl-C ends it)", flush=True)
     with suppress(KeyboardInterrupt), stop_at_once():
         return serve(server_command(uri, options.host, options.port))
     return 0

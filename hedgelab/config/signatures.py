@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -50,20 +51,6 @@ def class_of(item: Any, annotation: Any) -> type | None:
     return named if inspect.isclass(named) and any(issubclass(named, base) for base in admitted) else None
 
 
-def alternatives(annotation: Any) -> list[Any]:
-    """The types of a union, else the type itself; the notes of an annotated type are left out.
-
-    >>> alternatives(int | list[float] | None)
-    [<class 'int'>, list[float], <class 'NoneType'>]
-    """
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return alternatives(arguments[0])
-    if origin in (typing.Union, types.UnionType):
-        return [one for argument in arguments for one in alternatives(argument)]
-    return [annotation]
-
-
 def bases(annotation: Any) -> list[type]:
     """The classes (not plain values) that a type admits objects of, inside unions, lists and as results of calls."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -71,7 +58,7 @@ def bases(annotation: Any) -> list[type]:
         return [] if annotation.__module__ == "builtins" else [annotation]
     if origin in (typing.Literal, type):
         return []
-    inner = arguments[-1:] if _is_call(annotation) else arguments
+    inner = arguments[-1:] if origin is Callable else arguments
     return [base for argument in inner for base in bases(argument)]
 
 
@@ -86,28 +73,19 @@ def concrete(base: type) -> Iterator[type]:
 
 def supplied_by_caller(annotation: Any) -> int:
     """How many leading arguments of a class its caller fills in, where the type is a factory."""
-    for one in filter(_is_call, alternatives(annotation)):
-        taken = typing.get_args(one)[:1]
-        return len(taken[0]) if taken and isinstance(taken[0], list) else 0
-    return 0
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is not Callable:
+        return max(map(supplied_by_caller, arguments), default=0)
+    return len(arguments[0]) if arguments and isinstance(arguments[0], list) else 0
 
 
 def describe(annotation: Any) -> str:
-    """A type in the words of a config file."""
-    options = alternatives(annotation)
-    if len(options) > 1:
-        return " or ".join(dict.fromkeys(map(describe, options)))
-    origin, arguments = typing.get_origin(options[0]), typing.get_args(options[0])
-    if options[0] in (type(None), None):
-        return "null"
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, arguments))
-    if _is_call(options[0]):
-        return f"the class of a {describe(arguments[-1])}" if arguments else "a function"
-    if origin is not None:
-        return f"{origin.__name__.lower()}[{', '.join('...' if one is ... else describe(one) for one in arguments)}]"
-    return str(getattr(options[0], "__name__", options[0]))
+    """A type in the words of a config file.
 
-
-def _is_call(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is Callable or annotation in (Callable, typing.Callable)
+    >>> describe(int | list[float] | None), describe(Callable[[int], Parameter])
+    ('int | list[float] | null', 'Callable[[int], Parameter]')
+    """
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(map(describe, typing.get_args(annotation)))
+    text = re.sub(r"\b[A-Za-z_]\w*\.(?=\w)", "", inspect.formatannotation(annotation))
+    return re.sub(r"\bNone(Type)?\b", "null", text)

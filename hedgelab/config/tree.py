@@ -8,29 +8,24 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from hedgelab.config.names import nearest
-from hedgelab.errors import UserError
-from hedgelab.plain_yaml import read_value, read_yaml
+from hedgelab.errors import UserError, one_line
 
 Tree = dict[str, Any]
+_MOST_VALUES = 1_000_000
 
 
 def config_files(words: list[str]) -> list[Path]:
     """The files named by ``--config``, in order."""
     return [Path(value) for key, value in options_of(words) if key in ("config", "c") and value]
-
-
-def without_configs(words: list[str]) -> list[str]:
-    """What the command line says itself, as words again."""
-    said = [(key, value) for key, value in options_of(words) if key not in ("config", "c")]
-    return [f"--{key}" if value is None else f"--{key}={value}" for key, value in said]
 
 
 def with_bare_flags(words: list[str], flags: Iterable[str]) -> list[str]:
@@ -66,11 +61,21 @@ def compose(words: list[str], defaults: Tree | None = None) -> Tree:
                 raise UserError("--config: expected a file, got nothing")
             overlay(tree, load(Path(text)))
         elif key.split(".")[0] not in ("help", "print_config"):
-            value: Any = text
-            with suppress(yaml.YAMLError):
-                value = read_value(text) if text is not None else None
-            overlay_value(tree, key.split("."), value)
+            overlay_value(tree, key.split("."), value_of(text))
     return tree
+
+
+def value_of(text: str | None) -> Any:
+    """The value that the text of an option stands for as YAML; where it is no YAML, the text.
+
+    >>> value_of("[1e-3, '1e-3', 5]"), value_of("{")
+    ([0.001, '1e-3', 5], '{')
+    """
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text or ''}"]))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError):
+        return text
+    return tree["value"]
 
 
 def options_of(words: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -88,23 +93,18 @@ def options_of(words: list[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def load(path: Path, key: str = "--config") -> Tree:
-    """One config file, which the option ``key`` names."""
+    """One config file, which the option ``key`` names: plain values, in which no mapping names a key twice."""
     try:
         if not path.is_file():
-            candidates = {file.name: file for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
-            near = nearest(path.name, candidates)
-            hint = f"; did you mean '{candidates[near]}'?" if near else ""
+            near = nearest(path.name, (file.name for file in path.parent.glob("*.y*ml")))
+            hint = f"; did you mean '{path.with_name(near)}'?" if near else ""
             raise UserError(f"{key}: no such file '{path}'{hint}")
-        content = read_yaml(path)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{key}: invalid YAML in '{path}'{where}: {error.problem or error.context}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{key}: cannot read '{path}': {error}") from error
-    if content is not None and not isinstance(content, dict):
+        content: Any = OmegaConf.to_container(OmegaConf.load(path, max_yaml_expanded_nodes=_MOST_VALUES))
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{key}: cannot read '{path}': {one_line(str(error))}") from error
+    if not isinstance(content, dict):
         raise UserError(f"{key}: '{path}' must hold a mapping of keys at its top, got a {type(content).__name__}")
-    return content or {}
+    return content
 
 
 def overlay(tree: Tree, layer: Tree) -> None:

@@ -34,12 +34,12 @@ class Ensemble:
 
     def __init__(self, config: Path) -> None:
         words = ["--config", str(config)]
-        parsed = parse(Phase, "phase", words)
-        cells = parsed.study.cells(Bench(parsed.seed))
+        study, parsed, _ = parse(Phase, "phase", words)
+        cells = study.cells(Bench(parsed.seed_everything))
         members = [member for cell in cells for member in cell.members]
         batches = [cell.data.batch("train", 0) for cell in cells]
         self.d_in, self.l1_coefficient = members[0].d_in, float(members[0].l1_coefficient)
-        self.batch = stack_batches([one for one in batches for _ in range(parsed.study.seeds)])
+        self.batch = stack_batches([one for one in batches for _ in range(study.seeds)])
         self.ensemble = EnsembleSAE(members)
 
     def seconds(self, steps: int) -> float:

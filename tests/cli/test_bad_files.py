@@ -53,9 +53,9 @@ TREES = {
     "no such file": (None, ["data.firing.file", "tree.yaml"]),
     "not YAML": ("{children: [", ["data.firing.file", "tree.yaml"]),
     "binary": (b"\xff\xfe\x00\x81", ["data.firing.file", "tree.yaml"]),
-    "empty": ("", ["tree", "mapping", "nothing"]),
+    "empty": ("", ["tree", "no feature"]),
     "a list": ("[1, 2]", ["tree", "mapping", "list"]),
-    "a number": ("3", ["tree", "mapping", "int"]),
+    "a number": ("3", ["tree.yaml", "int"]),
     "unknown key": ("{childen: []}", ["tree.childen: unknown key", "'children'"]),
     "key that is a number": ("{children: [{probability: 0.1, 7: 8}]}", ["tree.children[0].7: unknown key"]),
     "children that are no list": ("{children: {probability: 0.1}}", ["tree.children", "list"]),
@@ -73,13 +73,13 @@ TREES = {
         ["tree.children", "1.3", "above 1"],
     ),
     "nothing read out": ("{children: []}", ["tree", "no feature"]),
-    "a circle of aliases": ("&a {probability: 0.5, children: [*a]}", ["tree", "nested deeper"]),
+    "a circle of aliases": ("&a {probability: 0.5, children: [*a]}", ["tree", "recursive aliases"]),
     "aliases that multiply": (
         "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
         + "".join(f"{n}: &{n} [{','.join(['*' + m] * 10)}]\n" for m, n in itertools.pairwise("abcdefgh")),
-        ["data.firing.file", "tree.yaml", "1000000 values"],
+        ["data.firing.file", "tree.yaml", "1000000"],
     ),
-    "key twice": ("{children: [{probability: 0.1, probability: 0.2}]}", ["tree.yaml", "'probability' is there twice"]),
+    "key twice": ("{children: [{probability: 0.1, probability: 0.2}]}", ["tree.yaml", "duplicate key probability"]),
     "an object of Python": ("!!python/object/apply:os.system ['touch executed']", ["data.firing.file", "tree.yaml"]),
 }
 

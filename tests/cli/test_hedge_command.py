@@ -16,7 +16,7 @@ HEDGE = ["--config=tiny.yaml", "--hedge.n_new=2", "--hedge.new_norm=1", "--train
         ("--hedge.n_nw=3", "hedge.n_nw: unknown key; did you mean 'n_new'?"),
         ("--hedge.n_new=0", "hedge.n_new: expected a whole number of at least 1, got 0"),
         ("--hedge.n_new=6", "hedge.n_new: must be below d_in = 6"),
-        ("--hedge.lr=fast", "hedge.lr: expected float or null, got 'fast'"),
+        ("--hedge.lr=fast", "hedge.lr: expected float | null, got 'fast'"),
         ("--model.k=9", "model.k: must lie between 1 and d_sae = 3"),
     ],
 )

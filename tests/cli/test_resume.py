@@ -6,7 +6,8 @@ import pytest
 from lightning.pytorch.callbacks import Timer
 
 from hedgelab.cli import main
-from hedgelab.cli.lightning import HedgelabCLI, run_cli
+from hedgelab.cli.lightning import run_cli
+from hedgelab.cli.resume import ResumableCLI
 from hedgelab.saes.io import same_weights
 from hedgelab.training.checkpoints import RunFolder
 
@@ -16,7 +17,7 @@ CSV = [*QUIET, "--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--traine
 
 
 def fit(*words):
-    return run_cli(HedgelabCLI, "fit", ["--config=tiny.yaml", *words])
+    return run_cli(ResumableCLI, "fit", ["--config=tiny.yaml", *words])
 
 
 def folders():
@@ -75,7 +76,7 @@ def test_an_id_is_enough(config, capsys):
     fit(*UNTRACKED, "--model.k=1")
     (name,) = folders()
     RunFolder(Path("runs/checkpoints") / name).note(finished=False)
-    cli = run_cli(HedgelabCLI, "fit", [f"--resume={name}", "--trainer.max_steps=8"])
+    cli = run_cli(ResumableCLI, "fit", [f"--resume={name}", "--trainer.max_steps=8"])
     assert (cli.model.k, cli.trainer.global_step) == (1, 8)
     assert f"resume: run {name} goes on from" in capsys.readouterr().out
     assert folders() == [name]

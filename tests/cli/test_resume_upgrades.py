@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from hedgelab.cli import main
-from hedgelab.cli.lightning import HedgelabCLI, run_cli
+from hedgelab.cli.lightning import run_cli
+from hedgelab.cli.resume import ResumableCLI
 from hedgelab.training.checkpoints import RunFolder
 
 WORDS = ["--config=tiny.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
@@ -37,7 +38,7 @@ def arguments(about):
 def resumed(capsys, *more):
     """What is said, and the SAE that is trained on."""
     capsys.readouterr()
-    cli = run_cli(HedgelabCLI, "fit", [*WORDS, "--resume", *more])
+    cli = run_cli(ResumableCLI, "fit", [*WORDS, "--resume", *more])
     return capsys.readouterr().out, cli
 
 

@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import Timer
 
 from hedgelab.cli import main
 from hedgelab.cli.cells import parse_cell
-from hedgelab.plain_yaml import read_value, write_yaml
 from hedgelab.protocols.sweep import job
 from hedgelab.protocols.sweep.config import read_sweep
 from hedgelab.protocols.sweep.job import check_sweep
@@ -90,7 +89,10 @@ def test_numbers_without_a_point_are_numbers(sweep):
     words = ["--sweep.axes.model.optimizer.lr=[1e-3, 5e-4, 1E+0]", "--model.optimizer=torch.optim.Adam"]
     read = read_sweep([*sweep[1:], *words])
     assert {cell.values["model.optimizer.lr"] for cell, _ in read.cells} == {0.001, 0.0005, 1.0}
-    assert read_value(write_yaml({"a": 1e-3, "b": "1e-3", "c": [2e5]})) == {"a": 0.001, "b": "1e-3", "c": [200000.0]}
+    (cell, tree), *_ = read.cells
+    lr = cell.values["model.optimizer.lr"]
+    parsed = parse_cell("fit", {**tree, "experiment": "1e-3"}).resolved()
+    assert (parsed["model"]["init_args"]["optimizer"]["init_args"]["lr"], parsed["experiment"]) == (lr, "1e-3")
 
 
 def test_cells_with_callbacks_of_the_users_train_one_at_a_time(sweep):

@@ -1,6 +1,6 @@
 """Toy activations with known features: dictionaries, firing distributions, and their DataModule."""
 
-from hedgelab.data.toy.conditional import ConditionalFiring
+from hedgelab.data.toy.conditional import ConditionalFiring, CorrelatedPair
 from hedgelab.data.toy.copula import CopulaFiring
 from hedgelab.data.toy.datamodule import ToyDataModule
 from hedgelab.data.toy.features import correlated_features, make_dictionary, orthonormal_features
@@ -12,8 +12,7 @@ from hedgelab.data.toy.modifiers import (
     MutualExclusion,
     ParentChild,
     Suppression,
-)  # fmt: skip
-from hedgelab.data.toy.pair import CorrelatedPair
+)
 from hedgelab.data.toy.tree import TreeFiring
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -18,14 +19,9 @@ class ConditionalFiring(Firing):
     """Each feature fires with a probability that depends on which of the features before it fire.
 
     Args:
-        features: One entry a feature, in order. A number is a probability that depends on nothing. A table gives
-            conditional probabilities: its keys say which earlier features fire (``f0``, ``not f0``, ``f0 and not f1``,
-            counted from 0) or ``otherwise``, which stands for every case not named. For example
-            ``[0.25, {f0: 0.2, not f0: 0.1}]`` has P(f1 | f0) = .2 and P(f1 | not f0) = .1, and
-            ``[0.25, {f0: 0.2, otherwise: 0}]`` lets f1 fire only with f0.
-
-    Raises:
-        UserError: If a probability is impossible, or a table does not cover every case exactly once.
+        features: One entry a feature, in order. A number is a probability that depends on nothing. A table gives conditional
+            probabilities: its keys say which earlier features fire (``f0``, ``not f0``, ``f0 and not f1``, counted from 0) or
+            ``otherwise``, which stands for every case not named: ``[0.25, {f0: 0.2, otherwise: 0}]`` lets f1 fire only with f0.
     """
 
     def __init__(self, features: list[float | dict[str, float]]) -> None:
@@ -55,6 +51,31 @@ class ConditionalFiring(Firing):
         return product
 
 
+class CorrelatedPair(ConditionalFiring):
+    """Two features whose rates stay fixed while their correlation varies.
+
+    Args:
+        rates: P(f0) and P(f1), both between 0 and 1 (exclusive).
+        correlation: Pearson's correlation of the two firings, ``Cov / sqrt(Var f0 · Var f1)``.
+    """
+
+    def __init__(self, rates: list[float], correlation: float) -> None:
+        if len(rates) != 2 or not all(0 < check_probability("data.firing.rates", rate) < 1 for rate in rates):
+            raise UserError(f"data.firing.rates: expected two probabilities between 0 and 1 (exclusive), got {rates}")
+        first, second = rates
+        deviations = math.sqrt(first * (1 - first) * second * (1 - second))
+        low = (max(0.0, first + second - 1) - first * second) / deviations
+        high = (min(first, second) - first * second) / deviations
+        if not low - 1e-12 <= correlation <= high + 1e-12:
+            raise UserError(
+                f"data.firing.correlation: features of rates {first:g} and {second:g} have correlations between "
+                f"{low:.4g} and {high:.4g}, got {correlation:g}"
+            )
+        both = first * second + correlation * deviations
+        given, otherwise = (min(1.0, max(0.0, p)) for p in (both / first, (second - both) / (1 - first)))
+        super().__init__([first, {"f0": given, "not f0": otherwise}])
+
+
 def _parse(key: str, index: int, feature: float | dict[str, float]) -> tuple[list[int], Tensor]:
     """Parents of a feature, and its probability given each of their patterns, ``[2**len(parents)]``."""
     if not isinstance(feature, dict):
@@ -68,9 +89,8 @@ def _parse(key: str, index: int, feature: float | dict[str, float]) -> tuple[lis
     patterns = all_patterns(len(parents))
     table = torch.full((len(patterns),), torch.nan, dtype=torch.float64)
     for name, case in cases.items():
-        matching = torch.ones(len(patterns), dtype=torch.bool)
-        for parent, fires in case.items():
-            matching &= patterns[:, parents.index(parent)] == fires
+        columns = [parents.index(parent) for parent in case]
+        matching = (patterns[:, columns] == torch.tensor(list(case.values()))).all(1)
         if bool((matching & ~table.isnan()).any()):
             raise UserError(f"{key}['{name}']: overlaps another case of the table; every case must be told apart")
         table[matching] = check_probability(f"{key}['{name}']", feature[name])

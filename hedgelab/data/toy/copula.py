@@ -23,9 +23,8 @@ class CopulaFiring(Firing):
     ``corr(g_i, g_j) = loadings_i . loadings_j``: positive and negative correlations, no ``n x n`` matrix anywhere.
     Rates fall by Zipf's law: feature i fires with probability ``min(max_rate, c (i + 1)^-exponent)``.
 
-    In a hierarchy the ``parents`` most frequent features come first, then each parent's block of children in turn,
-    then features outside the hierarchy. A child fires only where its parent does; its threshold is the one at which
-    its rate is still exactly the one of Zipf's law.
+    In a hierarchy the most frequent features are parents; then comes each parent's block of children in turn, then the rest.
+    A child fires only where its parent does; its threshold is the one at which its rate is still that of Zipf's law.
 
     Args:
         n: Number of features.
@@ -38,9 +37,6 @@ class CopulaFiring(Firing):
         parents: Number of features that have children.
         children_per_parent: Children of each of them.
         structure_seed: Seed of the random loadings; part of the toy's definition, apart from the run's seed.
-
-    Raises:
-        UserError: For any impossible value.
     """
 
     def __init__(
@@ -61,14 +57,10 @@ class CopulaFiring(Firing):
         self._children = whole_number("data.firing.children_per_parent", children_per_parent, 0)
         whole_number("data.firing.structure_seed", structure_seed, 0)
         if (parents == 0) != (children_per_parent == 0):
-            raise UserError(
-                "data.firing.children_per_parent: give both 'parents' and 'children_per_parent', or neither"
-            )
+            raise UserError("data.firing.children_per_parent: give both it and 'parents', or neither")
         if (hierarchy := parents * (1 + children_per_parent)) > n:
-            raise UserError(
-                f"data.firing.parents: {parents} parents with {children_per_parent} children each are {hierarchy} features, "
-                f"more than n = {n}"
-            )
+            each = f"{parents} parents with {children_per_parent} children each"
+            raise UserError(f"data.firing.parents: {each} are {hierarchy} features, more than n = {n}")
         self._rates = zipf_rates(n, exponent, max_rate, mean_l0)
         random = loadings is None
         self._loadings = _random_loadings(n, rank, strength, structure_seed) if random else _checked(n, loadings or [])
@@ -148,9 +140,7 @@ def zipf_rates(n: int, exponent: float, max_rate: float, mean_l0: float | None) 
     if mean_l0 is None:
         return max_rate * law
     if not 0 < mean_l0 < n * max_rate:
-        raise UserError(
-            f"data.firing.mean_l0: must be above 0 and below n * max_rate = {n * max_rate:.6g}, got {mean_l0}"
-        )
+        raise UserError(f"data.firing.mean_l0: must be above 0, below n * max_rate = {n * max_rate:.6g}, got {mean_l0}")
     from scipy.optimize import brentq  # late: scipy is slow to import
 
     def too_many(log_c: float) -> float:
@@ -171,16 +161,13 @@ def _random_loadings(n: int, rank: int, strength: float, seed: int) -> Tensor:
 
 def _checked(n: int, loadings: list[list[float]]) -> Tensor:
     """Given loadings as a tensor ``[n, rank]`` float64."""
-    if len(loadings) != n or not loadings[0]:
-        raise UserError(
-            f"data.firing.loadings: expected {n} rows of at least one factor each, got {len(loadings)} rows"
-        )
+    lengths = sorted({len(row) for row in loadings})
+    if len(loadings) != n or len(lengths) != 1 or 0 in lengths:
+        got = f"got {len(loadings)} of {lengths} factors"
+        raise UserError(f"data.firing.loadings: expected {n} rows of equally many factors, at least one, {got}")
     for i, row in enumerate(loadings):
-        key = f"data.firing.loadings[{i}]"
-        if len(row) != len(loadings[0]):
-            raise UserError(f"{key}: expected {len(loadings[0])} factors as in row 0, got {len(row)}")
         if not math.hypot(*row) < 1:
-            raise UserError(f"{key}: norm must be below 1, got {math.hypot(*row):.6g}")
+            raise UserError(f"data.firing.loadings[{i}]: norm must be below 1, got {math.hypot(*row):.6g}")
     return torch.tensor(loadings, dtype=torch.float64)
 
 

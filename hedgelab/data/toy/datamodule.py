@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,6 @@ from hedgelab.data.toy.firing import Firing
 from hedgelab.errors import UserError, whole_number
 from hedgelab.seeding import generator, resolve_seed
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _BLOCK_BYTES = 8 * 2**20
 _MAX_BLOCK_BATCHES = 64
 _KEPT_BLOCKS = 3  # of training in order and reordered, and of validation
@@ -36,22 +36,16 @@ class ToyDataModule(ActivationDataModule):
     Args:
         firing: Which features fire together.
         d_in: Width of the activations.
-        batch_size: Examples a step; in population mode a batch is the whole support, whatever this says.
+        batch_size: Examples a step; the whole support in population mode, whatever this says.
         target_cosine: Cosine between the feature directions; at 0 they are orthonormal where ``n <= d_in``.
-        magnitude_mean: Mean magnitude of a firing feature, one number or one a feature. None: those of the
-            firing if it has its own (a tree), else 1.
-        magnitude_std: Standard deviation of the magnitude before the ReLU, one number or one a feature. None: those of the
-            firing if it has its own (a tree), else 0.
+        magnitude_mean: Mean magnitude of a firing feature, a number or one a feature. None: the firing's own (a tree), else 1.
+        magnitude_std: Standard deviation of the magnitude before the ReLU, likewise. None: the firing's own (a tree), else 0.
         bias: Offset of all activations: its norm (in a random direction), or the vector ``[d_in]`` itself.
-        sampling: ``samples`` draws batches; ``population`` makes every batch the complete support, weighted by
-            probability, for exact expectations.
+        sampling: ``samples`` draws batches; ``population`` makes each the whole support weighted by probability: exact means.
         dtype: Precision of the activations.
         seed: Seed of dictionary, bias and samples; None takes the run's ``seed_everything``.
         val_batches: Batches of a validation or test pass.
         chunk_steps: Most training steps a chunk; None: as many as fit in 64 MiB, at most 100.
-
-    Raises:
-        UserError: For any impossible value.
     """
 
     def __init__(
@@ -71,7 +65,7 @@ class ToyDataModule(ActivationDataModule):
     ) -> None:
         whole_number("data.d_in", d_in)
         whole_number("data.batch_size", batch_size)
-        seed, self._dtype = resolve_seed(seed), _DTYPES[dtype]
+        seed, self._dtype = resolve_seed(seed), getattr(torch, dtype)
         batch_bytes = batch_size * (d_in + firing.n) * self._dtype.itemsize
         default_chunk = min(_MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // batch_bytes))
         super().__init__(batch_size, seed, val_batches, default_chunk if chunk_steps is None else chunk_steps)
@@ -83,7 +77,7 @@ class ToyDataModule(ActivationDataModule):
         self._directions = directions.to(self._dtype)
         self.bias = _make_bias(bias, d_in, seed).to(self._dtype)
         self._population = self._enumerate() if sampling == "population" else None
-        self._blocks: dict[tuple[Stage, int], list[Batch]] = {}  # the last few, oldest first
+        self._block = lru_cache(_KEPT_BLOCKS)(self._draw_block)
 
     @property
     def d_in(self) -> int:
@@ -100,11 +94,7 @@ class ToyDataModule(ActivationDataModule):
         if self._population is not None:
             return self._population
         number, place = divmod(index, self.block_batches)
-        if (stage, number) not in self._blocks:
-            while len(self._blocks) >= _KEPT_BLOCKS:
-                del self._blocks[next(iter(self._blocks))]
-            self._blocks[stage, number] = self._draw_block(stage, number)
-        return self._blocks[stage, number][place]
+        return self._block(stage, number)[place]
 
     def batches_per_block(self, stage: Stage) -> int:
         """How many consecutive batches are drawn together."""

@@ -122,9 +122,7 @@ class ParentChild(Modifier):
 
     def __init__(self, parent: int, children: list[int]) -> None:
         if not children or parent in children:
-            raise UserError(
-                f"data.firing.modifiers.children: needs features other than parent {parent}, got {children}"
-            )
+            raise UserError(f"data.firing.modifiers.children: needs features other than parent {parent}: {children}")
         self.parent, self.children = parent, children
 
     def apply(self, states: Tensor, generator: torch.Generator | None) -> None:
@@ -152,9 +150,7 @@ class ModifiedFiring(Firing):
                 key, value = f"data.firing.modifiers[{i}].{name}", getattr(modifier, name)
                 for feature in value if isinstance(value, list) else [value]:
                     if whole_number(key, feature, 0) >= base.n:
-                        raise UserError(
-                            f"{key}: there is no feature {feature}; the base has features 0 to {base.n - 1}"
-                        )
+                        raise UserError(f"{key}: there is no feature {feature}; the base has 0 to {base.n - 1}")
         self.n, self.base, self.modifiers = base.n, base, modifiers
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from hedgelab.config.names import suggest
+from hedgelab.config.tree import load
 from hedgelab.data.toy.firing import Firing, check_probability
-from hedgelab.errors import UserError, one_line
-from hedgelab.plain_yaml import read_yaml
+from hedgelab.errors import UserError
 
 _EXCLUSIVE_SLACK = 1e-9  # so that ten children of .1 are not refused for rounding
-_MAX_DEPTH = 100
+_NUMBER, _FLAG, _NODES = ((int, float), "a number"), (bool, "true or false"), (list, "a list of nodes")
+_KINDS = {
+    "probability": _NUMBER, "magnitude": _NUMBER, "magnitude_std": _NUMBER, "is_read_out": _FLAG,
+    "mutually_exclusive_children": _FLAG, "children": _NODES,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,6 @@ class TreeNode:
     children: tuple[TreeNode, ...] = ()
 
 
-_KEYS = tuple(field.name for field in fields(TreeNode))
-
-
 def parse_tree(raw: object, path: str = "tree") -> TreeNode:
     """Check a tree given as plain mappings and lists, and build it.
 
@@ -52,57 +52,27 @@ def parse_tree(raw: object, path: str = "tree") -> TreeNode:
     """
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping with keys such as 'probability', got {_shown(raw)}")
-    if path.count(".children[") > _MAX_DEPTH:  # YAML aliases can close a circle
-        raise UserError(f"tree: nested deeper than {_MAX_DEPTH} levels; does an alias refer to a node above it?")
-    for key in raw:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"valid keys are {', '.join(_KEYS)}"
-            raise UserError(f"{path}.{key}: unknown key; {hint}")
-    if path == "tree":
-        raw = {"probability": 1.0, "is_read_out": False} | raw
-    elif "probability" not in raw:
+    given: dict[str, Any] = {"probability": 1.0, "is_read_out": False} | raw if path == "tree" else dict(raw)
+    for key, value in given.items():
+        if key not in _KINDS:
+            raise UserError(f"{path}.{key}: unknown key; {suggest(str(key), _KINDS)}")
+        kind, words = _KINDS[key]
+        if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+            raise UserError(f"{path}.{key}: expected {words}, got {_shown(value)}")
+        given[key] = float(value) if (kind, words) == _NUMBER else value
+    if "probability" not in given:
         raise UserError(f"{path}.probability: missing; give the probability that it fires given its parent")
-
-    def number(key: str, default: float) -> float:
-        value = raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path}.{key}: expected a number, got {_shown(value)}")
-        return float(value)
-
-    def flag(key: str, default: bool) -> bool:
-        value = raw.get(key, default)
-        if not isinstance(value, bool):
-            raise UserError(f"{path}.{key}: expected true or false, got {_shown(value)}")
-        return value
-
-    probability = check_probability(f"{path}.probability", number("probability", 1.0))
-    if not 0 < (magnitude := number("magnitude", 1.0)) < math.inf:
-        raise UserError(f"{path}.magnitude: must be positive and finite, got {magnitude}")
-    if not 0 <= (deviation := number("magnitude_std", 0.0)) < math.inf:
-        raise UserError(f"{path}.magnitude_std: must be at least 0 and finite, got {deviation}")
-    raw_children: object = raw.get("children", [])
-    if not isinstance(raw_children, list):
-        raise UserError(f"{path}.children: expected a list of nodes, got {_shown(raw_children)}")
-    children = tuple(parse_tree(child, f"{path}.children[{i}]") for i, child in enumerate(raw_children))
-    exclusive = flag("mutually_exclusive_children", False)
-    total = sum(child.probability for child in children)
-    if exclusive and total > 1 + _EXCLUSIVE_SLACK:
+    children = (parse_tree(child, f"{path}.children[{i}]") for i, child in enumerate(given.pop("children", [])))
+    node = TreeNode(**given, children=tuple(children))
+    check_probability(f"{path}.probability", node.probability)
+    if not 0 < node.magnitude < math.inf:
+        raise UserError(f"{path}.magnitude: must be positive and finite, got {node.magnitude}")
+    if not 0 <= node.magnitude_std < math.inf:
+        raise UserError(f"{path}.magnitude_std: must be at least 0 and finite, got {node.magnitude_std}")
+    total = sum(child.probability for child in node.children)
+    if node.mutually_exclusive_children and total > 1 + _EXCLUSIVE_SLACK:
         raise UserError(f"{path}.children: probabilities of mutually exclusive children sum to {total:.6g}, above 1")
-    return TreeNode(probability, magnitude, deviation, flag("is_read_out", True), exclusive, children)
-
-
-def load_tree(file: str | Path) -> object:
-    """The plain content of a YAML or JSON file."""
-    path = Path(file)
-    try:
-        return read_yaml(path)
-    except FileNotFoundError:
-        raise UserError(f"data.firing.file: there is no file {path}; the path is relative to {Path.cwd()}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.firing.file: cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"data.firing.file: {path} is neither YAML nor JSON: {one_line(str(error))}") from error
+    return node
 
 
 def _shown(value: object) -> str:
@@ -119,35 +89,22 @@ class TreeFiring(Firing):
             ``mutually_exclusive_children``, ``children`` (a list of nodes of the same form). The root always fires
             and is not read out unless it says so.
         file: A YAML or JSON file with such a mapping, relative to the working directory; instead of ``tree``.
-
-    Raises:
-        UserError: If both or none are given, the file cannot be read, or the tree is not valid.
     """
 
     def __init__(self, tree: dict[str, Any] | None = None, file: str | None = None) -> None:
-        if file is not None and tree is not None:
-            raise UserError("data.firing: give 'tree' or 'file', not both")
-        if file is None and tree is None:
-            raise UserError("data.firing: needs 'tree' (inline) or 'file' (a YAML or JSON file)")
-        self.root = parse_tree(tree if file is None else load_tree(file))
-        self._flat = _flatten(self.root)
-        self._read_out = [i for i, row in enumerate(self._flat) if row.node.is_read_out]
-        self.n = len(self._read_out)
-        if not self._read_out:
+        if (tree is None) == (file is None):
+            raise UserError("data.firing: needs either 'tree' (inline) or 'file' (a YAML or JSON file)")
+        self.root = parse_tree(tree if file is None else load(Path(file), "data.firing.file"))
+        self._features = list(_features(self.root, 1.0))
+        self.n = len(self._features)
+        if not self._features:
             raise UserError("tree: has no feature; at least one node below the root must be read out")
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Firing patterns, bool ``[count, n]``, parents before children."""
-        uniform = torch.rand(1 + max(row.slot for row in self._flat), count, generator=generator)
-        active = torch.empty(len(self._flat), count, dtype=torch.bool)
-        for i, row in enumerate(self._flat):
-            draw = uniform[row.slot]
-            torch.lt(draw, row.low + row.node.probability, out=active[i])
-            if row.low > 0:
-                active[i] &= draw >= row.low
-            if row.parent is not None:
-                active[i] &= active[row.parent]
-        return active[self._read_out].T.contiguous()
+        draws = iter(torch.rand(1 + _draws_below(self.root), count, generator=generator))
+        everywhere = torch.ones(count, dtype=torch.bool)
+        return torch.stack(list(_sample(self.root, everywhere, next(draws), 0.0, draws))).T.contiguous()
 
     def pattern_probabilities(self) -> Tensor:
         """Probability of each pattern, ``[2**n]``."""
@@ -160,47 +117,42 @@ class TreeFiring(Firing):
 
     def rates(self) -> Tensor:
         """Probability that each feature fires: the product along its path from the root, ``[n]``."""
-        reached: list[float] = []
-        for row in self._flat:
-            reached.append(row.node.probability * (1.0 if row.parent is None else reached[row.parent]))
-        return torch.tensor(reached, dtype=torch.float64)[self._read_out]
+        return torch.tensor([rate for _, rate in self._features], dtype=torch.float64)
 
     def magnitudes(self) -> Tensor:
         """Magnitude of each read-out node, ``[n]``."""
-        return torch.tensor([self._flat[i].node.magnitude for i in self._read_out], dtype=torch.float64)
+        return torch.tensor([node.magnitude for node, _ in self._features], dtype=torch.float64)
 
     def magnitude_spreads(self) -> Tensor:
         """Standard deviation of the magnitude of each read-out node, ``[n]``."""
-        return torch.tensor([self._flat[i].node.magnitude_std for i in self._read_out], dtype=torch.float64)
+        return torch.tensor([node.magnitude_std for node, _ in self._features], dtype=torch.float64)
 
 
-class _Row(NamedTuple):
-    """A node in depth-first order; it fires if its parent does and uniform draw ``slot`` is in [low, low + p)."""
+def _features(node: TreeNode, parent_rate: float) -> Iterator[tuple[TreeNode, float]]:
+    """The read-out nodes of a subtree, depth first, and how often they fire."""
+    rate = node.probability * parent_rate
+    if node.is_read_out:
+        yield node, rate
+    for child in node.children:
+        yield from _features(child, rate)
 
-    node: TreeNode
-    parent: int | None
-    slot: int
-    low: float
+
+def _draws_below(node: TreeNode) -> int:
+    """How many uniform draws decide which nodes below one fire: one each, or one for all that exclude each other."""
+    return (1 if node.mutually_exclusive_children else len(node.children)) + sum(map(_draws_below, node.children))
 
 
-def _flatten(root: TreeNode) -> list[_Row]:
-    rows: list[_Row] = []
-    slots = itertools.count()
-
-    def visit(node: TreeNode, parent: int | None, slot: int, low: float) -> None:
-        index = len(rows)
-        rows.append(_Row(node, parent, slot, low))
-        shared = next(slots) if node.mutually_exclusive_children else None
-        reached = 0.0
-        for child in node.children:
-            if shared is None:
-                visit(child, index, next(slots), 0.0)
-            else:
-                visit(child, index, shared, reached)
-                reached += child.probability
-
-    visit(root, None, next(slots), 0.0)
-    return rows
+def _sample(node: TreeNode, parent: Tensor, draw: Tensor, low: float, draws: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Where the read-out nodes of a subtree fire: where their parent does and their draw is in [low, low + probability)."""
+    fires = (draw < low + node.probability) & parent
+    if low > 0:
+        fires &= draw >= low
+    if node.is_read_out:
+        yield fires
+    shared, low = next(draws) if node.mutually_exclusive_children else None, 0.0
+    for child in node.children:
+        yield from _sample(child, fires, next(draws) if shared is None else shared, low, draws)
+        low += 0.0 if shared is None else child.probability
 
 
 def _firing_patterns(node: TreeNode, first_bit: int) -> tuple[dict[int, float], int]:

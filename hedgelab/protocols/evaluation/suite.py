@@ -22,10 +22,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hedgelab.config.explain import explain_parsing, resolve
 from hedgelab.config.signatures import parameters_of
 from hedgelab.config.tree import Tree
-from hedgelab.config.walk import Walk
+from hedgelab.config.walk import Walk, explain_parsing, resolve
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding, imported, stable_id
 from hedgelab.kernels.codes import Codes

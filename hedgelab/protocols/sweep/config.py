@@ -110,7 +110,7 @@ def read_sweep(words: list[str]) -> Grid:
     section = written.pop("sweep", None)
     if not isinstance(section, dict):
         raise UserError(f"sweep: '{files[-1]}' has no such section; see `hedgelab sweep --help`")
-    check_folders({"sweep": section}, compose(said))
+    check_folders({"sweep": section}, said)
     options = _options(section)
     base: Tree = {}
     for below in [options.base] if isinstance(options.base, str) else options.base or []:

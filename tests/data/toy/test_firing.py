@@ -214,7 +214,7 @@ def test_modified_firing_passes_on_what_its_base_knows():
         (lambda: ParentChild(0, [0]), r"modifiers\.children: needs features other than parent 0"),
         (
             lambda: ModifiedFiring(IndependentFiring([0.5, 0.5]), [Suppression(0, 1), ParentChild(0, [1, 2])]),
-            r"data\.firing\.modifiers\[1\]\.children: there is no feature 2; the base has features 0 to 1",
+            r"data\.firing\.modifiers\[1\]\.children: there is no feature 2; the base has 0 to 1",
         ),
         (
             lambda: ModifiedFiring(IndependentFiring([0.5, 0.5]), [Suppression(0, True)]),
