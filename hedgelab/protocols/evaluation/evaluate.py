@@ -16,10 +16,9 @@ from tqdm import tqdm
 import hedgelab.data.llm
 import hedgelab.data.tensors
 import hedgelab.data.toy  # noqa: F401
-from hedgelab.config.explain import resolve
 from hedgelab.config.signatures import Parameter, class_of
 from hedgelab.config.tree import Tree, overlay
-from hedgelab.config.walk import Walk
+from hedgelab.config.walk import Walk, resolve
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
 from hedgelab.data.source import ActivationSource
