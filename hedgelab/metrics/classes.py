@@ -206,9 +206,8 @@ class FeatureHierarchy(AdditiveMetric):
 
     def __init__(self, n: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_sum("both", n, n)
-        self.add_sum("weight")
-        self.add_sum("weighted")
+        for name, shape in (("both", (n, n)), ("weight", ()), ("weighted", ())):
+            self.add_sum(name, *shape)
 
     def update(self, features: Tensor, weight: Tensor | None = None) -> None:
         """Add a batch of firing magnitudes ``[batch, n]``."""
@@ -265,8 +264,8 @@ class HedgingDegree(FunctionMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(degree_update, control.shape[1], len(control), len(extended), **kwargs)
-        options: dict[str, Any] = {"reordered": reordered, "foreign": foreign, "draws": draws, "seed": seed}
-        self.degree = partial(hedging_degree, control.detach(), extended.detach(), **options)
+        decoders = control.detach(), extended.detach()
+        self.degree = partial(hedging_degree, *decoders, reordered=reordered, foreign=foreign, draws=draws, seed=seed)
 
     def compute(self) -> DegreeScores:
         """The degree with its controls, over everything seen."""

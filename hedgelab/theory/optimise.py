@@ -48,7 +48,6 @@ def minimise(
         return torch.cat([tensor.detach().reshape(-1).double().cpu() for tensor in tensors]).numpy()
 
     def evaluate(weights: Array) -> tuple[float, Array]:
-        """Loss and gradient at the weights, which the SAE keeps."""
         pieces = torch.split(torch.from_numpy(weights), [parameter.numel() for parameter in parameters])
         with torch.no_grad():
             for parameter, piece in zip(parameters, pieces, strict=True):

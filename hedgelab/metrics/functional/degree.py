@@ -130,13 +130,11 @@ def hedging_degree(
         raise UserError("hedge.new_norm: the new latents' decoder rows are all zero; choose a larger one")
     live = old.new_ones(width, dtype=torch.bool) if live is None else live.to(old.device)
 
-    def moved_within(rows: Tensor) -> Tensor:
-        """``‖Δ_i‖`` within the span of rows, ``[W]``."""
+    def moved_within(rows: Tensor) -> Tensor:  # ‖Δ_i‖ within their span, [W]
         norms: Tensor = (delta @ orthonormal_basis(rows)).norm(dim=1)
         return norms
 
-    def at_random(root: Tensor | None) -> Tensor:
-        """The same within the spans of random vectors of covariance ``root rootᵀ``, ``[draws, W]``."""
+    def at_random(root: Tensor | None) -> Tensor:  # the same of random vectors of covariance root rootᵀ, [draws, W]
         source = generator(seed, "hedging baseline")
         drawn = (torch.randn(rank, d_in, generator=source, dtype=old.dtype).to(old.device) for _ in range(draws))
         return torch.stack([moved_within(vectors if root is None else vectors @ root.t()) for vectors in drawn])

@@ -65,9 +65,9 @@ def absorption(
     fires = features > 0
     parent_fires = fires[:, parents] & _tracked(latent, parents)
     silent = as_codes(codes).to_dense()[:, latent[parents]] <= 0
-    with_child, without_child = (parent_fires & part for part in (fires, ~fires))
-    masks = with_child & silent, with_child, without_child & silent, without_child
-    return _scores(*(weighted_sum(mask, weight) for mask in masks))
+    kinds = parent_fires & fires, parent_fires & ~fires
+    missed, without = (weighted_sum(kind & silent, weight) / weighted_sum(kind, weight) for kind in kinds)
+    return AbsorptionScores(missed, without, missed - without)
 
 
 def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor) -> AbsorptionScores:
@@ -90,13 +90,9 @@ def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor)
     heard, heard_always = counts.both[reader, child], counts.both[reader, parents]
     with_child = torch.where(known, counts.features, 0.0)
     without_child = torch.where(known, counts.features[parents] - counts.features, 0.0)
-    missed, missed_without = (with_child - heard) * known, (without_child - (heard_always - heard)) * known
-    return _scores(missed, with_child, missed_without, without_child)
-
-
-def _scores(missed: Tensor, with_child: Tensor, missed_without: Tensor, without_child: Tensor) -> AbsorptionScores:
-    first, second = missed / with_child, missed_without / without_child
-    return AbsorptionScores(first, second, first - second)
+    missed = (with_child - heard) * known / with_child
+    without = (without_child - (heard_always - heard)) * known / without_child
+    return AbsorptionScores(missed, without, missed - without)
 
 
 def parent_encoder_components(encoder_coordinates: Tensor, latent: Tensor, parents: Tensor) -> Tensor:

@@ -63,8 +63,7 @@ def targeted_probe_perturbation(
     known_classes("targeted probe perturbation", train.labels, test.labels)
     effects = attribution(probe, train.codes, train.labels, W_dec, positive_only=True)
 
-    def accuracies(x: Tensor) -> Tensor:
-        """Of each class's classifier where the class and the rest weigh alike, ``[classes]``."""
+    def accuracies(x: Tensor) -> Tensor:  # of each class's classifier, the class and the rest weighing alike
         scores = probe.scores(x)
         right = (scores > 0) == test.labels
         members, others = ((right & kind).sum(0) / kind.sum(0) for kind in (test.labels, ~test.labels))
@@ -112,8 +111,7 @@ def spurious_correlation_removal(
     train, test, W_dec, (biased_probe, concepts) = _on_cpu(train), _on_cpu(test), W_dec.detach().cpu(), probes
     effects = attribution(concepts, train.codes, train.labels, W_dec, positive_only=False)
 
-    def accuracies(probe: LinearProbe, x: Tensor) -> Tensor:
-        """Of the classifiers on both concepts, ``[2]``."""
+    def accuracies(probe: LinearProbe, x: Tensor) -> Tensor:  # on both concepts
         scores = probe.scores(x)
         return ((scores > 0) == test.labels).double().mean(0).masked_fill(scores.isnan().any(0), torch.nan)
 

@@ -38,9 +38,7 @@ from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decod
 from hedgelab.metrics.functional.recovery import Matching, encoder_cosines, match_features
 
 TRACKING_COSINE = 0.6  # absolute decoder cosine from which a latent is said to track its feature
-MOST_PAIRS = (
-    2**27
-)  # most pairs of latent and feature that are regressed, such as 8192 x 16384: the sums take 8 bytes a pair
+MOST_PAIRS = 2**27  # of latent and feature that are regressed, such as 8192 x 16384: the sums take 8 bytes a pair
 FIRINGS = 16  # firings that a latent needs for its regression to be believed
 _FEATURES_AT_ONCE = 1024
 
@@ -56,8 +54,7 @@ class HedgingScores(NamedTuple):
 class RegressionSums(NamedTuple):
     """Sums behind the regression of true activations on codes; those of batches and ranks add up.
 
-    The first dimension of 2 is that of the even and the odd examples of a batch; weighted batches are populations, which
-    count in full for both.
+    A first dimension of 2 is that of the even and the odd examples of a batch; weighted ones (populations) count for both.
     """
 
     examples: Tensor  # how many without weights, scalar
@@ -180,8 +177,7 @@ def regressed_hedging(
     # the component that looks largest in one half, as the other half sees it: no choice among noise
     seen = [there.gather(1, here.abs().argmax(1, keepdim=True)) for here, there in ((even, odd), (odd, even))]
 
-    def of_all(values: Tensor) -> Tensor:
-        """Values of the chosen latents, NaN for the others."""
+    def of_all(values: Tensor) -> Tensor:  # NaN for latents that are not chosen
         return values.new_full((d_sae, *values.shape[1:]), torch.nan).index_copy(0, chosen, values)
 
     norm, largest = square.sign() * square.abs().sqrt(), ((seen[0] + seen[1]) / 2).squeeze(1).double()
