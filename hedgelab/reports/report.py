@@ -3,8 +3,6 @@
 It is one plain HTML page with everything inside it, no script, readable on light and dark screens and on paper.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Iterable, Sequence
@@ -107,7 +105,7 @@ def _side_by_side(compared: Comparison) -> str:
     return _table(head, rows, first_number) + (f'<p class="muted">Also different: {left}.</p>' if left else "")
 
 
-def _article(client: MlflowClient, run: RunSummary, base: str | None) -> str:
+def _article(client: "MlflowClient", run: RunSummary, base: str | None) -> str:
     """One run: description, numbers, figures, config, provenance."""
     name = escape(f"run {run.run_id}")
     facts = [f'<a href="{escape(base + run.run_id, quote=True)}">{name}</a>' if base else name, run.status.lower()]
@@ -130,7 +128,7 @@ def _article(client: MlflowClient, run: RunSummary, base: str | None) -> str:
     return "\n".join([*parts, "</article>"])
 
 
-def _artifacts(client: MlflowClient, run: RunSummary) -> list[tuple[str, bytes]]:
+def _artifacts(client: "MlflowClient", run: RunSummary) -> list[tuple[str, bytes]]:
     """The figures of a run and its config, by path; what cannot be had is left out."""
     from mlflow.exceptions import MlflowException
 

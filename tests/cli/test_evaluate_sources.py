@@ -133,7 +133,7 @@ def test_only_seeds_are_averaged():
     assert lines[:2] == [["line", "lr=1", "lr=1", "lr=2", "lr=2"], ["k", "8", "32", "8", "32"]]
     assert lines[2][3::3] == ["0.0071"] * 4
     assert lines[2][1::3] == ["0.185", "0.425", "0.285", "0.525"]
-    assert [row.values for row in rows_of(results, params, "lr")] == [{"lr": 1}] * 4 + [{"lr": 2}] * 4
+    assert [row.values for row in rows_of(results, params, "lr")] == [{"lr": lr} for lr in (1, 1, 2, 2)] * 2
     with pytest.raises(UserError, match=r"--x: the SAEs do not differ in a number 'width'; they do in data.k, data.lr"):
         rows_of(results, params, "width")
 

@@ -1,12 +1,12 @@
 """Scores of many SAEs put side by side: what distinguishes them, a table, and a figure of each score against it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from hedgelab.errors import UserError
 from hedgelab.protocols.evaluation.suite import suite_classes
@@ -14,12 +14,8 @@ from hedgelab.protocols.study import as_csv
 from hedgelab.protocols.sweep import report
 from hedgelab.protocols.sweep.report import Row
 from hedgelab.tracking.listing import aligned
+from hedgelab.tracking.runs import RunSummary
 from hedgelab.tracking.store import ensure_store
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from hedgelab.tracking.runs import RunSummary
 
 _SEED = re.compile(r"(^|[._])seed(_everything)?$")
 Results = Mapping[str, Mapping[str, float]]  # metrics by SAE
@@ -88,7 +84,7 @@ def rows_of(results: Results, params: Mapping[str, Mapping[str, str]], key: str 
 
 def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows of a CSV file: all scores, an SAE a line."""
-    names = _metrics(rows)
+    names = report.columns(rows, "metrics")
     own = [{name: row.metrics.get(name, "") for name in names} for row in rows]
     return [
         {"sae": row.run_id, "line": row.line, **row.values, **scores} for row, scores in zip(rows, own, strict=True)
@@ -97,7 +93,7 @@ def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def means(rows: Sequence[Row]) -> list[str]:
     """Means over seeds with their spread, as lines of text: scores down, places across."""
-    columns = zip(*report.table(rows, list(_metrics(rows))), strict=True)
+    columns = zip(*report.table(rows, report.columns(rows, "metrics")), strict=True)
     return aligned([column for column in columns if any(column[1:])]).splitlines()
 
 
@@ -105,14 +101,10 @@ def figure(rows: Sequence[Row], title: str) -> Figure | None:
     """Each score that is drawn against the places, which stand at equal distances: grids are rarely even."""
     titles = {metric: text for cls in suite_classes().values() for metric, text in cls.titles.items()}
     titled = {name.partition("/")[0] for name in titles}
-    names = _metrics(rows)
+    names = report.columns(rows, "metrics")
     panels = {name: titles.get(name, name) for name in names if name in titles or name.partition("/")[0] not in titled}
     (label,) = rows[0].values
     ordered = sorted(rows, key=lambda row: float(row.values[label]))
     named = [replace(row, values={label: f"{row.values[label]:g}"}) for row in ordered]
     heading = f"{title} (↑ higher is better, ↓ lower)"
     return report.figure(named, label, panels or {name: name for name in names}, heading)
-
-
-def _metrics(rows: Sequence[Row]) -> dict[str, None]:
-    return dict.fromkeys(name for row in rows for name in row.metrics)

@@ -4,8 +4,6 @@ The field advises against TPP and SCR: TPP falls as training goes on, and SCR wi
 synthetic SAEs (Chanin, *Are SAE Benchmarks Reliable?*, arXiv 2605.18229). They are for comparison with published numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -152,13 +150,11 @@ class LossSuite(Suite):
 
         for part, where in tqdm(parts, "Loss recovered", unit="part", delay=1):
             clean = model.logits(part)
-            zero, ablated = (
-                model.logits(part, partial(replaced, where, by)) for by in (torch.zeros_like, mean.expand_as)
-            )
-            baselines = baseline_sums(part, where, clean, zero, ablated)
+            ablations = (partial(replaced, where, by) for by in (torch.zeros_like, mean.expand_as))
+            baselines = baseline_sums(part, where, clean, *(model.logits(part, ablation) for ablation in ablations))
             for name, sae in saes.items():
-                spliced = model.logits(part, partial(replaced, where, partial(reconstruct, sae)))
-                metrics[name].update(part, where, clean, spliced)
+                spliced = partial(replaced, where, partial(reconstruct, sae))
+                metrics[name].update(part, where, clean, model.logits(part, spliced))
                 metrics[name].add_to(**baselines)
         for name, metric in metrics.items():
             losses = {key: float(value) for key, value in metric.compute()._asdict().items()}

@@ -1,7 +1,5 @@
 """``hedgelab evaluate``: suites of scores for trained SAEs, put into their runs, and several SAEs side by side."""
 
-from __future__ import annotations
-
 import copy
 import json
 import time
@@ -96,9 +94,8 @@ class Subject:
                 tree.get("init_args", {}).pop(key, None)
         overlay(tree, {**({"class_path": class_path(said_class)} if said_class else {}), "init_args": arguments})
         if "class_path" not in tree:
-            raise UserError(
-                f"{self.name}: nothing says what activations it reads; set --data.class_path and --data.model or the like"
-            )
+            need = "set --data.class_path and --data.model or the like"
+            raise UserError(f"{self.name}: nothing says what activations it reads; {need}")
         for key in ("model", "layer", "hook", "normalisation"):
             own = getattr(source, key, None)
             if key in arguments and own is not None and arguments[key] != own:
@@ -129,7 +126,7 @@ def find(word: str, sae_class: str | None = None) -> tuple[list[Subject], RunSum
     members = [run] if alone else children_with_sae(run)
     if not members:
         raise UserError(
-            f"run {run.run_id[:8]} ({run.name}): has no SAE, and none of its parts has; see `hedgelab runs`"
+            f"run {run.run_id[:8]} ({run.name}): neither it nor a part of it has an SAE; see `hedgelab runs`"
         )
     return [Subject(one.name, artifact(one, "sae"), one) for one in members], None if alone else run
 

@@ -1,7 +1,5 @@
 """What SAEs read in an evaluation: activations, from a language model once for all SAEs, and kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from functools import cached_property
@@ -31,7 +29,7 @@ class Readings:
         self.data, self._known = data, known
 
     @cached_property
-    def model(self) -> ModelReader:
+    def model(self) -> "ModelReader":
         """The language model that gives them; suites that need none do not ask."""
         assert isinstance(self.data, LLMDataModule)
         return ModelReader(self.data, self._known)

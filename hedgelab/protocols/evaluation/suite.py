@@ -5,8 +5,6 @@ the numbers. A module of this package that defines one is all that it takes; a s
 path (``--suite my_package.MySuite``), or registered as an entry point of the group ``hedgelab.suites``.
 """
 
-from __future__ import annotations
-
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """A sweep as it is written: its section, and the config of every cell: every combination of its axes' values, for each line."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

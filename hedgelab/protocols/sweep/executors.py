@@ -1,7 +1,5 @@
 """Where the jobs of a sweep run: in this process, in processes of their own, or as a SLURM job array (submitit)."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -108,9 +106,8 @@ class LocalProcesses(Executor):
         names = map(str, range(self.gpus)) if visible is None else map(str.strip, visible.split(","))
         there = list(filter(None, names))
         if len(there) < self.gpus:
-            raise UserError(
-                f"sweep.executor.gpus: {self.gpus} are to be dealt out, but CUDA_VISIBLE_DEVICES={visible!r} shows fewer"
-            )
+            fewer = f"CUDA_VISIBLE_DEVICES={visible!r} shows fewer"
+            raise UserError(f"sweep.executor.gpus: {self.gpus} are to be dealt out, but {fewer}")
         slots = min(self.at_once, self.gpus // count)
         return [",".join(there[slot * count : (slot + 1) * count]) for slot in range(slots)]
 
@@ -186,17 +183,14 @@ class Slurm(Executor):
             whole_number(f"sweep.executor.{name}", getattr(self, name), least)
         if self.memory_gb is not None and not (isinstance(self.memory_gb, (int, float)) and 0 < self.memory_gb < 1e6):
             raise UserError(f"sweep.executor.memory_gb: expected a number above 0, got {self.memory_gb!r}")
-        for option, value in {
-            "partition": True if self.partition is None else self.partition,
-            **(self.extra or {}),
-        }.items():
-            key = f"sweep.executor.{'' if option == 'partition' else 'extra.'}{option}"
-            if not re.fullmatch(r"[A-Za-z][\w-]*", str(option), re.ASCII):
-                raise UserError(
-                    f"{key!r}: expected the long name of an option of sbatch, such as account, without dashes"
-                )
+        given = {f"extra.{option}": value for option, value in (self.extra or {}).items()}
+        given |= {} if self.partition is None else {"partition": self.partition}
+        for name, value in given.items():
+            key, option = f"sweep.executor.{name}", name.removeprefix("extra.")
+            if not re.fullmatch(r"[A-Za-z][\w-]*", option, re.ASCII):
+                raise UserError(f"{key!r}: expected the long name of an option of sbatch, such as account")
             # sbatch completes names
-            if own := [name for name in _OWN_OPTIONS if name.startswith(option.replace("_", "-"))]:
+            if own := [one for one in _OWN_OPTIONS if one.startswith(option.replace("_", "-"))]:
                 raise UserError(f"{key}: --{own[0]} is set by hedgelab; remove it (log_dir says where logs go)")
             # each becomes a line of the batch script
             plain = value is True or (isinstance(value, (str, int, float)) and value is not False)

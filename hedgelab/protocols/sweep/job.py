@@ -1,7 +1,5 @@
 """Units of a sweep: parsed and checked, and trained together as one job, wherever it runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import traceback
@@ -82,11 +80,8 @@ def packed(units: Sequence[Unit], most: int | None) -> list[list[Unit]]:
     streams: dict[str, list[Unit]] = {}
     for unit in units:
         streams.setdefault(unit.stream, []).append(unit)
-    return [
-        together[start : start + (most or len(together))]
-        for together in streams.values()
-        for start in range(0, len(together), most or len(together))
-    ]
+    size = most or max(1, len(units))
+    return [own[start : start + size] for own in streams.values() for start in range(0, len(own), size)]
 
 
 def _units(grid: Grid, place: list[tuple[Cell, Tree]], parse: Parse, construct: bool) -> list[Unit]:
@@ -121,21 +116,15 @@ def _checked(name: str, resolved: dict[str, Any]) -> tuple[str, tuple[str, str |
     trainer = resolved["trainer"]
     loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
     if resolved.get("ckpt_path") or resolved.get("resume"):
-        raise UserError(
-            "ckpt_path: cells of a sweep start afresh, and go on by themselves where one was interrupted; remove it"
-        )
+        raise UserError("ckpt_path: cells of a sweep start afresh, or go on by themselves; remove it")
     ours = [one for one in loggers if isinstance(one, dict) and str(one.get("class_path")).endswith("MLflowTracker")]
     if len(ours) != 1:
-        raise UserError(
-            "trainer.logger: a sweep finds its cells in the tracking store; leave it at MLflowTracker, or list that with others"
-        )
+        raise UserError("trainer.logger: a sweep finds its cells in the tracking store; list MLflowTracker with others")
     devices = trainer["devices"]
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 0
     if count < 1:
-        raise UserError(
-            f"trainer.devices: a sweep starts its jobs' processes itself and must know how many; got {devices!r}, expected a "
-            "number"
-        )
+        why = "a sweep starts its jobs' processes itself and must know how many"
+        raise UserError(f"trainer.devices: {why}; expected a number, got {devices!r}")
     stream = {key: resolved.get(key) for key in ("data", "seed_everything", "guard", "checkpoint")}
     stream["trainer"] = {key: value for key, value in trainer.items() if key != "logger"}
     if trainer.get("callbacks") or len(loggers) > 1:
@@ -144,12 +133,9 @@ def _checked(name: str, resolved: dict[str, Any]) -> tuple[str, tuple[str, str |
     return json.dumps(stream, sort_keys=True, default=str), tracking, Processes(count, trainer["num_nodes"])
 
 
-BUSY = "another process is training it"
-"""Why a unit was not trained: another process is at it, and may be waited for."""
-CELL_TAG = "sweep_cell"
-"""The tag that says which cell a run is of: its stable id."""
-SCHEME_TAG = "identity_scheme"
-"""The tag that says by which rules that id was made (:data:`hedgelab.identity.SCHEME`)."""
+BUSY = "another process is training it"  # why a unit was not trained now; it may be waited for
+CELL_TAG = "sweep_cell"  # says which cell a run is of: its stable id
+SCHEME_TAG = "identity_scheme"  # says by which rules that id was made (hedgelab.identity.SCHEME)
 _PATIENCE_OF_RANKS = 1200.0  # other ranks wait for what rank zero says, half an hour at most
 
 
@@ -165,7 +151,7 @@ class Job:
     waits: bool = False  # for another process that is training some of its units
 
 
-def run_of(client: MlflowClient, cell_id: str, wanted: str = "attributes.status = 'FINISHED'") -> Run | None:
+def run_of(client: "MlflowClient", cell_id: str, wanted: str = "attributes.status = 'FINISHED'") -> "Run | None":
     """The latest run of a cell that fits a filter, a finished one by default; None without one."""
     return next(search_runs(client, f"tags.{CELL_TAG} = '{cell_id}' and {wanted}"), None)
 

@@ -1,7 +1,5 @@
 """What the cells of a sweep, or SAEs side by side, have given: rows, their means and spreads, tables, the figure."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -10,11 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from matplotlib.figure import Figure
+
 from hedgelab.plots.sweep import Point, sweep_panels
 from hedgelab.protocols.sweep.config import Cell, label
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mlflow.entities import Run
 
 DEFAULT_METRICS = {
@@ -47,7 +46,7 @@ class Place(NamedTuple):
     metrics: dict[str, list[float]]
 
 
-def rows_of(cell: Cell, run: Run) -> list[Row]:
+def rows_of(cell: Cell, run: "Run") -> list[Row]:
     """A run's rows: one a seed, where it tells seeds apart."""
     metrics = {name: value for name, value in run.data.metrics.items() if name.startswith(_REPORTED)}
     by_seed: dict[Any, dict[str, float]] = {}
@@ -65,14 +64,14 @@ def places(rows: Sequence[Row]) -> list[Place]:
         together.setdefault(json.dumps([row.line, row.values], default=str), []).append(row)
     found = []
     for own in together.values():
-        values = {name: [row.metrics[name] for row in own if name in row.metrics] for name in _names(own, "metrics")}
+        values = {name: [row.metrics[name] for row in own if name in row.metrics] for name in columns(own, "metrics")}
         found.append(Place(own[0].line, own[0].values, len(own), values))
     return found
 
 
 def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows of a CSV file: line, axes, seed, run, metrics."""
-    axes, metrics = _names(rows, "values"), _names(rows, "metrics")
+    axes, metrics = columns(rows, "values"), columns(rows, "metrics")
     return [
         {
             "line": row.line,
@@ -87,20 +86,16 @@ def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def as_json(rows: Sequence[Row], failures: Mapping[str, str]) -> str:
     """The rows; mean, standard deviation (null of one seed) and number of each metric's values at each place; what failed."""
+
+    def spread(values: list[float]) -> dict[str, Any]:
+        return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "n": len(values)}
+
     plain = [
         {"line": row.line, **row.values, "seed": row.seed, "run": row.run_id, "metrics": dict(row.metrics)}
         for row in rows
     ]
     summary = [
-        {
-            "line": line,
-            **values,
-            "seeds": seeds,
-            "metrics": {
-                name: {"mean": fmean(own), "std": stdev(own) if len(own) > 1 else None, "n": len(own)}
-                for name, own in metrics.items()
-            },
-        }
+        {"line": line, **values, "seeds": seeds, "metrics": {name: spread(own) for name, own in metrics.items()}}
         for line, values, seeds, metrics in places(rows)
     ]
     return json.dumps({"rows": plain, "summary": summary, "failures": dict(failures)}, indent=1, default=str)
@@ -108,7 +103,7 @@ def as_json(rows: Sequence[Row], failures: Mapping[str, str]) -> str:
 
 def table(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
     """A header, and for each place its line, its values, and the means over seeds with their spread."""
-    axes = _names(rows, "values")
+    axes = columns(rows, "values")
     result = [["line", *(key.rsplit(".", 1)[-1] for key in axes), *metrics]]
     for place in places(rows):
         values = [place.values.get(key, "") for key in axes]
@@ -133,7 +128,7 @@ def figure(
     Lines, and the values of all other axes, make curves; seeds make the spread. Without ``x`` it is the first numeric axis with
     several values, else the first axis; without ``log_x`` the values decide whether it is logarithmic.
     """
-    axes = {key: [row.values[key] for row in rows if key in row.values] for key in _names(rows, "values")}
+    axes = {key: [row.values[key] for row in rows if key in row.values] for key in columns(rows, "values")}
     numeric = [key for key, values in axes.items() if all(map(is_number, values)) and len(set(values)) > 1]
     x = x or next(iter([*numeric, *axes, ""]))
     names = None if all(map(is_number, axes.get(x, []))) else list(dict.fromkeys(map(label, axes[x])))
@@ -166,6 +161,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _names(rows: Sequence[Row], kind: str) -> list[str]:
+def columns(rows: Sequence[Row], kind: str) -> list[str]:
     """The axes (``values``) or the metrics of rows, in their order."""
     return list(dict.fromkeys(name for row in rows for name in getattr(row, kind)))

@@ -1,7 +1,5 @@
 """``hedgelab sweep``: check every cell, train what is not finished, draw, and say what failed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Container, Sequence
 from contextlib import closing
@@ -22,8 +20,6 @@ from hedgelab.tracking.provenance import provenance_tags
 from hedgelab.tracking.runs import search_runs
 from hedgelab.tracking.store import ensure_store, runs_dir, tracking_uri
 
-_SWEEP_TAG = "sweep"
-
 
 class Sweep(Study):
     """Run a grid of fits or hedging degrees, packed onto shared activations.
@@ -37,8 +33,7 @@ class Sweep(Study):
         counts = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
         if any(count.isdecimal() and int(count) > 1 for count in counts):
             raise UserError(
-                "sweep: was started in several processes (by torchrun or srun); start it once: it starts the "
-                "trainer.devices processes of each job itself"
+                "sweep: was started in several processes (by torchrun or srun); start it once, it starts its own"
             )
         self.lists, self.retrain, self.parse = "--list" in words, "--retrain" in words, parse
         self.grid, self.description = read_sweep(words), opening_comment(config_files(words))
@@ -105,9 +100,9 @@ class Sweep(Study):
     def _open_run(self, units: Sequence[Unit], uri: str) -> MLflowTracker:
         """The sweep's run: the one that it has already, where it was run before."""
         identity = stable_id({"name": self.grid.name, "cells": [unit.id for unit in units]})
-        before = next(search_runs(ensure_store(uri), f"tags.{_SWEEP_TAG} = '{identity}'"), None)
+        before = next(search_runs(ensure_store(uri), f"tags.sweep = '{identity}'"), None)
         tracker = MLflowTracker(
-            units[0].tracking[0], self.grid.name, {_SWEEP_TAG: identity}, self.description, uri,
+            units[0].tracking[0], self.grid.name, {"sweep": identity}, self.description, uri,
             run_id=None if before is None else before.info.run_id,
         )  # fmt: skip
         tracker.log_config(self.grid.text)
