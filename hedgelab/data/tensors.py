@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import tee
@@ -14,7 +13,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import NormalisedActivations, Stage, held_out_split
@@ -27,17 +34,19 @@ _ROWS_AT_ONCE = 65_536  # that the normalisation is measured on, and that are ch
 Pair = tuple[Tensor, Tensor | None]
 
 
-class RowActivations(NormalisedActivations):
-    """Activations that can be read row by row: a seeded order an epoch, and rows held out for validation and test.
+class DatasetActivations(NormalisedActivations):
+    """Activations of any map-style dataset whose items are tensors ``[d_in]`` or pairs (tensor, features).
 
     Each epoch puts the training rows into a new order. Batch i takes the rows at places ``i * batch_size`` to
     ``(i + 1) * batch_size - 1`` of these orders laid end to end, so every row comes once an epoch. Which rows are held out
     does not depend on the seed. Batches are float32.
 
     Args:
-        n: Number of rows.
-        batch_size: Rows a step, over all ranks together.
-        feature_directions: Directions of the known features, ``[n_features, d_in]``; None where they are unknown.
+        dataset: The dataset; or a DataLoader over one, of which dataset, batch size, ``collate_fn`` and ``num_workers`` are
+            taken. The order of its rows is hedgelab's: a seeded permutation an epoch.
+        feature_directions: Directions of the features, ``[n_features, d_in]``; items must then be pairs.
+        batch_size: Rows a step, over all ranks together; None: the DataLoader's, else 1024.
+        num_workers: Processes that read ahead; None: the DataLoader's, else none.
         held_out: Share of the rows kept for validation and test, half each. Rows are held out at random: where neighbours
             are alike (tokens of one text), validation is a little too easy.
         normalisation: ``unit_norm`` scales to a mean squared norm of 1, ``centred`` subtracts the mean; measured on the first
@@ -45,29 +54,51 @@ class RowActivations(NormalisedActivations):
         seed: Seed of the order of the training rows; None takes the run's.
         val_batches: Batches of a validation or test pass; None: as many as the held-out rows fill. More repeat rows.
         chunk_steps: Most training steps a chunk.
+
+    Raises:
+        UserError: The dataset has no length or other items; while reading, one that is not finite or of another width.
     """
+
+    where_and_how: ClassVar[frozenset[str]] = frozenset({"num_workers"})
+    d_in = 0  # until item 0 has been read
+    feature_directions: Tensor | None = None
 
     def __init__(
         self,
-        n: int,
-        batch_size: int,
-        feature_directions: Tensor | None,
+        dataset: Dataset[Any] | DataLoader[Any],
+        feature_directions: Tensor | None = None,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
         held_out: float = 0.1,
         normalisation: Normalisation = "none",
         seed: int | None = None,
         val_batches: int | None = None,
         chunk_steps: int = 1,
     ) -> None:
-        whole_number("data.batch_size", batch_size)
+        self._collate = default_collate
+        if isinstance(dataset, DataLoader):
+            if dataset.batch_size is None or not isinstance(dataset.sampler, SequentialSampler | RandomSampler):
+                own = type(dataset.sampler if dataset.batch_size else dataset.batch_sampler).__name__
+                raise UserError(f"data.dataset: the DataLoader's own {own} would be ignored; give the dataset instead")
+            batch_size = dataset.batch_size if batch_size is None else batch_size
+            num_workers = dataset.num_workers if num_workers is None else num_workers
+            self._collate, dataset = dataset.collate_fn, dataset.dataset
+        if isinstance(dataset, IterableDataset) or not {"__len__", "__getitem__"} <= set(dir(dataset)):
+            raise UserError(f"data.dataset: expected a map-style dataset (length, items), got {type(dataset).__name__}")
+        self._dataset: Any = dataset
+        self._workers = whole_number("data.num_workers", num_workers or 0, 0)
+        batch_size = whole_number("data.batch_size", 1024 if batch_size is None else batch_size)
+        n = len(self._dataset)
         self._parts = held_out_split(n, held_out, "rows")
         x, features = self._read(torch.tensor([0]))
-        self._d_in = x.shape[1]
+        self.d_in = x.shape[1]
         if feature_directions is not None:
             if features is None:
                 raise UserError("data.feature_directions: need data.features, the features' magnitudes in each row")
-            expected, shape = [features.shape[1], self._d_in], list(feature_directions.shape)
+            expected, shape = [features.shape[1], self.d_in], list(feature_directions.shape)
             if shape != expected:
                 raise UserError(f"data.feature_directions: expected [n_features, d_in] = {expected}, got {shape}")
+            self.feature_directions = feature_directions.float()
         training, held = len(self._parts["train"]), len(self._parts["val"])
         if training < batch_size:
             rows = f"{training} training rows ({n} rows, {2 * held} of them held out)"
@@ -77,24 +108,9 @@ class RowActivations(NormalisedActivations):
         super().__init__(batch_size, seed, held // held_batch if val_batches is None else val_batches, chunk_steps)
         self._sizes: dict[Stage, int] = {"train": batch_size, "val": held_batch, "test": held_batch}
         self.normalisation = normalisation
-        self._directions = None if feature_directions is None else feature_directions.float()
-
-    @abstractmethod
-    def read(self, batches: Iterable[Tensor], ahead: bool) -> Iterator[Pair]:
-        """Of each set of rows activations ``[n, d_in]`` and, where known, magnitudes ``[n, n_features]``, float32."""
 
     def _read(self, rows: Tensor) -> Pair:
         return next(self.read([rows], ahead=False))
-
-    @property
-    def d_in(self) -> int:
-        """Width of the activations."""
-        return self._d_in
-
-    @property
-    def feature_directions(self) -> Tensor | None:
-        """Directions of the known features, ``[n_features, d_in]``; None where they are unknown."""
-        return self._directions
 
     def batch(self, stage: Stage, index: int) -> Batch:
         """Global batch number ``index`` of a stage, ``[batch_size, d_in]``; held-out rows may make smaller ones."""
@@ -125,13 +141,41 @@ class RowActivations(NormalisedActivations):
             chosen = torch.cat([chosen, _order(self.seed, len(part), epoch + 1)[:missing]])
         return part[chosen]
 
+    def read(self, batches: Iterable[Tensor], ahead: bool) -> Iterator[Pair]:
+        """Of each set of rows activations ``[n, d_in]`` and, where known, magnitudes ``[n, n_features]``, float32."""
+        numbers, sampler = tee(rows.tolist() for rows in batches)
+        loader = DataLoader(
+            self._dataset, batch_sampler=sampler, collate_fn=self._collate, num_workers=self._workers if ahead else 0,
+            generator=torch.Generator(),  # none of the run's random numbers
+        )  # fmt: skip
+        try:
+            for rows, items in zip(numbers, loader, strict=True):
+                yield self._checked(rows, items)
+        except RuntimeError as error:
+            if "equal size" not in str(error):
+                raise
+            reason = one_line(str(error).rpartition("stack expects")[2])
+            raise UserError(f"data.dataset: expected items of width {self.d_in}, as item 0 has ({reason})") from error
+
+    def _checked(self, rows: list[int], items: Any) -> Pair:
+        parts = items if isinstance(items, tuple | list) else (items,)
+        if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
+            shown = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+            raise UserError(f"data.dataset: items must be tensors [d_in], or pairs of them (x, features), got {shown}")
+        x = parts[0].float()
+        if self.d_in and x.shape[1] != self.d_in:
+            raise UserError(f"data.dataset: expected items of width {self.d_in}, as item 0 has, got {x.shape[1]}")
+        if (wrong := _row_not_finite(x)) is not None:
+            raise UserError(f"data.dataset: item {rows[wrong]} is not finite (NaN or infinite)")
+        return x, parts[1].float() if len(parts) == 2 else None
+
 
 @lru_cache(maxsize=4)
 def _order(seed: int, n: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, "rows", epoch))
 
 
-class TensorActivations(RowActivations):
+class TensorActivations(DatasetActivations):
     """Activations that you have: a tensor, or a ``.safetensors`` or ``.npy`` file.
 
     >>> data = TensorActivations(torch.randn(1000, 8), batch_size=100)
@@ -145,7 +189,7 @@ class TensorActivations(RowActivations):
         features: True magnitudes of known features in each row, ``[n, n_features]`` (0 where silent).
         feature_directions: Directions of these features, ``[n_features, d_in]``; they need ``features``.
         batch_size: Rows a step, over all ranks together.
-        **kwargs: The other arguments of :class:`RowActivations`.
+        **kwargs: The other arguments of :class:`DatasetActivations`.
 
     Raises:
         UserError: What is given is no such file or tensor, holds numbers that are not finite, or too few rows.
@@ -166,81 +210,13 @@ class TensorActivations(RowActivations):
         self._x, self._features = tensors["x"], tensors.get("features")
         if self._features is not None and len(self._features) != len(self._x):
             raise UserError(f"data.features: expected {len(self._x)} rows, as x has, got {len(self._features)}")
-        super().__init__(len(self._x), batch_size, tensors.get("feature_directions"), **kwargs)
+        directions = tensors.get("feature_directions")
+        super().__init__(TensorDataset(self._x), directions, batch_size, num_workers=None, **kwargs)
 
     def read(self, batches: Iterable[Tensor], ahead: bool) -> Iterator[Pair]:
         """Rows by number."""
         for rows in batches:
             yield self._x[rows].float(), None if self._features is None else self._features[rows].float()
-
-
-class DatasetActivations(RowActivations):
-    """Activations of any map-style dataset whose items are tensors ``[d_in]`` or pairs (tensor, features).
-
-    Args:
-        dataset: The dataset; or a DataLoader over one, of which dataset, batch size, ``collate_fn`` and ``num_workers`` are
-            taken. The order of its rows is hedgelab's: a seeded permutation an epoch.
-        feature_directions: Directions of the features, ``[n_features, d_in]``; items must then be pairs.
-        batch_size: Rows a step, over all ranks together; None: the DataLoader's, else 1024.
-        num_workers: Processes that read ahead; None: the DataLoader's, else none.
-        **kwargs: The other arguments of :class:`RowActivations`.
-
-    Raises:
-        UserError: The dataset has no length or other items; while reading, one that is not finite or of another width.
-    """
-
-    where_and_how: ClassVar[frozenset[str]] = frozenset({"num_workers"})
-    _d_in = 0  # until item 0 has been read
-
-    def __init__(
-        self,
-        dataset: Dataset[Any] | DataLoader[Any],
-        feature_directions: Tensor | None = None,
-        batch_size: int | None = None,
-        num_workers: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._collate = default_collate
-        if isinstance(dataset, DataLoader):
-            if dataset.batch_size is None or not isinstance(dataset.sampler, SequentialSampler | RandomSampler):
-                own = type(dataset.sampler if dataset.batch_size else dataset.batch_sampler).__name__
-                raise UserError(f"data.dataset: the DataLoader's own {own} would be ignored; give the dataset instead")
-            batch_size = dataset.batch_size if batch_size is None else batch_size
-            num_workers = dataset.num_workers if num_workers is None else num_workers
-            self._collate, dataset = dataset.collate_fn, dataset.dataset
-        if isinstance(dataset, IterableDataset) or not {"__len__", "__getitem__"} <= set(dir(dataset)):
-            raise UserError(f"data.dataset: expected a map-style dataset (length, items), got {type(dataset).__name__}")
-        self._dataset: Any = dataset
-        self._workers = whole_number("data.num_workers", 0 if num_workers is None else num_workers, 0)
-        super().__init__(len(self._dataset), 1024 if batch_size is None else batch_size, feature_directions, **kwargs)
-
-    def read(self, batches: Iterable[Tensor], ahead: bool) -> Iterator[Pair]:
-        """Rows by number through a DataLoader, which draws no random number of the run's, checked."""
-        numbers, sampler = tee(rows.tolist() for rows in batches)
-        loader = DataLoader(
-            self._dataset, batch_sampler=sampler, collate_fn=self._collate, num_workers=self._workers if ahead else 0,
-            generator=torch.Generator(),
-        )  # fmt: skip
-        try:
-            for rows, items in zip(numbers, loader, strict=True):
-                yield self._checked(rows, items)
-        except RuntimeError as error:
-            if "equal size" not in str(error):
-                raise
-            reason = one_line(str(error).rpartition("stack expects")[2])
-            raise UserError(f"data.dataset: expected items of width {self._d_in}, as item 0 has ({reason})") from error
-
-    def _checked(self, rows: list[int], items: Any) -> Pair:
-        parts = items if isinstance(items, tuple | list) else (items,)
-        if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
-            shown = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-            raise UserError(f"data.dataset: items must be tensors [d_in], or pairs of them (x, features), got {shown}")
-        x = parts[0].float()
-        if self._d_in and x.shape[1] != self._d_in:
-            raise UserError(f"data.dataset: expected items of width {self._d_in}, as item 0 has, got {x.shape[1]}")
-        if (wrong := _row_not_finite(x)) is not None:
-            raise UserError(f"data.dataset: item {rows[wrong]} is not finite (NaN or infinite)")
-        return x, parts[1].float() if len(parts) == 2 else None
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -126,7 +126,8 @@ class SplicedModel:
             # Causal masks come for free inside attention; a mask tensor would force the slower kernel.
             self.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
         except _ReachedError as reached:
-            return reached.output
+            output: Tensor = reached.args[0]
+            return output
         raise UserError(f"data.hook: the model does not run {self.path!r} on plain text; choose another module")
 
     @cached_property
@@ -146,9 +147,14 @@ class CutModel(nn.Module):
     def __init__(self, model: nn.Module, hook: str) -> None:
         super().__init__()
         self.hook = SplicedModel(model, hook)
-        self._before = [block for blocks, number in _lists_around(model, hook) for block in blocks[:number]]
-        for blocks, number in _lists_around(model, hook):
-            del blocks[number + 1 :]
+        self._before: list[nn.Module] = []
+        parts = hook.split(".")
+        for depth in range(1, len(parts)):  # every list of blocks that the hook lies in
+            blocks = model.get_submodule(".".join(parts[:depth]))
+            if isinstance(blocks, nn.ModuleList):
+                number = int(parts[depth])
+                self._before += blocks[:number]
+                del blocks[number + 1 :]
         self.body, self.vocabulary = self.hook.body, self.hook.vocabulary
         self.hook.stop()
 
@@ -185,19 +191,6 @@ def check_tokens(tokens: Tensor, vocabulary: int) -> None:
 class _ReachedError(Exception):
     """The hook is reached: carries the activations past all that would follow."""
 
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
 
 def _stop(output: Tensor) -> NoReturn:
     raise _ReachedError(output)
-
-
-def _lists_around(model: nn.Module, hook: str) -> Iterator[tuple[nn.ModuleList, int]]:
-    """Every list of blocks that a hook lies in, and the number of the hook's block there."""
-    parts = hook.split(".")
-    for depth in range(1, len(parts)):
-        blocks = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(blocks, nn.ModuleList):
-            yield blocks, int(parts[depth])

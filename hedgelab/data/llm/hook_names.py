@@ -171,5 +171,5 @@ def _lens_path(model: Any, layer: int, place: str) -> str:
         if path.removesuffix(_INPUT) in inside:
             return f"{block}.{path}"
     raise UserError(
-        f"data.hook: {type(model).__name__} has no single place for 'blocks.{layer}.{place}'; set it to a module path"
+        f"data.hook: {type(model).__name__} has no single place for 'blocks.{layer}.{place}'; name a module"
     )

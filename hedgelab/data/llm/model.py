@@ -65,9 +65,7 @@ def transformers() -> Any:
     try:
         import transformers as module
     except ImportError:
-        raise UserError(
-            "data.model: language models need transformers, which is not installed; pip install 'hedgelab[smollm2]'"
-        ) from None
+        raise UserError("data.model: language models need transformers; pip install 'hedgelab[smollm2]'") from None
     disable_bars: Any = module.utils.logging.disable_progress_bar
     disable_bars()  # ours say what is going on; theirs count tensors
     return module
@@ -290,6 +288,6 @@ class ModelFiles:
         commit = getattr(self.config(), "_commit_hash", None)
         if commit is None:
             raise UserError(
-                f"data.model: the hub's local cache does not say which version of {self.name!r} it holds; give its folder"
+                f"data.model: the hub's cache does not say which version of {self.name!r} it holds; give a folder"
             )
         return f"hub {self.name} at {commit}"

@@ -123,10 +123,8 @@ class TextFiles(TextSource):
         with _readable(path, "data.text.paths", "rb", None) as raw:
             file = ParquetFile(io.BytesIO(raw.read()) if path.suffix == ".gz" else raw)
             if self.field not in file.schema_arrow.names:
-                raise UserError(
-                    f"data.text.paths: {path} has no column {self.field!r}; set data.text.field to one of "
-                    f"{', '.join(file.schema_arrow.names)}"
-                )
+                hint = f"set data.text.field to one of {', '.join(file.schema_arrow.names)}"
+                raise UserError(f"data.text.paths: {path} has no column {self.field!r}; {hint}")
             for batch in file.iter_batches(columns=[self.field]):
                 yield from batch.to_pylist()
 
@@ -185,10 +183,7 @@ def _readable(path: Path, key: str, mode: str = "rt", encoding: str | None = "ut
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{key}: cannot read {path}: it is not UTF-8 ({error.reason} at byte {error.start} of a part); convert it, for "
-            "example with iconv"
-        ) from error
+        raise UserError(f"{key}: cannot read {path}: it is not UTF-8 ({error.reason}); convert it") from error
     except Exception as error:  # of the file system, of the decompressor, of pyarrow
         raise UserError(f"{key}: cannot read {path}: {first_line(error)}") from error
 
