@@ -1,7 +1,5 @@
 """The contract of every DataModule: batch number i of a stage is a pure function of (config, seed, i)."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -118,7 +116,7 @@ class ActivationDataModule(L.LightningDataModule, ABC):
             raise UserError(f"data.batch_size: {size} cannot be split evenly over {count} ranks")
         return slice(rank * size // count, (rank + 1) * size // count)
 
-    def train_dataloader(self) -> BatchStream:
+    def train_dataloader(self) -> "BatchStream":
         """The stream from the trainer's step to its last; with ``overfit_batches``, its first batches again and again."""
         trainer = self.trainer
         if trainer is None:
@@ -135,11 +133,11 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         chunk_steps = 1 if steps_a_batch is None else steps_a_batch(self.chunk_steps)
         return BatchStream(self, "train", stop, chunk_steps, int(overfit))
 
-    def val_dataloader(self) -> BatchStream:
+    def val_dataloader(self) -> "BatchStream":
         """The first ``val_batches`` batches of the validation stage."""
         return SizedBatchStream(self, "val", self.val_batches)
 
-    def test_dataloader(self) -> BatchStream:
+    def test_dataloader(self) -> "BatchStream":
         """The first ``val_batches`` batches of the test stage."""
         return SizedBatchStream(self, "test", self.val_batches)
 

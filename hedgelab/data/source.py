@@ -1,11 +1,9 @@
 """Where activations come from and how they were normalised, as it travels with an SAE (``activations.json``)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from hedgelab.errors import UserError
 
@@ -35,7 +33,7 @@ class ActivationSource:
         (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> ActivationSource | None:
+    def load(cls, folder: str | Path) -> Self | None:
         """Read it back from beside an SAE; None where nothing is known."""
         path = Path(folder) / FILE
         if not path.is_file():

@@ -1,7 +1,5 @@
 """Activations of your own: a tensor, a file, or any map-style dataset, as a DataModule."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import tee

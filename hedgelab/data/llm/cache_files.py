@@ -5,8 +5,6 @@ context. It appears whole or not at all. Every position is kept as the model giv
 normalisation, held-out share, skipped positions and outlier limit are free when it is read.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -17,7 +15,7 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
@@ -52,10 +50,8 @@ class ActivationCache:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.is_file():
-            raise UserError(
-                f"data.cache: there is no activation cache in '{folder}'; write it with `hedgelab cache` and this config, "
-                "or leave data.cache out to run the model while training"
-            )
+            hint = "write it with `hedgelab cache` and this config, or leave data.cache out to run the model"
+            raise UserError(f"data.cache: there is no activation cache in '{folder}'; {hint}")
         try:
             self.manifest = json.loads(path.read_text())
             if self.manifest["format"] != _FORMAT:
@@ -68,17 +64,16 @@ class ActivationCache:
             if self.storage_dtype not in _DTYPES or any(type(n) is not int or not 0 < n < _LARGEST for n in numbers):
                 raise ValueError(f"manifest.json: impossible sizes {numbers} or number format {self.storage_dtype!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"data.cache: '{folder}' is damaged or of another release ({one_line(str(error))[:200]}); delete it and write "
-                "it anew with `hedgelab cache` and this config"
-            ) from error
+            why = f"is damaged or of another release ({one_line(str(error))[:200]})"
+            hint = "delete it and write it anew with `hedgelab cache` and this config"
+            raise UserError(f"data.cache: '{folder}' {why}; {hint}") from error
         self.dtype: torch.dtype = getattr(torch, self.storage_dtype)
         self.shards = range(-(-self.contexts // self.contexts_per_shard))
 
     @classmethod
     def begin(
         cls, folder: Path, identity: Identity, contexts: int, d_in: int, storage_dtype: str, shard: int | None = None
-    ) -> ActivationCache:
+    ) -> Self:
         """A cache to write on: made if it is not there, made longer if it is too short; ``shard``: see ``write_cache``."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -114,10 +109,9 @@ class ActivationCache:
         held = {**self.manifest["activations"], "storage_dtype": self.storage_dtype}
         for key, value in wanted.items():
             if held.get(key) != value:
-                raise UserError(
-                    f"data.{key}: the cache in '{self.folder}' holds {_shown(held.get(key))}, this config asks for "
-                    f"{_shown(value)}; correct the key, or give data.cache a folder of its own"
-                )
+                differ = f"holds {_shown(held.get(key))}, this config asks for {_shown(value)}"
+                hint = "correct the key, or give data.cache a folder of its own"
+                raise UserError(f"data.{key}: the cache in '{self.folder}' {differ}; {hint}")
 
     def check_coverage(self, contexts: int) -> None:
         """Raise a UserError unless the first ``contexts`` contexts are written, as far as sizes tell."""
@@ -168,10 +162,9 @@ class ActivationCache:
                 if checksum != _checksum(rows[row]):
                     raise ValueError("its checksum differs")
             except (OSError, ValueError, RuntimeError, IndexError, SafetensorError) as error:
-                raise UserError(
-                    f"data.cache: context {number} in {self._path(shard)} is damaged ({one_line(str(error))}); `hedgelab cache "
-                    "--verify` with this config finds and writes anew whatever is damaged"
-                ) from error
+                where = f"context {number} in {self._path(shard)} is damaged ({one_line(str(error))})"
+                hint = "`hedgelab cache --verify` with this config writes anew whatever is damaged"
+                raise UserError(f"data.cache: {where}; {hint}") from error
         return rows
 
     def verify(self, shard: int) -> None:
@@ -214,7 +207,7 @@ class Written(NamedTuple):
     repeatable: bool | None  # whether contexts get the same bits beside others; None where nothing was left to write
 
 
-def write_cache(data: LLMDataModule, folder: str, verify: bool = False, shard: int | None = None) -> Written:
+def write_cache(data: "LLMDataModule", folder: str, verify: bool = False, shard: int | None = None) -> Written:
     """Bring a cache to where it holds every context of a DataModule's text.
 
     Shards that are there are kept; ``verify`` reads them first and writes anew what is damaged. Several processes may do this
@@ -247,7 +240,7 @@ def write_cache(data: LLMDataModule, folder: str, verify: bool = False, shard: i
     return Written(cache, tokens, time.perf_counter() - started, repeatable)
 
 
-def _fill(data: LLMDataModule, cache: ActivationCache) -> tuple[int, bool | None]:
+def _fill(data: "LLMDataModule", cache: ActivationCache) -> tuple[int, bool | None]:
     """Write until everything is there; the tokens run, and whether the model gave the same bits twice."""
     tokens, repeatable = 0, None
     total = cache.contexts * data.context_length
@@ -285,7 +278,7 @@ def _fill(data: LLMDataModule, cache: ActivationCache) -> tuple[int, bool | None
     return tokens, repeatable
 
 
-def _rows(data: LLMDataModule, numbers: Tensor) -> Tensor:
+def _rows(data: "LLMDataModule", numbers: Tensor) -> Tensor:
     """Activations at every position of some contexts, ``[n, length, d_in]``."""
     tokens = data.contexts.tokens[numbers]
     return data.harvester.rows(tokens, torch.ones_like(tokens, dtype=torch.bool)).view(*tokens.shape, -1)

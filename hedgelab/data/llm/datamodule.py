@@ -1,7 +1,5 @@
 """Activations of a language model as a DataModule: streamed in shuffled blocks while an SAE trains on them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

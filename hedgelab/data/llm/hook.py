@@ -1,7 +1,5 @@
 """A place in a language model: its activations are read there, or replaced while the rest of the model runs on."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from functools import cached_property

@@ -5,8 +5,6 @@ Layers count from zero. ``layer: 12`` is the residual stream behind block 12. Tr
 ``model.layers.12`` in a Llama and ``transformer.h.12`` in a GPT-2. A name that ends in ``.input`` is what goes into a module.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Sequence

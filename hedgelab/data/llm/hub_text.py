@@ -1,7 +1,5 @@
 """Text from Hugging Face ``datasets``: from the hub, streamed or downloaded, or from a local folder."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from itertools import islice

@@ -1,7 +1,5 @@
 """Texts with answers, for evaluations: tagged words, texts with a property or two, and words by their first letter."""
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections import defaultdict

@@ -3,8 +3,6 @@
 Transformers is optional, what is on this machine comes first, and one line says what is missing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The activation stream: contexts through the cut model, in shuffled blocks that depend on (config, seed, number) alone."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor

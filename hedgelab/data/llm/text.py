@@ -1,7 +1,5 @@
 """Text: documents in a fixed order from several sources, and the contexts of tokens that they are packed into."""
 
-from __future__ import annotations
-
 import ast
 import gzip
 import hashlib
