@@ -23,41 +23,15 @@ if TYPE_CHECKING:
     from hedgelab.errors import UserError
     from hedgelab.metrics import hedging, hedging_degree, residual_hedging
     from hedgelab.metrics.functional import explained_variance, l0, mcc
-    from hedgelab.saes import (
-        SAE,
-        BatchTopKSAE,
-        JumpReLUSAE,
-        MatryoshkaSAE,
-        SAEGroup,
-        TopKSAE,
-        VanillaSAE,
-        sae_from_checkpoint,
-    )
+    from hedgelab.saes import SAE, BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, SAEGroup, TopKSAE, VanillaSAE
     from hedgelab.saes import load_sae as load
+    from hedgelab.saes.io import sae_from_checkpoint
 
 __version__ = "0.2.0"
 __all__ = [
-    "SAE",
-    "Batch",
-    "BatchTopKSAE",
-    "DatasetActivations",
-    "JumpReLUSAE",
-    "LLMDataModule",
-    "MatryoshkaSAE",
-    "SAEGroup",
-    "TensorActivations",
-    "TopKSAE",
-    "ToyDataModule",
-    "UserError",
-    "VanillaSAE",
-    "explained_variance",
-    "hedging",
-    "hedging_degree",
-    "l0",
-    "load",
-    "mcc",
-    "residual_hedging",
-    "sae_from_checkpoint",
+    "SAE", "Batch", "BatchTopKSAE", "DatasetActivations", "JumpReLUSAE", "LLMDataModule", "MatryoshkaSAE", "SAEGroup",
+    "TensorActivations", "TopKSAE", "ToyDataModule", "UserError", "VanillaSAE", "explained_variance", "hedging",
+    "hedging_degree", "l0", "load", "mcc", "residual_hedging", "sae_from_checkpoint",
 ]  # fmt: skip
 _PLACES = {
     "batch": "Batch", "data.llm": "LLMDataModule", "data.tensors": "DatasetActivations TensorActivations",

@@ -1,7 +1,5 @@
 """What travels from a DataModule to an SAE: one batch of activations, and the truth behind it where it is known."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -21,6 +19,6 @@ class Batch(NamedTuple):
     features: Tensor | None = None
     weight: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         return Batch(*(None if part is None else part.to(device) for part in self))

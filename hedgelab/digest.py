@@ -1,7 +1,5 @@
 """Digests of input files: all of a file's bytes, read once and remembered while the file stays as it is."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

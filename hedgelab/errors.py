@@ -1,7 +1,5 @@
 """What ends a command early: the user's mistakes, one line naming the key and the fix; and signals."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

@@ -17,8 +17,6 @@ A class says so once, beside its signature, and its subclasses inherit it::
 because a run that it cuts is never taken as finished: it goes on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json

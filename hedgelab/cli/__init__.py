@@ -1,7 +1,5 @@
 """The front door: the first word picks a command, whose module is imported only then; help and version need no torch."""
 
-from __future__ import annotations
-
 import contextvars
 import sys
 from collections.abc import Callable

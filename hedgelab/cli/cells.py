@@ -1,10 +1,9 @@
 """Cells of a sweep: configs of ``fit`` and ``hedge``, parsed as those commands do, and made when asked to."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import yaml
 
@@ -25,7 +24,7 @@ class FitCell(ResumableCLI):
     def instantiate_classes(self) -> None:
         """Not yet."""
 
-    def make(self) -> FitCell:
+    def make(self) -> Self:
         """Make data, model and trainer; the cell itself."""
         super().instantiate_classes()
         return self

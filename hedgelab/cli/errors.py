@@ -1,7 +1,5 @@
 """What the user did wrong, in one line on stderr; what we did wrong, as a traceback."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

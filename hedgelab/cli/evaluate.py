@@ -1,7 +1,5 @@
 """``hedgelab evaluate``: what trained SAEs are worth, by suites of scores."""
 
-from __future__ import annotations
-
 from itertools import takewhile
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``hedgelab fit|validate|test|hedge``: what can be said before torch is imported, then LightningCLI."""
 
-from __future__ import annotations
-
 from hedgelab.cli.startup import defer_torchmetrics
 from hedgelab.config.tree import compose
 

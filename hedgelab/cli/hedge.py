@@ -1,7 +1,5 @@
 """``hedgelab hedge``: the config of ``fit`` and one section more, for a study that trains several SAEs."""
 
-from __future__ import annotations
-
 from lightning.pytorch.cli import LightningArgumentParser
 
 from hedgelab.cli.lightning import TYPES

@@ -1,7 +1,5 @@
 """The commands that train nothing: their options as one table, and what they do with tracked runs and saved SAEs."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any, NoReturn

@@ -1,7 +1,5 @@
 """The stock LightningCLI, set up for SAEs: defaults, links, the run's name, its saved config."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -1,7 +1,5 @@
 """``--resume``: which run ``fit`` and ``hedge`` go on with, and from which checkpoint."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

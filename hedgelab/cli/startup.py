@@ -4,8 +4,6 @@
 Lightning and hedgelab use two names of it, and the rest is left for whoever asks for it.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from contextlib import suppress

@@ -4,8 +4,6 @@ A study (:class:`hedgelab.protocols.study.Study`) is named by its command, by it
 ``hedgelab.studies``.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import typing

@@ -1,7 +1,5 @@
 """``hedgelab sweep``: a grid of fits or hedging degrees, packed onto shared activations, in one run tree."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

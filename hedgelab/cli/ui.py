@@ -1,7 +1,5 @@
 """``hedgelab ui``: the MLflow UI on the store that runs are written to."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -6,8 +6,6 @@ sections of the trainer and its callbacks any path counts that is absolute or ha
 file or database. Remote addresses (``s3://``) are not checked, nor is what the code of a class does that a config names.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence

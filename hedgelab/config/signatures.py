@@ -1,7 +1,5 @@
 """Reading signatures: what arguments a class takes, and which classes a type admits."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import types

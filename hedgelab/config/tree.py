@@ -3,8 +3,6 @@
 LightningCLI composes for itself; this plain tree is what mistakes are looked up in, with the key that the user wrote.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ jsonargparse knows what is wrong but, for classes inside classes, not where. So 
 is walked along the signatures of its classes until the offending key is met.
 """
 
-from __future__ import annotations
-
 import re
 import traceback
 import typing

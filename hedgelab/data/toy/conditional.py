@@ -1,7 +1,5 @@
 """Firing by conditional tables: each feature's probability given the features before it."""
 
-from __future__ import annotations
-
 import math
 import re
 

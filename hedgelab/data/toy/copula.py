@@ -1,7 +1,5 @@
 """Firing of thousands of correlated features: a Gaussian copula with low-rank correlation and Zipf rates."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

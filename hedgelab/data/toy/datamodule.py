@@ -1,7 +1,5 @@
 """Toy activations: features fire, each along its own direction, and everything about them is known."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

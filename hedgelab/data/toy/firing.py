@@ -1,7 +1,5 @@
 """Which features fire together: the contract of every firing distribution, and the independent one."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import torch

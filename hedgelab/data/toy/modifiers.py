@@ -1,7 +1,5 @@
 """Modifiers: changes, applied in order, that correlate a simpler firing distribution."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar

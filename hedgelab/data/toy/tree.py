@@ -1,7 +1,5 @@
 """Firing by a feature tree: a node can fire only where its parent does."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +40,7 @@ class TreeNode:
     magnitude_std: float = 0.0
     is_read_out: bool = True
     mutually_exclusive_children: bool = False
-    children: tuple[TreeNode, ...] = ()
+    children: tuple["TreeNode", ...] = ()
 
 
 def parse_tree(raw: object, path: str = "tree") -> TreeNode:
