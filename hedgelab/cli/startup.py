@@ -36,7 +36,7 @@ def defer_torchmetrics() -> None:
     if spec is None:
         return
     module = sys.modules[_NAME] = module_from_spec(spec)
-    module.__class__ = _Deferred  # type: ignore[assignment]
+    module.__class__ = _Deferred
     module.__dict__.update(__version__=version(_NAME), _logger=logging.getLogger(_NAME))
     with suppress(ImportError, AttributeError):
         import_module(f"{_NAME}.utilities")  # before the classes, which import it and are imported by it

@@ -42,14 +42,10 @@ def serve(command: list[str]) -> int:
     try:
         return server.wait()
     finally:
-        with suppress(ProcessLookupError):  # none is left
-            os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):  # none is left, or some are
+                os.killpg(server.pid, number)
+                server.wait(_PATIENCE)
 
 
 def server_command(uri: str, host: str, port: int) -> list[str]:

@@ -103,15 +103,12 @@ def _parse(key: str, index: int, feature: float | dict[str, float]) -> tuple[lis
 
 def _parse_case(key: str, index: int, name: str) -> dict[int, bool]:
     """Which earlier feature must fire (True) or be silent (False), from ``f0 and not f1``."""
-    case: dict[int, bool] = {}
-    for term in name.split(" and "):
-        match = _TERM.fullmatch(term.strip())
-        if match is None:
-            raise UserError(f"{key}: expected a case such as 'f0', 'not f0', 'f0 and not f1' or 'otherwise'")
-        parent = int(match[2])
-        if parent >= index:
-            raise UserError(f"{key}: feature {index} can depend only on features before it, not on f{parent}")
-        if parent in case:
-            raise UserError(f"{key}: names f{parent} twice")
-        case[parent] = match[1] is None
+    terms = [_TERM.fullmatch(term.strip()) for term in name.split(" and ")]
+    case = {int(term[2]): term[1] is None for term in terms if term is not None}
+    if len(case) < len(terms):
+        raise UserError(
+            f"{key}: expected a case such as 'f0', 'not f0', 'f0 and not f1' or 'otherwise', each feature once"
+        )
+    if (last := max(case)) >= index:
+        raise UserError(f"{key}: feature {index} can depend only on features before it, not on f{last}")
     return case

@@ -141,10 +141,8 @@ def zipf_rates(n: int, exponent: float, max_rate: float, mean_l0: float | None) 
         raise UserError(f"data.firing.mean_l0: must be above 0, below n * max_rate = {n * max_rate:.6g}, got {mean_l0}")
     from scipy.optimize import brentq  # late: scipy is slow to import
 
-    def too_many(log_c: float) -> float:
-        return float(np.minimum(max_rate, math.exp(log_c) * law).sum() - mean_l0)
-
-    log_c = brentq(too_many, math.log(mean_l0 / n) - 1, math.log(max_rate / law[-1]))
+    low, high = math.log(mean_l0 / n) - 1, math.log(max_rate / law[-1])
+    log_c = brentq(lambda log_c: float(np.minimum(max_rate, math.exp(log_c) * law).sum() - mean_l0), low, high)
     return np.minimum(max_rate, math.exp(log_c) * law)
 
 

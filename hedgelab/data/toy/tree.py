@@ -16,7 +16,7 @@ from hedgelab.errors import UserError
 
 _EXCLUSIVE_SLACK = 1e-9  # so that ten children of .1 are not refused for rounding
 _NUMBER, _FLAG, _NODES = ((int, float), "a number"), (bool, "true or false"), (list, "a list of nodes")
-_KINDS = {
+_KINDS: dict[str, tuple[Any, str]] = {
     "probability": _NUMBER, "magnitude": _NUMBER, "magnitude_std": _NUMBER, "is_read_out": _FLAG,
     "mutually_exclusive_children": _FLAG, "children": _NODES,
 }  # fmt: skip
