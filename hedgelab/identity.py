@@ -79,7 +79,7 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list):
             return [plain(one, (*key, str(number)), name_input) for number, one in enumerate(value)]
         if isinstance(value, Mapping):
-            path = value.get("class_path")
+            path: Any = value.get("class_path")
             cls, arguments = (None, value) if path is None else (imported(path), value["init_args"])
             if cls is not None:
                 code[path] = code_of(cls)

@@ -75,4 +75,4 @@ def _swept(file: str, words: list[str]) -> str:
     study = sweep(["--config", file, *words])
     if study.failures:
         say("some cells failed; evaluating the others")
-    return study.run_id
+    return str(study.run_id)

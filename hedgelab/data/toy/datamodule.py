@@ -63,7 +63,8 @@ class ToyDataModule(ActivationDataModule):
     ) -> None:
         whole_number("data.d_in", d_in)
         whole_number("data.batch_size", batch_size)
-        seed, self._dtype = resolve_seed(seed), getattr(torch, dtype)
+        seed = resolve_seed(seed)
+        self._dtype: torch.dtype = getattr(torch, dtype)
         batch_bytes = batch_size * (d_in + firing.n) * self._dtype.itemsize
         default_chunk = min(_MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // batch_bytes))
         super().__init__(batch_size, seed, val_batches, default_chunk if chunk_steps is None else chunk_steps)
