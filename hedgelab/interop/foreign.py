@@ -16,7 +16,7 @@ from hedgelab.data.llm.hook_names import HookPoint, read_hook_name
 from hedgelab.data.llm.model import find_model
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError, one_line, whole_number
-from hedgelab.saes import SAE
+from hedgelab.saes import SAE, fold
 from hedgelab.saes.widen import flat_part
 
 PAYS = {"VanillaSAE": "l1_coefficient", "JumpReLUSAE": "l0_coefficient"}  # what latents cost; others are selected
@@ -33,10 +33,8 @@ class Parts(NamedTuple):
 
     def folded(self) -> Parts:
         """Decoder norms moved into the encoder: activations are multiplied by them, reconstructions stay (SPEC section 2)."""
-        norms = self.W_dec.norm(dim=1)
-        scaled = None if self.threshold is None else self.threshold * norms
-        decoder = self.W_dec / norms.clamp_min(1e-30)[:, None]
-        return Parts(self.W_enc * norms, self.b_enc * norms, decoder, self.b_dec, scaled)
+        *weights, norms = fold(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        return Parts(*weights, None if self.threshold is None else self.threshold * norms)
 
     def on_raw(self, scale: float, mean: Tensor | None = None) -> Parts:
         """The same latents, and reconstructions, of raw activations ``x``, for an SAE trained on ``(x - mean) · scale``."""

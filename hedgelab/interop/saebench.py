@@ -26,7 +26,6 @@ from hedgelab.tracking.store import ensure_store
 
 PYTHON = "SAEBENCH_PYTHON"
 """Environment variable with the path of a Python that has sae-bench."""
-EVALUATIONS = ("absorption", "sparse_probing", "scr", "tpp")
 _WORKER = Path(__file__).with_name("saebench_worker.py")
 _RESULTS = "_eval_results.json"
 
@@ -48,7 +47,7 @@ def run_saebench(found: Sequence[FoundSAE]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results"
         python = os.environ.get(PYTHON) or sys.executable
-        command = [python, str(_WORKER), models[0].rsplit("/", 1)[-1], ",".join(EVALUATIONS), str(results)]
+        command = [python, str(_WORKER), models[0].rsplit("/", 1)[-1], str(results)]
         for number, (one, source) in enumerate(zip(found, sources, strict=True)):
             target = Path(folder) / f"sae{number}"
             export_saelens(one.load(), target, source, "transformer_lens")

@@ -1,6 +1,6 @@
-"""``python saebench_worker.py MODEL EVALUATIONS OUTPUT NAME=FOLDER ...`` runs SAEBench in whatever Python has it.
+"""``python saebench_worker.py MODEL OUTPUT NAME=FOLDER ...`` runs SAEBench in whatever Python has it, on SAELens' folders.
 
-Evaluations are separated by commas, folders are SAELens'. Nothing of hedgelab is imported.
+Nothing of hedgelab is imported.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-_SCR_AND_TPP = ("scr_and_tpp", "ScrAndTppEvalConfig")
-_EVALUATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "absorption": ("absorption", "AbsorptionEvalConfig", {}),
-    "sparse_probing": ("sparse_probing", "SparseProbingEvalConfig", {}),
-    "scr": (*_SCR_AND_TPP, {"perform_scr": True}),
-    "tpp": (*_SCR_AND_TPP, {"perform_scr": False}),
-}
+_EVALUATIONS: list[tuple[str, str, dict[str, Any]]] = [
+    ("absorption", "AbsorptionEvalConfig", {}),
+    ("sparse_probing", "SparseProbingEvalConfig", {}),
+    ("scr_and_tpp", "ScrAndTppEvalConfig", {"perform_scr": True}),
+    ("scr_and_tpp", "ScrAndTppEvalConfig", {"perform_scr": False}),
+]
 """Module, config class, and its arguments besides the defaults."""
 
 
@@ -26,7 +25,7 @@ def main(words: list[str]) -> None:
     import torch
     from sae_lens import SAE
 
-    model, evaluations, output, *pairs = words
+    model, output, *pairs = words
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saes = []
     for name, _, folder in (pair.partition("=") for pair in pairs):
@@ -38,8 +37,7 @@ def main(words: list[str]) -> None:
     os.chdir(output)  # SAEBench keeps its artifacts in the working directory
     batch_size, dtype = (32, "float32") if device == "cpu" else (128, "bfloat16")
     settings = {"model_name": model, "llm_batch_size": batch_size, "llm_dtype": dtype}
-    for evaluation in evaluations.split(","):
-        package, config, arguments = _EVALUATIONS[evaluation]
+    for package, config, arguments in _EVALUATIONS:
         module = import_module(f"sae_bench.evals.{package}.main")
         options = {} if package == "absorption" else {"clean_up_activations": True, "save_activations": False}
         folder = output if package == "scr_and_tpp" else f"{output}/{package}"  # which makes folders of its own

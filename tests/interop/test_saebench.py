@@ -105,7 +105,7 @@ def test_scores_come_back_into_each_run(package, run, capsys):
     assert saebench.run_saebench(found) == 0
     for one, d_sae in zip(found, (8, 12), strict=True):
         metrics = resolve_run(one.run.run_id).metrics
-        names = {f"saebench/{name}/score" for name in saebench.EVALUATIONS}
+        names = {f"saebench/{name}/score" for name in ("absorption", "sparse_probing", "scr", "tpp")}
         assert {key for key in metrics if key.startswith("saebench")} == names
         assert {metrics[name] for name in names} == {d_sae}
     assert capsys.readouterr().out.count("evaluate: saebench: 4 scores of") == 2
