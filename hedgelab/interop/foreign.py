@@ -1,7 +1,5 @@
 """What every reader of another library's format needs: its files, its weights, how it computes, and its names of places."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -31,17 +29,17 @@ class Parts(NamedTuple):
     b_dec: Tensor
     threshold: Tensor | None = None  # what pre-activations must exceed, [d_sae] or a scalar
 
-    def folded(self) -> Parts:
+    def folded(self) -> "Parts":
         """Decoder norms moved into the encoder: activations are multiplied by them, reconstructions stay (SPEC section 2)."""
         *weights, norms = fold(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
         return Parts(*weights, None if self.threshold is None else self.threshold * norms)
 
-    def on_raw(self, scale: float, mean: Tensor | None = None) -> Parts:
+    def on_raw(self, scale: float, mean: Tensor | None = None) -> "Parts":
         """The same latents, and reconstructions, of raw activations ``x``, for an SAE trained on ``(x - mean) · scale``."""
         b_dec = self.b_dec.double() / scale + (0 if mean is None else mean.double())
         return self._replace(W_enc=self.W_enc * scale, W_dec=self.W_dec / scale, b_dec=b_dec.float())
 
-    def subtracting_b_dec(self) -> Parts:
+    def subtracting_b_dec(self) -> "Parts":
         """An SAE whose encoder does not subtract ``b_dec``, as one whose does: ``b_enc`` takes up the difference."""
         shift = self.b_dec.double() @ self.W_enc.double()
         return self._replace(b_enc=(self.b_enc.double() + shift).float())

@@ -1,7 +1,5 @@
 """Folders of other libraries, on this machine or the hub: which library wrote one, and reading it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from itertools import accumulate

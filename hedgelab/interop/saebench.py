@@ -4,8 +4,6 @@ SAEBench needs NumPy 1 and other versions than hedgelab does, so it runs in a Py
 SAELens folders, results come back as the JSON files that it writes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

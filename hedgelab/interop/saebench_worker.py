@@ -3,8 +3,6 @@
 Nothing of hedgelab is imported.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from importlib import import_module

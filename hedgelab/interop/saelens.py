@@ -4,8 +4,6 @@ SAELens knows no normalisation by measured constants, so that of the data is fol
 a model's activations as they come. Written after SAELens 6; older folders (before 6.0, flat configs) are read as well.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

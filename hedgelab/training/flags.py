@@ -3,8 +3,6 @@
 ``hedgelab/training/README.md`` has the table of all flags and callbacks, and a test that tries each.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from typing import Any

@@ -5,8 +5,6 @@ checkpoint, so that no checkpoint ever holds what came after. Passing over a bat
 step, which on a GPU waits for the device once a step.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

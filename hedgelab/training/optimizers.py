@@ -1,7 +1,5 @@
 """Optimisers and schedules of SAEs: made fused where that is faster, and refused early where they cannot work."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

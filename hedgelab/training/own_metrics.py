@@ -1,7 +1,5 @@
 """Metrics of one's own, named in a config."""
 
-from __future__ import annotations
-
 from lightning.pytorch import Callback
 
 from hedgelab.identity import EVERYTHING

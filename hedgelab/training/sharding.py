@@ -1,7 +1,5 @@
 """How an SAE is spread over processes: what the trainer's strategy means for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 

@@ -1,14 +1,12 @@
 """The shell around one SAE or several: Lightning's hooks, said once for both."""
 
-from __future__ import annotations
-
 import copy
 import json
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Set
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -68,7 +66,7 @@ class TrainingShell(L.LightningModule):
         """What a copy or a pickle takes along: no training under way, and no connections to loggers."""
         return {**super().__getstate__(), "_trainees": {}, "member_loggers": {}}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingShell:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with weights of its own, and the same optimiser factories: those of a config cannot always be copied."""
         made = memo[id(self)] = type(self).__new__(type(self))
         state = self.__getstate__()

@@ -4,8 +4,6 @@ Lightning spends half a millisecond on a batch, and so does a step of a tiny toy
 looks at single ones. The numbers are the same either way.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from typing import Any, NamedTuple
@@ -41,7 +39,7 @@ class StepBatches(NamedTuple):
         """The shared activations, ``[batch, d_in]``."""
         return self.shared.x
 
-    def to(self, device: torch.device | str) -> StepBatches:
+    def to(self, device: torch.device | str) -> "StepBatches":
         """The same batches on another device."""
         return StepBatches(self.shared.to(device), {name: batch.to(device) for name, batch in self.own.items()})
 

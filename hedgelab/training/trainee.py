@@ -1,7 +1,5 @@
 """One SAE in training: its loss terms since the last report, and the metrics of the validation pass under way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The callback that keeps the two newest checkpoints of a run, and answers signals between steps."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import threading

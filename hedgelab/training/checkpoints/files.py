@@ -1,7 +1,5 @@
 """Checkpoint files: complete or not there, checked when read (by the CRC-32 of each part), and read without executing code."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

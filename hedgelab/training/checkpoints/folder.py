@@ -6,8 +6,6 @@ finished. A written key, then or now, whose value differs makes another experime
 that only one release knows, and those that decide nothing, are today's.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json

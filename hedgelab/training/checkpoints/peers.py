@@ -1,7 +1,5 @@
 """Ranks that die: the others end soon, whatever they are waiting for, and each says so in a line."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -47,7 +45,7 @@ def watch() -> None:
         threading.Thread(target=_end_after_main_process, name="hedgelab-parent", daemon=True).start()
 
 
-def main_process_ends(seconds: float = GRACE / 4) -> bool:
+def main_process_ends(seconds: float = GRACE / 2) -> bool:
     """Whether the process that started this rank ends within some seconds; False in that process itself."""
     return _MAIN in os.environ and os.environ.get(_RANK, "0") != "0" and _outlived(int(os.environ[_MAIN]), seconds)
 
