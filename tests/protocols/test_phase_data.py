@@ -13,6 +13,11 @@ from hedgelab.protocols.phase_data import PhaseData
 STEPS = 10
 
 
+def seen(batches, name):
+    """What a member sees of the batches of one step."""
+    return batches.own.get(name, batches.shared)
+
+
 class Blocks(ActivationDataModule):
     """Batches that hold their own number, made in blocks of five; remembers which were made."""
 
@@ -59,15 +64,15 @@ def test_both_orders_are_read_block_by_block_and_nothing_is_held(monkeypatch):
     stream = phase.batches("train", 90, 100)
     next(stream)
     assert len(data.made) == 2
-    assert [int(batch.of("late").x) for batch in stream] == [3 + number for number in phase.order[91:]]
+    assert [int(seen(batch, "late").x) for batch in stream] == [3 + number for number in phase.order[91:]]
 
 
 def test_one_member_alone_sees_its_own_order(toy, phase):
     served = list(phase.batches("train", 0, STEPS))
     for name in ("control", "late"):
         alone = list(phase.renamed({name: ""}).batches("train", 2, STEPS))
-        assert all(torch.equal(batch.x, one.of(name).x) for batch, one in zip(alone, served[2:], strict=True))
-        assert torch.equal(phase.renamed({name: ""}).batch("train", 4).x, served[4].of(name).x)
+        assert all(torch.equal(batch.x, seen(one, name).x) for batch, one in zip(alone, served[2:], strict=True))
+        assert torch.equal(phase.renamed({name: ""}).batch("train", 4).x, seen(served[4], name).x)
     assert torch.equal(phase.renamed({"late": ""}).batch("val", 1).x, toy.batch("val", 1).x)
 
 
@@ -82,13 +87,13 @@ def test_phase_begins_at_its_place_in_the_stream(toy):
 
 def test_reordered_members_see_the_same_batches_in_another_order(toy, phase):
     served = list(phase.batches("train", 0, STEPS))
-    shared = [batch.of("control").x for batch in served]
-    own = [batch.of("late").x for batch in served]
+    shared = [seen(batch, "control").x for batch in served]
+    own = [seen(batch, "late").x for batch in served]
     assert all(torch.equal(x, toy.batch("train", 20 + index).x) for index, x in enumerate(shared))
     places = [next(i for i, x in enumerate(shared) if torch.equal(x, other)) for other in own]
     assert sorted(places) == list(range(STEPS))
     assert places != list(range(STEPS))
-    assert all(batch.of("later") is batch.of("late") for batch in served)
+    assert all(seen(batch, "later") is seen(batch, "late") for batch in served)
 
 
 def test_order_does_not_depend_on_where_training_starts(phase):
@@ -97,7 +102,7 @@ def test_order_does_not_depend_on_where_training_starts(phase):
         rest = phase.batches("train", start, STEPS)
         for served, expected in zip(rest, whole[start:], strict=True):
             assert torch.equal(served.x, expected.x)
-            assert torch.equal(served.of("late").x, expected.of("late").x)
+            assert torch.equal(seen(served, "late").x, seen(expected, "late").x)
 
 
 def test_trainers_stream_ends_with_the_phase(phase):
