@@ -1,7 +1,5 @@
 """``hedgelab balance``: which weighting of a matryoshka SAE's levels leaves the parent's encoder at its true feature?"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

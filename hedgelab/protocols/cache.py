@@ -1,7 +1,5 @@
 """``hedgelab cache``: a language model's activations to disk, once for all later runs."""
 
-from __future__ import annotations
-
 import os
 
 import torch

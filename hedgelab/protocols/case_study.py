@@ -1,7 +1,5 @@
 """What a single new latent took from the old ones: the page of a hedging degree with N = 1 (SPEC section 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple

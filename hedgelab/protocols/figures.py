@@ -1,7 +1,5 @@
 """``hedgelab figures``: each toy's SAE at its population optimum, and the loss landscapes, as the paper draws them."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -6,8 +6,6 @@ appended; and a control that sees the batches *reordered*, whose motion is noise
 new latents) share the stream and train as one group too; each one's new latents are the others' foreign baseline.
 """
 
-from __future__ import annotations
-
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -259,57 +257,48 @@ def outcome_of(
     scores: Mapping[int, DegreeScores],
     probe: LLMProbe | None = None,
 ) -> Outcome:
-    """Numbers with their spread over seeds, the distribution over latents, and for one new latent its case study."""
-    numbers = summary_numbers(scores)
+    """Numbers, the distribution over latents, and for one new latent its case study.
+
+    Numbers are means over seeds; with several seeds also their spread, ``..._seed_std``, and every seed's own. Where no new
+    latent fires, the degree says nothing; where fewer than half of them do, it is too low.
+    """
+    n_new, steps = study.options.n_new, study.trainer.max_steps
+    by_seed = {seed: result.scalars() for seed, result in scores.items()}
+    numbers: dict[str, float] = {}
+    for name in dict.fromkeys(name for values in by_seed.values() for name in values):
+        values = {seed: own[name] for seed, own in by_seed.items() if name in own}
+        numbers[f"hedging/{name}"] = statistics.fmean(values.values())
+        if len(by_seed) > 1:
+            numbers[f"hedging/{name}_seed_std"] = statistics.stdev(values.values()) if len(values) > 1 else 0.0
+            numbers |= {f"hedging/seed{seed}/{name}": value for seed, value in values.items()}
+    failure = None
+    for seed, result in scores.items():
+        if (live := int(result.live_new_latents)) == 0:
+            failure = (
+                f"hedge.new_norm: none of the {n_new} new latents ever fires (seed {seed}), so the degree says nothing; "
+                "raise it, or train longer, or with an auxiliary loss that revives them (model.dead_after_steps)"
+            )
+        elif 2 * live < n_new:
+            warnings.warn(f"only {live} of {n_new} new latents fire (seed {seed}): the degree is too low", stacklevel=2)
     columns = ("projections", "delta_norms", "cosines", "live")
     rows: list[Row] = [
         {"seed": seed, "latent": latent, "projection": p, "delta_norm": d, "cosine": c, "live": int(live)}
         for seed, own in scores.items()
         for latent, (p, d, c, live) in enumerate(zip(*(getattr(own, name).tolist() for name in columns), strict=True))
     ]
+    projections = [own.projections.tolist() for own in scores.values()]
     baselines = numbers["hedging/baseline"], numbers.get("hedging/noise_floor")
     figures = {
-        "hedging_degree.png": degree_and_baselines([own.scalars() for own in scores.values()]),
-        "hedging_by_latent.png": projection_of_latents(
-            [own.projections.tolist() for own in scores.values()], *baselines
-        ),
+        "hedging_degree.png": degree_and_baselines(list(by_seed.values())),
+        "hedging_by_latent.png": projection_of_latents(projections, *baselines),
     }
-    headline = [f"seeds {', '.join(map(str, scores))}, {study.trainer.max_steps} steps a phase"]
+    headline = [f"seeds {', '.join(map(str, scores))}, {steps} steps a phase"]
     shown = [name for short in _SHOWN if (name := f"hedging/{short}") in numbers]
     for name in shown:
         spread = numbers.get(f"{name}_seed_std")
         line = f"{name:<{max(map(len, shown))}}  {numbers[name]:.4g}"
         headline.append(line if spread is None else f"{line} ± {spread:.2g}")
-    studied = trained.items() if study.options.n_new == 1 else ()
+    studied = trained.items() if n_new == 1 else ()
     texts = {f"case_study/seed{seed}.html": page(own.control, own.extended, probe) for seed, own in studied}
-    return Outcome(
-        numbers, {"hedging/latents.csv": rows}, figures, headline, step=2 * study.trainer.max_steps, texts=texts,
-        failure=dead_latents(scores, study.options.n_new),
-    )  # fmt: skip
-
-
-def summary_numbers(scores: Mapping[int, DegreeScores]) -> dict[str, float]:
-    """``hedging/...``: means over seeds; with several seeds also ``..._seed_std`` and every seed's own numbers."""
-    by_seed = {seed: result.scalars() for seed, result in scores.items()}
-    numbers: dict[str, float] = {}
-    for name in dict.fromkeys(name for values in by_seed.values() for name in values):
-        values = [own[name] for own in by_seed.values() if name in own]
-        numbers[f"hedging/{name}"] = statistics.fmean(values)
-        if len(by_seed) > 1:
-            numbers[f"hedging/{name}_seed_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-            numbers |= {f"hedging/seed{seed}/{name}": own[name] for seed, own in by_seed.items() if name in own}
-    return numbers
-
-
-def dead_latents(scores: Mapping[int, DegreeScores], n_new: int) -> str | None:
-    """Why the degree says nothing where none of the new latents fires; warns where fewer than half of them do."""
-    for seed, result in scores.items():
-        live = int(result.live_new_latents)
-        if live == 0:
-            return (
-                f"hedge.new_norm: none of the {n_new} new latents ever fires (seed {seed}), so the degree says nothing; "
-                "raise it, or train longer, or with an auxiliary loss that revives them (model.dead_after_steps)"
-            )
-        if 2 * live < n_new:
-            warnings.warn(f"only {live} of {n_new} new latents fire (seed {seed}): the degree is too low", stacklevel=2)
-    return None
+    tables = {"hedging/latents.csv": rows}
+    return Outcome(numbers, tables, figures, headline, step=2 * steps, texts=texts, failure=failure)

@@ -1,7 +1,5 @@
 """``hedgelab phase``: a quantity of trained SAEs over two axes, from the exact population, beside what theory says."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field

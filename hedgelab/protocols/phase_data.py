@@ -1,7 +1,5 @@
 """The part of a training stream that belongs to one phase, in order or reordered."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -32,7 +30,7 @@ class PhaseData(ActivationDataModule):
         super().__init__(data.batch_size, data.seed, data.val_batches, data.chunk_steps)
         self.data, self.start, self.steps, self.reordered = data, start, steps, list(reordered)
 
-    def renamed(self, names: Mapping[str, str]) -> PhaseData:
+    def renamed(self, names: Mapping[str, str]) -> "PhaseData":
         """The phase for some members, which go by other names; ``""`` where there is one alone."""
         return PhaseData(self.data, self.start, self.steps, [names[name] for name in self.reordered if name in names])
 

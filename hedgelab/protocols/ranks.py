@@ -1,7 +1,5 @@
 """Protocols on several ranks: every rank runs the whole protocol, and rank zero looks up what is on disk for all of them."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Callable, Sequence

@@ -1,10 +1,8 @@
 """A section of a config that names a class and its arguments, made into an object as often as needed."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar, cast
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -51,13 +49,13 @@ class Recipe(Generic[T]):
             raise UserError(f"{self.key}: {one_line(str(cause))}") from error
         return made
 
-    def copy(self) -> Recipe[T]:
+    def copy(self) -> Self:
         """A recipe whose section may be changed."""
         made = copy.copy(self)
         made.section = self.section.clone() if isinstance(self.section, Namespace) else copy.deepcopy(self.section)
         return made
 
-    def at(self, values: Mapping[str, Any]) -> Recipe[T]:
+    def at(self, values: Mapping[str, Any]) -> Self:
         """The recipe with other values at those of the config's keys that are its own, list items by number."""
         made = self.copy()
         for key, value in values.items():
@@ -75,7 +73,7 @@ class Recipe(Generic[T]):
                     ) from None
         return made
 
-    def with_weights_seed(self, seed: int) -> Recipe[T]:
+    def with_weights_seed(self, seed: int) -> Self:
         """The recipe of an SAE with another seed of its weights."""
         inner = ".inner.init_args" if "inner" in self.section["init_args"] else ""
         return self.at({f"{self.key}.init_args{inner}.init.seed": seed})

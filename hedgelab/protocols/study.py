@@ -5,8 +5,6 @@ whatever happens. A study of another package is a command too: by its class path
 or by a name that the package registers as an entry point of the group ``hedgelab.studies``.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import sys

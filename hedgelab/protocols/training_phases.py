@@ -1,7 +1,5 @@
 """Phases: fits with a stable id, trained together, gone on with where they were cut short, and not again once finished."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
@@ -13,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
@@ -251,13 +249,13 @@ class GroupCheckpoints:
         self.folder = RunFolder(root / f"group-{digest}{'-lone' if lone else ''}")
 
     @classmethod
-    def all_in(cls, root: Path) -> list[GroupCheckpoints]:
+    def all_in(cls, root: Path) -> list[Self]:
         """All groups that have left checkpoints."""
         abouts = ((path, RunFolder(path).about.get("group")) for path in sorted(root.glob("group-*/")))
         return [cls(root, group, path.name.endswith("-lone")) for path, group in abouts if isinstance(group, dict)]
 
     @classmethod
-    def all_unfinished(cls, root: Path, members: Mapping[str, str]) -> list[GroupCheckpoints]:
+    def all_unfinished(cls, root: Path, members: Mapping[str, str]) -> list[Self]:
         """The groups of some of these members whose training was cut short."""
         return [group for group in cls.all_in(root) if group.members and group.members.items() <= members.items()]
 

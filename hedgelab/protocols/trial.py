@@ -5,8 +5,6 @@ For every kind of SAE and every width the SAEs of all toys and seeds train as on
 (:mod:`hedgelab.metrics.functional.true_hedging`, decoder, mean over live latents) beside the two measures that know no truth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

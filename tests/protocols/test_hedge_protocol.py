@@ -15,10 +15,8 @@ from hedgelab.protocols.hedge import (
     Hedge,
     HedgeOptions,
     continuation,
-    dead_latents,
     measure_together,
     outcome_of,
-    summary_numbers,
     train_together,
 )
 from hedgelab.protocols.phase_data import PhaseData
@@ -204,29 +202,32 @@ def fake_scores(live_new, n_new=4):
     return hedging_degree(control, extended, live_new=torch.arange(n_new) < live_new)
 
 
+def outcome(*scores):
+    """What is made of the scores of some seeds."""
+    trainer = PhaseTrainer(max_steps=STEPS, **QUIET)
+    return outcome_of(Hedge(TopKSAE(D_IN, 5, k=2), toy(), trainer, HedgeOptions(n_new=4)), {}, dict(enumerate(scores)))
+
+
 def test_dead_new_latents_are_said():
-    assert dead_latents({0: fake_scores(2)}, 4) is None
+    assert outcome(fake_scores(2)).failure is None
     with pytest.warns(UserWarning, match="only 1 of 4"):
-        assert dead_latents({0: fake_scores(1)}, 4) is None
-    assert dead_latents({0: fake_scores(2), 1: fake_scores(0)}, 4).startswith(
-        "hedge.new_norm: none of the 4 new latents"
-    )
+        assert outcome(fake_scores(1)).failure is None
+    assert outcome(fake_scores(2), fake_scores(0)).failure.startswith("hedge.new_norm: none of the 4 new latents")
 
 
 def test_numbers_have_means_and_spreads_over_seeds():
-    one, two = fake_scores(2), fake_scores(4)
-    alone = summary_numbers({0: one})
+    alone = outcome(fake_scores(2)).metrics
     assert alone["hedging/live_new_latents"] == 2
     assert not any("seed" in name for name in alone)
-    both = summary_numbers({0: one, 1: two})
+    both = outcome(fake_scores(2), fake_scores(4)).metrics
     assert both["hedging/live_new_latents"] == 3
     assert both["hedging/live_new_latents_seed_std"] == pytest.approx(2**0.5)
     assert both["hedging/seed1/live_new_latents"] == 4
 
 
 def test_every_latent_is_a_line_of_the_table():
-    one, two = fake_scores(2), fake_scores(4)
-    rows = outcome_of(protocol(TopKSAE(D_IN, 5, k=2)), {}, {0: one, 1: two}).tables["hedging/latents.csv"]
+    one = fake_scores(2)
+    rows = outcome(one, fake_scores(4)).tables["hedging/latents.csv"]
     assert list(rows[0]) == ["seed", "latent", "projection", "delta_norm", "cosine", "live"]
     assert len(rows) == 2 * 5
     assert rows[0]["projection"] == float(one.projections[0])
