@@ -10,7 +10,7 @@ from hedgelab import glossary
 from hedgelab.batch import Batch
 from hedgelab.glossary import GLOSSARY, bare, term, title, worth_showing
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics import SAEMetrics, ValidationMetric, classes, readme
+from hedgelab.metrics import SAEMetrics, ValidationMetric, evaluation, readme
 from hedgelab.metrics.functional.degree import hedging_degree
 
 
@@ -99,7 +99,7 @@ def test_a_metric_of_an_entry_point_is_one_file(own_metric, monkeypatch):
     """Measured in every validation pass, explained in tables."""
     assert "largest_latent" not in measured()
     point = EntryPoint("largest", f"{own_metric}:Largest", glossary.GROUP)
-    for module in (glossary, classes):
+    for module in (glossary, evaluation):
         monkeypatch.setattr(module, "entry_points", lambda group: [point])
     assert float(measured()["largest_latent"]) == 3.0
     glossary.declarations.cache_clear()

@@ -6,7 +6,6 @@ mode), without which each weighs 1.
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from importlib.metadata import entry_points
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
@@ -17,7 +16,6 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from hedgelab.glossary import GROUP
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional import basic, loss_recovered
 from hedgelab.metrics.functional.accumulate import NO_FLOAT64, as_codes
@@ -33,9 +31,8 @@ ROWS = 8192  # examples that residual hedging keeps: memory grows with them, tim
 class AdditiveMetric(Metric):
     """A metric whose states add up, so that it is the same on one rank or many.
 
-    States are no part of a ``state_dict``; they stay float64 whatever precision the module gets, and on the CPU where the
-    module's device has no float64 (MPS). Results keep their shapes: torchmetrics squeezes ``[1]``, all that an SAE of one
-    latent has.
+    States are no part of a ``state_dict``; they stay float64, whatever precision the module gets, on the CPU where its device
+    has no float64 (MPS). Results keep their shapes: torchmetrics squeezes ``[1]``, all that an SAE of one latent has.
     """
 
     is_differentiable = False
@@ -115,13 +112,6 @@ class ValidationMetric(AdditiveMetric):
         super().__init_subclass__(**kwargs)
         if vars(cls).get("name"):
             ValidationMetric.declared[cls.name] = cls
-
-    @classmethod
-    def known(cls) -> list[type["ValidationMetric"]]:
-        """Those that have been imported, and those of entry points."""
-        for point in entry_points(group=GROUP):
-            point.load()
-        return list(cls.declared.values())
 
 
 class ExplainedVariance(FunctionMetric):

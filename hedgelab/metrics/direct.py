@@ -38,13 +38,13 @@ def hedging(
     d_in = decoder.shape[1]
     if features.ndim != 2 or features.shape[1] != d_in:
         raise UserError(f"features: expected directions [n, {d_in}] (W_dec's width), got {list(features.shape)}")
-    if (codes is None) != (activations is None):
-        raise UserError("codes, activations: give both, or neither")
     features = features.to(decoder.device)
     cosines = decoder_cosines(decoder, features)
-    if codes is None or activations is None:
+    if codes is None and activations is None:
         coordinates = true_hedging.decoder_coordinates(decoder, features)
         return true_hedging.hedging(coordinates, cosines, tracked_features(cosines))
+    if codes is None or activations is None:
+        raise UserError("codes, activations: give both, or neither")
     codes, expected = as_codes(codes), [len(decoder), len(features)]
     if [len(activations), codes.d_sae, activations.shape[1]] != [codes.batch_size, *expected]:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from hedgelab.batch import Batch
+from hedgelab.glossary import GROUP
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import Ranks
 from hedgelab.metrics import classes
@@ -48,7 +50,9 @@ class SAEMetrics(nn.Module):
         self.mse = classes.MeanSquaredError(**split)
         self.shrinkage = classes.Shrinkage(**split)
         self.firing = classes.FiringDensity(d_sae, **split)
-        self.own = nn.ModuleList(metric(d_in, d_sae, **split) for metric in classes.ValidationMetric.known())
+        for point in entry_points(group=GROUP):
+            point.load()  # so that its metrics are declared
+        self.own = nn.ModuleList(own(d_in, d_sae, **split) for own in classes.ValidationMetric.declared.values())
         self.truth = nn.ModuleDict()
         self.register_buffer("feature_directions", feature_directions, persistent=False)
         self.register_buffer("parents", parents, persistent=False)

@@ -12,8 +12,6 @@ from hedgelab.errors import UserError
 from hedgelab.saes.base import SAE
 from hedgelab.theory.single_latent import Array
 
-_AFTER_WARMUP = 2**31
-
 
 class Minimum(NamedTuple):
     """Where :func:`minimise` ended; at a kink of the loss the gradient does not vanish."""
@@ -35,7 +33,7 @@ def minimise(
     if sae.W_dec.dtype != batch.x.dtype:
         raise UserError(f"data.dtype: the SAE is {sae.W_dec.dtype} but the batch {batch.x.dtype}; make them the same")
     parameters = list(sae.parameters())
-    sae.steps_done = _AFTER_WARMUP
+    sae.steps_done = 2**31  # after any warm-up
     descent = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
 
     def loss_and_gradient() -> float:

@@ -105,9 +105,7 @@ def split_at(population: Population, active: np.ndarray) -> tuple[float, float, 
 
 
 def principal_component(population: Population) -> tuple[Array, float]:
-    """The best direction of a latent in its linear regime as λ → 0, and the loss it leaves: ``tr C`` less the top eigenvalue.
-
-    The unit direction ``[d_in]`` is signed so that its largest coordinate is positive.
+    """The best unit direction of a latent in its linear regime, λ → 0, and the loss left: ``tr C`` less its top eigenvalue.
 
     >>> direction, loss = principal_component(Population.of_pair(0.25, 0.2, 0.0))
     >>> direction.round(4), round(loss, 4)

@@ -22,8 +22,7 @@ from hedgelab.metrics.functional.accumulate import fold_decoder, on_cpu, picked
 
 F1_JUMP, MOST_SPLITS = 0.03, 10  # what a further latent must add to the F1 to count as a split, and the most splits
 MIN_PROBE_F1 = 0.6  # letters whose dense probe is worse are left out
-ABSORBER_COSINE, FULL_ABSORBER_COSINE = 0.1, 0.025
-"""Cosine with the probe that absorbing latents need, for the fraction and for full absorption."""
+ABSORBER_COSINE, FULL_ABSORBER_COSINE = 0.1, 0.025  # with the probe, for the fraction and for full absorption
 PROJECTION_SHARE, MOST_ABSORBERS = 0.4, 3  # share of the activation's projection that so many of them must carry
 _L1, _L1_STEPS, _SETTLED, _SILENT = 0.01, 400, 1e-4, 1e-8
 
@@ -51,8 +50,7 @@ def first_letter_scores(
 
     Latents of training and test words are codes or dense ``[n, d_sae]`` of any device, labels bool ``[n, letters]``;
     ``test_x [n, d_in]`` are the activations as the SAE reads them, ``probe`` the letters' dense probes on such, ``W_dec
-    [d_sae, d_in]`` the decoder of any norms. Trust it where ``probe_f1`` is high; it sees first letters alone, and only
-    absorption along the probe.
+    [d_sae, d_in]`` the decoder of any norms. Trust it where ``probe_f1`` is high; it sees only absorption along the probe.
 
     >>> y = torch.tensor([[True], [True], [False], [False]]).repeat(5, 1)
     >>> x, W_dec = 2 * y.float(), torch.ones(2, 1)

@@ -114,9 +114,8 @@ def parent_encoder_components(encoder_coordinates: Tensor, latent: Tensor, paren
 def parents_best_f1(counts: CoFiring, parents: Tensor) -> Tensor:
     """F1 of the best detector that each parent feature has among *all* latents, ``[n]`` from 0 to 1; NaN without children.
 
-    ``max_i 2 · both_ij / (latent i's firings + feature j's)``. Absorption is measured on parents that a latent tracks: one
-    that was absorbed whole, or lost, is not among them. This one looks at every parent that fires, so it falls where the
-    other has nothing left to see; a parent's detector need not be a latent *for* it.
+    ``max_i 2 · both_ij / (latent i's firings + feature j's)``. Absorption sees only parents that a latent tracks: those that
+    were absorbed whole, or lost, lower this one instead. A parent's best detector need not be a latent *for* it.
 
     >>> counts = CoFiring(torch.tensor(8.0), torch.tensor([2.0]), torch.tensor([6.0, 2]), torch.tensor([[2.0, 2]]))
     >>> parents_best_f1(counts, torch.tensor([-1, 0])).tolist()

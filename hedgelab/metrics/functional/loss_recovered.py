@@ -8,8 +8,7 @@ from torch.nn.functional import log_softmax
 
 from hedgelab.metrics.functional.accumulate import float64
 
-LOSSES = ("clean", "sae", "zero", "mean", "kl_sae", "kl_zero", "kl_mean")
-"""Sums over tokens that :func:`recovered_loss` takes."""
+LOSSES = ("clean", "sae", "zero", "mean", "kl_sae", "kl_zero", "kl_mean")  # sums that recovered_loss takes
 
 
 class RecoveredLoss(NamedTuple):
@@ -66,5 +65,5 @@ def recovered_loss(sums: dict[str, Tensor], count: Tensor) -> RecoveredLoss:
     def share(part: Tensor, lost: Tensor) -> Tensor:
         return part / torch.where(lost == 0, torch.nan, lost)
 
-    of_losses = share(zero - sae, zero - clean), share(mean - sae, mean - clean)
-    return RecoveredLoss(*means, *of_losses, *(1 - share(kl_sae, lost) for lost in (kl_zero, kl_mean)))
+    of_losses = [share(zero - sae, zero - clean), share(mean - sae, mean - clean)]
+    return RecoveredLoss(*means + of_losses + [1 - share(kl_sae, lost) for lost in (kl_zero, kl_mean)])

@@ -53,8 +53,6 @@ def known_classes(what: str, *splits: Tensor) -> Tensor:
 def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:
     """One binary classifier (``labels [n]`` bool) on few columns ``x [n, d]``, by Newton's method on the CPU.
 
-    C is the inverse strength of the L2 penalty.
-
     >>> probe = logistic_regression(torch.tensor([[0.0], [1.0]]), torch.tensor([False, True]))
     >>> bool(probe.weight > 0), (probe.scores(torch.tensor([[0.5]])).abs() < 1e-9).item()
     (True, True)

@@ -81,9 +81,8 @@ def targeted_probe_perturbation(
 def biased_probes(x: Tensor, label: Tensor, spurious: Tensor, C: float = 1.0) -> tuple[LinearProbe, LinearProbe]:
     """The probes of a removal task, from mean activations ``x [texts, d_in]`` of equally many texts of all four kinds.
 
-    ``label [texts]`` (bool) is the concept to predict, ``spurious [texts]`` the one that goes along with it; C is the inverse
-    strength of the L2 penalty. The first, *biased* probe is trained where both go together; the second has a classifier for
-    each concept, with the other balanced.
+    ``label [texts]`` (bool) is the concept to predict, ``spurious [texts]`` the one that goes along with it. The first probe,
+    *biased*, is trained where both go together; the second has a classifier for each concept, with the other balanced.
     """
     together, concepts = label == spurious, torch.stack([label, spurious], dim=1)
     return linear_probes(x[together], label[together, None], C), linear_probes(x, concepts, C)

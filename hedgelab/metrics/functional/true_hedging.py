@@ -83,8 +83,7 @@ def decoder_coordinates(W_dec: Tensor, feature_directions: Tensor) -> Tensor:
     return coordinates
 
 
-encoder_coordinates = encoder_cosines
-"""Responses of the unit columns of ``W_enc [d_in, d_sae]`` to unit features: their coordinates in the dual basis."""
+encoder_coordinates = encoder_cosines  # responses of unit columns to unit features: coordinates in the dual basis
 
 
 def tracked_features(cosines: Tensor, live: Tensor | None = None, threshold: float = TRACKING_COSINE) -> Matching:
