@@ -7,8 +7,6 @@ Logged as:
     b_dec_norm: ‖b_dec‖: norm of the decoder bias
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from functools import cache

@@ -1,7 +1,5 @@
 """What latents read and write, against the true features."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis

@@ -1,7 +1,5 @@
 """What evaluations show of one SAE."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,7 +7,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from hedgelab.plots import style
-from hedgelab.plots.sweep import Point, sweep_panels
+from hedgelab.plots.sweep import sweep_panels
 
 
 def probing_by_class(classes: Sequence[str], ks: Sequence[int], f1: ArrayLike) -> Figure:
@@ -40,7 +38,7 @@ def absorption_by_letter(letters: Sequence[str], full: ArrayLike, fraction: Arra
 def scores_by_count(counts: Sequence[int], lines: Mapping[str, ArrayLike], title: str, ylabel: str) -> Figure:
     """Scores against the number of latents silenced, a curve a label."""
     curves = {
-        label: [Point(count, [value]) for count, value in zip(counts, np.asarray(values, dtype=float), strict=True)]
+        label: list(zip(counts, np.asarray(values, dtype=float)[:, None], strict=True))
         for label, values in lines.items()
     }
     return sweep_panels({"": curves}, "latents silenced", title, (True, False), ylabel=ylabel)

@@ -1,7 +1,5 @@
 """Hedging: its degree beside what that is judged by, and its truth beside measures, widths and matryoshka levels."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product, zip_longest
 
@@ -10,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hedgelab.plots import style
-from hedgelab.plots.sweep import Point, sweep_panels
+from hedgelab.plots.sweep import sweep_panels
 
 _DEGREES = {
     "degree": "random\n(the degree)",
@@ -71,8 +69,10 @@ def projection_of_latents(
         left.plot(np.arange(1, len(ranked) + 1), ranked, color=style.color_of(i), linewidth=1.4)
     everything = np.concatenate([np.asarray(values, dtype=float) for values in projections])
     style.histogram(right, everything, min(60, max(10, everything.size // 8)))
-    lines = [("random subspaces", baseline, style.INK), ("reordering alone", noise_floor, style.MUTED)]
-    for label, value, color in lines[: 1 if noise_floor is None else 2]:
+    lines = {"random subspaces": (baseline, style.INK)}
+    if noise_floor is not None:
+        lines["reordering alone"] = (noise_floor, style.MUTED)
+    for label, (value, color) in lines.items():
         left.axhline(value, color=color, linewidth=1.0, linestyle=style.DASHED, label=label)
         right.axvline(value, color=color, linewidth=1.0, linestyle=style.DASHED)
     left.set_xlim(1, max(2, max(len(values) for values in projections)))
@@ -109,10 +109,7 @@ def measures_against_truth(
 
 def hedging_over_width(curves: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]) -> Figure:
     """True hedging over the SAE's width: a panel a kind, a curve a toy, a value a seed."""
-    panels = {
-        kind: {toy: [Point(width, values) for width, values in by_width.items()] for toy, by_width in by_toy.items()}
-        for kind, by_toy in curves.items()
-    }
+    panels = {k: {toy: list(by_width.items()) for toy, by_width in by_toy.items()} for k, by_toy in curves.items()}
     return sweep_panels(panels, "width", "Hedging falls as SAEs get wider", (True, False), ylabel="true hedging")
 
 

@@ -1,13 +1,10 @@
 """The one look of all figures: quiet axes, one palette, readable at the size in which MLflow shows an artifact."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -72,7 +69,7 @@ def legend(owner: Axes | Figure, **options: Any) -> None:
     owner.legend(**{"frameon": False, "fontsize": 8, "labelcolor": INK, **options})
 
 
-def legend_below(figure: Figure, handles: Iterable[Artist], columns: int = 6) -> None:
+def legend_below(figure: Figure, handles: Iterable[Any], columns: int = 6) -> None:
     """A legend under the whole figure, in which every label stands once."""
     named = {str(handle.get_label()): handle for handle in handles}
     legend(figure, handles=list(named.values()), loc="outside lower center", ncols=min(columns, max(1, len(named))))

@@ -1,9 +1,7 @@
 """Curves over an axis of which every place was measured once or several times: sweeps, widths, counts."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,17 +11,12 @@ from hedgelab.plots.style import MUTED, color_of, legend_below, new_figure, tidy
 
 _COLUMNS = 4
 _MARKERS = "osD^vP*X"
-
-
-class Point(NamedTuple):
-    """One place on a curve, and what was measured there, one value a seed."""
-
-    x: float
-    values: Sequence[float]
+Curve = Iterable[tuple[float, Sequence[float]]]
+"""Places, and what was measured at each, one value a seed."""
 
 
 def sweep_panels(
-    panels: Mapping[str, Mapping[str, Sequence[Point]]],
+    panels: Mapping[str, Mapping[str, Curve]],
     xlabel: str,
     title: str,
     log: tuple[bool, bool] = (False, False),
@@ -41,10 +34,10 @@ def sweep_panels(
     figure, grid = new_figure(*size, title, rows, columns, len(panels), sharey=bool(ylabel))
     lines = list(dict.fromkeys(line for curves in panels.values() for line in curves))
     for axes, (metric, curves) in zip(grid, panels.items(), strict=True):
-        for line, points in curves.items():
-            _curve(axes, points, lines.index(line))
-        ticks = sorted({point.x for points in curves.values() for point in points})
-        lowest = min((value for points in curves.values() for point in points for value in point.values), default=-1)
+        for line, curve in curves.items():
+            _draw(axes, sorted(curve, key=lambda place: place[0]), lines.index(line))
+        places = [place for curve in curves.values() for place in curve]
+        ticks, lowest = sorted({x for x, _ in places}), min((min(values) for _, values in places), default=-1)
         axes.set(xscale="log" if log[0] else "linear", yscale="log" if log[1] else "linear")
         if axes.get_ylim()[0] < 0 <= lowest and not log[1]:
             axes.set_ylim(bottom=0)  # a band that reaches below zero says nothing there
@@ -63,14 +56,13 @@ def _look(number: int) -> dict[str, Any]:
     return {"color": color_of(number), "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
 
 
-def _curve(axes: Axes, points: Sequence[Point], number: int) -> None:
-    ordered = sorted(points, key=lambda point: point.x)
-    x = [point.x for point in ordered]
-    mean = np.array([np.mean(point.values) for point in ordered])
-    deviation = np.array([np.std(point.values, ddof=1) if len(point.values) > 1 else 0.0 for point in ordered])
+def _draw(axes: Axes, places: Sequence[tuple[float, Sequence[float]]], number: int) -> None:
+    x = [at for at, _ in places]
+    mean = np.array([np.mean(values) for _, values in places])
+    deviation = np.array([np.std(values, ddof=1) if len(values) > 1 else 0.0 for _, values in places])
     color = color_of(number)
     axes.plot(x, mean, linewidth=1.5, zorder=3, **_look(number))
     if deviation.any():
         axes.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
-    seeds = [(point.x, value) for point in ordered if len(point.values) > 1 for value in point.values]
-    axes.scatter(*np.reshape(seeds, (-1, 2)).T, s=6, color=color, alpha=0.6, linewidths=0, zorder=2)
+    seeds = np.reshape([(at, value) for at, values in places if len(values) > 1 for value in values], (-1, 2))
+    axes.scatter(seeds[:, 0], seeds[:, 1], s=6, color=color, alpha=0.6, linewidths=0, zorder=2)

@@ -1,10 +1,7 @@
 """What closed forms and population optima say: loss landscapes, phase diagrams, and the balance of matryoshka levels."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -40,17 +37,6 @@ def loss_landscapes(t: ArrayLike, panels: Mapping[str, Mapping[str, ArrayLike]])
     return figure
 
 
-class Overlay(NamedTuple):
-    """What closed forms say about a diagram, ``[h, w]`` each.
-
-    ``values`` is the quantity at the minimum that each point's SAE is in (NaN where none is known), ``shallower`` whether a
-    deeper minimum exists.
-    """
-
-    values: ArrayLike
-    shallower: ArrayLike
-
-
 def phase_diagram(
     x: ArrayLike,
     y: ArrayLike,
@@ -59,12 +45,14 @@ def phase_diagram(
     xlabel: str,
     ylabel: str,
     quantity: str,
-    theory: Overlay | None = None,
+    theory: tuple[ArrayLike, ArrayLike] | None = None,
     logarithmic: tuple[bool, bool] = (False, False),
 ) -> Figure:
     """A heatmap of values, ``[h, w]``, over x, ``[w]``, and y, ``[h]``, either of which may be logarithmic.
 
-    The scale is symmetric about zero; the zero contour is black, contours of theory are green. NaN is left white.
+    The scale is symmetric about zero; the zero contour is black. NaN is left white. ``theory`` is the quantity, ``[h, w]``, by
+    closed forms at the minimum that each point's SAE is in (NaN where none is known), drawn as green contours, and whether a
+    deeper minimum exists.
     """
     x, y, shown = (np.asarray(part, dtype=float) for part in (x, y, values))
     size = np.nanmax(np.abs(shown)) if np.isfinite(shown).any() else 1.0
@@ -76,13 +64,12 @@ def phase_diagram(
     if np.nanmin(shown) < -0.01 * size and np.nanmax(shown) > 0.01 * size:
         axes.contour(x, y, shown, levels=[0], colors=style.INK, linewidths=1.4)
         entries.append(Line2D([], [], color=style.INK, linewidth=1.4, label="zero, trained SAEs"))
-    if theory is not None and np.isfinite(np.asarray(theory.values, dtype=float)).any():
+    closed, shallower = (np.asarray(part, dtype=float) for part in theory or (np.nan, 0))
+    if np.isfinite(closed).any():
         levels = MaxNLocator(8, symmetric=True).tick_values(-size, size)
-        closed = np.asarray(theory.values, dtype=float)
         lines = axes.contour(x, y, closed, levels=levels, colors=_CLOSED_FORM, linewidths=0.9, linestyles="dashed")
         axes.clabel(lines, fontsize=7, fmt="%.2g")
         entries.append(Line2D([], [], color=_CLOSED_FORM, linewidth=0.9, linestyle="dashed", label="closed form"))
-        shallower = np.asarray(theory.shallower, dtype=float)
         if shallower.any():
             with rc_context({"hatch.linewidth": 0.4, "hatch.color": style.MUTED}):
                 axes.contourf(x, y, shallower, levels=[0.5, 1.5], colors="none", hatches=["////"])

@@ -1,7 +1,5 @@
 """What moved while SAEs were trained, and how often their latents fire in the end."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 

@@ -15,7 +15,7 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import ToyDataModule
 from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.functional import mcc
-from hedgelab.plots.theory import Overlay, phase_diagram
+from hedgelab.plots.theory import phase_diagram
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Part, Row, Study, features_as_x, make_toy
 from hedgelab.saes import SAE, VanillaSAE
@@ -161,7 +161,7 @@ class Phase(Study):
         drawn = {name: values[best].reshape(y.points, x.points) for name, values in columns.items()}
         overlay = None
         if closed:
-            overlay = Overlay(drawn["nearest_minimum"], drawn["nearest_minimum_above_deepest"] > _SAME)
+            overlay = (drawn["nearest_minimum"], drawn["nearest_minimum_above_deepest"] > _SAME)
         figures = {}
         for name in self.quantities:
             label = _NAMES[name].format(own=target.own, other=target.other)

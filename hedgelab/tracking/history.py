@@ -1,7 +1,5 @@
 """Series of bounded length, however long the run: what figures at the end of training are drawn from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 

@@ -3,8 +3,6 @@
 Tables are aligned here, in four lines: pandas, which could, takes two seconds to import.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The Lightning logger of every run: MLflow, written off the training path, losing nothing when the store fails."""
 
-from __future__ import annotations
-
 import atexit
 import getpass
 import hashlib
@@ -123,7 +121,7 @@ class MLflowTracker(Logger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> MlflowClient:
+    def experiment(self) -> "MlflowClient":
         """The MLflow client; once this was read, the store has the run, and all that was logged, unless it fails."""
         self._open().send()
         assert self._client is not None
@@ -186,7 +184,7 @@ class MLflowTracker(Logger):
         self._log_made(artifact_file, lambda file: file.write_text(text))
 
     @rank_zero_only
-    def log_figure(self, figure: Figure, artifact_file: str) -> None:
+    def log_figure(self, figure: "Figure", artifact_file: str) -> None:
         """Logs a figure as an artifact, such as ``figures/decoder.png``."""
         self._log_made(artifact_file, figure.savefig)
 
@@ -198,7 +196,7 @@ class MLflowTracker(Logger):
         """
         self._run_id, self._goes_on = run_id, True
 
-    def child(self, run_name: str, tags: dict[str, str]) -> MLflowTracker:
+    def child(self, run_name: str, tags: dict[str, str]) -> "MLflowTracker":
         """A logger of a new run below this one, in the same experiment."""
         below = {PARENT_TAG: self.run_id or "", **tags}
         if INTENDED in self._tags:
@@ -267,7 +265,7 @@ class MLflowTracker(Logger):
         atexit.register(self._writer.close)  # for a process that ends without finalize
         return self._writer
 
-    def _open_store(self) -> tuple[MlflowClient, bool]:
+    def _open_store(self) -> "tuple[MlflowClient, bool]":
         """A client of the store that the run goes to, and whether the store can be reached.
 
         A run that goes on may have begun in the local store while its server could not be reached, and stays there. One
@@ -292,7 +290,7 @@ class MLflowTracker(Logger):
         self._uri = local_uri()
         return ensure_store(self._uri), True
 
-    def _start_run(self, client: MlflowClient) -> Run:
+    def _start_run(self, client: "MlflowClient") -> "Run":
         from mlflow.exceptions import MlflowException
 
         name = self._experiment
@@ -316,7 +314,7 @@ class MLflowTracker(Logger):
         tags = {"mlflow.user": user, "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
         return client.create_run(experiment.experiment_id, run_name=self.run_name, tags={**tags, **self._tags})
 
-    def _continue_run(self, client: MlflowClient, run_id: str) -> Run:
+    def _continue_run(self, client: "MlflowClient", run_id: str) -> "Run":
         from mlflow.exceptions import MlflowException
 
         where = without_credentials(self._uri)

@@ -1,7 +1,5 @@
 """Hyper-parameters as MLflow wants them: flat, named within its alphabet, short."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

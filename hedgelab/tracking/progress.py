@@ -1,7 +1,5 @@
 """A progress bar in optimiser steps."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """Where a run came from (the code, the packages and the machine, as tags), and what the machine does meanwhile."""
 
-from __future__ import annotations
-
 import os
 import platform
 import socket

@@ -1,7 +1,5 @@
 """The callback that fills a run: provenance, throughput, the finished SAE, its cosines and figures."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from pathlib import Path
@@ -215,7 +213,7 @@ def _directions(trainer: L.Trainer) -> Any:
 
 
 @torch.no_grad()
-def _cosines(sae: SAE, directions: Tensor) -> Cosines:
+def _cosines(sae: "SAE", directions: Tensor) -> Cosines:
     from hedgelab.metrics.functional.recovery import decoder_cosines, encoder_cosines
     from hedgelab.training.sharding import full_tensor
 
@@ -225,7 +223,7 @@ def _cosines(sae: SAE, directions: Tensor) -> Cosines:
     return decoder.float().cpu(), encoder.float().cpu()
 
 
-def _save(sae: SAE, folder: Path, trainer: L.Trainer) -> None:
+def _save(sae: "SAE", folder: Path, trainer: L.Trainer) -> None:
     """Write an SAE, and with it where its activations come from."""
     from hedgelab.saes import save_sae
 

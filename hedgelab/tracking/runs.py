@@ -1,7 +1,5 @@
 """Runs read back from the store: listed, and found by what the user calls them. Imports no torch."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -52,7 +50,7 @@ class FoundSAE(NamedTuple):
     folder: Path
     run: RunSummary | None
 
-    def load(self, class_path: str | None = None) -> SAE:
+    def load(self, class_path: str | None = None) -> "SAE":
         """The SAE, ready to measure; a class of the user's own is imported first."""
         from hedgelab.identity import imported
         from hedgelab.saes import load_sae
@@ -120,7 +118,7 @@ def artifact(run: RunSummary, path: str) -> Path:
         raise UserError(f"run {run.run_id[:8]} ({run.name}): cannot get its artifact '{path}' ({reason})") from error
 
 
-def open_runs() -> tuple[MlflowClient, dict[str, str]]:
+def open_runs() -> "tuple[MlflowClient, dict[str, str]]":
     """A client of the store, which must exist, and the names of its experiments by id."""
     database = sqlite_file(tracking_uri())
     if database is not None and not database.exists():
@@ -134,7 +132,7 @@ def list_runs(experiment: str | None = None, last: bool = False, limit: int = 20
     return _newest([], 1 if last else limit, own=last, experiment=experiment)
 
 
-def search_runs(client: MlflowClient, wanted: str, experiments: Iterable[str] | None = None) -> Iterator[Run]:
+def search_runs(client: "MlflowClient", wanted: str, experiments: Iterable[str] | None = None) -> "Iterator[Run]":
     """Runs that fit a filter in MLflow's language, the newest first, however many, in experiments of given ids or in all."""
     ids = list(all_experiments(client) if experiments is None else experiments)
     order = ["attributes.start_time DESC"]
@@ -154,7 +152,7 @@ def _newest(
     return [_summary(run, names) for run in islice(fitting, limit)]
 
 
-def _summary(run: Run, experiments: dict[str, str]) -> RunSummary:
+def _summary(run: "Run", experiments: dict[str, str]) -> RunSummary:
     info, data = run.info, run.data
     return RunSummary(
         info.run_name,

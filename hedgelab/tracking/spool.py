@@ -15,8 +15,6 @@ a folder of runs: artifacts are taken from its own folder only, links not follow
 MLflow's own asynchronous logging loses what waits when a server dies, and raises at the end; hence this.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import uuid
@@ -54,7 +52,7 @@ class Operation:
     end_time: int | None = None
     repeated: bool = False
 
-    def send(self, client: MlflowClient, run_id: str) -> None:
+    def send(self, client: "MlflowClient", run_id: str) -> None:
         """Write it to a run of the store."""
         from mlflow.entities import Metric, Param, RunTag
 
@@ -103,7 +101,7 @@ class Spool:
             with self.path.open("a") as file:
                 file.write(line + "\n")
 
-    def replay(self, client: MlflowClient, files: bool = True) -> tuple[list[str], Exception | None]:
+    def replay(self, client: "MlflowClient", files: bool = True) -> tuple[list[str], Exception | None]:
         """Send what waits, in order; where the store fails, the rest stays.
 
         Files are a matter of their own: where they cannot be uploaded, as happens to those who may only log metrics, or are not
@@ -223,6 +221,6 @@ def is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE" and "'active' state" not in str(error)
 
 
-def last_steps(run: Run) -> dict[str, int]:
+def last_steps(run: "Run") -> dict[str, int]:
     """The last step of each metric that the store has of a run."""
     return {metric.key: int(metric.step) for metric in run.to_proto().data.metrics}

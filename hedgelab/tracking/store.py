@@ -3,8 +3,6 @@
 Importing this module is cheap (neither torch nor mlflow).
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -107,13 +105,13 @@ def artifact_location(uri: str, experiment: str) -> str | None:
     return (runs_dir(uri) / "artifacts" / (name if name.strip(".") else name.replace(".", "_"))).as_uri()
 
 
-def local_store() -> MlflowClient | None:
+def local_store() -> "MlflowClient | None":
     """A client of the store in the working directory, where there is one."""
     uri = local_uri()
     return ensure_store(uri) if Path(uri.removeprefix(_SQLITE)).exists() else None
 
 
-def ensure_store(uri: str | None = None) -> MlflowClient:
+def ensure_store(uri: str | None = None) -> "MlflowClient":
     """A client of the store, which is created first where it is an SQLite file that does not exist yet.
 
     Any number of processes may call this at once: one creates the file, the others wait for it.
@@ -127,8 +125,15 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
             address = f"{_SQLITE}{database}?timeout={_BUSY_SECONDS}"
         elif uri.startswith("sqlite"):
             raise ValueError("a database is given as sqlite:///path, relative to the working folder or from the root")
-        else:
-            _prepare_http(uri)
+        elif urlparse(uri).scheme in ("http", "https"):
+            for name, value in _HTTP_DEFAULTS.items():
+                os.environ.setdefault(name, value)
+            import requests
+
+            # Does anything answer at all? The request goes where MLflow's go: through the proxies that the environment names.
+            # Who answers late, or with a certificate that MLflow may be told to trust, is for MLflow to judge.
+            with suppress(requests.exceptions.SSLError, requests.exceptions.ReadTimeout):
+                requests.head(uri, timeout=_CONNECT_SECONDS, allow_redirects=False)
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs in pages, it also raises
@@ -141,7 +146,7 @@ def ensure_store(uri: str | None = None) -> MlflowClient:
     return client
 
 
-def all_experiments(client: MlflowClient) -> dict[str, str]:
+def all_experiments(client: "MlflowClient") -> dict[str, str]:
     """Names of the active experiments by id, however many: a store gives them in pages."""
     found = every(lambda token: client.search_experiments(page_token=token))
     return {experiment.experiment_id: experiment.name for experiment in found}
@@ -215,19 +220,3 @@ def _make_database(path: Path) -> None:
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs in pages, it also raises
     SqlAlchemyStore(f"{_SQLITE}{path}", path.parent.as_uri()).engine.dispose()  # type: ignore[no-untyped-call]
-
-
-def _prepare_http(uri: str) -> None:
-    """Sets patient but bounded HTTP retries, and finds out quickly whether anything answers at all.
-
-    The request goes where MLflow's go: through the proxies that the environment names, and below the address's own path.
-    """
-    if urlparse(uri).scheme not in ("http", "https"):
-        return
-    for name, value in _HTTP_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    import requests
-
-    # Who answers late, or with a certificate that MLflow may be told to trust, is for MLflow to judge.
-    with suppress(requests.exceptions.SSLError, requests.exceptions.ReadTimeout):
-        requests.head(uri, timeout=_CONNECT_SECONDS, allow_redirects=False)

@@ -5,8 +5,6 @@ A run that began while its server could not be reached lives in the local store 
 sent twice, it is brought up to date, not doubled.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -60,7 +58,7 @@ def sync(uri: str | None = None, announce: Callable[[str], object] = str) -> Sen
     return sent
 
 
-def _send_spools(client: MlflowClient, uri: str, sent: Sent, announce: Callable[[str], object]) -> None:
+def _send_spools(client: "MlflowClient", uri: str, sent: Sent, announce: Callable[[str], object]) -> None:
     """What waits in spools, the longest waiting first."""
     paths = (runs_dir(uri) / "spool").glob("*.jsonl")
     for path in sorted(paths, key=lambda path: path.stat().st_ctime):
@@ -80,7 +78,7 @@ def _send_spools(client: MlflowClient, uri: str, sent: Sent, announce: Callable[
 
 
 def _send_runs(
-    local: MlflowClient, remote: MlflowClient, uri: str, sent: Sent, announce: Callable[[str], object]
+    local: "MlflowClient", remote: "MlflowClient", uri: str, sent: Sent, announce: Callable[[str], object]
 ) -> None:
     """Every local run that is meant for the store, those above others first."""
     names = all_experiments(local)
@@ -99,7 +97,7 @@ def _send_runs(
             sent.left.append(f"run {name}: {reason_of(error)}")
 
 
-def _send_run(local: MlflowClient, remote: MlflowClient, run: Run, experiment: str, ids: dict[str, str]) -> str:
+def _send_run(local: "MlflowClient", remote: "MlflowClient", run: "Run", experiment: str, ids: dict[str, str]) -> str:
     """One run, to the copy in the store that it was sent to before, or to a new one; the copy's id."""
     own = run.info.run_id
     tags = {key: value for key, value in run.data.tags.items() if key != INTENDED} | {LOCAL_RUN: own}

@@ -1,7 +1,5 @@
 """Keeps what a run has to say on the disk, sends it to the store off the training path, and never raises."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
@@ -33,7 +31,7 @@ class RunWriter:
 
     def __init__(
         self,
-        client: MlflowClient,
+        client: "MlflowClient",
         run_id: str,
         spool: Spool,
         buffer_points: int = 500,

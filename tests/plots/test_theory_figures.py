@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hedgelab.plots.theory import Overlay, balance_figure, phase_diagram
+from hedgelab.plots.theory import balance_figure, phase_diagram
 
 
 def legend_of(figure):
@@ -11,12 +11,12 @@ def legend_of(figure):
 def test_phase_diagram_shows_the_zero_line_and_marks_shallower_minima():
     x, y = np.linspace(0, 1, 12), np.linspace(0, 1, 10)
     values = y[:, None] - x
-    deep = phase_diagram(x, y, values, "t", "x", "y", "q", Overlay(values, np.zeros_like(values, dtype=bool)))
+    deep = phase_diagram(x, y, values, "t", "x", "y", "q", (values, np.zeros_like(values, dtype=bool)))
     assert legend_of(deep) == ["zero, trained SAEs", "closed form"]
-    shallow = phase_diagram(x, y, values, "t", "x", "y", "q", Overlay(values, values < 0))
+    shallow = phase_diagram(x, y, values, "t", "x", "y", "q", (values, values < 0))
     assert legend_of(shallow) == ["zero, trained SAEs", "closed form", "in a shallower minimum"]
     assert legend_of(phase_diagram(x, y, np.abs(values) + 1, "t", "x", "y", "q")) == []
-    nowhere = Overlay(np.full_like(values, np.nan), np.zeros_like(values, dtype=bool))
+    nowhere = (np.full_like(values, np.nan), np.zeros_like(values, dtype=bool))
     assert legend_of(phase_diagram(x, y, values, "t", "x", "y", "q", nowhere)) == ["zero, trained SAEs"]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from hedgelab.plots.sweep import Point, sweep_panels
+from hedgelab.plots.sweep import sweep_panels
 from hedgelab.protocols.sweep.config import Cell, label
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def figure(
     numeric = [key for key, values in axes.items() if all(map(is_number, values)) and len(set(values)) > 1]
     x = x or next(iter([*numeric, *axes, ""]))
     names = None if all(map(is_number, axes.get(x, []))) else list(dict.fromkeys(map(label, axes[x])))
-    panels: dict[str, dict[str, list[Point]]] = {metric: {} for metric in titles}
+    panels: dict[str, dict[str, list[tuple[float, Sequence[float]]]]] = {metric: {} for metric in titles}
     for place in places(rows):
         if x in place.values:
             at = float(place.values[x] if names is None else names.index(label(place.values[x])))
@@ -146,8 +146,8 @@ def figure(
         for metric, curves in panels.items():
             if metric in place.metrics:
                 curve = curves.setdefault(", ".join(filter(None, [place.line, *others])), [])
-                curve.append(Point(at, place.metrics[metric]))
-    positions = [point.x for curves in panels.values() for curve in curves.values() for point in curve]
+                curve.append((at, place.metrics[metric]))
+    positions = [at for curves in panels.values() for curve in curves.values() for at, _ in curve]
     if not positions:
         return None
     if log_x is None:
