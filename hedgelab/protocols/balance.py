@@ -191,7 +191,7 @@ class BalanceStudy(Study):
         encoders = (normalize(folded.W_enc[:, :, parent], dim=1) @ directions.T).double()
         rows = normalize(folded.W_dec, dim=2) @ directions.T
         found: list[Row] = []
-        for i in range(len(ensemble)):
+        for i in range(len(saes)):
             member = cast(MatryoshkaSAE, ensemble.member(i))
             with torch.no_grad():
                 error = member.loss(batch).error

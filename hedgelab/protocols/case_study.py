@@ -96,7 +96,8 @@ class LLMProbe:
                 if context not in strongest:
                     tokens = self._tokens[context]
                     around = tokens[max(0, at - _AROUND) : at], tokens[at : at + 1], tokens[at + 1 :][:_AROUND]
-                    strongest[context] = Snippet(*map(self._text, around), float(activations[row, i]))
+                    before, token, after = map(self._text, around)
+                    strongest[context] = Snippet(before, token, after, float(activations[row, i]))
             found[latent] = list(strongest.values())
         return found
 

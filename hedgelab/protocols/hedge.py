@@ -210,9 +210,9 @@ def _degree(trained: Mapping[int, Continuations], seed: int, draws: int, batches
     homes = [sae.W_dec.device for sae in saes]
     for sae in saes:
         sae.to(device)
-    decoders = [sae.W_dec for sae in saes]
-    metric = HedgingDegree(*decoders, foreign, draws, seed, sync_on_compute=False).to(device)
-    residual, rows = ResidualHedgingMetric(decoders[0], sync_on_compute=False).to(device), 0
+    control, extended, reordered = (sae.W_dec for sae in saes)
+    metric = HedgingDegree(control, extended, reordered, foreign, draws, seed, sync_on_compute=False).to(device)
+    residual, rows = ResidualHedgingMetric(control, sync_on_compute=False).to(device), 0
     for x, _, weight in batches:
         codes = saes.control.encode(x)
         metric.update(x, codes, saes.extended.encode(x), weight)

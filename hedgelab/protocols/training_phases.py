@@ -229,7 +229,7 @@ def fit_group(
         saving.folder, saving.dirpath = group.folder, str(group.folder.path)
     if isinstance(data, PhaseData):
         data = data.renamed(keys)
-    members, loggers = ({keys[name]: one for name, one in given.items()} for given in (saes, trackers))
+    members, loggers = {keys[name]: saes[name] for name in saes}, {keys[name]: trackers[name] for name in trackers}
     module = members[""] if lone else SAEGroup(members, loggers)
     made.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
     if group is not None and made.is_global_zero:

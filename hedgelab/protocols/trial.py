@@ -187,7 +187,7 @@ class Trial(Study):
             controls, wide = (train(members, stream[:, options.steps :], decays=True) for members in (controls, wide))
             scores += [
                 {"kind": kind, "width": width, "toy": toy, "seed": seed}
-                | _score(toys[toy], control, extended, seed, options.val_batches)
+                | dict(_score(toys[toy], control, extended, seed, options.val_batches))
                 for (toy, seed), control, extended in zip(places, controls, wide, strict=True)
             ]
         return scores
