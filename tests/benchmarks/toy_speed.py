@@ -61,12 +61,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     peer = Worker(options.peer_python, "toy_peer.py", task) if options.peer else None
     rates: dict[str, list[float]] = {"ours": [], "peer": []}
     for _ in range(options.turns):
-        rates["ours"].append(len(ours.ensemble) * options.steps / ours.seconds(options.steps))
+        rates["ours"].append(len(ours.ensemble.members) * options.steps / ours.seconds(options.steps))
         if peer is not None:
             rates["peer"].append(options.peer_steps / peer.ask("train", options.peer_steps)["seconds"])
     machine = f"{processor()}, {options.threads} threads, {platform.platform()}"
     result = {
-        "config": options.config.stem, "peer": options.peer, "machine": machine, "members": len(ours.ensemble),
+        "config": options.config.stem, "peer": options.peer, "machine": machine, "members": len(ours.ensemble.members),
         "sae_steps_per_s": median(rates["ours"]), "versions": {"torch": torch.__version__},
     }  # fmt: skip
     if peer is not None:
