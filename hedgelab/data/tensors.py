@@ -52,9 +52,6 @@ class DatasetActivations(NormalisedActivations):
         seed: Seed of the order of the training rows; None takes the run's.
         val_batches: Batches of a validation or test pass; None: as many as the held-out rows fill. More repeat rows.
         chunk_steps: Most training steps a chunk.
-
-    Raises:
-        UserError: The dataset has no length or other items; while reading, one that is not finite or of another width.
     """
 
     where_and_how: ClassVar[frozenset[str]] = frozenset({"num_workers"})
@@ -188,9 +185,6 @@ class TensorActivations(DatasetActivations):
         feature_directions: Directions of these features, ``[n_features, d_in]``; they need ``features``.
         batch_size: Rows a step, over all ranks together.
         **kwargs: The other arguments of :class:`DatasetActivations`.
-
-    Raises:
-        UserError: What is given is no such file or tensor, holds numbers that are not finite, or too few rows.
     """
 
     def __init__(

@@ -27,11 +27,6 @@ def model_path(name: Any) -> Path | None:
     return find_gguf(str(name)) or (Path(str(name)) if Path(str(name)).is_dir() else None)
 
 
-def default_text(text: Any) -> str | None:
-    """What the default text depends on; None where a text is given."""
-    return StandardLibraryText().fingerprint() if text is None else None
-
-
 class LLMDataModule(NormalisedActivations):
     """Activations of a language model at one hook, over packed contexts of text.
 
@@ -67,13 +62,13 @@ class LLMDataModule(NormalisedActivations):
         chunk_steps: Most training steps that travel together.
         cache: Folder of an activation cache to read instead of running the model; see ``hedgelab cache``.
         cache_dir: Folder for converted models and tokenised text.
-
-    Raises:
-        UserError: An impossible value, a cache that is damaged or of other activations, or a model or text that cannot be had.
     """
 
     where_and_how: ClassVar[frozenset[str]] = frozenset({"cache", "cache_dir", "device", "contexts_at_once", "compile"})
-    inputs: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"model": model_path, "text": default_text}
+    inputs: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
+        "model": model_path,
+        "text": lambda text: StandardLibraryText().fingerprint() if text is None else None,
+    }
 
     def __init__(
         self,

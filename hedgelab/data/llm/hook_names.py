@@ -45,10 +45,8 @@ _NORMED = {
     "hook_attn_out": ("post_attention_layernorm",),
     "hook_mlp_out": ("post_feedforward_layernorm",),
 }
-_BLOOM = {
-    "hook_attn_out": _LAST_OF_ATTENTION,
-    "hook_mlp_out": _LAST_OF_MLP,
-}  # adds the residual stream inside its modules
+# Bloom adds the residual stream inside its modules.
+_BLOOM = {"hook_attn_out": _LAST_OF_ATTENTION, "hook_mlp_out": _LAST_OF_MLP}
 
 
 class HookPoint(NamedTuple):
@@ -122,36 +120,20 @@ def hook_path(model: Any, name: str) -> str:
 
     ``name`` is a path, also as seen from the model's body (``layers.5``), or a name of TransformerLens.
     """
-    if lens := _LENS.fullmatch(name):
-        return _lens_path(model, int(lens[1]), lens[2])
     if name == "hook_embed":
         if model.config.model_type.startswith("gemma"):  # TransformerLens scales its embeddings by sqrt(d_model)
             return block_path(model, 0) + _INPUT
         embedding = model.get_input_embeddings()
         return str(next(path for path, module in model.named_modules() if module is embedding))
-    bare = name.removesuffix(_OUTPUT)
-    from_body = f"{getattr(model, 'base_model_prefix', '')}.{bare}"
-    modules = dict(model.named_modules())
-    if bare.removesuffix(_INPUT) not in modules and from_body.removesuffix(_INPUT) in modules:
-        return from_body
-    hooked_module(model, bare)  # says what is wrong
-    return bare
-
-
-def hooked_module(model: nn.Module, hook: str) -> tuple[nn.Module, bool]:
-    """The module of a hook, and whether its input is meant rather than its output."""
-    modules = {path: module for path, module in model.named_modules() if path}
-    if hook in modules:
-        return modules[hook], False
-    if hook.endswith(_INPUT) and (module := modules.get(hook.removesuffix(_INPUT))) is not None:
-        return module, True
-    near = difflib.get_close_matches(hook, modules, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "give a path such as 'model.layers.12'"
-    raise UserError(f"data.hook: {type(model).__name__} has no module {hook!r}; {hint}")
-
-
-def _lens_path(model: Any, layer: int, place: str) -> str:
-    """The path of a hook of TransformerLens inside or around one block."""
+    if not (lens := _LENS.fullmatch(name)):
+        bare = name.removesuffix(_OUTPUT)
+        from_body = f"{getattr(model, 'base_model_prefix', '')}.{bare}"
+        modules = dict(model.named_modules())
+        if bare.removesuffix(_INPUT) not in modules and from_body.removesuffix(_INPUT) in modules:
+            return from_body
+        hooked_module(model, bare)  # says what is wrong
+        return bare
+    layer, place = int(lens[1]), lens[2]
     block = block_path(model, layer)
     if place == "hook_resid_post":
         return block
@@ -168,6 +150,15 @@ def _lens_path(model: Any, layer: int, place: str) -> str:
     for path in candidates:
         if path.removesuffix(_INPUT) in inside:
             return f"{block}.{path}"
-    raise UserError(
-        f"data.hook: {type(model).__name__} has no single place for 'blocks.{layer}.{place}'; name a module"
-    )
+    raise UserError(f"data.hook: {type(model).__name__} has no single place for '{name}'; name a module")
+
+
+def hooked_module(model: nn.Module, hook: str) -> tuple[nn.Module, bool]:
+    """The module of a hook, and whether its input is meant rather than its output."""
+    modules = {path: module for path, module in model.named_modules() if path}
+    for path, is_input in ((hook, False), (hook.removesuffix(_INPUT), True)):
+        if path in modules:
+            return modules[path], is_input
+    near = difflib.get_close_matches(hook, modules, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "give a path such as 'model.layers.12'"
+    raise UserError(f"data.hook: {type(model).__name__} has no module {hook!r}; {hint}")

@@ -28,9 +28,6 @@ class HubText(TextSource):
             commit where the data set may change.
         streaming: Read documents as they come, rather than download the whole data set first.
         max_documents: Documents to read at most, the first ones; None reads all. (``data.max_contexts`` stops by itself.)
-
-    Raises:
-        UserError: An impossible value; while reading, a data set that cannot be had or lacks the column.
     """
 
     def __init__(

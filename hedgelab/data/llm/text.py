@@ -83,9 +83,6 @@ class TextFiles(TextSource):
     Args:
         paths: The files, read in this order.
         field: Key of the text in each line of a ``.jsonl`` file, column of it in a ``.parquet`` file.
-
-    Raises:
-        UserError: A file that is missing or of another kind; while reading, one that is damaged or lacks the text.
     """
 
     def __init__(self, paths: list[str], field: str = "text") -> None:
