@@ -37,22 +37,20 @@ class SplicedModel:
     @torch.inference_mode()
     def logits(self, tokens: Tensor, replace: Replacement | None = None) -> Tensor:
         """Next-token logits, ``[n, length, vocabulary]``, of token ids ``[n, length]``."""
-        heads_first = (
-            replace is not None and self._heads_first
-        )  # found by a forward pass, which cannot run inside another
+        check_tokens(tokens, self.vocabulary)
+        ids = tokens.long().to(self.device)
+        if replace is None:
+            return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+        heads_first = self._heads_first  # found by a forward pass, which cannot run inside another
 
-        def change(output: Tensor) -> Tensor | None:
-            if replace is None:
-                return None
+        def change(output: Tensor) -> Tensor:
             rows = replace(self._by_token(output, *tokens.shape)).to(output.dtype)
             if output.ndim == 4 and heads_first:
                 return rows.view(output.transpose(1, 2).shape).transpose(1, 2)
             return rows.view(output.shape)
 
-        check_tokens(tokens, self.vocabulary)
         with self._register(change):
-            logits: Tensor = self.model(input_ids=tokens.long().to(self.device), use_cache=False).logits
-        return logits
+            return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def activations(self, tokens: Tensor, cache: Any = None) -> Tensor:
@@ -85,26 +83,21 @@ class SplicedModel:
         """Activations ``[n, length, width]`` of token ids ``[n, length]``, after :meth:`stop`."""
         return self._by_token(self._reach(tokens, cache), *tokens.shape)
 
-    def _register(self, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    def _register(self, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
         """Call ``change`` with each activation tensor as the model has it; what it returns takes the tensor's place."""
 
         def replaced(values: Any) -> Any:
-            changed = change(values[0])
-            return values if changed is None else (changed, *values[1:])
+            return change(values) if isinstance(values, Tensor) else (change(values[0]), *values[1:])
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
                 return replaced(args), kwargs
             name = next(iter(kwargs))
-            changed = change(kwargs[name])
-            return args, kwargs if changed is None else kwargs | {name: changed}
-
-        def after(module: nn.Module, args: object, output: Any) -> Any:
-            return change(output) if isinstance(output, Tensor) else replaced(output)
+            return args, kwargs | {name: change(kwargs[name])}
 
         if self.is_input:
             return self.module.register_forward_pre_hook(before, with_kwargs=True)
-        return self.module.register_forward_hook(after)
+        return self.module.register_forward_hook(lambda module, args, output: replaced(output))
 
     def _by_token(self, output: Tensor, n: int, length: int) -> Tensor:
         """What the hook gave, as ``[n, length, width]``: heads side by side, and contexts apart."""
@@ -114,10 +107,8 @@ class SplicedModel:
             return output.flatten(2)
         if output.ndim == 2 and len(output) == n * length:
             return output.view(n, length, -1)
-        raise UserError(
-            f"data.hook: {self.path!r} gives numbers of shape {list(output.shape)} for {n} contexts of {length} tokens, not "
-            "an activation for each token; choose another module"
-        )
+        gives = f"gives numbers of shape {list(output.shape)} for {n} contexts of {length} tokens"
+        raise UserError(f"data.hook: {self.path!r} {gives}, not one activation a token; choose another module")
 
     def _reach(self, tokens: Tensor, cache: Any = None) -> Tensor:
         try:
@@ -180,10 +171,8 @@ class CutModel(nn.Module):
 def check_tokens(tokens: Tensor, vocabulary: int) -> None:
     """Raise a UserError unless a model has an embedding for every token."""
     if tokens.numel() and (largest := int(tokens.max())) >= vocabulary:
-        raise UserError(
-            f"data.model: its tokenizer gives token {largest}, its embedding has {vocabulary} rows; tokenizer and weights are "
-            "of different models: give a folder where they belong together"
-        )
+        differ = f"its tokenizer gives token {largest}, its embedding has {vocabulary} rows"
+        raise UserError(f"data.model: {differ}; give a folder in which tokenizer and weights belong together")
 
 
 class _ReachedError(Exception):

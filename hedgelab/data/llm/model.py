@@ -103,9 +103,8 @@ def load(auto_class: str, location: str, local: bool, **options: Any) -> Any:
         try:
             loaded = loader(location, **options)
         except Exception as refusal:
-            raise UserError(
-                f"data.model: the hub does not give it: {_explained(location, refusal)}; {_OFFLINE}"
-            ) from refusal
+            why = _explained(location, refusal)
+            raise UserError(f"data.model: the hub does not give it: {why}; {_OFFLINE}") from refusal
     if not is_model:
         return loaded
     model, report = loaded
@@ -273,7 +272,7 @@ class ModelFiles:
             return
         if not any("rotary_emb" in name for name, _ in self.skeleton().named_modules()):  # computed, to any length
             raise UserError(
-                f"data.context_length: {length} is more than the {most} positions of the model; set at most {most}"
+                f"data.context_length: {length} is more than the {most} positions there are; set at most {most}"
             )
 
     def _fingerprint(self, kind: str, patterns: Sequence[str], content: Callable[[Path], bytes]) -> str:
@@ -285,7 +284,5 @@ class ModelFiles:
             return f"{kind} {digest.hexdigest()}"
         commit = getattr(self.config(), "_commit_hash", None)
         if commit is None:
-            raise UserError(
-                f"data.model: the hub's cache does not say which version of {self.name!r} it holds; give a folder"
-            )
+            raise UserError(f"data.model: the hub's cache does not say which commit {self.name!r} is; give a folder")
         return f"hub {self.name} at {commit}"

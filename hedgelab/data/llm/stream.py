@@ -47,14 +47,11 @@ class Harvester:
         if self._passes is None:
             self._passes = _single_threaded_pool(1 if self._device.type == "cuda" else torch.get_num_threads())
         parts = [torch.split(tensor, self._contexts_at_once) for tensor in (tokens, usable)]
+        passes = self._passes.map(self._forward, *parts)
         # Later calls run in the background, where training shows its own progress.
-        with tqdm(total=tokens.numel(), desc="First activations", unit=" tokens", disable=self._quiet) as bar:
-            kept = []
-            for part, rows in zip(parts[0], self._passes.map(self._forward, *parts), strict=True):
-                kept.append(rows)
-                bar.update(part.numel())
+        rows = list(tqdm(passes, "First activations", len(parts[0]), unit="pass", disable=self._quiet))
         self._quiet = True
-        return torch.cat(kept)
+        return torch.cat(rows)
 
     @torch.no_grad()  # inference mode's own tensors could not be used in the SAE's backward pass
     def _forward(self, tokens: Tensor, usable: Tensor) -> Tensor:
@@ -143,11 +140,9 @@ class BlockStream:
         room = 0.0 if self.max_norm_ratio is None else _ROOM_FOR_OUTLIERS
         self.batches_per_block = int(poorest * (1 - room)) // self.batch_size
         if self.batches_per_block == 0:
-            raise UserError(
-                f"data.contexts_per_block: {self.contexts_per_block} of the {len(self.numbers)} {self.name} contexts have "
-                f"{poorest} usable tokens or a few more, too few for a batch of {self.batch_size}; give more contexts a block, "
-                "more text, or a smaller data.batch_size"
-            )
+            have = f"{self.contexts_per_block} of the {len(self.numbers)} {self.name} contexts have {poorest} usable tokens"
+            hint = "give more contexts a block, more text, or a smaller data.batch_size"
+            raise UserError(f"data.contexts_per_block: {have}, too few for a batch of {self.batch_size}; {hint}")
         self._blocks: OrderedDict[int, Future[Block]] = OrderedDict()
 
     def batch(self, index: int) -> Tensor:
@@ -201,9 +196,9 @@ class BlockStream:
             rows = rows[norms <= self.max_norm_ratio * norms.median()]
         needed = self.batches_per_block * self.batch_size
         if len(rows) < needed:
+            left = f"leaves {len(rows)} of a block's {len(norms)} rows where {needed} are needed"
             raise UserError(
-                f"data.max_norm_ratio: {self.max_norm_ratio} leaves {len(rows)} of a block's {len(norms)} rows where "
-                f"{needed} are needed; raise it, or choose another data.layer"
+                f"data.max_norm_ratio: {self.max_norm_ratio} {left}; raise it, or choose another data.layer"
             )
         order = torch.randperm(len(rows), generator=generator(self.seed, self.name, "block", number))
         return Block(rows[order[:needed].to(rows.device)], norms.cpu())
