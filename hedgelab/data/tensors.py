@@ -1,6 +1,6 @@
 """Activations of your own: a tensor, a file, or any map-style dataset, as a DataModule."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import lru_cache
 from itertools import tee
 from pathlib import Path
@@ -78,9 +78,9 @@ class DatasetActivations(NormalisedActivations):
             batch_size = dataset.batch_size if batch_size is None else batch_size
             num_workers = dataset.num_workers if num_workers is None else num_workers
             self._collate, dataset = dataset.collate_fn, dataset.dataset
-        if isinstance(dataset, IterableDataset) or not {"__len__", "__getitem__"} <= set(dir(dataset)):
+        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
             raise UserError(f"data.dataset: expected a map-style dataset (length, items), got {type(dataset).__name__}")
-        self._dataset: Any = dataset
+        self._dataset = dataset
         self._workers = whole_number("data.num_workers", num_workers or 0, 0)
         batch_size = whole_number("data.batch_size", 1024 if batch_size is None else batch_size)
         n = len(self._dataset)

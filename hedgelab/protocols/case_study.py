@@ -69,9 +69,7 @@ class LLMProbe:
         chosen = torch.linspace(0, len(data.contexts.tokens) - 1, min(_READ_CONTEXTS, len(data.contexts.tokens))).long()
         self._tokens, usable = data.contexts.tokens[chosen], data.contexts.usable(data.skip_first)[chosen]
         rows = data.harvester.rows(self._tokens, usable).float()
-        if data.activation_mean is not None:
-            rows = rows - data.activation_mean
-        self._x, self._places = rows * data.activation_scale, usable.nonzero()
+        self._x, self._places = data.normalised(rows).x, usable.nonzero()
 
     def promoted(self, direction: Tensor) -> list[str]:
         """Tokens whose logits a direction raises most; none where the hook is no residual stream."""

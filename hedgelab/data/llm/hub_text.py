@@ -11,9 +11,7 @@ from hedgelab.data.llm.text import TextSource, as_text
 from hedgelab.digest import file_digest
 from hedgelab.errors import UserError, whole_number
 
-_ALTERNATIVES = (
-    "offline alternatives: StandardLibraryText, TextFiles (local .txt, .jsonl or .parquet), or a local folder"
-)
+_ALTERNATIVES = "offline alternatives: StandardLibraryText, TextFiles (.txt, .jsonl, .parquet), or a local folder"
 
 
 class HubText(TextSource):
