@@ -72,6 +72,7 @@ class Layout(NamedTuple):
 
     def sae(self, parts: Parts, where: object, k: Any, cost: Any, levels: Any, **options: Any) -> SAE:
         """The SAE of these weights: latents cost something or are selected, as the class has it; a matryoshka has levels."""
+        arguments: dict[str, Any]
         if self.becomes in PAYS:
             arguments = {PAYS[self.becomes]: float(cost) if isinstance(cost, (int, float)) else 0.0}
         else:

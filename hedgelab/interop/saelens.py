@@ -89,9 +89,9 @@ def _for_saelens(sae: SAE) -> tuple[str, Parts, dict[str, Any]]:
     flat: Any = flat_part(sae)
     kinds = {VanillaSAE: "standard", TopKSAE: "topk", BatchTopKSAE: "jumprelu", JumpReLUSAE: "jumprelu"}
     architecture = next((name for kind, name in kinds.items() if isinstance(flat, kind)), "")
-    threshold = flat.thresholds().expand(flat.d_sae) if architecture == "jumprelu" else None
-    tensors = (flat.W_enc, flat.b_enc, flat.W_dec, flat.b_dec, threshold)
-    parts = Parts(*(None if one is None else one.detach().cpu().float().clone() for one in tensors))
+    threshold = [flat.thresholds().expand(flat.d_sae)] if architecture == "jumprelu" else []
+    tensors = (flat.W_enc, flat.b_enc, flat.W_dec, flat.b_dec, *threshold)
+    parts = Parts(*(one.detach().cpu().float().clone() for one in tensors))
     extra = {"k": flat.k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
     parts = parts.folded() if extra and flat.norm_aware_selection else parts
     if not architecture or not _computes(sae, parts, extra.get("k")):
@@ -192,7 +192,7 @@ def _input_scale(config: dict[str, Any], path: Path) -> float:
     if not file.is_file():
         fix = f'put {_SCALER} with {{"scaling_factor": sqrt(d_in) / mean norm of the activations}} beside it'
         raise UserError(f"{path}: normalize_activations: {kind!r} needs the factor; {fix}")
-    scale = read_config(file).get("scaling_factor")
+    scale: Any = read_config(file).get("scaling_factor")
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise UserError(f"{file}: scaling_factor: expected a number above 0, got {scale!r}")
     return float(scale)

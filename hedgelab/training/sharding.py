@@ -69,7 +69,7 @@ class ShardedStrategy(strategies.ModelParallelStrategy):
 
 strategies.StrategyRegistry.register("sharded", ShardedStrategy, override=True)
 for _name, _start in (("ddp", "popen"), ("ddp_fork", "fork")):  # gradients stay where they were averaged
-    _options = {"start_method": _start, "gradient_as_bucket_view": True}
+    _options: dict[str, Any] = {"start_method": _start, "gradient_as_bucket_view": True}
     strategies.StrategyRegistry.register(_name, strategies.DDPStrategy, override=True, **_options)
 
 

@@ -208,7 +208,7 @@ class TrainingShell(L.LightningModule):
             if self._followed or scaled or not isinstance(self.trainer.strategy, SingleDeviceStrategy):
                 self.manual_backward(total)
             else:  # where nobody listens: the detour by the strategy costs a tiny toy a tenth of its step
-                total.backward()  # type: ignore[no-untyped-call]
+                total.backward()
         self._good = results.keys()
         self.optimizers().step()  # type: ignore[union-attr]  # without gradients it only counts
         if (schedule := self.lr_schedulers()) is not None:
