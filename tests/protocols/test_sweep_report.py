@@ -8,7 +8,7 @@ import math
 import pytest
 
 from hedgelab.protocols.study import as_csv
-from hedgelab.protocols.sweep.config import Cell
+from hedgelab.protocols.sweep.config import Cell, FigureOptions
 from hedgelab.protocols.sweep.report import Row, as_json, figure, flat, rows_of, table
 
 
@@ -62,7 +62,7 @@ def test_seeds_of_a_run_are_told_apart():
 
 
 def test_the_figure_has_a_panel_a_metric_and_a_curve_a_line():
-    drawn = figure(ROWS, None, {"hedging/degree": "degree", "absent": "absent"}, "title")
+    drawn = figure(ROWS, {"hedging/degree": "degree", "absent": "absent"}, "title", FigureOptions())
     (panel,) = [axes for axes in drawn.axes if axes.get_visible()]
     assert panel.get_title() == "degree"
     assert panel.get_xscale() == "log"  # from 4 to 512
@@ -75,18 +75,19 @@ def test_the_figure_has_a_panel_a_metric_and_a_curve_a_line():
 
 def test_a_measured_axis_takes_its_means():
     rows = [row("a", width, seed, 0.1, l0=width + seed) for width in (4, 8) for seed in (0, 2)]
-    drawn = figure(rows, "l0", {"hedging/degree": "degree"}, "title")
+    drawn = figure(rows, {"hedging/degree": "degree"}, "title", FigureOptions("l0"))
     assert list(drawn.axes[0].lines[0].get_xdata()) == [5, 9]
 
 
 def test_names_stand_on_an_axis_in_their_order():
     rows = [Row("", {"text": name, "k": k}, None, "r", {"val/mse": k}) for name in ("z", "a") for k in (1, 2)]
-    assert figure(rows, None, {"val/mse": "mse"}, "title").axes[0].get_xlabel() == "k"
-    drawn = figure(rows, "text", {"val/mse": "mse"}, "title")
+    assert figure(rows, {"val/mse": "mse"}, "title", FigureOptions()).axes[0].get_xlabel() == "k"
+    drawn = figure(rows, {"val/mse": "mse"}, "title", FigureOptions("text"))
     assert [tick.get_text() for tick in drawn.axes[0].get_xticklabels()] == ["z", "a"]
     assert [text.get_text() for text in drawn.legends[0].texts] == ["k 1", "k 2"]
 
 
 def test_nothing_to_draw_draws_nothing():
-    assert figure(ROWS, None, {"absent": "absent"}, "title") is None
-    assert figure([Row("", {}, None, "r", {"val/mse": math.pi})], None, {"val/mse": "mse"}, "title") is not None
+    assert figure(ROWS, {"absent": "absent"}, "title", FigureOptions()) is None
+    alone = [Row("", {}, None, "r", {"val/mse": math.pi})]
+    assert figure(alone, {"val/mse": "mse"}, "title", FigureOptions()) is not None

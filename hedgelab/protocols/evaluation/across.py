@@ -12,6 +12,7 @@ from hedgelab.errors import UserError
 from hedgelab.protocols.evaluation.suite import suite_classes
 from hedgelab.protocols.study import as_csv
 from hedgelab.protocols.sweep import report
+from hedgelab.protocols.sweep.config import FigureOptions
 from hedgelab.protocols.sweep.report import Row
 from hedgelab.tracking.listing import aligned
 from hedgelab.tracking.runs import RunSummary
@@ -107,4 +108,4 @@ def figure(rows: Sequence[Row], title: str) -> Figure | None:
     ordered = sorted(rows, key=lambda row: float(row.values[label]))
     named = [replace(row, values={label: f"{row.values[label]:g}"}) for row in ordered]
     heading = f"{title} (↑ higher is better, ↓ lower)"
-    return report.figure(named, label, panels or {name: name for name in names}, heading)
+    return report.figure(named, panels or {name: name for name in names}, heading, FigureOptions(label))

@@ -139,7 +139,7 @@ class LossSuite(Suite):
         contexts = reader.data.stage_contexts("test")
         tokens = contexts.tokens[: self.loss_contexts].long().to(model.device)
         usable = contexts.usable(reader.data.skip_first)[: self.loss_contexts].to(model.device)
-        parts = list(zip(tokens.split(_CONTEXTS_AT_ONCE), usable.split(_CONTEXTS_AT_ONCE), strict=True))
+        parts = list(zip(torch.split(tokens, _CONTEXTS_AT_ONCE), torch.split(usable, _CONTEXTS_AT_ONCE), strict=True))
         total = sum(model.activations(part)[where].double().sum(0) for part, where in parts)
         mean = (torch.as_tensor(total) / usable.sum()).float()
         metrics = {name: LossRecovered().to(model.device) for name in saes}
@@ -353,7 +353,8 @@ class SCRSuite(Suite):
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
         data, counts = text_activations(readings.model, self.removal, self.name), self.silenced
-        probes = biased_probes(data.pooled[~data.test], *data.labels[~data.test].T, C=0.01)
+        label, spurious = data.labels[~data.test].T
+        probes = biased_probes(data.pooled[~data.test], label, spurious, C=0.01)
         for name, sae in saes.items():
             scores = spurious_correlation_removal(probes, *data.of(sae), counts)
             curves = {"score": scores.score, "label_kept": scores.both[0], "spurious_kept": scores.both[1]}

@@ -78,7 +78,7 @@ class ModelReader:
         def harvest(*part: Tensor) -> Tensor:
             return self.data.harvester.rows(*part)
 
-        parts = list(zip(tokens.split(_CONTEXTS_PER_PART), usable.split(_CONTEXTS_PER_PART), strict=True))
+        parts = list(zip(torch.split(tokens, _CONTEXTS_PER_PART), torch.split(usable, _CONTEXTS_PER_PART), strict=True))
         shown = tqdm(parts, f"Activations for {name}", unit="part", delay=1)
         return self._without_outliers(torch.cat([self._kept(harvest, *part) for part in shown]))
 
@@ -86,7 +86,7 @@ class ModelReader:
         """Activations at words behind their common prompt, and which of the words they are of."""
 
         def run(prefix: Tensor, last: Tensor) -> Tensor:
-            shown = tqdm(last.split(_WORDS_AT_ONCE), "Activations for first letters", unit="part", delay=1)
+            shown = tqdm(torch.split(last, _WORDS_AT_ONCE), "Activations for first letters", unit="part", delay=1)
             return torch.cat([self.spliced.last_activations(prefix, part).float().cpu() for part in shown])
 
         return self._without_outliers(self._kept(run, words.prefix, words.words))

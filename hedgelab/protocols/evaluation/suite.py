@@ -146,7 +146,9 @@ def class_path(cls: type) -> str:
 @torch.no_grad()
 def encode_rows(sae: SAE, x: Tensor) -> Codes:
     """Latents of activations ``x [rows, d_in]`` as the SAE reads them, in sparse form, on the CPU."""
-    parts = [[part.cpu() for part in sae.encode(rows.to(sae.W_dec.device)).csr()] for rows in x.split(_ROWS_AT_ONCE)]
+    parts = [
+        [part.cpu() for part in sae.encode(rows.to(sae.W_dec.device)).csr()] for rows in torch.split(x, _ROWS_AT_ONCE)
+    ]
     crows, latents, values = zip(*parts, strict=True)
     crow = pad(torch.cat([crow.diff() for crow in crows]).cumsum(0), (1, 0))
     return Codes.from_csr(crow, torch.cat(latents), torch.cat(values), sae.d_sae)

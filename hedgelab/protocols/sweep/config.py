@@ -122,7 +122,12 @@ def read_sweep(words: list[str]) -> Grid:
             raise UserError(f"{key}: is an axis; set its values instead (--sweep.axes.{axis} '[...]')")
     name = dict(overrides).get("name") or base.get("name")
     text = yaml.safe_dump({"sweep": section, **base, "overrides": dict(overrides)}, sort_keys=False)
-    trees = [(cell, _tree(base, cell, overrides)) for cell in cells]
+    trees: list[tuple[Cell, Tree]] = []
+    for cell in cells:  # its line over the base, the command line over that, its place on the axes over all
+        tree = copy.deepcopy(base)
+        for key, value in [*cell.fixed.items(), *overrides, *cell.varied.items()]:
+            overlay_value(tree, key.split("."), copy.deepcopy(value))
+        trees.append((cell, {**tree, "name": cell.name}))
     return Grid(str(name or "+".join(file.stem for file in files)), options, trees, text, tuple(said))
 
 
@@ -221,15 +226,6 @@ def _options(section: Tree) -> SweepOptions:
         walk = Walk({"sweep": rest}, {"sweep": Parameter(SweepOptions)})
         raise UserError(walk.first or one_line(str(error))) from error
     return replace(options, lines=lines, axes=axes)
-
-
-def _tree(base: Tree, cell: Cell, overrides: list[tuple[str, Any]]) -> Tree:
-    """The config of a cell: its line over the base, the command line over that, its place on the axes over all."""
-    tree = copy.deepcopy(base)
-    for key, value in [*cell.fixed.items(), *overrides, *cell.varied.items()]:
-        overlay_value(tree, key.split("."), copy.deepcopy(value))
-    tree["name"] = cell.name
-    return tree
 
 
 def _plain(key: str) -> str:

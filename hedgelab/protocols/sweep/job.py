@@ -5,7 +5,7 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,13 +181,10 @@ def do(job: Job) -> dict[str, str]:
     where several processes train them, for one may have failed while the others went on.
     """
     keep_large_blocks()
-    return _attempt(job, job.units)
-
-
-def _attempt(job: Job, units: Sequence[Unit]) -> dict[str, str]:
+    units = job.units
     try:
         first = units[0].parse().make()
-        return on_every_rank(first.trainer, lambda: _train(job, units, first))
+        return on_every_rank(first.trainer, lambda: _train(job, first))
     except Exception as error:
         reason = _reason(error)
         if len(units) == 1 or isinstance(error, CutShortError):
@@ -199,13 +196,14 @@ def _attempt(job: Job, units: Sequence[Unit]) -> dict[str, str]:
     # What they had reached together is of no use to the halves, and must not make a later sweep train all of them again.
     GroupCheckpoints.forget(runs_dir(job.uri) / "checkpoints", [unit.name for unit in units])
     half = len(units) // 2
-    return _attempt(job, units[:half]) | _attempt(job, units[half:])
+    return do(replace(job, units=units[:half])) | do(replace(job, units=units[half:]))
 
 
-def _train(job: Job, units: Sequence[Unit], first: Any) -> dict[str, str]:
+def _train(job: Job, first: Any) -> dict[str, str]:
     """Train units on this rank, as one group; ``first`` is the parsed config of the first of them."""
+    units = job.units
     with ExitStack() as locks:
-        missing = decided_by_rank_zero(lambda: _missing(job, units, locks))
+        missing = decided_by_rank_zero(lambda: _missing(job, locks))
         if missing is None:
             return {unit.name: BUSY for unit in units}
         if not missing:
@@ -259,13 +257,13 @@ def _tracker(job: Job, unit: Unit, system_metrics: bool) -> MLflowTracker:
     return tracker
 
 
-def _missing(job: Job, units: Sequence[Unit], locks: ExitStack) -> list[str] | None:
+def _missing(job: Job, locks: ExitStack) -> list[str] | None:
     """Names of the units that have to be trained, once this process alone may; None where another process is at them.
 
     Fits that were being trained together stay together, the finished ones too: their common checkpoint holds all of them.
     """
-    ids = {unit.name: unit.id for unit in units}
-    patience = 0.0 if not job.waits else _PATIENCE_OF_RANKS if units[0].processes.several else -1.0
+    ids = {unit.name: unit.id for unit in job.units}
+    patience = 0.0 if not job.waits else _PATIENCE_OF_RANKS if job.units[0].processes.several else -1.0
     held = take_locks(runs_dir(job.uri) / "locks", list(ids.values()), patience)
     if held is None:
         if job.waits:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from matplotlib.figure import Figure
 
 from hedgelab.plots.sweep import sweep_panels
-from hedgelab.protocols.sweep.config import Cell, label
+from hedgelab.protocols.sweep.config import Cell, FigureOptions, label
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -115,22 +115,15 @@ def table(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
     return result
 
 
-def figure(
-    rows: Sequence[Row],
-    x: str | None,
-    titles: Mapping[str, str],
-    heading: str,
-    log_x: bool | None = None,
-    log_y: bool = False,
-) -> Figure | None:
+def figure(rows: Sequence[Row], titles: Mapping[str, str], heading: str, options: FigureOptions) -> Figure | None:
     """Each metric with a title that some row has against an axis or another metric; None where nothing can be drawn.
 
     Lines, and the values of all other axes, make curves; seeds make the spread. Without ``x`` it is the first numeric axis with
-    several values, else the first axis; without ``log_x`` the values decide whether it is logarithmic.
+    several values, else the first axis.
     """
     axes = {key: [row.values[key] for row in rows if key in row.values] for key in columns(rows, "values")}
     numeric = [key for key, values in axes.items() if all(map(is_number, values)) and len(set(values)) > 1]
-    x = x or next(iter([*numeric, *axes, ""]))
+    x = options.x or next(iter([*numeric, *axes, ""]))
     names = None if all(map(is_number, axes.get(x, []))) else list(dict.fromkeys(map(label, axes[x])))
     panels: dict[str, dict[str, list[tuple[float, Sequence[float]]]]] = {metric: {} for metric in titles}
     for place in places(rows):
@@ -150,10 +143,10 @@ def figure(
     positions = [at for curves in panels.values() for curve in curves.values() for at, _ in curve]
     if not positions:
         return None
-    if log_x is None:
-        log_x = names is None and min(positions) > 0 and max(positions) >= 20 * min(positions)
+    wide = names is None and min(positions) > 0 and max(positions) >= 20 * min(positions)
+    log_x = wide if options.log_x is None else options.log_x
     drawn = {titles[metric]: curves for metric, curves in panels.items() if curves}
-    return sweep_panels(drawn, x.rsplit(".", 1)[-1], heading, (log_x, log_y), names)
+    return sweep_panels(drawn, x.rsplit(".", 1)[-1], heading, (log_x, options.log_y), names)
 
 
 def is_number(value: Any) -> bool:

@@ -136,7 +136,7 @@ class Sweep(Study):
         options = self.grid.options.figure
         metrics = options.y or DEFAULT_METRICS[self.grid.options.command]
         titles = {name: name for name in metrics}
-        drawn = figure(rows, options.x, titles, self.grid.name, options.log_x, options.log_y)
+        drawn = figure(rows, titles, self.grid.name, options)
         Bench(tracker=tracker).keep(
             Outcome(
                 metrics={"cells": cells, "failed_cells": len(self.failures)},
