@@ -1,7 +1,6 @@
 """The metrics as torchmetrics classes: what each function of :mod:`.functional` gives, over all batches and ranks.
 
-``update`` takes what the function takes; its last argument, ``weight [batch]``, is the probability of each example (population
-mode), without which each weighs 1.
+``update`` takes what the function takes, ``weight [batch]`` last: each example's probability; without it each weighs 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +62,8 @@ class AdditiveMetric(Metric):
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Self:
         self._computed = None
         on_cpu = fn(torch.zeros(1)).device.type in NO_FLOAT64
-        return super()._apply(fn, tuple(self._defaults) if on_cpu else exclude_state)
+        super()._apply(fn, tuple(self._defaults) if on_cpu else exclude_state)
+        return self
 
 
 class FunctionMetric(AdditiveMetric):
@@ -156,7 +156,8 @@ class DeadLatents(FunctionMetric):
 
     def compute(self) -> Tensor:
         """Dead latents over everything seen."""
-        return (~(super().compute() > 0)).sum()
+        rates: Tensor = super().compute()
+        return (~(rates > 0)).sum()
 
 
 class FiringDensity(FunctionMetric):

@@ -79,8 +79,8 @@ class SAEMetrics(nn.Module):
             own.update(batch, x_hat, codes)  # type: ignore[operator]
         if self.truth and features is None:
             raise ValueError("feature_directions are known, so every batch needs its features")
-        for name, metric in self.truth.items():
-            metric.update(*([] if name == "hierarchy" else [codes]), features, weight)  # type: ignore[operator]
+        for name, true in self.truth.items():
+            true.update(*([] if name == "hierarchy" else [codes]), features, weight)  # type: ignore[operator]
 
     def compute(self, W_enc: Tensor, W_dec: Tensor) -> dict[str, Tensor]:
         """Scalars over everything seen, by name; weights ``[d_in, d_sae]`` and ``[d_sae, d_in]`` may have any norms."""

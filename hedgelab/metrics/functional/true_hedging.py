@@ -105,8 +105,7 @@ def hedging(coordinates: Tensor, cosines: Tensor, tracked: Matching, live: Tenso
     """Hedging of each latent along the features that no latent tracks, from 0 to about 1; see the module.
 
     ``coordinates [d_sae, n]`` are the decoder's or the encoder's; decoder ``cosines [d_sae, n]`` settle each latent's own
-    feature and its sign; ``live [d_sae]`` (bool; None for all) are latents that fire. Trust it where the features are all that
-    there is: directions that are missing from them are not seen.
+    feature and its sign; ``live [d_sae]`` (bool; None for all) are latents that fire. Directions beside these are not seen.
 
     >>> cosines = torch.tensor([[0.8, 0.6]])  # one latent for the first feature, with .6 of the second
     >>> hedging(cosines, cosines, tracked_features(cosines)).norm
