@@ -7,8 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 SCRATCH_MAPPED_FROM = 64 * 2**20
 LARGEST_KEPT = SCRATCH_MAPPED_FROM + 2**20  # with room for alignment
 KEPT_IN_ALL = 2**31 - 1

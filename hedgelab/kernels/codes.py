@@ -1,10 +1,9 @@
 """Codes: the latents of a batch, dense or as compressed sparse rows, and where the stored values of sparse ones lie."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,10 +22,10 @@ class Layout:
 
     def __init__(self, crow: Tensor, latents: Tensor, d_sae: int) -> None:
         self.crow, self.latents, self.d_sae = crow, latents, d_sae
-        self._levels: dict[tuple[int, ...], _LevelLayout] = {}
+        self._levels: dict[tuple[int, ...], Layout] = {}
 
     @classmethod
-    def equal_rows(cls, latents: Tensor, d_sae: int) -> Layout:
+    def equal_rows(cls, latents: Tensor, d_sae: int) -> Self:
         """The layout of as many latents in each row, ``[rows, k]``."""
         crow = torch.arange(latents.shape[0] + 1, device=latents.device) * latents.shape[1]
         return cls(crow, latents.flatten(), d_sae)
@@ -48,7 +47,7 @@ class Layout:
         order = stable_order(self.latents, self.d_sae)
         return row_pointers(self.latents, self.d_sae), self.rows[order], order
 
-    def by_level(self, levels: Sequence[int]) -> Layout:
+    def by_level(self, levels: Sequence[int]) -> "Layout":
         """The same entries with their rows split by level; level ℓ holds latents ``levels[ℓ - 1] … levels[ℓ] - 1``."""
         key = tuple(levels)
         if len(key) == 1:
@@ -115,18 +114,18 @@ class Codes:
     leading: tuple[int, ...] | None = None
 
     @classmethod
-    def from_dense(cls, activations: Tensor, rates: Tensor | None = None) -> Codes:
+    def from_dense(cls, activations: Tensor, rates: Tensor | None = None) -> Self:
         """Wrap dense activations ``[..., d_sae]``."""
         *leading, d_sae = activations.shape
         return cls(activations.reshape(-1, d_sae), None, rates, None if len(leading) == 1 else tuple(leading))
 
     @classmethod
-    def from_csr(cls, crow: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
+    def from_csr(cls, crow: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Self:
         """Wrap row pointers ``[batch + 1]``, latent indices ``[nnz]`` and values ``[nnz]``."""
         return cls(values, Layout(crow, latents, d_sae))
 
     @classmethod
-    def from_topk(cls, latents: Tensor, values: Tensor, d_sae: int) -> Codes:
+    def from_topk(cls, latents: Tensor, values: Tensor, d_sae: int) -> Self:
         """Wrap k latents an example: ``latents`` and ``values`` are both ``[batch, k]``."""
         return cls(values.flatten(), Layout.equal_rows(latents, d_sae))
 
@@ -144,11 +143,6 @@ class Codes:
     def examples(self) -> tuple[int, ...]:
         """The shape of the examples: ``(batch,)`` where they are a plain batch."""
         return (self.batch_size,) if self.leading is None else self.leading
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the values lie in a ``[batch, d_sae]`` tensor."""
-        return self.layout is None
 
     def csr(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row pointers, latents and values; a dense layout is compressed to its nonzero entries first."""
@@ -173,25 +167,25 @@ class Codes:
             dense = dense.new_zeros(self.batch_size * self.d_sae).index_add(0, flat, dense)
         return dense.view(*self.examples, self.d_sae)
 
-    def with_values(self, values: Tensor) -> Codes:
+    def with_values(self, values: Tensor) -> Self:
         """Codes of other values in the same places, without rates."""
         return replace(self, values=values, rates=None)
 
-    def detach(self) -> Codes:
+    def detach(self) -> Self:
         """The same codes without a gradient."""
         return self.with_values(self.values.detach())
 
-    def scale(self, factor: Tensor) -> Codes:
+    def scale(self, factor: Tensor) -> Self:
         """Codes with latent i multiplied by ``factor[i]`` (decoder norms, when folding); ``factor``: ``[d_sae]``."""
         return replace(self, values=self.values * (factor if self.layout is None else factor[self.layout.latents]))
 
-    def stored(self, index: Tensor) -> Codes:
+    def stored(self, index: Tensor) -> Self:
         """Sparse codes of some of the stored values alone, by their rising positions."""
         assert self.layout is not None
         crow = row_pointers(self.layout.rows[index], self.batch_size)
         return replace(self, values=self.values[index], layout=Layout(crow, self.layout.latents[index], self.d_sae))
 
-    def prefix(self, count: int) -> Codes:
+    def prefix(self, count: int) -> Self:
         """Codes of the first ``count`` latents alone, the others silent."""
         if self.layout is None:
             kept = torch.arange(self.d_sae, device=self.values.device) < count
@@ -217,7 +211,7 @@ class Codes:
             return torch.full((), torch.inf, dtype=self.values.dtype, device=self.values.device)
         return torch.where(self.values > 0, self.values, torch.inf).amin()
 
-    def gathered(self) -> Codes:
+    def gathered(self) -> "Codes":
         """Codes of all latents: these, where one process has them all."""
         return self
 

@@ -1,10 +1,9 @@
 """The kernels an SAE calls; each runs on the fastest path that fits, and :func:`backend` forces one.
 
 ``auto`` takes the dense reference for few latents, where overhead rules and ``torch.func`` must work, and the sparse path for
-many. ReLU and JumpReLU latents, whose number is not bounded, are compressed where a sample of rows says that few fire.
-
-A path is a module with ``encode(x, encoder, selection)``, ``decode(codes, decoder)`` and ``level_errors(codes, decoder,
-target)``: :mod:`~hedgelab.kernels.reference` or :mod:`~hedgelab.kernels.sparse`.
+many. ReLU and JumpReLU latents, whose number is not bounded, are compressed where a sample of rows says that few fire. A path
+is a module with ``encode``, ``decode`` and ``level_errors``: :mod:`~hedgelab.kernels.reference` or
+:mod:`~hedgelab.kernels.sparse`.
 """
 
 from collections.abc import Iterator
@@ -98,7 +97,7 @@ def decoder_path(codes: Codes, weight: Tensor) -> Any:
     """The module that decodes: codes keep the layout of the path that made them, unless dense products are faster."""
     if path := PLUGGED_IN.get(type(weight)):
         return path
-    if codes.is_dense or _backend == "dense" or not sparse.products_on(weight):
+    if codes.layout is None or _backend == "dense" or not sparse.products_on(weight):
         return reference
     many = weight.is_cuda and len(codes.values) > _max_share(weight) * codes.batch_size * codes.d_sae
     return reference if many else sparse

@@ -1,10 +1,8 @@
 """The ranks that share something, a global batch or the latents of an SAE, and what they tell each other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ class Ranks:
     group: dist.ProcessGroup | None = None  # None is all processes
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+    def of(cls, group: dist.ProcessGroup | None) -> Self:
         """The processes of a group that exists; None: all processes."""
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
@@ -37,17 +35,13 @@ class Ranks:
         """Mean over the ranks."""
         return self.sum(value) / self.size if self.size > 1 else value
 
-    def max(self, value: Tensor) -> Tensor:
-        """Maximum over the ranks."""
-        return self._reduced(value, dist.ReduceOp.MAX)
-
     def min(self, value: Tensor) -> Tensor:
         """Minimum over the ranks."""
         return self._reduced(value, dist.ReduceOp.MIN)
 
     def any(self, mask: Tensor) -> Tensor:
         """Where any rank's mask holds."""
-        return self.max(mask.to(torch.uint8)).bool() if self.size > 1 else mask
+        return self._reduced(mask.to(torch.uint8), dist.ReduceOp.MAX).bool() if self.size > 1 else mask
 
     def stack(self, value: Tensor) -> Tensor:
         """The ranks' tensors, in their order, along a new first dimension."""

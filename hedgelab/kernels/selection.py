@@ -1,11 +1,8 @@
 """Which latents are kept: exact selections from pre-activations that never exist whole.
 
-The encoder's product runs in tiles of rows. A tile is reused, so its pages are touched once, and everything that a selection
-does to it happens while it is in cache. Tile i of n takes rows i, i + n, i + 2n …: every tile is a fair sample of the batch,
-whatever its order, and the first one tells what the others will look like.
-
-Selections look at groups of eight latents first: only groups whose largest entry can matter are opened. What they give are
-codes whose values are pre-activations.
+The encoder's product runs in tiles of rows; a tile is reused, and selected from while it is in cache. Tile i of n takes rows
+i, i + n, i + 2n …: every tile is a fair sample of the batch, and the first one tells what the others will look like.
+Selections open only those groups of eight latents whose largest entry can matter; they give codes of pre-activations.
 """
 
 import math

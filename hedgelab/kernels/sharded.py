@@ -1,16 +1,13 @@
 """Kernels for SAEs whose latents are split over processes: encoder by columns, decoder by rows (DTensors).
 
-Every process sees all rows of its batch and runs the ordinary kernels on its own latents; what must be known of the others'
-is exchanged: where a selection over all latents ends, the sum of the parts' reconstructions. Nothing of size
-``[batch, d_sae]`` travels. Results are those of :mod:`hedgelab.kernels.ops`, where importing this module plugs it in, and the
-gradients are those that one process would compute. All processes must call each kernel.
+Every process sees all rows of its batch and runs the ordinary kernels on its own latents; exchanged is where a selection over
+all latents ends, and the sum of the parts' reconstructions. Importing this module plugs it into :mod:`hedgelab.kernels.ops`;
+results and gradients are those of one process. All processes must call each kernel.
 """
-
-from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,11 +28,6 @@ class ShardedCodes(Codes):
 
     mesh: DeviceMesh | None = None
 
-    @classmethod
-    def wrap(cls, codes: Codes, mesh: DeviceMesh) -> ShardedCodes:
-        """Codes of one process's latents, which the processes of a mesh share."""
-        return cls(codes.values, codes.layout, codes.rates, codes.leading, mesh)
-
     @property
     def ranks(self) -> Ranks:
         """The processes that share the latents."""
@@ -50,7 +42,7 @@ class ShardedCodes(Codes):
         """The smallest activation above 0 of any process; infinite without one."""
         return self.ranks.min(super().smallest_positive())
 
-    def scale(self, factor: Tensor) -> Codes:
+    def scale(self, factor: Tensor) -> Self:
         """Codes with latent i multiplied by ``factor[i]``, a DTensor ``[d_sae]`` or this process's part of one."""
         return super().scale(_own(factor))
 
@@ -102,7 +94,7 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
             codes = replace(codes, rates=_of_all(codes.rates, mesh))
         case _:
             codes = ops.encode_part(x, part, selection)
-    return ShardedCodes.wrap(codes, mesh)
+    return ShardedCodes(codes.values, codes.layout, codes.rates, mesh=mesh)
 
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:

@@ -1,10 +1,8 @@
 """The sparse path of every kernel: exact, and nothing of size ``[batch, d_sae]`` is kept or differentiated.
 
 Results are those of :mod:`hedgelab.kernels.reference`. Only the encoder's product is dense; it runs without a graph, a
-selection picks entries, and gradients then touch those entries alone. A device's products come from
-:mod:`hedgelab.kernels.products` (CPU) or :mod:`hedgelab.kernels.triton.products` (CUDA). Products in a type narrower than
-single precision (autocast, bf16 parameters) are computed in it; what follows the encoder's product is summed in single
-precision.
+selection picks entries, and gradients then touch those entries alone. Products in a type narrower than single precision
+(autocast, bf16 parameters) are computed in it; what follows the encoder's product is summed in single precision.
 """
 
 from typing import Any

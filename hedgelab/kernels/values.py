@@ -1,7 +1,5 @@
 """What the kernels take: an encoder, a way to select its latents, a decoder, and what it should reconstruct."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,7 +36,7 @@ class Encoder(NamedTuple):
         """The part of the global batch's pre-activations that these weights make of ``rows`` rows on each of some ranks."""
         return self.share or Share(ranks, rows * ranks.size, self.d_sae, first_row=rows * ranks.rank)
 
-    def columns(self, latents: Tensor) -> Encoder:
+    def columns(self, latents: Tensor) -> "Encoder":
         """The encoder of some latents alone, in their order."""
         return Encoder(self.W_enc.t()[latents].t(), self.b_enc[latents], self.b_dec)
 

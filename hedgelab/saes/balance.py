@@ -13,13 +13,10 @@ level's sum counts one child less than the next inner one's; they all vanish onl
 
 *Credit.* One number cannot serve children of different rates: hedging pulls with the child's rate, absorption with λ alone. But
 the pull to hedge is there only because the level's error contains ``f_j``, which child j's latent explains. Sparing the level
-what outer latents explain *outside the span of its own decoder rows* removes that pull for every child at once. Inside the span
-nothing is spared: where the child's latent writes the parent's direction as well (absorption), the level still has to
-explain all of it. So a clean parent is where the level's error is least whatever the rates; the penalty alone moves it,
-by O(λ).
+what outer latents explain *outside the span of its own decoder rows* removes that pull for every child. Inside the span, where
+a child's latent may write the parent's direction (absorption), nothing is spared. So a clean parent is where the level's error
+is least whatever the rates; the penalty alone moves it, by O(λ).
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor

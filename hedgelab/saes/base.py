@@ -1,7 +1,5 @@
 """The interface of every SAE; its weights as safetensors and its architecture as JSON, of which loading executes nothing."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from abc import ABC, abstractmethod
@@ -27,7 +25,7 @@ from hedgelab.training.shell import ARCHITECTURES, TrainingShell
 from hedgelab.training.trainee import OptimizerFactory, SchedulerFactory
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
-CLASSES: dict[str, type[SAE]] = {}
+CLASSES: dict[str, "type[SAE]"] = {}
 """Every SAE class that is imported, by the name that files give it. Loading an SAE never imports anything."""
 
 
@@ -38,33 +36,41 @@ class Activation(NamedTuple):
     penalty: Tensor | None = None
 
 
-class SAE(TrainingShell, ABC):
-    """A sparse autoencoder: parameters, ``encode``, ``decode`` and ``loss``. The shell that it inherits trains it.
+class FoldedWeights(NamedTuple):
+    """Weights of an SAE whose decoder rows have norm 1 (a zero row stays zero), and the norms before folding, ``[d_sae]``."""
 
-    Attributes:
-        W_enc: ``[d_in, d_sae]``.
-        b_enc: ``[d_sae]``.
-        W_dec: ``[d_sae, d_in]``; row i is the direction of latent i.
-        b_dec: ``[d_in]``.
-        optimizer: Makes the optimiser from the parameters.
-        lr_scheduler: Makes the schedule, stepped once an optimiser step; None for a constant learning rate.
-        gradient_clip_norm: Largest norm of the gradient; None for no clipping.
-        steps_done: Optimiser steps taken so far; warm-ups read it.
-        ranks: Those over which each batch is split; every rank sees its own part, and the loss is the mean over ranks.
-        initialized: Whether the weights come from data or from training already, so that a fit goes on from them.
-    """
-
-    d_in: int
-    d_sae: int
-    optimizer: OptimizerFactory
-    lr_scheduler: SchedulerFactory | None
-    gradient_clip_norm: float | None
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
-    steps_done: int = 0
-    initialized: bool = False
+    norms: Tensor
+
+
+def fold(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> FoldedWeights:
+    """Move the decoder norms into the encoder (SPEC section 2); returns detached copies.
+
+    A ReLU or JumpReLU SAE computes the same function folded (a JumpReLU threshold is multiplied by the norm as well). TopK
+    without norm-aware selection does not, so copies are folded for measuring, never the weights in training.
+    """
+    norms = W_dec.detach().norm(dim=1)
+    unit = W_dec.detach() / norms.clamp_min(1e-30)[:, None]
+    return FoldedWeights(W_enc.detach() * norms, b_enc.detach() * norms, unit, b_dec.detach().clone(), norms)
+
+
+class SAE(TrainingShell, ABC):
+    """A sparse autoencoder: parameters, ``encode``, ``decode`` and ``loss``. The shell that it inherits trains it."""
+
+    d_in: int
+    d_sae: int
+    W_enc: Tensor  # [d_in, d_sae]
+    b_enc: Tensor  # [d_sae]
+    W_dec: Tensor  # [d_sae, d_in]; row i is the direction of latent i
+    b_dec: Tensor  # [d_in]
+    optimizer: OptimizerFactory  # makes the optimiser from the parameters
+    lr_scheduler: SchedulerFactory | None  # makes the schedule, stepped once an optimiser step
+    gradient_clip_norm: float | None  # largest norm of the gradient
+    steps_done: int = 0  # optimiser steps taken so far; warm-ups read it
+    initialized: bool = False  # whether the weights come from data or from training, so that a fit goes on from them
 
     not_architecture: ClassVar[frozenset[str]] = frozenset({"init", "optimizer", "lr_scheduler", "gradient_clip_norm"})
 
@@ -118,15 +124,11 @@ class SAE(TrainingShell, ABC):
         """Which latents have been silent for longer than the dead-latent window, ``[d_sae]`` bool."""
         return torch.zeros(self.d_sae, dtype=torch.bool, device=self.W_dec.device)
 
-    def set_steps_done(self, steps: int) -> None:
-        """Tell the SAE how many optimiser steps it has taken."""
-        self.steps_done = steps
-
     def training_numbers(self) -> dict[str, float]:
         """Numbers besides the loss terms that training reports at every logging interval, by full name."""
         return {}
 
-    def saes(self) -> dict[str, SAE]:
+    def saes(self) -> dict[str, Self]:
         """Itself, alone."""
         return {"": self}
 
@@ -152,7 +154,12 @@ class SAE(TrainingShell, ABC):
         """
         arguments = dict(config)
         name = arguments.pop("class", None)
-        made = cls._imported(name)
+        made = CLASSES.get(name, cls) if isinstance(name, str) else cls
+        if not issubclass(made, cls):
+            raise UserError(f"sae.json: class: the SAE is a {name}, not a {class_name(cls)}")
+        if inspect.isabstract(made):
+            advice = "name an SAE of hedgelab, or import yours first or give it: load_sae(folder, cls=…)"
+            raise UserError(f"sae.json: class: {name!r} is not imported; {advice}")
         if unknown := arguments.keys() - (init_arguments(made).keys() - made.not_architecture):
             raise UserError(f"sae.json: {min(unknown)!r}: unknown key of {name}")
         if isinstance(inner := arguments.get("inner"), dict):
@@ -163,17 +170,6 @@ class SAE(TrainingShell, ABC):
             raise UserError(f"sae.json: {str(error).removeprefix('sae.json: ').removeprefix('model.')}") from error
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
             raise UserError(f"sae.json: cannot be made into a {name} ({one_line(str(error))})") from error
-
-    @classmethod
-    def _imported(cls, name: Any) -> type[Self]:
-        """The class of a name, which must be or inherit from this one; this one itself where there is none."""
-        found = CLASSES.get(name, cls) if isinstance(name, str) else cls
-        if not issubclass(found, cls):
-            raise UserError(f"sae.json: class: the SAE is a {name}, not a {class_name(cls)}")
-        if inspect.isabstract(found):
-            advice = "name an SAE of hedgelab, or import yours first or give it: load_sae(folder, cls=…)"
-            raise UserError(f"sae.json: class: {name!r} is not imported; {advice}")
-        return found
 
     @classmethod
     def from_state(
@@ -242,7 +238,7 @@ class SAE(TrainingShell, ABC):
         super().__init_subclass__(**kwargs)
         CLASSES[class_name(cls)] = cls
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert all tensors, but for what accumulates: that never becomes narrower than single precision."""
         own = {**self._buffers, **{name: self._parameters.get(name) for name in self.full_precision}}
         exact = {name: value.detach() for name, value in own.items() if value is not None and value.is_floating_point()}
@@ -284,24 +280,3 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-class FoldedWeights(NamedTuple):
-    """Weights of an SAE whose decoder rows have norm 1 (a zero row stays zero), and the norms before folding, ``[d_sae]``."""
-
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    norms: Tensor
-
-
-def fold(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> FoldedWeights:
-    """Move the decoder norms into the encoder (SPEC section 2); returns detached copies.
-
-    A ReLU or JumpReLU SAE computes the same function folded (a JumpReLU threshold is multiplied by the norm as well). TopK
-    without norm-aware selection does not, so copies are folded for measuring, never the weights in training.
-    """
-    norms = W_dec.detach().norm(dim=1)
-    unit = W_dec.detach() / norms.clamp_min(1e-30)[:, None]
-    return FoldedWeights(W_enc.detach() * norms, b_enc.detach() * norms, unit, b_dec.detach().clone(), norms)

@@ -1,7 +1,5 @@
 """The BatchTopK SAE: k latents an example on average."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Many SAEs trained at once: their weights stacked, their common code mapped over members by ``torch.func``."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """What all SAEs with one level share: their weights, and a loss of one reconstruction."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

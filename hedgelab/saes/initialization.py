@@ -1,7 +1,5 @@
 """How an SAE's weights start."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """SAEs on disk, read back."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
@@ -18,14 +16,10 @@ save_sae = SAE.save
 
 
 def load_sae(folder: str | Path, cls: type[SAE] | None = None) -> SAE:
-    """Read an SAE back, ready to measure or to train on.
+    """Read back what :meth:`SAE.save` wrote, ready to measure or to train on.
 
-    Args:
-        folder: What :meth:`SAE.save` wrote.
-        cls: The class of the SAE, or one that it inherits from; needed for a class of one's own that is not imported yet.
-
-    Raises:
-        UserError: A file is missing or damaged, or names a class that is not imported.
+    ``cls`` is its class, or one that it inherits from; needed for a class of one's own that is not imported yet. What is
+    missing, damaged or of another class is a :class:`~hedgelab.errors.UserError`.
     """
     folder = Path(folder)
     for name in (WEIGHTS, CONFIG):

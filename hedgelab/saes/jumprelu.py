@@ -1,7 +1,5 @@
 """The JumpReLU SAE: a learned threshold for every latent."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

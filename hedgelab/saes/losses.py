@@ -1,7 +1,5 @@
 """What a training step computes: the named terms of a loss, and small helpers of theirs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
@@ -14,17 +12,11 @@ from hedgelab.kernels.codes import Codes
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The named terms of one batch's loss, and what they were computed from.
+    """The named terms of one batch's loss, and what they were computed from."""
 
-    Attributes:
-        terms: Scalars that already carry their coefficients; the loss is their sum.
-        codes: The selected latents of the batch.
-        error: ``x_hat - x`` of the whole SAE, detached, ``[batch, d_in]``.
-    """
-
-    terms: dict[str, Tensor]
-    codes: Codes
-    error: Tensor
+    terms: dict[str, Tensor]  # scalars that carry their coefficients
+    codes: Codes  # the selected latents
+    error: Tensor  # x_hat - x of the whole SAE, detached, [batch, d_in]
 
     @cached_property
     def total(self) -> Tensor:

@@ -1,7 +1,5 @@
 """Matryoshka SAEs: nested prefixes of latents, each of which must reconstruct on its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from math import inf
@@ -23,7 +21,7 @@ from hedgelab.training.sharding import is_split
 
 
 def _of_inner(name: str) -> Any:
-    """The inner SAE's attribute of this name, to read and to set."""
+    """The inner SAE's attribute or method of this name, to use and to set."""
     return property(lambda sae: getattr(sae.inner, name), lambda sae, value: setattr(sae.inner, name, value))
 
 
@@ -60,9 +58,10 @@ class MatryoshkaSAE(SAE):
     full_precision = ("log_factors",)
 
     d_sae, W_enc, b_enc, W_dec, b_dec = map(_of_inner, ("d_sae", "W_enc", "b_enc", "W_dec", "b_dec"))
-    steps_done, dead_latents = _of_inner("steps_done"), _of_inner("dead_latents")
-    optimizer, lr_scheduler = _of_inner("optimizer"), _of_inner("lr_scheduler")
-    gradient_clip_norm = _of_inner("gradient_clip_norm")
+    steps_done, dead_latents, encode = map(_of_inner, ("steps_done", "dead_latents", "encode"))
+    initialize, before_optimizer_step = map(_of_inner, ("initialize", "before_optimizer_step"))
+    after_step, optimizer = map(_of_inner, ("after_step", "optimizer"))
+    lr_scheduler, gradient_clip_norm = map(_of_inner, ("lr_scheduler", "gradient_clip_norm"))
 
     def __init__(
         self,
@@ -94,7 +93,8 @@ class MatryoshkaSAE(SAE):
                 raise UserError(f"model.{mistake}")
         self.levels = levels
         self.beta = beta
-        self.level_weights = level_weights(len(levels), beta)
+        share = 1 / len(levels) if beta > 1 else 1.0
+        self.level_weights = [share * beta**outer for outer in reversed(range(len(levels)))]
         self.detached = detached
         self.auxiliary_per_level = auxiliary_per_level
         self.credit = float(credit)
@@ -104,10 +104,6 @@ class MatryoshkaSAE(SAE):
     def level_slices(self) -> list[slice]:
         """Each level's own new latents."""
         return [slice(a, b) for a, b in pairwise([0, *self.levels])]
-
-    def encode(self, x: Tensor) -> Codes:
-        """The inner SAE's latents."""
-        return self.inner.encode(x)
 
     def loss(self, batch: Batch | Tensor) -> LossTerms:
         """Every level's weighted squared error and penalty: ``Σ_ℓ w_ℓ (MSE_ℓ + penalty_ℓ) + auxiliary`` (SPEC section 3)."""
@@ -161,33 +157,11 @@ class MatryoshkaSAE(SAE):
             raise UserError("model.credit: cannot be used where latents are split over processes, set it to 0")
         with torch.no_grad():
             *inner, last = ops.level_errors(codes.detach(), decoder, target)[1]
-            spared = [
-                self.credit * outside_span(last - error, self.W_dec[:size])
-                for size, error in zip(self.levels[:-1], inner, strict=True)
-            ]
-        parts = [(codes.prefix(size), x - part) for size, part in zip(self.levels[:-1], spared, strict=True)]
-        targets = [(part, Target(wanted, (self.d_sae,), weight=weight)) for part, wanted in [*parts, (codes, x)]]
-        found = [ops.level_errors(part, decoder, target) for part, target in targets]
+            spared = [outside_span(last - error, self.W_dec[:size]) for size, error in zip(self.levels, inner)]  # noqa: B905
+        parts = [codes.prefix(size) for size in self.levels[:-1]]
+        wanted = [x - self.credit * part for part in spared]
+        found = [
+            ops.level_errors(part, decoder, Target(goal, (self.d_sae,), weight=weight))
+            for part, goal in zip([*parts, codes], [*wanted, x], strict=True)
+        ]
         return [losses[0] for losses, _ in found], [errors[0] for _, errors in found]
-
-    def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
-        """Initialise the inner SAE."""
-        self.inner.initialize(first, feature_directions)
-
-    def before_optimizer_step(self) -> None:
-        """The inner SAE's."""
-        self.inner.before_optimizer_step()
-
-    def after_step(self, result: LossTerms) -> None:
-        """The inner SAE's."""
-        self.inner.after_step(result)
-
-
-def level_weights(count: int, beta: float) -> list[float]:
-    """``beta^(count - ℓ)`` for level ℓ = 1 … count, divided by the number of levels for β > 1 (SPEC section 3).
-
-    >>> level_weights(3, 0.5), level_weights(2, 4.0)
-    ([0.25, 0.5, 1.0], [2.0, 0.5])
-    """
-    share = 1 / count if beta > 1 else 1.0
-    return [share * beta ** (count - 1 - level) for level in range(count)]

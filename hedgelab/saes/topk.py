@@ -1,7 +1,5 @@
 """SAEs that keep k latents an example: what they share, and TopK."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The vanilla SAE: ReLU and an L1 penalty."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

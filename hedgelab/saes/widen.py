@@ -1,7 +1,5 @@
 """New SAEs like old ones: with other random weights, or with new latents appended."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

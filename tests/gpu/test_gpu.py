@@ -55,7 +55,6 @@ def train(kind: str, device: torch.device, steps: int = 40, autocast: bool = Fal
         optimizer.step()
         optimizer.zero_grad()
         sae.after_step(terms)
-        sae.set_steps_done(step + 1)
         losses.append(terms.total.item())
     return sae, losses
 

@@ -3,8 +3,7 @@
 A row is cut into groups of latents. The k-th largest of the groups' maxima is a lower bound on the k-th largest
 pre-activation, and a tight one, since large pre-activations rarely share a group. One pass over memory finds the maxima;
 a second reads only the groups that reach the bound and hands on the few candidates above it, among which the exact set is
-chosen: larger values first, among equals the lowest position. Values that are not positive are never chosen, since ReLU
-would make them 0 anyway.
+chosen: larger values first, among equals the lowest position, and never a value that ReLU would make 0.
 """
 
 # mypy: disallow-untyped-decorators=False
@@ -159,7 +158,7 @@ def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile 
     counts = torch.zeros(batch, dtype=torch.int32, device=pre.device)
     offsets = torch.arange(0, batch * capacity, capacity, device=pre.device)
     packed = torch.zeros(batch, capacity, dtype=torch.long, device=pre.device)
-    _launch_candidates(pre, scale, maxima, thresholds, counts, offsets, packed, capacity, tile)
+    _launch_candidates(pre, scale, maxima, thresholds, counts, tile, offsets, packed, capacity)
     if bool((counts > capacity).any()):
         return None
     chosen = packed.topk(k, dim=1).values
@@ -176,11 +175,11 @@ def batch_top_k(pre: Tensor, count: int, scale: Tensor | None = None, tile: Sele
     maxima, _ = _maxima(pre, scale, 1, tile, per_row=False)
     threshold = _batch_threshold(maxima, count)
     counts = torch.empty(batch, dtype=torch.int32, device=pre.device)
-    _launch_candidates(pre, scale, maxima, threshold, counts, None, None, 0, tile)
+    _launch_candidates(pre, scale, maxima, threshold, counts, tile)
     ends = counts.cumsum(0)
     packed = torch.empty(int(ends[-1]), dtype=torch.long, device=pre.device)
     starts = ends - counts
-    _launch_candidates(pre, scale, maxima, threshold, counts.zero_(), starts, packed, width, tile)
+    _launch_candidates(pre, scale, maxima, threshold, counts.zero_(), tile, starts, packed, width)
     if len(packed) > count:
         packed = packed.sort(descending=True).values[:count]
     positions = (POSITION - (packed & POSITION)).sort().values
@@ -223,13 +222,11 @@ def _launch_candidates(
     maxima: Tensor,
     thresholds: Tensor,
     counts: Tensor,
-    offsets: Tensor | None,
-    out: Tensor | None,
-    capacity: int,
     tile: SelectionTile,
+    *emit: Any,
 ) -> None:
-    batch, groups = maxima.shape
-    pointers = pre, pre if scale is None else scale, maxima, thresholds, int(len(thresholds) > 1), counts
-    targets = counts if offsets is None else offsets, counts if out is None else out
-    options = {"SCALED": scale is not None, "EMIT": out is not None, "GROUPS": groups, "num_warps": tile.num_warps}
-    _candidates[(batch,)](*pointers, *targets, pre.shape[1], capacity, **options)
+    """Count each row's candidates, or with offsets, an output and a row's capacity write them as well."""
+    offsets, out, capacity = emit or (counts, counts, 0)
+    pointers = pre, pre if scale is None else scale, maxima, thresholds, int(len(thresholds) > 1), counts, offsets, out
+    options = {"SCALED": scale is not None, "EMIT": bool(emit), "GROUPS": maxima.shape[1], "num_warps": tile.num_warps}
+    _candidates[(len(pre),)](*pointers, pre.shape[1], capacity, **options)

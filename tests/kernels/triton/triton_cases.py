@@ -77,7 +77,7 @@ def check_step(path_codes: Codes, true_codes: Codes, leaves: list[Tensor], x: Te
     """Same codes, same reconstruction and same gradients of a squared error plus an L1 term as the dense reference."""
     tolerance = TOLERANCE[dtype]
     W_dec, b_dec = leaves[2], leaves[3]
-    assert not path_codes.is_dense
+    assert path_codes.layout is not None
     assert relative(path_codes.to_dense(), true_codes.to_dense()) <= tolerance
     losses = []
     for decode, codes in ((sparse.decode, path_codes), (reference.decode, true_codes)):
