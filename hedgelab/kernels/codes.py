@@ -17,23 +17,11 @@ class Layout:
     passes of encoder and decoder: nothing is sorted twice a step.
     """
 
-    order: Tensor | None = None
-    """Where the values of this layout lie in that of which it is a split by level, ``[nnz]``."""
+    order: Tensor | None = None  # where this layout's values lie in that of which it is a split by level, [nnz]
 
     def __init__(self, crow: Tensor, latents: Tensor, d_sae: int) -> None:
-        self.crow, self.latents, self.d_sae = crow, latents, d_sae
+        self.crow, self.latents, self.d_sae, self.row_count = crow, latents, d_sae, len(crow) - 1
         self._levels: dict[tuple[int, ...], Layout] = {}
-
-    @classmethod
-    def equal_rows(cls, latents: Tensor, d_sae: int) -> Self:
-        """The layout of as many latents in each row, ``[rows, k]``."""
-        crow = torch.arange(latents.shape[0] + 1, device=latents.device) * latents.shape[1]
-        return cls(crow, latents.flatten(), d_sae)
-
-    @property
-    def row_count(self) -> int:
-        """Number of rows."""
-        return self.crow.shape[0] - 1
 
     @cached_property
     def rows(self) -> Tensor:
@@ -127,7 +115,8 @@ class Codes:
     @classmethod
     def from_topk(cls, latents: Tensor, values: Tensor, d_sae: int) -> Self:
         """Wrap k latents an example: ``latents`` and ``values`` are both ``[batch, k]``."""
-        return cls(values.flatten(), Layout.equal_rows(latents, d_sae))
+        crow = torch.arange(latents.shape[0] + 1, device=latents.device) * latents.shape[1]
+        return cls(values.flatten(), Layout(crow, latents.flatten(), d_sae))
 
     @property
     def d_sae(self) -> int:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from hedgelab.kernels import ops, reference, sparse
 from hedgelab.kernels.codes import Codes, row_pointers
 from hedgelab.kernels.ranks import Ranks, Share
-from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, Errors, JumpReLU, Selection, Target, Threshold, TopK
+from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, Errors, Selection, Target, TopK
 
 
 @dataclass(frozen=True)
@@ -69,32 +69,23 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     mesh, ranks = encoder.W_enc.device_mesh, _ranks(encoder.W_enc)
     b_dec: Tensor = _Summed.apply(_own(encoder.b_dec), ranks, False)  # type: ignore[no-untyped-call]
     W_enc, scale = _own(encoder.W_enc), None if encoder.scale is None else _own(encoder.scale)
-    width = W_enc.shape[1]
-    first = ranks.rank * width
-    share = Share(ranks, x.shape[0], width * ranks.size, first_latent=first)
+    width, first = W_enc.shape[1], ranks.rank * W_enc.shape[1]
+    share = Share(ranks, len(x), width * ranks.size, first_latent=first)
+    if isinstance(selection, BatchTopK) and (rows := selection.ranks).size > 1:
+        share = share._replace(ranks=Ranks.of(None), rows=len(x) * rows.size, first_row=len(x) * rows.rank)
     part = Encoder(W_enc, _own(encoder.b_enc), b_dec, scale, share)
-    match selection:
-        case TopK(k, None):
-            codes = _largest_of_rows(ops.encode_part(x, part, TopK(min(k, width))), k, scale, ranks)
-        case TopK(k, Tensor() as among):
-            own = among[(among >= first) & (among < first + width)] - first
-            if len(own):
-                codes = ops.encode_part(x, part, TopK(min(k, len(own)), own))
-            else:  # the empty values depend on b_dec, so this process takes part when the gradients of b_dec are summed
-                codes = Codes.from_csr(among.new_zeros(len(x) + 1), among[:0], b_dec[:0], width)
-            codes = _largest_of_rows(codes, k, None, ranks)
-        case BatchTopK(_, _, rows) if rows.size > 1:
-            share = share._replace(ranks=Ranks.of(None), rows=len(x) * rows.size, first_row=len(x) * rows.rank)
-            codes = ops.encode_part(x, part._replace(share=share), selection)
-        case Threshold(threshold):
-            codes = ops.encode_part(x, part, Threshold(_own(threshold)))
-        case JumpReLU(log_threshold):
-            codes = ops.encode_part(x, part, selection._replace(log_threshold=_own(log_threshold)))
-            assert codes.rates is not None
-            codes = replace(codes, rates=_of_all(codes.rates, mesh))
-        case _:
-            codes = ops.encode_part(x, part, selection)
-    return ShardedCodes(codes.values, codes.layout, codes.rates, mesh=mesh)
+    if not isinstance(selection, TopK):
+        codes = ops.encode_part(x, part, selection._make(map(_own, selection)))
+        rates = None if codes.rates is None else _of_all(codes.rates, mesh)
+        return ShardedCodes(codes.values, codes.layout, rates, mesh=mesh)
+    k, among = selection
+    own = None if among is None else among[(among >= first) & (among < first + width)] - first
+    if own is None or len(own):
+        codes = ops.encode_part(x, part, TopK(min(k, width if own is None else len(own)), own))
+    else:  # the empty values depend on b_dec, so this process takes part when the gradients of b_dec are summed
+        codes = Codes.from_csr(own.new_zeros(len(x) + 1), own, b_dec[:0], width)
+    codes = _largest_of_rows(codes, k, scale if among is None else None, ranks)
+    return ShardedCodes(codes.values, codes.layout, mesh=mesh)
 
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:

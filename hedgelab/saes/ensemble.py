@@ -35,7 +35,13 @@ class EnsembleSAE:
             raise UserError("ensemble: needs at least one member")
         self.members = list(members)
         for member in {id(member): member for member in members}.values():
-            _check(member, members[0])
+            if (own := _architecture(member)) != (wanted := _architecture(members[0])):
+                free = ", ".join(_per_member_names(members[0]))
+                agree = f"members must agree in all but {free} and the width of flat SAEs"
+                raise UserError(f"ensemble: {agree}, got {wanted} and {own}")
+            for name in ("gradient_clip_norm", "normalize_decoder", "auxiliary_coefficient"):
+                if getattr(flat_part(member), name, None):
+                    raise UserError(f"model.{name}: cannot be used in an ensemble, switch it off")
         widest = max(members, key=lambda member: member.d_sae)
         self._template = _Template(copy.deepcopy(widest))
         numbers = {name: [attrgetter(name)(member) for member in members] for name in _per_member_names(widest)}
@@ -44,13 +50,11 @@ class EnsembleSAE:
             for name, values in numbers.items()
             if any(value != values[0] for value in values)
         }
-        own, self._tensors = [_named_tensors(member) for member in members], dict[str, Tensor]()
+        states, self._tensors = [_named_tensors(member) for member in members], dict[str, Tensor]()
         for name, like in _named_tensors(widest).items():
-            fill = (
-                -1.0 if name.endswith("b_enc") else 0.0
-            )  # with weights of 0, padding never fires and feels no gradient
-            tensor = torch.stack([_grow(tensors[name].detach(), like.shape, fill) for tensors in own])
-            self._tensors[f"sae.{name}"] = tensor.requires_grad_(all(tensors[name].requires_grad for tensors in own))
+            fill = -1.0 if name.endswith("b_enc") else 0.0  # padding never fires, and feels no gradient
+            stacked = torch.stack([_grow(state[name].detach(), like.shape, fill) for state in states])
+            self._tensors[f"sae.{name}"] = stacked.requires_grad_(all(state[name].requires_grad for state in states))
         self._counts = any(True for _ in widest.buffers())
         self.steps_done = 0
 
@@ -148,18 +152,6 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
         raise UserError("ensemble: batches without weights must be of the same size")
     x = torch.stack([_grow(batch.x, (size, batch.x.shape[1])) for batch in batches])
     return Batch(x, None, torch.stack(weights) if weights else None)
-
-
-def _check(member: SAE, first: SAE) -> None:
-    """Refuse what cannot train beside the first member."""
-    if _architecture(member) != _architecture(first):
-        raise UserError(
-            f"ensemble: members must agree in all but {', '.join(_per_member_names(first))} and the width of flat SAEs, "
-            f"got {_architecture(first)} and {_architecture(member)}"
-        )
-    for name in ("gradient_clip_norm", "normalize_decoder", "auxiliary_coefficient"):
-        if getattr(flat_part(member), name, None):
-            raise UserError(f"model.{name}: cannot be used in an ensemble, switch it off")
 
 
 def _architecture(sae: SAE) -> dict[str, Any]:
