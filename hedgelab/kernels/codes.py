@@ -13,8 +13,7 @@ from torch import Tensor
 class Layout:
     """Row pointers ``crow [rows + 1]`` and latents ``[nnz]`` of sparse codes, and what follows from them, when asked.
 
-    Codes that differ in their values only (detached, scaled) share one layout, and so do the forward and backward
-    passes of encoder and decoder: nothing is sorted twice a step.
+    Codes that differ in values only share one, as do the passes of encoder and decoder: nothing is sorted twice a step.
     """
 
     order: Tensor | None = None  # where this layout's values lie in that of which it is a split by level, [nnz]
@@ -46,10 +45,9 @@ class Layout:
 
 
 class _LevelLayout(Layout):
-    """A layout of ``len(levels) · rows`` rows: row ``ℓ · rows + b`` holds example b's latents of level ℓ.
+    """Row ``ℓ · rows + b`` holds example b's latents of level ℓ; all latents must lie below ``levels[-1]``.
 
-    One product with it, of the base layout's ``values[order]``, decodes every level. Its transpose needs no sorting: a latent's
-    level is fixed, so entries keep the base layout's order by latent. All latents must lie below ``levels[-1]``.
+    One product with it, of the base layout's ``values[order]``, decodes every level. Entries by latent keep the base's order.
     """
 
     def __init__(self, base: Layout, levels: tuple[int, ...]) -> None:

@@ -26,7 +26,7 @@ def decode_levels(layout: Layout, values: Tensor, weight: Tensor, levels: Sequen
         return values.new_zeros(shape)
     split = layout.by_level(levels)
     ordered = values if split.order is None else values[split.order]
-    options = {"mode": "sum", "per_sample_weights": ordered, "include_last_offset": True}
+    options: dict[str, Any] = {"mode": "sum", "per_sample_weights": ordered, "include_last_offset": True}
     # Faster than a CSR product, and it scales better with threads.
     return embedding_bag(split.latents, weight.to(values.dtype), split.crow, **options).view(shape)
 
@@ -45,8 +45,7 @@ def latent_gradients(
     Of the weights, ``[d_sae, d]`` of type ``dtype``: for each latent the sum of value · source[row]. Of a ``bias [d_sae]``: the
     sums of values. Of the values, ``[nnz]``: source[row] · weight[latent]; None without a ``weight [d_sae, d]``.
 
-    Entries are taken latent by latent: each row of the weights is then read once, and the source, the smaller of the two, is
-    gathered from; a third faster than row by row.
+    Taken latent by latent, each row of the weights is read once, and the smaller source gathered from: a third faster.
     """
     rows, shape, of_values = source.flatten(0, 1).contiguous(), (layout.d_sae, source.shape[2]), None
     sums = values.new_zeros(layout.d_sae).index_add_(0, layout.latents, values) if bias else None

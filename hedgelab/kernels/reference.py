@@ -21,8 +21,7 @@ def pre_activations(x: Tensor, encoder: Encoder) -> Tensor:
 class _PreActivations(Function):
     """The same for tensors of one type and without autocast: the gradient of ``b_dec`` follows from that of ``b_enc``.
 
-    Autograd would pay a product as dear as the encoder's for that of ``x - b_dec``. The gradient of ``W_enc`` comes in the
-    layout of a transposed ``[d_sae, d_in]``.
+    Autograd would pay a product as dear as the encoder's for it. The gradient of ``W_enc`` lies like a ``[d_sae, d_in]``.
     """
 
     @staticmethod
@@ -111,7 +110,7 @@ def level_errors(
         return [loss], [error]
     activations = codes.to_dense().reshape(-1, codes.d_sae)
     running, start = decoder.b_dec.expand(activations.shape[0], -1), 0
-    losses, errors = [], []
+    losses, errors = list[Tensor](), list[Tensor]()
     for stop in levels:
         if detach and losses:
             running = running.detach()

@@ -61,8 +61,8 @@ class TopK(NamedTuple):
 class BatchTopK(NamedTuple):
     """``a = relu(pre)`` of the k · batch largest of the batch.
 
-    With ``weight [batch]`` (population mode) entries are kept, largest first, until their weight reaches k: L0 is k on
-    average. With ``ranks`` the batch is that of all of them; activations are this rank's part, and so are the codes.
+    With ``weight [batch]`` (population mode) entries are kept, largest first, until their weight reaches k. The batch is that
+    of all ``ranks``, activations and codes are this rank's part.
     """
 
     k: int

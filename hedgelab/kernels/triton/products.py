@@ -44,8 +44,8 @@ def max_share(dtype: torch.dtype) -> float:
 def select(product: Product, k: int, scale: Tensor | None, per_row: bool) -> Codes | None:
     """The k largest positive entries of each row, or k a row on average; None where the kernels do not reach.
 
-    Among equal entries the lowest latent of a row, or the first in memory, is kept. The kernels do not reach where k is above
-    a quarter of a row's groups, in float64, or where masses of pre-activations of a row are equal.
+    Of equal entries the first in memory is kept. The kernels do not reach where k is above a quarter of a row's groups, in
+    float64, or where masses of pre-activations of a row are equal.
     """
     batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
     if product.dtype == torch.float64 or not selection.fits(batch, d_sae, k if per_row else 1):
