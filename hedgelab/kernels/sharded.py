@@ -7,7 +7,7 @@ results and gradients are those of one process. All processes must call each ker
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,8 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
         share = share._replace(ranks=Ranks.of(None), rows=len(x) * rows.size, first_row=len(x) * rows.rank)
     part = Encoder(W_enc, _own(encoder.b_enc), b_dec, scale, share)
     if not isinstance(selection, TopK):
-        codes = ops.encode_part(x, part, selection._make(map(_own, selection)))
+        fields: Any = map(_own, cast(Any, selection))
+        codes = ops.encode_part(x, part, type(selection)(*fields))
         rates = None if codes.rates is None else _of_all(codes.rates, mesh)
         return ShardedCodes(codes.values, codes.layout, rates, mesh=mesh)
     k, among = selection
