@@ -21,4 +21,5 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(*(None if part is None else part.to(device) for part in self))
+        features, weight = (None if part is None else part.to(device) for part in self[1:])
+        return Batch(self.x.to(device), features, weight)

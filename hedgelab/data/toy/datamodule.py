@@ -69,7 +69,7 @@ class ToyDataModule(ActivationDataModule):
         default_chunk = min(_MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // batch_bytes))
         super().__init__(batch_size, seed, val_batches, default_chunk if chunk_steps is None else chunk_steps)
         self.firing = firing
-        self.block_batches = min(_MAX_BLOCK_BATCHES, max(1, _BLOCK_BYTES // batch_bytes))
+        self.block_batches: int = min(_MAX_BLOCK_BATCHES, max(1, _BLOCK_BYTES // batch_bytes))
         self._mean = self._per_feature("magnitude_mean", magnitude_mean, firing.magnitudes(), 1.0)
         self._std = self._per_feature("magnitude_std", magnitude_std, firing.magnitude_spreads(), 0.0)
         directions = make_dictionary(firing.n, d_in, target_cosine, generator(seed, "dictionary"))
