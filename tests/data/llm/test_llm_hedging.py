@@ -20,7 +20,7 @@ def test_protocol_runs_the_model_once_for_all_continuations_and_shows_what_moved
     (trained,) = train_together([study], PhaseRunner(trainer))
     stream = data.stream("train")
     blocks = -(-2 * STEPS // stream.batches_per_block)
-    harvested = data.harvester.tokens - 20 * 16 * -(-2 // data.stream("val").batches_per_block)
+    harvested = data.tokens_read - 20 * 16 * -(-2 // data.stream("val").batches_per_block)
     assert harvested <= 20 * 16 * (blocks + 2)  # the one at the seam again, and one that was prefetched
     (scores,) = measure_together([study], [trained])
     assert all(0 <= result.degree < 1 for result in scores.values())
