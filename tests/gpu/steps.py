@@ -92,6 +92,7 @@ def main() -> int:
     parser.add_argument("--shapes", default="gemma,gemma_16k")
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--pairs", default=",".join(":".join(pair) for pair in PAIRS), help="SAE:peer,...")
     parser.add_argument("--profile", action="store_true", help="only ours, with its kernels")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -107,11 +108,11 @@ def main() -> int:
             for sae in ("topk", "batch_topk", "matryoshka", "jumprelu"):
                 profile(shape, sae)
         return 0
-    failures, rows = 0, []
+    failures, rows, pairs = 0, [], [pair.split(":") for pair in options.pairs.split(",")]
     for shape in options.shapes.split(","):
         sizes = {key: int(SHAPES[shape][key]) for key in ("d_in", "d_sae", "k", "batch")}
         floor = floor_ms(**sizes, bandwidth=bandwidth, rate=rate)
-        for sae, peer in PAIRS if torch.cuda.is_available() else PAIRS[:1]:
+        for sae, peer in pairs if torch.cuda.is_available() else pairs[:1]:
             command = [sys.executable, "-m", "tests.benchmarks.training_step", "--sae", sae, "--shape", shape, "--json"]
             command += ["--peer", peer, "--peer-python", options.peer_python, "--turns", "20"]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
