@@ -24,8 +24,8 @@ def declared():
 
 
 def test_every_name_is_there_and_type_checkers_see_it():
-    assert declared() == set(hl._PLACE)
-    for name in hl._PLACE:
+    assert declared() == set(hl.__all__)
+    for name in hl.__all__:
         assert getattr(hl, name) is not None
         assert name in dir(hl)
     with pytest.raises(AttributeError, match=r"hedgelab has no 'TopK'; it has .*TopKSAE"):
