@@ -31,8 +31,8 @@ class Parts(NamedTuple):
 
     def folded(self) -> "Parts":
         """Decoder norms moved into the encoder: activations are multiplied by them, reconstructions stay (SPEC section 2)."""
-        *weights, norms = fold(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
-        return Parts(*weights, None if self.threshold is None else self.threshold * norms)
+        folded = fold(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        return Parts(*folded[:4], None if self.threshold is None else self.threshold * folded.norms)
 
     def on_raw(self, scale: float, mean: Tensor | None = None) -> "Parts":
         """The same latents, and reconstructions, of raw activations ``x``, for an SAE trained on ``(x - mean) · scale``."""
