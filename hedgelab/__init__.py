@@ -15,6 +15,8 @@ tensor([0.6000], dtype=torch.float64)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hedgelab.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from hedgelab.batch import Batch
     from hedgelab.data.llm import LLMDataModule
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from hedgelab.saes import load_sae as load
     from hedgelab.saes.io import sae_from_checkpoint
 
-__version__ = "0.2.0"
 __all__ = [
     "SAE", "Batch", "BatchTopKSAE", "DatasetActivations", "JumpReLUSAE", "LLMDataModule", "MatryoshkaSAE", "SAEGroup",
     "TensorActivations", "TopKSAE", "ToyDataModule", "UserError", "VanillaSAE", "explained_variance", "hedging",

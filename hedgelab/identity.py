@@ -30,7 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import hedgelab
+import hedgelab.version
 from hedgelab.digest import file_digest
 
 EVERYTHING = frozenset({"*"})
@@ -139,7 +139,7 @@ def stable_id(facts: Mapping[str, Any]) -> str:
     >>> stable_id({"a": 1, "b": 2}) == stable_id({"b": 2, "a": 1})
     True
     """
-    text = json.dumps({"hedgelab": hedgelab.__version__, **facts}, sort_keys=True, default=str)
+    text = json.dumps({"hedgelab": hedgelab.version.__version__, **facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:_HASHED]
 
 
@@ -159,7 +159,7 @@ def code_of(item: Any) -> str:
     if module is None:
         return "unknown"
     if module.__name__.partition(".")[0] == "hedgelab":
-        return f"hedgelab {hedgelab.__version__}"
+        return f"hedgelab {hedgelab.version.__version__}"
     digest = hashlib.sha256()
     for name, source in sorted(_sources(module).items()):
         digest.update(f"{name} {hashlib.sha256(source).hexdigest()}\n".encode())

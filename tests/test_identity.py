@@ -68,7 +68,7 @@ def test_what_decides_changes_the_id(key, value):
 def test_a_class_may_move_within_hedgelab_and_the_release_counts(monkeypatch):
     assert id_of(changed("model.class_path", "hedgelab.saes.topk.TopKSAE")) == id_of(CONFIG)
     before = id_of(CONFIG)
-    monkeypatch.setattr("hedgelab.__version__", "99.0")
+    monkeypatch.setattr("hedgelab.version.__version__", "99.0")
     assert id_of(CONFIG) != before
 
 

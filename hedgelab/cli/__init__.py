@@ -7,10 +7,10 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
-from hedgelab import __version__
 from hedgelab.cli.errors import guarded
 from hedgelab.config.names import suggest
 from hedgelab.errors import UserError
+from hedgelab.version import __version__
 
 GROUP = "hedgelab.studies"
 

@@ -22,7 +22,6 @@ import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401
 from hedgelab.cli.errors import causes, user_error
-from hedgelab.config.folders import check_folders
 from hedgelab.config.signatures import Parameter
 from hedgelab.config.tree import Tree, compose, config_files, opening_comment, with_bare_flags
 from hedgelab.config.walk import Walk, explain_construction, explain_parsing
@@ -31,6 +30,7 @@ from hedgelab.errors import UserError, one_line, stop_at_once
 from hedgelab.protocols.training_phases import was_cut
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker, RunRecord, StepProgressBar
+from hedgelab.tracking.folders import check_folders
 from hedgelab.tracking.params import searchable
 from hedgelab.training.checkpoints import RunCheckpoint
 from hedgelab.training.checkpoints.peers import lost, watch

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
-import hedgelab
+import hedgelab.version
 from hedgelab.cli.lightning import HedgelabCLI
 from hedgelab.config.tree import Tree, config_files, options_of
 from hedgelab.errors import UserError
@@ -107,7 +107,7 @@ class ResumableCLI(HedgelabCLI):
         written = {key: value for key, value in self.written.items() if key not in _OF_THIS_START}
         decided = deciding(config)
         return {
-            "command": self.command, "name": config["name"], _RELEASE: hedgelab.__version__, "config": config,
+            "command": self.command, "name": config["name"], _RELEASE: hedgelab.version.__version__, "config": config,
             "written": sorted({*written_keys(written, config), *(["name"] if config["name"] else [])}),
             "code": decided["code"], "inputs": decided["inputs"],
         }  # fmt: skip
@@ -167,7 +167,7 @@ class ResumableCLI(HedgelabCLI):
 
         That is what decides their numbers, as the release said it with which the run was begun.
         """
-        outcome = {**decides, _RELEASE: hedgelab.__version__}
+        outcome = {**decides, _RELEASE: hedgelab.version.__version__}
         if self.folder is not None and self._same_experiment:
             outcome = self.folder.about.get("outcome") or outcome
         if tracker is not None and self.trainer.is_global_zero:
@@ -175,7 +175,9 @@ class ResumableCLI(HedgelabCLI):
                 self.folder = RunFolder(Path(tracker.save_dir) / "checkpoints" / str(tracker.run_id))
                 self.folder.claim()
             self.folder.note(**self.facts(), outcome=outcome, run_id=tracker.run_id, finished=False)
-        return {key: value for key, value in outcome.items() if (key, value) != (_RELEASE, hedgelab.__version__)}
+        return {
+            key: value for key, value in outcome.items() if (key, value) != (_RELEASE, hedgelab.version.__version__)
+        }
 
     @rank_zero_only
     def finish(self, cut: bool = False) -> None:

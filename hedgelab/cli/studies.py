@@ -53,9 +53,9 @@ def parse(cls: type[Any], command: str, words: list[str]) -> tuple[Any, Any, str
     """A study made as words and config files say, with its config, as objects and as text; what is refused is one line."""
     from jsonargparse import Namespace
 
-    from hedgelab.config.folders import check_folders
     from hedgelab.config.walk import Walk, explain_construction, explain_parsing, resolve
     from hedgelab.protocols.recipe import Recipe
+    from hedgelab.tracking.folders import check_folders
 
     parser, recipes, parameters = make_parser(cls, command)
     words = with_bare_flags(words, [name for name, one in parameters.items() if one.annotation is bool])

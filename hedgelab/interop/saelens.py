@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from hedgelab import __version__
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.interop.foreign import PAYS, Layout, Parts, assemble, read_config, read_tensors, source_of, understood
 from hedgelab.saes import SAE, BatchTopKSAE, JumpReLUSAE, TopKSAE, VanillaSAE
 from hedgelab.saes.widen import flat_part
+from hedgelab.version import __version__
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 HookNames = Literal["transformers", "transformer_lens"]

@@ -6,7 +6,7 @@ import torch
 
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
-from hedgelab.data.llm.cache_files import write_cache
+from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.errors import UserError
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hedgelab import __version__
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError, one_line
 from hedgelab.kernels import ops
@@ -23,6 +22,7 @@ from hedgelab.training.checkpoints import VerifiedCheckpointIO
 from hedgelab.training.sharding import full_tensor, is_split
 from hedgelab.training.shell import ARCHITECTURES, TrainingShell
 from hedgelab.training.trainee import OptimizerFactory, SchedulerFactory
+from hedgelab.version import __version__
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
 CLASSES: dict[str, "type[SAE]"] = {}

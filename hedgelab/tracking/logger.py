@@ -302,6 +302,7 @@ class MLflowTracker(Logger):
                 if client.get_experiment_by_name(name) is None:  # else another process was quicker
                     raise
         experiment = client.get_experiment_by_name(name)
+        assert experiment is not None, "it was there or has just been made"
         if experiment.lifecycle_stage != "active":
             where = without_credentials(self._uri)
             raise UserError(

@@ -13,14 +13,14 @@ from typing import Any
 import psutil
 import torch
 
-import hedgelab
+import hedgelab.version
 from hedgelab.tracking.spool import Operation
 
 
 def provenance_tags(world_size: int) -> dict[str, str]:
     """Git commit, package versions, host and hardware of this process."""
     tags = {
-        "version.hedgelab": hedgelab.__version__,
+        "version.hedgelab": hedgelab.version.__version__,
         **{f"version.{name}": version(name) for name in ("torch", "lightning", "mlflow")},
         "version.python": platform.python_version(),
         "host": socket.gethostname(),

@@ -59,6 +59,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "batch": options.batch, "lr": 3e-4, "threads": options.threads,
     }  # fmt: skip
     peer = Worker(options.peer_python, "toy_peer.py", task) if options.peer else None
+    if peer is not None:
+        peer.wait()
     rates: dict[str, list[float]] = {"ours": [], "peer": []}
     for _ in range(options.turns):
         rates["ours"].append(len(ours.ensemble.members) * options.steps / ours.seconds(options.steps))

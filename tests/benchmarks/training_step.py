@@ -45,13 +45,13 @@ class Worker:
         command = [python, str(HERE / script)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._write(task)
-        self._ready = False
+
+    def wait(self) -> None:
+        """Return when data are read and the step is built; workers start side by side."""
+        self._read()
 
     def ask(self, command: str, number: int = 0) -> dict[str, Any]:
-        """The answer to a command; the first waits until the step is built."""
-        if not self._ready:
-            self._read()
-            self._ready = True
+        """The answer to a command."""
         self._write({"command": command, "number": number})
         return self._read()
 
@@ -104,6 +104,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         encoder = Worker(sys.executable, "worker.py", task)
         ours = Worker(sys.executable, "ours.py", task)
         peer = Worker(options.peer_python, "peers.py", task) if options.peer else None
+        for worker in filter(None, (encoder, ours, peer)):
+            worker.wait()
     times: dict[str, list[float]] = {"encoder": [], "ours": [], "peer": []}
     for turn in range(total):
         seconds = {"encoder": encoder.ask("step", turn)["seconds"], "ours": ours.ask("step", turn)["seconds"]}

@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from hedgelab.config.folders import check_folders, names_folder
 from hedgelab.config.signatures import Parameter
 from hedgelab.config.tree import Tree, compose, config_files, load, options_of, overlay, overlay_value
 from hedgelab.config.walk import Walk, show
 from hedgelab.errors import UserError, one_line
 from hedgelab.protocols.sweep.executors import Executor, InProcess
+from hedgelab.tracking.folders import check_folders, names_folder
 
 SEED = "seed"
 """The axis of the weights' seeds: its cells share their activations, and figures show their mean and spread."""

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from hedgelab.data.llm import TextFiles
-from hedgelab.data.llm.cache_files import ActivationCache, write_cache
+from hedgelab.data.llm.cache_files import ActivationCache
+from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.errors import UserError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hedgelab.data.llm.cache_files import write_cache
+from hedgelab.data.llm.cache_writing import write_cache
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "distributed"))
 

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 
-from hedgelab.data.llm.cache_files import write_cache
+from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.errors import Stopped
 from hedgelab.saes import BatchTopKSAE
 from hedgelab.saes.io import same_weights

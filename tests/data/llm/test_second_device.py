@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hedgelab.data.llm.cache_files import write_cache
+from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.data.llm.hook import SplicedModel
 from hedgelab.data.llm.model import ModelFiles
 

@@ -1,0 +1,3 @@
+"""hedgelab's release."""
+
+__version__ = "0.2.0"
