@@ -80,9 +80,11 @@ def supplied_by_caller(annotation: Any) -> int:
 def describe(annotation: Any) -> str:
     """A type in the words of a config file.
 
-    >>> describe(int | list[float] | None), describe(Callable[[int], Parameter])
-    ('int | list[float] | null', 'Callable[[int], Parameter]')
+    >>> describe(int | list[float] | None), describe(typing.Literal["a", "b"])
+    ('int | list[float] | null', "one of 'a', 'b'")
     """
+    if typing.get_origin(annotation) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " | ".join(map(describe, typing.get_args(annotation)))
     text = re.sub(r"\b[A-Za-z_]\w*\.(?=\w)", "", inspect.formatannotation(annotation))

@@ -196,7 +196,14 @@ def create_database(database: Path) -> None:
     except (OSError, RuntimeError):  # this user has no cache folder, or may not write there
         _make_once(database, _make_database)
     else:
-        _make_once(database, partial(shutil.copyfile, template))
+        try:
+            _make_once(database, partial(shutil.copyfile, template))
+        except sqlite3.Error:
+            with suppress(UserError):
+                check_database(template)
+                raise
+            template.unlink(missing_ok=True)  # it is damaged
+            _make_once(database, _make_database)
 
 
 def _make_once(database: Path, make: Callable[[Path], object]) -> None:

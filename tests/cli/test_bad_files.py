@@ -142,7 +142,7 @@ def test_checkpoint_of_another_sae(config, capsys):
     assert main(["fit", *words, "--checkpoint.dirpath=kept"]) == 0
     capsys.readouterr()
     assert Path("kept/last.ckpt").is_file()
-    for option, key in (("--model.d_sae=2", "W_enc"), ("--model.class_path=VanillaSAE", "steps_since_fired")):
+    for option, key in (("--model.d_sae=2", "b_enc"), ("--model.class_path=VanillaSAE", "steps_since_fired")):
         extra = ["--model.d_sae=3", "--model.l1_coefficient=0.1"] if "Vanilla" in option else []
         check(["test", *words, "--ckpt_path=kept/last.ckpt", option, *extra], ["ckpt_path", key], capsys)
     check(["fit", *words, "--checkpoint.dirpath=kept"], ["checkpoint.dirpath", "another run"], capsys)

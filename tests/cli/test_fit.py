@@ -87,7 +87,7 @@ def test_an_experiment_needs_a_store(config, capsys):
     words = ["fit", "--config=tiny.yaml", *QUICK, "--experiment=mine"]
     for logger in (f"[{CSV}]", "false"):
         assert main([*words, f"--trainer.logger={logger}"]) == 2
-        assert "experiment: is MLflow's, and no MLflowTracker is among trainer.logger" in capsys.readouterr().err
+        assert "experiment: is MLflow's, and trainer.logger has no MLflowTracker" in capsys.readouterr().err
 
 
 def test_the_config_lies_beside_the_checkpoints_whatever_the_logger(config, capsys):

@@ -135,7 +135,7 @@ def experiments(database):
         return connection.execute("SELECT name, artifact_location FROM experiments").fetchall()
 
 
-@pytest.mark.parametrize("cached", ["nothing", "a database", "no folder", "no home"])
+@pytest.mark.parametrize("cached", ["nothing", "a database", "garbage", "an empty file", "no folder", "no home"])
 def test_a_store_is_a_copy_of_the_first_one_where_that_can_be_kept(cached, empty_database, tmp_path, monkeypatch):
     from mlflow.store.tracking import sqlalchemy_store
 
@@ -151,9 +151,10 @@ def test_a_store_is_a_copy_of_the_first_one_where_that_can_be_kept(cached, empty
     elif cached == "no home":
         monkeypatch.setenv("XDG_CACHE_HOME", "")
         monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
-    elif cached == "a database":
+    elif cached != "nothing":
         (tmp_path / "cache" / "hedgelab").mkdir(parents=True)
-        shutil.copy(empty_database, tmp_path / "cache" / "hedgelab" / f"mlflow-{version('mlflow')}.db")
+        kept = tmp_path / "cache" / "hedgelab" / f"mlflow-{version('mlflow')}.db"
+        kept.write_bytes({"a database": empty_database.read_bytes(), "garbage": b"garbage" * 1000}.get(cached, b""))
     for name in ("a", "b"):
         store.create_database(tmp_path / name / "mlflow.db")
         assert experiments(tmp_path / name / "mlflow.db") == [("Default", f"file://{tmp_path}/{name}/artifacts/0")]

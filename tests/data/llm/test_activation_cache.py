@@ -248,7 +248,7 @@ def test_several_writers_share_the_work(make_data, tmp_path, monkeypatch):
         write(self, shard, rows)
 
     monkeypatch.setattr(ActivationCache, "write", recorded)
-    monkeypatch.setattr("hedgelab.data.llm.cache_files._POLL_SECONDS", 0.05)
+    monkeypatch.setattr("hedgelab.data.llm.cache_writing._POLL_SECONDS", 0.05)
     datas = [make_data(max_contexts=120) for _ in range(2)]
     for data in datas:
         _ = data.contexts, data.harvester
@@ -284,7 +284,7 @@ def test_a_shard_that_another_process_works_on_is_left_to_it(make_data, tmp_path
 
 def test_too_little_room_is_said_before_anything_runs(make_data, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("hedgelab.data.llm.cache_files.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("hedgelab.data.llm.cache_writing.shutil.disk_usage", lambda folder: usage)
     monkeypatch.setattr("hedgelab.data.llm.model.ModelFiles.causal_lm", lambda *args: pytest.fail("loaded weights"))
     with pytest.raises(UserError, match=r"data\.cache: .* needs \d+\.\d+ GB more and its disk has 0\.00 GB free"):
         write_cache(make_data(), str(tmp_path / "cache"))
