@@ -139,7 +139,7 @@ def hedging_degree(
         drawn = (torch.randn(rank, d_in, generator=source, dtype=old.dtype).to(old.device) for _ in range(draws))
         return torch.stack([moved_within(vectors if root is None else vectors @ root.t()) for vectors in drawn])
 
-    def above(projection: Tensor, baseline: Tensor) -> Tensor:
+    def excess(projection: Tensor, baseline: Tensor) -> Tensor:
         return ((projection - baseline) / (1 - baseline)).clamp_min(0)
 
     size, live_size = old.norm(dim=1).mean(), old[live].norm(dim=1).mean()  # NaN, with what follows, where none is live
@@ -155,17 +155,17 @@ def hedging_degree(
         elsewhere = torch.stack([moved_within(fold_decoder(rows)[0].to(old)).mean() for rows in foreign]).mean() / size
     noise = torch.full_like(old, torch.nan) if reordered is None else fold_decoder(reordered)[0].to(old) - old
     return DegreeScores(
-        degree=above(projection, baselines.mean()),
+        degree=excess(projection, baselines.mean()),
         projection=projection,
         baseline=baselines.mean(),
         baseline_std=baselines.std(),
-        live_degree=above(projections[live].mean() / live_size, random[:, live].mean() / live_size),
+        live_degree=excess(projections[live].mean() / live_size, random[:, live].mean() / live_size),
         live_latents=live.sum().double(),
         live_new_latents=old.new_tensor(n_new if live_new is None else int(live_new.sum())),
         covariance_baseline=matched,
-        covariance_degree=above(projection, matched),
+        covariance_degree=excess(projection, matched),
         foreign_baseline=elsewhere,
-        foreign_degree=above(projection, elsewhere),
+        foreign_degree=excess(projection, elsewhere),
         noise_floor=(noise @ basis).norm(dim=1).mean() / size,
         noise_delta_norm=noise.norm(dim=1).mean(),
         delta_norm=delta_norms.mean(),

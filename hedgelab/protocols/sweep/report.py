@@ -87,7 +87,7 @@ def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def as_json(rows: Sequence[Row], failures: Mapping[str, str]) -> str:
     """The rows; mean, standard deviation (null of one seed) and number of each metric's values at each place; what failed."""
 
-    def spread(values: list[float]) -> dict[str, Any]:
+    def summary_of(values: list[float]) -> dict[str, Any]:
         return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "n": len(values)}
 
     plain = [
@@ -95,7 +95,7 @@ def as_json(rows: Sequence[Row], failures: Mapping[str, str]) -> str:
         for row in rows
     ]
     summary = [
-        {"line": line, **values, "seeds": seeds, "metrics": {name: spread(own) for name, own in metrics.items()}}
+        {"line": line, **values, "seeds": seeds, "metrics": {name: summary_of(own) for name, own in metrics.items()}}
         for line, values, seeds, metrics in places(rows)
     ]
     return json.dumps({"rows": plain, "summary": summary, "failures": dict(failures)}, indent=1, default=str)
