@@ -50,9 +50,9 @@ part() {
     [ $code = 0 ] || failed="$failed $name"
 }
 
-part checks 150 $pytest tests/kernels/triton tests/gpu/test_gpu.py -k 'not commands'
-part end_to_end 120 $pytest tests/gpu/test_gpu.py -k commands
-lines=70 part kernels 110 env ${dry:+TRITON_INTERPRET=1} $python -m tests.benchmarks.gpu_kernels $kernels --json "$out/kernels.json"
-lines=110 part profile 60 $python tests/gpu/steps.py --profile --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
-part steps 200 $python tests/gpu/steps.py --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
+part checks 120 $pytest tests/kernels/triton tests/gpu/test_gpu.py -k 'not commands'
+part end_to_end 60 $pytest tests/gpu/test_gpu.py -k commands
+lines=70 part kernels 80 env ${dry:+TRITON_INTERPRET=1} $python -m tests.benchmarks.gpu_kernels $kernels --json "$out/kernels.json"
+lines=110 part profile 70 $python tests/gpu/steps.py --profile --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
+part steps 150 $python tests/gpu/steps.py --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
 [ -z "$failed" ] || { echo "failed:$failed" && exit 1; }

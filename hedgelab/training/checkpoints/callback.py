@@ -98,7 +98,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Between two steps: stop if a signal has come to any rank, and save where an interval has ended."""
-        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        stop = self._signal is not None
+        if trainer.world_size > 1:  # every step; one process under DDP has nobody to ask
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if self._is_due(trainer) or stop:
             self._save(trainer)
         if stop:
