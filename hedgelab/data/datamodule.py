@@ -14,6 +14,7 @@ from torch import Tensor
 from hedgelab.batch import Batch
 from hedgelab.data.source import ActivationSource, Normalisation
 from hedgelab.errors import UserError, whole_number
+from hedgelab.kernels.codes import Codes
 from hedgelab.seeding import generator, resolve_seed
 
 Stage = Literal["train", "val", "test"]
@@ -104,10 +105,13 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         if weight is not None:
             missing = -len(x) % count
             places = torch.arange(len(x) + missing, device=x.device).clamp_max(len(x) - 1)
+            features = features.to_dense() if isinstance(features, Codes) else features  # a support is small
             x, features = x[places], None if features is None else features[places]
             weight = torch.cat([weight * count, weight.new_zeros(missing)])
         rows = self.rows_for_rank(len(x))
-        return Batch(x[rows], None if features is None else features[rows], None if weight is None else weight[rows])
+        if features is not None:
+            features = features.part(rows) if isinstance(features, Codes) else features[rows]
+        return Batch(x[rows], features, None if weight is None else weight[rows])
 
     def rows_for_rank(self, size: int) -> slice:
         """Which rows of a global batch of ``size`` examples belong to this rank."""

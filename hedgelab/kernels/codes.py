@@ -158,6 +158,32 @@ class Codes:
         """Codes of other values in the same places, without rates."""
         return replace(self, values=values, rates=None)
 
+    def to(self, device: torch.device | str) -> Self:
+        """The same codes on another device."""
+        layout = self.layout
+        if layout is not None:
+            layout = Layout(layout.crow.to(device), layout.latents.to(device), layout.d_sae)
+        rates = None if self.rates is None else self.rates.to(device)
+        return replace(self, values=self.values.to(device), layout=layout, rates=rates)
+
+    def part(self, rows: slice) -> Self:
+        """Codes of the consecutive examples ``rows.start`` … ``rows.stop - 1``, without rates; values are views.
+
+        >>> codes = Codes.from_csr(torch.tensor([0, 1, 2]), torch.tensor([2, 0]), torch.tensor([5.0, 7.0]), 3)
+        >>> codes.part(slice(1, 2)).to_dense().tolist()
+        [[7.0, 0.0, 0.0]]
+        """
+        start, stop, step = rows.indices(self.batch_size)
+        if step != 1:
+            raise ValueError(f"rows must be consecutive, got {rows}")
+        stop = max(start, stop)
+        if self.layout is None:
+            return replace(self, values=self.values[start:stop], rates=None, leading=None)
+        crow = self.layout.crow[start : stop + 1]
+        stored = slice(int(crow[0]), int(crow[-1]))
+        layout = Layout(crow - crow[0], self.layout.latents[stored], self.d_sae)
+        return replace(self, values=self.values[stored], layout=layout, rates=None, leading=None)
+
     def detach(self) -> Self:
         """The same codes without a gradient."""
         return self.with_values(self.values.detach())

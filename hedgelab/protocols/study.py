@@ -153,7 +153,7 @@ def make_toy(
 def features_as_x(batch: Batch) -> Batch:
     """A toy's batch in feature coordinates."""
     assert batch.features is not None
-    return Batch(batch.features, None, batch.weight)
+    return Batch(batch.features.to_dense(), None, batch.weight)
 
 
 def _cell(value: Any) -> Any:
