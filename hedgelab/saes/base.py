@@ -4,20 +4,21 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError, one_line
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import Decoder
+from hedgelab.saes.described import class_name, described, init_arguments
 from hedgelab.saes.losses import LossTerms
+from hedgelab.saes.mitigations.base import Mitigation
 from hedgelab.training.checkpoints import VerifiedCheckpointIO
 from hedgelab.training.sharding import full_tensor, is_split
 from hedgelab.training.shell import ARCHITECTURES, TrainingShell
@@ -141,10 +142,7 @@ class SAE(TrainingShell, ABC):
 
         By convention every architecture argument of ``__init__`` is kept in an attribute of the same name.
         """
-        names = sorted(init_arguments(type(self)).keys() - self.not_architecture)
-        if missing := [name for name in names if not hasattr(self, name)]:
-            raise UserError(f"{type(self).__name__}: keeps its argument {missing[0]} in no attribute of that name")
-        return {"class": class_name(type(self)), **{name: _plain(getattr(self, name)) for name in names}}
+        return described(self, self.not_architecture)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **training: Any) -> Self:
@@ -165,6 +163,8 @@ class SAE(TrainingShell, ABC):
         if isinstance(inner := arguments.get("inner"), dict):
             arguments["inner"] = lambda d_in: SAE.from_config({**inner, "d_in": d_in})
         try:
+            if given := arguments.get("mitigations"):
+                arguments["mitigations"] = [Mitigation.from_config(one) for one in given]
             return made(**arguments, **training)
         except UserError as error:
             raise UserError(f"sae.json: {str(error).removeprefix('sae.json: ').removeprefix('model.')}") from error
@@ -230,6 +230,7 @@ class SAE(TrainingShell, ABC):
         shown = {"d_in": self.d_in, "d_sae": self.d_sae}
         for name, parameter in init_arguments(type(self)).items():
             value = getattr(self, name, parameter.default)
+            value = (list(value) or None) if isinstance(value, nn.ModuleList) else value
             if name not in self.not_architecture and value != parameter.default:
                 shown[name] = value
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
@@ -250,33 +251,6 @@ class SAE(TrainingShell, ABC):
         return self
 
 
-def class_name(cls: type) -> str:
-    """What files call a class: its name for those of hedgelab, its full path for others."""
-    return cls.__name__ if cls.__module__.startswith("hedgelab.") else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def init_arguments(cls: type) -> dict[str, inspect.Parameter]:
-    """All ``__init__`` arguments of a class, those it passes on to its parents through ``**kwargs`` included, by name."""
-    found: dict[str, inspect.Parameter] = {}
-    for parent in cls.__mro__:
-        if "__init__" not in vars(parent):
-            continue
-        parameters = inspect.signature(vars(parent)["__init__"]).parameters.values()
-        found = {p.name: p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"} | found
-        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-            break
-    return found
-
-
 def decoder_weights(state: Mapping[str, Tensor]) -> Tensor | None:
     """The decoder's weights in a ``state_dict``, whatever SAE it is of."""
     return next((value for name, value in state.items() if name.rpartition(".")[2] == "W_dec"), None)
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value for an architecture argument."""
-    if isinstance(value, SAE):
-        return value.config()
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return list(value) if isinstance(value, tuple) else value

@@ -39,8 +39,8 @@ class EnsembleSAE:
                 free = ", ".join(_per_member_names(members[0]))
                 agree = f"members must agree in all but {free} and the width of flat SAEs"
                 raise UserError(f"ensemble: {agree}, got {wanted} and {own}")
-            for name in ("gradient_clip_norm", "normalize_decoder", "auxiliary_coefficient"):
-                if getattr(flat_part(member), name, None):
+            for name in ("gradient_clip_norm", "normalize_decoder", "auxiliary_coefficient", "mitigations"):
+                if getattr(flat_part(member), name, None) or (name == "mitigations" and getattr(member, name, None)):
                     raise UserError(f"model.{name}: cannot be used in an ensemble, switch it off")
         widest = max(members, key=lambda member: member.d_sae)
         self._template = _Template(copy.deepcopy(widest))

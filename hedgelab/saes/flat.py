@@ -17,6 +17,7 @@ from hedgelab.saes.base import SAE, Activation
 from hedgelab.saes.initialization import Initialization
 from hedgelab.saes.io import load_sae
 from hedgelab.saes.losses import LossTerms
+from hedgelab.saes.mitigations.base import Mitigation, Mitigations
 from hedgelab.training.trainee import OptimizerFactory, SchedulerFactory
 
 
@@ -31,6 +32,7 @@ class FlatSAE(SAE):
         optimizer: Optimiser class and arguments; fused unless told otherwise.
         lr_scheduler: Learning-rate schedule, stepped every optimiser step; null for a constant rate.
         gradient_clip_norm: Largest norm of the gradient; null for no clipping.
+        mitigations: What changes training against hedging and absorption (:mod:`hedgelab.saes.mitigations`).
     """
 
     penalty_name = "penalty"
@@ -44,6 +46,7 @@ class FlatSAE(SAE):
         optimizer: OptimizerFactory = lambda params: Adam(params, lr=3e-4),
         lr_scheduler: SchedulerFactory | None = None,
         gradient_clip_norm: float | None = None,
+        mitigations: list[Mitigation] | None = None,
     ) -> None:
         super().__init__()
         self.d_in = d_in = whole_number("model.d_in", d_in)
@@ -62,6 +65,8 @@ class FlatSAE(SAE):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(decoder)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.mitigations = Mitigations(mitigations)
+        self.mitigations.check(self)
 
     @property
     def W_enc(self) -> Tensor:
@@ -113,11 +118,13 @@ class FlatSAE(SAE):
 
     def encode(self, x: Tensor) -> Codes:
         """Latents of activations ``x [..., d_in]``, as used for inference and measuring."""
-        return ops.encode(x, self.encoder(), self.selection())
+        encoded = self.mitigations.encoded(self, x, self.selection)
+        return ops.encode(encoded, self.encoder(), self.selection())
 
     def activate(self, batch: Batch) -> Activation:
         """Latents as training sees them, with the cost of their activity."""
-        codes = ops.encode(batch.x, self.encoder(), self.training_selection(batch))
+        encoded = self.mitigations.encoded(self, batch.x, lambda: self.training_selection(batch))
+        codes = ops.encode(encoded, self.encoder(), self.training_selection(batch))
         return Activation(codes, self.penalty(codes, batch))
 
     def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | None = None) -> Tensor | None:
@@ -133,12 +140,16 @@ class FlatSAE(SAE):
         return Decoder(rows, self.b_dec)
 
     def loss(self, batch: Batch | Tensor) -> LossTerms:
-        """``mean_b ‖x_hat_b - x_b‖² + Σ_i penalty_i + auxiliary`` (SPEC section 2), the mean weighted in population mode."""
+        """``mean_b ‖x_hat_b - x_b‖² + Σ_i penalty_i + auxiliary`` (SPEC section 2), the mean weighted in population mode.
+
+        Mitigations may change it, and add terms.
+        """
         batch = self.as_batch(batch)
         codes, penalty = self.activate(batch)
         target = Target(batch.x, (self.d_sae,), weight=batch.weight)
-        (mse,), (error,) = ops.level_errors(codes, self.decoder(), target)
-        terms = {"mse": mse}
+        prepared = self.mitigations.prepared(self, codes, self.decoder(), target)
+        (mse,), (error,) = ops.level_errors(*prepared)
+        terms = {"mse": mse, **self.mitigations.terms(self, *prepared, (error,))}
         if penalty is not None:
             terms[self.penalty_name] = ops.total(penalty)
         if (auxiliary := self.auxiliary_loss(batch, error)) is not None:
@@ -177,6 +188,11 @@ class FlatSAE(SAE):
         super().after_step(result)
         if self.normalize_decoder:
             self._project_decoder()
+        self.mitigations.after_step(self, result)
+
+    def training_numbers(self) -> dict[str, float]:
+        """Those of the mitigations."""
+        return self.mitigations.numbers()
 
     def _project_decoder(self) -> None:
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-30))

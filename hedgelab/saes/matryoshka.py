@@ -12,11 +12,12 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.values import Errors, Target
+from hedgelab.kernels.values import Decoder, Errors, Target
 from hedgelab.saes.balance import asymmetry, outside_span
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import LossTerms
+from hedgelab.saes.mitigations.base import Mitigation, Mitigations
 from hedgelab.training.sharding import is_split
 
 
@@ -49,19 +50,22 @@ class MatryoshkaSAE(SAE):
         adaptive: Let inner levels' weights move, from those of β, to where their latents neither hedge nor are absorbed on
             average: logarithms are parameters whose gradient is the measured asymmetry. Meant for Adam, whose steps do not
             depend on a gradient's scale.
+        mitigations: What changes training further (:mod:`hedgelab.saes.mitigations`). Those that only encode or add terms may
+            be the inner SAE's as well.
 
     Attributes:
         level_weights: Weight of each level's loss, innermost first; set from β, free to be set otherwise.
+        level_names: What the terms of each level's loss end in: ``level128`` where it is the first 128 latents.
     """
 
     per_member = ("level_weights", "credit")
     full_precision = ("log_factors",)
 
     d_sae, W_enc, b_enc, W_dec, b_dec = map(_of_inner, ("d_sae", "W_enc", "b_enc", "W_dec", "b_dec"))
-    steps_done, dead_latents, encode = map(_of_inner, ("steps_done", "dead_latents", "encode"))
+    steps_done, dead_latents = map(_of_inner, ("steps_done", "dead_latents"))
     initialize, before_optimizer_step = map(_of_inner, ("initialize", "before_optimizer_step"))
-    after_step, optimizer = map(_of_inner, ("after_step", "optimizer"))
-    lr_scheduler, gradient_clip_norm = map(_of_inner, ("lr_scheduler", "gradient_clip_norm"))
+    optimizer, lr_scheduler = map(_of_inner, ("optimizer", "lr_scheduler"))
+    gradient_clip_norm = _of_inner("gradient_clip_norm")
 
     def __init__(
         self,
@@ -73,6 +77,7 @@ class MatryoshkaSAE(SAE):
         auxiliary_per_level: bool = False,
         credit: float = 0.0,
         adaptive: bool = False,
+        mitigations: list[Mitigation] | None = None,
     ) -> None:
         super().__init__()
         self.inner = inner if isinstance(inner, FlatSAE) else inner(d_in)
@@ -100,31 +105,71 @@ class MatryoshkaSAE(SAE):
         self.credit = float(credit)
         self.adaptive = adaptive
         self.log_factors = nn.Parameter(torch.zeros(len(levels) - 1)) if adaptive else None
+        self.level_names = [f"level{size}" for size in levels]
+        for one in self.inner.mitigations.all():
+            kind = type(one)
+            if kind.target is not Mitigation.target or kind.codes_and_decoder is not Mitigation.codes_and_decoder:
+                raise UserError(
+                    f"model.inner.mitigations: {kind.__name__} concerns levels; move it to model.mitigations"
+                )
+        self.mitigations = Mitigations(mitigations)
+        self.mitigations.check(self)
 
     def level_slices(self) -> list[slice]:
         """Each level's own new latents."""
         return [slice(a, b) for a, b in pairwise([0, *self.levels])]
 
+    def latent_order(self) -> Tensor | None:
+        """The latents in the order in which levels are cut, ``[d_sae]`` int64: level ℓ has the first ``levels[ℓ]`` of them.
+
+        None where that is the SAE's own order, as it is without a mitigation that sorts.
+        """
+        return next((order for one in self.mitigations.all() if (order := one.order()) is not None), None)
+
+    def encode(self, x: Tensor) -> Codes:
+        """Latents of activations ``x [..., d_in]``, as used for inference and measuring."""
+        return self.inner.encode(self.mitigations.encoded(self.inner, x, self.inner.selection))
+
     def loss(self, batch: Batch | Tensor) -> LossTerms:
-        """Every level's weighted squared error and penalty: ``Σ_ℓ w_ℓ (MSE_ℓ + penalty_ℓ) + auxiliary`` (SPEC section 3)."""
+        """Every level's weighted squared error and penalty: ``Σ_ℓ w_ℓ (MSE_ℓ + penalty_ℓ) + auxiliary`` (SPEC section 3).
+
+        Mitigations may change it, and add terms.
+        """
         batch = self.as_batch(batch)
-        codes, penalty = self.inner.activate(batch)
-        losses, errors = self.level_errors(codes, batch)
-        terms = self.adaptation(codes, batch.weight)
-        for weight, latents, mse in zip(self.current_weights(), self.level_slices(), losses, strict=True):
+        x = self.mitigations.encoded(self.inner, batch.x, lambda: self.inner.training_selection(batch))
+        codes, penalty = self.inner.activate(batch._replace(x=x))
+        target = Target(batch.x, self.levels, self.detached, batch.weight)
+        prepared = self.mitigations.prepared(self, codes, self.inner.decoder(), target)
+        ordered, _, target = prepared
+        losses, errors = self.level_errors(*prepared)
+        terms = self.adaptation(ordered, batch.weight)
+        if penalty is not None and (order := self.latent_order()) is not None:
+            penalty = penalty[order]
+        slices = [slice(a, b) for a, b in pairwise([0, *target.levels])]
+        for name, weight, own, mse in zip(self.level_names, self.current_weights(), slices, losses, strict=True):
             if isinstance(weight, float) and not weight:
                 continue
-            terms[f"mse/level{latents.stop}"] = weight * mse
+            terms[f"mse/{name}"] = weight * mse
             if penalty is not None:
-                paid = ops.total(penalty, latents if self.detached else slice(latents.stop))
-                terms[f"{self.inner.penalty_name}/level{latents.stop}"] = weight * paid
-        revived: Iterable[tuple[Tensor, slice | None]] = [(errors[-1], None)]
+                own_alone = target.detach is True or (target.detach and own is not slices[-1])
+                paid = ops.total(penalty, own if own_alone else slice(own.stop))
+                terms[f"{self.inner.penalty_name}/{name}"] = weight * paid
+        revived: Iterable[tuple[Tensor, slice | None, str]] = [(errors[-1], None, "auxiliary")]
         if self.auxiliary_per_level:
-            revived = zip(errors, self.level_slices(), strict=True)
-        for error, own in revived:
-            if (auxiliary := self.inner.auxiliary_loss(batch, error, own)) is not None:
-                terms["auxiliary" if own is None else f"auxiliary/level{own.stop}"] = auxiliary
+            revived = zip(errors, slices, [f"auxiliary/{name}" for name in self.level_names], strict=True)
+        for error, among, name in revived:
+            if (auxiliary := self.inner.auxiliary_loss(batch, error, among)) is not None:
+                terms[name] = auxiliary
+        flat = Target(batch.x, (self.d_sae,), weight=batch.weight)
+        terms |= self.inner.mitigations.terms(self.inner, codes, self.inner.decoder(), flat, errors[-1:])
+        terms |= self.mitigations.terms(self, *prepared, errors)
         return LossTerms(terms, codes, errors[-1])
+
+    @torch.no_grad()
+    def after_step(self, result: LossTerms) -> None:
+        """Advance what counts steps, of the inner SAE and of the mitigations."""
+        self.inner.after_step(result)
+        self.mitigations.after_step(self, result)
 
     def current_weights(self) -> list[Any]:
         """Weight of each level's loss as of now, innermost first: numbers, or with ``adaptive`` scalar tensors."""
@@ -143,25 +188,25 @@ class MatryoshkaSAE(SAE):
         return {"balance": ((self.log_factors - self.log_factors.detach()) * signals.to(self.log_factors)).sum()}
 
     def training_numbers(self) -> dict[str, float]:
-        """With ``adaptive`` the weights of inner levels as ``level_weight/...``."""
-        weights = zip(self.levels[:-1], self.current_weights()[:-1], strict=True) if self.adaptive else ()
-        return {f"level_weight/level{size}": float(weight) for size, weight in weights}
+        """With ``adaptive`` the weights of inner levels as ``level_weight/...``; those of the inner SAE and of mitigations."""
+        weights = zip(self.level_names[:-1], self.current_weights()[:-1], strict=True) if self.adaptive else ()
+        own = {f"level_weight/{name}": float(weight) for name, weight in weights}
+        return {**own, **self.inner.training_numbers(), **self.mitigations.numbers()}
 
-    def level_errors(self, codes: Codes, batch: Batch) -> Errors:
+    def level_errors(self, codes: Codes, decoder: Decoder, target: Target) -> Errors:
         """Squared error of each level, and the errors; those of inner levels after their credit."""
-        x, _, weight = batch
-        decoder, target = self.inner.decoder(), Target(x, self.levels, self.detached, weight)
         if isinstance(self.credit, float) and not self.credit:
             return ops.level_errors(codes, decoder, target)
         if is_split(self.W_dec):
             raise UserError("model.credit: cannot be used where latents are split over processes, set it to 0")
+        x, levels = target.x, target.levels
         with torch.no_grad():
             *inner, last = ops.level_errors(codes.detach(), decoder, target)[1]
-            spared = [outside_span(last - error, self.W_dec[:size]) for size, error in zip(self.levels, inner)]  # noqa: B905
-        parts = [codes.prefix(size) for size in self.levels[:-1]]
+            spared = [outside_span(last - error, decoder.W_dec[:size]) for size, error in zip(levels, inner)]  # noqa: B905
+        parts = [codes.prefix(size) for size in levels[:-1]]
         wanted = [x - self.credit * part for part in spared]
         found = [
-            ops.level_errors(part, decoder, Target(goal, (self.d_sae,), weight=weight))
+            ops.level_errors(part, decoder, target._replace(x=goal, levels=(self.d_sae,)))
             for part, goal in zip([*parts, codes], [*wanted, x], strict=True)
         ]
         return [losses[0] for losses, _ in found], [errors[0] for _, errors in found]
