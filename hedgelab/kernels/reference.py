@@ -104,31 +104,53 @@ def level_errors(
     codes: Codes, decoder: Decoder, target: Target, total: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Squared error of each level's reconstruction, and the errors; ``total`` sums what all parts of split latents add."""
-    x, levels, detach, weight = target
+    levels = target.levels
     if total is None and list(levels) == [codes.d_sae]:
-        loss, error = squared_error(decode(codes, decoder), x, weight)
+        loss, error = squared_error(decode(codes, decoder), target)
         return [loss], [error]
     activations = codes.to_dense().reshape(-1, codes.d_sae)
     running, start = decoder.b_dec.expand(activations.shape[0], -1), 0
     losses, errors = list[Tensor](), list[Tensor]()
-    for stop in levels:
-        if detach and losses:
-            running = running.detach()
+    for level, stop in enumerate(levels):
         added = activations[:, start:stop] @ decoder.W_dec[start:stop]
-        running = running + (added if total is None else total(added))
-        loss, error = squared_error(running, x, weight)
+        added = added if total is None else total(added)
+        spared = target.detach == "all_but_last" and level == len(levels) - 1
+        cut = bool(target.detach) and level > 0 and not spared
+        x_hat = (running.detach() if cut else running) + added
+        running = running + added if cut else x_hat
+        loss, error = squared_error(x_hat, target)
         losses.append(loss)
         errors.append(error)
         start = stop
     return losses, errors
 
 
-def squared_error(x_hat: Tensor, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def squared_error(x_hat: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """Squared error, summed over ``d_in`` and averaged over the batch, and ``x_hat - x``, in at least single precision."""
+    x = target.x
     error = x_hat - x if x_hat.dtype == x.dtype and x.itemsize >= 4 else x_hat.float() - x.float()
+    weight = tilted(error.detach().square().sum(1), target) if target.tilt else target.weight
     if weight is not None:
         return weight.to(error.dtype) @ error.square().sum(1), error.detach()
     return error.square().sum() / max(1, x.shape[0]), error.detach()
+
+
+@torch.no_grad()
+def tilted(squares: Tensor, target: Target) -> Tensor:
+    """The weights (see :class:`Target`) of examples of squared errors ``[..., batch]``, float64.
+
+    Over all ranks they sum to what those of the target do.
+    """
+    ranks, exact = target.ranks, squares.double()
+    even = 1 / max(1, exact.shape[-1])
+    given = torch.full_like(exact, even) if target.weight is None else target.weight.double().expand_as(exact)
+    mass = ranks.sum(given.sum(-1, keepdim=True))
+    mean = ranks.sum((given * exact).sum(-1, keepdim=True)) / mass
+    # An example of weight 0 has no say in what is largest, nor has a rank without examples.
+    exponents = torch.where(given > 0, target.tilt * exact / mean.clamp_min(1e-300), -torch.inf)
+    largest = -ranks.min(-torch.nn.functional.pad(exponents, (0, 1), value=-torch.inf).amax(-1, keepdim=True))
+    shares = given * torch.exp(exponents - largest)
+    return shares * (mass / ranks.sum(shares.sum(-1, keepdim=True)))
 
 
 class _Jump(Function):

@@ -63,7 +63,7 @@ def decode(codes: Codes, decoder: Decoder) -> Tensor:
     """As :func:`reference.decode`; dense codes are decoded there."""
     if codes.layout is None:
         return reference.decode(codes, decoder)
-    settings = (codes.layout, (codes.d_sae,), False, None, ALONE)
+    settings = (codes.layout, (codes.d_sae,), None, ALONE)
     _, x_hats = _DecodeLevels.apply(codes.values, None, *decoder, *settings)  # type: ignore[no-untyped-call]
     x_hat: Tensor = x_hats[0].to(decoder.W_dec.dtype)
     return x_hat
@@ -71,13 +71,12 @@ def decode(codes: Codes, decoder: Decoder) -> Tensor:
 
 def level_errors(codes: Codes, decoder: Decoder, target: Target, ranks: Ranks = ALONE) -> Errors:
     """As :func:`reference.level_errors`; decode and error are one kernel, and ``ranks`` may share the latents."""
-    x, levels, detach, weight = target
     if codes.layout is None:
         return reference.level_errors(codes, decoder, target)
-    if levels[-1] < codes.d_sae:
-        codes = codes.prefix(levels[-1])
-    settings = (codes.layout, tuple(levels), detach, weight, ranks)
-    losses, errors = _DecodeLevels.apply(codes.values, x, *decoder, *settings)  # type: ignore[no-untyped-call]
+    if target.levels[-1] < codes.d_sae:
+        codes = codes.prefix(target.levels[-1])
+    settings = (codes.layout, tuple(target.levels), target, ranks)
+    losses, errors = _DecodeLevels.apply(codes.values, target.x, *decoder, *settings)  # type: ignore[no-untyped-call]
     return losses.unbind(), errors.unbind()
 
 
@@ -120,12 +119,12 @@ class _DecodeLevels(Function):
     def forward(
         ctx: Any, values: Tensor, x: Tensor | None, W_dec: Tensor, b_dec: Tensor, *settings: Any
     ) -> tuple[Tensor | None, Tensor]:
-        layout, levels, detach, weight, ranks = settings
+        layout, levels, target, ranks = settings
         dtype = torch.promote_types(W_dec.dtype, torch.float32)
         values = values.to(dtype)
         errors = ranks.sum(products_on(values).decode_levels(layout, values, W_dec, levels))
         errors[0].add_(b_dec)
-        ctx.layout, ctx.levels, ctx.detach = layout, levels, detach
+        ctx.layout, ctx.levels = layout, levels
         ctx.narrow = computed_in(W_dec) if values.is_cuda else dtype
         ctx.set_materialize_grads(False)  # else backward is given zeros as large as the errors
         if x is None:
@@ -134,12 +133,17 @@ class _DecodeLevels(Function):
         errors[0].sub_(x)
         for level in range(1, len(levels)):
             errors[level].add_(errors[level - 1])
-        ctx.save_for_backward(values, W_dec, weight, errors)
         ctx.mark_non_differentiable(errors)
-        if weight is None:
+        weight, ctx.detach = target.weight, target.detach
+        if target.tilt:
+            squares = torch.linalg.vecdot(errors, errors)
+            weight = reference.tilted(squares, target).to(dtype)
+            losses = torch.linalg.vecdot(weight, squares)
+        elif weight is None:
             losses = torch.stack([torch.dot(error, error) for error in errors.flatten(1)]) / max(1, x.shape[0])
         else:
             losses = torch.stack([weight.to(dtype) @ error.square().sum(1) for error in errors])
+        ctx.save_for_backward(values, W_dec, weight, errors)
         return losses, errors
 
     @staticmethod
@@ -148,24 +152,33 @@ class _DecodeLevels(Function):
         values, W_dec, weight, errors = ctx.saved_tensors
         upstream = grad_x_hat if grad is None else _of_squares(grad, errors, weight, ctx.detach)
         if upstream is None:
-            return (None,) * 9
+            return (None,) * 8
         needs_values, needs_x, _, needs_b_dec, *_ = ctx.needs_input_grad
         grad_W_dec, _, grad_values = products_on(values).latent_gradients(
             ctx.layout, values, upstream.to(ctx.narrow), ctx.levels, W_dec.dtype, W_dec if needs_values else None
         )
         grad_b_dec = upstream[0].sum(0) if needs_b_dec else None
         grad_x = -(upstream.sum(0) if ctx.detach else upstream[0]) if needs_x else None
-        return grad_values, grad_x, grad_W_dec, grad_b_dec, None, None, None, None, None
+        if grad_x is not None and ctx.detach == "all_but_last":
+            grad_x += (len(upstream) - 1) * upstream[-1]  # the last level's is in all of them, and counts once
+        return grad_values, grad_x, grad_W_dec, grad_b_dec, None, None, None, None
 
 
-def _of_squares(grad: Tensor, errors: Tensor, weight: Tensor | None, detach: bool) -> Tensor:
-    """The gradient of what each level adds ``[levels, batch, d_in]``, from those of the levels' losses ``[levels]``."""
+def _of_squares(grad: Tensor, errors: Tensor, weight: Tensor | None, detach: bool | str) -> Tensor:
+    """The gradient of what each level adds ``[levels, batch, d_in]``, from those of the levels' losses ``[levels]``.
+
+    Levels may weigh examples alike ``[batch]``, or each in its own way ``[levels, batch]``.
+    """
     upstream = torch.empty_like(errors)
     coefficients = 2 * grad / max(1, errors.shape[1]) if weight is None else 2 * grad
     for level in reversed(range(len(errors))):
-        error = errors[level] if weight is None else errors[level] * weight.to(errors.dtype)[:, None]
-        if detach or level == len(errors) - 1:
+        error = errors[level]
+        if weight is not None:
+            error = error * (weight if weight.dim() == 1 else weight[level]).to(errors.dtype)[:, None]
+        last = level == len(errors) - 1
+        if last or (detach and detach != "all_but_last"):
             torch.mul(error, coefficients[level], out=upstream[level])
         else:
-            torch.add(upstream[level + 1], error, alpha=float(coefficients[level]), out=upstream[level])
+            outer = upstream[-1 if detach else level + 1]
+            torch.add(outer, error, alpha=float(coefficients[level]), out=upstream[level])
     return upstream

@@ -1,7 +1,7 @@
 """What the kernels take: an encoder, a way to select its latents, a decoder, and what it should reconstruct."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,13 +104,20 @@ class Target(NamedTuple):
 
     Level ℓ reconstructs ``x_hat_ℓ = a[:, :m_ℓ] W_dec[:m_ℓ] + b_dec``; its loss is ``‖x_hat_ℓ - x‖²``, summed over ``d_in`` and
     averaged over the batch, or over ``weight [batch]``. With ``detach`` inner levels feel no gradient from outer ones, and
-    ``b_dec`` learns from the innermost alone.
+    ``b_dec`` learns from the innermost alone; with ``"all_but_last"`` the last level is the exception: its loss reaches all
+    latents and ``b_dec`` (as in LISTA-Matryoshka, chanind/claude-auto-research-synthsaebench, 2026).
+
+    With ``tilt`` t examples of a large loss ``L_b = ‖x_hat_b - x_b‖²`` count for more: each level's loss is ``Σ_b w_b L_b``,
+    ``w_b ∝ p_b exp(t L_b / Σ p L)``, where p is the weight, or equal; w weighs as much as p in all and has no gradient (tilted
+    empirical risk, Li et al. 2021, arXiv 2007.01162). The batch is that of all ``ranks``, over which the loss is a mean.
     """
 
     x: Tensor
     levels: Sequence[int]  # the sizes m_ℓ, rising; one of all latents is an ordinary SAE
-    detach: bool = False
+    detach: bool | Literal["all_but_last"] = False
     weight: Tensor | None = None
+    tilt: float = 0.0
+    ranks: Ranks = ALONE
 
 
 Errors = tuple[Sequence[Tensor], Sequence[Tensor]]

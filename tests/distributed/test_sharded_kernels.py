@@ -61,11 +61,11 @@ def gradient(weight):
     return torch.zeros_like(weight.detach()) if weight.grad is None else weight.grad
 
 
-def outcome(kind, w, backend, detach, weight=None):
+def outcome(kind, w, backend, detach, weight=None, tilt=0.0):
     with ops.backend(backend):
         codes, decoder = encode(kind, w, weight), Decoder(w["W_dec"], w["b_dec"])
         rates = codes.rates
-        losses, errors = ops.level_errors(codes, decoder, Target(w["x"], (100, 400, D_SAE), detach, weight))
+        losses, errors = ops.level_errors(codes, decoder, Target(w["x"], (100, 400, D_SAE), detach, weight, tilt))
         loss = torch.stack(list(losses)) @ torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
         penalty = codes.sum_per_latent(weight) * w["W_dec"].norm(dim=1)
         loss = loss + ops.total(penalty) + 2 * ops.total(penalty, slice(100)) + ops.total(penalty, slice(100, 400))
@@ -93,14 +93,13 @@ def check_split_latents(rank):
     population = torch.rand(BATCH, dtype=torch.float64).softmax(0)
     for kind in KINDS:
         for backend in ("dense", "sparse"):
-            for detach in (False, True):
+            for detach, tilt in ((False, 0.0), (True, 0.0), ("all_but_last", 0.5)):
                 for weight in (None, population):
                     made = weights()
                     whole = {name: value.requires_grad_(name != "x") for name, value in made.items()}
-                    expected = outcome(kind, whole, backend, detach, weight)
-                    found = outcome(
-                        kind, spread({n: v.detach() for n, v in made.items()}, mesh), backend, detach, weight
-                    )
+                    expected = outcome(kind, whole, backend, detach, weight, tilt)
+                    split = spread({name: value.detach() for name, value in made.items()}, mesh)
+                    found = outcome(kind, split, backend, detach, weight, tilt)
                     for name, value in expected.items():
                         own = found[name].full_tensor() if isinstance(found[name], DTensor) else found[name]
                         torch.testing.assert_close(own, value, msg=lambda m: f"{kind} {backend} {detach} {name}: {m}")  # noqa: B023
@@ -193,6 +192,36 @@ def check_split_batch(rank, ties):
 @pytest.mark.parametrize("ties", [False, True])
 def test_batch_topk_of_a_split_batch(on_ranks, ties):
     on_ranks(4, check_split_batch, ties)
+
+
+def check_tilted_batch(rank):
+    """The mean over ranks of losses and gradients is those of one process, also where a rank has the outlier to itself."""
+    gloo(rank)
+    ranks = Ranks.of(None)
+    made, levels = weights(), (100, D_SAE)
+    made["x"][-1] *= 9
+    population = torch.rand(BATCH).double().softmax(0)
+    mine = slice(rank * BATCH // ranks.size, (rank + 1) * BATCH // ranks.size)
+    for backend in ("dense", "sparse"):
+        for weight in (None, population):
+            found = []
+            for rows, share, over in ((slice(None), 1, ALONE), (mine, ranks.size, ranks)):
+                w = {name: value.clone().requires_grad_(name != "x") for name, value in made.items()}
+                with ops.backend(backend):
+                    codes = ops.encode(w["x"][rows], Encoder(w["W_enc"], w["b_enc"], w["b_dec"]), TopK(K))
+                    given = None if weight is None else weight[rows] * share
+                    target = Target(w["x"][rows], levels, "all_but_last", given, 1.5, over)
+                    losses = torch.stack(list(ops.level_errors(codes, Decoder(w["W_dec"], w["b_dec"]), target)[0]))
+                losses.sum().backward()
+                values = [losses.detach(), *(w[name].grad for name in ("W_enc", "b_enc", "W_dec", "b_dec"))]
+                found.append([over.mean(value) for value in values])
+            for whole, split in zip(*found, strict=True):
+                torch.testing.assert_close(split, whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_tilted_loss_of_a_split_batch(on_ranks, count):
+    on_ranks(count, check_tilted_batch)
 
 
 def check_part_of_both(rank):

@@ -166,16 +166,16 @@ def test_jumprelu_with_its_straight_through_gradients(weighted: bool) -> None:
         assert relative(found, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize(("detach", "tilt"), [(False, 0.0), (True, 0.0), ("all_but_last", 0.0), (False, 0.5)])
 @pytest.mark.parametrize("levels", [[64], [7, 30, 64], [1, 2, 40, 63]])
-def test_levels_in_one_pass(levels: list[int], detach: bool) -> None:
+def test_levels_in_one_pass(levels: list[int], detach: Any, tilt: float) -> None:
     dtype = torch.float64
     leaves, x = weights(20, 64, dtype), examples(9, 20, dtype)
     W_enc, b_enc, W_dec, b_dec = leaves
     outcomes = []
     for path in (sparse, reference):
         codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), BatchTopK(6))
-        losses, errors = path.level_errors(codes, Decoder(W_dec, b_dec), Target(x, levels, detach))
+        losses, errors = path.level_errors(codes, Decoder(W_dec, b_dec), Target(x, levels, detach, tilt=tilt))
         loss = torch.stack([(level + 1) * loss for level, loss in enumerate(losses)]).sum()
         outcomes.append([*losses, *errors, *gradients(loss, leaves)])
     for found, expected in zip(*outcomes, strict=True):
