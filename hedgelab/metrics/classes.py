@@ -17,11 +17,11 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional import basic, loss_recovered
-from hedgelab.metrics.functional.accumulate import NO_FLOAT64, as_codes
+from hedgelab.metrics.functional.accumulate import NO_FLOAT64, add_sum, as_codes
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores, degree_update, hedging_degree
 from hedgelab.metrics.functional.error_spread import BLOCKS, ResidualHedging, residual_hedging
 from hedgelab.metrics.functional.hierarchy import infer_parents
-from hedgelab.metrics.functional.recovery import co_firing
+from hedgelab.metrics.functional.recovery import co_firing_update
 from hedgelab.metrics.functional.true_hedging import regression_update
 
 ROWS = 8192  # examples that residual hedging keeps: memory grows with them, time with their square
@@ -31,21 +31,30 @@ class AdditiveMetric(Metric):
     """A metric whose states add up, so that it is the same on one rank or many.
 
     States are no part of a ``state_dict``; they stay float64, whatever precision the module gets, on the CPU where its device
-    has no float64 (MPS). Results keep their shapes: torchmetrics squeezes ``[1]``, all that an SAE of one latent has.
+    has no float64 (MPS). Results keep their shapes: torchmetrics squeezes ``[1]``, all that an SAE of one latent has. They stay
+    what they are when more batches come, unless ``copies`` is false.
     """
 
     is_differentiable = False
     full_state_update = False
+    copies = True
 
     def add_sum(self, name: str, *shape: int) -> None:
         """Declare a state: zeros of the given shape in float64, summed over ranks."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self._add_zeros(name, torch.zeros((), dtype=torch.float64).expand(shape))
+
+    def _add_zeros(self, name: str, like: Tensor) -> None:
+        """Declare a state of this shape and precision. What it starts from is kept as one number: some states are large."""
+        zero = torch.zeros((), dtype=like.dtype, device=like.device)
+        self.add_state(name, zero, dist_reduce_fx="sum")
+        self._defaults[name] = zero.expand(like.shape)
+        setattr(self, name, torch.zeros(like.shape, dtype=like.dtype, device=like.device))
 
     def add_to(self, **amounts: Tensor | float) -> None:
         """Add the sums of a batch to the states of those names, in place: some are large."""
         for name, amount in amounts.items():
             state = getattr(self, name)
-            state.add_(torch.as_tensor(amount, device=state.device))
+            add_sum(state, torch.as_tensor(amount, device=state.device))
 
     def totals(self) -> dict[str, Tensor]:
         """The states by name."""
@@ -54,7 +63,8 @@ class AdditiveMetric(Metric):
     def _wrap_compute(self, compute: Callable[[], Any]) -> Callable[[], Any]:
         @wraps(compute)
         def boxed() -> SimpleNamespace:  # which torchmetrics does not look into; copies, as it makes them of states
-            return SimpleNamespace(value=apply_to_collection(compute(), Tensor, Tensor.clone))
+            value = compute()
+            return SimpleNamespace(value=apply_to_collection(value, Tensor, Tensor.clone) if self.copies else value)
 
         computed = super()._wrap_compute(boxed)
         return wraps(compute)(lambda: computed().value)
@@ -69,15 +79,16 @@ class AdditiveMetric(Metric):
 class FunctionMetric(AdditiveMetric):
     """A metric whose ``update`` takes what the function ``sums_of`` takes, which returns a batch's sums in a NamedTuple.
 
-    The result is the ``value()`` of all sums, or they themselves. ``widths`` are those of the arguments before ``weight``.
+    The result is the ``value()`` of all sums, or they themselves. ``empty`` are arguments of ``sums_of`` without examples; of
+    dense tensors their widths.
     """
 
-    def __init__(self, sums_of: Callable[..., Any], *widths: int, **kwargs: Any) -> None:
+    def __init__(self, sums_of: Callable[..., Any], *empty: int | Tensor | Codes, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        zero = sums_of(*(torch.zeros(0, width) for width in widths), torch.zeros(0))  # of a batch without examples
+        zero = sums_of(*(torch.zeros(0, one) if isinstance(one, int) else one for one in empty))
         self.sums_of, self.sums = sums_of, type(zero)
         for name, value in zero._asdict().items():
-            self.add_state(name, value.clone(), dist_reduce_fx="sum")
+            self._add_zeros(name, value)
 
     def update(self, *batch: Any, **named: Any) -> None:
         """Add a batch; arguments as the function of sums takes them."""
@@ -90,6 +101,11 @@ class FunctionMetric(AdditiveMetric):
         """The result over everything seen."""
         sums = self.sums(**self.totals())
         return sums.value() if hasattr(sums, "value") else sums
+
+
+def _nothing(width: int) -> Codes:
+    """Sparse codes without examples, whose sums take no memory."""
+    return Codes.from_topk(torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0), width)
 
 
 class ValidationMetric(AdditiveMetric):
@@ -175,7 +191,7 @@ class FeatureDetection(FunctionMetric):
     """
 
     def __init__(self, d_sae: int, n: int, **kwargs: Any) -> None:
-        super().__init__(co_firing, d_sae, n, **kwargs)
+        super().__init__(co_firing_update, _nothing(d_sae), _nothing(n), torch.zeros(0), **kwargs)
 
 
 class FeatureRegression(FunctionMetric):
@@ -186,7 +202,7 @@ class FeatureRegression(FunctionMetric):
     """
 
     def __init__(self, d_sae: int, n: int, **kwargs: Any) -> None:
-        super().__init__(regression_update, d_sae, n, **kwargs)
+        super().__init__(regression_update, _nothing(d_sae), _nothing(n), **kwargs)
 
 
 class FeatureHierarchy(AdditiveMetric):
@@ -200,9 +216,9 @@ class FeatureHierarchy(AdditiveMetric):
         for name, shape in (("both", (n, n)), ("weight", ()), ("weighted", ())):
             self.add_sum(name, *shape)
 
-    def update(self, features: Tensor, weight: Tensor | None = None) -> None:
+    def update(self, features: Tensor | Codes, weight: Tensor | None = None) -> None:
         """Add a batch of firing magnitudes ``[batch, n]``."""
-        counts = co_firing(features, features, weight)
+        counts = co_firing_update(features, features, weight)
         self.add_to(both=counts.both, weight=counts.weight, weighted=float(weight is not None))
 
     def compute(self) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.classes import HedgingDegree, ResidualHedgingMetric
+from hedgelab.metrics.classes import FeatureRegression, HedgingDegree, ResidualHedgingMetric
 from hedgelab.metrics.functional import degree, true_hedging
 from hedgelab.metrics.functional.accumulate import as_codes
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 4096
 
 
 def hedging(
-    W_dec: Any, features: Tensor, codes: Tensor | Codes | None = None, activations: Tensor | None = None
+    W_dec: Any, features: Tensor, codes: Tensor | Codes | None = None, activations: Tensor | Codes | None = None
 ) -> HedgingScores:
     """True hedging of each latent: how much of the features that no latent tracks its decoder row holds.
 
@@ -46,13 +46,14 @@ def hedging(
     if codes is None or activations is None:
         raise UserError("codes, activations: give both, or neither")
     codes, expected = as_codes(codes), [len(decoder), len(features)]
-    if [len(activations), codes.d_sae, activations.shape[1]] != [codes.batch_size, *expected]:
+    given, true = ([one.batch_size, one.d_sae] for one in (codes, as_codes(activations)))
+    if given[0] != true[0] or [given[1], true[1]] != expected:
         raise UserError(
-            f"codes, activations: expected [examples, {expected[0]}] and [examples, {expected[1]}], "
-            f"got {[codes.batch_size, codes.d_sae]} and {list(activations.shape)}"
+            f"codes, activations: expected [examples, {expected[0]}] and [examples, {expected[1]}], got {given} and {true}"
         )
-    fired, sums = codes.firing_counts().to(cosines.device), true_hedging.regression_update(codes, activations)
-    sums = true_hedging.RegressionSums(*(part.to(cosines.device) for part in sums))
+    metric = FeatureRegression(*expected, sync_on_compute=False)
+    metric.update(codes, activations)
+    fired, sums = codes.firing_counts().to(cosines.device), metric.to(cosines.device).compute()
     tracked, often = tracked_features(cosines, fired > 0), fired >= true_hedging.FIRINGS
     return true_hedging.regressed_hedging(sums, decoder, features, cosines, tracked, often)
 

@@ -67,6 +67,8 @@ class SAEMetrics(nn.Module):
         elif n > d_in:
             pairs = f"{n} overlapping features and {d_sae} latents are more than {MOST_PAIRS} pairs"
             warnings.warn(f"hedging/decoder: {pairs}; NaN", stacklevel=2)
+        for metric in self.truth.values():
+            metric.copies = False  # type: ignore[assignment]  # results are used at once, and some are large
 
     def update(self, batch: Batch, x_hat: Tensor, codes: Tensor | Codes) -> None:
         """Add a batch, its reconstruction ``[batch, d_in]`` and its latents."""

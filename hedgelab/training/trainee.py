@@ -113,7 +113,7 @@ class Trainee:
         self._metrics.update(batch, self.sae.decode(codes), codes.gathered())
 
     def measurements(self, stage: str) -> dict[str, float]:
-        """The metrics of everything measured, named ``<stage>/...``; they start again from nothing."""
+        """The metrics of everything measured, named ``<stage>/...``; their sums are let go of, for some are large."""
         values = self._metrics.compute(self._folded.W_enc, self._folded.W_dec)
-        self._metrics.reset()
+        self._metrics = self._folded = None
         return {f"{stage}/{name}": float(value) for name, value in values.items()}

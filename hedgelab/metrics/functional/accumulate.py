@@ -11,6 +11,7 @@ from hedgelab.kernels.codes import Codes
 
 NO_FLOAT64 = frozenset({"mps"})  # device types without float64: sums of what lies there are kept on the CPU
 SPARSE_BELOW = 1 / 16  # share of latents firing below which a sparse product beats a dense one (measured on CPU)
+MOST_PAIRS_LISTED = 2**22  # pairs of a batch that are added one by one: 40 bytes each
 
 
 class Ratio(NamedTuple):
@@ -82,7 +83,7 @@ def float64(tensor: Tensor) -> Tensor:
 def sparse_product(codes: Codes, matrix: Tensor, weight: Tensor | None = None) -> Tensor:
     """``Σ_b w_b c_b m_bᵀ`` of codes and a ``matrix [batch, n]``, ``[d_sae, n]`` in the matrix' precision, autocast or not."""
     device, dtype = matrix.device, matrix.dtype
-    stored = codes.values[codes.values > 0] if codes.layout is None else codes.values
+    stored = codes.values[codes.values != 0] if codes.layout is None else codes.values
     with torch.autocast(device.type, enabled=False):  # counts would come out rounded to 8 bits
         if stored.numel() > SPARSE_BELOW * codes.batch_size * codes.d_sae:
             left = codes.to_dense().to(device, dtype)
@@ -93,6 +94,41 @@ def sparse_product(codes: Codes, matrix: Tensor, weight: Tensor | None = None) -
         shape = (codes.d_sae, codes.batch_size)
         product: Tensor = torch.sparse_coo_tensor(index, values, shape, check_invariants=False) @ matrix
         return product
+
+
+def pair_product(left: Codes, right: Codes, weight: Tensor | None = None) -> Tensor:
+    """``Σ_b w_b l_b r_bᵀ`` of sparse codes of the same examples, ``[left.d_sae, right.d_sae]`` in the precision of ``left``.
+
+    Where few pairs fire together, the result is a sparse tensor with an entry for each of them and example, which adds to
+    dense sums (:func:`add_sum`) at the cost of these entries alone. Otherwise it is dense.
+
+    >>> codes = as_codes(torch.tensor([[2.0, 0.0], [1.0, 3.0]]))
+    >>> pair_product(codes, codes).to_dense().tolist()
+    [[5.0, 3.0], [3.0, 9.0]]
+    """
+    (_, latents, values), rows = left.csr(), left.rows()
+    starts, others, amounts = (part.to(rows.device) for part in right.csr())
+    if weight is not None:
+        values = values * weight.to(values)[rows]
+    partners = starts.diff()[rows]
+    if (total := int(partners.sum())) > MOST_PAIRS_LISTED:
+        return sparse_product(right, left.to_dense(), weight).t()
+    one = torch.repeat_interleave(partners, output_size=total)
+    first = (partners.cumsum(0) - partners - starts[rows])[one]
+    other = torch.arange(total, device=rows.device) - first
+    index = torch.stack([latents[one], others[other]])
+    products = values[one] * amounts[other].to(values.dtype)
+    return torch.sparse_coo_tensor(index, products, (left.d_sae, right.d_sae), check_invariants=False)
+
+
+def add_sum(state: Tensor, amount: Tensor) -> None:
+    """Add a batch's sum to a state in place: a dense one, or the entries of a sparse tensor, which may repeat."""
+    if not amount.is_sparse:
+        state.add_(amount)
+        return
+    index, values = amount._indices(), amount._values()  # those of a coalesced tensor would be sorted first
+    strides = torch.tensor(state.stride(), device=index.device)[:, None]
+    state.view(-1).index_add_(0, (index * strides).sum(0), values.to(state.dtype))
 
 
 def total_weight(examples: Tensor, weight: Tensor | None) -> Tensor:

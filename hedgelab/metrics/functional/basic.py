@@ -1,6 +1,6 @@
 """The basic metrics: how well a reconstruction matches, and how sparse its codes are.
 
-``x`` and ``x_hat`` are ``[batch, d_in]``, codes are ``Codes`` or dense ``[batch, d_sae]``, where a latent fires above 0;
+``x`` and ``x_hat`` are ``[batch, d_in]``, codes are ``Codes`` or dense ``[batch, d_sae]``, where a latent fires that is not 0;
 ``weight [batch]`` are the examples' probabilities (population mode), None weighs all alike. A score is a float64 scalar.
 """
 
@@ -147,7 +147,7 @@ def firing_update(codes: Tensor | Codes, weight: Tensor | None = None) -> Ratio:
     if weight is None:
         fired = float64(codes.firing_counts())
         return Ratio(fired, fired.new_tensor(codes.batch_size))
-    indicator = codes.with_values(float64(codes.values > 0))
+    indicator = codes.with_values(float64(codes.values != 0))
     return Ratio(indicator.sum_per_latent(float64(weight)), float64(weight).sum())
 
 

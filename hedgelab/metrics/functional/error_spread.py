@@ -100,7 +100,7 @@ def residual_hedging(
     directions = fold_decoder(W_dec)[0]  # the scale of codes cancels: rows of the regression are in units of it too
     x, error = (rows.detach()[: size * blocks] for rows in (x, error))
     dense = as_codes(codes).to_dense().detach()[: size * blocks].to(x.device)
-    measured = ((dense > 0).sum(0) >= FIRINGS).to(directions.device)
+    measured = ((dense != 0).sum(0) >= FIRINGS).to(directions.device)
     latents = torch.full(measured.shape, torch.nan, dtype=torch.float64, device=measured.device)
     count, nothing = measured.sum().double(), latents.new_tensor(torch.nan)
     if not bool(measured.any()):

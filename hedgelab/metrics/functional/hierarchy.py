@@ -50,21 +50,21 @@ def infer_parents(both: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
 
 
 def absorption(
-    codes: Tensor | Codes, features: Tensor, latent: Tensor, parents: Tensor, weight: Tensor | None = None
+    codes: Tensor | Codes, features: Tensor | Codes, latent: Tensor, parents: Tensor, weight: Tensor | None = None
 ) -> AbsorptionScores:
     """Absorption of each child feature, each score from 0 to 1 and ``excess`` from -1 to 1; formulas in the module.
 
-    Latents are codes or dense ``[examples, d_sae]``, ``features [examples, n]`` firing magnitudes. Needs true features: of a
-    language model see :mod:`.first_letter`.
+    Latents ``[examples, d_sae]`` and firing magnitudes ``features [examples, n]`` are dense or codes. Needs true features:
+    of a language model see :mod:`.first_letter`. Makes both dense: of many batches take :func:`absorption_from_co_firing`.
 
     >>> features = torch.tensor([[1.0, 1], [1, 0]])  # a parent, and its child
     >>> codes = torch.tensor([[0.0, 1], [1, 0]])  # the parent's latent is silent on the child
     >>> absorption(codes, features, torch.tensor([0, 1]), torch.tensor([-1, 0])).excess.tolist()
     [nan, 1.0]
     """
-    fires = features > 0
+    fires = as_codes(features).to_dense() > 0
     parent_fires = fires[:, parents] & _tracked(latent, parents)
-    silent = as_codes(codes).to_dense()[:, latent[parents]] <= 0
+    silent = as_codes(codes).to_dense()[:, latent[parents]] == 0
     kinds = parent_fires & fires, parent_fires & ~fires
     missed, without = (weighted_sum(kind & silent, weight) / weighted_sum(kind, weight) for kind in kinds)
     return AbsorptionScores(missed, without, missed - without)

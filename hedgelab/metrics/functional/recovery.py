@@ -12,7 +12,14 @@ from torch.nn.functional import normalize
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional import accumulate
-from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, sparse_product, weighted_sum
+from hedgelab.metrics.functional.accumulate import (
+    as_codes,
+    float64,
+    fold_decoder,
+    pair_product,
+    sparse_product,
+    weighted_sum,
+)
 from hedgelab.metrics.functional.basic import firing_update
 
 NEAR_DUPLICATE = 0.9  # cosine from which two decoder rows count as the same direction
@@ -122,13 +129,29 @@ class DetectionScores(NamedTuple):
     f1: Tensor  # 0 for a latent that never fires, NaN for a feature that never does
 
 
-def co_firing(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> CoFiring:
-    """Sums of one batch of latents and ``features [batch, n]``; without ``weight`` pairs are exact whole numbers in float32."""
-    codes, present = as_codes(codes).detach(), features > 0
+def co_firing_update(codes: Tensor | Codes, features: Tensor | Codes, weight: Tensor | None = None) -> CoFiring:
+    """Sums of one batch; where ``features`` are codes, ``both`` is a sparse tensor with an entry for each pair and example."""
+    codes, exact = as_codes(codes).detach(), torch.Tensor.float if weight is None else float64
     fired, count = firing_update(codes, weight)
-    firing = codes.with_values((codes.values > 0).float())
-    pair = (present.float(), None) if weight is None else (float64(present), float64(weight))
-    return CoFiring(count, fired, weighted_sum(present, weight), sparse_product(firing, *pair))
+    firing, weight = codes.with_values(exact(codes.values != 0)), None if weight is None else float64(weight)
+    if isinstance(features, Codes):
+        present = features.with_values(exact(features.values > 0))
+        return CoFiring(count, fired, firing_update(present, weight).numerator, pair_product(firing, present, weight))
+    dense = features > 0
+    return CoFiring(count, fired, weighted_sum(dense, weight), sparse_product(firing, exact(dense), weight))
+
+
+def co_firing(codes: Tensor | Codes, features: Tensor | Codes, weight: Tensor | None = None) -> CoFiring:
+    """How often latents and features fire and fire together, over one batch.
+
+    Latents fire where they are not 0, ``features [batch, n]`` (a tensor or codes) where they are above 0. Without ``weight``
+    pairs are exact whole numbers in float32.
+
+    >>> co_firing(torch.tensor([[1.0], [-2.0]]), torch.tensor([[1.0, 0.0], [1.0, 2.0]])).both.tolist()
+    [[2.0, 1.0]]
+    """
+    counts = co_firing_update(codes, features, weight)
+    return counts._replace(both=counts.both.to_dense()) if counts.both.is_sparse else counts
 
 
 def detection_scores(counts: CoFiring, feature: Tensor) -> DetectionScores:

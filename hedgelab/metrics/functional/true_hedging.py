@@ -34,7 +34,14 @@ from torch import Tensor
 
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, sparse_product, weighted_sum
+from hedgelab.metrics.functional.accumulate import (
+    as_codes,
+    float64,
+    fold_decoder,
+    pair_product,
+    sparse_product,
+    weighted_sum,
+)
 from hedgelab.metrics.functional.recovery import Matching, encoder_cosines, match_features
 
 TRACKING_COSINE = 0.6  # absolute decoder cosine from which a latent is said to track its feature
@@ -123,9 +130,17 @@ def hedging(coordinates: Tensor, cosines: Tensor, tracked: Matching, live: Tenso
     return HedgingScores(components, components.norm(dim=1), largest)
 
 
-def regression_update(codes: Tensor | Codes, features: Tensor, weight: Tensor | None = None) -> RegressionSums:
-    """Sums of one batch of latents, codes or dense ``[batch, d_sae]``, and true activations ``[batch, n]``."""
+def regression_update(codes: Tensor | Codes, features: Tensor | Codes, weight: Tensor | None = None) -> RegressionSums:
+    """Sums of one batch of latents ``[batch, d_sae]`` and true activations ``[batch, n]``, each dense or codes.
+
+    Where true activations are codes, sums of products are sparse tensors with an entry for each pair and example, unless there
+    are weights: those of a population, which is small.
+    """
     codes, features = as_codes(codes).detach(), features.detach()
+    if isinstance(features, Codes):
+        if weight is None:
+            return _sparse_regression_update(codes, features)
+        features = features.to_dense()
     rows = torch.arange(len(features), device=features.device) % 2
     amounts = [(rows == half).double() if weight is None else float64(weight) for half in (0, 1)]
     dense = float64(codes.to_dense())
@@ -137,6 +152,29 @@ def regression_update(codes: Tensor | Codes, features: Tensor, weight: Tensor | 
         torch.stack([weighted_sum(features, amount) for amount in amounts]),
         dense.t() @ weighted,
         torch.stack([sparse_product(codes, features.float(), amount.float()) for amount in amounts]),
+    )
+
+
+def _sparse_regression_update(codes: Codes, features: Codes) -> RegressionSums:
+    """The same of true activations that are codes, without weights."""
+    d_sae, wide = codes.d_sae, codes.with_values(float64(codes.values))
+    crow, latents, values = codes.csr()
+    rows, true = codes.rows(), features.with_values(float64(features.values))
+    halves = [(torch.arange(codes.batch_size, device=rows.device) % 2 == half).double() for half in (0, 1)]
+    # latents of odd examples are counted from d_sae on, so that both halves are one product
+    products = pair_product(Codes.from_csr(crow, latents + d_sae * (rows % 2), values.float(), 2 * d_sae), features)
+    if products.is_sparse:
+        latent, feature = products._indices()
+        index = torch.stack([latent // d_sae, latent % d_sae, feature])
+        shape = (2, d_sae, features.d_sae)
+        products = torch.sparse_coo_tensor(index, products._values(), shape, check_invariants=False)
+    return RegressionSums(
+        wide.values.new_tensor(codes.batch_size),
+        torch.stack([half.sum() for half in halves]),
+        torch.stack([wide.sum_per_latent(half) for half in halves]),
+        torch.stack([true.sum_per_latent(half) for half in halves]),
+        pair_product(wide, wide),
+        products if products.is_sparse else products.unflatten(0, (2, d_sae)),
     )
 
 
