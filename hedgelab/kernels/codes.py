@@ -88,7 +88,8 @@ class Codes:
     anything but speed: they answer alike for both layouts. Gradients flow through ``values``.
 
     Attributes:
-        values: ``[batch, d_sae]``, or in the sparse layout ``[nnz]``, stored row by row; a stored value may be 0.
+        values: ``[batch, d_sae]``, or in the sparse layout ``[nnz]``, stored row by row. A latent fires where its value is
+            not 0, positive or negative; a stored value may be 0.
         layout: Row pointers ``crow`` and ``latents`` of sparse values; None in the dense layout.
         rates: How often each latent fires on average, ``[d_sae]``, with a gradient; only JumpReLU selections make it.
         leading: The shape of the examples where they are no plain batch. Rows are the examples one after the other.
@@ -198,6 +199,18 @@ class Codes:
         crow = row_pointers(self.layout.rows[index], self.batch_size)
         return replace(self, values=self.values[index], layout=Layout(crow, self.layout.latents[index], self.d_sae))
 
+    def relabelled(self, place: Tensor) -> Self:
+        """Codes in which latent i goes by the number ``place[i]``, a permutation ``[d_sae]``; differentiable.
+
+        >>> Codes.from_dense(torch.tensor([[5.0, 6.0, 7.0]])).relabelled(torch.tensor([2, 0, 1])).to_dense().tolist()
+        [[6.0, 7.0, 5.0]]
+        """
+        latent_at = place.argsort()
+        rates = None if self.rates is None else self.rates[latent_at]
+        if self.layout is None:
+            return replace(self, values=self.values[:, latent_at], rates=rates)
+        return replace(self, layout=Layout(self.layout.crow, place[self.layout.latents], self.d_sae), rates=rates)
+
     def prefix(self, count: int) -> Self:
         """Codes of the first ``count`` latents alone, the others silent."""
         if self.layout is None:
@@ -206,17 +219,17 @@ class Codes:
         return self.stored((self.layout.latents < count).nonzero().squeeze(1))
 
     def firing_counts(self) -> Tensor:
-        """How many examples each latent fires on (activation > 0), ``[d_sae]`` int64."""
+        """How many examples each latent fires on (activation not 0), ``[d_sae]`` int64."""
         if self.layout is None:
-            return (self.values > 0).sum(0)
-        return torch.bincount(self.layout.latents[self.values > 0], minlength=self.d_sae)
+            return (self.values != 0).sum(0)
+        return torch.bincount(self.layout.latents[self.values != 0], minlength=self.d_sae)
 
     def fired(self) -> Tensor:
         """Whether each latent fires on any example, ``[d_sae]`` bool."""
         if self.layout is None:
-            return (self.values > 0).any(0)
+            return (self.values != 0).any(0)
         fired = torch.zeros(self.d_sae, dtype=torch.int8, device=self.values.device)
-        return fired.scatter_reduce_(0, self.layout.latents, (self.values > 0).to(torch.int8), "amax").bool()
+        return fired.scatter_reduce_(0, self.layout.latents, (self.values != 0).to(torch.int8), "amax").bool()
 
     def smallest_positive(self) -> Tensor:
         """The smallest activation above 0, a scalar; infinite without one."""
@@ -230,7 +243,7 @@ class Codes:
 
     def active_per_example(self) -> Tensor:
         """L0 of each example, ``[...]`` int64."""
-        active = self.values > 0
+        active = self.values != 0
         if self.layout is None:
             counts = active.sum(1)
         else:

@@ -2,11 +2,11 @@
 
 ``auto`` takes the dense reference for few latents, where overhead rules and ``torch.func`` must work, and the sparse path for
 many. ReLU and JumpReLU latents, whose number is not bounded, are compressed where a sample of rows says that few fire. A path
-is a module with ``encode``, ``decode`` and ``level_errors``: :mod:`~hedgelab.kernels.reference` or
+is a module with ``encode``, ``decode``, ``level_errors`` and ``decoder_gradient``: :mod:`~hedgelab.kernels.reference` or
 :mod:`~hedgelab.kernels.sparse`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -85,6 +85,21 @@ def decode(codes: Codes, decoder: Decoder) -> Tensor:
 def level_errors(codes: Codes, decoder: Decoder, target: Target) -> Errors:
     """Squared error of the reconstruction from each of the target's levels, and the errors ``x_hat - x``."""
     return cast(Errors, decoder_path(codes, decoder.W_dec).level_errors(codes, decoder, target))
+
+
+@torch.no_grad()
+def decoder_gradient(codes: Codes, upstream: Tensor, levels: Sequence[int]) -> Tensor:
+    """What the gradient of ``W_dec`` is made of: for each latent the sum over examples of its value times its level's upstream.
+
+    ``upstream [levels, batch, d_in]`` is the gradient of what each level adds; the result is ``[d_sae, d_in]``, 0 beyond the
+    last level, without a gradient. Of codes split over processes each has the rows of its own latents, in a DTensor.
+
+    >>> codes = Codes.from_dense(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+    >>> decoder_gradient(codes, torch.tensor([[[1.0], [1.0]], [[10.0], [20.0]]]), (1, 2)).tolist()
+    [[1.0], [80.0]]
+    """
+    path = PLUGGED_IN.get(type(codes), decoder_path(codes, upstream))
+    return cast(Tensor, path.decoder_gradient(codes, upstream, levels))
 
 
 def total(values: Tensor, latents: slice = slice(None)) -> Tensor:

@@ -1,6 +1,7 @@
 """Dense reference of every kernel: plain PyTorch with autograd, right by inspection, the yardstick of fast paths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,8 +45,10 @@ class _PreActivations(Function):
 def encode(x: Tensor, encoder: Encoder, selection: Selection, lean: bool = False) -> Codes:
     """Codes of activations ``[batch, d_in]``; ``lean`` spares the backward pass a product, where all have one type."""
     if isinstance(selection, TopK) and selection.among is not None:
-        values, indices = pre_activations(x, encoder.columns(selection.among)).topk(selection.k, dim=1)
-        return Codes.from_topk(selection.among[indices], values.relu(), encoder.W_enc.shape[1])
+        pre = pre_activations(x, encoder.columns(selection.among))
+        indices = selection.ranked(pre).topk(selection.k, dim=1).indices
+        values = selection.activations(pre.gather(1, indices))
+        return Codes.from_topk(selection.among[indices], values, encoder.W_enc.shape[1])
     pre = _PreActivations.apply(x, *encoder[:3]) if lean else pre_activations(x, encoder)  # type: ignore[no-untyped-call]
     match selection:
         case ReLU():
@@ -53,9 +56,9 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection, lean: bool = False
         case Threshold(threshold):
             return Codes.from_dense(torch.where(pre > threshold, pre, 0.0))
         case TopK(k):
-            largest = _ranked(pre, encoder).topk(k, dim=1).indices
+            largest = selection.ranked(_ranked(pre, encoder)).topk(k, dim=1).indices
             kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, largest, True)
-            return Codes.from_dense(torch.where(kept, pre.relu(), 0.0))
+            return Codes.from_dense(torch.where(kept, selection.activations(pre), 0.0))
         case BatchTopK(_, _, ranks):
             activations = pre.relu_()
             kept = _batch_topk(_ranked(activations, encoder), selection, encoder.share_of(len(x), ranks))
@@ -98,6 +101,15 @@ def _first_mass(ranked: Tensor, weight: Tensor, k: int, share: Share) -> Tensor:
 def decode(codes: Codes, decoder: Decoder) -> Tensor:
     """``a W_dec + b_dec``, ``[batch, d_in]``."""
     return torch.addmm(decoder.b_dec, codes.to_dense().reshape(-1, codes.d_sae), decoder.W_dec)
+
+
+def decoder_gradient(codes: Codes, upstream: Tensor, levels: Sequence[int]) -> Tensor:
+    """As :func:`hedgelab.kernels.ops.decoder_gradient`."""
+    activations = codes.to_dense().reshape(-1, codes.d_sae).to(upstream.dtype)
+    gradient = upstream.new_zeros(codes.d_sae, upstream.shape[2])
+    for level, (start, stop) in enumerate(pairwise([0, *levels])):
+        gradient[start:stop] = activations[:, start:stop].t() @ upstream[level]
+    return gradient
 
 
 def level_errors(

@@ -44,13 +44,13 @@ class Product(NamedTuple):
             working = torch.promote_types(dtype, torch.float32)
             return cls(centred, encoder.W_enc.to(dtype), encoder.b_enc.to(dtype), working)
 
-    def tiles(self, scale: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def tiles(self, scale: Tensor | None = None, signed: bool = False) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Of each tile its rows (a slice), its pre-activations and what ranks them; overwritten by the next, padded by -inf."""
         batch, d_sae = self.x.shape[0], self.W_enc.shape[1]
         least = max(LEAST_ROWS, TILE_BYTES[self.x.device.type] // (self.dtype.itemsize * d_sae))
         count = max(1, -(-batch // least))
         shape = (-(-batch // count), -(-d_sae // GROUP) * GROUP)
-        buffers = [scratch(*shape, self.dtype, self.x.device) for _ in range(1 if scale is None else 2)]
+        buffers = [scratch(*shape, self.dtype, self.x.device) for _ in range(1 if scale is None and not signed else 2)]
         for buffer in buffers:
             buffer[:, d_sae:] = -torch.inf
         for start in range(count):
@@ -63,14 +63,18 @@ class Product(NamedTuple):
             if scale is not None:
                 ranked = buffers[1][: part.shape[0]]
                 torch.mul(tile[:, :d_sae], scale, out=ranked[:, :d_sae])
+            if signed:
+                scaled, ranked = ranked, buffers[1][: part.shape[0]]
+                torch.abs(scaled[:, :d_sae], out=ranked[:, :d_sae])
             yield slice(start, None, count), tile, ranked
 
 
 def select(product: Product, encoder: Encoder, selection: Selection, fast: Callable[..., Codes | None]) -> Codes:
     """The pre-activations that codes store; ``fast`` is a device's kernel, which gives None where it does not reach."""
     match selection:
-        case TopK(k):
-            return fast(product, k, encoder.scale, True) or select_topk(product, k, encoder.scale)
+        case TopK(k, _, signed):
+            found = None if signed else fast(product, k, encoder.scale, True)
+            return found or select_topk(product, k, encoder.scale, signed)
         case BatchTopK(k, _, ranks):
             share = encoder.share_of(len(product.x), ranks)
             found = fast(product, k, encoder.scale, False) if share.ranks.size == 1 else None
@@ -78,12 +82,12 @@ def select(product: Product, encoder: Encoder, selection: Selection, fast: Calla
     return select_above(product, floor_of(selection))
 
 
-def select_topk(product: Product, k: int, scale: Tensor | None) -> Codes:
-    """The k largest of each row, ranked by pre-activation (times ``scale [d_sae]``)."""
+def select_topk(product: Product, k: int, scale: Tensor | None, signed: bool = False) -> Codes:
+    """The k largest of each row, ranked by pre-activation (times ``scale [d_sae]``), or by its size where ``signed``."""
     batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
     latents = torch.empty(batch, k, dtype=torch.long, device=product.x.device)
     pre = torch.empty(batch, k, dtype=product.dtype, device=product.x.device)
-    for rows, tile, ranked in product.tiles(scale):
+    for rows, tile, ranked in product.tiles(scale, signed):
         columns = largest_columns(ranked, k, d_sae)
         latents[rows] = columns
         pre[rows] = tile.gather(1, columns)

@@ -6,6 +6,7 @@ results and gradients are those of one process. All processes must call each ker
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from hedgelab.errors import UserError
 from hedgelab.kernels import ops, reference, sparse
 from hedgelab.kernels.codes import Codes, row_pointers
 from hedgelab.kernels.ranks import Ranks, Share
@@ -45,6 +47,12 @@ class ShardedCodes(Codes):
     def scale(self, factor: Tensor) -> Self:
         """Codes with latent i multiplied by ``factor[i]``, a DTensor ``[d_sae]`` or this process's part of one."""
         return super().scale(_own(factor))
+
+    def relabelled(self, place: Tensor) -> Self:
+        """Not here: a latent cannot move to another process."""
+        raise UserError(
+            "trainer.strategy: latents cannot be sorted where they are split over processes, use auto or ddp"
+        )
 
     def sum_per_latent(self, weight: Tensor | None = None) -> Tensor:
         """Sum of each latent's activations over the batch, a DTensor ``[d_sae]``."""
@@ -79,13 +87,13 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
         codes = ops.encode_part(x, part, type(selection)(*fields))
         rates = None if codes.rates is None else _of_all(codes.rates, mesh)
         return ShardedCodes(codes.values, codes.layout, rates, mesh=mesh)
-    k, among = selection
+    k, among, signed = selection
     own = None if among is None else among[(among >= first) & (among < first + width)] - first
     if own is None or len(own):
-        codes = ops.encode_part(x, part, TopK(min(k, width if own is None else len(own)), own))
+        codes = ops.encode_part(x, part, TopK(min(k, width if own is None else len(own)), own, signed))
     else:  # the empty values depend on b_dec, so this process takes part when the gradients of b_dec are summed
         codes = Codes.from_csr(own.new_zeros(len(x) + 1), own, b_dec[:0], width)
-    codes = _largest_of_rows(codes, k, scale if among is None else None, ranks)
+    codes = _largest_of_rows(codes, selection, scale if among is None else None, ranks)
     return ShardedCodes(codes.values, codes.layout, mesh=mesh)
 
 
@@ -100,10 +108,16 @@ def level_errors(codes: Codes, decoder: Decoder, target: Target) -> Errors:
     """As :func:`ops.level_errors`; what each level adds is summed over processes, and accumulated as one process does."""
     own, ranks = Decoder(_own(decoder.W_dec), _own(decoder.b_dec)), _ranks(decoder.W_dec)
     part, width = Codes(codes.values, codes.layout), len(own.W_dec)
-    target = target._replace(levels=[min(max(level - ranks.rank * width, 0), width) for level in target.levels])
+    target = target._replace(levels=_own_levels(target.levels, width, ranks))
     if ops.decoder_path(part, own.W_dec) is sparse:
         return sparse.level_errors(part, own, target, ranks)
     return reference.level_errors(part, own, target, lambda added: _sum(added, ranks))
+
+
+def decoder_gradient(codes: ShardedCodes, upstream: Tensor, levels: Sequence[int]) -> Tensor:
+    """As :func:`ops.decoder_gradient`, a DTensor as the gradient of ``W_dec`` is."""
+    own = _own_levels(levels, codes.d_sae, codes.ranks)
+    return _of_all(ops.decoder_gradient(Codes(codes.values, codes.layout), upstream, own), codes.mesh)
 
 
 def total(values: Tensor, latents: slice) -> Tensor:
@@ -114,9 +128,15 @@ def total(values: Tensor, latents: slice) -> Tensor:
     return _sum(own[max(start - first, 0) : max(stop - first, 0)].sum(), ranks)
 
 
-def _largest_of_rows(codes: Codes, k: int, scale: Tensor | None, ranks: Ranks) -> Codes:
+def _own_levels(levels: Sequence[int], width: int, ranks: Ranks) -> list[int]:
+    """Where levels end among this process's latents."""
+    return [min(max(level - ranks.rank * width, 0), width) for level in levels]
+
+
+def _largest_of_rows(codes: Codes, selection: TopK, scale: Tensor | None, ranks: Ranks) -> Codes:
     """Of each row's activations those among the k largest (times ``scale``) of all processes; the first of equals."""
-    ranked = (codes if scale is None else codes.scale(scale)).values.detach()
+    k = selection.k
+    ranked = selection.ranked((codes if scale is None else codes.scale(scale)).values.detach())
     if codes.layout is not None:
         ranked = ranked.view(codes.batch_size, len(ranked) // max(1, codes.batch_size))  # every row stores as many
     best = ranked.topk(min(k, ranked.shape[1]), dim=1).values
@@ -167,4 +187,4 @@ class _Summed(Function):
         return grad if ctx.of_values else ctx.ranks.sum(grad), None, None
 
 
-ops.PLUGGED_IN[DTensor] = sys.modules[__name__]
+ops.PLUGGED_IN |= dict.fromkeys((DTensor, ShardedCodes), sys.modules[__name__])

@@ -5,6 +5,7 @@ selection picks entries, and gradients then touch those entries alone. Products 
 (autocast, bf16 parameters) are computed in it; what follows the encoder's product is summed in single precision.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     narrow = (product.x, product.W_enc) if x.is_cuda else (None, None)
     pre: Tensor = _SelectedPreActivations.apply(x, *encoder[:3], selected.values, layout, *narrow)  # type: ignore[no-untyped-call]
     if not isinstance(selection, JumpReLU):
-        return Codes(pre.relu() if isinstance(selection, TopK) else pre, layout)
+        return Codes(selection.activations(pre) if isinstance(selection, TopK) else pre, layout)
     log_threshold, bandwidth, weight = selection
     activations, fired = reference.jump(pre, log_threshold.exp()[layout.latents], bandwidth)
     share = fired / x.shape[0] if weight is None else fired * weight.to(fired.dtype)[layout.rows]
@@ -78,6 +79,15 @@ def level_errors(codes: Codes, decoder: Decoder, target: Target, ranks: Ranks = 
     settings = (codes.layout, tuple(target.levels), target, ranks)
     losses, errors = _DecodeLevels.apply(codes.values, target.x, *decoder, *settings)  # type: ignore[no-untyped-call]
     return losses.unbind(), errors.unbind()
+
+
+def decoder_gradient(codes: Codes, upstream: Tensor, levels: Sequence[int]) -> Tensor:
+    """As :func:`hedgelab.kernels.ops.decoder_gradient`."""
+    if levels[-1] < codes.d_sae:
+        codes = codes.prefix(levels[-1])
+    values, kernels = codes.values.to(upstream.dtype), products_on(upstream)
+    gradient: Tensor = kernels.latent_gradients(codes.layout, values, upstream, levels, upstream.dtype)[0]
+    return gradient
 
 
 class _SelectedPreActivations(Function):
@@ -150,7 +160,7 @@ class _DecodeLevels(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_x_hat: Tensor | None) -> tuple[Tensor | None, ...]:
         values, W_dec, weight, errors = ctx.saved_tensors
-        upstream = grad_x_hat if grad is None else _of_squares(grad, errors, weight, ctx.detach)
+        upstream = grad_x_hat if grad is None else level_upstream(grad, errors, weight, ctx.detach)
         if upstream is None:
             return (None,) * 8
         needs_values, needs_x, _, needs_b_dec, *_ = ctx.needs_input_grad
@@ -164,7 +174,7 @@ class _DecodeLevels(Function):
         return grad_values, grad_x, grad_W_dec, grad_b_dec, None, None, None, None
 
 
-def _of_squares(grad: Tensor, errors: Tensor, weight: Tensor | None, detach: bool | str) -> Tensor:
+def level_upstream(grad: Tensor, errors: Tensor, weight: Tensor | None, detach: bool | str) -> Tensor:
     """The gradient of what each level adds ``[levels, batch, d_in]``, from those of the levels' losses ``[levels]``.
 
     Levels may weigh examples alike ``[batch]``, or each in its own way ``[levels, batch]``.

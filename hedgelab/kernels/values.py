@@ -52,10 +52,22 @@ class Threshold(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """``a = relu(pre)`` of the k largest of each example; with ``among [n]`` of those latents only, whatever the scale."""
+    """``a = relu(pre)`` of the k largest of each example; with ``among [n]`` of those latents only, whatever the scale.
+
+    ``signed``: ``a = pre`` of the k of largest ``|pre|`` (AbsTopK, arXiv 2510.00404).
+    """
 
     k: int
     among: Tensor | None = None
+    signed: bool = False
+
+    def ranked(self, pre: Tensor) -> Tensor:
+        """What is largest where pre-activations (times a scale) are to be kept."""
+        return pre.abs() if self.signed else pre
+
+    def activations(self, pre: Tensor) -> Tensor:
+        """Of the pre-activations that are kept."""
+        return pre if self.signed else pre.relu()
 
 
 class BatchTopK(NamedTuple):

@@ -43,12 +43,11 @@ def asymmetry(codes: Codes, size: int, weight: Tensor | None = None, ranks: Rank
     """
     values = codes.values.detach().double()  # what follows is a difference of products: single precision leaves noise
     codes = codes.with_values(values)
-    fires = codes.with_values((codes.values > 0).double())
+    fires = codes.with_values((codes.values != 0).double())
     if weight is None:
         weight = codes.values.new_full((codes.batch_size,), 1 / codes.batch_size)
     weight = weight.double()
     outer = (codes.active_per_example() - codes.prefix(size).active_per_example()).double()
     sums = [part.sum_per_latent(by)[:size] for part in (codes, fires) for by in (weight, weight * outer)]
     mean, mean_with, rate, rate_with = ranks.mean(torch.stack(sums)).unbind()
-    covariance = (mean_with * rate - mean * rate_with) / mean.clamp_min(1e-12)
-    return torch.where(mean > 0, covariance, torch.zeros_like(mean)).sum()
+    return ((mean_with * rate - mean * rate_with) / torch.where(mean != 0, mean, 1.0)).sum()

@@ -42,6 +42,8 @@ def encode(kind, w, weight=None):
             return ops.encode(*args, ReLU())
         case "topk" | "scaled_topk":
             return ops.encode(*args, TopK(K))
+        case "signed_topk" | "scaled_signed_topk":
+            return ops.encode(*args, TopK(K, signed=True))
         case "batch_topk" | "scaled_batch_topk":
             return ops.encode(*args, BatchTopK(K, weight))
         case "columns":
@@ -53,7 +55,18 @@ def encode(kind, w, weight=None):
     raise ValueError(kind)
 
 
-KINDS = ("relu", "topk", "scaled_topk", "batch_topk", "scaled_batch_topk", "columns", "threshold", "jumprelu")
+KINDS = (
+    "relu",
+    "topk",
+    "scaled_topk",
+    "signed_topk",
+    "scaled_signed_topk",
+    "batch_topk",
+    "scaled_batch_topk",
+    "columns",
+    "threshold",
+    "jumprelu",
+)
 
 
 def gradient(weight):
@@ -74,6 +87,7 @@ def outcome(kind, w, backend, detach, weight=None, tilt=0.0):
         return {
             "codes": codes.gathered().to_dense().detach(),
             "fired": codes.fired(),
+            "of_decoder": ops.decoder_gradient(codes, torch.stack(list(errors)), (100, 400, D_SAE)),
             "smallest": codes.smallest_positive(),
             "reconstruction": ops.decode(codes, decoder).detach(),
             "loss": loss.detach(),

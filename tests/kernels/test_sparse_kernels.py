@@ -45,6 +45,9 @@ ENCODERS: dict[str, Encode] = {
     "relu": lambda m, x, w, k: m.encode(x, w.encoder(), ReLU()),
     "topk": lambda m, x, w, k: m.encode(x, w.encoder(), TopK(k)),
     "topk_norm_aware": lambda m, x, w, k: m.encode(x, w.encoder(scaled=True), TopK(k)),
+    "signed_topk": lambda m, x, w, k: m.encode(x, w.encoder(), TopK(k, signed=True)),
+    "signed_topk_norm_aware": lambda m, x, w, k: m.encode(x, w.encoder(scaled=True), TopK(k, signed=True)),
+    "signed_columns": lambda m, x, w, k: m.encode(x, w.encoder(), TopK(k, torch.arange(w.W_enc.shape[1])[-k:], True)),
     "batch_topk": lambda m, x, w, k: m.encode(x, w.encoder(), BatchTopK(k)),
     "batch_topk_norm_aware": lambda m, x, w, k: m.encode(x, w.encoder(scaled=True), BatchTopK(k)),
     "columns": lambda m, x, w, k: m.encode(x, w.encoder(), TopK(k, torch.arange(w.W_enc.shape[1])[-k:])),
@@ -128,6 +131,26 @@ def test_tied_pre_activations_keep_as_many_and_as_large(name):
     if name == "topk":
         kept = [activations.sort(dim=1).values for activations in kept]
     assert torch.equal(*(activations.flatten().sort().values for activations in kept))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("m", [reference, sparse], ids=["dense", "sparse"])
+def test_signed_topk_keeps_the_largest_by_size_with_their_sign_and_gradient(m, scaled):
+    """Against a plain formula; d_sae is large enough for the sparse path to look at groups."""
+    x = torch.randn(60, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    w, own = Weights(8, 1001), Weights(8, 1001)
+    codes = m.encode(x, w.encoder(scaled), TopK(7, signed=True))
+    pre = (x - own.b_dec) @ own.W_enc + own.b_enc
+    size = pre.abs() * own.W_dec.norm(dim=1) if scaled else pre.abs()
+    kept = size >= size.sort(dim=1, descending=True).values[:, 6:7]
+    plain = pre * kept
+    torch.testing.assert_close(codes.to_dense(), plain, rtol=1e-12, atol=1e-12)
+    assert codes.active_per_example().tolist() == [7] * 60
+    assert 0.3 < float((codes.csr()[2] < 0).double().mean()) < 0.7
+    codes.to_dense().sin().sum().backward()
+    plain.sin().sum().backward()
+    for found, expected in zip(w.gradients()[:2], own.gradients()[:2], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_ties_of_a_batch_go_to_the_lowest_row_then_latent():

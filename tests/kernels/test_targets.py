@@ -90,6 +90,37 @@ def test_all_but_last_differs_from_its_neighbours(path):
     assert [bool(grad[inner].any()) for grad in gradients["all_but_last"]] == [True, False, True]
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("levels", [LEVELS, [D_SAE], [4, 11], [11]])
+def test_a_decoder_gradient_sums_value_times_upstream_of_its_level(path, levels):
+    a = leaves()[0].detach() - 0.1 * leaves()[0].detach().square()  # some are negative
+    upstream = torch.randn(len(levels), BATCH, D_IN, generator=torch.Generator().manual_seed(1)).double()
+    codes = Codes.from_dense(a.requires_grad_())
+    if path == "sparse":
+        codes = Codes.from_csr(*codes.csr(), D_SAE)
+    expected = torch.zeros(D_SAE, D_IN).double()
+    for latent in range(levels[-1]):
+        level = next(number for number, stop in enumerate(levels) if latent < stop)
+        expected[latent] = sum(a[b, latent].detach() * upstream[level, b] for b in range(BATCH))
+    found = ops.decoder_gradient(codes, upstream, levels)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_it_is_what_the_decoder_learns_from(path):
+    a, W_dec, b_dec, x = leaves()
+    codes = Codes.from_csr(*Codes.from_dense(a.detach()).csr(), D_SAE)
+    target = Target(x.detach(), LEVELS, "all_but_last", population(), 0.4)
+    losses, errors = PATHS[path].level_errors(codes, Decoder(W_dec, b_dec), target)
+    (torch.stack(list(losses)) @ FACTORS).backward()
+    errors = torch.stack(list(errors))
+    weight = reference.tilted(errors.square().sum(2), target)
+    upstream = sparse.level_upstream(FACTORS, errors, weight, "all_but_last")
+    with ops.backend(path):
+        torch.testing.assert_close(ops.decoder_gradient(codes, upstream, LEVELS), W_dec.grad, rtol=1e-10, atol=1e-12)
+
+
 def tilted_loss(squares: list[float], tilt: float, path: str = "sparse") -> tuple[float, Tensor]:
     """Loss of one latent that never fires on examples of these squared errors, and the gradient of ``b_dec``."""
     x = torch.tensor(squares).double().sqrt()[:, None]

@@ -178,7 +178,7 @@ def latent_gradients(
     Latents beyond the last level get zeros. Weight gradients of many values are a dense product.
     """
     count, batch, width = source.shape
-    if weight is None and len(values) > max_share(source.dtype) * batch * layout.d_sae:
+    if weight is None and count == 1 and len(values) > max_share(source.dtype) * batch * layout.d_sae:
         dense = Codes(values.to(source.dtype), layout).to_dense()
         sums = Codes(values, layout).sum_per_latent() if bias else None
         return (dense.t() @ source[0]).to(dtype), sums, None
