@@ -36,21 +36,24 @@ def latent_gradients(
     values: Tensor,
     source: Tensor,
     levels: Sequence[int],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     weight: Tensor | None = None,
     bias: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients from ``source [levels, rows, d]``, which is what each row hands its latents, by their level.
 
-    Of the weights, ``[d_sae, d]`` of type ``dtype``: for each latent the sum of value · source[row]. Of a ``bias [d_sae]``: the
-    sums of values. Of the values, ``[nnz]``: source[row] · weight[latent]; None without a ``weight [d_sae, d]``.
+    Of the weights, ``[d_sae, d]`` of type ``dtype``: for each latent the sum of value · source[row]; None without a type, where
+    weights are frozen. Of a ``bias [d_sae]``: the sums of values. Of the values, ``[nnz]``: source[row] · weight[latent]; None
+    without a ``weight [d_sae, d]``.
 
     Taken latent by latent, each row of the weights is read once, and the smaller source gathered from: a third faster.
     """
-    rows, shape, of_values = source.flatten(0, 1).contiguous(), (layout.d_sae, source.shape[2]), None
+    rows, shape = source.flatten(0, 1).contiguous(), (layout.d_sae, source.shape[2])
+    of_weights = of_values = None
     sums = values.new_zeros(layout.d_sae).index_add_(0, layout.latents, values) if bias else None
     if not values.numel() or not shape[1]:
-        return rows.new_zeros(shape, dtype=dtype), sums, None if weight is None else torch.zeros_like(values)
+        of_weights = None if dtype is None else rows.new_zeros(shape, dtype=dtype)
+        return of_weights, sums, None if weight is None else torch.zeros_like(values)
     ccol, places, order = layout.by_level(levels).transposed
 
     def by_latent(stored: Tensor) -> Tensor:
@@ -60,6 +63,7 @@ def latent_gradients(
         pattern, left = by_latent(torch.zeros_like(values)), weight.to(rows.dtype).contiguous()
         dots = torch.sparse.sampled_addmm(pattern, left, rows.t(), beta=0.0).values()
         of_values = torch.empty_like(dots).index_copy_(0, order, dots)
-    out = rows.new_empty(shape)  # beta = 0 ignores its content, and saves a pass over it
-    torch.addmm(out, by_latent(values[order]), rows, beta=0, out=out)
-    return out.to(dtype), sums, of_values
+    if dtype is not None:
+        out = rows.new_empty(shape)  # beta = 0 ignores its content, and saves a pass over it
+        of_weights = torch.addmm(out, by_latent(values[order]), rows, beta=0, out=out).to(dtype)
+    return of_weights, sums, of_values

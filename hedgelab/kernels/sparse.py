@@ -108,13 +108,14 @@ class _SelectedPreActivations(Function):
         with torch.autocast(grad.device.type, enabled=False):
             centred = (x - b_dec).to(grad.dtype) if centred is None else centred
             rows, all_latents = (W_enc.to(grad.dtype) if weights is None else weights).t(), (layout.d_sae,)
-            found = kernels.latent_gradients(layout, grad, centred[None], all_latents, W_enc.dtype, bias=True)
+            wanted = W_enc.dtype if ctx.needs_input_grad[1] else None
+            found = kernels.latent_gradients(layout, grad, centred[None], all_latents, wanted, bias=True)
             grad_rows, grad_b_enc, _ = found
             if ctx.needs_input_grad[0]:
                 grad_x = kernels.decode_levels(layout, grad, rows, all_latents)[0]
             if ctx.needs_input_grad[3]:
                 grad_b_dec = -(grad_b_enc.to(rows.dtype) @ rows)
-        return grad_x, grad_rows.t(), grad_b_enc, grad_b_dec, None, None, None, None
+        return grad_x, None if grad_rows is None else grad_rows.t(), grad_b_enc, grad_b_dec, None, None, None, None
 
 
 class _DecodeLevels(Function):
@@ -163,9 +164,10 @@ class _DecodeLevels(Function):
         upstream = grad_x_hat if grad is None else level_upstream(grad, errors, weight, ctx.detach)
         if upstream is None:
             return (None,) * 8
-        needs_values, needs_x, _, needs_b_dec, *_ = ctx.needs_input_grad
+        needs_values, needs_x, needs_W_dec, needs_b_dec, *_ = ctx.needs_input_grad
+        wanted = W_dec.dtype if needs_W_dec else None, W_dec if needs_values else None
         grad_W_dec, _, grad_values = products_on(values).latent_gradients(
-            ctx.layout, values, upstream.to(ctx.narrow), ctx.levels, W_dec.dtype, W_dec if needs_values else None
+            ctx.layout, values, upstream.to(ctx.narrow), ctx.levels, *wanted
         )
         grad_b_dec = upstream[0].sum(0) if needs_b_dec else None
         grad_x = -(upstream.sum(0) if ctx.detach else upstream[0]) if needs_x else None

@@ -205,6 +205,31 @@ def test_repeated_indices_add_up(levels):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", ["W_dec", "W_enc"])
+def test_frozen_weights_cost_no_product_and_leave_other_gradients_alone(frozen, monkeypatch):
+    x, found, products = torch.randn(40, 12, dtype=torch.float64), [], []
+    product = torch.addmm
+
+    def counting(*args, **kwargs):
+        products.append(args[1].layout)
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "addmm", counting)
+    for names in ((), (frozen,)):
+        w = Weights(12, 203)
+        for name in names:
+            getattr(w, name).requires_grad_(False)
+        codes = sparse.encode(x, w.encoder(), TopK(5))
+        losses, _ = sparse.level_errors(codes, w.decoder(), Target(x, [50, 203]))
+        products.clear()
+        torch.stack(list(losses)).sum().backward()
+        assert products == [torch.sparse_csr] * (2 - len(names))
+        found.append({name: leaf.grad for name, leaf in vars(w).items()})
+    assert found[1].pop(frozen) is None
+    for name, grad in found[1].items():
+        assert grad is found[0][name] is None or torch.equal(grad, found[0][name])
+
+
 @pytest.mark.parametrize("one_level", [False, True])
 def test_gradients_by_finite_differences(one_level):
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()

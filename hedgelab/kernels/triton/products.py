@@ -121,6 +121,7 @@ def _latent_gradients(
     width: "Any",
     nnz: "Any",
     LEVELS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     BIAS: tl.constexpr,
     DOTS: tl.constexpr,
     DOUBLE: tl.constexpr,
@@ -153,12 +154,14 @@ def _latent_gradients(
         pointers = source_ptr + (level * batch + rows)[:, None] * width + columns[None, :]
         mask = (valid & reconstructed)[:, None] & inside[None, :]
         source = tl.load(pointers, mask=mask, other=0.0).to(ACC)
-        total += tl.sum(values[:, None] * source, axis=0)
+        if WEIGHTS:
+            total += tl.sum(values[:, None] * source, axis=0)
         if DOTS:
             tl.store(dots_ptr + tile * nnz + order, tl.sum(source * weight[None, :], axis=1), mask=valid)
         if BIAS:
             bias += values
-    tl.store(gradient_ptr + latent * width + columns, total, mask=inside)
+    if WEIGHTS:
+        tl.store(gradient_ptr + latent * width + columns, total, mask=inside)
     if BIAS and tile == 0:
         tl.store(bias_ptr + latent, tl.sum(bias, axis=0))
 
@@ -168,11 +171,11 @@ def latent_gradients(
     values: Tensor,
     source: Tensor,
     levels: Sequence[int],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     weight: Tensor | None = None,
     bias: bool = False,
     tile: Tile = GRADIENT,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As :func:`hedgelab.kernels.products.latent_gradients`: each row is summed in fast memory and written once.
 
     Latents beyond the last level get zeros. Weight gradients of many values are a dense product.
@@ -181,17 +184,17 @@ def latent_gradients(
     if weight is None and count == 1 and len(values) > max_share(source.dtype) * batch * layout.d_sae:
         dense = Codes(values.to(source.dtype), layout).to_dense()
         sums = Codes(values, layout).sum_per_latent() if bias else None
-        return (dense.t() @ source[0]).to(dtype), sums, None
+        return None if dtype is None else (dense.t() @ source[0]).to(dtype), sums, None
     offsets, rows, order = layout.transposed
     tiles = triton.cdiv(width, tile.block)
-    gradient = source.new_empty(layout.d_sae, width, dtype=dtype)
+    gradient = None if dtype is None else source.new_empty(layout.d_sae, width, dtype=dtype)
     sums = values.new_empty(layout.d_sae) if bias else None
     dots = None if weight is None else values.new_empty(tiles, len(values))
     inputs = offsets, order, rows, values.contiguous(), source.contiguous(), _stops(levels, source)
     # Kernels do not touch a pointer that they do not need.
-    outputs = gradient, gradient if sums is None else sums, gradient if dots is None else dots
-    weights = gradient if weight is None else weight.contiguous()
-    options = {"LEVELS": count, "BIAS": bias, "DOTS": weight is not None, **_shape(tile, values)}
+    weights, *outputs = (source if given is None else given.contiguous() for given in (weight, gradient, sums, dots))
+    wanted = {"WEIGHTS": dtype is not None, "BIAS": bias, "DOTS": weight is not None}
+    options = {"LEVELS": count, **wanted, **_shape(tile, values)}
     _latent_gradients[(layout.d_sae, tiles)](*inputs, weights, *outputs, batch, width, len(values), **options)
     return gradient, sums, None if dots is None else dots.sum(0)
 

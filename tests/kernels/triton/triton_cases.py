@@ -182,6 +182,27 @@ def test_levels_in_one_pass(levels: list[int], detach: Any, tilt: float) -> None
         assert relative(found, expected) <= 1e-10
 
 
+def test_a_frozen_decoder_leaves_other_gradients_alone() -> None:
+    leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
+    W_enc, b_enc, W_dec, b_dec = leaves
+    outcomes = []
+    for rows in (W_dec, W_dec.detach()):
+        codes = sparse.encode(x, Encoder(W_enc, b_enc, b_dec), TopK(4))
+        losses, _ = sparse.level_errors(codes, Decoder(rows, b_dec), Target(x, [30, 64]))
+        outcomes.append(gradients(losses[0] + losses[1], [W_enc, b_enc, b_dec]))
+    for found, expected in zip(*outcomes, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_signed_topk_takes_the_tiles() -> None:
+    leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
+    W_enc, b_enc, _, b_dec = leaves
+    selection = TopK(4, signed=True)
+    codes, expected = (path.encode(x, Encoder(W_enc, b_enc, b_dec), selection) for path in (sparse, reference))
+    assert bool((codes.values < 0).any())
+    check_step(codes, expected, leaves, x, torch.float32)
+
+
 def test_levels_left_out_of_the_loss() -> None:
     leaves, x = weights(20, 64, torch.float32), examples(9, 20, torch.float32)
     W_enc, b_enc, W_dec, b_dec = leaves
