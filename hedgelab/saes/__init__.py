@@ -13,7 +13,12 @@ from hedgelab.saes.io import weights_sha256 as weights_sha256
 from hedgelab.saes.jumprelu import JumpReLUSAE as JumpReLUSAE
 from hedgelab.saes.losses import LossTerms as LossTerms
 from hedgelab.saes.matryoshka import MatryoshkaSAE as MatryoshkaSAE
+from hedgelab.saes.mitigations import LISTA as LISTA
+from hedgelab.saes.mitigations import DetachedInnerLevels as DetachedInnerLevels
 from hedgelab.saes.mitigations import Mitigation as Mitigation
+from hedgelab.saes.mitigations import RandomPrefixes as RandomPrefixes
+from hedgelab.saes.mitigations import SortedLatents as SortedLatents
+from hedgelab.saes.mitigations import TiltedLoss as TiltedLoss
 from hedgelab.saes.topk import TopKSAE as TopKSAE
 from hedgelab.saes.vanilla import VanillaSAE as VanillaSAE
 from hedgelab.saes.widen import duplicate as duplicate

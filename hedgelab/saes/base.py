@@ -227,7 +227,7 @@ class SAE(TrainingShell, ABC):
         return {name: full_tensor(value).cpu().contiguous() for name, value in self.state_dict().items()}
 
     def __repr__(self) -> str:
-        shown = {"d_in": self.d_in, "d_sae": self.d_sae}
+        shown: dict[str, Any] = {"d_in": self.d_in, "d_sae": self.d_sae}
         for name, parameter in init_arguments(type(self)).items():
             value = getattr(self, name, parameter.default)
             value = (list(value) or None) if isinstance(value, nn.ModuleList) else value

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from hedgelab.batch import Batch
 from hedgelab.kernels.values import BatchTopK, Threshold
-from hedgelab.saes.losses import LossTerms
+from hedgelab.saes.losses import LossTerms, followed
 from hedgelab.saes.topk import KSparseSAE
-
-THRESHOLD_RATE = 0.01
 
 
 class BatchTopKSAE(KSparseSAE):
@@ -49,5 +47,4 @@ class BatchTopKSAE(KSparseSAE):
         scale = self.selection_scale()
         kept = result.codes if scale is None else result.codes.scale(scale)
         smallest = self.ranks.min(kept.smallest_positive().to(self.threshold))
-        moved = torch.where(self.threshold.isnan(), smallest, self.threshold.lerp(smallest, THRESHOLD_RATE))
-        self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))
+        self.threshold.copy_(followed(self.threshold, smallest))

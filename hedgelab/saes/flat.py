@@ -127,7 +127,7 @@ class FlatSAE(SAE):
         codes = ops.encode(encoded, self.encoder(), self.training_selection(batch))
         return Activation(codes, self.penalty(codes, batch))
 
-    def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | None = None) -> Tensor | None:
+    def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | Tensor | None = None) -> Tensor | None:
         """What revives dead latents (``among`` the given ones) from ``error = x_hat - x``; None if there is nothing to do."""
         return None
 

@@ -33,6 +33,18 @@ def warmed_up(coefficient: float, step: int, warmup_steps: int, start: float = 0
     return coefficient if step >= warmup_steps else start + (coefficient - start) * step / warmup_steps
 
 
+THRESHOLD_RATE = 0.01
+
+
+def followed(threshold: Tensor, smallest: Tensor) -> Tensor:
+    """An inference threshold moved toward the smallest kept activation of a batch; from NaN it jumps there.
+
+    Where a batch kept nothing (``smallest`` is infinite) it stays.
+    """
+    moved = torch.where(threshold.isnan(), smallest, threshold.lerp(smallest, THRESHOLD_RATE))
+    return torch.where(smallest.isinf(), threshold, moved)
+
+
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The point with the least summed distance to the rows of ``x [batch, d_in]`` (Weiszfeld's iteration), ``[d_in]``."""
     points = x.double()

@@ -143,8 +143,8 @@ class MatryoshkaSAE(SAE):
         ordered, _, target = prepared
         losses, errors = self.level_errors(*prepared)
         terms = self.adaptation(ordered, batch.weight)
-        if penalty is not None and (order := self.latent_order()) is not None:
-            penalty = penalty[order]
+        order = self.latent_order()
+        penalty = penalty if penalty is None or order is None else penalty[order]
         slices = [slice(a, b) for a, b in pairwise([0, *target.levels])]
         for name, weight, own, mse in zip(self.level_names, self.current_weights(), slices, losses, strict=True):
             if isinstance(weight, float) and not weight:
@@ -154,9 +154,10 @@ class MatryoshkaSAE(SAE):
                 own_alone = target.detach is True or (target.detach and own is not slices[-1])
                 paid = ops.total(penalty, own if own_alone else slice(own.stop))
                 terms[f"{self.inner.penalty_name}/{name}"] = weight * paid
-        revived: Iterable[tuple[Tensor, slice | None, str]] = [(errors[-1], None, "auxiliary")]
+        revived: Iterable[tuple[Tensor, slice | Tensor | None, str]] = [(errors[-1], None, "auxiliary")]
         if self.auxiliary_per_level:
-            revived = zip(errors, slices, [f"auxiliary/{name}" for name in self.level_names], strict=True)
+            own_latents = slices if order is None else [order[own] for own in slices]
+            revived = zip(errors, own_latents, [f"auxiliary/{name}" for name in self.level_names], strict=True)
         for error, among, name in revived:
             if (auxiliary := self.inner.auxiliary_loss(batch, error, among)) is not None:
                 terms[name] = auxiliary

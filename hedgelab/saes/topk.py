@@ -60,16 +60,18 @@ class KSparseSAE(FlatSAE):
         """The encoder's weights, and what ranks latents."""
         return super().encoder()._replace(scale=self.selection_scale())
 
-    def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | None = None) -> Tensor | None:
+    def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | Tensor | None = None) -> Tensor | None:
         """The top ``d_in // 2`` dead latents predict the residual (Gao et al. 2024, appendix A.2; scaled as in SPEC §2).
 
         The residual and ``b_dec`` are detached: the auxiliary loss moves dead latents only. ``among`` restricts it to a
-        level's latents. ``min(1, n_dead / k_aux) · mean_b ‖e_hat_b - (x_b - x_hat_b)‖²``; they reconstruct ``e_hat``.
+        level's latents, a slice or their numbers. ``min(1, n_dead / k_aux) · mean_b ‖e_hat_b - (x_b - x_hat_b)‖²``; they
+        reconstruct ``e_hat``.
         """
         if not self.auxiliary_coefficient:
             return None
-        level = slice(0, self.d_sae) if among is None else among
-        columns = self.dead_latents[level].nonzero().squeeze(1) + level.start
+        dead = self.dead_latents
+        latents = torch.arange(self.d_sae, device=dead.device)[slice(None) if among is None else among]
+        columns = latents[dead[latents]]
         if not len(columns):
             return None
         k_aux = max(1, self.d_in // 2)

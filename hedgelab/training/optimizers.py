@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from hedgelab.errors import UserError, one_line
+from hedgelab.errors import UserError, one_line, whole_number
 from hedgelab.training.trainee import OptimizerFactory, SchedulerFactory
 
 _REFUSED: dict[type, str] = {
@@ -45,6 +46,36 @@ def _made(key: str, factory: Callable[[Any], Any], argument: Any) -> Any:
         if isinstance(made, kind):
             raise UserError(f"{key}: {kind.__name__} {reason}")
     return made
+
+
+class LateDecay(LRScheduler):
+    """A constant rate that falls linearly to zero over the last steps: ``lr · min(1, (total_steps - step) / decay_steps)``.
+
+    Args:
+        optimizer: Whose rates it sets.
+        total_steps: Step at which the rate is zero, the run's ``trainer.max_steps``.
+        decay_steps: Steps over which it falls.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    >>> schedule, rates = LateDecay(optimizer, total_steps=4, decay_steps=2), []
+    >>> for _ in range(4):
+    ...     rates += schedule.get_last_lr()
+    ...     optimizer.step()
+    ...     schedule.step()
+    >>> rates
+    [0.5, 0.5, 0.5, 0.25]
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, decay_steps: int) -> None:
+        self.total_steps = whole_number("model.lr_scheduler.total_steps", total_steps)
+        self.decay_steps = whole_number("model.lr_scheduler.decay_steps", decay_steps)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rates of the step to come."""
+        share = min(1.0, max(0, self.total_steps - self.last_epoch) / self.decay_steps)
+        return [share * rate for rate in self.base_lrs]
 
 
 class MemberOptimizers(Optimizer):

@@ -18,6 +18,7 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import Decoder, Selection, Target
 from hedgelab.saes.described import class_name, described
 from hedgelab.saes.losses import LossTerms
+from hedgelab.training.sharding import is_split
 
 KNOWN: "dict[str, type[Mitigation]]" = {}
 """Every class of mitigations that is imported, by the name that files give it. Loading an SAE never imports anything."""
@@ -126,16 +127,27 @@ class Mitigations(nn.ModuleList):
             name = type(one).__name__
             if one.needs_levels and not hasattr(sae, "levels"):
                 raise UserError(f"model.mitigations: {name} needs levels; give it to a MatryoshkaSAE, which has them")
-            one.check(sae)
+            try:
+                one.check(sae)
+            except UserError as error:  # raised anew: keys it names are the SAE's, not the mitigation's
+                raise UserError(str(error)) from error
 
     def encoded(self, sae: Any, x: Tensor, selection: Callable[[], Selection]) -> Tensor:
         """What is encoded in place of ``x``."""
+        if is_split(sae.W_dec) and (unfit := [type(one).__name__ for one in self.all() if _sees_latents(type(one))]):
+            raise UserError(
+                f"model.mitigations: {unfit[0]} cannot be used where latents are split over processes; remove it"
+            )
         for one in self.all():
             x = one.encoded(sae, x, selection())
         return x
 
     def prepared(self, sae: Any, codes: Codes, decoder: Decoder, target: Target) -> tuple[Codes, Decoder, Target]:
         """What level errors are computed of."""
+        if is_split(sae.W_dec) and (unfit := [type(one).__name__ for one in self.all() if _sees_latents(type(one))]):
+            raise UserError(
+                f"model.mitigations: {unfit[0]} cannot be used where latents are split over processes; remove it"
+            )
         for one in self.all():
             codes, decoder = one.codes_and_decoder(sae, codes, decoder)
             target = one.target(sae, target)
@@ -153,3 +165,10 @@ class Mitigations(nn.ModuleList):
     def numbers(self) -> dict[str, float]:
         """Numbers that training reports."""
         return {name: number for one in self.all() for name, number in one.numbers().items()}
+
+
+def _sees_latents(kind: type[Mitigation]) -> bool:
+    """Whether a class does more than change what level errors are computed against."""
+    return any(
+        getattr(kind, hook) is not getattr(Mitigation, hook) for hook in ("encoded", "codes_and_decoder", "terms")
+    )
