@@ -41,9 +41,9 @@ def asymmetry(codes: Codes, size: int, weight: Tensor | None = None, ranks: Rank
 
     The level's latents are the first ``size``; ``weight [batch]`` are probabilities of the examples, over all ``ranks``.
     """
-    values = codes.values.detach().double()  # what follows is a difference of products: single precision leaves noise
-    codes = codes.with_values(values)
-    fires = codes.with_values((codes.values != 0).double())
+    # Sizes, since a latent of either sign may be used; in double precision, since what follows is a difference of products.
+    codes = codes.with_values(codes.values.detach().abs().double())
+    fires = codes.with_values((codes.values > 0).double())
     if weight is None:
         weight = codes.values.new_full((codes.batch_size,), 1 / codes.batch_size)
     weight = weight.double()

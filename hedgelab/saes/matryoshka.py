@@ -50,6 +50,8 @@ class MatryoshkaSAE(SAE):
         adaptive: Let inner levels' weights move, from those of β, to where their latents neither hedge nor are absorbed on
             average: logarithms are parameters whose gradient is the measured asymmetry. Meant for Adam, whose steps do not
             depend on a gradient's scale.
+        credit_start: Step from which ``credit`` counts. Without it, random levels learn to put general features first; where
+            features are few enough to be orthogonal, credit from half-time on then does best.
         mitigations: What changes training further (:mod:`hedgelab.saes.mitigations`). Those that only encode or add terms may
             be the inner SAE's as well.
 
@@ -77,6 +79,7 @@ class MatryoshkaSAE(SAE):
         auxiliary_per_level: bool = False,
         credit: float = 0.0,
         adaptive: bool = False,
+        credit_start: int = 0,
         mitigations: list[Mitigation] | None = None,
     ) -> None:
         super().__init__()
@@ -103,6 +106,7 @@ class MatryoshkaSAE(SAE):
         self.detached = detached
         self.auxiliary_per_level = auxiliary_per_level
         self.credit = float(credit)
+        self.credit_start = whole_number("model.credit_start", credit_start, 0)
         self.adaptive = adaptive
         self.log_factors = nn.Parameter(torch.zeros(len(levels) - 1)) if adaptive else None
         self.level_names = [f"level{size}" for size in levels]
@@ -196,7 +200,7 @@ class MatryoshkaSAE(SAE):
 
     def level_errors(self, codes: Codes, decoder: Decoder, target: Target) -> Errors:
         """Squared error of each level, and the errors; those of inner levels after their credit."""
-        if isinstance(self.credit, float) and not self.credit:
+        if self.steps_done < self.credit_start or (isinstance(self.credit, float) and not self.credit):
             return ops.level_errors(codes, decoder, target)
         if is_split(self.W_dec):
             raise UserError("model.credit: cannot be used where latents are split over processes, set it to 0")

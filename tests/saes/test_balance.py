@@ -1,6 +1,7 @@
 """Credit and adaptive weights of matryoshka levels: against formulas written out, and on a hierarchy."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -59,6 +60,19 @@ def test_credit_is_the_formula(weighted):
         torch.testing.assert_close(a, b)
 
 
+def test_credit_starts_late(tmp_path):
+    late, given = make(beta=0.5, credit=0.7, credit_start=3), batch(weighted=False)
+    for steps, credit in ((0, 0.0), (2, 0.0), (3, 0.7), (10, 0.7)):
+        late.steps_done = steps
+        torch.testing.assert_close(late.loss(given).total, dense_loss(late, given, credit))
+    save_sae(late, tmp_path)
+    assert load_sae(tmp_path).credit_start == 3
+    written = json.loads((tmp_path / "sae.json").read_text())
+    del written["credit_start"]  # as it was before the key
+    (tmp_path / "sae.json").write_text(json.dumps(written))
+    assert load_sae(tmp_path).credit_start == 0
+
+
 def test_sparse_and_dense_kernels_agree_on_credit():
     torch.manual_seed(0)
     sae = MatryoshkaSAE(40, lambda d_in: BatchTopKSAE(d_in, 600, 8), [8, 32, 100, 600], credit=1.0)
@@ -79,6 +93,13 @@ def test_outside_span():
     torch.testing.assert_close(rest @ rows.T, torch.zeros(5, 3), atol=1e-5, rtol=0)
     torch.testing.assert_close(outside_span(rest, rows), rest)
     assert outside_span(vectors, torch.randn(7, 7)).count_nonzero() == 0
+
+
+def test_asymmetry_does_not_depend_on_signs():
+    dense = torch.randn(50, 9, generator=torch.Generator().manual_seed(3)).relu()
+    flipped = dense * torch.tensor([-1.0, 1.0]).repeat(5)[:9]
+    for codes in (Codes.from_dense(flipped), Codes.from_csr(*Codes.from_dense(flipped).csr(), 9)):
+        torch.testing.assert_close(asymmetry(codes, 4), asymmetry(Codes.from_dense(dense), 4))
 
 
 @pytest.mark.parametrize("layout", ["dense", "sparse"])
@@ -122,6 +143,7 @@ def test_adaptive_weights_follow_the_asymmetry(tmp_path):
     [
         ({"credit": 1.5}, "model.credit: must lie between 0 and 1"),
         ({"credit": 0.5, "detached": True}, "model.credit: has no meaning"),
+        ({"credit": 0.5, "credit_start": -1}, "model.credit_start: expected a whole number"),
         ({"adaptive": True, "beta": 0.0}, "model.adaptive: needs a beta above 0"),
         ({"adaptive": True, "detached": True}, "model.adaptive"),
     ],
