@@ -69,7 +69,7 @@ def declarations() -> list[Entry]:
 
 GLOSSARY = {name: term for entry in declarations() for name, term in entry.terms.items()}
 KEY_METRICS = (
-    "explained_variance", "l0", "dead_latents", "mcc", "hedging/degree", "hedging/decoder_signed",
+    "explained_variance", "l0", "dead_latents", "nearest_f1", "mcc", "hedging/degree", "hedging/decoder_signed",
     "hedging/encoder_signed", "absorption",
 )  # fmt: skip
 _CLUTTER = re.compile(r"^(system/|data/norm/|latent\d+/|train/)|/level\d+$|^hedging/seed\d+/|_seed_std$")

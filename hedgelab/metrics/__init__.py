@@ -13,6 +13,7 @@ from hedgelab.metrics.classes import FiringDensity as FiringDensity
 from hedgelab.metrics.classes import HedgingDegree as HedgingDegree
 from hedgelab.metrics.classes import LossRecovered as LossRecovered
 from hedgelab.metrics.classes import MeanSquaredError as MeanSquaredError
+from hedgelab.metrics.classes import NormRatio as NormRatio
 from hedgelab.metrics.classes import ResidualHedgingMetric as ResidualHedgingMetric
 from hedgelab.metrics.classes import Shrinkage as Shrinkage
 from hedgelab.metrics.classes import ValidationMetric as ValidationMetric

@@ -155,6 +155,13 @@ class Shrinkage(FunctionMetric):
         super().__init__(basic.shrinkage_update, 1, 1, **kwargs)
 
 
+class NormRatio(FunctionMetric):
+    """Mean norm of reconstructions relative to the activations'; see :func:`.functional.norm_ratio`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(basic.norm_ratio_update, 1, 1, **kwargs)
+
+
 class L0(FunctionMetric):
     """Mean number of active latents an example; see :func:`.functional.l0`."""
 

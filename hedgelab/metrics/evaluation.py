@@ -18,6 +18,7 @@ from hedgelab.metrics.functional import hierarchy, recovery, true_hedging
 from hedgelab.metrics.functional.accumulate import as_codes
 from hedgelab.metrics.functional.true_hedging import MOST_PAIRS
 
+MOST_PAIRS_EVERY_PASS = 2**24  # of latent and feature that are regressed in every pass, not in the last alone
 MOST_INFERRED = 4096  # most features among which a hierarchy is inferred: its counts take 8 n² bytes
 
 
@@ -27,8 +28,9 @@ class SAEMetrics(nn.Module):
     Always reconstruction, sparsity and the results of every :class:`.ValidationMetric`; with ``feature_directions [n, d_in]``
     also their recovery, detection and hedging, and absorption where they have a hierarchy: ``parents [n]`` (int64, -1 for
     none), inferred from up to 4096 features' firing unless given. Detection is the mean over the latents assigned to a feature
-    for the MCC, hedging over live latents, absorption over children. ``ranks`` are those over which the batches are split, and
-    so the sums; None: all processes, where there are several.
+    for the MCC, hedging over live latents, absorption over children. Hedging by regression (n > d_in) of more than 2²⁴ pairs of
+    latent and feature is left out unless a pass is the ``last``: it takes a minute of a core at 4096 x 16384.
+    ``ranks`` are those over which the batches are split, and so the sums; None: all processes, where there are several.
     """
 
     feature_directions: Tensor | None
@@ -41,6 +43,7 @@ class SAEMetrics(nn.Module):
         feature_directions: Tensor | None = None,
         parents: Tensor | None = None,
         ranks: Ranks | None = None,
+        last: bool = True,
     ) -> None:
         super().__init__()
         split: dict[str, Any] = {}
@@ -49,6 +52,7 @@ class SAEMetrics(nn.Module):
         self.explained_variance = classes.ExplainedVariance(d_in, **split)
         self.mse = classes.MeanSquaredError(**split)
         self.shrinkage = classes.Shrinkage(**split)
+        self.norm_ratio = classes.NormRatio(**split)
         self.firing = classes.FiringDensity(d_sae, **split)
         for point in entry_points(group=GROUP):
             point.load()  # so that its metrics are declared
@@ -62,9 +66,10 @@ class SAEMetrics(nn.Module):
         self.truth["detection"] = classes.FeatureDetection(d_sae, n, **split)
         if parents is None and n <= MOST_INFERRED:
             self.truth["hierarchy"] = classes.FeatureHierarchy(n, **split)
-        if n > d_in and d_sae * n <= MOST_PAIRS:
+        self.leaves_hedging_out = n > d_in and not last and MOST_PAIRS_EVERY_PASS < d_sae * n <= MOST_PAIRS
+        if n > d_in and d_sae * n <= MOST_PAIRS and not self.leaves_hedging_out:
             self.truth["regression"] = classes.FeatureRegression(d_sae, n, **split)
-        elif n > d_in:
+        elif n > d_in and not self.leaves_hedging_out:
             pairs = f"{n} overlapping features and {d_sae} latents are more than {MOST_PAIRS} pairs"
             warnings.warn(f"hedging/decoder: {pairs}; NaN", stacklevel=2)
         for metric in self.truth.values():
@@ -74,7 +79,7 @@ class SAEMetrics(nn.Module):
         """Add a batch, its reconstruction ``[batch, d_in]`` and its latents."""
         x, features, weight = batch
         codes = as_codes(codes)
-        for metric in (self.explained_variance, self.mse, self.shrinkage):
+        for metric in (self.explained_variance, self.mse, self.shrinkage, self.norm_ratio):
             metric.update(x, x_hat, weight)
         self.firing.update(codes, weight)
         for own in self.own:
@@ -87,7 +92,8 @@ class SAEMetrics(nn.Module):
     def compute(self, W_enc: Tensor, W_dec: Tensor) -> dict[str, Tensor]:
         """Scalars over everything seen, by name; weights ``[d_in, d_sae]`` and ``[d_sae, d_in]`` may have any norms."""
         rates = self.firing.compute()
-        results = {name: getattr(self, name).compute() for name in ("explained_variance", "mse", "shrinkage")}
+        plain = ("explained_variance", "mse", "shrinkage", "norm_ratio")
+        results = {name: getattr(self, name).compute() for name in plain}
         dead = (rates == 0).double()
         results |= {"l0": rates.sum(), "dead_latents": dead.sum(), "dead_fraction": dead.mean()}
         for own in self.own:
@@ -97,7 +103,8 @@ class SAEMetrics(nn.Module):
         if self.feature_directions is not None:
             found = {name: metric.compute() for name, metric in self.truth.items()}  # type: ignore[operator]
             evidence = found["detection"], found.get("hierarchy", self.parents), found.get("regression")
-            results |= recovery_summary(W_enc, W_dec, self.feature_directions, *evidence)
+            known = recovery_summary(W_enc, W_dec, self.feature_directions, *evidence)
+            results |= {k: v for k, v in known.items() if not (self.leaves_hedging_out and k.startswith("hedging/"))}
         return results
 
     def reset(self) -> None:
@@ -120,10 +127,14 @@ def recovery_summary(
     Without ``parents [n]`` absorption is left out; ``sums`` are what more features than dimensions need for their hedging.
     """
     cosines = recovery.decoder_cosines(W_dec, feature_directions)
-    reads = true_hedging.encoder_coordinates(W_enc, feature_directions)
-    live = counts.latents > 0
-    assigned, tracked = recovery.match_features(cosines), true_hedging.tracked_features(cosines, live)
+    live, unique = counts.latents > 0, feature_directions.shape[0] <= feature_directions.shape[1]
+    assigned = recovery.match_features(cosines)
+    if bool(live.all()):  # the same assignment, which takes seconds where features are many
+        tracked = recovery.strong_pairs(assigned.feature, cosines, true_hedging.TRACKING_COSINE)
+    else:
+        tracked = true_hedging.tracked_features(cosines, live)
     detection = recovery.detection_scores(counts, assigned.feature)
+    nearest = recovery.nearest_detection_scores(counts, cosines)
     results = {
         "mcc": recovery.mcc(cosines, assigned),
         "mean_max_cosine": recovery.mean_max_cosine(cosines),
@@ -131,9 +142,11 @@ def recovery_summary(
         "uniqueness": recovery.uniqueness(cosines),
         "tracked_features": (tracked.latent >= 0).sum().double(),
         **{f"detector_{name}": score.nanmean() for name, score in detection._asdict().items()},
+        **{f"nearest_{name}": score.mean() for name, score in nearest._asdict().items()},
     }
     decoder = encoder = None
-    if feature_directions.shape[0] <= feature_directions.shape[1]:
+    if unique:
+        reads = true_hedging.encoder_coordinates(W_enc, feature_directions)
         writes = true_hedging.decoder_coordinates(W_dec, feature_directions)
         decoder, encoder = (true_hedging.hedging(part, cosines, tracked, live) for part in (writes, reads))
     elif sums is not None:
@@ -143,6 +156,8 @@ def recovery_summary(
         norm, largest = (torch.full_like(cosines[:, 0], torch.nan),) * 2 if scores is None else scores[1:]
         results[f"hedging/{part}"], results[f"hedging/{part}_signed"] = norm[live].nanmean(), largest[live].nanmean()
     if parents is not None and bool((parents >= 0).any()):
+        if not unique:  # only now: of many features they are large
+            reads = true_hedging.encoder_coordinates(W_enc, feature_directions)
         absorbed = hierarchy.absorption_from_co_firing(counts, tracked.latent, parents)
         results["absorption"] = absorbed.excess.nanmean()
         results["absorption_missed"] = absorbed.missed.nanmean()

@@ -98,7 +98,7 @@ def _numbers_to_come(trainer: Any, shell: Any) -> set[str]:
                 if stage == "train":
                     found = [f"train/{term}" for term in (*trainee.sae.loss(batch).terms, "loss")]
                 else:
-                    trainee.start_measuring(data.feature_directions, shell.device)
+                    trainee.start_measuring(data, shell.device, last=False)
                     trainee.measure(batch)
                     found = [*trainee.measurements("val")]
                 names |= {trainee.prefix + name for name in found}

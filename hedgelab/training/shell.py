@@ -264,7 +264,12 @@ class TrainingShell(L.LightningModule):
         for trainee in self.trainees:
             if self.trainer.state.fn == "fit":
                 guard.check_parameters(trainee.sae, self.trainer.global_step, trainee.whose)
-            trainee.start_measuring(getattr(self._data(), "feature_directions", None), self.device)
+            trainee.start_measuring(self._data(), self.device, self._is_last_pass())
+
+    def _is_last_pass(self) -> bool:
+        """Whether no other validation pass follows: outside of a fit, where its steps end before one, or where no one knows."""
+        trainer: Any = self.trainer
+        return bool(trainer.state.fn != "fit" or trainer.global_step + trainer.val_check_batch > trainer.max_steps)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure every SAE on a batch, unless it holds NaN or infinity and a guard leaves it out."""

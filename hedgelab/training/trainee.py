@@ -94,12 +94,13 @@ class Trainee:
             for i, value in zip(at, state["values"][name].to(self.sae.W_dec.device), strict=True):
                 self._window[i][name] = value
 
-    def start_measuring(self, feature_directions: Tensor | None, device: torch.device) -> None:
-        """Start from empty metrics."""
+    def start_measuring(self, data: Any, device: torch.device, last: bool = True) -> None:
+        """Start from empty metrics, of what ``data`` knows; the ``last`` pass measures what is too dear for every one."""
         from hedgelab.metrics.evaluation import SAEMetrics  # late: torchmetrics is slow to import
 
         sae = self.sae
-        self._metrics = SAEMetrics(sae.d_in, sae.d_sae, feature_directions, ranks=sae.ranks).to(device)
+        truth = (getattr(data, name, None) for name in ("feature_directions", "parents"))
+        self._metrics = SAEMetrics(sae.d_in, sae.d_sae, *truth, ranks=sae.ranks, last=last).to(device)
         self._folded = sae.folded()  # now: weight averaging puts others in their place before the metrics are asked for
 
     @property

@@ -117,6 +117,39 @@ def run_language_model(job):
     save_file({"x": x.contiguous(), "acts": acts.contiguous(), "x_hat": x_hat.contiguous()}, job["answer"])
 
 
+def score_synthetic(job):
+    """SynthSAEBench's scores of latents on known features, by SAELens's own calculators, over batches."""
+    from sae_lens.evals import ExplainedVarianceCalculator
+    from sae_lens.synthetic import evals
+
+    given = load_file(job["x"])
+    W_dec, directions = given["W_dec"], given["directions"]
+    l0, dead = evals.L0Calculator(), evals.DeadLatentsCalculator(len(W_dec))
+    norms, variance = evals.ShrinkageCalculator(), ExplainedVarianceCalculator()
+    detection = evals.ClassificationMetricsCalculator(W_dec, directions)
+    for x, x_hat, latents, features in zip(
+        *(given[name].split(job["batch_size"]) for name in ("x", "x_hat", "latents", "features")), strict=True
+    ):
+        l0.add_batch(latents)
+        dead.add_batch(latents)
+        norms.add_batch(x_hat, x)
+        variance.add_batch(x_hat, x)
+        detection.add_batch(latents, features)
+    found = detection.compute()
+    scores = {
+        "l0": l0.compute(),
+        "dead_latents": dead.compute(),
+        "norm_ratio": norms.compute(),
+        "explained_variance": variance.compute(),
+        "mcc": evals.mean_correlation_coefficient(W_dec, directions),
+        "uniqueness": evals.feature_uniqueness(W_dec, directions),
+        "nearest_precision": found.precision,
+        "nearest_recall": found.recall,
+        "nearest_f1": found.f1_score,
+    }
+    save_file({name: torch.tensor(float(score), dtype=torch.float64) for name, score in scores.items()}, job["answer"])
+
+
 def randomise(module):
     """Weights that hide nothing: biases away from zero, decoder rows of different norms, thresholds that matter."""
     generator = torch.Generator().manual_seed(0)

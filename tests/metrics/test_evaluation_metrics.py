@@ -182,7 +182,8 @@ def test_without_known_features_only_the_plain_metrics():
     metrics = SAEMetrics(D_IN, D_SAE)
     metrics.update(Batch(batch.x), *toy(batch))
     results = metrics.compute(toy.W_enc, toy.W_dec)
-    assert set(results) == {"explained_variance", "mse", "shrinkage", "l0", "dead_latents", "dead_fraction"}
+    reconstruction = {"explained_variance", "mse", "shrinkage", "norm_ratio"}
+    assert set(results) == reconstruction | {"l0", "dead_latents", "dead_fraction"}
     assert all(value.shape == () and value.dtype == torch.float64 for value in results.values())
 
 

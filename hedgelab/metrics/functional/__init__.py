@@ -12,6 +12,7 @@ from hedgelab.metrics.functional.basic import explained_variance as explained_va
 from hedgelab.metrics.functional.basic import firing_rates as firing_rates
 from hedgelab.metrics.functional.basic import l0 as l0
 from hedgelab.metrics.functional.basic import mean_squared_error as mean_squared_error
+from hedgelab.metrics.functional.basic import norm_ratio as norm_ratio
 from hedgelab.metrics.functional.basic import shrinkage as shrinkage
 from hedgelab.metrics.functional.degree import hedging_degree as hedging_degree
 from hedgelab.metrics.functional.error_spread import residual_hedging as residual_hedging
@@ -40,6 +41,7 @@ from hedgelab.metrics.functional.recovery import encoder_cosines as encoder_cosi
 from hedgelab.metrics.functional.recovery import match_features as match_features
 from hedgelab.metrics.functional.recovery import mcc as mcc
 from hedgelab.metrics.functional.recovery import mean_max_cosine as mean_max_cosine
+from hedgelab.metrics.functional.recovery import nearest_detection_scores as nearest_detection_scores
 from hedgelab.metrics.functional.recovery import uniqueness as uniqueness
 from hedgelab.metrics.functional.removal import PooledTexts as PooledTexts
 from hedgelab.metrics.functional.removal import biased_probes as biased_probes

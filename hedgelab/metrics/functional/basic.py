@@ -12,6 +12,7 @@ from torch import Tensor
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.accumulate import Ratio, as_codes, float64, total_weight, weighted_sum
 
+SMALLEST_NORM = 1e-6  # of activations whose reconstruction has a relative norm
 LOG_DENSITY_EDGES = tuple(-6 + step / 4 for step in range(25))  # log10 of firing rates, from one in a million to always
 
 
@@ -53,8 +54,9 @@ def explained_variance(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -
     """Share of the variance that the reconstruction explains, ``1 - Σ‖x - x_hat‖² / Σ‖x - mean x‖²``: at most 1.
 
     Squares are summed over examples *and* dimensions before the one division (1 - FVU of Gao et al. 2024), and a constant
-    offset of ``x_hat`` counts as error. Do not compare it with means of a ratio for each example or dimension, or with
-    scikit-learn's and torchmetrics' number of this name, which takes the mean residual off first.
+    offset of ``x_hat`` counts as error; SynthSAEBench (arXiv 2602.14687) has the same definition. Do not compare it with means
+    of a ratio for each example or dimension, or with scikit-learn's and torchmetrics' number of this name, which takes the mean
+    residual off first.
 
     >>> x = torch.tensor([[0.0, 0], [2, 0]])
     >>> explained_variance(x, torch.tensor([[0.5, 0], [1.5, 0]])).item()
@@ -97,7 +99,8 @@ def shrinkage(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
 
     γ is what ``x_hat`` would have to be *divided* by for the least squared error (Rajamanoharan et al. 2024, *Improving
     Dictionary Learning with Gated Sparse Autoencoders*). Unlike ‖x_hat‖ / ‖x‖ it is 1 for an orthogonal projection, which
-    loses norm without shrinking. Of reconstructions that hardly correlate with ``x`` it says nothing.
+    loses norm without shrinking. Of reconstructions that hardly correlate with ``x`` it says nothing. What SynthSAEBench calls
+    shrinkage is :func:`norm_ratio`.
 
     >>> x = torch.tensor([[1.0, 2.0]])
     >>> shrinkage(x, x / 2).item()
@@ -107,6 +110,28 @@ def shrinkage(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
         shrinkage: shrinkage: best scale of the reconstruction, inverted: below 1 it is too short
     """
     return shrinkage_update(x, x_hat, weight).value()
+
+
+def norm_ratio_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Ratio:
+    """Σ ‖x_hat‖ / ‖x‖ over the examples of a batch with ‖x‖ > 1e-6, over their weight."""
+    sizes, own = (_at_least_float32(part).norm(dim=1) for part in (x, x_hat))
+    counted = sizes > SMALLEST_NORM
+    return Ratio(weighted_sum(torch.where(counted, own / sizes, 0.0), weight), weighted_sum(counted, weight))
+
+
+def norm_ratio(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean of ``‖x_hat‖ / ‖x‖`` over examples, those of ``‖x‖ ≤ 1e-6`` left out: what SynthSAEBench calls shrinkage.
+
+    It falls with everything that a reconstruction leaves out, not only where it is too short (Chanin and Garriga-Alonso 2026,
+    arXiv 2602.14687, measure it so); :func:`shrinkage` tells both apart.
+
+    >>> norm_ratio(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 0.0]])).item()
+    0.6
+
+    Logged as:
+        norm_ratio: norm ratio: ‖x̂‖ / ‖x‖, mean over examples; SynthSAEBench's shrinkage
+    """
+    return norm_ratio_update(x, x_hat, weight).value()
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -57,21 +57,28 @@ def match_features(cosines: Tensor, live: Tensor | None = None, threshold: float
     """
     from scipy.optimize import linear_sum_assignment  # late: scipy is slow to import
 
-    d_sae, n = cosines.shape
+    d_sae = len(cosines)
     candidates = torch.arange(d_sae, device=cosines.device) if live is None else live.nonzero().squeeze(1)
     rows, columns = linear_sum_assignment(cosines[candidates].abs().cpu().numpy(), maximize=True)
     latents, features = candidates[torch.as_tensor(rows)], torch.as_tensor(columns, device=cosines.device)
-    kept = cosines[latents, features].abs() >= threshold
-    feature, latent = (torch.full((size,), -1, device=cosines.device) for size in (d_sae, n))
-    feature[latents[kept]], latent[features[kept]] = features[kept], latents[kept]
-    return Matching(feature, latent)
+    feature = torch.full((d_sae,), -1, device=cosines.device).index_copy(0, latents, features)
+    return strong_pairs(feature, cosines, threshold)
+
+
+def strong_pairs(feature: Tensor, cosines: Tensor, threshold: float) -> Matching:
+    """The pairs of an assignment, the ``feature [d_sae]`` of each latent, whose absolute cosines reach ``threshold``."""
+    size = cosines.gather(1, feature.clamp(min=0)[:, None]).squeeze(1).abs()
+    feature = feature.masked_fill(~(size >= threshold), -1)
+    latents = (feature >= 0).nonzero().squeeze(1)
+    latent = torch.full((cosines.shape[1],), -1, device=cosines.device)
+    return Matching(feature, latent.index_copy(0, feature[latents], latents))
 
 
 def mcc(cosines: Tensor, matching: Matching | None = None) -> Tensor:
     """Mean absolute cosine over the ``min(d_sae, n)`` pairs of the best one-to-one assignment, from 0 to 1.
 
-    The mean correlation coefficient of the identifiability literature, taken on directions; random ones do not score 0. An
-    assignment that is known already may be given as ``matching``.
+    The mean correlation coefficient of the identifiability literature, taken on directions; random ones do not score 0. That of
+    SynthSAEBench (arXiv 2602.14687) is the same number. An assignment that is known already may be given as ``matching``.
 
     >>> round(mcc(torch.tensor([[0.9, 0.1], [0.95, 0.2]])).item(), 3)
     0.55
@@ -101,6 +108,8 @@ def mean_max_cosine(cosines: Tensor) -> Tensor:
 
 def uniqueness(cosines: Tensor) -> Tensor:
     """Number of distinct best features, over the number of latents: 1 when no two share theirs, at most ``n / d_sae``.
+
+    That of SynthSAEBench (arXiv 2602.14687) is the same number.
 
     >>> uniqueness(torch.tensor([[0.9, 0.1], [-0.8, 0.2]])).item()
     0.5
@@ -173,6 +182,25 @@ def detection_scores(counts: CoFiring, feature: Tensor) -> DetectionScores:
     fired, present = counts.latents, counts.features[feature.clamp(min=0)]
     f1 = (2 * hits / (fired + present)).masked_fill(present == 0, torch.nan)
     return DetectionScores(*(score.masked_fill(feature < 0, torch.nan) for score in (hits / fired, hits / present, f1)))
+
+
+def nearest_detection_scores(counts: CoFiring, cosines: Tensor) -> DetectionScores:
+    """Each latent as a detector of the feature *nearest to its decoder row* by absolute cosine, ``[d_sae]``; 0 where undefined.
+
+    The scores of SynthSAEBench (Chanin and Garriga-Alonso 2026, arXiv 2602.14687), whose F1 is the mean over all latents, dead
+    ones included. Several latents may share a feature, unlike in :func:`detection_scores` of a one-to-one assignment.
+
+    >>> counts = co_firing(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0], [0.0]]))
+    >>> nearest_detection_scores(counts, torch.tensor([[-0.9], [0.1]])).precision.tolist()
+    [0.5, 0.0]
+
+    Logged as:
+        nearest_precision: precision, nearest (higher): of firings of a latent, the share with the feature nearest to it, mean
+        nearest_recall: recall, nearest (higher): of examples with the nearest feature, the share where the latent fires, mean
+        nearest_f1: F1, nearest (higher): harmonic mean of both, mean over all latents, as SynthSAEBench defines it
+    """
+    scores = detection_scores(counts, cosines.abs().argmax(1))
+    return DetectionScores(*(score.nan_to_num(0.0) for score in scores))
 
 
 class DecoderGeometry(NamedTuple):

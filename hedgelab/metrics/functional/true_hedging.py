@@ -174,7 +174,7 @@ def _sparse_regression_update(codes: Codes, features: Codes) -> RegressionSums:
         torch.stack([wide.sum_per_latent(half) for half in halves]),
         torch.stack([true.sum_per_latent(half) for half in halves]),
         pair_product(wide, wide),
-        products if products.is_sparse else products.unflatten(0, (2, d_sae)),
+        products if products.is_sparse else products.reshape(2, d_sae, features.d_sae),
     )
 
 
