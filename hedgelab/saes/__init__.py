@@ -1,5 +1,6 @@
 """Sparse autoencoders as LightningModules."""
 
+from hedgelab.saes.abs_topk import AbsTopKSAE as AbsTopKSAE
 from hedgelab.saes.base import SAE as SAE
 from hedgelab.saes.base import FoldedWeights as FoldedWeights
 from hedgelab.saes.base import fold as fold

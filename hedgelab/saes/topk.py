@@ -1,6 +1,6 @@
 """SAEs that keep k latents an example: what they share, and TopK."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ class KSparseSAE(FlatSAE):
         auxiliary_coefficient: Weight of the auxiliary loss; 0 switches it off.
         **kwargs: Arguments of :class:`~hedgelab.saes.flat.FlatSAE`.
     """
+
+    signed: ClassVar[bool] = False
+    """Whether latents are selected by their size and keep their sign."""
 
     steps_since_fired: Tensor
 
@@ -76,7 +79,7 @@ class KSparseSAE(FlatSAE):
             return None
         k_aux = max(1, self.d_in // 2)
         encoder = Encoder(self.W_enc, self.b_enc, self.b_dec.detach())
-        codes = ops.encode(batch.x, encoder, TopK(min(k_aux, len(columns)), columns))
+        codes = ops.encode(batch.x, encoder, TopK(min(k_aux, len(columns)), columns, self.signed))
         decoder = self.decoder()._replace(b_dec=torch.zeros_like(self.b_dec))
         (missed,), _ = ops.level_errors(codes, decoder, Target(-error, (self.d_sae,), weight=batch.weight))
         return self.auxiliary_coefficient * min(1.0, len(columns) / k_aux) * missed

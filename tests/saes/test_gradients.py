@@ -8,7 +8,7 @@ import torch
 
 from hedgelab.batch import Batch
 from hedgelab.kernels import ops
-from hedgelab.saes import BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE
+from hedgelab.saes import AbsTopKSAE, BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE
 
 D_IN, D_SAE, K, BATCH = 12, 40, 3, 17
 LEVELS = [5, 16, 40]
@@ -61,6 +61,8 @@ def dense_activation(sae, w, batch):
     if isinstance(sae, TopKSAE):
         mask = torch.stack([keep_top(row, sae.k) for row in ranked])
         return pre.relu() * mask, None
+    if isinstance(sae, AbsTopKSAE):
+        return pre * torch.stack([keep_top(row.abs(), sae.k) for row in ranked]), None
     if isinstance(sae, BatchTopKSAE):
         return pre.relu() * keep_top(ranked.relu(), sae.k * BATCH), None
     theta = w["log_threshold"].exp()
@@ -79,9 +81,10 @@ def dense_auxiliary(sae, w, batch, x_hat, latents):
     dead[latents] = sae.dead_latents[latents]
     count, k_aux = int(dead.sum()), D_IN // 2
     pre = (batch.x - w["b_dec"].detach()) @ w["W_enc"] + w["b_enc"]
-    hidden = pre.masked_fill(~dead, -torch.inf)
+    signed = isinstance(sae, AbsTopKSAE)
+    hidden = (pre.abs() if signed else pre).masked_fill(~dead, -torch.inf)
     mask = torch.stack([keep_top(row, min(k_aux, count)) for row in hidden.detach()])
-    guess = torch.where(mask, pre.relu(), 0.0) @ w["W_dec"]
+    guess = torch.where(mask, pre if signed else pre.relu(), 0.0) @ w["W_dec"]
     residual = (batch.x - x_hat).detach()
     return min(1, count / k_aux) * mean((guess - residual).square().sum(1), batch)
 
@@ -114,6 +117,8 @@ FLAT = {
     "vanilla": functools.partial(VanillaSAE, d_sae=D_SAE, l1_coefficient=0.3, init=INIT),
     "topk": functools.partial(TopKSAE, d_sae=D_SAE, k=K, init=INIT),
     "topk_norm_aware": functools.partial(TopKSAE, d_sae=D_SAE, k=K, norm_aware_selection=True, init=INIT),
+    "abs_topk": functools.partial(AbsTopKSAE, d_sae=D_SAE, k=K, init=INIT),
+    "abs_topk_norm_aware": functools.partial(AbsTopKSAE, d_sae=D_SAE, k=K, norm_aware_selection=True, init=INIT),
     "batch_topk": functools.partial(BatchTopKSAE, d_sae=D_SAE, k=K, init=INIT),
     "batch_topk_norm_aware": functools.partial(BatchTopKSAE, d_sae=D_SAE, k=K, norm_aware_selection=True, init=INIT),
     "jumprelu": functools.partial(

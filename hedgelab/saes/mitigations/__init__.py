@@ -6,6 +6,7 @@ from hedgelab.saes.mitigations.frozen import FrozenDecoder as FrozenDecoder
 from hedgelab.saes.mitigations.frozen import FrozenEncoder as FrozenEncoder
 from hedgelab.saes.mitigations.lista import LISTA as LISTA
 from hedgelab.saes.mitigations.orthogonal import OrthogonalDecoder as OrthogonalDecoder
+from hedgelab.saes.mitigations.own_row_credit import OwnRowCredit as OwnRowCredit
 from hedgelab.saes.mitigations.prefixes import RandomPrefixes as RandomPrefixes
 from hedgelab.saes.mitigations.sorted import SortedLatents as SortedLatents
 from hedgelab.saes.mitigations.tilted import TiltedLoss as TiltedLoss
