@@ -35,7 +35,14 @@ FIRINGS = st.one_of(
     st.fixed_dictionaries(
         {
             "class_path": st.just("CopulaFiring"),
-            "init_args": st.fixed_dictionaries({"n": st.integers(2, 6), "mean_l0": st.floats(0.5, 1.5)}),
+            "init_args": st.fixed_dictionaries(
+                {
+                    "n": st.integers(2, 6),
+                    "rates": st.builds(
+                        lambda total: {"class_path": "Zipf", "init_args": {"total": total}}, st.floats(0.5, 1.5)
+                    ),
+                }
+            ),
         }
     ),
 )

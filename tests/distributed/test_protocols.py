@@ -7,7 +7,7 @@ import fits
 import pytest
 import torch
 
-from hedgelab.data.toy import CopulaFiring, ToyDataModule
+from hedgelab.data.toy import CopulaFiring, LowRankCorrelation, ToyDataModule, Zipf
 from hedgelab.errors import UserError
 from hedgelab.protocols.hedge import Hedge, HedgeOptions
 from hedgelab.protocols.ranks import decided_by_rank_zero, on_every_rank
@@ -23,7 +23,7 @@ OPTIONS = HedgeOptions(n_new=2, new_norm=1.0, seeds=2, lr=1e-2)
 
 
 def data():
-    firing = CopulaFiring(12, strength=0.6, rank=2)
+    firing = CopulaFiring(12, Zipf(), LowRankCorrelation(2, strength=0.6))
     return ToyDataModule(firing, d_in=12, batch_size=32, val_batches=4, seed=0, chunk_steps=5)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from hedgelab.data.toy import CopulaFiring, ToyDataModule
+from hedgelab.data.toy import CopulaFiring, LowRankCorrelation, ToyDataModule, Zipf
 from hedgelab.errors import UserError
 from hedgelab.metrics.functional import hedging_degree
 from hedgelab.protocols.hedge import (
@@ -53,7 +53,9 @@ def one_thread_and_seed(monkeypatch):
 
 
 def toy():
-    return ToyDataModule(CopulaFiring(12, strength=0.6, rank=2), d_in=D_IN, batch_size=32, val_batches=4, seed=0)
+    return ToyDataModule(
+        CopulaFiring(12, Zipf(), LowRankCorrelation(2, strength=0.6)), d_in=D_IN, batch_size=32, val_batches=4, seed=0
+    )
 
 
 def protocol(model, label="", **options):

@@ -32,13 +32,15 @@ def test_options_are_checked():
 
 @pytest.mark.slow
 def test_residual_hedging_ranks_and_is_calibrated():
-    firing = {"n": 64, "exponent": 0.5, "max_rate": 0.4, "mean_l0": 5, "rank": 4}
+    rates = {"class_path": "Zipf", "init_args": {"exponent": 0.5, "largest": 0.4, "total": 5}}
+    correlation = {"class_path": "LowRankCorrelation", "init_args": {"rank": 4, "strength": 0.0}}
+    firing = {"n": 64, "rates": rates, "correlation": correlation}
     data = {"d_in": 64, "batch_size": 128, "firing": {"class_path": "CopulaFiring", "init_args": firing}}
     adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 3e-3}}
     kind = {"class_path": "BatchTopKSAE", "init_args": {"k": 2, "auxiliary_coefficient": 0.0, "optimizer": adam}}
     study = Trial(
         Recipe(ActivationDataModule, {"class_path": "ToyDataModule", "init_args": data}, "data"),
-        {f"{strength}": {"strength": strength} for strength in (0.0, 0.1, 0.2, 0.4)},
+        {f"{strength}": {"correlation.init_args.strength": strength} for strength in (0.0, 0.1, 0.2, 0.4)},
         {"batch_topk": Recipe(SAE, kind, "kinds.batch_topk")},
         TrialOptions(widths=[8, 24], seeds=1, steps=1000, continued_steps=600, n_new=8),
     )

@@ -26,7 +26,7 @@ data:
     batch_size: 8
     val_batches: 2
     chunk_steps: 10
-    firing: {class_path: CopulaFiring, init_args: {n: 9, mean_l0: 2}}
+    firing: {class_path: CopulaFiring, init_args: {n: 9, rates: {class_path: Zipf, init_args: {total: 2}}}}
 model:
   class_path: BatchTopKSAE
   init_args: {d_sae: 6, k: 2, dead_after_steps: 20}

@@ -25,7 +25,11 @@ trainer: {max_steps: 4000, log_every_n_steps: 20, accelerator: cpu, enable_progr
 checkpoint: {every_n_train_steps: 200}
 data:
   class_path: ToyDataModule
-  init_args: {d_in: 12, batch_size: 8, val_batches: 2, firing: {class_path: CopulaFiring, init_args: {n: 9, mean_l0: 2}}}
+  init_args:
+    d_in: 12
+    batch_size: 8
+    val_batches: 2
+    firing: {class_path: CopulaFiring, init_args: {n: 9, rates: {class_path: Zipf, init_args: {total: 2}}}}
 model:
   class_path: BatchTopKSAE
   init_args: {d_sae: 600, k: 2, dead_after_steps: 20}

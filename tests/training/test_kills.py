@@ -56,7 +56,11 @@ trainer: {max_steps: 600, log_every_n_steps: 6, accelerator: cpu, enable_progres
 checkpoint: {every_n_train_steps: 12}
 data:
   class_path: ToyDataModule
-  init_args: {d_in: 12, batch_size: 8, val_batches: 2, firing: {class_path: CopulaFiring, init_args: {n: 9, mean_l0: 2}}}
+  init_args:
+    d_in: 12
+    batch_size: 8
+    val_batches: 2
+    firing: {class_path: CopulaFiring, init_args: {n: 9, rates: {class_path: Zipf, init_args: {total: 2}}}}
 model:
   class_path: BatchTopKSAE
   init_args: {d_sae: 6, k: 2, dead_after_steps: 20}

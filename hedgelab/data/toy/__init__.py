@@ -1,10 +1,13 @@
 """Toy activations with known features: dictionaries, firing distributions, and their DataModule."""
 
 from hedgelab.data.toy.conditional import ConditionalFiring, CorrelatedPair
-from hedgelab.data.toy.copula import CopulaFiring
+from hedgelab.data.toy.copula import CopulaFiring, LowRankCorrelation
 from hedgelab.data.toy.datamodule import ToyDataModule
 from hedgelab.data.toy.features import correlated_features, make_dictionary, orthonormal_features
 from hedgelab.data.toy.firing import Firing, IndependentFiring
+from hedgelab.data.toy.gaussian import GaussianFiring
+from hedgelab.data.toy.hierarchy import Forest, Hierarchy
+from hedgelab.data.toy.laws import Exponential, FoldedNormal, Law, Linear, Zipf
 from hedgelab.data.toy.modifiers import (
     Cooccurrence,
     ModifiedFiring,
@@ -16,7 +19,8 @@ from hedgelab.data.toy.modifiers import (
 from hedgelab.data.toy.tree import TreeFiring
 
 __all__ = [
-    "ConditionalFiring", "Cooccurrence", "CopulaFiring", "CorrelatedPair", "Firing", "IndependentFiring", "ModifiedFiring",
-    "Modifier", "MutualExclusion", "ParentChild", "Suppression", "ToyDataModule", "TreeFiring", "correlated_features",
+    "ConditionalFiring", "Cooccurrence", "CopulaFiring", "CorrelatedPair", "Exponential", "Firing", "FoldedNormal", "Forest",
+    "GaussianFiring", "Hierarchy", "IndependentFiring", "Law", "Linear", "LowRankCorrelation", "ModifiedFiring", "Modifier",
+    "MutualExclusion", "ParentChild", "Suppression", "ToyDataModule", "TreeFiring", "Zipf", "correlated_features",
     "make_dictionary", "orthonormal_features",
 ]  # fmt: skip

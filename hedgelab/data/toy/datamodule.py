@@ -6,15 +6,18 @@ import time
 from functools import lru_cache
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, Stage
+from hedgelab.data.toy.dictionary import Dictionary
 from hedgelab.data.toy.features import make_dictionary, orthonormal_features
-from hedgelab.data.toy.firing import Firing
+from hedgelab.data.toy.firing import Firing, Magnitudes
+from hedgelab.data.toy.laws import Law
 from hedgelab.errors import UserError, whole_number
+from hedgelab.kernels.codes import Codes
 from hedgelab.seeding import generator, resolve_seed
 
 _BLOCK_BYTES = 8 * 2**20
@@ -22,7 +25,6 @@ _MAX_BLOCK_BATCHES = 64
 _KEPT_BLOCKS = 3  # of training in order and reordered, and of validation
 _CHUNK_BYTES = 64 * 2**20
 _MAX_CHUNK_STEPS = 100
-_SPARSE_FEATURES = 128  # from about here on a gather of the firing features beats a dense product
 
 
 class ToyDataModule(ActivationDataModule):
@@ -36,9 +38,11 @@ class ToyDataModule(ActivationDataModule):
         d_in: Width of the activations.
         batch_size: Examples a step; the whole support in population mode, whatever this says.
         target_cosine: Cosine between the feature directions; at 0 they are orthonormal where ``n <= d_in``.
-        magnitude_mean: Mean magnitude of a firing feature, a number or one a feature. None: the firing's own (a tree), else 1.
+        magnitude_mean: Mean magnitude of a firing feature, a number, one a feature, or a law. None: the firing's own
+            (a tree), else 1.
         magnitude_std: Standard deviation of the magnitude before the ReLU, likewise. None: the firing's own (a tree), else 0.
         bias: Offset of all activations: its norm (in a random direction), or the vector ``[d_in]`` itself.
+        dictionary: How directions are chosen; None: by ``target_cosine``.
         sampling: ``samples`` draws batches; ``population`` makes each the whole support weighted by probability: exact means.
         dtype: Precision of the activations.
         seed: Seed of dictionary, bias and samples; None takes the run's ``seed_everything``.
@@ -52,9 +56,10 @@ class ToyDataModule(ActivationDataModule):
         d_in: int = 50,
         batch_size: int = 500,
         target_cosine: float = 0.0,
-        magnitude_mean: float | list[float] | None = None,
-        magnitude_std: float | list[float] | None = None,
+        magnitude_mean: float | list[float] | Law | None = None,
+        magnitude_std: float | list[float] | Law | None = None,
         bias: float | list[float] | None = None,
+        dictionary: Dictionary | None = None,
         sampling: Literal["samples", "population"] = "samples",
         dtype: Literal["float32", "float64"] = "float32",
         seed: int | None = None,
@@ -65,14 +70,21 @@ class ToyDataModule(ActivationDataModule):
         whole_number("data.batch_size", batch_size)
         seed = resolve_seed(seed)
         self._dtype: torch.dtype = getattr(torch, dtype)
-        batch_bytes = batch_size * (d_in + firing.n) * self._dtype.itemsize
+        batch_bytes = int(batch_size * (d_in + firing.stored_per_example) * self._dtype.itemsize)
         default_chunk = min(_MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // batch_bytes))
         super().__init__(batch_size, seed, val_batches, default_chunk if chunk_steps is None else chunk_steps)
         self.firing = firing
         self.block_batches: int = min(_MAX_BLOCK_BATCHES, max(1, _BLOCK_BYTES // batch_bytes))
-        self._mean = self._per_feature("magnitude_mean", magnitude_mean, firing.magnitudes(), 1.0)
-        self._std = self._per_feature("magnitude_std", magnitude_std, firing.magnitude_spreads(), 0.0)
-        directions = make_dictionary(firing.n, d_in, target_cosine, generator(seed, "dictionary"))
+        self._magnitudes = Magnitudes(
+            self._per_feature("magnitude_mean", magnitude_mean, firing.magnitudes(), 1.0),
+            self._per_feature("magnitude_std", magnitude_std, firing.magnitude_spreads(), 0.0),
+        )
+        if dictionary is None:
+            directions = make_dictionary(firing.n, d_in, target_cosine, generator(seed, "dictionary"))
+        elif target_cosine:
+            raise UserError("data.dictionary: give it or target_cosine, not both")
+        else:
+            directions = dictionary.directions(firing.n, d_in, generator(seed, "dictionary"))
         self._directions = directions.to(self._dtype)
         self.bias = _make_bias(bias, d_in, seed).to(self._dtype)
         self._population = self._enumerate() if sampling == "population" else None
@@ -88,8 +100,13 @@ class ToyDataModule(ActivationDataModule):
         """True unit directions of the features, ``[n, d_in]``."""
         return self._directions
 
+    @property
+    def parents(self) -> Tensor | None:
+        """Parent of each feature, int64 ``[n]``, -1 for features without one; None without a hierarchy."""
+        return self.firing.parents
+
     def batch(self, stage: Stage, index: int) -> Batch:
-        """Batch number ``index`` of a stage, or the population; ``features`` are the true magnitudes."""
+        """Batch number ``index`` of a stage, or the population; ``features`` are the true magnitudes, sparse above 128."""
         if self._population is not None:
             return self._population
         number, place = divmod(index, self.block_batches)
@@ -111,50 +128,38 @@ class ToyDataModule(ActivationDataModule):
     def _draw_block(self, stage: Stage, number: int) -> list[Batch]:
         """The batches of a block, as views of tensors drawn at once."""
         source = generator(self.seed, "toy", stage, number)
-        states = self.firing.sample(self.batch_size * self.block_batches, source)
-        x, features = self._activations(states, source)
-        pieces = zip(torch.split(x, self.batch_size), torch.split(features, self.batch_size), strict=True)
-        return [Batch(*piece) for piece in pieces]
+        size, count = self.batch_size, self.batch_size * self.block_batches
+        features = self.firing.activations(count, source, self._magnitudes)
+        x = self._embed(features)
+        parts = (slice(start, start + size) for start in range(0, count, size))
+        if isinstance(features, Codes):
+            return [Batch(x[part], features.part(part)) for part in parts]
+        return [Batch(x[part], features[part]) for part in parts]
 
-    def _activations(self, states: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Activations ``[count, d_in]`` and magnitudes ``[count, n]`` of firing patterns ``[count, n]``."""
-        noisy, sparse = bool(self._std.any()), self.firing.n > _SPARSE_FEATURES
-        if not (noisy or sparse):
-            features = torch.where(states, self._mean, 0.0)
-            return self._embed(features), features
-        count, n = states.shape
-        firing = torch.from_numpy(np.flatnonzero(states.numpy()))  # several times as fast as nonzero of torch
-        feature = firing % n
-        magnitudes = self._mean[feature]
-        if noisy:
-            noise = torch.randn(len(firing), generator=source, dtype=self._dtype)
-            magnitudes = (magnitudes + self._std[feature] * noise).relu_()
-        features = torch.zeros(count, n, dtype=self._dtype)
-        features.view(-1)[firing] = magnitudes
-        if not sparse:
-            return self._embed(features), features
-        offsets = torch.searchsorted(firing, torch.arange(count) * n)
-        x = torch.nn.functional.embedding_bag(
-            feature, self._directions, offsets, mode="sum", per_sample_weights=magnitudes
-        )
-        return x.add_(self.bias), features
-
-    def _embed(self, features: Tensor) -> Tensor:
+    def _embed(self, features: Tensor | Codes) -> Tensor:
         """Activations ``[count, d_in]`` of magnitudes ``[count, n]``."""
+        if isinstance(features, Codes):
+            crow, feature, values = features.csr()
+            x = embedding_bag(feature, self._directions, crow[:-1], mode="sum", per_sample_weights=values)
+            return x.add_(self.bias)
         x = features @ self._directions
         return x.add_(self.bias) if bool(self.bias.any()) else x
 
     def _enumerate(self) -> Batch:
         """The whole support as one weighted batch."""
-        if bool(self._std.any()):
+        if self._magnitudes.noisy:
             raise UserError("data.magnitude_std: must be 0 with sampling: population, whose support must be finite")
         states, probabilities = self.firing.enumerate()
-        features = torch.where(states, self._mean, 0.0)
+        features = torch.where(states, self._magnitudes.mean, 0.0)
         return Batch(self._embed(features), features, probabilities.to(self._dtype))
 
-    def _per_feature(self, key: str, value: float | list[float] | None, own: Tensor | None, default: float) -> Tensor:
-        """One number a feature, ``[n]``: of a list, one for all, the firing's own, or else the default, which is possible."""
+    def _per_feature(
+        self, key: str, value: float | list[float] | Law | None, own: Tensor | None, default: float
+    ) -> Tensor:
+        """One number a feature, ``[n]``: of a list or law, one for all, the firing's own, or the default, which is possible."""
         n = self.firing.n
+        if isinstance(value, Law):
+            value = value.values(n).tolist()
         if isinstance(value, list) and len(value) != n:
             raise UserError(f"data.{key}: expected one number or a list of {n}, one a feature, got {len(value)}")
         if value is None:

@@ -1,13 +1,19 @@
 """Which features fire together: the contract of every firing distribution, and the independent one."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hedgelab.errors import UserError
+from hedgelab.kernels.codes import Codes, row_pointers
 
 MAX_ENUMERABLE = 16
+SPARSE_FEATURES = 128
+"""Activations of more features than this are sparse: from about here on a gather of what fires beats a dense product."""
 
 
 def check_probability(key: str, value: float) -> float:
@@ -27,6 +33,34 @@ def pattern_numbers(states: Tensor) -> Tensor:
     return (states.long() << torch.arange(states.shape[1])).sum(1)
 
 
+def true_positions(states: Tensor) -> Tensor:
+    """Where states are true, counted along their rows, int64."""
+    if states.is_cuda:
+        return states.flatten().nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(states.numpy()))  # several times as fast as nonzero of torch
+
+
+@dataclass(frozen=True, eq=False)
+class Magnitudes:
+    """Magnitudes ``relu(mean + std * noise)`` of firing features; ``mean`` and ``std``: ``[n]``, of one dtype."""
+
+    mean: Tensor
+    std: Tensor
+
+    @cached_property
+    def noisy(self) -> bool:
+        """Whether any magnitude varies."""
+        return bool(self.std.any())
+
+    def draw(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        """A magnitude for each of the firing ``features``."""
+        values = self.mean[features]
+        if not self.noisy:
+            return values
+        noise = torch.randn(len(features), generator=generator, dtype=values.dtype, device=values.device)
+        return (values + self.std[features] * noise).relu_()
+
+
 class Firing(ABC):
     """A distribution over firing patterns ``z`` in ``{0, 1}^n``; ``n`` (an attribute or a property) counts features."""
 
@@ -35,6 +69,27 @@ class Firing(ABC):
     @abstractmethod
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Independent firing patterns, bool ``[count, n]``."""
+
+    def activations(self, count: int, generator: torch.Generator, magnitudes: Magnitudes) -> Tensor | Codes:
+        """True activations ``[count, n]``: magnitudes of what fires. Codes of more than 128 features, else a tensor."""
+        states = self.sample(count, generator)
+        if self.n <= SPARSE_FEATURES and not magnitudes.noisy:
+            return torch.where(states, magnitudes.mean, 0.0)
+        firing = true_positions(states)
+        feature = firing % self.n
+        values = magnitudes.draw(feature, generator)
+        codes = Codes.from_csr(row_pointers(firing // self.n, count), feature, values, self.n)
+        return codes if self.n > SPARSE_FEATURES else codes.to_dense()
+
+    @property
+    def parents(self) -> Tensor | None:
+        """Parent of each feature, int64 ``[n]``, -1 for features without one; None where there is no such structure."""
+        return None
+
+    @property
+    def stored_per_example(self) -> float:
+        """How many numbers an example takes up while activations are drawn."""
+        return self.n
 
     def enumerate(self) -> tuple[Tensor, Tensor]:
         """Every pattern of positive probability, bool ``[m, n]``, and its probability, float64 ``[m]``, in sum 1."""

@@ -16,6 +16,7 @@ from hedgelab.data.toy import (
     ParentChild,
     Suppression,
     TreeFiring,
+    Zipf,
 )
 from hedgelab.data.toy.firing import all_patterns, pattern_numbers
 from hedgelab.errors import UserError
@@ -141,7 +142,7 @@ def test_large_supports_are_not_enumerated():
     assert IndependentFiring([0.5] * 16).enumerate()[0].shape == (2**16, 16)
     assert ConditionalFiring([0.5] * 17).rates() is None
     with pytest.raises(UserError, match=r"data\.sampling: CopulaFiring cannot be enumerated"):
-        CopulaFiring(2).enumerate()
+        CopulaFiring(2, Zipf()).enumerate()
 
 
 def test_cooccurrence_raises_the_target():
@@ -200,7 +201,7 @@ def test_modified_firing_passes_on_what_its_base_knows():
     tree = TreeFiring({"children": [{"probability": 0.5, "magnitude": 3, "magnitude_std": 0.5}]})
     assert ModifiedFiring(tree, []).magnitudes().tolist() == [3]
     assert ModifiedFiring(tree, []).magnitude_spreads().tolist() == [0.5]
-    assert ModifiedFiring(CopulaFiring(2), []).rates() is None
+    assert ModifiedFiring(CopulaFiring(2, Zipf()), []).rates() is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 import hedgelab.data.toy
 from hedgelab.data.datamodule import ActivationDataModule
-from hedgelab.data.toy import ConditionalFiring, CopulaFiring, IndependentFiring, ToyDataModule, TreeFiring
+from hedgelab.data.toy import ConditionalFiring, CopulaFiring, IndependentFiring, ToyDataModule, TreeFiring, Zipf
 from hedgelab.errors import UserError
 
 
@@ -30,11 +30,14 @@ def test_activations_are_magnitudes_along_directions():
 
 @pytest.mark.parametrize("std", [0.0, 0.3])
 def test_many_features_take_the_sparse_path_to_the_same_activations(std):
-    data = ToyDataModule(CopulaFiring(200, mean_l0=10), 16, 32, bias=2.0, magnitude_std=std, seed=0, dtype="float64")
+    data = ToyDataModule(
+        CopulaFiring(200, Zipf(total=10)), 16, 32, bias=2.0, magnitude_std=std, seed=0, dtype="float64"
+    )
     batch = data.batch("train", 1)
-    assert torch.allclose(batch.x, batch.features @ data.feature_directions + data.bias, atol=1e-12)
-    silent_row = ToyDataModule(CopulaFiring(200, max_rate=1e-4, exponent=0), 16, 32, seed=0).batch("train", 0)
-    assert float(silent_row.x[silent_row.features.sum(1) == 0].abs().max()) == 0
+    features = batch.features.to_dense()
+    assert torch.allclose(batch.x, features @ data.feature_directions + data.bias, atol=1e-12)
+    silent_row = ToyDataModule(CopulaFiring(200, Zipf(0.0, 1e-4)), 16, 32, seed=0).batch("train", 0)
+    assert float(silent_row.x[silent_row.features.to_dense().sum(1) == 0].abs().max()) == 0
 
 
 def test_noisy_magnitudes_are_rectified_gaussians():
@@ -146,7 +149,7 @@ def test_cost_is_measured_without_moving_the_stream():
 
 
 def test_large_batches_get_small_blocks_and_chunks():
-    small, large = hierarchical(), ToyDataModule(CopulaFiring(500), 512, 4096, seed=0)
+    small, large = hierarchical(), ToyDataModule(CopulaFiring(500, Zipf()), 512, 4096, seed=0)
     assert (small.block_batches, small.chunk_steps) == (64, 100)
     assert large.block_batches == 1
     assert large.chunk_steps < 10
@@ -182,7 +185,7 @@ def test_impossible_values_are_refused(options, message):
 
 def test_copulas_have_no_population():
     with pytest.raises(UserError, match=r"data\.sampling: CopulaFiring cannot be enumerated"):
-        ToyDataModule(CopulaFiring(5), sampling="population")
+        ToyDataModule(CopulaFiring(5, Zipf()), sampling="population")
 
 
 CONFIG = """

@@ -1,0 +1,176 @@
+"""Firing where correlated Gaussians exceed thresholds, drawn sparsely: few features of very many fire at a time."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hedgelab.data.toy.firing import SPARSE_FEATURES, Firing, Magnitudes, true_positions
+from hedgelab.data.toy.hierarchy import Hierarchy
+from hedgelab.errors import UserError
+from hedgelab.kernels.codes import Codes, row_pointers, stable_order
+from hedgelab.seeding import generator as make_generator
+
+_HITS = 0.02  # proposals for each entry of a rare feature
+_CHUNK = 2**18  # entries of rare features at once: what the processor's cache holds
+_DRAWN = 2**24  # entries in all at once
+
+
+class GaussianFiring(Firing):
+    """A feature is a candidate where its Gaussian ``g_i`` exceeds a quantile, and fires if the hierarchy lets it.
+
+    ``g = L eta + sqrt(1 - |L|^2) eps`` with few common factors eta, so that ``corr(g_i, g_j) = L_i . L_j``. Without a
+    hierarchy candidates fire. In one, from the roots on: a child is no candidate where its parent is silent, of several
+    candidates in a group one survives by lot, and a magnitude may be scaled by the parent's (over its mean).
+
+    Only what can fire is drawn. Given eta, entries are independent, with probabilities p. A *rare* feature's entry is hit
+    by a Poisson number of proposals of mean h; each is accepted with probability ``-log(1 - p) / h``, so that none is
+    accepted with probability 1 - p, exactly. Entries with p above ``1 - exp(-h)`` are found and drawn one by one.
+
+    Args:
+        candidates: Probability that each feature is a candidate, ``[n]``, in [0, 1].
+        loadings: L, ``[n, rank]``, rows of norm below 1; None for independent candidates.
+        hierarchy: Who needs and excludes whom; None for nobody.
+    """
+
+    def __init__(self, candidates: Tensor, loadings: Tensor | None = None, hierarchy: Hierarchy | None = None) -> None:
+        self.n, self.hierarchy = len(candidates), hierarchy
+        self.candidates = candidates.double()
+        self.loadings = torch.zeros(self.n, 0, dtype=torch.float64) if loadings is None else loadings.double()
+        unexplained = 1 - self.loadings.square().sum(1)
+        if not bool((unexplained > 0).all()):
+            raise UserError("data.firing.correlation: rows of loadings must have norms below 1")
+        if not bool(((self.candidates >= 0) & (self.candidates <= 1)).all()):
+            raise UserError("data.firing.rates: must be probabilities between 0 and 1")
+        scale = unexplained.sqrt()  # in units of the noise, drawing needs no more scaling
+        self._loadings = (self.loadings / scale[:, None]).float()
+        self._thresholds = (-torch.special.ndtri(self.candidates) / scale).float()
+        free = torch.arange(self.n) if hierarchy is None else hierarchy.levels[0]
+        frequent = self.candidates[free] > -np.expm1(-_HITS)
+        self._frequent, self._rare = free[frequent], free[~frequent]
+
+    @property
+    def parents(self) -> Tensor | None:
+        """Parent of each feature, int64 ``[n]``, -1 for none; None without a hierarchy."""
+        return None if self.hierarchy is None else self.hierarchy.parent
+
+    @property
+    def stored_per_example(self) -> float:
+        """Numbers that hold an example's activations: three (value and 64-bit feature) for each feature that fires."""
+        return float(3 * self._if_independent().sum()) if self.n > SPARSE_FEATURES else self.n
+
+    def _if_independent(self) -> Tensor:
+        return self.candidates if self.hierarchy is None else self.hierarchy.effective(self.candidates)
+
+    def rates(self) -> Tensor:
+        """Probability that each feature fires, ``[n]``, where no magnitude is 0: exact without a hierarchy or correlation.
+
+        With both, those of children are the mean over 1024 draws of the common factors of the exact rates given these.
+        """
+        if self.hierarchy is None or not self.loadings.shape[1]:
+            return self._if_independent().clone()
+        factors = torch.randn(512, self.loadings.shape[1], generator=make_generator(0, "rates"))
+        total = torch.zeros_like(self.candidates)
+        for some in torch.cat([factors, -factors]).split(64):
+            given = torch.special.ndtr(torch.addmm(-self._thresholds[:, None], self._loadings, some.T))
+            total += self.hierarchy.effective(given).double().sum(1)
+        alone = self.hierarchy.levels[0][self.hierarchy.group[self.hierarchy.levels[0]] < 0]
+        total /= 2 * len(factors)
+        total[alone] = self.candidates[alone]
+        return total
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Firing patterns, bool ``[count, n]``, where no magnitude is 0."""
+        ones = torch.ones(self.n)
+        return self._draw(count, generator, Magnitudes(ones, torch.zeros_like(ones))).to_dense() > 0
+
+    def activations(self, count: int, generator: torch.Generator, magnitudes: Magnitudes) -> Tensor | Codes:
+        """True activations ``[count, n]``; a feature whose magnitude is 0 does not fire."""
+        codes = self._draw(count, generator, magnitudes)
+        return codes if self.n > SPARSE_FEATURES else codes.to_dense()
+
+    def _draw(self, count: int, generator: torch.Generator, magnitudes: Magnitudes) -> Codes:
+        factors = torch.randn(count, self.loadings.shape[1], generator=generator)
+        rows, fired = max(1, _DRAWN // self.n), []
+        for start in range(0, count, rows):
+            row, feature, value = self._fired(factors[start : start + rows], generator, magnitudes)
+            fired.append((row + start, feature, value))
+        row, feature, value = (torch.cat(parts) for parts in zip(*fired, strict=True))
+        return Codes.from_csr(row_pointers(row, count), feature, value, self.n)
+
+    def _survivors(
+        self, row: Tensor, feature: Tensor, value: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of candidates those that fire: of magnitude above 0, and one by lot of those that exclude each other."""
+        fires = value > 0
+        if self.hierarchy is not None:
+            group = self.hierarchy.group[feature]
+            rivals = true_positions(fires & (group >= 0))
+            _, rivalry = (row[rivals] * self.n + group[rivals]).unique(return_inverse=True)
+            # The place in the low bits: no two lots are equal.
+            lots = torch.randint(2**31, (len(rivals),), generator=generator) * 2**32 + torch.arange(len(rivals))
+            best = lots.new_zeros(len(rivals)).scatter_reduce(0, rivalry, lots, "amax")
+            fires[rivals] = lots == best[rivalry]
+        kept = true_positions(fires)
+        return row[kept], feature[kept], value[kept]
+
+    def _fired(
+        self, factors: Tensor, generator: torch.Generator, magnitudes: Magnitudes
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, features and values of what fires, row by row."""
+        row, feature = self._free_candidates(factors, generator)
+        fired = [self._survivors(row, feature, magnitudes.draw(feature, generator), generator)]
+        while self.hierarchy is not None and len(fired[-1][0]):
+            row, feature, value = fired[-1]
+            entry, feature = _children(feature, *self.hierarchy.children)
+            row = row[entry]
+            common = self._loadings.index_select(0, feature).mul_(factors.index_select(0, row)).sum(1)
+            noise = torch.randn(len(feature), generator=generator)
+            fires = true_positions(noise.add_(common) > self._thresholds[feature])
+            row, feature, entry = row[fires], feature[fires], entry[fires]
+            draw = magnitudes.draw(feature, generator)
+            ratio = value[entry] / magnitudes.mean[self.hierarchy.parent[feature]]
+            draw = torch.where(self.hierarchy.scaled[feature], draw * ratio, draw)
+            fired.append(self._survivors(row, feature, draw, generator))
+        row, feature, value = (torch.cat(parts) for parts in zip(*fired, strict=True))
+        order = stable_order(row, len(factors))
+        return row[order], feature[order], value[order]
+
+    def _free_candidates(self, factors: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows and features of the candidates that have no parent, in any order."""
+        found = []
+        for features, rare in ((self._frequent, False), (self._rare, True)):
+            thresholds, loadings = self._thresholds[features], self._loadings[features].T
+            rows = max(1, _CHUNK // max(1, len(features)))
+            for start in range(0, len(factors) if len(features) else 0, rows):
+                given = torch.addmm(thresholds, factors[start : start + rows], loadings, alpha=-1)
+                place = _rare_candidates(given, generator) if rare else _candidates(given, generator)
+                found.append((place // len(features) + start, features[place % len(features)]))
+        row, feature = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return row, feature
+
+
+def _candidates(given: Tensor, generator: torch.Generator) -> Tensor:
+    """Positions in ``given [rows, features]`` of the entries whose noise exceeds these thresholds."""
+    return true_positions(torch.randn(given.shape, generator=generator) > given)
+
+
+def _rare_candidates(given: Tensor, generator: torch.Generator) -> Tensor:
+    """The same where few do, without noise for each entry (see :class:`GaussianFiring`)."""
+    limit = -torch.special.ndtri(-torch.expm1(torch.tensor(-_HITS, dtype=torch.float64))).item()
+    given = given.view(-1)
+    hits = int(torch.poisson(torch.tensor(_HITS * len(given), dtype=torch.float64), generator=generator))
+    hit = torch.randint(len(given), (hits,), generator=generator)
+    threshold = given[hit]
+    wanted = -torch.log1p(-torch.special.ndtr(-threshold))
+    accepted = (_HITS * torch.rand(hits, generator=generator, dtype=torch.float64) < wanted) & (threshold >= limit)
+    likely = true_positions(given < limit)
+    fires = torch.randn(len(likely), generator=generator) > given[likely]
+    return torch.cat([hit[accepted].unique(), likely[fires]])
+
+
+def _children(feature: Tensor, start: Tensor, children: Tensor) -> tuple[Tensor, Tensor]:
+    """All children of the given features: the place of each one's parent among these, and the child."""
+    count = start[feature + 1] - start[feature]
+    entry = torch.repeat_interleave(torch.arange(len(feature)), count)
+    first = (start[feature] - count.cumsum(0) + count)[entry]
+    return entry, children[first + torch.arange(len(entry))]
