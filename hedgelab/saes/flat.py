@@ -160,7 +160,8 @@ class FlatSAE(SAE):
     def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
         """Set ``b_dec`` from the first batch, and weights at the known features if the config asks for it.
 
-        Or take all weights from an SAE on disk, with thresholds and dead-latent clocks where both have them.
+        Or take all weights from an SAE on disk, with thresholds and dead-latent clocks where both have them, and what its
+        mitigations have counted where both have the same ones.
         """
         if (folder := self.init.weights) is not None:
             other = load_sae(folder)
@@ -169,8 +170,9 @@ class FlatSAE(SAE):
                 raise UserError(f"model.init.weights: {folder} has {widths}, the config {self.d_in} and {self.d_sae}")
             given = {name.removeprefix("inner."): value for name, value in other.state_dict().items()}
             for name, value in self.state_dict().items():
-                if name in given:
+                if name in given and not name.startswith("mitigations."):
                     value.copy_(given[name])
+            self.mitigations.take_over(getattr(getattr(other, "inner", other), "mitigations", Mitigations()))
             return
         if self.init.at_features:
             if feature_directions is None:

@@ -16,6 +16,7 @@ from hedgelab.kernels.values import Decoder, Errors, Target
 from hedgelab.saes.balance import asymmetry, outside_span
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
+from hedgelab.saes.io import load_sae
 from hedgelab.saes.losses import LossTerms
 from hedgelab.saes.mitigations.base import Mitigation, Mitigations
 from hedgelab.training.sharding import is_split
@@ -65,9 +66,8 @@ class MatryoshkaSAE(SAE):
 
     d_sae, W_enc, b_enc, W_dec, b_dec = map(_of_inner, ("d_sae", "W_enc", "b_enc", "W_dec", "b_dec"))
     steps_done, dead_latents = map(_of_inner, ("steps_done", "dead_latents"))
-    initialize, before_optimizer_step = map(_of_inner, ("initialize", "before_optimizer_step"))
-    optimizer, lr_scheduler = map(_of_inner, ("optimizer", "lr_scheduler"))
-    gradient_clip_norm = _of_inner("gradient_clip_norm")
+    before_optimizer_step, optimizer = map(_of_inner, ("before_optimizer_step", "optimizer"))
+    lr_scheduler, gradient_clip_norm = map(_of_inner, ("lr_scheduler", "gradient_clip_norm"))
 
     def __init__(
         self,
@@ -169,6 +169,12 @@ class MatryoshkaSAE(SAE):
         terms |= self.inner.mitigations.terms(self.inner, codes, self.inner.decoder(), flat, errors[-1:])
         terms |= self.mitigations.terms(self, *prepared, errors)
         return LossTerms(terms, codes, errors[-1])
+
+    def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
+        """As the inner SAE; with weights from an SAE on disk, its mitigations' counts too where both have the same ones."""
+        self.inner.initialize(first, feature_directions)
+        if (folder := self.inner.init.weights) is not None:
+            self.mitigations.take_over(getattr(load_sae(folder), "mitigations", Mitigations()))
 
     @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:

@@ -125,12 +125,19 @@ class Mitigations(nn.ModuleList):
         """See that an SAE can have them."""
         for one in self.all():
             name = type(one).__name__
+            if sum(type(other) is type(one) for other in self) > 1:
+                raise UserError(f"model.mitigations: {name} is there twice; remove one")
             if one.needs_levels and not hasattr(sae, "levels"):
                 raise UserError(f"model.mitigations: {name} needs levels; give it to a MatryoshkaSAE, which has them")
             try:
                 one.check(sae)
             except UserError as error:  # raised anew: keys it names are the SAE's, not the mitigation's
                 raise UserError(str(error)) from error
+
+    def take_over(self, others: "Mitigations") -> None:
+        """Go on with what another SAE's have counted, if they are the same."""
+        if [one.config() for one in self.all()] == [one.config() for one in others.all()]:
+            self.load_state_dict(others.state_dict())
 
     def encoded(self, sae: Any, x: Tensor, selection: Callable[[], Selection]) -> Tensor:
         """What is encoded in place of ``x``."""
