@@ -183,11 +183,14 @@ def _join(place: str, named: str) -> str:
 
     >>> _join("model.inner.init", "model.init.noise"), _join("model", "d_sae"), _join("model.inner", "model.k")
     ('model.inner.init.noise', 'model.d_sae', 'model.inner.k')
+    >>> _join("model.mitigations[1]", "model.mitigations.eta")
+    'model.mitigations[1].eta'
     """
     outer, inner = place.split("."), named.split(".")
     if inner[0] == outer[0]:
         inner = inner[1:]
-    overlap = next((n for n in range(len(inner), 0, -1) if outer[-n:] == inner[:n]), 0)
+    unnumbered = [re.sub(r"\[\d+\]$", "", part) for part in outer]
+    overlap = next((n for n in range(len(inner), 0, -1) if unnumbered[-n:] == inner[:n]), 0)
     return ".".join(outer + inner[overlap:])
 
 

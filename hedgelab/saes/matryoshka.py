@@ -110,12 +110,10 @@ class MatryoshkaSAE(SAE):
         self.adaptive = adaptive
         self.log_factors = nn.Parameter(torch.zeros(len(levels) - 1)) if adaptive else None
         self.level_names = [f"level{size}" for size in levels]
-        for one in self.inner.mitigations.all():
-            kind = type(one)
+        for kind in (type(one) for one in self.inner.mitigations.all()):
             if kind.target is not Mitigation.target or kind.codes_and_decoder is not Mitigation.codes_and_decoder:
-                raise UserError(
-                    f"model.inner.mitigations: {kind.__name__} concerns levels; move it to model.mitigations"
-                )
+                advice = "concerns levels; move it to model.mitigations"
+                raise UserError(f"model.inner.mitigations: {kind.__name__} {advice}")
         self.mitigations = Mitigations(mitigations)
         self.mitigations.check(self)
 

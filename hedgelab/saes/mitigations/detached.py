@@ -22,11 +22,11 @@ class DetachedInnerLevels(Mitigation):
         """Refuse what detaches in another way."""
         if sae.detached:
             raise UserError(
-                "model.detached: already detaches all levels; set it to false, or remove DetachedInnerLevels"
+                "model.detached: detaches all levels already; set it to false, or remove DetachedInnerLevels"
             )
         if sae.credit:
             raise UserError(
-                "model.credit: gives each level a target of its own; set it to 0, or remove DetachedInnerLevels"
+                "model.credit: gives levels targets of their own; set it to 0, or remove DetachedInnerLevels"
             )
 
     def target(self, sae: Any, target: Target) -> Target:

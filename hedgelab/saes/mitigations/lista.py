@@ -40,8 +40,8 @@ class LISTA(Mitigation):
 
     def __init__(self, eta: float = 0.3, steps: int = 1) -> None:
         super().__init__()
-        self.eta = positive("eta", eta)
-        self.steps = whole_number("steps", steps)
+        self.eta = positive("model.mitigations.eta", eta)
+        self.steps = whole_number("model.mitigations.steps", steps)
         self.register_buffer("thresholds", torch.full((self.steps,), torch.nan))
         self._smallest: list[Tensor] = []  # kept activation of each pass, of the step under way
 

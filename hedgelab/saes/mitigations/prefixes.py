@@ -28,7 +28,7 @@ class RandomPrefixes(Mitigation):
 
     def __init__(self, smallest: int | None = None, seed: int | None = None) -> None:
         super().__init__()
-        self.smallest = None if smallest is None else whole_number("smallest", smallest)
+        self.smallest = None if smallest is None else whole_number("model.mitigations.smallest", smallest)
         self.seed = resolve_seed(seed)
 
     def check(self, sae: Any) -> None:

@@ -38,7 +38,7 @@ class SortedLatents(Mitigation):
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
         if not 0 <= decay < 1:
-            raise UserError(f"decay: must be at least 0 and below 1, got {decay}")
+            raise UserError(f"model.mitigations.decay: must be at least 0 and below 1, got {decay}")
         self.decay = decay
         self._weight: Tensor | None = None  # of the examples of the step under way
 

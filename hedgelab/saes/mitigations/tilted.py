@@ -19,7 +19,7 @@ class TiltedLoss(Mitigation):
 
     def __init__(self, tilt: float = 2e-3) -> None:
         super().__init__()
-        self.tilt = positive("tilt", tilt, or_zero=True)
+        self.tilt = positive("model.mitigations.tilt", tilt, or_zero=True)
 
     def target(self, sae: Any, target: Target) -> Target:
         """The same, tilted."""

@@ -173,18 +173,18 @@ def test_weights_of_an_sae_on_disk_bring_what_the_same_mitigations_counted(wraps
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: LISTA(eta=0), r"^eta: must be above 0"),
-        (lambda: LISTA(steps=0), r"^steps: expected a whole number of at least 1"),
-        (lambda: SortedLatents(decay=1.0), r"^decay: must be at least 0 and below 1"),
-        (lambda: TiltedLoss(tilt=-1), r"^tilt: must not be negative"),
-        (lambda: RandomPrefixes(smallest=0), r"^smallest: expected a whole number"),
+        (lambda: LISTA(eta=0), r"^model\.mitigations\.eta: must be above 0"),
+        (lambda: LISTA(steps=0), r"^model\.mitigations\.steps: expected a whole number of at least 1"),
+        (lambda: SortedLatents(decay=1.0), r"^model\.mitigations\.decay: must be at least 0 and below 1"),
+        (lambda: TiltedLoss(tilt=-1), r"^model\.mitigations\.tilt: must not be negative"),
+        (lambda: RandomPrefixes(smallest=0), r"^model\.mitigations\.smallest: expected a whole number"),
         (
             lambda: matryoshka(RandomPrefixes(smallest=16)),
             r"^model\.mitigations: RandomPrefixes: 2 levels from 16 up do not",
         ),
         (lambda: matryoshka(RandomPrefixes(), adaptive=True), r"^model\.adaptive: weighs levels of fixed sizes"),
-        (lambda: matryoshka(DetachedInnerLevels(), detached=True), r"^model\.detached: already detaches"),
-        (lambda: matryoshka(DetachedInnerLevels(), credit=0.5), r"^model\.credit: gives each level a target"),
+        (lambda: matryoshka(DetachedInnerLevels(), detached=True), r"^model\.detached: detaches all"),
+        (lambda: matryoshka(DetachedInnerLevels(), credit=0.5), r"^model\.credit: gives levels targets"),
         (lambda: matryoshka(SortedLatents(), SortedLatents()), r"^model\.mitigations: SortedLatents is there twice"),
         (
             lambda: TopKSAE(8, 16, k=3, mitigations=[RandomPrefixes()]),
