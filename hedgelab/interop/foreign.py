@@ -95,9 +95,8 @@ def assemble(config: Mapping[str, Any], parts: Parts, where: object) -> SAE:
     with torch.no_grad():
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             getattr(flat, name).copy_(getattr(parts, name))
-        if parts.threshold is not None and hasattr(flat, "log_threshold"):
-            # A threshold of 0 or less is a ReLU; 1e-30 is one as well, and has a logarithm.
-            flat.log_threshold.copy_(parts.threshold.double().clamp_min(1e-30).log())
+        if parts.threshold is not None and hasattr(flat, "theta"):
+            flat.theta.copy_(parts.threshold.clamp_min(0))  # 0 is a ReLU, and so is less
         elif parts.threshold is not None:
             flat.threshold.copy_(parts.threshold)
     sae.initialized = True

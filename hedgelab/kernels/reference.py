@@ -63,8 +63,8 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection, lean: bool = False
             activations = pre.relu_()
             kept = _batch_topk(_ranked(activations, encoder), selection, encoder.share_of(len(x), ranks))
             return Codes.from_dense(torch.where(kept, activations, 0.0))
-        case JumpReLU(log_threshold, bandwidth, weight):
-            activations, fired = jump(pre, log_threshold.exp(), bandwidth)
+        case JumpReLU(threshold, bandwidth, weight):
+            activations, fired = jump(pre, threshold, bandwidth)
             rates = fired.mean(0) if weight is None else weight.to(fired.dtype) @ fired
             return Codes.from_dense(activations, rates)
 

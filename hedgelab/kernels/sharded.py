@@ -40,6 +40,10 @@ class ShardedCodes(Codes):
         """Whether each latent of any process fires on any example, ``[d_sae]`` bool."""
         return self.ranks.stack(super().fired().to(torch.uint8)).flatten().bool()
 
+    def active_per_example(self) -> Tensor:
+        """L0 of each example over all processes, ``[...]`` int64."""
+        return self.ranks.sum(super().active_per_example())
+
     def smallest_positive(self) -> Tensor:
         """The smallest activation above 0 of any process; infinite without one."""
         return self.ranks.min(super().smallest_positive())

@@ -53,8 +53,8 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     pre: Tensor = _SelectedPreActivations.apply(x, *encoder[:3], selected.values, layout, *narrow)  # type: ignore[no-untyped-call]
     if not isinstance(selection, JumpReLU):
         return Codes(selection.activations(pre) if isinstance(selection, TopK) else pre, layout)
-    log_threshold, bandwidth, weight = selection
-    activations, fired = reference.jump(pre, log_threshold.exp()[layout.latents], bandwidth)
+    threshold, bandwidth, weight = selection
+    activations, fired = reference.jump(pre, threshold[layout.latents], bandwidth)
     share = fired / x.shape[0] if weight is None else fired * weight.to(fired.dtype)[layout.rows]
     rates = share.new_zeros(layout.d_sae).index_add(0, layout.latents, share)
     return Codes(activations, layout, rates)

@@ -83,13 +83,13 @@ class BatchTopK(NamedTuple):
 
 
 class JumpReLU(NamedTuple):
-    """``a = pre · 1[pre > θ]``, ``θ = exp(log_threshold)``, and how often each latent fires (:attr:`Codes.rates`).
+    """``a = pre · 1[pre > θ]`` with ``θ = threshold``, and how often each latent fires (:attr:`Codes.rates`).
 
-    Both have straight-through gradients to ``log_threshold [d_sae]`` with a rectangle kernel of the given bandwidth
+    Both have straight-through gradients to ``threshold [d_sae]`` with a rectangle kernel of the given bandwidth
     (Rajamanoharan et al. 2024, section 3). ``weight [batch]``: probabilities of the examples.
     """
 
-    log_threshold: Tensor
+    threshold: Tensor
     bandwidth: float
     weight: Tensor | None = None
 
@@ -100,7 +100,7 @@ Selection = ReLU | Threshold | TopK | BatchTopK | JumpReLU
 def floor_of(selection: Selection) -> Tensor | float:
     """What pre-activations exceed to be stored where no k bounds them; JumpReLU stores what has a gradient to θ as well."""
     if isinstance(selection, JumpReLU):
-        return selection.log_threshold.exp() - selection.bandwidth / 2
+        return selection.threshold - selection.bandwidth / 2
     return selection.threshold if isinstance(selection, Threshold) else 0.0
 
 

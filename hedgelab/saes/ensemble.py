@@ -14,10 +14,11 @@ from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.saes.base import SAE, FoldedWeights, fold
+from hedgelab.saes.jumprelu import JumpReLUSAE
 from hedgelab.saes.losses import LossTerms
 from hedgelab.saes.matryoshka import MatryoshkaSAE
 from hedgelab.saes.widen import flat_part
-from hedgelab.training.optimizers import make_optimizer
+from hedgelab.training.optimizers import lr_factors, make_optimizer
 
 
 class EnsembleSAE:
@@ -55,7 +56,7 @@ class EnsembleSAE:
             fill = -1.0 if name.endswith("b_enc") else 0.0  # padding never fires, and feels no gradient
             stacked = torch.stack([_grow(state[name].detach(), like.shape, fill) for state in states])
             self._tensors[f"sae.{name}"] = stacked.requires_grad_(all(state[name].requires_grad for state in states))
-        self._counts = any(True for _ in widest.buffers())
+        self._counts = any(True for _ in widest.buffers()) or isinstance(flat_part(widest), JumpReLUSAE)
         self.steps_done = 0
 
     def losses(self, batch: Batch) -> Tensor:
@@ -76,7 +77,8 @@ class EnsembleSAE:
         dimension of members (see :func:`stack_batches`).
         """
         first, trained = self.members[0], [tensor for tensor in self._tensors.values() if tensor.requires_grad]
-        optimizer = make_optimizer(first.optimizer, trained)
+        factors = [(self._tensors[f"sae.{name}"], factor) for name, factor in lr_factors(first).items()]
+        optimizer = make_optimizer(first.optimizer, trained, factors=factors)
         schedule = None if first.lr_scheduler is None else first.lr_scheduler(optimizer)
         for _ in range(steps):
             losses, values = self._run(batches(self.steps_done) if callable(batches) else batches)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -17,14 +17,35 @@ _REFUSED: dict[type, str] = {
 }
 
 
-def make_optimizer(factory: OptimizerFactory, parameters: Iterable[Any], fused: bool = True) -> Optimizer:
-    """The optimiser of some parameters, fused where its factory leaves that open and ``fused`` allows it."""
+def lr_factors(module: nn.Module) -> dict[str, float]:
+    """Parameters whose learning rate is a multiple of the optimiser's, by full name: what ``lr_factors`` of classes say."""
+    return {
+        f"{path}.{name}".lstrip("."): factor
+        for path, part in module.named_modules()
+        for name, factor in getattr(type(part), "lr_factors", {}).items()
+    }
+
+
+def make_optimizer(
+    factory: OptimizerFactory,
+    parameters: Iterable[Any],
+    fused: bool = True,
+    factors: Iterable[tuple[Any, float]] = (),
+) -> Optimizer:
+    """The optimiser of some parameters, fused where its factory leaves that open and ``fused`` allows it.
+
+    Parameters with a factor get a group of their own, behind the others, whose learning rate is that many times as large.
+    """
     optimizer: Optimizer = _made("model.optimizer", factory, parameters)
     for group in optimizer.param_groups:
         if group.get("fused") and group.get("foreach"):
             raise UserError("model.optimizer: fused and foreach exclude each other; set one of them")
         if fused and "fused" in group and group["fused"] is None and not group.get("foreach"):
             group["fused"] = True
+    for parameter, factor in factors:
+        first = optimizer.param_groups[0]
+        first["params"] = [one for one in first["params"] if one is not parameter]
+        optimizer.add_param_group({**first, "params": [parameter], "lr": factor * first["lr"]})
     return optimizer
 
 

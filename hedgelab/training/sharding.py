@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from hedgelab.errors import UserError
 from hedgelab.kernels.ranks import ALONE, Ranks
 
-BY_LATENT = ("W_enc_rows", "b_enc", "W_dec", "log_threshold")  # their first dimension is split, others are not
+BY_LATENT = ("W_enc_rows", "b_enc", "W_dec", "theta")  # their first dimension is split, others are not
 
 
 class ShardedStrategy(strategies.ModelParallelStrategy):

@@ -19,7 +19,7 @@ from hedgelab.errors import UserError
 from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.training import flags, guard, steps
 from hedgelab.training.checkpoints import use_verified_io
-from hedgelab.training.optimizers import MemberOptimizers, make_optimizer, make_schedule
+from hedgelab.training.optimizers import MemberOptimizers, lr_factors, make_optimizer, make_schedule
 from hedgelab.training.sharding import batch_ranks, exchange_full_states, is_split, split_latents
 from hedgelab.training.trainee import Trainee
 
@@ -84,7 +84,7 @@ class TrainingShell(L.LightningModule):
         if self.trainer.state.fn == "fit":
             flags.check_trainer(self.trainer)
             for sae in self.saes().values():
-                self._optimizer(sae, [nn.Parameter(torch.zeros(1))])
+                self._optimizer(sae, {"": nn.Parameter(torch.zeros(1))})
         return []
 
     def setup(self, stage: str) -> None:
@@ -120,7 +120,7 @@ class TrainingShell(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Each SAE's optimiser and schedule; those of several step as one."""
-        made = {name: self._optimizer(sae, sae.parameters()) for name, sae in self.saes().items()}
+        made = {name: self._optimizer(sae, dict(sae.named_parameters())) for name, sae in self.saes().items()}
         if set(made) != {""}:
             schedules = {name: schedule for name, (_, schedule) in made.items() if schedule is not None}
             return MemberOptimizers({name: optimizer for name, (optimizer, _) in made.items()}, schedules)
@@ -129,11 +129,12 @@ class TrainingShell(L.LightningModule):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _optimizer(self, sae: Any, parameters: Any) -> tuple[Any, Any]:
+    def _optimizer(self, sae: Any, parameters: Mapping[str, Any]) -> tuple[Any, Any]:
         trainer = self._trainer
         scaled = trainer is not None and getattr(trainer.precision_plugin, "scaler", None) is not None
         # A fused optimiser unscales gradients itself, after they have been clipped.
-        optimizer = make_optimizer(sae.optimizer, parameters, fused=not scaled)
+        factors = [(parameters[name], factor) for name, factor in lr_factors(sae).items() if name in parameters]
+        optimizer = make_optimizer(sae.optimizer, parameters.values(), not scaled, factors)
         if is_split(sae.W_dec):
             exchange_full_states(optimizer)
         if sae.lr_scheduler is None:

@@ -51,7 +51,7 @@ def encode(kind, w, weight=None):
         case "threshold":
             return ops.encode(*args, Threshold(torch.tensor(3.0, dtype=torch.float64)))
         case "jumprelu":
-            return ops.encode(*args, JumpReLU(torch.zeros_like(w["b_enc"].detach()).requires_grad_(), 0.1))
+            return ops.encode(*args, JumpReLU(torch.ones_like(w["b_enc"].detach()).requires_grad_(), 0.1))
     raise ValueError(kind)
 
 

@@ -80,9 +80,9 @@ def trained(make):
     with torch.no_grad():
         for name, value in sae.state_dict().items():
             if "threshold" in name:
-                value.fill_(0.5 if value.dim() == 0 else -0.7)
-                if value.dim():
-                    value.add_(0.3 * torch.randn(value.shape, generator=generator))
+                value.fill_(0.5)
+            elif "theta" in name:
+                value.copy_((0.3 * torch.randn(value.shape, generator=generator) - 0.7).exp())
             elif value.is_floating_point():
                 value.copy_(0.4 * torch.randn(value.shape, generator=generator))
     return sae

@@ -26,7 +26,7 @@ class Weights:
         self.b_enc = (0.1 * draw(d_sae)).requires_grad_()
         self.W_dec = draw(d_sae, d_in).requires_grad_()
         self.b_dec = draw(d_in).requires_grad_()
-        self.log_threshold = (0.3 * draw(d_sae)).requires_grad_()
+        self.threshold = (0.3 * draw(d_sae)).exp().requires_grad_()
 
     def encoder(self, scaled: bool = False) -> Encoder:
         return Encoder(self.W_enc, self.b_enc, self.b_dec, self.W_dec.detach().norm(dim=1) if scaled else None)
@@ -35,7 +35,7 @@ class Weights:
         return Decoder(self.W_dec, self.b_dec)
 
     def gradients(self) -> list[Tensor]:
-        leaves = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.log_threshold)
+        leaves = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold)
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
@@ -51,9 +51,9 @@ ENCODERS: dict[str, Encode] = {
     "batch_topk": lambda m, x, w, k: m.encode(x, w.encoder(), BatchTopK(k)),
     "batch_topk_norm_aware": lambda m, x, w, k: m.encode(x, w.encoder(scaled=True), BatchTopK(k)),
     "columns": lambda m, x, w, k: m.encode(x, w.encoder(), TopK(k, torch.arange(w.W_enc.shape[1])[-k:])),
-    "threshold": lambda m, x, w, k: m.encode(x, w.encoder(), Threshold(w.log_threshold.detach())),
+    "threshold": lambda m, x, w, k: m.encode(x, w.encoder(), Threshold(w.threshold.detach())),
     "negative_threshold": lambda m, x, w, k: m.encode(x, w.encoder(), Threshold(torch.tensor(-0.5))),
-    "jumprelu": lambda m, x, w, k: m.encode(x, w.encoder(), JumpReLU(w.log_threshold, 0.5)),
+    "jumprelu": lambda m, x, w, k: m.encode(x, w.encoder(), JumpReLU(w.threshold, 0.5)),
 }
 
 
@@ -274,7 +274,7 @@ def test_lean_dense_path_equals_autograd(name):
     results = []
     for lean in (False, True):
         w, leaf = Weights(12, 203), x.clone().requires_grad_()
-        selection = ReLU() if name == "relu" else JumpReLU(w.log_threshold, 0.5)
+        selection = ReLU() if name == "relu" else JumpReLU(w.threshold, 0.5)
         codes = reference.encode(leaf, w.encoder(), selection, lean)
         loss = reference.decode(codes, w.decoder()).square().sum()
         (loss if codes.rates is None else loss + (codes.rates * torch.arange(203)).sum()).backward()
@@ -313,7 +313,7 @@ def test_stacked_saes_vmap_over_the_dense_path(name):
             "topk": TopK(2),
             "batch_topk": BatchTopK(2),
             "threshold": Threshold(torch.tensor(0.1)),
-            "jumprelu": JumpReLU(torch.zeros_like(b_enc), 0.5),
+            "jumprelu": JumpReLU(torch.ones_like(b_enc), 0.5),
         }
         codes = ops.encode(x, Encoder(W_enc, b_enc, b_dec), selections[name])
         loss = (ops.decode(codes, Decoder(W_dec, b_dec)) - x).square().sum()

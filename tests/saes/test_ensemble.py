@@ -10,14 +10,13 @@ from hedgelab.data.toy import ConditionalFiring, IndependentFiring, ToyDataModul
 from hedgelab.errors import UserError
 from hedgelab.saes import BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE
 from hedgelab.saes.ensemble import EnsembleSAE, stack_batches
-from hedgelab.training.optimizers import make_optimizer
 
 STEPS, D_IN = 60, 5
 COMMON = {"optimizer": functools.partial(torch.optim.Adam, lr=3e-3)}
 
 
 def alone(sae, batches):
-    optimizer = make_optimizer(sae.optimizer, sae.parameters())
+    optimizer = sae.configure_optimizers()
     for step in range(STEPS):
         sae.steps_done = step
         result = sae.loss(batches(step))

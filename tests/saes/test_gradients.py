@@ -33,9 +33,9 @@ def activations(weighted: bool) -> Batch:
 
 
 def weights(sae):
-    """Leaf copies of (W_enc, b_enc, W_dec, b_dec), plus log_threshold where there is one."""
+    """Leaf copies of (W_enc, b_enc, W_dec, b_dec), plus theta where there is one."""
     flat = getattr(sae, "inner", sae)
-    names = ["W_enc", "b_enc", "W_dec", "b_dec"] + (["log_threshold"] if hasattr(flat, "log_threshold") else [])
+    names = ["W_enc", "b_enc", "W_dec", "b_dec"] + (["theta"] if hasattr(flat, "theta") else [])
     return {name: getattr(flat, name).detach().clone().contiguous().requires_grad_() for name in names}
 
 
@@ -65,7 +65,7 @@ def dense_activation(sae, w, batch):
         return pre * torch.stack([keep_top(row.abs(), sae.k) for row in ranked]), None
     if isinstance(sae, BatchTopKSAE):
         return pre.relu() * keep_top(ranked.relu(), sae.k * BATCH), None
-    theta = w["log_threshold"].exp()
+    theta = w["theta"]
     fires = (pre > theta).double()
     near = ((pre - theta).abs() < sae.bandwidth / 2).double().detach()
     # Straight-through estimates as surrogates: the value of the first part, the gradient of the second.

@@ -49,6 +49,8 @@ def kind(request):
 
 @pytest.mark.parametrize("optimizer", ["configured", "own"])
 def test_a_plain_loop_trains_as_a_trainer_does(kind, optimizer):
+    if (kind, optimizer) == ("jumprelu", "own"):
+        pytest.skip("its thresholds have a learning rate of their own, which configure_optimizers gives them")
     fitted, own, source = MAKERS[kind](10), MAKERS[kind](10), data()
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     L.Trainer(max_steps=STEPS, accelerator="cpu", limit_val_batches=0, enable_model_summary=False, **settings).fit(
@@ -103,7 +105,7 @@ def test_what_accumulates_keeps_single_precision(kind, narrow):
     exact = [
         v
         for name, v in sae.state_dict().items()
-        if name.endswith(("threshold", "log_factors")) and v.is_floating_point()
+        if name.endswith(("threshold", "theta", "log_factors", "mean_l0")) and v.is_floating_point()
     ]
     assert all(value.dtype == torch.float32 for value in exact)
     assert sae.W_enc.dtype == narrow
@@ -124,15 +126,15 @@ def test_a_threshold_moves_in_bf16():
 
 
 def test_a_jumprelu_threshold_moves_in_bf16():
-    """Adam's steps are far below a unit of rounding of a bf16 logarithm."""
+    """Adam's steps are below a unit of rounding there."""
     sae = JumpReLUSAE(4, 8, l0_coefficient=1.0, threshold=0.5, bandwidth=2.0, init=INIT).bfloat16()
-    adam, before = sae.configure_optimizers(), sae.log_threshold.detach().clone()
+    adam, before = sae.configure_optimizers(), sae.theta.detach().clone()
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     for _ in range(10):
         sae.loss(x).total.backward()
         adam.step()
         adam.zero_grad()
-    moved = (sae.log_threshold.detach() - before).abs()
+    moved = (sae.theta.detach() - before).abs()
     assert (moved > 2e-3).all()
 
 

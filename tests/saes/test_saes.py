@@ -176,7 +176,7 @@ def test_folding_keeps_the_reconstruction(name):
         kept = torch.zeros_like(pre).scatter(1, pre.topk(3).indices, 1.0)
         a = pre.relu() * kept
     else:
-        a = pre * (pre > (sae.log_threshold.exp() * folded.norms if name == "jumprelu" else 0))
+        a = pre * (pre > (sae.theta * folded.norms if name == "jumprelu" else 0))
     torch.testing.assert_close(a @ folded.W_dec + folded.b_dec, sae(x), rtol=1e-4, atol=1e-5)
 
 

@@ -66,10 +66,10 @@ def test_widened_sae_trains_and_knows_its_width(trained):
 
 def test_new_jumprelu_latents_start_at_the_configured_threshold():
     sae = JumpReLUSAE(D_IN, D_SAE, l0_coefficient=0.1, threshold=0.02)
-    sae.log_threshold.data.fill_(1.0)
+    sae.theta.data.fill_(1.0)
     wide = widen(sae, N_NEW)
-    torch.testing.assert_close(wide.log_threshold[D_SAE:].detach().exp(), torch.full((N_NEW,), 0.02))
-    assert (wide.log_threshold[:D_SAE] == 1).all()
+    torch.testing.assert_close(wide.theta[D_SAE:].detach(), torch.full((N_NEW,), 0.02))
+    assert (wide.theta[:D_SAE] == 1).all()
 
 
 def test_new_latents_are_not_dead_yet(trained):

@@ -20,6 +20,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from hedgelab.errors import UserError, one_line
+from hedgelab.training.checkpoints.upgrade import upgraded
 
 LAST, PREVIOUS, NEXT = "last.ckpt", "previous.ckpt", ".next.ckpt"
 _logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             raise UserError(f"ckpt_path: '{path}' is refused, it holds more than plain values ({reason})") from error
         if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "loops"} <= checkpoint.keys():
             raise UserError(f"ckpt_path: '{path}' is no checkpoint of a fit; give runs/checkpoints/<run id>/last.ckpt")
-        return checkpoint
+        return upgraded(checkpoint)
 
 
 def use_verified_io(trainer: L.Trainer) -> None:

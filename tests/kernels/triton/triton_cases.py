@@ -152,16 +152,16 @@ def test_jumprelu_with_its_straight_through_gradients(weighted: bool) -> None:
     dtype = torch.float32
     leaves, x = weights(20, 24, dtype), examples(30, 20, dtype)
     W_enc, b_enc, W_dec, b_dec = leaves
-    log_threshold = torch.full((24,), -0.5, device=DEVICE, requires_grad=True)
+    threshold = torch.full((24,), 0.6, device=DEVICE, requires_grad=True)
     weight = torch.rand(30, device=DEVICE).softmax(0) if weighted else None
     outcomes = []
     for path in (sparse, reference):
-        codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), JumpReLU(log_threshold, 0.8, weight))
+        codes = path.encode(x, Encoder(W_enc, b_enc, b_dec), JumpReLU(threshold, 0.8, weight))
         rates = codes.rates
         assert rates is not None
         x_hat = path.decode(codes, Decoder(W_dec, b_dec))
         loss = (x_hat - x).square().sum() + (rates * torch.arange(24, device=DEVICE)).sum()
-        outcomes.append([codes.to_dense(), rates, *gradients(loss, [*leaves, log_threshold])])
+        outcomes.append([codes.to_dense(), rates, *gradients(loss, [*leaves, threshold])])
     for found, expected in zip(*outcomes, strict=True):
         assert relative(found, expected) <= 1e-5
 
