@@ -270,7 +270,10 @@ class TrainingShell(L.LightningModule):
     def _is_last_pass(self) -> bool:
         """Whether no other validation pass follows: outside of a fit, where its steps end before one, or where no one knows."""
         trainer: Any = self.trainer
-        return bool(trainer.state.fn != "fit" or trainer.global_step + trainer.val_check_batch > trainer.max_steps)
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return not trainer.sanity_checking
+        every = trainer.val_check_batch  # None where passes go by time
+        return bool(every is None or trainer.global_step + every > trainer.max_steps)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure every SAE on a batch, unless it holds NaN or infinity and a guard leaves it out."""
