@@ -19,8 +19,8 @@ data:
   class_path: ToyDataModule
   init_args: {d_in: 16, batch_size: 32, val_batches: 2, firing: {class_path: my_parts.RingFiring, init_args: {size: 8}}}
 model:
-  class_path: my_parts.OrthogonalTopKSAE
-  init_args: {d_sae: 8, k: 2, orthogonality: 0.5}
+  class_path: my_parts.BareTopKSAE
+  init_args: {d_sae: 8, k: 2, mitigations: [{class_path: my_parts.TiedWeights, init_args: {weight: 0.5}}]}
 """
 
 
@@ -52,11 +52,11 @@ def test_own_sae_loss_term_and_toy_in_a_fit_and_a_sweep(here):
     code, out = said("fit", "--config", "fit.yaml")
     assert code == 0, out
     run = last_run()
-    assert run["metrics"]["train/orthogonality"] > 0
+    assert run["metrics"]["train/untied"] > 0
     assert run["metrics"]["val/detector_f1"] >= 0  # truth is known, so it is measured
-    assert any(key.endswith("orthogonality") for key in run["params"])
+    assert any("TiedWeights" in str(value) for value in run["params"].values())
     (here / "sweep.yaml").write_text(
-        "sweep: {axes: {model.orthogonality: [0.5, 2]}, figure: {x: model.orthogonality}}\n" + FIT
+        "sweep: {axes: {model.mitigations.weight: [0.5, 2]}, figure: {x: model.mitigations.weight}}\n" + FIT
     )
     code, out = said("sweep", "--config", "sweep.yaml")
     assert code == 0, out
@@ -64,11 +64,11 @@ def test_own_sae_loss_term_and_toy_in_a_fit_and_a_sweep(here):
 
 
 def test_a_wrong_key_of_an_own_class_is_one_line(here, capsys):
-    (here / "fit.yaml").write_text(FIT.replace("orthogonality", "orthogonalty"))
+    (here / "fit.yaml").write_text(FIT.replace("weight", "wieght"))
     assert main(["fit", "--config", "fit.yaml"]) == 2
     line = capsys.readouterr().err.strip()
     assert "\n" not in line
-    assert "'orthogonality'" in line
+    assert "'weight'" in line
 
 
 def test_an_own_metric_named_in_a_config_is_in_the_store(here):
