@@ -56,7 +56,7 @@ def test_directions_depend_on_the_generator_alone():
 
 def test_steps_push_directions_apart():
     random, pushed = (Orthogonalised(steps, 3e-3).directions(256, 32, generator(4)) for steps in (0, 100))
-    assert largest_cosines(pushed).mean() < 0.9 * largest_cosines(random).mean()
+    assert largest_cosines(pushed).mean() < 0.97 * largest_cosines(random).mean()
     few = Orthogonalised(steps=400, lr=3e-3).directions(20, 32, generator(4))
     assert largest_cosines(few).max() < 1e-3  # where they fit, they end up orthogonal
 
