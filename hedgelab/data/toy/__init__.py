@@ -3,6 +3,7 @@
 from hedgelab.data.toy.conditional import ConditionalFiring, CorrelatedPair
 from hedgelab.data.toy.copula import CopulaFiring, LowRankCorrelation
 from hedgelab.data.toy.datamodule import ToyDataModule
+from hedgelab.data.toy.dictionary import Dictionary, Orthogonalised
 from hedgelab.data.toy.features import correlated_features, make_dictionary, orthonormal_features
 from hedgelab.data.toy.firing import Firing, IndependentFiring
 from hedgelab.data.toy.gaussian import GaussianFiring
@@ -16,11 +17,12 @@ from hedgelab.data.toy.modifiers import (
     ParentChild,
     Suppression,
 )
+from hedgelab.data.toy.synthetic_model import SyntheticModelFolder
 from hedgelab.data.toy.tree import TreeFiring
 
 __all__ = [
-    "ConditionalFiring", "Cooccurrence", "CopulaFiring", "CorrelatedPair", "Exponential", "Firing", "FoldedNormal", "Forest",
-    "GaussianFiring", "Hierarchy", "IndependentFiring", "Law", "Linear", "LowRankCorrelation", "ModifiedFiring", "Modifier",
-    "MutualExclusion", "ParentChild", "Suppression", "ToyDataModule", "TreeFiring", "Zipf", "correlated_features",
-    "make_dictionary", "orthonormal_features",
+    "ConditionalFiring", "Cooccurrence", "CopulaFiring", "CorrelatedPair", "Dictionary", "Exponential", "Firing",
+    "FoldedNormal", "Forest", "GaussianFiring", "Hierarchy", "IndependentFiring", "Law", "Linear", "LowRankCorrelation",
+    "ModifiedFiring", "Modifier", "MutualExclusion", "Orthogonalised", "ParentChild", "Suppression", "SyntheticModelFolder",
+    "ToyDataModule", "TreeFiring", "Zipf", "correlated_features", "make_dictionary", "orthonormal_features",
 ]  # fmt: skip
