@@ -27,7 +27,9 @@ section `sweep`:
 
 --list shows the cells, which share a stream and which are finished, and trains nothing. Any other option overrides the
 config of every cell, or the section itself (--sweep.pack 4). Finished cells are not trained again, unless something has changed
-that decides their numbers (a key, the code of a class, the content of a file); --retrain trains all. Exit code 1: cells failed.
+that decides their numbers (a key, the code of a class, the content of a file); --retrain trains all. Where fits are validated
+more than once (trainer.val_check_interval), curves.png shows the figure's metrics over the samples trained on. Exit code 1:
+cells failed.
 """
 
 

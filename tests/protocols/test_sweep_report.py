@@ -2,21 +2,23 @@
 
 import csv
 import io
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from hedgelab.protocols.study import as_csv
 from hedgelab.protocols.sweep.config import Cell, FigureOptions
-from hedgelab.protocols.sweep.report import Row, as_json, figure, flat, rows_of, table
+from hedgelab.protocols.sweep.report import Row, as_json, figure, flat, over_training, rows_of, table
 
 
 class Run:
     """What is read of an MLflow run."""
 
-    def __init__(self, metrics):
-        self.data = type("Data", (), {"metrics": metrics})()
+    def __init__(self, metrics, params=None):
+        self.data = type("Data", (), {"metrics": metrics, "params": params or {}})()
         self.info = type("Info", (), {"run_id": "r"})()
 
 
@@ -91,3 +93,22 @@ def test_nothing_to_draw_draws_nothing():
     assert figure(ROWS, {"absent": "absent"}, "title", FigureOptions()) is None
     alone = [Row("", {}, None, "r", {"val/mse": math.pi})]
     assert figure(alone, {"val/mse": "mse"}, "title", FigureOptions()) is not None
+
+
+def test_learning_curves_are_drawn_against_samples_a_line_a_kind():
+    logged = {"val/nearest_f1": [(10, 0.2), (20, 0.6)], "val/mcc": [(20, 0.5)]}
+    points = {name: [SimpleNamespace(step=step, value=value) for step, value in one] for name, one in logged.items()}
+    run = Run({"val/nearest_f1": 0.6, "val/mcc": 0.5}, {"data.init_args.batch_size": "1024"})
+    rows = []
+    for kind, seed in itertools.product(("TopK", "L1"), range(3)):
+        cell = Cell(f"{kind}/seed={seed}", kind, kind, {}, seed, {}, {})
+        rows += over_training(cell, run, [*logged, "val/l0"], lambda run_id, name: points[name])
+    assert [(row.values["samples"], row.metrics) for row in rows[:2]] == [
+        (10240, {"val/nearest_f1": 0.2}),
+        (20480, {"val/nearest_f1": 0.6, "val/mcc": 0.5}),
+    ]
+    axes = figure(rows, {"val/nearest_f1": "F1"}, "", FigureOptions("samples")).axes[0]
+    curves = [line for line in axes.get_lines() if len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in curves] == 2 * [[10240, 20480]]
+    assert list(curves[0].get_ydata()) == pytest.approx([0.2, 0.6])
+    assert axes.get_xlabel() == "samples"

@@ -91,7 +91,9 @@ def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor)
     with_child = torch.where(known, counts.features, 0.0)
     without_child = torch.where(known, counts.features[parents] - counts.features, 0.0)
     missed = (with_child - heard) * known / with_child
-    without = (without_child - (heard_always - heard)) * known / without_child
+    without = (
+        (without_child - (heard_always - heard)) * known / torch.where(without_child > 0, without_child, torch.nan)
+    )
     return AbsorptionScores(missed, without, missed - without)
 
 

@@ -214,10 +214,10 @@ def regressed_hedging(
     seen = [there.gather(1, here.abs().argmax(1, keepdim=True)) for here, there in ((even, odd), (odd, even))]
 
     def of_all(values: Tensor) -> Tensor:  # NaN for latents that are not chosen
-        return values.new_full((d_sae, *values.shape[1:]), torch.nan).index_copy(0, chosen, values)
+        return values.new_full((d_sae, *values.shape[1:]), torch.nan).index_copy_(0, chosen, values)
 
     norm, largest = square.sign() * square.abs().sqrt(), ((seen[0] + seen[1]) / 2).squeeze(1).double()
-    return HedgingScores(of_all((even + odd) / 2), of_all(norm), of_all(largest))
+    return HedgingScores(of_all(even.add_(odd).div_(2)), of_all(norm), of_all(largest))
 
 
 def _counted(cosines: Tensor, tracked: Matching, live: Tensor | None) -> tuple[Tensor, Tensor]:

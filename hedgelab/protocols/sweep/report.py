@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +23,7 @@ DEFAULT_METRICS = {
     ],
     "fit": ["val/explained_variance", "val/l0", "val/dead_latents", "val/mse"],
 }  # fmt: skip
+SAMPLES = "samples"  # the axis of learning curves
 _REPORTED = ("hedging/", "control/", "extended/", "val/", "train/", "samples/s")
 
 
@@ -55,6 +56,24 @@ def rows_of(cell: Cell, run: "Run") -> list[Row]:
             by_seed.setdefault(int(found[2]), {})[f"{found[1]}/{found[3]}"] = value
     rows = sorted(by_seed.items()) or [(cell.seed, metrics)]
     return [Row(cell.line, cell.values, seed, run.info.run_id, own) for seed, own in rows]
+
+
+def over_training(
+    cell: Cell, run: "Run", metrics: Sequence[str], history: Callable[[str, str], Iterable[Any]]
+) -> list[Row]:
+    """A fit's metrics at each validation pass: a row a pass, with another axis ``samples``, the examples trained on by then.
+
+    ``history(run_id, metric)`` gives what was logged, points with a ``step`` and a ``value``.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for name in metrics:
+        for point in history(run.info.run_id, name) if name in run.data.metrics else ():
+            found.setdefault(point.step, {})[name] = point.value
+    examples = int(run.data.params.get("data.init_args.batch_size", 1))
+    return [
+        Row(cell.line, {**cell.values, SAMPLES: step * examples}, cell.seed, run.info.run_id, own)
+        for step, own in sorted(found.items())
+    ]
 
 
 def places(rows: Sequence[Row]) -> list[Place]:

@@ -10,9 +10,19 @@ from hedgelab.errors import Stopped, UserError
 from hedgelab.identity import SCHEME, stable_id
 from hedgelab.protocols.ranks import say
 from hedgelab.protocols.study import Bench, Outcome, Study
-from hedgelab.protocols.sweep.config import read_sweep
+from hedgelab.protocols.sweep.config import FigureOptions, read_sweep
 from hedgelab.protocols.sweep.job import BUSY, CELL_TAG, SCHEME_TAG, Job, Parse, Unit, check_sweep, do, packed, run_of
-from hedgelab.protocols.sweep.report import DEFAULT_METRICS, Row, as_json, figure, flat, rows_of, table
+from hedgelab.protocols.sweep.report import (
+    DEFAULT_METRICS,
+    SAMPLES,
+    Row,
+    as_json,
+    figure,
+    flat,
+    over_training,
+    rows_of,
+    table,
+)
 from hedgelab.protocols.training_phases import GroupCheckpoints
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.listing import aligned
@@ -66,12 +76,15 @@ class Sweep(Study):
                 say(f"sweep: {len(finished)} of {len(units)} cells are finished already")
             self._train(groups, tracker, uri)
             rows: list[Row] = []
+            passes: list[Row] = []
             for unit in units:
                 if (run := run_of(client, unit.id)) is not None:
                     rows += rows_of(unit.cell, run)
+                    if self.grid.options.command == "fit":
+                        passes += over_training(unit.cell, run, self._metrics(), client.get_metric_history)
                 else:
                     self.failures.setdefault(unit.name, "its run did not finish")
-            lines = self._report(tracker, rows, len(units))
+            lines = self._report(tracker, rows, passes, len(units))
         except Stopped as stop:
             tracker.finalize("killed")
             raise Stopped(stop.number, "before its end; run the same command again to go on") from stop
@@ -131,17 +144,22 @@ class Sweep(Study):
                 say(f"sweep: another process is training {waited_for} cells; waiting for it")
             jobs = busy
 
-    def _report(self, tracker: MLflowTracker, rows: Sequence[Row], cells: int) -> list[str]:
-        """Log table, numbers and figure; what to say of them."""
-        options = self.grid.options.figure
-        metrics = options.y or DEFAULT_METRICS[self.grid.options.command]
+    def _metrics(self) -> list[str]:
+        """The metrics that are drawn."""
+        return self.grid.options.figure.y or DEFAULT_METRICS[self.grid.options.command]
+
+    def _report(self, tracker: MLflowTracker, rows: Sequence[Row], passes: Sequence[Row], cells: int) -> list[str]:
+        """Log table, numbers and figures; what to say of them."""
+        metrics = self._metrics()
         titles = {name: name for name in metrics}
-        drawn = figure(rows, titles, self.grid.name, options)
+        figures = {"sweep.png": figure(rows, titles, self.grid.name, self.grid.options.figure)}
+        if len({row.values[SAMPLES] for row in passes}) > 1:
+            figures["curves.png"] = figure(passes, titles, f"{self.grid.name} over training", FigureOptions(SAMPLES))
         Bench(tracker=tracker).keep(
             Outcome(
                 metrics={"cells": cells, "failed_cells": len(self.failures)},
                 tables={"sweep.csv": flat(rows)} if rows else {},
-                figures={"sweep.png": drawn} if drawn is not None else {},
+                figures={name: drawn for name, drawn in figures.items() if drawn is not None},
                 texts={"sweep.json": as_json(rows, self.failures)},
             )
         )
@@ -149,5 +167,6 @@ class Sweep(Study):
         if rows:
             lines += [f"  {line}" for line in aligned(table(rows, metrics[:4])).splitlines()]
             folder = tracker.experiment.get_run(tracker.run_id).info.artifact_uri
-            lines.append(f"figure and table: {folder} (figures/sweep.png, sweep.csv, sweep.json)")
+            shown = ", ".join(f"figures/{name}" for name in figures)
+            lines.append(f"figure and table: {folder} ({shown}, sweep.csv, sweep.json)")
         return lines
