@@ -38,6 +38,13 @@ def test_spreads_are_those_of_the_seeds():
     assert alone["metrics"]["hedging/degree"] == {"mean": 0.25, "std": None, "n": 1}
 
 
+def test_a_metric_that_some_seeds_do_not_have_has_no_spread():
+    rows = [row("a", 4, seed, math.nan if seed else 0.5) for seed in range(3)]
+    (summary,) = json.loads(as_json(rows, {}))["summary"]
+    assert summary["metrics"]["hedging/degree"]["std"] is None
+    assert table(rows, ["hedging/degree"])[-1] == ["a", "4", "nan"]
+
+
 def test_the_table_has_a_line_a_row():
     lines = list(csv.DictReader(io.StringIO(as_csv(flat([*ROWS, row("a", 8, 0, 0.5, extra=1.0)])))))
     assert len(lines) == len(ROWS) + 1

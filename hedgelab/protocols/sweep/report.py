@@ -107,7 +107,7 @@ def as_json(rows: Sequence[Row], failures: Mapping[str, str]) -> str:
     """The rows; mean, standard deviation (null of one seed) and number of each metric's values at each place; what failed."""
 
     def summary_of(values: list[float]) -> dict[str, Any]:
-        return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "n": len(values)}
+        return {"mean": fmean(values), "std": _spread(values), "n": len(values)}
 
     plain = [
         {"line": row.line, **row.values, "seed": row.seed, "run": row.run_id, "metrics": dict(row.metrics)}
@@ -128,7 +128,7 @@ def table(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
         values = [place.values.get(key, "") for key in axes]
         found = [place.metrics.get(name, []) for name in metrics]
         means = [f"{fmean(own):.4g}" if own else "" for own in found]
-        spreads = [f" ± {stdev(own):.2g}" if len(own) > 1 else "" for own in found]
+        spreads = ["" if (std := _spread(own)) is None else f" ± {std:.2g}" for own in found]
         shown = [f"{value:g}" if is_number(value) else label(value) for value in values]
         result.append([place.line, *shown, *map("".join, zip(means, spreads, strict=True))])
     return result
@@ -166,6 +166,11 @@ def figure(rows: Sequence[Row], titles: Mapping[str, str], heading: str, options
     log_x = wide if options.log_x is None else options.log_x
     drawn = {titles[metric]: curves for metric, curves in panels.items() if curves}
     return sweep_panels(drawn, x.rsplit(".", 1)[-1], heading, (log_x, options.log_y), names)
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    """Standard deviation over seeds; None of one, or where some have no number (NaN), which ``stdev`` does not take."""
+    return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
 def is_number(value: Any) -> bool:
