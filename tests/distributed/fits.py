@@ -23,6 +23,7 @@ from hedgelab.saes import (
     TopKSAE,
     VanillaSAE,
 )
+from hedgelab.saes.mitigations import LISTA, DetachedInnerLevels, RandomPrefixes, SortedLatents, TiltedLoss
 from hedgelab.seeding import generator
 from hedgelab.training.sharding import full_tensor
 
@@ -111,6 +112,13 @@ def make(kind, d_in, wide, seed=0):
         case "detached":
             inner = functools.partial(VanillaSAE, d_sae=d_sae, l1_coefficient=0.01, init=init)
             return MatryoshkaSAE(d_in, inner, levels, detached=True)
+        case "lista_matryoshka":
+            parts = [LISTA(), DetachedInnerLevels(), SortedLatents(decay=0.9), TiltedLoss(tilt=0.5)]
+            return MatryoshkaSAE(d_in, BatchTopKSAE(d_in, **k_sparse), levels, mitigations=parts)
+        case "random_prefixes":
+            parts = [RandomPrefixes(smallest=2, seed=seed), TiltedLoss(tilt=0.5)]
+            inner = BatchTopKSAE(d_in, **k_sparse, mitigations=[LISTA(steps=2)])
+            return MatryoshkaSAE(d_in, inner, levels, mitigations=parts)
     raise ValueError(kind)
 
 

@@ -37,6 +37,15 @@ def test_two_ranks_train_every_kind_as_one_does(stream, tmp_path):
     assert any("auxiliary" in name for _, name in one.numbers)
 
 
+@pytest.mark.parametrize("stream", STREAMS)
+def test_two_ranks_train_with_mitigations_as_one_does(stream, tmp_path):
+    one, many = one_and_many(stream, 2, tmp_path, ["lista_matryoshka", "random_prefixes"], 30)
+    check(one, many)
+    rates = [outcome.weights["members.lista_matryoshka.mitigations.2.rates"] for outcome in (one, many[0])]
+    assert rates[0].max() > 0
+    torch.testing.assert_close(*rates, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_for_200_steps(ranks, tmp_path):

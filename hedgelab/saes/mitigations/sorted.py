@@ -62,8 +62,10 @@ class SortedLatents(Mitigation):
 
     def after_step(self, sae: Any, result: LossTerms) -> None:
         """Take the batch's firing rates into the running mean."""
-        codes = result.codes.with_values((result.codes.values != 0).double())
-        share = (
-            codes.values.new_full((codes.batch_size,), 1 / codes.batch_size) if self._weight is None else self._weight
-        )
-        self.rates.lerp_(sae.ranks.mean(codes.sum_per_latent(share)), 1 - self.decay)
+        codes = result.codes
+        if self._weight is None:  # counts: their sum is the same however the batch is split, so that ties stay ties
+            rates = sae.ranks.sum(codes.firing_counts()).double() / (codes.batch_size * sae.ranks.size)
+        else:
+            fires = codes.with_values((codes.values != 0).double())
+            rates = sae.ranks.mean(fires.sum_per_latent(self._weight))
+        self.rates.lerp_(rates, 1 - self.decay)
