@@ -118,7 +118,7 @@ class MatryoshkaSAE(SAE):
         self.mitigations.check(self)
 
     def level_slices(self) -> list[slice]:
-        """Each level's own new latents."""
+        """Each level's own new latents, counted in :meth:`latent_order`."""
         return [slice(a, b) for a, b in pairwise([0, *self.levels])]
 
     def latent_order(self) -> Tensor | None:

@@ -8,11 +8,13 @@ import torch
 from hedgelab.batch import Batch
 from hedgelab.data.toy import IndependentFiring, ToyDataModule
 from hedgelab.errors import UserError
+from hedgelab.interop.saelens import export_saelens
 from hedgelab.kernels import ops
 from hedgelab.kernels.values import Threshold
 from hedgelab.saes import BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, load_sae
 from hedgelab.saes.io import same_weights
 from hedgelab.saes.mitigations import LISTA, DetachedInnerLevels, RandomPrefixes, SortedLatents, TiltedLoss
+from hedgelab.saes.widen import widen
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 
@@ -149,6 +151,22 @@ def test_tilted_loss_weighs_the_worst_examples():
     plain, tilted = matryoshka().loss(X).terms, matryoshka(TiltedLoss(tilt=1.0)).loss(X).terms
     assert all(tilted[name] > 1.05 * plain[name] for name in plain)
     torch.testing.assert_close(matryoshka(TiltedLoss(tilt=0.0)).loss(X).total, matryoshka().loss(X).total)
+
+
+def test_widened_latents_come_last_and_old_ones_keep_their_order():
+    sae = matryoshka(LISTA(steps=2), SortedLatents(), inner=BatchTopKSAE)
+    sae.after_step(sae.loss(X))
+    wide = widen(sae, 4)
+    assert wide.latent_order().tolist() == [*sae.latent_order().tolist(), 16, 17, 18, 19]
+    assert torch.equal(wide.mitigations[0].thresholds, sae.mitigations[0].thresholds)
+
+
+def test_only_what_encodes_differently_cannot_be_exported(tmp_path):
+    sae = matryoshka(SortedLatents(), TiltedLoss(), inner=BatchTopKSAE)
+    sae.after_step(sae.loss(X))
+    assert export_saelens(sae, tmp_path)["architecture"] == "jumprelu"
+    with pytest.raises(UserError, match=r"^export: SAELens knows nothing that computes what MatryoshkaSAE does"):
+        export_saelens(matryoshka(LISTA(eta=0.5)), tmp_path)
 
 
 @pytest.mark.parametrize("wraps", [True, False])
