@@ -81,13 +81,15 @@ def _batch_topk(ranked: Tensor, selection: BatchTopK, share: Share) -> Tensor:
         kept = _first_mass(flat, weight, k, share)
     elif share.ranks.size > 1:
         single = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        kept = among_largest(single, lambda i: share.positions(i // width, i % width), k * share.rows, share.ranks)
+        kept = among_largest(
+            single, lambda i: share.positions(i // width, i % width), round(k * share.rows), share.ranks
+        )
     else:  # a fixed number of entries, so that torch.func can map it
-        kept = torch.zeros_like(flat, dtype=torch.bool).scatter(0, flat.topk(k * len(ranked)).indices, True)
+        kept = torch.zeros_like(flat, dtype=torch.bool).scatter(0, flat.topk(round(k * len(ranked))).indices, True)
     return kept.view_as(ranked)
 
 
-def _first_mass(ranked: Tensor, weight: Tensor, k: int, share: Share) -> Tensor:
+def _first_mass(ranked: Tensor, weight: Tensor, k: float, share: Share) -> Tensor:
     """Which entries, largest first, weigh at most k, but for rounding; ``ranked [batch · d_sae]``, ``weight [batch]``."""
     count = len(ranked)
     parts = share.rows // len(weight)  # over these parts of the batch weights sum to 1 on average

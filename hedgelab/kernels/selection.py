@@ -77,7 +77,7 @@ def select(product: Product, encoder: Encoder, selection: Selection, fast: Calla
             return found or select_topk(product, k, encoder.scale, signed)
         case BatchTopK(k, _, ranks):
             share = encoder.share_of(len(product.x), ranks)
-            found = fast(product, k, encoder.scale, False) if share.ranks.size == 1 else None
+            found = fast(product, round(k * len(product.x)), encoder.scale, False) if share.ranks.size == 1 else None
             return found or select_batch_topk(product, k, encoder.scale, share)
     return select_above(product, floor_of(selection))
 
@@ -107,14 +107,14 @@ def largest_columns(ranked: Tensor, k: int, d_sae: int) -> Tensor:
     return ranked[:, :d_sae].topk(k, dim=1, sorted=False).indices
 
 
-def select_batch_topk(product: Product, k: int, scale: Tensor | None, share: Share) -> Codes:
+def select_batch_topk(product: Product, k: float, scale: Tensor | None, share: Share) -> Codes:
     """Of the k · batch largest positive entries of the global batch, ranked by ``pre`` (times ``scale``), those of this part.
 
     Entries above a floor, estimated from the first tile, are collected from all tiles, and the largest are picked among them:
     those of a full sort, of equal ones the lowest row, then latent. Should they turn out too few, a second and last pass
     collects all positive entries.
     """
-    wanted = k * share.rows
+    wanted = round(k * share.rows)
     candidates, floor = _candidates(product, scale, wanted, k / share.d_sae, share)
     found = share.ranks.sum(torch.tensor(len(candidates.pre), device=product.x.device))
     if floor > 0 and int(found) < wanted:

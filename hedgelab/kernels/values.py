@@ -71,13 +71,13 @@ class TopK(NamedTuple):
 
 
 class BatchTopK(NamedTuple):
-    """``a = relu(pre)`` of the k · batch largest of the batch.
+    """``a = relu(pre)`` of the k · batch largest of the batch, rounded where k is a fraction.
 
     With ``weight [batch]`` (population mode) entries are kept, largest first, until their weight reaches k. The batch is that
     of all ``ranks``, activations and codes are this rank's part.
     """
 
-    k: int
+    k: float
     weight: Tensor | None = None
     ranks: Ranks = ALONE
 

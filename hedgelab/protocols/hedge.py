@@ -32,6 +32,7 @@ from hedgelab.protocols.ranks import decided_by_rank_zero, on_every_rank, say
 from hedgelab.protocols.study import Bench, Outcome, Row, Study
 from hedgelab.protocols.training_phases import Phase, PhaseRunner, PhaseTrainer
 from hedgelab.saes import SAE, JumpReLUSAE, VanillaSAE, duplicate, fresh, widen
+from hedgelab.saes.topk import KSparseSAE
 from hedgelab.saes.widen import flat_part, train_like
 from hedgelab.seeding import resolve_seed
 from hedgelab.tracking import MLflowTracker
@@ -237,6 +238,8 @@ def continuation(initial: SAE, role: str, seed: int, options: HedgeOptions, step
         flat.l1_warmup_start = min(flat.l1_coefficient, options.l1_restart)
     if isinstance(flat, JumpReLUSAE):
         flat.l0_warmup_steps = 0
+    if isinstance(flat, KSparseSAE):
+        flat.k_start = flat.k_steps = None
     if options.lr is not None:
         sae.optimizer = partial(_with_lr, sae.optimizer, options.lr)
     if options.lr_decay:

@@ -1,5 +1,6 @@
 """The AbsTopK SAE: k latents an example, of either sign."""
 
+from hedgelab.batch import Batch
 from hedgelab.kernels.values import TopK
 from hedgelab.saes.topk import KSparseSAE
 
@@ -16,3 +17,7 @@ class AbsTopKSAE(KSparseSAE):
     def selection(self) -> TopK:
         """The k largest in size of each example."""
         return TopK(self.k, signed=self.signed)
+
+    def training_selection(self, batch: Batch) -> TopK:
+        """The same, k as of now."""
+        return self.selection()._replace(k=round(self.current_k()))

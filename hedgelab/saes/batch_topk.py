@@ -37,8 +37,8 @@ class BatchTopKSAE(KSparseSAE):
         return Threshold(self.thresholds())
 
     def training_selection(self, batch: Batch) -> BatchTopK:
-        """The k · batch largest latents of the global batch."""
-        return BatchTopK(self.k, batch.weight, self.ranks)
+        """The k · batch largest latents of the global batch, k as of now."""
+        return BatchTopK(self.current_k(), batch.weight, self.ranks)
 
     @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:

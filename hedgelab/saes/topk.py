@@ -10,7 +10,7 @@ from hedgelab.errors import UserError, positive, whole_number
 from hedgelab.kernels import ops
 from hedgelab.kernels.values import Encoder, Target, TopK
 from hedgelab.saes.flat import FlatSAE
-from hedgelab.saes.losses import LossTerms
+from hedgelab.saes.losses import LossTerms, warmed_up
 
 
 class KSparseSAE(FlatSAE):
@@ -23,6 +23,9 @@ class KSparseSAE(FlatSAE):
         norm_aware_selection: Select by pre-activation times decoder norm.
         dead_after_steps: A latent that fired on no example in this many steps is dead.
         auxiliary_coefficient: Weight of the auxiliary loss; 0 switches it off.
+        k_start: What k is at the first step of training, to go from there to ``k`` linearly; BatchTopK takes fractions of
+            latents, others round. Inference uses ``k``, and a BatchTopK SAE the threshold that training has led to.
+        k_steps: Steps over which it does.
         **kwargs: Arguments of :class:`~hedgelab.saes.flat.FlatSAE`.
     """
 
@@ -39,6 +42,8 @@ class KSparseSAE(FlatSAE):
         norm_aware_selection: bool = False,
         dead_after_steps: int = 1000,
         auxiliary_coefficient: float = 1.0,
+        k_start: float | None = None,
+        k_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
@@ -48,12 +53,35 @@ class KSparseSAE(FlatSAE):
         self.norm_aware_selection = norm_aware_selection
         self.dead_after_steps = whole_number("model.dead_after_steps", dead_after_steps)
         self.auxiliary_coefficient = positive("model.auxiliary_coefficient", auxiliary_coefficient, or_zero=True)
+        if (k_start is None) != (k_steps is None):
+            raise UserError("model.k_start: k goes from there to model.k in model.k_steps steps; give both or neither")
+        if k_start is not None and not 1 <= k_start <= self.d_sae:
+            raise UserError(f"model.k_start: must lie between 1 and d_sae = {d_sae}, got {k_start}")
+        self.k_start = k_start
+        self.k_steps = None if k_steps is None else whole_number("model.k_steps", k_steps)
         self.register_buffer("steps_since_fired", torch.zeros(d_sae, dtype=torch.int64))
 
     @property
     def dead_latents(self) -> Tensor:
         """Which latents fired on no example in the last ``dead_after_steps`` steps, ``[d_sae]`` bool."""
         return self.steps_since_fired >= self.dead_after_steps
+
+    def current_k(self) -> float:
+        """Latents kept an example in this step of training: ``k``, or on the way there from ``k_start``.
+
+        >>> sae = TopKSAE(4, 16, k=2, k_start=10, k_steps=4)
+        >>> sae.steps_done = 1
+        >>> sae.current_k()
+        8.0
+        """
+        if self.k_start is None or self.k_steps is None:
+            return self.k
+        return warmed_up(self.k, self.steps_done, self.k_steps, self.k_start)
+
+    def training_numbers(self) -> dict[str, float]:
+        """With a schedule the current k."""
+        scheduled = {} if self.k_start is None else {"current_k": float(self.current_k())}
+        return {**super().training_numbers(), **scheduled}
 
     def selection_scale(self) -> Tensor | None:
         """What pre-activations are multiplied by for the selection, ``[d_sae]``; None for nothing."""
@@ -98,3 +126,7 @@ class TopKSAE(KSparseSAE):
     def selection(self) -> TopK:
         """The k largest of each example."""
         return TopK(self.k)
+
+    def training_selection(self, batch: Batch) -> TopK:
+        """The k largest of each example, k as of now."""
+        return self.selection()._replace(k=round(self.current_k()))

@@ -101,6 +101,12 @@ def make(kind, d_in, wide, seed=0):
             return BatchTopKSAE(d_in, **k_sparse, norm_aware_selection=True)
         case "jumprelu":
             return JumpReLUSAE(d_in, d_sae, l0_coefficient=0.01, threshold=0.05, init=init)
+        case "steered":
+            return VanillaSAE(d_in, d_sae, target_l0=2, init=init)
+        case "penalty":
+            return JumpReLUSAE(d_in, d_sae, threshold=0.05, target_l0=2, l0_control="penalty", init=init)
+        case "scheduled":
+            return BatchTopKSAE(d_in, **k_sparse, k_start=5.3, k_steps=20)
         case "matryoshka":
             inner = functools.partial(BatchTopKSAE, **k_sparse)
             return MatryoshkaSAE(d_in, inner, levels, beta=0.25, auxiliary_per_level=True)

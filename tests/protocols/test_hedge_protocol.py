@@ -173,6 +173,7 @@ def test_continued_l1_warms_up_from_where_the_spec_says():
 
     assert [start(0.5), start(10.0), start(40.0)] == [0.5, 10.0, 10.0]
     assert again(JumpReLUSAE(D_IN, D_SAE, 1.0, l0_warmup_steps=9)).l0_warmup_steps == 0
+    assert again(TopKSAE(D_IN, D_SAE, k=2, k_start=5, k_steps=9)).current_k() == 2
 
 
 def test_continuations_may_have_a_learning_rate_of_their_own_that_decays():

@@ -41,18 +41,18 @@ def max_share(dtype: torch.dtype) -> float:
     return DENSITY_16_BIT if dtype.itemsize == 2 else DENSITY_32_BIT
 
 
-def select(product: Product, k: int, scale: Tensor | None, per_row: bool) -> Codes | None:
-    """The k largest positive entries of each row, or k a row on average; None where the kernels do not reach.
+def select(product: Product, count: int, scale: Tensor | None, per_row: bool) -> Codes | None:
+    """The ``count`` largest positive entries of each row, or of all; None where the kernels do not reach.
 
-    Of equal entries the first in memory is kept. The kernels do not reach where k is above a quarter of a row's groups, in
+    Of equal entries the first in memory is kept. The kernels do not reach where count is above a quarter of a row's groups, in
     float64, or where masses of pre-activations of a row are equal.
     """
     batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
-    if product.dtype == torch.float64 or not selection.fits(batch, d_sae, k if per_row else 1):
+    if product.dtype == torch.float64 or not selection.fits(batch, d_sae, count if per_row else 1):
         return None
     with torch.autocast(product.x.device.type, enabled=False):
         pre = torch.addmm(product.b_enc, product.x, product.W_enc)
-    return selection.top_k(pre, k, scale) if per_row else selection.batch_top_k(pre, k * batch, scale)
+    return selection.top_k(pre, count, scale) if per_row else selection.batch_top_k(pre, count, scale)
 
 
 @triton.jit
