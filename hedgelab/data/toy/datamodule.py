@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -79,13 +79,12 @@ class ToyDataModule(ActivationDataModule):
             self._per_feature("magnitude_mean", magnitude_mean, firing.magnitudes(), 1.0),
             self._per_feature("magnitude_std", magnitude_std, firing.magnitude_spreads(), 0.0),
         )
+        self._d_in, self._dictionary = d_in, dictionary
         if dictionary is None:
             directions = make_dictionary(firing.n, d_in, target_cosine, generator(seed, "dictionary"))
+            self._directions = directions.to(self._dtype)
         elif target_cosine:
             raise UserError("data.dictionary: give it or target_cosine, not both")
-        else:
-            directions = dictionary.directions(firing.n, d_in, generator(seed, "dictionary"))
-        self._directions = directions.to(self._dtype)
         self.bias = _make_bias(bias, d_in, seed).to(self._dtype)
         self._population = self._enumerate() if sampling == "population" else None
         self._block = lru_cache(_KEPT_BLOCKS)(self._draw_block)
@@ -93,7 +92,14 @@ class ToyDataModule(ActivationDataModule):
     @property
     def d_in(self) -> int:
         """Width of the activations."""
-        return self._directions.shape[1]
+        return self._d_in
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        """Those of a dictionary of a config, which may take a minute, when they are first needed."""
+        assert self._dictionary is not None
+        rng = generator(self.seed, "dictionary")
+        return self._dictionary.directions(self.firing.n, self._d_in, rng).to(self._dtype)
 
     @property
     def feature_directions(self) -> Tensor:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm import tqdm
 
 from hedgelab.errors import positive, whole_number
 
@@ -51,7 +52,7 @@ def orthogonalised(start: Tensor, steps: int, lr: float) -> Tensor:
     """The vectors ``[n, d_in]`` after some steps of Adam on :func:`overlap_gradient`; not normalised."""
     vectors = start.clone()
     optimizer = torch.optim.Adam([vectors], lr=lr, fused=True)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), "dictionary", leave=False, delay=3):
         vectors.grad = overlap_gradient(vectors)
         optimizer.step()
     return vectors

@@ -92,20 +92,24 @@ def _units(grid: Grid, place: list[tuple[Cell, Tree]], parse: Parse, construct: 
         seeds = tuple(cell.seed for cell, _ in place if cell.seed is not None) or None
         place = [(first._replace(name=first.group), {**tree, "name": first.group})]
     units: list[Unit] = []
+    resolved: dict[str, Any] = {}
     for cell, tree in place:
         if cell.seed is not None:
             tree = with_seed(tree, None if seeds else cell.seed)
         parse_it = partial(parse, command, tree, grid.said)
-        parsed = parse_it()
-        if seeds is not None and parsed.hedge_options(made=False).seeds != 1:
-            raise UserError("hedge.seeds: seeds are an axis of the sweep already; leave it at 1")
-        if construct and not units:
-            parsed.make()
-            if parsed.trainer.max_steps < 1:
-                raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
-            if (options := parsed.hedge_options()) is not None:
-                Hedge(parsed.model, parsed.datamodule, parsed.trainer, options)
-        resolved = parsed.resolved()
+        if units:  # a seed of the weights changes nothing else, and parsing takes seconds
+            resolved = with_seed(resolved, cell.seed)
+        else:
+            parsed = parse_it()
+            if seeds is not None and parsed.hedge_options(made=False).seeds != 1:
+                raise UserError("hedge.seeds: seeds are an axis of the sweep already; leave it at 1")
+            if construct:
+                parsed.make()
+                if parsed.trainer.max_steps < 1:
+                    raise UserError("trainer.max_steps: must be set: training streams have no end of their own")
+                if (options := parsed.hedge_options()) is not None:
+                    Hedge(parsed.model, parsed.datamodule, parsed.trainer, options)
+            resolved = parsed.resolved()
         stable = stable_id({"command": command, **deciding(resolved), "seeds": seeds})
         units.append(Unit(cell.name, stable, cell, parse_it, seeds, *_checked(cell.name, resolved)))
     return units
