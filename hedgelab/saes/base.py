@@ -99,7 +99,7 @@ class SAE(TrainingShell, ABC):
         """The training loss of a batch, or of activations ``[..., d_in]``; computing it changes nothing.
 
         A training loop of one's own is ``terms = sae.loss(x); terms.total.backward(); optimizer.step(); optimizer.zero_grad();
-        sae.after_step(terms)``.
+        sae.after_step(terms)``, with the optimizer of ``sae.configure_optimizers()`` or one of your own.
         """
 
     @abstractmethod
