@@ -105,6 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        os.environ["HEDGELAB_THREADS"] = str(options.threads)
         task = {
             **SHAPE, "levels": LEVELS, "synthetic_model": SYNTHETIC_MODEL, "folder": str(folder / "model"),
             "warm_up": WARM_UP, "threads": options.threads,

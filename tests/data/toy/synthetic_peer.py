@@ -46,15 +46,17 @@ def make(job):
     answer = {
         "mean": model.activation_generator.mean_firing_magnitudes,
         "std": model.activation_generator.std_firing_magnitudes,
-        "center": model.sample(CHUNK).double().mean(0),
+        "center": model.sample(1000).double().mean(0),
     }
-    if job.get("rates_only"):
-        counts = torch.zeros(model.cfg.num_features)
+    if "siblings" in job:  # too many features for a matrix of pairs
+        first, last, size = job["siblings"]
+        counts, rivals = torch.zeros(model.cfg.num_features), torch.zeros(())
         for _ in range(job["count"] // 1000):
-            fires = model.activation_generator.sample(1000) > 0
+            fires = (model.activation_generator.sample(1000) > 0).float()
             counts += fires.sum(0)
-        answer["counts"] = counts
-    elif job["count"]:
+            rivals += (fires[:, first:last].view(1000, -1, size).sum(2) > 1).sum()
+        answer |= {"counts": counts, "rivals": rivals}
+    else:
         answer |= add_up(lambda _: model.sample_with_features(CHUNK), job["count"], answer["center"])
     save_file({name: value.contiguous() for name, value in answer.items()}, job["answer"])
 
