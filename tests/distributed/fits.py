@@ -15,6 +15,7 @@ from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.saes import (
+    AbsTopKSAE,
     BatchTopKSAE,
     Initialization,
     JumpReLUSAE,
@@ -23,7 +24,16 @@ from hedgelab.saes import (
     TopKSAE,
     VanillaSAE,
 )
-from hedgelab.saes.mitigations import LISTA, DetachedInnerLevels, RandomPrefixes, SortedLatents, TiltedLoss
+from hedgelab.saes.mitigations import (
+    LISTA,
+    DetachedInnerLevels,
+    FrozenDecoder,
+    OrthogonalDecoder,
+    OwnRowCredit,
+    RandomPrefixes,
+    SortedLatents,
+    TiltedLoss,
+)
 from hedgelab.seeding import generator
 from hedgelab.training.sharding import full_tensor
 
@@ -112,6 +122,14 @@ def make(kind, d_in, wide, seed=0):
             return MatryoshkaSAE(d_in, inner, levels, beta=0.25, auxiliary_per_level=True)
         case "matryoshka_one_auxiliary":
             return MatryoshkaSAE(d_in, functools.partial(TopKSAE, **k_sparse), levels, beta=2.0)
+        case "abs_topk":
+            return AbsTopKSAE(d_in, **k_sparse)
+        case "own_row_credit":
+            inner = functools.partial(TopKSAE, **k_sparse)
+            return MatryoshkaSAE(d_in, inner, levels, beta=0.5, mitigations=[OwnRowCredit(start=5)])
+        case "orthogonal":
+            some = [OrthogonalDecoder(chunk=5, every=2), FrozenDecoder(minimum_cosine=0.8)]
+            return TopKSAE(d_in, **k_sparse, mitigations=some)
         case "adaptive":
             inner = functools.partial(VanillaSAE, d_sae=d_sae, l1_coefficient=0.01, init=init)
             return MatryoshkaSAE(d_in, inner, levels, beta=0.5, adaptive=True, credit=0.5)
@@ -138,6 +156,8 @@ KINDS = (
     "matryoshka",
     "matryoshka_one_auxiliary",
     "detached",
+    "abs_topk",
+    "own_row_credit",
 )
 
 

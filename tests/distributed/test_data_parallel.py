@@ -59,7 +59,7 @@ def test_several_ranks_train_every_kind_as_one_does_for_long(stream, ranks, tmp_
     check(*one_and_many(stream, ranks, tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["batch_topk", "matryoshka", "steered", "penalty", "scheduled"])
+@pytest.mark.parametrize("kind", ["batch_topk", "matryoshka", "orthogonal", "steered", "penalty", "scheduled"])
 def test_a_single_sae_in_chunks(kind, tmp_path):
     runs = []
     for ranks in (1, 2):

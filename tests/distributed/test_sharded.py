@@ -46,7 +46,10 @@ def check(one, many, tolerance=1e-9):
             assert many[0].numbers[key] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True)
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "topk", "batch_topk", "jumprelu", "matryoshka", "steered", "penalty"])
+@pytest.mark.parametrize(
+    "kind",
+    ["vanilla", "topk", "abs_topk", "batch_topk", "jumprelu", "matryoshka", "own_row_credit", "steered", "penalty"],
+)
 def test_two_processes_train_as_one_does(kind, on_ranks, tmp_path):
     check(*both(on_ranks, kind, fits.toy, False, tmp_path))
 

@@ -9,12 +9,14 @@ import torch
 
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.errors import UserError
-from hedgelab.saes import BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE
+from hedgelab.saes import AbsTopKSAE, BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE
 from hedgelab.saes.io import same_weights
+from hedgelab.saes.mitigations import FrozenDecoder, OrthogonalDecoder, OwnRowCredit
 
 FEATURES = [0.3, {"f0": 0.3, "not f0": 0.1}, 0.2, {"f2": 0.4, "otherwise": 0}]
 MAKERS = {
     "vanilla": functools.partial(VanillaSAE, d_sae=3, l1_coefficient=0.01, l1_warmup_steps=30),
+    "abs_topk": functools.partial(AbsTopKSAE, d_sae=6, k=2, dead_after_steps=5),
     "topk": functools.partial(TopKSAE, d_sae=6, k=2, dead_after_steps=5),
     "batch_topk": functools.partial(BatchTopKSAE, d_sae=6, k=2, dead_after_steps=5),
     "jumprelu": functools.partial(JumpReLUSAE, d_sae=6, l0_coefficient=0.01),
@@ -23,8 +25,11 @@ MAKERS = {
 
 def make(kind, seed):
     init = Initialization(seed=seed, b_dec="mean")
-    if kind == "matryoshka":
-        return MatryoshkaSAE(10, functools.partial(MAKERS["batch_topk"], init=init), [2, 6], beta=0.5)
+    if kind in ("matryoshka", "mitigated"):
+        some = [OrthogonalDecoder(chunk=3, every=3), OwnRowCredit(start=30), FrozenDecoder(minimum_cosine=0.9)]
+        mitigations = some if kind == "mitigated" else None
+        inner = functools.partial(MAKERS["batch_topk"], init=init)
+        return MatryoshkaSAE(10, inner, [2, 6], beta=0.5, mitigations=mitigations)
     return MAKERS[kind](10, init=init)
 
 
@@ -76,7 +81,7 @@ def test_chunks_change_nothing(kind):
     assert same_weights(fit(kind, chunk=1)[0], fit(kind, chunk=20)[0])
 
 
-@pytest.mark.parametrize("kind", [*MAKERS, "matryoshka"])
+@pytest.mark.parametrize("kind", [*MAKERS, "matryoshka", "mitigated"])
 def test_resumed_fits_end_bit_identical(kind, tmp_path):
     whole, _ = fit(kind, folder=tmp_path / "whole")
     (middle,) = (tmp_path / "whole").glob("step=40.ckpt")

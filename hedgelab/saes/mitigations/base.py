@@ -40,6 +40,8 @@ class Mitigation(nn.Module):
     """
 
     needs_levels: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
+    """Whether it works where latents are split over processes, as all do that concern targets alone."""
 
     def check(self, sae: Any) -> None:
         """Refuse an SAE that does not fit with a UserError, or freeze its parameters; once, when the SAE takes it in.
@@ -169,7 +171,7 @@ class Mitigations(nn.ModuleList):
 
 
 def _sees_latents(kind: type[Mitigation]) -> bool:
-    """Whether a class does more than change what level errors are computed against."""
-    return any(
+    """Whether a class concerns latents, and more than those of one process at a time."""
+    return not kind.splits and any(
         getattr(kind, hook) is not getattr(Mitigation, hook) for hook in ("encoded", "codes_and_decoder", "terms")
     )

@@ -28,6 +28,7 @@ class FrozenDecoder(Mitigation):
         start: Soft-frozen: where each row started, ``[d_sae, d_in]``; zero before the first step.
     """
 
+    splits = True
     start: Tensor | None
 
     def __init__(self, minimum_cosine: float | None = None) -> None:

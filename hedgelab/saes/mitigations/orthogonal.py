@@ -12,7 +12,6 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import Decoder, Target
 from hedgelab.saes.mitigations.base import Mitigation
 from hedgelab.seeding import generator, resolve_seed
-from hedgelab.training.sharding import is_split
 
 
 class OrthogonalDecoder(Mitigation):
@@ -46,10 +45,6 @@ class OrthogonalDecoder(Mitigation):
         self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]
     ) -> dict[str, Tensor]:
         """The penalty, at every ``every``-th step."""
-        if is_split(sae.W_dec):
-            raise UserError(
-                "model.mitigations: OrthogonalDecoder compares all latents; it cannot be used where they are split"
-            )
         if sae.steps_done % self.every:
             return {}
         order, sizes = self.chunks(sae)

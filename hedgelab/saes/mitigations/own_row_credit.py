@@ -49,7 +49,7 @@ class OwnRowCredit(Mitigation):
         start: Step from which it counts. From random starts, levels find general features first without it.
     """
 
-    needs_levels = True
+    needs_levels = splits = True
 
     def __init__(self, share: float = 1.0, start: int = 0) -> None:
         super().__init__()
