@@ -1,9 +1,9 @@
 """The kernels an SAE calls; each runs on the fastest path that fits, and :func:`backend` forces one.
 
 ``auto`` takes the dense reference for few latents, where overhead rules and ``torch.func`` must work, and the sparse path for
-many. ReLU and JumpReLU latents, whose number is not bounded, are compressed where a sample of rows says that few fire. A path
-is a module with ``encode``, ``decode``, ``level_errors`` and ``decoder_gradient``: :mod:`~hedgelab.kernels.reference` or
-:mod:`~hedgelab.kernels.sparse`.
+many, or for large batches. ReLU and JumpReLU latents, whose number is not bounded, are compressed where a sample of rows says
+that few fire. A path is a module with ``encode``, ``decode``, ``level_errors`` and ``decoder_gradient``:
+:mod:`~hedgelab.kernels.reference` or :mod:`~hedgelab.kernels.sparse`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,8 @@ _backend: Backend = "auto"
 PLUGGED_IN: dict[type, Any] = {}
 """Paths of weights of other tensor classes, as those have whose latents are split over processes; with a :func:`total`."""
 
-MIN_D_SAE = 512  # below, the sparse path gains nothing
+MIN_D_SAE = 512  # below, the sparse path gains nothing but for large batches on the CPU, where few latents are kept
+MIN_ENTRIES, MAX_SHARE_OF_FEW = 1 << 17, 1 / 16  # of these: batch · d_sae pre-activations; share of latents kept
 MAX_SHARE = 1 / 8  # share of latents kept, above which dense products win
 SAMPLED_ROWS = 32
 
@@ -67,7 +68,8 @@ def encode_part(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     bounded = isinstance(selection, TopK | BatchTopK)
     among_few = isinstance(selection, TopK) and selection.among is not None
     k = selection.k if isinstance(selection, TopK | BatchTopK) and not among_few else 0
-    small = encoder.d_sae < MIN_D_SAE or k > MAX_SHARE * encoder.d_sae
+    large_batch = len(x) * encoder.d_sae >= MIN_ENTRIES and 0 < k <= MAX_SHARE_OF_FEW * encoder.d_sae and not x.is_cuda
+    small = (encoder.d_sae < MIN_D_SAE and not large_batch) or k > MAX_SHARE * encoder.d_sae
     if _backend == "dense" or (_backend == "auto" and small) or not sparse.products_on(x):
         return reference.encode(x, encoder, selection)
     if _backend == "auto" and not bounded and _many_fire(x, encoder, floor_of(selection)):

@@ -284,9 +284,19 @@ def test_lean_dense_path_equals_autograd(name):
     assert w.W_enc.grad.stride() == w.W_enc.stride()
 
 
-@pytest.mark.parametrize(("d_sae", "k", "is_dense"), [(64, 4, True), (1024, 4, False), (1024, 512, True)])
-def test_auto_goes_sparse_where_it_pays(d_sae, k, is_dense):
-    w, x = Weights(4, d_sae), torch.randn(8, 4, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("rows", "d_sae", "k", "is_dense"),
+    [
+        (8, 64, 4, True),
+        (8, 1024, 4, False),
+        (8, 1024, 512, True),
+        (1024, 256, 9, False),
+        (1024, 256, 20, True),
+        (64, 256, 9, True),
+    ],
+)
+def test_auto_goes_sparse_where_it_pays(rows, d_sae, k, is_dense):
+    w, x = Weights(4, d_sae), torch.randn(rows, 4, dtype=torch.float64)
     assert (ops.encode(x, w.encoder(), TopK(k)).layout is None) == is_dense
     with ops.backend("sparse"):
         assert ops.encode(x, w.encoder(), TopK(k)).layout is not None
