@@ -59,7 +59,8 @@ def match_features(cosines: Tensor, live: Tensor | None = None, threshold: float
 
     d_sae = len(cosines)
     candidates = torch.arange(d_sae, device=cosines.device) if live is None else live.nonzero().squeeze(1)
-    rows, columns = linear_sum_assignment(cosines[candidates].abs().cpu().numpy(), maximize=True)
+    cost = cosines[candidates].abs_().neg_()  # one copy, of what may be half a gigabyte; maximising would make another
+    rows, columns = linear_sum_assignment(cost.cpu().numpy())
     latents, features = candidates[torch.as_tensor(rows)], torch.as_tensor(columns, device=cosines.device)
     feature = torch.full((d_sae,), -1, device=cosines.device).index_copy(0, latents, features)
     return strong_pairs(feature, cosines, threshold)
