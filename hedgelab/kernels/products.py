@@ -31,6 +31,17 @@ def decode_levels(layout: Layout, values: Tensor, weight: Tensor, levels: Sequen
     return embedding_bag(split.latents, weight.to(values.dtype), split.crow, **options).view(shape)
 
 
+def dots(crow: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``left[row] · right[column]`` of each stored place, ``[nnz]``, for ``left [rows, d]`` and ``right [columns, d]``.
+
+    >>> dots(torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 3.0]]))
+    tensor([3., 6.])
+    """
+    shape = (len(left), len(right))
+    pattern = torch.sparse_csr_tensor(crow, columns, left.new_zeros(len(columns)), shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0).values()
+
+
 def latent_gradients(
     layout: Layout,
     values: Tensor,
@@ -60,9 +71,8 @@ def latent_gradients(
         return torch.sparse_csr_tensor(ccol, places, stored, (layout.d_sae, len(rows)), check_invariants=False)
 
     if weight is not None:
-        pattern, left = by_latent(torch.zeros_like(values)), weight.to(rows.dtype).contiguous()
-        dots = torch.sparse.sampled_addmm(pattern, left, rows.t(), beta=0.0).values()
-        of_values = torch.empty_like(dots).index_copy_(0, order, dots)
+        found = dots(ccol, places, weight.to(rows.dtype).contiguous(), rows)
+        of_values = torch.empty_like(found).index_copy_(0, order, found)
     if dtype is not None:
         out = rows.new_empty(shape)  # beta = 0 ignores its content, and saves a pass over it
         of_weights = torch.addmm(out, by_latent(values[order]), rows, beta=0, out=out).to(dtype)

@@ -1,6 +1,8 @@
 """Firing where correlated Gaussians exceed thresholds, drawn sparsely: few features of very many fire at a time."""
 
-import numpy as np
+import math
+from statistics import NormalDist
+
 import torch
 from torch import Tensor
 
@@ -8,10 +10,13 @@ from hedgelab.data.toy.firing import SPARSE_FEATURES, Firing, Magnitudes, true_p
 from hedgelab.data.toy.hierarchy import Hierarchy
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes, row_pointers, stable_order
+from hedgelab.kernels.products import dots
 from hedgelab.seeding import generator as make_generator
 
-_HITS = 0.02  # proposals for each entry of a rare feature
-_CHUNK = 2**18  # entries of rare features at once: what the processor's cache holds
+_RARE = 0.004  # up to this probability proposals are cheaper than noise for each entry
+_HITS = 0.01  # proposals for each entry of a rare feature
+_LIMIT = -NormalDist().inv_cdf(-math.expm1(-_HITS))  # entries of lower thresholds fire more often than they are hit
+_CHUNK = 2**19  # entries of features without parents at once
 _DRAWN = 2**24  # entries in all at once
 
 
@@ -41,11 +46,11 @@ class GaussianFiring(Firing):
             raise UserError("data.firing.correlation: rows of loadings must have norms below 1")
         if not bool(((self.candidates >= 0) & (self.candidates <= 1)).all()):
             raise UserError("data.firing.rates: must be probabilities between 0 and 1")
-        scale = unexplained.sqrt()  # in units of the noise, drawing needs no more scaling
-        self._loadings = (self.loadings / scale[:, None]).float()
-        self._thresholds = (-torch.special.ndtri(self.candidates) / scale).float()
+        # Of the factors and a 1, in units of the noise: what noise must exceed is the product of these with the weights.
+        weights = torch.cat([self.loadings, torch.special.ndtri(self.candidates)[:, None]], dim=1)
+        self._weights = (-weights / unexplained.sqrt()[:, None]).float()
         free = torch.arange(self.n) if hierarchy is None else hierarchy.levels[0]
-        frequent = self.candidates[free] > -np.expm1(-_HITS)
+        frequent = self.candidates[free] > _RARE
         self._frequent, self._rare = free[frequent], free[~frequent]
 
     @property
@@ -71,7 +76,7 @@ class GaussianFiring(Firing):
         factors = torch.randn(512, self.loadings.shape[1], generator=make_generator(0, "rates"))
         total = torch.zeros_like(self.candidates)
         for some in torch.cat([factors, -factors]).split(64):
-            given = torch.special.ndtr(torch.addmm(-self._thresholds[:, None], self._loadings, some.T))
+            given = torch.special.ndtr(-self._weights @ _with_one(some).T)
             total += self.hierarchy.effective(given).double().sum(1)
         alone = self.hierarchy.levels[0][self.hierarchy.group[self.hierarchy.levels[0]] < 0]
         total /= 2 * len(factors)
@@ -89,7 +94,7 @@ class GaussianFiring(Firing):
         return codes if self.n > SPARSE_FEATURES else codes.to_dense()
 
     def _draw(self, count: int, generator: torch.Generator, magnitudes: Magnitudes) -> Codes:
-        factors = torch.randn(count, self.loadings.shape[1], generator=generator)
+        factors = _with_one(torch.randn(count, self.loadings.shape[1], generator=generator))
         rows, fired = max(1, _DRAWN // self.n), []
         for start in range(0, count, rows):
             row, feature, value = self._fired(factors[start : start + rows], generator, magnitudes)
@@ -123,9 +128,8 @@ class GaussianFiring(Firing):
             row, feature, value = fired[-1]
             entry, feature = _children(feature, *self.hierarchy.children)
             row = row[entry]
-            common = self._loadings.index_select(0, feature).mul_(factors.index_select(0, row)).sum(1)
-            noise = torch.randn(len(feature), generator=generator)
-            fires = true_positions(noise.add_(common) > self._thresholds[feature])
+            given = dots(row_pointers(row, len(factors)), feature, factors, self._weights)
+            fires = true_positions(torch.randn(len(feature), generator=generator) > given)
             row, feature, entry = row[fires], feature[fires], entry[fires]
             draw = magnitudes.draw(feature, generator)
             ratio = value[entry] / magnitudes.mean[self.hierarchy.parent[feature]]
@@ -136,17 +140,24 @@ class GaussianFiring(Firing):
         return row[order], feature[order], value[order]
 
     def _free_candidates(self, factors: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Rows and features of the candidates that have no parent, in any order."""
+        """Rows and features of the candidates that have no parent, row by row."""
         found = []
         for features, rare in ((self._frequent, False), (self._rare, True)):
-            thresholds, loadings = self._thresholds[features], self._loadings[features].T
-            rows = max(1, _CHUNK // max(1, len(features)))
+            weights, rows = self._weights[features].T, max(1, _CHUNK // max(1, len(features)))
+            space = factors.new_empty(rows, len(features))
             for start in range(0, len(factors) if len(features) else 0, rows):
-                given = torch.addmm(thresholds, factors[start : start + rows], loadings, alpha=-1)
+                some = factors[start : start + rows]
+                given = torch.mm(some, weights, out=space[: len(some)])
                 place = _rare_candidates(given, generator) if rare else _candidates(given, generator)
                 found.append((place // len(features) + start, features[place % len(features)]))
         row, feature = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return row, feature
+        order = stable_order(row, len(factors))
+        return row[order], feature[order]
+
+
+def _with_one(factors: Tensor) -> Tensor:
+    """Factors ``[count, rank]`` and a column of ones."""
+    return torch.cat([factors, factors.new_ones(len(factors), 1)], dim=1)
 
 
 def _candidates(given: Tensor, generator: torch.Generator) -> Tensor:
@@ -156,15 +167,14 @@ def _candidates(given: Tensor, generator: torch.Generator) -> Tensor:
 
 def _rare_candidates(given: Tensor, generator: torch.Generator) -> Tensor:
     """The same where few do, without noise for each entry (see :class:`GaussianFiring`)."""
-    limit = -torch.special.ndtri(-torch.expm1(torch.tensor(-_HITS, dtype=torch.float64))).item()
     given = given.view(-1)
     hits = int(torch.poisson(torch.tensor(_HITS * len(given), dtype=torch.float64), generator=generator))
     hit = torch.randint(len(given), (hits,), generator=generator)
-    threshold = given[hit]
+    threshold = given.index_select(0, hit)
     wanted = -torch.log1p(-torch.special.ndtr(-threshold))
-    accepted = (_HITS * torch.rand(hits, generator=generator, dtype=torch.float64) < wanted) & (threshold >= limit)
-    likely = true_positions(given < limit)
-    fires = torch.randn(len(likely), generator=generator) > given[likely]
+    accepted = (_HITS * torch.rand(hits, generator=generator, dtype=torch.float64) < wanted) & (threshold >= _LIMIT)
+    likely = true_positions(given < _LIMIT)
+    fires = torch.randn(len(likely), generator=generator) > given.index_select(0, likely)
     return torch.cat([hit[accepted].unique(), likely[fires]])
 
 
