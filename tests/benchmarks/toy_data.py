@@ -18,10 +18,10 @@ from hedgelab.data.toy import (
     Forest,
     Linear,
     LowRankCorrelation,
-    Orthogonalised,
     ToyDataModule,
     Zipf,
 )
+from hedgelab.data.toy.dictionary import Orthogonalised
 from hedgelab.saes import BatchTopKSAE
 
 _ROUNDS = 12
@@ -42,7 +42,7 @@ model = SyntheticModel(SyntheticModelConfig(
 for sparse in (False, True):
     model.use_sparse_tensors = sparse
     costs = []
-    for _ in range(4):
+    for _ in range(2):
         start = time.process_time()
         model.sample(1024)
         costs.append(time.process_time() - start)

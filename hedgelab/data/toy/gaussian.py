@@ -73,13 +73,14 @@ class GaussianFiring(Firing):
         """
         if self.hierarchy is None or not self.loadings.shape[1]:
             return self._if_independent().clone()
-        factors = torch.randn(512, self.loadings.shape[1], generator=make_generator(0, "rates"))
+        half = torch.randn(512, self.loadings.shape[1], generator=make_generator(0, "rates"))
+        factors = _with_one(torch.cat([half, -half]))
         total = torch.zeros_like(self.candidates)
-        for some in torch.cat([factors, -factors]).split(64):
-            given = torch.special.ndtr(-self._weights @ _with_one(some).T)
+        for some in torch.split(factors, 64):
+            given = torch.special.ndtr(-self._weights @ some.T)
             total += self.hierarchy.effective(given).double().sum(1)
         alone = self.hierarchy.levels[0][self.hierarchy.group[self.hierarchy.levels[0]] < 0]
-        total /= 2 * len(factors)
+        total /= len(factors)
         total[alone] = self.candidates[alone]
         return total
 
@@ -110,7 +111,7 @@ class GaussianFiring(Firing):
         if self.hierarchy is not None:
             group = self.hierarchy.group[feature]
             rivals = true_positions(fires & (group >= 0))
-            _, rivalry = (row[rivals] * self.n + group[rivals]).unique(return_inverse=True)
+            _, rivalry = torch.unique(row[rivals] * self.n + group[rivals], return_inverse=True)
             # The place in the low bits: no two lots are equal.
             lots = torch.randint(2**31, (len(rivals),), generator=generator) * 2**32 + torch.arange(len(rivals))
             best = lots.new_zeros(len(rivals)).scatter_reduce(0, rivalry, lots, "amax")
@@ -175,7 +176,7 @@ def _rare_candidates(given: Tensor, generator: torch.Generator) -> Tensor:
     accepted = (_HITS * torch.rand(hits, generator=generator, dtype=torch.float64) < wanted) & (threshold >= _LIMIT)
     likely = true_positions(given < _LIMIT)
     fires = torch.randn(len(likely), generator=generator) > given.index_select(0, likely)
-    return torch.cat([hit[accepted].unique(), likely[fires]])
+    return torch.cat([torch.unique(hit[accepted]), likely[fires]])
 
 
 def _children(feature: Tensor, start: Tensor, children: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,7 @@ def test_rare_features_fire_together_as_bivariate_normals_do(loading):
 def test_sparse_draws_have_the_law_of_dense_ones():
     """All patterns of five rare, correlated features: a chi-square test of two samples, at one chance in 10^5."""
     loadings = torch.randn(5, 2, generator=generator(3)).div(1.8).clamp(-0.65, 0.65)
-    firing = GaussianFiring(torch.tensor([0.004, 0.0037, 0.0034, 0.003, 0.002]), loadings)
+    firing = GaussianFiring(torch.tensor([0.0039, 0.0037, 0.0034, 0.003, 0.002]), loadings)
     assert len(firing._rare) == 5
     count = 1_000_000
     bits = 2 ** torch.arange(5)
