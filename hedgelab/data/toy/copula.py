@@ -37,7 +37,7 @@ class LowRankCorrelation:
         normal = torch.randn(n, self.rank, generator=torch.Generator().manual_seed(seed + _SEED_OF_LOADINGS)).double()
         if self.scale is None:
             directions: Tensor = torch.nn.functional.normalize(normal, dim=1)
-            return math.sqrt(self.strength or 0.0) * directions
+            return directions * math.sqrt(self.strength or 0.0)
         loadings: Tensor = self.scale * normal
         return loadings * (_LARGEST_SQUARED_NORM**0.5 / loadings.norm(dim=1, keepdim=True)).clamp(max=1.0)
 

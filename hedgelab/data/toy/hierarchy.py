@@ -16,7 +16,7 @@ class Hierarchy:
 
     Attributes:
         parent: Parent of each feature, int64 ``[n]``; -1 for features without one.
-        group: Group of features that exclude each other, int64 ``[n]``; -1 for none. Its members share their parent.
+        group: Number (below n) of the features that exclude each other, int64 ``[n]``; -1: none. Members share their parent.
         scaled: Whether a feature's magnitude is multiplied by its parent's over the parent's mean, bool ``[n]``.
     """
 
