@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hedgelab.plots.style import MUTED, color_of, legend_below, new_figure, tidy
+from hedgelab.plots.style import MUTED, PALETTE, color_of, legend_below, new_figure, tidy
 
 _COLUMNS = 4
 _MARKERS = "osD^vP*X"
@@ -53,7 +53,9 @@ def sweep_panels(
 
 
 def _look(number: int) -> dict[str, Any]:
-    return {"color": color_of(number), "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
+    """A colour and a marker; when the colours begin again, each has another marker."""
+    marker = _MARKERS[(number + number // len(PALETTE)) % len(_MARKERS)]
+    return {"color": color_of(number), "marker": marker, "markersize": 4}
 
 
 def _draw(axes: Axes, places: Sequence[tuple[float, Sequence[float]]], number: int) -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hedgelab.batch import Batch
+from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.kernels import ops
-from hedgelab.saes import BatchTopKSAE, Initialization, MatryoshkaSAE, TopKSAE
+from hedgelab.saes import BatchTopKSAE, Initialization, MatryoshkaSAE, TopKSAE, VanillaSAE
 from hedgelab.saes.mitigations import DetachedInnerLevels, OwnRowCredit, SortedLatents, TiltedLoss
 
 D_IN, LEVELS, ROWS = 9, [4, 11, 30], 23
@@ -130,6 +131,27 @@ def test_sorted_latents_get_the_credit_of_their_level(path):
         for one in (sae, by_hand):
             one.loss(given).total.backward()
     torch.testing.assert_close(sae.W_dec.grad[order], by_hand.W_dec.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_parents_row_hedges_less_than_in_a_plain_matryoshka_sae():
+    """A parent, whose latent is level 1 alone, and a child on half of its firings, exactly: the population."""
+    toy = ToyDataModule(ConditionalFiring([0.25, {"f0": 0.5, "otherwise": 0}]), d_in=3, sampling="population")
+    population, directions = toy.batch("train", 0), toy.feature_directions
+
+    def childs_part(*mitigations):
+        inner = VanillaSAE(3, 2, l1_coefficient=1e-2, init=Initialization(at_features=True))
+        sae = MatryoshkaSAE(3, inner, [1, 2], mitigations=list(mitigations))
+        sae.initialize(population, directions)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+        for _ in range(300):
+            terms = sae.loss(population)
+            optimizer.zero_grad()
+            terms.total.backward()
+            optimizer.step()
+            sae.after_step(terms)
+        return float(torch.nn.functional.normalize(sae.W_dec.detach()[0], dim=0) @ directions[1])
+
+    assert abs(childs_part(OwnRowCredit())) < 0.15 < 0.3 < childs_part()
 
 
 def test_it_starts_when_told():
