@@ -65,7 +65,7 @@ def test_a_latent_fires_where_its_value_is_not_zero(sparse_layout: bool, stored_
 
 def test_what_a_jumprelu_stores_below_its_threshold_does_not_fire() -> None:
     x, encoder = torch.tensor([[0.95, 1.05]]), Encoder(torch.eye(2), torch.zeros(2), torch.zeros(2))
-    codes = sparse.encode(x, encoder, JumpReLU(torch.zeros(2), 0.2))
+    codes = sparse.encode(x, encoder, JumpReLU(torch.ones(2), 0.2))
     assert len(codes.values) == 2
     assert codes.firing_counts().tolist() == [0, 1]
     assert codes.active_per_example().tolist() == [1]
