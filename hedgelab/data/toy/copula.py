@@ -39,7 +39,9 @@ class LowRankCorrelation:
             directions: Tensor = torch.nn.functional.normalize(normal, dim=1)
             return directions * math.sqrt(self.strength or 0.0)
         loadings: Tensor = self.scale * normal
-        return loadings * (_LARGEST_SQUARED_NORM**0.5 / loadings.norm(dim=1, keepdim=True)).clamp(max=1.0)
+        norms = torch.linalg.vector_norm(loadings, dim=1, keepdim=True)
+        excess = torch.clamp(norms / math.sqrt(_LARGEST_SQUARED_NORM), min=1.0)
+        return torch.div(loadings, excess)
 
 
 class CopulaFiring(GaussianFiring):
