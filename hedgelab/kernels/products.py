@@ -39,7 +39,8 @@ def dots(crow: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """
     shape = (len(left), len(right))
     pattern = torch.sparse_csr_tensor(crow, columns, left.new_zeros(len(columns)), shape, check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0).values()
+    products: Tensor = torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0).values()
+    return products
 
 
 def latent_gradients(
