@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
 
 from hedgelab.plots.style import MUTED, PALETTE, color_of, legend_below, new_figure, tidy
 
@@ -22,11 +23,13 @@ def sweep_panels(
     log: tuple[bool, bool] = (False, False),
     names: Sequence[str] | None = None,
     ylabel: str = "",
+    until: float | None = None,
 ) -> Figure:
     """One panel a title, one curve a line: the mean over seeds, its standard deviation as a band, seeds as dots.
 
     ``log`` says whether x and y are logarithmic; ``names`` label x = 0, 1, …, where the axis is none of numbers. Panels with a
-    common ``ylabel`` have a common scale.
+    common ``ylabel`` have a common scale. Where a curve's own places allow it, it is continued to ``until`` by a
+    :func:`power_law`, dashed, with the value there.
     """
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
@@ -35,7 +38,10 @@ def sweep_panels(
     lines = list(dict.fromkeys(line for curves in panels.values() for line in curves))
     for axes, (metric, curves) in zip(grid, panels.items(), strict=True):
         for line, curve in curves.items():
-            _draw(axes, sorted(curve, key=lambda place: place[0]), lines.index(line))
+            ordered = sorted(curve, key=lambda place: place[0])
+            _draw(axes, ordered, lines.index(line))
+            if until is not None:
+                _continue(axes, ordered, until, lines.index(line))
         places = [place for curve in curves.values() for place in curve]
         ticks, lowest = sorted({x for x, _ in places}), min((min(values) for _, values in places), default=-1)
         axes.set(xscale="log" if log[0] else "linear", yscale="log" if log[1] else "linear")
@@ -50,6 +56,42 @@ def sweep_panels(
     if len(lines) > 1 or lines != [""]:
         legend_below(figure, [grid[0].plot([], [], label=line, **_look(i))[0] for i, line in enumerate(lines)])
     return figure
+
+
+def power_law(x: Sequence[float], y: Sequence[float], at: ArrayLike) -> NDArray[np.float64] | None:
+    """Where ``a - b x^-c`` of least squares through these points is ``at`` other places; None of fewer than four points.
+
+    For each c a and b are linear; c is searched from .05 to 3.
+
+    >>> power_law([1, 4, 16, 64], [0.5, 0.75, 0.875, 0.9375], [256.0]).round(2).tolist()
+    [0.97]
+    """
+    if len(set(x)) < 4:
+        return None
+    from scipy.optimize import minimize_scalar  # late: scipy is slow to import
+
+    places, values = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+
+    def design(at: ArrayLike, c: float) -> NDArray[np.float64]:
+        power = (np.asarray(at, dtype=np.float64) / places[0]) ** -c
+        return np.stack([np.ones_like(power), power], axis=-1)
+
+    def misfit(c: float) -> float:
+        return float(np.square(design(places, c) @ np.linalg.lstsq(design(places, c), values)[0] - values).sum())
+
+    best = float(minimize_scalar(misfit, bounds=(0.05, 3), method="bounded", options={"xatol": 1e-6}).x)
+    found: NDArray[np.float64] = design(at, best) @ np.linalg.lstsq(design(places, best), values)[0]
+    return found
+
+
+def _continue(axes: Axes, places: Sequence[tuple[float, Sequence[float]]], until: float, number: int) -> None:
+    """The mean's power law from the last place on, and its value at the end."""
+    x, mean = [at for at, _ in places], [float(np.mean(values)) for _, values in places]
+    beyond = np.geomspace(x[-1], until, 50)
+    if (continued := power_law(x, mean, beyond)) is not None:
+        axes.plot(beyond, continued, linestyle="--", linewidth=1.0, color=color_of(number))
+        value = float(continued[-1])
+        axes.annotate(f"{value:.3g}", (until, value), fontsize=7, color=color_of(number), ha="right", va="bottom")
 
 
 def _look(number: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class FigureOptions:
     y: list[str] = field(default_factory=list)  # measured numbers, one panel each; empty takes the command's own
     log_x: bool | None = None  # None decides by the values
     log_y: bool = False
+    until: float | None = None  # samples up to which curves over training are continued by a power law
 
 
 @dataclass(frozen=True)

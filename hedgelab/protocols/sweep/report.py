@@ -165,7 +165,8 @@ def figure(rows: Sequence[Row], titles: Mapping[str, str], heading: str, options
     wide = names is None and min(positions) > 0 and max(positions) >= 20 * min(positions)
     log_x = wide if options.log_x is None else options.log_x
     drawn = {titles[metric]: curves for metric, curves in panels.items() if curves}
-    return sweep_panels(drawn, x.rsplit(".", 1)[-1], heading, (log_x, options.log_y), names)
+    until = options.until if x == SAMPLES else None
+    return sweep_panels(drawn, x.rsplit(".", 1)[-1], heading, (log_x, options.log_y), names, until=until)
 
 
 def _spread(values: Sequence[float]) -> float | None:

@@ -154,7 +154,9 @@ class Sweep(Study):
         titles = {name: name for name in metrics}
         figures = {"sweep.png": figure(rows, titles, self.grid.name, self.grid.options.figure)}
         if len({row.values[SAMPLES] for row in passes}) > 1:
-            figures["curves.png"] = figure(passes, titles, f"{self.grid.name} over training", FigureOptions(SAMPLES))
+            until = self.grid.options.figure.until
+            options = FigureOptions(SAMPLES, log_x=True if until else None, until=until)
+            figures["curves.png"] = figure(passes, titles, f"{self.grid.name} over training", options)
         Bench(tracker=tracker).keep(
             Outcome(
                 metrics={"cells": cells, "failed_cells": len(self.failures)},
