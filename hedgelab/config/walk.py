@@ -7,7 +7,7 @@ is walked along the signatures of its classes until the offending key is met.
 import re
 import traceback
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -47,12 +47,16 @@ class Walk:
         """The line to show; None where nothing wrong was met."""
         return next(iter(self.wrong + self.missing + self.impossible), None)
 
-    def _arguments(self, tree: Tree, prefix: str, parameters: dict[str, Parameter]) -> None:
-        """The arguments of one class."""
+    def _arguments(
+        self, tree: Tree, prefix: str, parameters: dict[str, Parameter], former: Mapping[str, str] | None = None
+    ) -> None:
+        """The arguments of one class; of ``former`` ones it is said what took their place."""
         for name, value in tree.items():
             key = f"{prefix}{name}"
             if key in self.provided:
                 self.impossible.append(f"{key}: is taken from the data and cannot be set; remove it")
+            elif former is not None and name in former:
+                self.wrong.append(f"{key}: is no argument any more; write {former[name]}")
             elif name not in parameters:
                 self.wrong.append(f"{key}: unknown key; {suggest(str(name), parameters)}")
             elif not (isinstance(value, str) and "${" in value):  # an interpolation that could not be resolved here
@@ -95,7 +99,8 @@ class Walk:
         if not isinstance(arguments, dict):
             self.wrong.append(f"{key}.init_args: expected a mapping of arguments, got {show(arguments)}")
             return
-        self._arguments(arguments, f"{key}.", dict(list(parameters_of(cls).items())[supplied_by_caller(annotation) :]))
+        parameters = dict(list(parameters_of(cls).items())[supplied_by_caller(annotation) :])
+        self._arguments(arguments, f"{key}.", parameters, getattr(cls, "former_arguments", None))
 
 
 def accepts(annotation: Any, value: Any) -> bool:

@@ -49,6 +49,10 @@ def run_shortened(file, more, store, tmp_path, monkeypatch):
         file = tmp_path / "cell.yaml"
         file.write_text(yaml.safe_dump(with_seed(tree, cell.seed)))
     words = [command, "--config", str(file), *SHORT, *more]
+    if "val_check_interval" in tree.get("trainer", {}):
+        words += ["--trainer.val_check_interval", "4"]
+    if "dictionary" in tree.get("data", {}).get("init_args", {}):
+        words += ["--data.init_args.dictionary.init_args.steps", "1"]
     if command == "fit":
         words += ["--trainer.enable_checkpointing", "false"]
     assert main(words) == 0

@@ -75,13 +75,18 @@ def test_its_fit_is_exported(here, tmp_path):
     assert (tmp_path / "out" / "cfg.json").exists()
 
 
-def test_its_hedge_is_finished_and_why_its_cells_train_anew_is_said(here):
+def test_why_its_cells_train_anew_is_said(here):
     code, out = said("sweep", "--config", "sweep.yaml", "--list")
     assert code == 0
     assert "cells have finished under an earlier release, which did not keep all that decides their numbers" in out
-    code, out = said("hedge", "--config", "hedge.yaml", "--resume")
-    assert code == 0
-    assert "has finished" in out
+
+
+def test_its_hedge_on_a_copula_is_refused_with_what_says_it_now(here, capsys):
+    """CopulaFiring draws other numbers now, so that its arguments of then are no description of a toy of now."""
+    code, _ = said("hedge", "--config", "hedge.yaml", "--resume")
+    assert code == 2
+    line = "data.firing.exponent: is no argument any more; write rates: {class_path: Zipf, init_args: {exponent: …,"
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Firing of thousands of correlated features: a Gaussian copula of low rank, given rates, and a hierarchy over it."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from hedgelab.data.toy.laws import Law
 from hedgelab.errors import UserError, positive, whole_number
 
 _LARGEST_SQUARED_NORM = 0.99  # of a row of loadings, as in SAELens: some noise of its own is left to each feature
+_RATES = "rates: {class_path: Zipf, init_args: {exponent: …, largest: …, total: …}}"
+_CORRELATION = "correlation: {class_path: LowRankCorrelation, init_args: {rank: …, strength: …}}"
+_HIERARCHY = "hierarchy: {class_path: Forest, init_args: {roots: …, branching: …, depth: 1, mutually_exclusive: false}}"
 _SEED_OF_LOADINGS = 4  # what SAELens adds to a model's seed for them: the same seed gives the same loadings
 
 
@@ -67,6 +71,13 @@ class CopulaFiring(GaussianFiring):
         hierarchy: Trees of features; None: every feature fires by itself.
         structure_seed: Seed of the random loadings; part of the toy's definition, apart from the run's seed.
     """
+
+    former_arguments: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("exponent", "max_rate", "mean_l0"), _RATES),
+        **dict.fromkeys(("rank", "strength", "loadings"), _CORRELATION),
+        **dict.fromkeys(("parents", "children_per_parent"), _HIERARCHY),
+    }
+    """What releases up to 0.2 had, and what says it now."""
 
     def __init__(
         self,

@@ -125,8 +125,8 @@ def norm_ratio(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor
     It falls with everything that a reconstruction leaves out, not only where it is too short (Chanin and Garriga-Alonso 2026,
     arXiv 2602.14687, measure it so); :func:`shrinkage` tells both apart.
 
-    >>> norm_ratio(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 0.0]])).item()
-    0.6
+    >>> norm_ratio(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]])).item()
+    0.5
 
     Logged as:
         norm_ratio: norm ratio: ‖x̂‖ / ‖x‖, mean over examples; SynthSAEBench's shrinkage
