@@ -58,7 +58,14 @@ def run_shortened(file, more, store, tmp_path, monkeypatch):
     assert main(words) == 0
 
 
-@pytest.mark.parametrize("file", TOYS, ids=lambda file: file.stem)
+def a_toy(file):
+    """A file to run; where even four steps and a validation pass of it take a minute, slow."""
+    bases = load(file).get("sweep", {}).get("base") or ""
+    is_large = "n: 16384" in file.read_text() or bases == "synth_sae_bench.yaml"
+    return pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if is_large else [])
+
+
+@pytest.mark.parametrize("file", map(a_toy, TOYS))
 def test_toys(file, store, tmp_path, monkeypatch, capsys):
     run_shortened(file, [], store, tmp_path, monkeypatch)
     printed = capsys.readouterr().out
