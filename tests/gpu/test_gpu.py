@@ -12,6 +12,7 @@ import torch
 
 import hedgelab as hl
 from hedgelab.cli import main
+from hedgelab.data import toy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 DRY = bool(os.environ.get("HEDGELAB_GPU_DRY_RUN"))
@@ -172,3 +173,27 @@ def make_language_model(folder: Path) -> tuple[list[str], str]:
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
     return words, str(folder)
+
+
+def test_batches_of_many_features_are_drawn_where_they_are_used():
+    """Draws of the device have the rates, the activations and the exclusion of those of the CPU."""
+    forest = toy.Forest(16, 4, 3, scale_children=True)
+    law, factors = toy.Zipf(0.5, 0.4, 5e-4), toy.LowRankCorrelation(25, scale=0.1)
+    options = {"batch_size": 65536, "magnitude_mean": 4.0, "magnitude_std": 1.0, "bias": 0.5, "seed": 0}
+    sums = []
+    for device in ("cpu", DEVICE.type):
+        firing = toy.CopulaFiring(2048, law, factors, forest)
+        batch = toy.ToyDataModule(firing, 64, device=device, **options).batch("train", 0)
+        assert batch.x.device.type == device
+        codes = batch.features.to("cpu")
+        parents = firing.parents[codes.layout.latents]
+        inside = parents >= 0
+        families = codes.rows()[inside] * 2048 + parents[inside]
+        assert len(families.unique()) == len(families)  # no two children of a parent fire together
+        sums.append((codes.firing_counts().double(), codes.values.double().sum(), batch.x.cpu().double().mean(0)))
+    (count, total, mean), (count_there, total_there, mean_there) = sums
+    scores = (count - count_there) / (count + count_there).clamp_min(1).sqrt()
+    assert scores.abs().max() < 6
+    assert scores[count > 50].square().mean() < 1.2
+    assert total_there == pytest.approx(total.item(), rel=0.02)
+    torch.testing.assert_close(mean, mean_there, atol=0.1, rtol=0)

@@ -15,6 +15,7 @@ from hedgelab.data.datamodule import ActivationDataModule, Stage
 from hedgelab.data.toy.dictionary import Dictionary
 from hedgelab.data.toy.features import make_dictionary, orthonormal_features
 from hedgelab.data.toy.firing import Firing, Magnitudes
+from hedgelab.data.toy.gaussian import GaussianFiring
 from hedgelab.data.toy.laws import Law
 from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels.codes import Codes
@@ -45,6 +46,7 @@ class ToyDataModule(ActivationDataModule):
         dictionary: How directions are chosen; None: by ``target_cosine``.
         sampling: ``samples`` draws batches; ``population`` makes each the whole support weighted by probability: exact means.
         dtype: Precision of the activations.
+        device: Where batches are drawn. ``cuda`` is for thousands of features (CopulaFiring); its numbers are not the CPU's.
         seed: Seed of dictionary, bias and samples; None takes the run's ``seed_everything``.
         val_batches: Batches of a validation or test pass.
         chunk_steps: Most training steps a chunk; None: as many as fit in 64 MiB, at most 100.
@@ -62,6 +64,7 @@ class ToyDataModule(ActivationDataModule):
         dictionary: Dictionary | None = None,
         sampling: Literal["samples", "population"] = "samples",
         dtype: Literal["float32", "float64"] = "float32",
+        device: Literal["cpu", "cuda"] = "cpu",
         seed: int | None = None,
         val_batches: int = 16,
         chunk_steps: int | None = None,
@@ -73,7 +76,9 @@ class ToyDataModule(ActivationDataModule):
         batch_bytes = int(batch_size * (d_in + firing.stored_per_example) * self._dtype.itemsize)
         default_chunk = min(_MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // batch_bytes))
         super().__init__(batch_size, seed, val_batches, default_chunk if chunk_steps is None else chunk_steps)
-        self.firing = firing
+        if device == "cuda" and (sampling != "samples" or not isinstance(firing, GaussianFiring)):
+            raise UserError("data.device: cuda draws samples of CopulaFiring alone, set it to cpu")
+        self.firing, self._device = firing, device
         self.block_batches: int = min(_MAX_BLOCK_BATCHES, max(1, _BLOCK_BYTES // batch_bytes))
         self._magnitudes = Magnitudes(
             self._per_feature("magnitude_mean", magnitude_mean, firing.magnitudes(), 1.0),
@@ -100,6 +105,21 @@ class ToyDataModule(ActivationDataModule):
         assert self._dictionary is not None
         rng = generator(self.seed, "dictionary")
         return self._dictionary.directions(self.firing.n, self._d_in, rng).to(self._dtype)
+
+    @property
+    def _here(self) -> torch.device:
+        """The device on which batches are drawn."""
+        if self._device == "cpu":
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            raise UserError("data.device: there is no CUDA device, set it to cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    @cached_property
+    def _truth(self) -> tuple[Magnitudes, Tensor, Tensor]:
+        """Magnitudes, directions and bias on that device."""
+        mean, std = self._magnitudes.mean.to(self._here), self._magnitudes.std.to(self._here)
+        return Magnitudes(mean, std), self._directions.to(self._here), self.bias.to(self._here)
 
     @property
     def feature_directions(self) -> Tensor:
@@ -133,9 +153,9 @@ class ToyDataModule(ActivationDataModule):
 
     def _draw_block(self, stage: Stage, number: int) -> list[Batch]:
         """The batches of a block, as views of tensors drawn at once."""
-        source = generator(self.seed, "toy", stage, number)
+        source = generator(self.seed, "toy", stage, number, device=self._here)
         size, count = self.batch_size, self.batch_size * self.block_batches
-        features = self.firing.activations(count, source, self._magnitudes)
+        features = self.firing.activations(count, source, self._truth[0])
         x = self._embed(features)
         parts = (slice(start, start + size) for start in range(0, count, size))
         if isinstance(features, Codes):
@@ -144,12 +164,13 @@ class ToyDataModule(ActivationDataModule):
 
     def _embed(self, features: Tensor | Codes) -> Tensor:
         """Activations ``[count, d_in]`` of magnitudes ``[count, n]``."""
+        _, directions, bias = self._truth
         if isinstance(features, Codes):
             crow, feature, values = features.csr()
-            x = embedding_bag(feature, self._directions, crow[:-1], mode="sum", per_sample_weights=values)
-            return x.add_(self.bias)
-        x = features @ self._directions
-        return x.add_(self.bias) if bool(self.bias.any()) else x
+            x = embedding_bag(feature, directions, crow[:-1], mode="sum", per_sample_weights=values)
+            return x.add_(bias)
+        x = features @ directions
+        return x.add_(bias) if bool(bias.any()) else x
 
     def _enumerate(self) -> Batch:
         """The whole support as one weighted batch."""

@@ -39,8 +39,9 @@ class GaussianFiring(Firing):
 
     def __init__(self, candidates: Tensor, loadings: Tensor | None = None, hierarchy: Hierarchy | None = None) -> None:
         self.n, self.hierarchy = len(candidates), hierarchy
+        self._elsewhere: dict[torch.device, GaussianFiring] = {}
         self.candidates = candidates.double()
-        self.loadings = torch.zeros(self.n, 0, dtype=torch.float64) if loadings is None else loadings.double()
+        self.loadings = self.candidates.new_zeros(self.n, 0) if loadings is None else loadings.double()
         unexplained = 1 - self.loadings.square().sum(1)
         if not bool((unexplained > 0).all()):
             raise UserError("data.firing.correlation: rows of loadings must have norms below 1")
@@ -49,7 +50,7 @@ class GaussianFiring(Firing):
         # Of the factors and a 1, in units of the noise: what noise must exceed is the product of these with the weights.
         weights = torch.cat([self.loadings, torch.special.ndtri(self.candidates)[:, None]], dim=1)
         self._weights = (-weights / unexplained.sqrt()[:, None]).float()
-        free = torch.arange(self.n) if hierarchy is None else hierarchy.levels[0]
+        free = torch.arange(self.n, device=candidates.device) if hierarchy is None else hierarchy.levels[0]
         frequent = self.candidates[free] > _RARE
         self._frequent, self._rare = free[frequent], free[~frequent]
 
@@ -65,6 +66,15 @@ class GaussianFiring(Firing):
 
     def _if_independent(self) -> Tensor:
         return self.candidates if self.hierarchy is None else self.hierarchy.effective(self.candidates)
+
+    def _on(self, device: torch.device) -> "GaussianFiring":
+        """The same on a device; generators of different devices draw different numbers."""
+        if device == self.candidates.device:
+            return self
+        if device not in self._elsewhere:
+            hierarchy = None if self.hierarchy is None else self.hierarchy.to(device)
+            self._elsewhere[device] = GaussianFiring(self.candidates.to(device), self.loadings.to(device), hierarchy)
+        return self._elsewhere[device]
 
     def rates(self) -> Tensor:
         """Probability that each feature fires, ``[n]``, where no magnitude is 0: exact without a hierarchy or correlation.
@@ -86,7 +96,7 @@ class GaussianFiring(Firing):
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Firing patterns, bool ``[count, n]``, where no magnitude is 0."""
-        ones = torch.ones(self.n)
+        ones = torch.ones(self.n, device=generator.device)
         return self._draw(count, generator, Magnitudes(ones, torch.zeros_like(ones))).to_dense() > 0
 
     def activations(self, count: int, generator: torch.Generator, magnitudes: Magnitudes) -> Tensor | Codes:
@@ -95,10 +105,11 @@ class GaussianFiring(Firing):
         return codes if self.n > SPARSE_FEATURES else codes.to_dense()
 
     def _draw(self, count: int, generator: torch.Generator, magnitudes: Magnitudes) -> Codes:
-        factors = _with_one(torch.randn(count, self.loadings.shape[1], generator=generator))
+        factors = torch.randn(count, self.loadings.shape[1], generator=generator, device=generator.device)
+        factors, here = _with_one(factors), self._on(generator.device)
         rows, fired = max(1, _DRAWN // self.n), []
         for start in range(0, count, rows):
-            row, feature, value = self._fired(factors[start : start + rows], generator, magnitudes)
+            row, feature, value = here._fired(factors[start : start + rows], generator, magnitudes)
             fired.append((row + start, feature, value))
         row, feature, value = (torch.cat(parts) for parts in zip(*fired, strict=True))
         return Codes.from_csr(row_pointers(row, count), feature, value, self.n)
@@ -113,7 +124,8 @@ class GaussianFiring(Firing):
             rivals = true_positions(fires & (group >= 0))
             _, rivalry = torch.unique(row[rivals] * self.n + group[rivals], return_inverse=True)
             # The place in the low bits: no two lots are equal.
-            lots = torch.randint(2**31, (len(rivals),), generator=generator) * 2**32 + torch.arange(len(rivals))
+            places, device = torch.arange(len(rivals), device=row.device), generator.device
+            lots = torch.randint(2**31, (len(rivals),), generator=generator, device=device) * 2**32 + places
             best = lots.new_zeros(len(rivals)).scatter_reduce(0, rivalry, lots, "amax")
             fires[rivals] = lots == best[rivalry]
         kept = true_positions(fires)
@@ -130,7 +142,7 @@ class GaussianFiring(Firing):
             entry, feature = _children(feature, *self.hierarchy.children)
             row = row[entry]
             given = dots(row_pointers(row, len(factors)), feature, factors, self._weights)
-            fires = true_positions(torch.randn(len(feature), generator=generator) > given)
+            fires = true_positions(_noise(given, generator) > given)
             row, feature, entry = row[fires], feature[fires], entry[fires]
             draw = magnitudes.draw(feature, generator)
             ratio = value[entry] / magnitudes.mean[self.hierarchy.parent[feature]]
@@ -163,25 +175,33 @@ def _with_one(factors: Tensor) -> Tensor:
 
 def _candidates(given: Tensor, generator: torch.Generator) -> Tensor:
     """Positions in ``given [rows, features]`` of the entries whose noise exceeds these thresholds."""
-    return true_positions(torch.randn(given.shape, generator=generator) > given)
+    return true_positions(_noise(given, generator) > given)
 
 
 def _rare_candidates(given: Tensor, generator: torch.Generator) -> Tensor:
     """The same where few do, without noise for each entry (see :class:`GaussianFiring`)."""
-    given = given.view(-1)
-    hits = int(torch.poisson(torch.tensor(_HITS * len(given), dtype=torch.float64), generator=generator))
-    hit = torch.randint(len(given), (hits,), generator=generator)
+    given, device = given.view(-1), generator.device
+    mean = torch.tensor(_HITS * len(given), dtype=torch.float64, device=device)
+    hits = int(torch.poisson(mean, generator=generator))
+    hit = torch.randint(len(given), (hits,), generator=generator, device=device)
     threshold = given.index_select(0, hit)
     wanted = -torch.log1p(-torch.special.ndtr(-threshold))
-    accepted = (_HITS * torch.rand(hits, generator=generator, dtype=torch.float64) < wanted) & (threshold >= _LIMIT)
+    chance = torch.rand(hits, generator=generator, dtype=torch.float64, device=device)
+    accepted = (_HITS * chance < wanted) & (threshold >= _LIMIT)
     likely = true_positions(given < _LIMIT)
-    fires = torch.randn(len(likely), generator=generator) > given.index_select(0, likely)
+    known = given.index_select(0, likely)
+    fires = _noise(known, generator) > known
     return torch.cat([torch.unique(hit[accepted]), likely[fires]])
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of the shape of a tensor."""
+    return torch.randn(like.shape, generator=generator, device=generator.device)
 
 
 def _children(feature: Tensor, start: Tensor, children: Tensor) -> tuple[Tensor, Tensor]:
     """All children of the given features: the place of each one's parent among these, and the child."""
     count = start[feature + 1] - start[feature]
-    entry = torch.repeat_interleave(torch.arange(len(feature)), count)
+    entry = torch.repeat_interleave(torch.arange(len(feature), device=feature.device), count)
     first = (start[feature] - count.cumsum(0) + count)[entry]
-    return entry, children[first + torch.arange(len(entry))]
+    return entry, children[first + torch.arange(len(entry), device=feature.device)]

@@ -24,6 +24,10 @@ class Hierarchy:
     group: Tensor
     scaled: Tensor
 
+    def to(self, device: torch.device) -> "Hierarchy":
+        """The same on another device."""
+        return Hierarchy(self.parent.to(device), self.group.to(device), self.scaled.to(device))
+
     @cached_property
     def levels(self) -> list[Tensor]:
         """Features by depth, roots and features without a tree first; a UserError where parents go round in a circle."""
@@ -41,7 +45,7 @@ class Hierarchy:
     def children(self) -> tuple[Tensor, Tensor]:
         """Where each feature's children start ``[n + 1]``, and the children one after the other."""
         order = self.parent.argsort(stable=True)[int((self.parent < 0).sum()) :]
-        start = torch.zeros(len(self.parent) + 1, dtype=torch.long)
+        start = self.parent.new_zeros(len(self.parent) + 1)
         start[1:] = torch.bincount(self.parent[order], minlength=len(self.parent)).cumsum(0)
         return start, order
 

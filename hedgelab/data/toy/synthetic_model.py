@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,7 @@ class SyntheticModelFolder(ToyDataModule):
     Args:
         path: The folder, with ``synthetic_model_config.json``, ``synthetic_model.safetensors`` and, if any, ``hierarchy.json``.
         batch_size: Examples a step.
+        device: Where batches are drawn; the numbers of ``cuda`` are not those of the CPU.
         seed: Seed of the samples; None takes the run's ``seed_everything``.
         val_batches: Batches of a validation or test pass; 489 of 1 024 are the benchmark's 500 000 samples.
         chunk_steps: Most training steps a chunk, as for :class:`ToyDataModule`.
@@ -45,6 +46,7 @@ class SyntheticModelFolder(ToyDataModule):
         self,
         path: str,
         batch_size: int = 1024,
+        device: Literal["cpu", "cuda"] = "cpu",
         seed: int | None = None,
         val_batches: int = 16,
         chunk_steps: int | None = None,
@@ -72,6 +74,7 @@ class SyntheticModelFolder(ToyDataModule):
             magnitude_std=std.tolist(),
             bias=weights["bias"].tolist(),
             dictionary=_Saved(weights["feature_vectors"]),
+            device=device,
             seed=seed,
             val_batches=val_batches,
             chunk_steps=chunk_steps,

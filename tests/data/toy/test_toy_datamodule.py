@@ -265,3 +265,12 @@ def test_a_trainer_sees_the_batches_in_order(tmp_path):
     assert trainer.global_step == 90
     expected = [batch.x for batch in hierarchical().batches("train", 0, 90)]
     assert torch.equal(torch.stack(module.seen), torch.stack(expected))
+
+
+def test_a_device_that_cannot_draw_is_refused():
+    with pytest.raises(UserError, match=r"data\.device: cuda draws samples of CopulaFiring alone"):
+        ToyDataModule(IndependentFiring([0.1]), 4, device="cuda")
+    if not torch.cuda.is_available():
+        data = ToyDataModule(CopulaFiring(200, Zipf(total=10)), 16, 32, device="cuda", seed=0)
+        with pytest.raises(UserError, match=r"data\.device: there is no CUDA device"):
+            data.batch("train", 0)
