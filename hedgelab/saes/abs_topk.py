@@ -1,7 +1,5 @@
 """The AbsTopK SAE: k latents an example, of either sign."""
 
-from hedgelab.batch import Batch
-from hedgelab.kernels.values import TopK
 from hedgelab.saes.topk import KSparseSAE
 
 
@@ -13,11 +11,3 @@ class AbsTopKSAE(KSparseSAE):
     """
 
     signed = True
-
-    def selection(self) -> TopK:
-        """The k largest in size of each example."""
-        return TopK(self.k, signed=self.signed)
-
-    def training_selection(self, batch: Batch) -> TopK:
-        """The same, k as of now."""
-        return self.selection()._replace(k=round(self.current_k()))

@@ -8,7 +8,7 @@ from torch import Tensor
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError, positive, whole_number
 from hedgelab.kernels import ops
-from hedgelab.kernels.values import Encoder, Target, TopK
+from hedgelab.kernels.values import Encoder, Selection, Target, TopK
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import LossTerms, warmed_up
 
@@ -78,6 +78,14 @@ class KSparseSAE(FlatSAE):
             return self.k
         return warmed_up(self.k, self.steps_done, self.k_steps, self.k_start)
 
+    def selection(self) -> Selection:
+        """The k largest of each example, by size where latents are signed."""
+        return TopK(self.k, signed=self.signed)
+
+    def training_selection(self, batch: Batch) -> Selection:
+        """The same, k as of now."""
+        return TopK(round(self.current_k()), signed=self.signed)
+
     def training_numbers(self) -> dict[str, float]:
         """With a schedule the current k."""
         scheduled = {} if self.k_start is None else {"current_k": float(self.current_k())}
@@ -122,11 +130,3 @@ class KSparseSAE(FlatSAE):
 
 class TopKSAE(KSparseSAE):
     """Keep the k largest pre-activations of each example, then ReLU (Gao et al. 2024; SPEC section 2)."""
-
-    def selection(self) -> TopK:
-        """The k largest of each example."""
-        return TopK(self.k)
-
-    def training_selection(self, batch: Batch) -> TopK:
-        """The k largest of each example, k as of now."""
-        return self.selection()._replace(k=round(self.current_k()))
