@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from hedgelab.plots.style import MUTED, PALETTE, color_of, legend_below, new_figure, tidy
+from hedgelab.plots.style import FAINT, MUTED, PALETTE, color_of, legend_below, new_figure, tidy
 
 _COLUMNS = 4
 _MARKERS = "osD^vP*X"
@@ -55,6 +55,25 @@ def sweep_panels(
         tidy(axes, metric, xlabel, ylabel if axes is grid[0] else "")
     if len(lines) > 1 or lines != [""]:
         legend_below(figure, [grid[0].plot([], [], label=line, **_look(i))[0] for i, line in enumerate(lines)])
+    return figure
+
+
+def named_panels(panels: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> Figure:
+    """One panel a title, one row a name: the mean over seeds and its standard deviation, in figures too; seeds as small dots."""
+    names = list(dict.fromkeys(name for values in panels.values() for name in values))
+    figure, grid = new_figure(1.5 + 2.6 * len(panels), 1.1 + 0.23 * len(names), title, 1, len(panels), sharey=True)
+    for axes, (metric, values) in zip(grid, panels.items(), strict=True):
+        for name, own in values.items():
+            row, mean = names.index(name), float(np.mean(own))
+            deviation = float(np.std(own, ddof=1)) if len(own) > 1 else 0.0
+            axes.errorbar(mean, row, xerr=deviation, fmt="o", markersize=4, linewidth=1.5, color=color_of(0), zorder=3)
+            axes.scatter(own, [row] * len(own), s=6, color=color_of(1), linewidths=0, zorder=4)
+            beside = axes.get_yaxis_transform()
+            axes.annotate(f"{mean:.3g}", (1.02, row), xycoords=beside, fontsize=7, color=MUTED, va="center")
+        tidy(axes, metric)
+        axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    grid[0].set_yticks(range(len(names)), names)
+    grid[0].invert_yaxis()
     return figure
 
 

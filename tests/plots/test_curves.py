@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hedgelab.plots.sweep import power_law, sweep_panels
+from hedgelab.plots.sweep import named_panels, power_law, sweep_panels
 
 SAMPLES = [1e6, 2e6, 4e6, 8e6]
 
@@ -27,3 +27,12 @@ def test_a_curve_is_continued_where_its_points_allow_it() -> None:
     assert dashed[0].get_xdata()[-1] == pytest.approx(1e9)
     assert dashed[0].get_ydata()[-1] == pytest.approx(0.999, abs=2e-3)
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.999"]
+
+
+def test_names_are_rows_with_their_means_and_spreads() -> None:
+    f1, mcc = named_panels({"f1": {"plain": [0.5, 0.7], "levels": [0.8]}, "mcc": {"levels": [0.9]}}, "").axes
+    assert [label.get_text() for label in f1.get_yticklabels()] == ["plain", "levels"]
+    assert [text.get_text() for text in f1.texts] == ["0.6", "0.8"]
+    assert [(text.get_text(), text.xy[1]) for text in mcc.texts] == [("0.9", 1)]
+    (bar,) = f1.containers[0].lines[2][0].get_segments()
+    assert bar[:, 0] == pytest.approx([0.6 - 0.02**0.5, 0.6 + 0.02**0.5])

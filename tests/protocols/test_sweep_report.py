@@ -102,6 +102,13 @@ def test_nothing_to_draw_draws_nothing():
     assert figure(alone, {"val/mse": "mse"}, "title", FigureOptions()) is not None
 
 
+def test_without_axes_every_line_is_a_row():
+    rows = [Row(line, {}, seed, "r", {"val/mse": seed / 2}) for line in ("plain", "levels") for seed in (1, 2)]
+    (axes,) = figure(rows, {"val/mse": "mse", "absent": "absent"}, "title", FigureOptions()).axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["plain", "levels"]
+    assert [text.get_text() for text in axes.texts] == ["0.75", "0.75"]
+
+
 def test_learning_curves_are_drawn_against_samples_a_line_a_kind():
     logged = {"val/nearest_f1": [(10, 0.2), (20, 0.6)], "val/mcc": [(20, 0.5)]}
     points = {name: [SimpleNamespace(step=step, value=value) for step, value in one] for name, one in logged.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from hedgelab.plots.sweep import sweep_panels
+from hedgelab.plots.sweep import named_panels, sweep_panels
 from hedgelab.protocols.sweep.config import Cell, FigureOptions, label
 
 if TYPE_CHECKING:
@@ -138,18 +138,22 @@ def figure(rows: Sequence[Row], titles: Mapping[str, str], heading: str, options
     """Each metric with a title that some row has against an axis or another metric; None where nothing can be drawn.
 
     Lines, and the values of all other axes, make curves; seeds make the spread. Without ``x`` it is the first numeric axis with
-    several values, else the first axis.
+    several values, else the first axis; without axes each line is a row.
     """
     axes = {key: [row.values[key] for row in rows if key in row.values] for key in columns(rows, "values")}
+    if not axes and not options.x:
+        found = places(rows)
+        named = {titles[name]: {row.line: own for row in found if (own := row.metrics.get(name))} for name in titles}
+        return named_panels(kept, heading) if (kept := {title: own for title, own in named.items() if own}) else None
     numeric = [key for key, values in axes.items() if all(map(is_number, values)) and len(set(values)) > 1]
-    x = options.x or next(iter([*numeric, *axes, ""]))
+    x = options.x or next(iter([*numeric, *axes]))
     names = None if all(map(is_number, axes.get(x, []))) else list(dict.fromkeys(map(label, axes[x])))
     panels: dict[str, dict[str, list[tuple[float, Sequence[float]]]]] = {metric: {} for metric in titles}
     for place in places(rows):
         if x in place.values:
             at = float(place.values[x] if names is None else names.index(label(place.values[x])))
-        elif not x or x in place.metrics:
-            at = fmean(place.metrics.get(x, [0.0]))
+        elif x in place.metrics:
+            at = fmean(place.metrics[x])
         else:
             continue
         others = [
