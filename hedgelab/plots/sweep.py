@@ -59,7 +59,7 @@ def sweep_panels(
 
 
 def named_panels(panels: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> Figure:
-    """One panel a title, one row a name: the mean over seeds and its standard deviation, in figures too; seeds as small dots."""
+    """One panel a title, one row a name: the mean over seeds in figures too, its standard deviation, seeds as small dots."""
     names = list(dict.fromkeys(name for values in panels.values() for name in values))
     figure, grid = new_figure(1.5 + 2.6 * len(panels), 1.1 + 0.23 * len(names), title, 1, len(panels), sharey=True)
     for axes, (metric, values) in zip(grid, panels.items(), strict=True):

@@ -20,7 +20,11 @@ def store(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "config", sorted((ROOT / "configs" / "theory").glob("phase_*.yaml")), ids=lambda path: path.stem
+    "config",
+    [
+        pytest.param(file, id=file.stem, marks=[] if file.stem == "phase_correlation" else [pytest.mark.slow])
+        for file in sorted((ROOT / "configs" / "theory").glob("phase_*.yaml"))
+    ],
 )
 def test_every_phase_config_runs(config, store, capsys):
     assert main(["phase", "--config", str(config), *SMALL]) == 0

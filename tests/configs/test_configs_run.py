@@ -59,10 +59,11 @@ def run_shortened(file, more, store, tmp_path, monkeypatch):
 
 
 def a_toy(file):
-    """A file to run; where even four steps and a validation pass of it take a minute, slow."""
-    bases = load(file).get("sweep", {}).get("base") or ""
-    is_large = "n: 16384" in file.read_text() or bases == "synth_sae_bench.yaml"
-    return pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if is_large else [])
+    """A file to run; slow where it is large, and where ``tests/cli/test_paper_toys.py`` reads it and solves it, too."""
+    base = load(file).get("sweep", {}).get("base") or ""
+    is_large = "n: 16384" in file.read_text() or base == "synth_sae_bench.yaml"
+    is_solved = file.stem.startswith(("correlated", "anti_correlated", "balance", "unbalanceable", "absorption"))
+    return pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if is_large or is_solved else [])
 
 
 @pytest.mark.parametrize("file", map(a_toy, TOYS))
