@@ -78,6 +78,7 @@ def test_columns_and_magnitudes():
         assert picked(codes, 1, torch.tensor([3, 0])).tolist() == [[1, 0], [0, 3], [0, 1]]
         assert picked(codes, 0, torch.tensor([2])).tolist() == [[1, 4, 0, 0]]
     assert firing_magnitudes(sparse(values)).tolist() == [2, 3, 1, 1]
+    assert firing_magnitudes(Codes.from_dense(values * torch.tensor([[1], [-1], [1]]))).tolist() == [2, 3, 1, 1]
 
 
 def test_more_latents_than_there_are():

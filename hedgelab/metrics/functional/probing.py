@@ -158,8 +158,8 @@ class ProbingScores(NamedTuple):
 
 
 def firing_magnitudes(codes: Tensor | Codes) -> Tensor:
-    """Mean activation of each latent where it fires, ``[d_sae]`` float64; 1 for latents that never do."""
-    wide = as_codes(codes).with_values(float64(as_codes(codes).values))
+    """Mean size of each latent's activations (they may have a sign), ``[d_sae]`` float64; 1 for latents that never fire."""
+    wide = as_codes(codes).with_values(float64(as_codes(codes).values).abs())
     fired = wide.firing_counts()
     return torch.where(fired > 0, wide.sum_per_latent() / fired.clamp_min(1), 1.0)
 
