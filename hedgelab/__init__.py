@@ -3,7 +3,8 @@
 ``import hedgelab as hl`` costs nothing: each name below is imported when it is first asked for.
 
 - SAEs: ``VanillaSAE``, ``TopKSAE``, ``BatchTopKSAE``, ``JumpReLUSAE``, ``MatryoshkaSAE``; ``load`` reads a saved one.
-- Data: ``ToyDataModule``, ``LLMDataModule``, ``TensorActivations``, ``DatasetActivations``; each gives ``Batch`` values.
+- Data: ``ToyDataModule``, ``LLMDataModule``, ``TensorActivations``, ``DatasetActivations``, ``PlantedActivations``; each gives
+  ``Batch`` values.
 - Measures: ``hedging``, ``residual_hedging``, ``hedging_degree``, ``explained_variance``, ``l0``, ``mcc``.
 
 >>> import hedgelab as hl, torch
@@ -20,6 +21,7 @@ from hedgelab.version import __version__ as __version__
 if TYPE_CHECKING:
     from hedgelab.batch import Batch
     from hedgelab.data.llm import LLMDataModule
+    from hedgelab.data.planting import PlantedActivations
     from hedgelab.data.tensors import DatasetActivations, TensorActivations
     from hedgelab.data.toy import ToyDataModule
     from hedgelab.errors import UserError
@@ -30,12 +32,13 @@ if TYPE_CHECKING:
     from hedgelab.saes.io import sae_from_checkpoint
 
 __all__ = [
-    "SAE", "Batch", "BatchTopKSAE", "DatasetActivations", "JumpReLUSAE", "LLMDataModule", "MatryoshkaSAE", "SAEGroup",
-    "TensorActivations", "TopKSAE", "ToyDataModule", "UserError", "VanillaSAE", "explained_variance", "hedging",
-    "hedging_degree", "l0", "load", "mcc", "residual_hedging", "sae_from_checkpoint",
+    "SAE", "Batch", "BatchTopKSAE", "DatasetActivations", "JumpReLUSAE", "LLMDataModule", "MatryoshkaSAE",
+    "PlantedActivations", "SAEGroup", "TensorActivations", "TopKSAE", "ToyDataModule", "UserError", "VanillaSAE",
+    "explained_variance", "hedging", "hedging_degree", "l0", "load", "mcc", "residual_hedging", "sae_from_checkpoint",
 ]  # fmt: skip
 _PLACES = {
-    "batch": "Batch", "data.llm": "LLMDataModule", "data.tensors": "DatasetActivations TensorActivations",
+    "batch": "Batch", "data.llm": "LLMDataModule", "data.planting": "PlantedActivations",
+    "data.tensors": "DatasetActivations TensorActivations",
     "data.toy": "ToyDataModule", "errors": "UserError", "metrics": "hedging hedging_degree residual_hedging",
     "metrics.functional": "explained_variance l0 mcc",
 }  # fmt: skip

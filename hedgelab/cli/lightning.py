@@ -18,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from omegaconf.errors import OmegaConfBaseException
 
 import hedgelab.data.llm
+import hedgelab.data.planting
 import hedgelab.data.tensors
 import hedgelab.data.toy
 import hedgelab.saes  # noqa: F401

@@ -97,6 +97,7 @@ def make_parser(cls: type[Any], command: str) -> tuple[Any, dict[str, type], dic
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     import hedgelab.data.llm
+    import hedgelab.data.planting
     import hedgelab.data.toy
     import hedgelab.saes
     from hedgelab.config.signatures import Parameter, parameters_of

@@ -119,6 +119,7 @@ class LLMDataModule(NormalisedActivations):
         self.storage_dtype: ModelDtype = storage_dtype or model_dtype
         self.cache, self.cache_dir = cache, cache_dir
         self._streams: dict[Stage, BlockStream] = {}
+        self._token_texts: dict[int, str] = {}
         self.tokens_read, self.seconds_read = 0, 0.0
 
     @cached_property
@@ -183,6 +184,10 @@ class LLMDataModule(NormalisedActivations):
         return timed
 
     @cached_property
+    def _tokenizer(self) -> Any:
+        return self.files.tokenizer()
+
+    @cached_property
     def _background(self) -> ThreadPoolExecutor:
         """The thread that makes blocks of all stages, one after the other."""
         return ThreadPoolExecutor(1, "hedgelab-blocks")
@@ -219,6 +224,13 @@ class LLMDataModule(NormalisedActivations):
         stream = self.stream(stage) if isinstance(numbers, range) else self._new_stream(stage)
         for rows in stream.read(numbers):
             yield self.slice_for_rank(self.normalised(rows.float()))
+
+    def tokens(self, stage: Stage, index: int) -> list[str]:
+        """The tokens that the rows of batch number ``index`` are of, as text."""
+        ids = self.stream(stage).picked(index, self.contexts.tokens).tolist()
+        for token in set(ids) - self._token_texts.keys():
+            self._token_texts[token] = self._tokenizer.decode([token])
+        return [self._token_texts[token] for token in ids]
 
     def batches_per_block(self, stage: Stage) -> int:
         """How many consecutive batches come from one block of contexts."""

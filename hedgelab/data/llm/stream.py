@@ -108,10 +108,14 @@ def shared_by_ranks(rows: Rows) -> Rows:
 
 
 class Block(NamedTuple):
-    """The activations of some contexts: shuffled rows, and the norms ``[usable]`` of all before outliers were dropped."""
+    """The activations of some contexts: shuffled rows, and the norms ``[usable]`` of all before outliers were dropped.
+
+    ``places`` says of each row, the how many-th of the usable positions it is.
+    """
 
     rows: Tensor
     norms: Tensor
+    places: Tensor
 
 
 @dataclass(eq=False)
@@ -149,6 +153,13 @@ class BlockStream:
         """Rows of batch number ``index``, ``[batch_size, d_in]``."""
         number, position = divmod(index, self.batches_per_block)
         return self.block(number).rows[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def picked(self, index: int, values: Tensor) -> Tensor:
+        """What ``values [contexts, length]`` of all contexts are at the rows of batch number ``index``, ``[batch_size]``."""
+        number, position = divmod(index, self.batches_per_block)
+        chosen, places = self.context_numbers(number), self.block(number).places
+        mine = places[position * self.batch_size : (position + 1) * self.batch_size]
+        return values[self.numbers[chosen]][self.usable[chosen]][mine]
 
     def read(self, numbers: Iterable[int]) -> Iterator[Tensor]:
         """Rows of the batches with these numbers, in this order, the next block of them under way in the background."""
@@ -192,8 +203,10 @@ class BlockStream:
         chosen = self.context_numbers(number)
         rows = self.rows(self.numbers[chosen], self.usable[chosen])
         norms = rows.float().norm(dim=-1)
+        places = torch.arange(len(rows))
         if self.max_norm_ratio is not None:
-            rows = rows[norms <= self.max_norm_ratio * norms.median()]
+            kept = norms <= self.max_norm_ratio * norms.median()
+            rows, places = rows[kept], places[kept.cpu()]
         needed = self.batches_per_block * self.batch_size
         if len(rows) < needed:
             left = f"leaves {len(rows)} of a block's {len(norms)} rows where {needed} are needed"
@@ -201,4 +214,5 @@ class BlockStream:
                 f"data.max_norm_ratio: {self.max_norm_ratio} {left}; raise it, or choose another data.layer"
             )
         order = torch.randperm(len(rows), generator=generator(self.seed, self.name, "block", number))
-        return Block(rows[order[:needed].to(rows.device)], norms.cpu())
+        order = order[:needed]
+        return Block(rows[order.to(rows.device)], norms.cpu(), places[order])

@@ -19,6 +19,7 @@ from hedgelab.config.tree import Tree, overlay
 from hedgelab.config.walk import Walk, resolve
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
+from hedgelab.data.planting import PlantedActivations
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding
@@ -81,6 +82,8 @@ class Subject:
     def data(self, said: Tree) -> Tree:
         """Its section ``data``: what its run's config says, or its own source, and what the user says over that."""
         tree, source = copy.deepcopy(self.config.get("data") or {}), self.source
+        if tree and class_of(tree, ActivationDataModule) is PlantedActivations:
+            tree = tree["init_args"]["base"]  # scores are those of natural activations
         said_class = class_of(said, ActivationDataModule) if "class_path" in said else None
         arguments = {key: value for key, value in said.get("init_args", said).items() if key != "class_path"}
         if not tree and source is not None and (said_class is None or issubclass(said_class, LLMDataModule)):

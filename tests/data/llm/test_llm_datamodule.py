@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hedgelab.data.llm.model import ModelFiles
+from hedgelab.data.planting import PlantedActivations, TokenEvents
 from hedgelab.errors import UserError
 
 
@@ -117,3 +118,22 @@ def test_norm_percentiles_report_outliers(make_data):
 def test_impossible_values_are_named(make_data, options, message):
     with pytest.raises(UserError, match=message):
         make_data(**options).batch("train", 0)
+
+
+@pytest.mark.parametrize("max_norm_ratio", [None, 1.2])
+def test_tokens_are_those_of_the_rows(make_data, tiny_model, max_norm_ratio):
+    data = make_data(hook="model.embed_tokens", max_norm_ratio=max_norm_ratio, normalisation="none")
+    embedding = ModelFiles(tiny_model).causal_lm().get_input_embeddings().weight
+    assert (data.stream("train").norm_percentiles()["dropped"] > 0) == (max_norm_ratio is not None)
+    ids = torch.cdist(data.batch("train", 1).x, embedding).argmin(1)
+    assert data.tokens("train", 1) == data.files.tokenizer().convert_ids_to_tokens(ids.tolist())
+
+
+def test_features_may_be_planted_where_a_token_is(make_data):
+    data = PlantedActivations(make_data(), TokenEvents(["w[0-9]", "w3.*"]), dose=[1.0, 0.0], elsewhere=[0.0, 1.0])
+    batch, tokens = data.batch("train", 2), data.base.tokens("train", 2)
+    on = torch.tensor([[len(token) == 2, not token.startswith("w3")] for token in tokens])
+    assert torch.equal(batch.features > 0, on)
+    added = batch.x - data.base.batch("train", 2).x
+    torch.testing.assert_close(added, batch.features @ data.feature_directions, atol=1e-5, rtol=0)
+    assert data.parents.tolist() == [-1, -1]
