@@ -64,8 +64,9 @@ class LatentEvents(Events):
         """Activations of the latents, in units of unit decoder rows."""
         if x.shape[1] != self.sae.d_in:
             raise UserError(f"data.events.sae: has d_in = {self.sae.d_in}, the activations have {x.shape[1]}")
-        codes: Tensor = self.sae.encode(x.cpu()).to_dense()[:, self.latents]
-        return codes * self.sae.W_dec[self.latents].norm(dim=1)
+        scale = self.sae.W_dec[self.latents].norm(dim=1)
+        scaled: Tensor = self.sae.encode(x.cpu()).to_dense()[:, self.latents] * scale
+        return scaled
 
     def directions(self, d_in: int) -> Tensor:
         """Their decoder rows."""
