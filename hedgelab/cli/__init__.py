@@ -36,6 +36,9 @@ COMMANDS = {
     "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations", "--config F"),
     "cache": Command("protocols.cache.Cache", "write a language model's activations to disk, for all later runs", "--config F"),
     "trial": Command("protocols.trial.Trial", "judge measures of hedging on toys that know the truth", "--config F"),
+    "plant": Command(
+        "protocols.planting.trial.Plant", "plant features in activations by lot, and see how SAEs hedge on them", "--config F"
+    ),
     "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more", "RUN"),
     "figures": Command(
         "protocols.figures.PaperFigures", "redraw the paper's toy and theory figures, without sampling noise", "--config F"

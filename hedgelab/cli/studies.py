@@ -98,6 +98,7 @@ def make_parser(cls: type[Any], command: str) -> tuple[Any, dict[str, type], dic
 
     import hedgelab.data.llm
     import hedgelab.data.planting
+    import hedgelab.data.tensors
     import hedgelab.data.toy
     import hedgelab.saes
     from hedgelab.config.signatures import Parameter, parameters_of
@@ -117,7 +118,7 @@ def make_parser(cls: type[Any], command: str) -> tuple[Any, dict[str, type], dic
                 continue
             (base,) = typing.get_args(kind)
             recipes[name] = base
-            if kind is one.annotation:
+            if typing.get_origin(one.annotation) is not dict:  # one, or perhaps none
                 skip = {"d_in"} if base is hedgelab.saes.SAE else None
                 parser.add_subclass_arguments(base, name, required=False, skip=skip, help=_help(cls, name))
                 parameters[name] = Parameter(base, one.required)

@@ -1,10 +1,13 @@
 """Reading signatures: what arguments a class takes, and which classes a type admits."""
 
+import ast
 import inspect
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from hedgelab.identity import imported
@@ -18,8 +21,9 @@ class Parameter(NamedTuple):
 
 
 def parameters_of(cls: type) -> dict[str, Parameter]:
-    """All arguments of a class, those that ``**kwargs`` passes on to its parents included."""
+    """All arguments of a class, those that ``**kwargs`` passes on to its parents included, but not what it gives them itself."""
     found: dict[str, Parameter] = {}
+    count, given = 0, frozenset[str]()
     for init in (vars(parent).get("__init__") for parent in cls.__mro__):
         if not inspect.isfunction(init):
             continue
@@ -28,12 +32,25 @@ def parameters_of(cls: type) -> dict[str, Parameter]:
         except (NameError, TypeError):  # names that only a type checker knows
             hints = {}
         parameters = list(inspect.signature(init).parameters.values())[1:]
-        for one in parameters:
-            if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+        for one in parameters[count:]:
+            if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) and one.name not in given:
                 found.setdefault(one.name, Parameter(hints.get(one.name, Any), one.default is one.empty))
         if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break
+        count, given = _given_to_parent(init)
     return found
+
+
+@lru_cache
+def _given_to_parent(init: Callable[..., None]) -> tuple[int, frozenset[str]]:
+    """How many arguments an ``__init__`` gives its parent's by place, and which by name."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(init)))
+    except (OSError, SyntaxError):  # made at run time
+        return 0, frozenset()
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__")
+    call = next(calls, None)
+    return (0, frozenset()) if call is None else (len(call.args), frozenset(k.arg for k in call.keywords if k.arg))
 
 
 def class_of(item: Any, annotation: Any) -> type | None:
@@ -53,7 +70,7 @@ def bases(annotation: Any) -> list[type]:
     """The classes (not plain values) that a type admits objects of, inside unions, lists and as results of calls."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if inspect.isclass(annotation) and origin is None:
-        return [] if annotation.__module__ == "builtins" else [annotation]
+        return [] if annotation.__module__ == "builtins" or annotation is Any else [annotation]
     if origin in (typing.Literal, type):
         return []
     inner = arguments[-1:] if origin is Callable else arguments

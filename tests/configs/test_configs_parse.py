@@ -1,5 +1,6 @@
 """Every config in ``configs/`` that trains parses, whole: those that need the model hub and every cell of every sweep too."""
 
+import itertools
 from itertools import groupby
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from hedgelab.cli.cells import parse_cell
+from hedgelab.cli.studies import parse, study_class
 from hedgelab.config.tree import load, opening_comment
 from hedgelab.protocols.sweep.config import read_sweep, with_seed
 
@@ -17,7 +19,9 @@ SWEEPS = [file for file in TRAINING if "sweep" in yaml.safe_load(file.read_text(
 SINGLE = [
     file
     for file in TRAINING
-    if file not in SWEEPS and file.parent.name not in OWN_COMMAND and "trial" not in yaml.safe_load(file.read_text())
+    if file not in SWEEPS
+    and file.parent.name not in OWN_COMMAND
+    and not {"trial", "plant"} & set(yaml.safe_load(file.read_text()))
 ]
 
 
@@ -43,6 +47,15 @@ def test_configs_say_what_they_show(file):
 def test_single_experiments_parse(file):
     tree = load(file)
     parse_cell("hedge" if "hedge" in tree else "fit", tree)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("llm/*_plant*.yaml")), ids=name_of)
+def test_trials_by_lot_parse(file):
+    if "plant" not in load(file):
+        pytest.skip("a fit")
+    study, _, _ = parse(study_class("plant"), "plant", ["--config", str(file)])
+    for kind, width in itertools.product(study.kinds, study.plant.widths):
+        assert study.make_sae(kind, width, 0, 576).d_sae == width
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=name_of)

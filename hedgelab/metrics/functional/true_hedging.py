@@ -193,14 +193,9 @@ def regressed_hedging(
     side, counted = _counted(cosines, tracked, live)
     (d_sae, n), device = cosines.shape, cosines.device
     chosen = torch.arange(d_sae, device=device) if live is None else live.nonzero().squeeze(1)
-    total, mean = sums.weight.sum(), sums.codes.sum(0) / sums.weight.sum()
-    covariance = (sums.code_products / total - mean.outer(mean))[chosen][:, chosen]
-    variance = covariance.diagonal().clamp_min(1e-30)
-    shrinkage = d_sae / (d_sae + sums.examples) if bool(sums.examples > 0) else sums.examples + 1e-9
-    covariance.mul_(1 - shrinkage).diagonal().add_(shrinkage * variance)
-    factor = torch.linalg.cholesky(covariance)
+    factor = _covariance_factor(sums, chosen)
     rows, directions = fold_decoder(W_dec)[0][chosen], fold_decoder(feature_directions)[0]
-    found, scale = torch.zeros(2, len(chosen), n, device=device), torch.zeros_like(variance)
+    found, scale = torch.zeros(2, len(chosen), n, device=device), factor.new_zeros(len(chosen))
     for start in range(0, n, _FEATURES_AT_ONCE):
         part = slice(start, start + _FEATURES_AT_ONCE)
         for half, weight in enumerate(sums.weight):
@@ -218,6 +213,34 @@ def regressed_hedging(
 
     norm, largest = square.sign() * square.abs().sqrt(), ((seen[0] + seen[1]) / 2).squeeze(1).double()
     return HedgingScores(of_all(even.add_(odd).div_(2)), of_all(norm), of_all(largest))
+
+
+def regression_coefficients(sums: RegressionSums, chosen: Tensor) -> Tensor:
+    """``Cov(c)⁻¹ Cov(c, z)`` of the ``chosen`` latents (int64), ``[chosen, n]`` float64: what the best decoder on them holds.
+
+    Omitted-variable theory: so much of each feature does a row hold, in the feature's unit for one of the code's.
+
+    >>> codes, z = torch.tensor([[1.0], [0], [1], [0]]), torch.tensor([[2.0], [0], [0], [0]])  # twice, with halves that agree
+    >>> sums = regression_update(codes.repeat(2, 1), z.repeat(2, 1), torch.full((8,), 0.125))
+    >>> regression_coefficients(sums, torch.tensor([0])).round(decimals=6).item()
+    1.0
+    """
+    weight = sums.weight.sum()
+    means = (sums.codes[:, chosen].sum(0) / weight).outer(sums.features.sum(0) / weight)
+    products = sums.products.sum(0)[chosen].double() / weight
+    solved: Tensor = torch.cholesky_solve(products - means, _covariance_factor(sums, chosen))
+    return solved
+
+
+def _covariance_factor(sums: RegressionSums, chosen: Tensor) -> Tensor:
+    """Cholesky factor of the chosen latents' covariance, shrunk toward its diagonal."""
+    total, mean = sums.weight.sum(), sums.codes.sum(0) / sums.weight.sum()
+    covariance = (sums.code_products / total - mean.outer(mean))[chosen][:, chosen]
+    variance = covariance.diagonal().clamp_min(1e-30)
+    d_sae = len(mean)
+    shrinkage = d_sae / (d_sae + sums.examples) if bool(sums.examples > 0) else sums.examples + 1e-9
+    covariance.mul_(1 - shrinkage).diagonal().add_(shrinkage * variance)
+    return torch.linalg.cholesky(covariance)
 
 
 def _counted(cosines: Tensor, tracked: Matching, live: Tensor | None) -> tuple[Tensor, Tensor]:

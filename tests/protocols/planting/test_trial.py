@@ -1,0 +1,112 @@
+"""The trial from end to end: what the dose causes, what the lot deals, and what a stopped trial does not train again."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from hedgelab.cli import main
+from hedgelab.cli.studies import parse, study_class
+from hedgelab.protocols.planting.trial import PlantOptions, draw_lot
+from hedgelab.protocols.study import Bench
+
+D_IN = 64
+SAE = {
+    "class_path": "BatchTopKSAE",
+    "init_args": {"d_sae": 64, "k": 2, "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 3e-3}}},
+}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A trial in activations of a few sparse features and noise, whose parents are planted too."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    rng = torch.Generator().manual_seed(0)
+    natural = (torch.rand(20_000, 4, generator=rng) < 0.05) * 2.0
+    directions = torch.nn.functional.normalize(torch.randn(4, D_IN, generator=rng), dim=1)
+    x = natural @ directions + 0.1 * torch.randn(20_000, D_IN, generator=rng)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    tree = {
+        "data": {
+            "class_path": "TensorActivations",
+            "init_args": {"x": str(tmp_path / "x.safetensors"), "batch_size": 500, "held_out": 0.4},
+        },
+        "kinds": {"BatchTopK": SAE},
+        "plant": {"widths": [12, 16], "steps": 400, "parents": 8, "silent": 2, "seeds": 2, "batches": 10}
+        | {"rates": [0.05, 0.1], "doses": [0.0, 0.2, 0.4, 0.8], "magnitude": 2.0, "parent_magnitude": 3.0},
+    }
+    (tmp_path / "trial.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "trial.yaml"
+
+
+def test_the_dose_puts_the_child_into_its_parents_row(config):
+    study, _, _ = parse(study_class("plant"), "plant", ["--config", str(config)])
+    outcome = study.run(Bench())
+    arms = {(row["width"], row["dose"]): row for row in outcome.tables["arms.csv"]}
+    for width in (12, 16):
+        assert arms[width, 0.8]["share"] > arms[width, 0.0]["share"] + 0.15
+        assert abs(arms[width, 0.0]["share"]) < 0.08
+        assert abs(arms[width, 0.0]["predicted"]) < 1e-6
+        assert arms[width, "silent"]["share"] < 0.08
+    assert outcome.metrics["BatchTopK/slope"] == pytest.approx(1.0, abs=0.3)
+    assert outcome.metrics["BatchTopK/r"] > 0.7
+    first = outcome.tables["contrasts.csv"][0]
+    assert (first["what"], first["parents"]) == ("dose 0.8 against 0", 4)
+    assert first["p"] in (0.125, 0.25, 0.375)  # of the 16 choices of signs
+    assert set(outcome.figures) == {"doses.png", "theory.png"}
+
+
+def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice(config, tmp_path, capsys):
+    tree = yaml.safe_load(config.read_text())
+    matryoshka = {"class_path": "MatryoshkaSAE", "init_args": {"levels": [8], "inner": SAE}}
+    tree |= {"parents": SAE, "kinds": {"BatchTopK": SAE, "matryoshka": matryoshka}}
+    tree["plant"] |= {"steps": 20, "parent_steps": 200, "rates": [0.005, 0.5], "seeds": 1, "batches": 4}
+    config.write_text(yaml.safe_dump(tree))
+    assert main(["plant", "--config", str(config)]) == 0
+    printed = capsys.readouterr()
+    assert "training: parents" in printed.err + printed.out
+    (pairs,) = tmp_path.rglob("pairs.csv")
+    rows = list(csv.DictReader(pairs.open()))
+    assert len(rows) == 2 * 2 * 2 * 10  # data sets, kinds, widths, parents
+    assert {row["level"] for row in rows if row["kind"] == "matryoshka"} <= {"0", "1"}
+    assert np.isfinite([float(row["wide"]) for row in rows if row["width"] == "12"]).any()
+    assert all(row["wide"] == "nan" for row in rows if row["width"] == "16")
+    assert main(["plant", "--config", str(config)]) == 0
+    printed = capsys.readouterr()
+    assert "training" not in (printed.err + printed.out).replace("already trained", "")
+
+
+def test_the_lot_deals_equal_arms_and_swaps_them():
+    options = PlantOptions([8], 1, parents=40, silent=5)
+    lot = draw_lot(torch.full((45,), 0.1), options, seed=3)
+    doses = torch.tensor(options.doses).double()
+    for name in ("A", "B"):
+        assert [(lot.doses[name][:40] == dose).sum().item() for dose in doses] == [10] * 4
+        assert not lot.doses[name][40:].any()
+    assert torch.equal(lot.doses["A"][:40] == doses[0], lot.doses["B"][:40] == doses[3])
+    assert torch.equal(lot.doses["A"][:40] == doses[1], lot.doses["B"][:40] == doses[2])
+    assert lot.elsewhere.tolist() == pytest.approx([0.0] * 40 + [0.3 * 0.1 / 0.9] * 5)
+    assert not torch.equal(lot.doses["A"], draw_lot(torch.full((45,), 0.1), options, seed=4).doses["A"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plant.doses", "[0.3, 0.1]"], "plant.doses: must be two or more rising shares from 0 to 1"),
+        (["--plant.rates", "[0.1]"], "plant.rates: must be a lowest and a highest rate"),
+        (["--plant.widths", "[]"], "plant.widths: must be widths of at least 1"),
+        (["--plant.magnitude", "0"], "plant.magnitude: must be"),
+        (["--plant.widths", "[2]"], "k: must lie between 1 and d_sae = 2"),
+        (
+            ["--parents.class_path", "BatchTopKSAE", "--parents.d_sae", "8", "--parents.k", "2"],
+            "plant.parents: 10 are needed",
+        ),
+    ],
+)
+def test_mistakes(config, capsys, words, message):
+    assert main(["plant", "--config", str(config), *words]) == 2
+    assert message in capsys.readouterr().err
