@@ -21,7 +21,7 @@ class Parameter(NamedTuple):
 
 
 def parameters_of(cls: type) -> dict[str, Parameter]:
-    """All arguments of a class, those that ``**kwargs`` passes on to its parents included, but not what it gives them itself."""
+    """All arguments of a class, those that ``**kwargs`` passes on to its parents included, less what it gives them itself."""
     found: dict[str, Parameter] = {}
     count, given = 0, frozenset[str]()
     for init in (vars(parent).get("__init__") for parent in cls.__mro__):
@@ -48,7 +48,9 @@ def _given_to_parent(init: Callable[..., None]) -> tuple[int, frozenset[str]]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(init)))
     except (OSError, SyntaxError):  # made at run time
         return 0, frozenset()
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__")
+    calls = (
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__"
+    )
     call = next(calls, None)
     return (0, frozenset()) if call is None else (len(call.args), frozenset(k.arg for k in call.keywords if k.arg))
 

@@ -14,7 +14,7 @@ from hedgelab.glossary import GROUP
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.ranks import Ranks
 from hedgelab.metrics import classes
-from hedgelab.metrics.functional import hierarchy, recovery, true_hedging
+from hedgelab.metrics.functional import hierarchy, planted, recovery, true_hedging
 from hedgelab.metrics.functional.accumulate import as_codes
 from hedgelab.metrics.functional.true_hedging import MOST_PAIRS
 
@@ -27,7 +27,8 @@ class SAEMetrics(nn.Module):
 
     Always reconstruction, sparsity and the results of every :class:`.ValidationMetric`; with ``feature_directions [n, d_in]``
     also their recovery, detection and hedging, and absorption where they have a hierarchy: ``parents [n]`` (int64, -1 for
-    none), inferred from up to 4096 features' firing unless given. Detection is the mean over the latents assigned to a feature
+    none), inferred from up to 4096 features' firing unless given. Where features are planted, ``null_directions [m, d_in]`` are
+    drawn like theirs: hedging along them is read beside chance. Detection is the mean over the latents assigned to a feature
     for the MCC, hedging over live latents, absorption over children. Hedging by regression (n > d_in) of more than 2²⁴ pairs of
     latent and feature is left out unless a pass is the ``last``: it takes a minute of a core at 4096 x 16384.
     ``ranks`` are those over which the batches are split, and so the sums; None: all processes, where there are several.
@@ -35,6 +36,7 @@ class SAEMetrics(nn.Module):
 
     feature_directions: Tensor | None
     parents: Tensor | None
+    null_directions: Tensor | None
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class SAEMetrics(nn.Module):
         d_sae: int,
         feature_directions: Tensor | None = None,
         parents: Tensor | None = None,
+        null_directions: Tensor | None = None,
         ranks: Ranks | None = None,
         last: bool = True,
     ) -> None:
@@ -60,6 +63,7 @@ class SAEMetrics(nn.Module):
         self.truth = nn.ModuleDict()
         self.register_buffer("feature_directions", feature_directions, persistent=False)
         self.register_buffer("parents", parents, persistent=False)
+        self.register_buffer("null_directions", null_directions, persistent=False)
         if feature_directions is None:
             return
         n = len(feature_directions)
@@ -105,6 +109,12 @@ class SAEMetrics(nn.Module):
             evidence = found["detection"], found.get("hierarchy", self.parents), found.get("regression")
             known = recovery_summary(W_enc, W_dec, self.feature_directions, *evidence)
             results |= {k: v for k, v in known.items() if not (self.leaves_hedging_out and k.startswith("hedging/"))}
+            if self.null_directions is not None and self.parents is not None:
+                live, cosines = rates > 0, recovery.decoder_cosines(W_dec, self.feature_directions)
+                tracked = true_hedging.tracked_features(cosines, live)
+                truth = self.feature_directions, self.null_directions, self.parents
+                found = planted.planted_hedging(W_dec, *truth, tracked, live)
+                results |= {f"planted/{name}": value for name, value in found._asdict().items()}
         return results
 
     def reset(self) -> None:

@@ -99,8 +99,8 @@ class Trainee:
         from hedgelab.metrics.evaluation import SAEMetrics  # late: torchmetrics is slow to import
 
         sae = self.sae
-        directions, parents = (getattr(data, name, None) for name in ("feature_directions", "parents"))
-        self._metrics = SAEMetrics(sae.d_in, sae.d_sae, directions, parents, sae.ranks, last).to(device)
+        truth = (getattr(data, name, None) for name in ("feature_directions", "parents", "null_directions"))
+        self._metrics = SAEMetrics(sae.d_in, sae.d_sae, *truth, sae.ranks, last).to(device)
         self._folded = sae.folded()  # now: weight averaging puts others in their place before the metrics are asked for
 
     @property

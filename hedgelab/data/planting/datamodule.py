@@ -18,6 +18,7 @@ from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.seeding import generator, resolve_seed
 
+_NULL = 256
 _MEASURED_ROWS = 8192  # of the activations, on which their norm and covariance are measured
 
 
@@ -91,6 +92,12 @@ class PlantedActivations(ActivationDataModule):
         own = torch.full((count,), -1) if further is None else further
         shifted = torch.where(own < 0, own, own + known + self.children)
         return torch.cat([torch.full((known,), -1), children, shifted])
+
+    @cached_property
+    def null_directions(self) -> Tensor:
+        """Directions drawn like those of planted features, along which nothing is planted, ``[256 or d_in, d_in]``."""
+        rng = generator(self.seed, "null directions")
+        return self._chosen.choose(min(_NULL, self.d_in), self.rows, rng).float()
 
     @cached_property
     def known_events(self) -> int:

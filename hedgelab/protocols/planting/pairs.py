@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from hedgelab.data.planting import PlantedActivations
 from hedgelab.metrics import ExplainedVariance, FeatureRegression, FiringDensity, ResidualHedgingMetric
 from hedgelab.metrics.functional.accumulate import fold_decoder
+from hedgelab.metrics.functional.planted import share_beside
 from hedgelab.metrics.functional.recovery import decoder_cosines
 from hedgelab.metrics.functional.true_hedging import (
     FIRINGS,
@@ -112,11 +113,8 @@ def find_pairs(
     """Each parent's latent, and what it holds of the child; ``parents``, ``children``: directions ``[pairs, d_in]``.
 
     ``features`` are the children's numbers in the regression ``sums``; ``live [d_sae]`` says which latents may be a parent's.
-    The share is the row's least-squares coordinate along the child, beside the parent's direction::
-
-        share = ± (r · c - (r · p)(p · c)) / (1 - (p · c)²),    r the unit row, ± the sign of r · p
-
-    and theory says ``± ‖W_dec[i]‖⁻¹ (Cov(codes)⁻¹ Cov(codes, z))_i`` for the child's activation z (in units of x).
+    The share is that of :mod:`~hedgelab.metrics.functional.planted`; theory says that it is the coefficient of the parent's
+    code in the regression of the child's activation z (in units of x), ``± ‖W_dec[i]‖⁻¹ (Cov(codes)⁻¹ Cov(codes, z))_i``.
     """
     rows, norms = fold_decoder(sae.W_dec)
     chosen = live.nonzero().squeeze(1)
@@ -128,6 +126,7 @@ def find_pairs(
     p, c = (normalize(part.double(), dim=1) for part in (parents, children))
     along, beside, between = ((one * other).sum(1) for one, other in ((own, c), (own, p), (p, c)))
     side = torch.where(beside < 0, -1.0, 1.0)
+    share = share_beside(along, beside, between)
     coefficients = regression_coefficients(sums, chosen)[place, features] / norms[latent].double()
     level = torch.zeros_like(latent)
     if isinstance(sae, MatryoshkaSAE):
@@ -138,7 +137,7 @@ def find_pairs(
         latent,
         cosine,
         others.amax(0),
-        side * (along - beside * between) / (1 - between.square()),
+        share,
         side * coefficients,
         level,
     )
