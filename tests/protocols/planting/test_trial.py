@@ -68,7 +68,7 @@ def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice
     config.write_text(yaml.safe_dump(tree))
     assert main(["plant", "--config", str(config)]) == 0
     printed = capsys.readouterr()
-    assert "training: parents" in printed.err + printed.out
+    assert "training parents" in printed.err + printed.out
     (pairs,) = tmp_path.rglob("pairs.csv")
     rows = list(csv.DictReader(pairs.open()))
     assert len(rows) == 2 * 2 * 2 * 10  # data sets, kinds, widths, parents
@@ -83,7 +83,7 @@ def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice
 def test_the_lot_deals_equal_arms_and_swaps_them():
     options = PlantOptions([8], 1, parents=40, silent=5)
     lot = draw_lot(torch.full((45,), 0.1), options, seed=3)
-    doses = torch.tensor(options.doses).double()
+    doses = torch.tensor(options.doses, dtype=torch.float64)
     for name in ("A", "B"):
         assert [(lot.doses[name][:40] == dose).sum().item() for dose in doses] == [10] * 4
         assert not lot.doses[name][40:].any()
@@ -100,7 +100,7 @@ def test_the_lot_deals_equal_arms_and_swaps_them():
         (["--plant.rates", "[0.1]"], "plant.rates: must be a lowest and a highest rate"),
         (["--plant.widths", "[]"], "plant.widths: must be widths of at least 1"),
         (["--plant.magnitude", "0"], "plant.magnitude: must be"),
-        (["--plant.widths", "[2]"], "k: must lie between 1 and d_sae = 2"),
+        (["--plant.widths", "[1]"], "k: must lie between 1 and d_sae = 1"),
         (
             ["--parents.class_path", "BatchTopKSAE", "--parents.d_sae", "8", "--parents.k", "2"],
             "plant.parents: 10 are needed",
