@@ -294,20 +294,22 @@ class HedgingDegree(FunctionMetric):
 class ResidualHedgingMetric(AdditiveMetric):
     """How much each latent of an SAE hedges, from held-out activations alone; see :func:`.functional.residual_hedging`.
 
-    Holds the first ``rows`` examples of each rank with their codes: ``4 · rows · (2 d_in + d_sae)`` bytes.
+    Holds the first ``rows`` examples of each rank with their codes, ``4 · rows · (2 d_in + 3 L0)`` bytes.
     """
 
     higher_is_better = False
     x: list[Tensor]
     error: list[Tensor]
-    codes: list[Tensor]
+    active: list[Tensor]  # number of values stored of each example, then which latents' they are, then they themselves
+    index: list[Tensor]
+    values: list[Tensor]
     W_dec: Tensor
 
     def __init__(self, W_dec: Tensor, rows: int = ROWS, blocks: int = BLOCKS, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rows, self.blocks = rows, blocks
         self.register_buffer("W_dec", W_dec.detach().float(), persistent=False)
-        for name in ("x", "error", "codes"):
+        for name in ("x", "error", "active", "index", "values"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, x: Tensor, reconstruction: Tensor, codes: Tensor | Codes) -> None:
@@ -316,9 +318,14 @@ class ResidualHedgingMetric(AdditiveMetric):
         if room > 0:
             self.x.append(x[:room].detach().float())
             self.error.append((x - reconstruction)[:room].detach().float())
-            self.codes.append(as_codes(codes).to_dense()[:room].detach().float())
+            crow, index, values = as_codes(codes).part(slice(0, room)).detach().csr()
+            self.active.append(crow.diff())
+            self.index.append(index)
+            self.values.append(values.float())
 
     def compute(self) -> ResidualHedging:
         """Hedging over everything kept."""
-        x, error, codes = (dim_zero_cat(state) for state in (self.x, self.error, self.codes))
-        return residual_hedging(x, error, codes, self.W_dec, self.blocks)
+        states = (self.x, self.error, self.active, self.index, self.values)
+        x, error, active, index, values = (dim_zero_cat(state) for state in states)
+        crow = torch.cat([active.new_zeros(1), active.cumsum(0)])
+        return residual_hedging(x, error, Codes.from_csr(crow, index, values, len(self.W_dec)), self.W_dec, self.blocks)

@@ -1,11 +1,17 @@
 """Residual hedging against explicit matrices, a closed form, and cases in which nothing hedges."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import hedgelab.metrics
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import ResidualHedgingMetric
@@ -94,9 +100,9 @@ NULLS = {
 }
 
 
-def over_seeds(name, seeds):
+def over_seeds(name, seeds, rows=2048):
     rates, tracked = NULLS[name]
-    results = [residual_hedging(*perfect_latents(seed, rates, tracked)) for seed in seeds]
+    results = [residual_hedging(*perfect_latents(seed, rates, tracked, rows)) for seed in seeds]
     return np.array([float(one.hedging) for one in results]), np.array([float(one.std) for one in results])
 
 
@@ -108,9 +114,10 @@ def test_noise_has_no_favourite_sign():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [2048, 6000])
 @pytest.mark.parametrize("name", NULLS)
-def test_zero_on_average_where_nothing_hedges_with_an_honest_standard_error(name):
-    values, errors = over_seeds(name, range(100, 180))
+def test_zero_on_average_where_nothing_hedges_with_an_honest_standard_error(name, rows):
+    values, errors = over_seeds(name, range(100, 180), rows)
     assert abs(values.mean()) < 2 * values.std(ddof=1) / math.sqrt(len(values))
     assert float(errors.mean()) == pytest.approx(values.std(ddof=1), rel=0.2)
 
@@ -135,28 +142,36 @@ def test_the_standard_error_is_honest_where_something_hedges(present):
     assert np.mean([float(one.std) for one in results]) == pytest.approx(spread, rel=0.2)
 
 
-def test_standard_error_of_a_mean_over_pairs():
-    """Blocks that bring their own number, and pairs that add noise: the variance of the mean, by simulation in numpy."""
-    rng = np.random.default_rng(0)
-    blocks, draws = 12, 4000
+@pytest.mark.parametrize("own", [0.0, 0.1, 1.0])
+def test_standard_error_of_a_mean_over_pairs(own):
+    """Blocks that bring a number of their own, or none, and pairs that add noise: the variance of the mean, by simulation."""
+    rng, blocks, draws = np.random.default_rng(0), 16, 2000
     first, second = np.triu_indices(blocks, 1)
-    own = rng.normal(0, 1.0, (draws, blocks))
-    pairs = own[:, first] + own[:, second] + rng.normal(0, 2.0, (draws, len(first)))
-    told = np.array([float(pairwise_standard_error(torch.tensor(row), blocks)) for row in pairs[:300]])
-    assert math.sqrt((told**2).mean()) == pytest.approx(pairs.mean(1).std(), rel=0.05)
+    of_block = rng.normal(0, own, (draws, blocks))
+    pairs = of_block[:, first] + of_block[:, second] + rng.normal(0, 1.0, (draws, len(first)))
+    told = np.array([float(pairwise_standard_error(torch.tensor(row), blocks)) for row in pairs[:500]])
+    assert told.mean() == pytest.approx(math.sqrt(4 * own**2 / blocks + 1 / len(first)), rel=0.06)
 
 
-@pytest.mark.parametrize("norm", [1.0, 2.0, 4.0])
-def test_norms_layouts_and_precisions_give_one_number(norm):
-    x, error, codes, W_dec = one_latent([0.3, 0.2], [0.05, 0.1], rows=4000)
-    expected = residual_hedging(x, error, codes, W_dec)
-    dense = residual_hedging(x, error, codes / norm, norm * W_dec)
-    sparse = Codes.from_csr(*Codes.from_dense(codes / norm).csr(), 1)
-    assert float(dense.hedging) == pytest.approx(float(expected.hedging), rel=1e-4)
-    assert float(residual_hedging(x, error, sparse, norm * W_dec).hedging) == float(dense.hedging)
-    metric = ResidualHedgingMetric(norm * W_dec)
-    metric.update(x, x - error, codes / norm)
-    assert float(metric.compute().hedging) == pytest.approx(float(expected.hedging), rel=1e-3)
+@pytest.mark.parametrize("norms", [[2.0, 2.0], [0.25, 3.0]])
+def test_norms_layouts_precisions_and_doors_give_one_number(norms):
+    """The same SAE with decoder rows and codes rescaled, as a function, a metric, and an SAE of one's own."""
+    rng, norms = torch.Generator().manual_seed(0), torch.tensor(norms, dtype=torch.float64)
+    x = activations([0.3, 0.2], [0.05, 0.1], rows=4000)
+    codes = torch.relu(x[:, :2] + 0.3 * torch.rand(4000, 2, generator=rng).double())
+    W_dec = torch.linalg.lstsq(codes, x).solution
+    expected = residual_hedging(x, x - codes @ W_dec, codes, W_dec)
+    scaled, rows = codes / norms, norms[:, None] * W_dec
+    sparse = Codes.from_csr(*Codes.from_dense(scaled).csr(), 2)
+    results = [residual_hedging(x, x - codes @ W_dec, given, rows) for given in (scaled, sparse)]
+    metric = ResidualHedgingMetric(rows)
+    for part in torch.arange(len(x)).split(900):
+        metric.update(x[part], scaled[part] @ rows, scaled[part])
+    sae = SimpleNamespace(W_dec=rows, encode=lambda given: scaled[: len(given)], decode=lambda given: given @ rows)
+    results += [metric.compute(), hedgelab.metrics.residual_hedging(x, sae)]
+    for result in results:
+        assert result.latents.tolist() == pytest.approx(expected.latents.tolist(), rel=1e-3)
+        assert float(result.std) == pytest.approx(float(expected.std), rel=1e-3)
 
 
 def test_a_perfect_sae_does_not_hedge():
@@ -225,7 +240,7 @@ def test_influence_gives_regression_coefficients():
         3, 3, generator=rng, dtype=torch.float64
     )
     y = codes @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    shrunk = torch.cat(influence(codes.split(100))).double().t() @ y
+    shrunk = torch.cat(influence([Codes.from_dense(part) for part in codes.split(100)])).double().t() @ y
     covariance = torch.cov(codes.t(), correction=0)
     between = (1 - 3 / 403) * covariance + 3 / 403 * covariance.diagonal().diag()
     exact = torch.linalg.solve(between, covariance @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
@@ -251,6 +266,59 @@ def test_metric_keeps_the_first_rows_of_batches():
     assert sum(map(len, metric.x)) == 3000
     assert result.latents.shape == (1,)
     assert float(result.hedging) == pytest.approx(float(expected.hedging), rel=1e-3)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that anything gives, in numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(one.numel() for one in _tensors(result) if not one.is_sparse)])
+        return result
+
+
+def _tensors(result):
+    return [one for one in (result if isinstance(result, list | tuple) else [result]) if isinstance(one, torch.Tensor)]
+
+
+def sparse_case(width, rows, d_in, k):
+    rng = torch.Generator().manual_seed(0)
+    steps = torch.randint(1, width // k, (rows, k), generator=rng)
+    index = (torch.randint(width, (rows, 1), generator=rng) + steps.cumsum(1)) % width
+    codes = Codes.from_topk(index, torch.rand(rows, k, generator=rng) + 0.5, width)
+    x, error = torch.randn(2, rows, d_in, generator=rng)
+    return x, error, codes, torch.randn(width, d_in, generator=rng)
+
+
+def test_codes_stay_sparse():
+    x, error, codes, W_dec = sparse_case(128, 4096, 16, 4)
+    metric = ResidualHedgingMetric(W_dec)
+    with Largest() as largest:
+        residual_hedging(x, error, codes, W_dec)
+        metric.update(x, x - error, codes)
+        metric.compute()
+    assert largest.size <= 4096 * 128 / 8  # weights of a block are a sixteenth
+
+
+@pytest.mark.slow
+def test_memory_of_many_latents():
+    """4 096 latents and 20 000 rows, in a process of its own, take less than 2 GB beyond what they are given."""
+    program = """
+import resource
+from tests.metrics.test_residual_hedging import residual_hedging, sparse_case
+given = sparse_case(4096, 20000, 512, 32)
+residual_hedging(*sparse_case(16, 64, 8, 2))
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+residual_hedging(*given)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+    root = Path(__file__).parents[2]
+    grown = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert int(grown.stdout) < 2e9
 
 
 def test_mistakes():
