@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgelab.errors import UserError
-from hedgelab.protocols.sweep.config import expand
+from hedgelab.protocols.sweep.config import expand, read_sweep
 
 KEYS = st.text("abcdefgh", min_size=1, max_size=6).filter(lambda key: key != "zip")
 VALUES = st.lists(st.integers(-5, 5), min_size=1, max_size=4, unique=True)
@@ -95,3 +95,13 @@ def test_mistakes_name_the_axis(axes, message):
 def test_an_axis_stands_in_one_place():
     with pytest.raises(UserError, match=r"^sweep\.lines\.a\.axes\.k: is an axis of all lines already"):
         expand({"a": {"axes": {"k": [1]}}}, {"k": [2]})
+
+
+def test_a_base_is_looked_for_beside_the_file_that_names_it(tmp_path):
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    (folder / "base.yaml").write_text("trainer: {max_steps: 7}")
+    (folder / "sweep.yaml").write_text("sweep: {base: base.yaml, axes: {model.k: [1, 2]}}")
+    (tmp_path / "mine.yaml").write_text("sweep: {pack: 1}\ntrainer: {max_steps: 9}")
+    words = ["--config", str(folder / "sweep.yaml"), "--config", str(tmp_path / "mine.yaml")]
+    assert [tree["trainer"] for _, tree in read_sweep(words).cells] == 2 * [{"max_steps": 9}]

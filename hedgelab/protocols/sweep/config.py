@@ -89,8 +89,11 @@ def read_sweep(words: list[str]) -> Grid:
     if not files:
         raise UserError("--config: a sweep needs a config file with a section 'sweep'; see `hedgelab sweep --help`")
     written: Tree = {}
+    below_in = files[-1].parent  # the folder of the last file that names a base
     for file in files:
-        overlay(written, load(file))
+        overlay(written, one := load(file))
+        if isinstance(own := one.get("sweep"), dict) and own.get("base"):
+            below_in = file.parent
     overrides: list[tuple[str, Any]] = []
     said: list[str] = []
     for key, text in options_of(words):
@@ -113,7 +116,7 @@ def read_sweep(words: list[str]) -> Grid:
     options = _options(section)
     base: Tree = {}
     for below in [options.base] if isinstance(options.base, str) else options.base or []:
-        overlay(base, load(files[-1].parent / below))
+        overlay(base, load(below_in / below))
     base.pop("sweep", None)
     overlay(base, written)
     cells = expand(options.lines, options.axes)
