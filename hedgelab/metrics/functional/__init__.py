@@ -24,6 +24,9 @@ from hedgelab.metrics.functional.hierarchy import infer_parents as infer_parents
 from hedgelab.metrics.functional.hierarchy import parent_encoder_components as parent_encoder_components
 from hedgelab.metrics.functional.hierarchy import parents_best_f1 as parents_best_f1
 from hedgelab.metrics.functional.loss_recovered import recovered_loss as recovered_loss
+from hedgelab.metrics.functional.planted import PlantedHedging as PlantedHedging
+from hedgelab.metrics.functional.planted import planted_hedging as planted_hedging
+from hedgelab.metrics.functional.planted import share_beside as share_beside
 from hedgelab.metrics.functional.probing import LinearProbe as LinearProbe
 from hedgelab.metrics.functional.probing import f1_score as f1_score
 from hedgelab.metrics.functional.probing import firing_magnitudes as firing_magnitudes
