@@ -113,8 +113,8 @@ class SAEMetrics(nn.Module):
                 live, cosines = rates > 0, recovery.decoder_cosines(W_dec, self.feature_directions)
                 tracked = true_hedging.tracked_features(cosines, live)
                 truth = self.feature_directions, self.null_directions, self.parents
-                found = planted.planted_hedging(W_dec, *truth, tracked, live)
-                results |= {f"planted/{name}": value for name, value in found._asdict().items()}
+                beside_chance = planted.planted_hedging(W_dec, *truth, tracked, live)
+                results |= {f"planted/{name}": value for name, value in beside_chance._asdict().items()}
         return results
 
     def reset(self) -> None:

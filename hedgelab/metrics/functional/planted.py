@@ -80,14 +80,14 @@ def planted_hedging(
     shares = share_beside(with_features[chosen], beside, features[own] @ features.t())[:, untracked]
     by_chance = share_beside(with_chance[chosen], beside, features[own] @ chance.t())
     squares = shares.square().sum(1) - shares.shape[1] * by_chance.square().mean(1)
-    hedging = [value.sign() * value.abs().sqrt() for value in _interval(squares)]
+    mean, low, high = (value.sign() * value.abs().sqrt() for value in _interval(squares))
 
     children = (parents >= 0).nonzero().squeeze(1)
     its = parents[children]
     latent = nearest_live(with_features[:, its], live)
     between = (features[its] * features[children]).sum(1)
     held = share_beside(with_features[latent, children], with_features[latent, its], between)
-    return PlantedHedging(*hedging, *_interval(held))
+    return PlantedHedging(mean, low, high, *_interval(held))
 
 
 def _interval(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -240,7 +240,8 @@ def _covariance_factor(sums: RegressionSums, chosen: Tensor) -> Tensor:
     d_sae = len(mean)
     shrinkage = d_sae / (d_sae + sums.examples) if bool(sums.examples > 0) else sums.examples + 1e-9
     covariance.mul_(1 - shrinkage).diagonal().add_(shrinkage * variance)
-    return torch.linalg.cholesky(covariance)
+    factor: Tensor = torch.linalg.cholesky(covariance)
+    return factor
 
 
 def _counted(cosines: Tensor, tracked: Matching, live: Tensor | None) -> tuple[Tensor, Tensor]:
