@@ -194,7 +194,8 @@ class Plant(Study):
                 "activations; widen plant.rates, or parents.d_sae"
             )
         chosen = fit[torch.randperm(len(fit), generator=rng)[:count]]
-        return LatentEvents(sae, chosen.tolist()), rates[chosen], {**config, "parents": phase.id}
+        decided_by = {**config, "parents": phase.id, "latents": chosen.tolist()}  # their rates depend on plant.batches
+        return LatentEvents(sae, chosen.tolist()), rates[chosen], decided_by
 
     def train(
         self, planted: PlantedActivations, name: str, basis: Mapping[str, Any], bench: Bench

@@ -78,6 +78,9 @@ def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice
     assert main(["plant", "--config", str(config)]) == 0
     printed = capsys.readouterr()
     assert "training" not in (printed.err + printed.out).replace("already trained", "")
+    assert main(["plant", "--config", str(config), "--plant.batches", "2"]) == 0  # other rates, so other parents
+    printed = capsys.readouterr()
+    assert "training A/" in printed.err + printed.out
 
 
 def test_the_lot_deals_equal_arms_and_swaps_them():
