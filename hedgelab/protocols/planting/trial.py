@@ -96,7 +96,7 @@ class Lot(NamedTuple):
 
 @dataclass(eq=False)
 class Plant(Study):
-    """Plant features in activations by lot, and see how much of them SAEs mix into other features' latents.
+    """Plant features in activations by lot, and see how SAEs hedge on them.
 
     Args:
         data: The activations: any DataModule whose features are not known.
