@@ -76,7 +76,7 @@ class Trial(Study):
 
     Args:
         data: What all toys have in common; its firing is a CopulaFiring.
-        toys: Arguments of the firing by toy.
+        toys: Arguments of the firing by toy; with ``data.`` before their names, of the DataModule.
         kinds: SAEs by kind. Width, levels (a quarter, a half, all of it) and a k of null are filled in: k becomes the mean
             number of the most frequent features, as many as latents, that fire.
         trial: Size of the trial.
@@ -137,8 +137,11 @@ class Trial(Study):
         return Outcome(metrics, {"table.csv": scores}, figures, headline, step=total)
 
     def make_toy(self, name: str, seed: int) -> ToyDataModule:
-        """A toy: the shared section with this one's arguments of the firing."""
-        own = {f"data.init_args.firing.init_args.{key}": value for key, value in self.toys[name].items()}
+        """A toy: the shared section with this one's own arguments."""
+        own = {
+            f"data.init_args.{key.removeprefix('data.') if key.startswith('data.') else f'firing.init_args.{key}'}": value
+            for key, value in self.toys[name].items()
+        }
         recipe = self.data.at(own)
         recipe.key = f"toys.{name}"
         data = recipe(seed=seed)

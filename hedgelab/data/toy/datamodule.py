@@ -29,7 +29,7 @@ _MAX_CHUNK_STEPS = 100
 
 
 class ToyDataModule(ActivationDataModule):
-    """Activations ``x = sum_i z_i m_i f_i + bias`` with known firing z, magnitudes m and unit directions f.
+    """Activations ``x = sum_i z_i m_i f_i + bias`` with known firing z, magnitudes m and unit directions f, and noise if asked.
 
     Batches are drawn in blocks, each from a generator of its own, so that one costs microseconds in sequence and can
     still be had in any order. A block's size, and with it the data, depends on the config alone.
@@ -44,6 +44,8 @@ class ToyDataModule(ActivationDataModule):
         magnitude_std: Standard deviation of the magnitude before the ReLU, likewise. None: the firing's own (a tree), else 0.
         bias: Offset of all activations: its norm (in a random direction), or the vector ``[d_in]`` itself.
         dictionary: How directions are chosen; None: by ``target_cosine``.
+        noise: Norm of dense Gaussian noise in units of the norm of the activation that it is added to, as language models' go
+            with theirs; the features know nothing of it.
         sampling: ``samples`` draws batches; ``population`` makes each the whole support weighted by probability: exact means.
         dtype: Precision of the activations.
         device: Where batches are drawn. ``cuda`` is for thousands of features (CopulaFiring); its numbers are not the CPU's.
@@ -62,6 +64,7 @@ class ToyDataModule(ActivationDataModule):
         magnitude_std: float | list[float] | Law | None = None,
         bias: float | list[float] | None = None,
         dictionary: Dictionary | None = None,
+        noise: float = 0.0,
         sampling: Literal["samples", "population"] = "samples",
         dtype: Literal["float32", "float64"] = "float32",
         device: Literal["cpu", "cuda"] = "cpu",
@@ -78,7 +81,11 @@ class ToyDataModule(ActivationDataModule):
         super().__init__(batch_size, seed, val_batches, default_chunk if chunk_steps is None else chunk_steps)
         if device == "cuda" and (sampling != "samples" or not isinstance(firing, GaussianFiring)):
             raise UserError("data.device: cuda draws samples of CopulaFiring alone, set it to cpu")
-        self.firing, self._device = firing, device
+        if noise < 0 or not math.isfinite(noise):
+            raise UserError(f"data.noise: must be at least 0 and finite, got {noise}")
+        if noise and sampling == "population":
+            raise UserError("data.noise: must be 0 with sampling: population, whose support must be finite")
+        self.firing, self._device, self._noise = firing, device, noise
         self.block_batches: int = min(_MAX_BLOCK_BATCHES, max(1, _BLOCK_BYTES // batch_bytes))
         self._magnitudes = Magnitudes(
             self._per_feature("magnitude_mean", magnitude_mean, firing.magnitudes(), 1.0),
@@ -157,6 +164,9 @@ class ToyDataModule(ActivationDataModule):
         size, count = self.batch_size, self.batch_size * self.block_batches
         features = self.firing.activations(count, source, self._truth[0])
         x = self._embed(features)
+        if self._noise:
+            drawn = torch.randn(x.shape, generator=source, dtype=x.dtype, device=x.device)
+            x = x + drawn * (self._noise / math.sqrt(self._d_in) * x.norm(dim=1, keepdim=True))
         parts = (slice(start, start + size) for start in range(0, count, size))
         if isinstance(features, Codes):
             return [Batch(x[part], features.part(part)) for part in parts]

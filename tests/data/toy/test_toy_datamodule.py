@@ -50,6 +50,22 @@ def test_noisy_magnitudes_are_rectified_gaussians():
     assert float(features[:, 0].mean()) == pytest.approx(expected_mean, abs=5 / math.sqrt(5000))
 
 
+@pytest.mark.parametrize("n", [2, 200])
+def test_noise_goes_with_the_norm_and_features_know_nothing_of_it(n):
+    data = ToyDataModule(CopulaFiring(n, Zipf(0.0, 0.5)), 64, 512, noise=0.3, bias=1.0, seed=0, dtype="float64")
+    batch = data.batch("train", 3)
+    features = batch.features if n == 2 else batch.features.to_dense()
+    clean = features @ data.feature_directions + data.bias
+    share = (batch.x - clean).norm(dim=1) / clean.norm(dim=1)
+    assert share.square().mean().item() == pytest.approx(0.09, rel=0.03)  # chi square of 64 · 512 has a spread of .8 %
+    assert share.std().item() == pytest.approx(0.3 / math.sqrt(2 * 64), rel=0.2)
+    norms = clean.norm(dim=1)
+    correlation = torch.corrcoef(torch.stack([(batch.x - clean).norm(dim=1), norms]))[0, 1]
+    spread = norms.std() / norms.mean()  # beside that of chi, of 64 degrees of freedom
+    assert float(correlation) == pytest.approx(float(spread / (spread**2 + 1 / 128).sqrt()), abs=0.1)
+    assert torch.equal(batch.x, data.batch("train", 3).x)
+
+
 def test_batches_are_a_pure_function_of_stage_and_index():
     data, again = hierarchical(), hierarchical()
     n = data.block_batches
@@ -173,6 +189,8 @@ def test_large_batches_get_small_blocks_and_chunks():
         ({"magnitude_mean": [1.0]}, r"data\.magnitude_mean: expected one number or a list of 2, one a feature, got 1"),
         ({"magnitude_std": -0.5}, r"data\.magnitude_std: must be at least 0 and finite, got -0\.5"),
         ({"magnitude_std": 0.1, "sampling": "population"}, r"data\.magnitude_std: must be 0 with sampling: population"),
+        ({"noise": -0.1}, r"data\.noise: must be at least 0 and finite, got -0\.1"),
+        ({"noise": 0.1, "sampling": "population"}, r"data\.noise: must be 0 with sampling: population"),
         ({"bias": -1.0}, r"data\.bias: a norm must be at least 0"),
         ({"bias": [1.0]}, r"data\.bias: expected a norm or a list of d_in = 10 finite numbers, got 1"),
         ({"bias": [math.inf] * 10}, r"data\.bias: expected"),
