@@ -126,16 +126,18 @@ class Study(ABC):
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV text: floats to seven digits, sequences as numbers between spaces.
+    """Rows as CSV text: floats to seven digits, sequences as numbers between spaces, empty where a row lacks a column.
 
-    >>> print(as_csv([{"width": 8, "loss": 0.123456789, "levels": (1, 0.5)}]), end="")
+    >>> print(as_csv([{"width": 8, "loss": 0.123456789}, {"width": 9, "levels": (1, 0.5)}]), end="")
     width,loss,levels
-    8,0.1234568,1 0.5
+    8,0.1234568,
+    9,,1 0.5
     """
+    columns = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0] if rows else ())
-    writer.writerows([_cell(value) for value in row.values()] for row in rows)
+    writer.writerow(columns)
+    writer.writerows([_cell(row.get(name, "")) for name in columns] for row in rows)
     return text.getvalue()
 
 

@@ -65,6 +65,17 @@ def test_live_only_degree_is_the_degree_of_the_live():
     assert hedging_degree(control, extended, live=torch.zeros(W, dtype=torch.bool)).live_degree.isnan()
 
 
+def test_each_latents_baseline_is_its_own():
+    control, extended = decoders()
+    covariance = torch.diag(torch.linspace(0.1, 4, D_IN, dtype=torch.float64))
+    scores = hedging_degree(control, extended, covariance=covariance)
+    assert scores.baselines.mean() == pytest.approx(float(scores.baseline))
+    assert scores.covariance_baselines.mean() == pytest.approx(float(scores.covariance_baseline))
+    for latent in range(W):  # the same alone
+        alone = hedging_degree(control[latent : latent + 1], torch.cat([extended[latent : latent + 1], extended[W:]]))
+        assert alone.baselines[0] == pytest.approx(float(scores.baselines[latent]))
+
+
 def test_unchanged_sae_has_degree_zero():
     control, extended = decoders()
     extended[:W] = control

@@ -132,6 +132,8 @@ def test_cosines_block_by_block_are_those_of_the_whole_matrix():
     pairs = cosines[torch.triu(torch.ones_like(cosines), 1).bool()]
     assert geometry.counts.sum() == 1500 * 1499 // 2
     torch.testing.assert_close(geometry.mean_absolute, pairs.abs().mean(), rtol=1e-5, atol=1e-7)
+    others = (cosines.abs().sum(1) - 1) / 1499
+    torch.testing.assert_close(geometry.absolute, others, rtol=1e-5, atol=1e-7)
     cosines.fill_diagonal_(-2)
     torch.testing.assert_close(geometry.largest.double(), cosines.max(1).values, rtol=1e-5, atol=1e-6)
     assert geometry.nearest[7] == 1400

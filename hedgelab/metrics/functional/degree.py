@@ -47,6 +47,8 @@ class DegreeScores(NamedTuple):
     delta_norms: Tensor  # ‖Δ_i‖ of each, [W]
     cosines: Tensor  # of each, old with old, [W]
     live: Tensor  # which old latents fire in both SAEs, [W] bool
+    baselines: Tensor  # ‖Δ_i R Rᵀ‖ of each, mean over random subspaces R, [W]
+    covariance_baselines: Tensor  # the same with those of the activations' covariance; NaN without
     residual_hedging: Tensor = torch.tensor(torch.nan)  # of the control, where it was measured too
     residual_hedging_std: Tensor = torch.tensor(torch.nan)
 
@@ -146,11 +148,11 @@ def hedging_degree(
     projections, delta_norms, cosines = (delta @ basis).norm(dim=1), delta.norm(dim=1), (moved_to * old).sum(1)
     projection, random = projections.mean() / size, at_random(None)
     baselines = random.mean(1) / size
-    matched = elsewhere = old.new_tensor(torch.nan)
+    matched, elsewhere = torch.full_like(projections, torch.nan), old.new_tensor(torch.nan)
     if covariance is not None:
         symmetric = float64(covariance).to(old)
         values, vectors = torch.linalg.eigh((symmetric + symmetric.t()) / 2)
-        matched = at_random(vectors * values.clamp_min(0).sqrt()).mean(1).mean() / size
+        matched = at_random(vectors * values.clamp_min(0).sqrt()).mean(0)
     if foreign:
         elsewhere = torch.stack([moved_within(fold_decoder(rows)[0].to(old)).mean() for rows in foreign]).mean() / size
     noise = torch.full_like(old, torch.nan) if reordered is None else fold_decoder(reordered)[0].to(old) - old
@@ -162,8 +164,8 @@ def hedging_degree(
         live_degree=excess(projections[live].mean() / live_size, random[:, live].mean() / live_size),
         live_latents=live.sum().double(),
         live_new_latents=old.new_tensor(n_new if live_new is None else int(live_new.sum())),
-        covariance_baseline=matched,
-        covariance_degree=excess(projection, matched),
+        covariance_baseline=matched.mean() / size,
+        covariance_degree=excess(projection, matched.mean() / size),
         foreign_baseline=elsewhere,
         foreign_degree=excess(projection, elsewhere),
         noise_floor=(noise @ basis).norm(dim=1).mean() / size,
@@ -175,4 +177,6 @@ def hedging_degree(
         delta_norms=delta_norms,
         cosines=cosines,
         live=live,
+        baselines=random.mean(0),
+        covariance_baselines=matched,
     )

@@ -210,7 +210,8 @@ class DecoderGeometry(NamedTuple):
     counts: Tensor  # pairs of latents by cosine, in equal bins from -1 to 1, [200] int64
     largest: Tensor  # largest cosine of each latent with another, [d_sae] float32
     nearest: Tensor  # which latent that is, [d_sae] int64
-    mean_absolute: Tensor  # mean |cosine| over pairs, float64 scalar
+    absolute: Tensor  # mean |cosine| of each latent with the others, [d_sae] float64
+    mean_absolute: Tensor  # the same over all pairs, float64 scalar
     near_duplicates: Tensor  # latents with another within cosine .9, int64 scalar
 
 
@@ -230,14 +231,14 @@ def decoder_geometry(W_dec: Tensor, live: Tensor | None = None, threshold: float
     rows = normalize((weights if live is None else weights[live.to(weights.device)]).float(), dim=1)
     n = len(rows)
     counts = torch.zeros(_BINS, dtype=torch.float64, device=rows.device)
-    total = counts.new_zeros(())
+    absolute = counts.new_zeros(n)
     largest, nearest = rows.new_zeros(n), torch.zeros(n, dtype=torch.int64, device=rows.device)
     for start in range(0, n, _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         cosines = (rows[part] @ rows.T).clamp(-1, 1)
         cosines.diagonal(start).fill_(-2.0)  # a latent with itself: left of every bin, and never the largest
         counts += torch.histc(cosines, _BINS, -1, 1).double()
-        total += cosines.abs().sum(dtype=torch.float64) - 2 * len(cosines)
+        absolute[part] = (cosines.abs().sum(1, dtype=torch.float64) - 2) / max(1, n - 1)
         largest[part], nearest[part] = cosines.max(dim=1)
-    mean_absolute, near_duplicates = total / max(1, n * (n - 1)), (largest >= threshold).sum()
-    return DecoderGeometry((counts / 2).long(), largest, nearest, mean_absolute, near_duplicates)
+    mean_absolute = absolute.mean() if n else counts.new_zeros(())
+    return DecoderGeometry((counts / 2).long(), largest, nearest, absolute, mean_absolute, (largest >= threshold).sum())

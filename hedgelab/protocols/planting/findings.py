@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hedgelab.metrics.functional.true_hedging import TRACKING_COSINE
+from hedgelab.protocols.planting.measures import MEASURES
 from hedgelab.protocols.planting.statistics import (
     Interval,
     auc,
@@ -14,12 +15,13 @@ from hedgelab.protocols.planting.statistics import (
     line_through,
     mean_interval,
     rank_correlation,
+    share_above_median,
     sign_flip_test,
 )
 from hedgelab.protocols.study import Row
 
 MARGIN = 0.03  # shares that differ by less between widths count as the same
-MEASURES = ("share", "residual", "flipped", "surrogate", "wide")  # the truth; what knows none, and its nulls
+GRADED = ("share", "predicted", *MEASURES)  # the truth, what theory makes of it, and what knows neither
 _SILENT = "silent"  # the arm of children that fire only without their parent
 
 
@@ -67,7 +69,7 @@ def findings(rows: Sequence[Row], doses: Sequence[float]) -> Findings:
         _contrast(kind, wide, f"width {wide} against {narrow}, dose {dose:g}", _over_width(rows, kind, narrow, wide, dose))
         for kind, (narrow, wide), dose in product(kinds, pairwise(widths), doses[1:])
     ]  # fmt: skip
-    grades = [grade(kind, width, own, key, doses) for (kind, width), own in cells.items() for key in MEASURES]
+    grades = [grade(kind, width, own, key, doses) for (kind, width), own in cells.items() for key in GRADED]
     metrics |= {f"{row['kind']}/{row['width']}/auc/{row['measure']}": row["auc"] for row in grades}
     return Findings(metrics, arms, contrasts, grades, headline)
 
@@ -104,33 +106,44 @@ def of_parents(rows: Sequence[Row], key: str) -> dict[int, float]:
 
 
 def grade(kind: str, width: int, rows: Sequence[Row], measure: str, doses: Sequence[float]) -> Row:
-    """How well a measure of latents tells parents of the upper half of doses from those of the lowest, SAE by SAE; means.
+    """How well a measure of latents knows what the lot did, and how well it agrees with itself; means over SAEs.
 
-    Not a number of the parents decides who is compared: those that share a latent, too, are in.
+    Can it tell parents of the upper half of doses from those of the lowest (AUC; ``false_positives``: of the lowest, the share
+    above the median of the upper)? Does it rise with the dose (Spearman), and with the share itself (``validity``)? How noisy
+    is it: ``noise`` is the standard error of an SAE's mean, by how the halves of the measuring batches differ, in units of that
+    mean, ``discriminability`` the spread of these means between SAEs in units of that error. Both are NaN where a measure is
+    made of decoders alone. Not a number of the parents decides who is compared: those that share a latent, too, are in.
     """
     scores: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if not row["silent"]:
             scores.setdefault((row["data"], row["seed"]), []).append(row)
-    upper = doses[len(doses) // 2 :]
-    found = [
-        (
-            auc(
-                [row[measure] for row in own if row["dose"] in upper],
-                [row[measure] for row in own if row["dose"] == doses[0]],
-            ),
-            rank_correlation([row["dose"] for row in own], [row[measure] for row in own]),
+    found: list[tuple[float, ...]] = []
+    means, noises = [], []
+    for own in scores.values():
+        upper = [row[measure] for row in own if row["dose"] in doses[len(doses) // 2 :]]
+        lowest = [row[measure] for row in own if row["dose"] == doses[0]]
+        values = [row[measure] for row in own]
+        above = (
+            rank_correlation([row["dose"] for row in own], values),
+            rank_correlation([row["share"] for row in own], values),
         )
-        for own in scores.values()
-    ]
-    areas, ranks = (mean_interval(values) for values in zip(*found, strict=True))
+        found.append((auc(upper, lowest), share_above_median(lowest, upper), *above))
+        means.append(mean_interval(values).mean)
+        noises.append(mean_interval([row.get(f"{measure}/noise", np.nan) for row in own]).mean)
+    areas, false, ranks, validity = (mean_interval(values) for values in zip(*found, strict=True))
+    noise = float(np.sqrt(np.mean(np.square(noises)))) if any(noises) else np.nan
     return {
         "kind": kind,
         "width": width,
         "measure": measure,
         "saes": areas.n,
         **_columns("auc", areas),
+        "false_positives": false.mean,
         **_columns("spearman", ranks),
+        "validity": validity.mean,
+        "noise": noise / abs(np.mean(means)),
+        "discriminability": float(np.std(means, ddof=1)) / noise if len(means) > 1 else np.nan,
     }
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.planting import PlantedActivations
-from hedgelab.metrics import ExplainedVariance, FeatureRegression, FiringDensity, ResidualHedgingMetric
+from hedgelab.metrics import L0, ExplainedVariance, FeatureRegression, HedgingDegree
 from hedgelab.metrics.functional.accumulate import fold_decoder
 from hedgelab.metrics.functional.planted import share_beside
 from hedgelab.metrics.functional.recovery import decoder_cosines
@@ -15,12 +16,10 @@ from hedgelab.metrics.functional.true_hedging import (
     FIRINGS,
     TRACKING_COSINE,
     RegressionSums,
-    regressed_hedging,
     regression_coefficients,
-    tracked_features,
 )
+from hedgelab.protocols.planting.measures import MEASURES, HalfReading, Others, of_decoders
 from hedgelab.saes import SAE, MatryoshkaSAE
-from hedgelab.seeding import generator
 
 
 class Pairs(NamedTuple):
@@ -43,68 +42,60 @@ class Measured(NamedTuple):
     """An SAE on held-out activations."""
 
     pairs: Pairs
-    measures: dict[str, Tensor]  # of each parent's latent, by measures that know no truth, [pairs]
+    measures: dict[str, Tensor]  # of each parent's latent, by measures that know no truth, on either half, [2, pairs]
     numbers: dict[str, float]  # of the SAE as a whole; ``untouched/``: where nothing is planted
 
 
 @torch.no_grad()
-def measure(sae: SAE, data: PlantedActivations, batches: int, wide: SAE | None = None) -> Measured:
-    """Measure an SAE on so many validation batches of the data that it was trained on, and on the same without planting.
-
-    ``wide`` is a wider SAE of the same activations, which stands in for the truth in one of the measures. The nulls of residual
-    hedging are those of its errors with their signs drawn at random, and with their directions drawn, too.
-    """
+def measure(sae: SAE, data: PlantedActivations, batches: int, others: Others | None = None) -> Measured:
+    """Measure an SAE on so many validation batches of the data that it was trained on, and on the same without planting."""
+    others = others or Others()
     children = (data.parents >= 0).nonzero().squeeze(1)
     parents, directions = data.parents[children], data.feature_directions
-    regression, firing = FeatureRegression(sae.d_sae, len(directions)), FiringDensity(sae.d_sae)
-    residuals = {name: ResidualHedgingMetric(sae.W_dec) for name in ("residual", "flipped", "surrogate")}
-    against = None if wide is None else FeatureRegression(sae.d_sae, wide.d_sae)
-    rng = generator(0, "surrogate errors")
-    explained = {name: ExplainedVariance(sae.d_in) for name in ("", "untouched/")}
-    untouched = FiringDensity(sae.d_sae)
+    regression, fired = FeatureRegression(sae.d_sae, len(directions)), torch.zeros(sae.d_sae)
+    halves = [HalfReading(sae, others.wide) for _ in range(2)]
+    explained, control, extended, degree = ExplainedVariance(sae.d_in), others.control, others.extended, None
+    if control is not None and extended is not None:
+        degree = HedgingDegree(control.W_dec, extended.W_dec)
     for index in range(batches):
         x, features, _ = data.batch("val", index)
         codes = sae.encode(x)
         x_hat = sae.decode(codes)
         regression.update(codes, features)
-        firing.update(codes)
-        error = x - x_hat
-        signs = torch.randint(0, 2, (len(x), 1), generator=rng) * 2.0 - 1
-        drawn = normalize(torch.randn(x.shape, generator=rng), dim=1) * error.norm(dim=1, keepdim=True)
-        for name, one in (("residual", error), ("flipped", error * signs), ("surrogate", drawn)):
-            residuals[name].update(x, x - one, codes)
-        if against is not None and wide is not None:
-            against.update(codes, wide.encode(x))
-        explained[""].update(x, x_hat)
-        plain = data.base.batch("val", index).x
-        codes = sae.encode(plain)
-        untouched.update(codes)
-        explained["untouched/"].update(plain, sae.decode(codes))
-    sums, rates = regression.compute(), firing.compute()
-    live = rates * sums.examples >= FIRINGS
-    pairs = find_pairs(sae, sums, live, directions[parents], directions[children], children)
-    found = {name: metric.compute() for name, metric in residuals.items()}
-    measures = {name: one.latents[pairs.latent] for name, one in found.items()}
-    measures["wide"] = torch.full_like(measures["residual"], torch.nan)
-    if against is not None and wide is not None:
-        measures["wide"] = wide_reference(sae, wide, against.compute(), live)[pairs.latent]
+        fired += codes.firing_counts()
+        halves[index % 2].update(x, codes, x_hat)
+        explained.update(x, x_hat)
+        if degree is not None and control is not None and extended is not None:
+            degree.update(x, control.encode(x), extended.encode(x))
+    live = fired >= FIRINGS
+    pairs = find_pairs(sae, regression.compute(), live, directions[parents], directions[children], children)
+    found = [half.compute(live) for half in halves]
+    fixed = of_decoders(sae, others, degree, live)
+    unknown = torch.full_like(pairs.share, torch.nan)
+
+    def of_parents(name: str) -> Tensor:
+        return torch.stack([(own | fixed)[name][pairs.latent] if name in own | fixed else unknown for own, _ in found])
+
     numbers = {
-        **{f"{name}explained_variance": float(metric.compute()) for name, metric in explained.items()},
-        "l0": float(rates.sum()),
-        "untouched/l0": float(untouched.compute().sum()),
-        "dead_fraction": float((rates == 0).double().mean()),
-        **{f"hedging/{name}": float(one.hedging) for name, one in found.items()},
+        "explained_variance": float(explained.compute()),
+        "l0": float(fired.sum()) / (batches * data.batch_size),
+        "dead_fraction": float((fired == 0).double().mean()),
+        **{f"hedging/{name}": (one + found[1][1][name]) / 2 for name, one in found[0][1].items()},
+        **{f"untouched/{name}": value for name, value in reconstruction(sae, data.base, batches).items()},
     }
-    return Measured(pairs, measures, numbers)
+    return Measured(pairs, {name: of_parents(name) for name in MEASURES}, numbers)
 
 
-def wide_reference(sae: SAE, wide: SAE, sums: RegressionSums, live: Tensor) -> Tensor:
-    """Hedging of each latent with a wider SAE's latents in place of true features, ``[d_sae]``.
-
-    Omitted-variable hedging: the regression of the wider SAE's codes on these, along wide latents that no latent tracks.
-    """
-    cosines = decoder_cosines(sae.W_dec, wide.W_dec)
-    return regressed_hedging(sums, sae.W_dec, wide.W_dec, cosines, tracked_features(cosines, live), live).norm
+@torch.no_grad()
+def reconstruction(sae: SAE, data: ActivationDataModule, batches: int) -> dict[str, float]:
+    """Explained variance and L0 on so many validation batches."""
+    explained, sparsity = ExplainedVariance(sae.d_in), L0()
+    for index in range(batches):
+        x = data.batch("val", index).x
+        codes = sae.encode(x)
+        explained.update(x, sae.decode(codes))
+        sparsity.update(codes)
+    return {"explained_variance": float(explained.compute()), "l0": float(sparsity.compute())}
 
 
 def find_pairs(

@@ -134,6 +134,16 @@ def auc(treated: ArrayLike, untreated: ArrayLike) -> float:
     return float((below + not_above).mean() / 2 / len(other))
 
 
+def share_above_median(untreated: ArrayLike, treated: ArrayLike) -> float:
+    """Of untreated values, the share above the treated ones' median; NaN without either.
+
+    >>> share_above_median([0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 4.0])
+    0.5
+    """
+    one, other = _known(untreated), _known(treated)
+    return float((one > np.median(other)).mean()) if len(one) and len(other) else float("nan")
+
+
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's, over the places where both are known; NaN where one is constant."""
     from scipy.stats import spearmanr

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -20,22 +21,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.data.llm import LLMDataModule
 from hedgelab.data.planting import Events, LatentEvents, MatchedDirections, PlantedActivations, PlantedParents
 from hedgelab.errors import UserError, positive, whole_number
 from hedgelab.identity import deciding
 from hedgelab.metrics import FiringDensity
 from hedgelab.plots.planting import doses_and_responses, shares_against_theory
+from hedgelab.protocols.evaluation.built_in import LossSuite
+from hedgelab.protocols.evaluation.reader import Readings
+from hedgelab.protocols.hedge import HedgeOptions, continuation
 from hedgelab.protocols.phase_data import PhaseData
 from hedgelab.protocols.planting.findings import findings
-from hedgelab.protocols.planting.pairs import measure
+from hedgelab.protocols.planting.measures import Others
+from hedgelab.protocols.planting.pairs import measure, reconstruction
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Row, Study
 from hedgelab.protocols.training_phases import Phase, PhaseRunner, PhaseTrainer
 from hedgelab.saes import SAE
+from hedgelab.saes.widen import train_like
 from hedgelab.seeding import generator
 from hedgelab.training.checkpoints import RunCheckpoint
 
 _SETS = ("A", "B")
+Place = tuple[str, int, int]  # kind, width and seed of an SAE
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class PlantOptions:
         parent_magnitude: That of parents where these are planted, too.
         seeds: SAEs of every kind and width, of different weights.
         batches: Validation batches that are measured on.
+        n_new: Latents that the hedging degree appends; 0 leaves the degree out.
+        new_norm: Decoder norm at which they start.
+        continued_steps: Optimiser steps of the SAEs that it compares, with and without new latents.
+        loss_contexts: Contexts on which a language model's loss is measured with reconstructions in place of untouched
+            activations; 0 leaves it out.
         checkpoint_steps: Steps from checkpoint to checkpoint; a stopped trial goes on from the last.
     """
 
@@ -68,12 +81,18 @@ class PlantOptions:
     parent_magnitude: float = 0.5
     seeds: int = 3
     batches: int = 64
+    n_new: int = 0
+    new_norm: float = 0.1
+    continued_steps: int = 1
+    loss_contexts: int = 0
     checkpoint_steps: int = 250
 
     def __post_init__(self) -> None:
-        for name in ("steps", "parent_steps", "parents", "silent", "seeds", "batches", "checkpoint_steps"):
-            whole_number(f"plant.{name}", getattr(self, name), 0 if name == "silent" else 1)
-        for name in ("magnitude", "parent_magnitude"):
+        for name in ("steps", "parent_steps", "parents", "seeds", "batches", "continued_steps", "checkpoint_steps"):
+            whole_number(f"plant.{name}", getattr(self, name))
+        for name in ("silent", "n_new", "loss_contexts"):
+            whole_number(f"plant.{name}", getattr(self, name), 0)
+        for name in ("magnitude", "parent_magnitude", "new_norm"):
             positive(f"plant.{name}", getattr(self, name))
         if not self.widths or min(self.widths) < 1:
             raise UserError(f"plant.widths: must be widths of at least 1, got {self.widths}")
@@ -121,6 +140,10 @@ class Plant(Study):
         """Choose parents, draw the lot, train on both data sets, measure."""
         options = self.plant
         base = self.data(seed=bench.seed)
+        if options.n_new >= base.d_in:
+            raise UserError(
+                f"plant.n_new: must be below d_in = {base.d_in}, or they span everything, got {options.n_new}"
+            )
         for width, kind in ((width, kind) for width in options.widths for kind in self.kinds):
             self.make_sae(kind, width, 0, base.d_in)  # mistakes show before anything is trained
         try:
@@ -133,22 +156,36 @@ class Plant(Study):
                     base, events, lot.doses[name].tolist(), lot.elsewhere.tolist(), magnitude_mean=options.magnitude,
                     directions=MatchedDirections(), seed=bench.seed,
                 )  # fmt: skip
-                trained = self.train(planted, name, basis, bench)
-                for (kind, width, seed), sae in tqdm(
-                    trained.items(), f"measuring {name}", disable=not sys.stderr.isatty()
-                ):
+                trained = self.train(self.phases(name, basis, bench, base.d_in), planted)
+                wider = self.continue_all(trained, name, planted, bench)
+                losses = self.losses(trained, base)
+                shown = tqdm(trained.items(), f"measuring {name}", disable=not sys.stderr.isatty())
+                for (kind, width, seed), (sae, _) in shown:
                     widest = max(options.widths)
-                    wide = None if width == widest else trained[kind, widest, seed]
-                    found = measure(sae, planted, options.batches, wide)
+                    wide = None if width == widest else trained[kind, widest, seed][0]
+                    others = Others(wide, *wider.get((kind, width, seed), ()))
+                    found = measure(sae, planted, options.batches, others)
                     common = {"data": name, "kind": kind, "width": width, "seed": seed}
-                    saes.append({**common, **found.numbers})
-                    columns = {key: value.tolist() for key, value in (found.pairs._asdict() | found.measures).items()}
+                    saes.append({**common, **found.numbers, **losses.get((kind, width, seed), {})})
+                    columns = {key: value.tolist() for key, value in found.pairs._asdict().items()}
                     columns |= {"has_latent": found.pairs.has_latent.tolist()}
                     columns |= {"dose": lot.doses[name].tolist(), "silent": (lot.elsewhere > 0).tolist()}
+                    for key, halves in found.measures.items():
+                        columns |= {
+                            key: halves.mean(0).tolist(),
+                            f"{key}/noise": (halves[0] - halves[1]).div(2).tolist(),
+                        }
                     rows += [
                         {**common, "parent": i, **{key: values[i] for key, values in columns.items()}}
                         for i in range(events.n)
                     ]
+            untouched = self.train(self.phases("untouched", basis, bench, base.d_in, seeds=1), base)
+            losses = self.losses(untouched, base)
+            for (kind, width, seed), (sae, _) in untouched.items():
+                found_there = reconstruction(sae, base, options.batches)
+                common = {"data": "untouched", "kind": kind, "width": width, "seed": seed}
+                common |= {f"untouched/{key}": value for key, value in found_there.items()}
+                saes.append({**common, **losses.get((kind, width, seed), {})})
         finally:
             base.teardown("fit")
         said = findings(rows, options.doses)
@@ -197,24 +234,63 @@ class Plant(Study):
         decided_by = {**config, "parents": phase.id, "latents": chosen.tolist()}  # their rates depend on plant.batches
         return LatentEvents(sae, chosen.tolist()), rates[chosen], decided_by
 
-    def train(
-        self, planted: PlantedActivations, name: str, basis: Mapping[str, Any], bench: Bench
-    ) -> dict[tuple[str, int, int], SAE]:
-        """Every SAE on one of the data sets, by kind, width and seed, as one group; those that the store has come from it."""
-        options = self.plant
-        places = {
-            f"{name}/{kind}/{width}/seed{seed}": (kind, width, seed)
-            for kind in self.kinds for width in options.widths for seed in range(options.seeds)
-        }  # fmt: skip
+    def phases(
+        self, name: str, basis: Mapping[str, Any], bench: Bench, d_in: int, seeds: int | None = None
+    ) -> dict[Place, Phase]:
+        """Every SAE on one of the data sets, by kind, width and seed; those on untouched activations do not know of the lot."""
+        options, phases = self.plant, dict[Place, Phase]()
         common = {**basis, "set": name, "steps": options.steps}
         common |= {key: getattr(options, key) for key in ("parents", "silent", "doses", "magnitude")}
-        phases = []
-        for label, (kind, width, seed) in places.items():
+        for place in product(self.kinds, options.widths, range(seeds or options.seeds)):
+            kind, width, seed = place
             facts = {**common, "model": deciding({"model": plain(self.kinds[kind])}), "width": width, "weights": seed}
-            start = partial(self.make_sae, kind, width, bench.seed + seed, planted.d_in)
-            phases.append(Phase(label, facts, start, bench.tracker))
-        trained = self.runner(options.steps).train(phases, PhaseData(planted, 0, options.steps))
-        return {place: trained[label] for label, place in places.items()}
+            start = partial(self.make_sae, kind, width, bench.seed + seed, d_in)
+            phases[place] = Phase(f"{name}/{kind}/{width}/seed{seed}", facts, start, bench.tracker)
+        return phases
+
+    def train(self, phases: Mapping[Place, Phase], data: ActivationDataModule) -> dict[Place, tuple[SAE, str]]:
+        """The SAEs of some phases, as one group, and the phases' ids; those that the store has come from it."""
+        steps = self.plant.steps
+        trained = self.runner(steps).train([*phases.values()], PhaseData(data, 0, steps))
+        return {place: (trained[phase.name], phase.id) for place, phase in phases.items()}
+
+    def continue_all(
+        self, trained: Mapping[Place, tuple[SAE, str]], name: str, data: PlantedActivations, bench: Bench
+    ) -> dict[Place, tuple[SAE, SAE]]:
+        """Of each SAE a control, trained on, and the same with new latents, for the hedging degree; nothing without it."""
+        options, phases = self.plant, dict[tuple[Place, str], Phase]()
+        if not options.n_new:
+            return {}
+        how = HedgeOptions(options.n_new, options.new_norm, lr_decay=True)
+        for place, (sae, id) in trained.items():
+            kind, width, seed = place
+            train_like(sae, self.make_sae(kind, width, bench.seed + seed, data.d_in))
+            for role in ("control", "extended"):
+                facts: dict[str, Any] = {"phase": role, "initial": id, "steps": options.continued_steps}
+                facts |= {"n_new": options.n_new, "new_norm": options.new_norm} if role == "extended" else {}
+                start = partial(continuation, sae, role, bench.seed + seed, how, options.continued_steps)
+                phases[place, role] = Phase(f"{name}/{kind}/{width}/seed{seed}/{role}", facts, start, bench.tracker)
+        part = PhaseData(data, options.steps, options.continued_steps)
+        done = self.runner(options.continued_steps).train([*phases.values()], part)
+
+        def of(place: Place, role: str) -> SAE:
+            return done[phases[place, role].name]
+
+        return {place: (of(place, "control"), of(place, "extended")) for place in trained}
+
+    def losses(
+        self, trained: Mapping[Place, tuple[SAE, str]], base: ActivationDataModule
+    ) -> dict[Place, dict[str, float]]:
+        """What a language model loses with reconstructions of its untouched activations, of each SAE."""
+        if not self.plant.loss_contexts or not isinstance(base, LLMDataModule):
+            return {}
+        saes = {str(place): sae for place, (sae, _) in trained.items()}
+        scored = dict(LossSuite(self.plant.loss_contexts).score(saes, Readings(base)))
+        shares = ("recovered", "recovered_mean", "kl_recovered")
+        return {
+            place: {f"untouched/{key}": scored[str(place)].metrics[f"loss_recovered/{key}"] for key in shares}
+            for place in trained
+        }
 
     def runner(self, steps: int) -> PhaseRunner:
         """Trains groups of SAEs for so many steps, and goes on with those that were stopped."""

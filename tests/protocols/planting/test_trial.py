@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from hedgelab.cli import main
 from hedgelab.cli.studies import parse, study_class
+from hedgelab.protocols.planting.findings import GRADED
 from hedgelab.protocols.planting.trial import PlantOptions, draw_lot
 from hedgelab.protocols.study import Bench
 
@@ -65,6 +66,7 @@ def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice
     matryoshka = {"class_path": "MatryoshkaSAE", "init_args": {"levels": [8], "inner": SAE}}
     tree |= {"parents": SAE, "kinds": {"BatchTopK": SAE, "matryoshka": matryoshka}}
     tree["plant"] |= {"steps": 20, "parent_steps": 200, "rates": [0.005, 0.5], "seeds": 1, "batches": 4}
+    tree["plant"] |= {"n_new": 3, "continued_steps": 10}
     config.write_text(yaml.safe_dump(tree))
     assert main(["plant", "--config", str(config)]) == 0
     printed = capsys.readouterr()
@@ -75,6 +77,18 @@ def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice
     assert {row["level"] for row in rows if row["kind"] == "matryoshka"} <= {"0", "1"}
     assert np.isfinite([float(row["wide"]) for row in rows if row["width"] == "12"]).any()
     assert all(row["wide"] == "nan" for row in rows if row["width"] == "16")
+    (grades,) = tmp_path.rglob("grades.csv")
+    graded = {row["measure"]: row for row in csv.DictReader(grades.open()) if row["width"] == "12"}
+    assert set(graded) == set(GRADED)
+    for name, row in graded.items():
+        assert 0 <= float(row["auc"]) <= 1, name
+        assert 0 <= float(row["false_positives"]) <= 1, name
+        of_decoders = name in ("share", "predicted", "cosine", "degree", "covariance_degree", "movement")
+        assert (row["noise"] == row["discriminability"] == "nan") == of_decoders, name
+    (saes,) = tmp_path.rglob("saes.csv")
+    trained = list(csv.DictReader(saes.open()))
+    assert [row["data"] for row in trained] == ["A"] * 4 + ["B"] * 4 + ["untouched"] * 4
+    assert all(np.isfinite(float(row["untouched/explained_variance"])) for row in trained)
     assert main(["plant", "--config", str(config)]) == 0
     printed = capsys.readouterr()
     assert "training" not in (printed.err + printed.out).replace("already trained", "")
@@ -102,6 +116,8 @@ def test_the_lot_deals_equal_arms_and_swaps_them():
         (["--plant.doses", "[0.3, 0.1]"], "plant.doses: must be two or more rising shares from 0 to 1"),
         (["--plant.rates", "[0.1]"], "plant.rates: must be a lowest and a highest rate"),
         (["--plant.widths", "[]"], "plant.widths: must be widths of at least 1"),
+        (["--plant.n_new", "64"], "plant.n_new: must be below d_in = 64"),
+        (["--plant.loss_contexts", "-1"], "plant.loss_contexts: expected a whole number of at least 0"),
         (["--plant.magnitude", "0"], "plant.magnitude: must be"),
         (["--plant.widths", "[1]"], "k: must lie between 1 and d_sae = 1"),
         (
