@@ -71,6 +71,7 @@ def named_panels(panels: Mapping[str, Mapping[str, Sequence[float]]], title: str
             beside = axes.get_yaxis_transform()
             axes.annotate(f"{mean:.3g}", (1.02, row), xycoords=beside, fontsize=7, color=MUTED, va="center")
         tidy(axes, metric)
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
     grid[0].set_yticks(range(len(names)), names)
     grid[0].invert_yaxis()
