@@ -22,6 +22,7 @@ from hedgelab.protocols.study import Row
 
 MARGIN = 0.03  # shares that differ by less between widths count as the same
 GRADED = ("share", "predicted", *MEASURES)  # the truth, what theory makes of it, and what knows neither
+_PLACE = ("data", "kind", "width", "seed")
 _SILENT = "silent"  # the arm of children that fire only without their parent
 
 
@@ -29,15 +30,16 @@ class Findings(NamedTuple):
     """Numbers for the run, tables, and lines for the terminal."""
 
     metrics: Mapping[str, float]
-    arms: Sequence[Row]
-    contrasts: Sequence[Row]
-    grades: Sequence[Row]
+    tables: Mapping[str, Sequence[Row]]
     headline: Sequence[str]
 
 
-def findings(rows: Sequence[Row], doses: Sequence[float]) -> Findings:
-    """Everything that is made of the pairs (``pairs.csv``), by kind and width of SAE."""
-    kinds, widths = (sorted({row[key] for row in rows}) for key in ("kind", "width"))
+def findings(rows: Sequence[Row], saes: Sequence[Row], doses: Sequence[float]) -> Findings:
+    """Everything that is made of the pairs and of the SAEs as a whole, by kind and width of SAE.
+
+    Kinds are compared with the first of them, on the same parents (data set, seed): in shares, and in what the SAE costs.
+    """
+    kinds, widths = list(dict.fromkeys(row["kind"] for row in rows)), sorted({row["width"] for row in rows})
     cells = {
         (kind, width): [row for row in rows if (row["kind"], row["width"]) == (kind, width)]
         for kind, width in product(kinds, widths)
@@ -65,13 +67,56 @@ def findings(rows: Sequence[Row], doses: Sequence[float]) -> Findings:
         found = Interval(one["difference"], one["difference_low"], one["difference_high"], one["parents"])
         headline.append(f"{kind}, {width} latents: share by dose  {responses}")
         headline.append(f"    {one['what']}: {_shown(found)}, p = {one['p']:.2g}")
-    contrasts += [
-        _contrast(kind, wide, f"width {wide} against {narrow}, dose {dose:g}", _over_width(rows, kind, narrow, wide, dose))
-        for kind, (narrow, wide), dose in product(kinds, pairwise(widths), doses[1:])
-    ]  # fmt: skip
+    for kind, (narrow, wide), dose in product(kinds, pairwise(widths), doses[1:]):
+        alone = [row for row in rows if (row["kind"], row["dose"]) == (kind, dose) and not row["has_latent"]]
+        what = f"width {wide} against {narrow}, dose {dose:g}"
+        contrasts.append(_contrast(kind, wide, what, _paired(alone, "width", narrow, wide)))
+    for kind, width, dose in product(kinds[1:], widths, doses[1:]):
+        same = [row for row in rows if (row["width"], row["dose"]) == (width, dose)]
+        what = f"{kind} against {kinds[0]}, dose {dose:g}"
+        contrasts.append(_contrast(kind, width, what, _paired(same, "kind", kinds[0], kind)))
+        if dose == doses[-1]:
+            headline.append(f"{what}, {width} latents: {_shown(mean_interval(_paired(same, 'kind', kinds[0], kind)))}")
     grades = [grade(kind, width, own, key, doses) for (kind, width), own in cells.items() for key in GRADED]
     metrics |= {f"{row['kind']}/{row['width']}/auc/{row['measure']}": row["auc"] for row in grades}
-    return Findings(metrics, arms, contrasts, grades, headline)
+    levels = [
+        {"kind": kind, "width": width, "level": level, "dose": dose, "parents": found.n, **_columns("share", found)}
+        for (kind, width), own in cells.items()
+        for level, dose in product(sorted({row["level"] for row in own}), doses)
+        if (found := mean_interval([*of_parents(_treated(own, dose, level), "share").values()])).n
+    ]
+    tables = {"arms": arms, "contrasts": contrasts, "levels": levels, "costs": _costs(saes, kinds), "grades": grades}
+    return Findings(metrics, tables, headline)
+
+
+def _treated(rows: Sequence[Row], dose: float, level: int) -> list[Row]:
+    return [row for row in rows if (row["dose"], row["level"]) == (dose, level) and not row["silent"]]
+
+
+def _costs(saes: Sequence[Row], kinds: Sequence[str]) -> list[Row]:
+    """Numbers of SAEs as a whole, means by kind and width; and how far from the first kind's, of the same data and seed.
+
+    Those of SAEs that untouched activations trained are for themselves: planting must not change what an SAE does elsewhere.
+    """
+    costs: list[Row] = []
+    by_place: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in saes:
+        by_place.setdefault((row["data"], row["width"], row["seed"]), {})[row["kind"]] = row
+    places = {(place[0] == "untouched", place[1]) for place in by_place}
+    for (untouched, width), kind in product(sorted(places), kinds):
+        own = [of for place, of in by_place.items() if (place[0] == "untouched", place[1]) == (untouched, width)]
+        for number in dict.fromkeys(name for of in own for name in of[kind] if name not in _PLACE):
+            values = [of[kind][number] for of in own]
+            found, change = (
+                mean_interval(values),
+                mean_interval([of[kind][number] - of[kinds[0]][number] for of in own]),
+            )
+            data = "untouched" if untouched else "planted"
+            costs.append(
+                {"data": data, "kind": kind, "width": width, "number": number, "saes": found.n, "mean": found.mean,
+                 **_columns("difference", change)}
+            )  # fmt: skip
+    return costs
 
 
 def _arms(kind: str, width: int, rows: Sequence[Row], doses: Sequence[float]) -> Iterator[Row]:
@@ -154,15 +199,14 @@ def _changes(rows: Sequence[Row], high: float, low: float) -> list[float]:
     return [more[parent] - less[parent] for parent in sorted(more.keys() & less.keys())]
 
 
-def _over_width(rows: Sequence[Row], kind: str, narrow: int, wide: int, dose: float) -> list[float]:
-    """Of each parent whose child has no latent at either width: share at the wide less that at the narrow."""
-    places: dict[tuple[Any, ...], dict[int, float]] = {}
+def _paired(rows: Sequence[Row], key: str, one: Any, other: Any) -> list[float]:
+    """Of each treated parent: its share where ``key`` is ``other`` less where it is ``one``, of one data set and seed."""
+    places: dict[tuple[Any, ...], dict[Any, float]] = {}
     for row in rows:
-        if row["kind"] == kind and row["dose"] == dose and not row["silent"] and not row["has_latent"]:
-            places.setdefault((row["parent"], row["data"], row["seed"]), {})[row["width"]] = row["share"]
-    both = [
-        {"parent": key[0], "change": of[wide] - of[narrow]} for key, of in places.items() if {narrow, wide} <= of.keys()
-    ]
+        if not row["silent"]:
+            place = row["parent"], row["data"], row["seed"], *(row[name] for name in ("kind", "width") if name != key)
+            places.setdefault(place, {})[row[key]] = row["share"]
+    both = [{"parent": at[0], "change": of[other] - of[one]} for at, of in places.items() if {one, other} <= of.keys()]
     return list(of_parents(both, "change").values())
 
 

@@ -188,13 +188,12 @@ class Plant(Study):
                 saes.append({**common, **losses.get((kind, width, seed), {})})
         finally:
             base.teardown("fit")
-        said = findings(rows, options.doses)
+        said = findings(rows, saes, options.doses)
         figures = {
-            "doses.png": doses_and_responses(said.arms, options.doses),
+            "doses.png": doses_and_responses(said.tables["arms"], options.doses),
             "theory.png": shares_against_theory(rows),
         }
-        made = {"pairs": rows, "saes": saes, "arms": said.arms, "contrasts": said.contrasts, "grades": said.grades}
-        tables = {f"{name}.csv": table for name, table in made.items()}
+        tables = {f"{name}.csv": table for name, table in {"pairs": rows, "saes": saes, **said.tables}.items()}
         return Outcome(said.metrics, tables, figures, said.headline, step=options.steps)
 
     def make_sae(self, kind: str, width: int, seed: int, d_in: int) -> SAE:

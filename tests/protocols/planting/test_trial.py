@@ -85,6 +85,16 @@ def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice
         assert 0 <= float(row["false_positives"]) <= 1, name
         of_decoders = name in ("share", "predicted", "cosine", "degree", "covariance_degree", "movement")
         assert (row["noise"] == row["discriminability"] == "nan") == of_decoders, name
+    (contrasts,) = tmp_path.rglob("contrasts.csv")
+    against = [row for row in csv.DictReader(contrasts.open()) if "matryoshka against BatchTopK" in row["what"]]
+    assert [(row["width"], row["parents"]) for row in against] == [("12", "8"), ("16", "8")]  # all that may be treated
+    (costs,) = tmp_path.rglob("costs.csv")
+    cost = {(row["data"], row["kind"], row["width"], row["number"]): row for row in csv.DictReader(costs.open())}
+    assert cost["planted", "matryoshka", "16", "explained_variance"]["saes"] == "2"
+    assert float(cost["planted", "BatchTopK", "16", "l0"]["difference"]) == 0
+    assert cost["untouched", "matryoshka", "12", "untouched/l0"]["saes"] == "1"
+    (levels,) = tmp_path.rglob("levels.csv")
+    assert {row["kind"] for row in csv.DictReader(levels.open()) if row["level"] == "1"} <= {"matryoshka"}
     (saes,) = tmp_path.rglob("saes.csv")
     trained = list(csv.DictReader(saes.open()))
     assert [row["data"] for row in trained] == ["A"] * 4 + ["B"] * 4 + ["untouched"] * 4
