@@ -16,6 +16,7 @@ from hedgelab.kernels.ranks import Ranks
 from hedgelab.metrics import classes
 from hedgelab.metrics.functional import hierarchy, planted, recovery, true_hedging
 from hedgelab.metrics.functional.accumulate import as_codes
+from hedgelab.metrics.functional.error_spread import BLOCKS, JOINT_LATENTS
 from hedgelab.metrics.functional.true_hedging import MOST_PAIRS
 
 MOST_PAIRS_EVERY_PASS = 2**24  # of latent and feature that are regressed in every pass, not in the last alone
@@ -30,7 +31,8 @@ class SAEMetrics(nn.Module):
     none), inferred from up to 4096 features' firing unless given. Where features are planted, ``null_directions [m, d_in]`` are
     drawn like theirs: hedging along them is read beside chance. Detection is the mean over the latents assigned to a feature
     for the MCC, hedging over live latents, absorption over children. Hedging by regression (n > d_in) of more than 2²⁴ pairs of
-    latent and feature is left out unless a pass is the ``last``: it takes a minute of a core at 4096 x 16384.
+    latent and feature is left out unless a pass is the ``last``: it takes a minute of a core at 4096 x 16384. The last pass
+    measures residual hedging, too, on its first 8192 examples, of up to 4096 latents and where examples have no weights.
     ``ranks`` are those over which the batches are split, and so the sums; None: all processes, where there are several.
     """
 
@@ -60,6 +62,9 @@ class SAEMetrics(nn.Module):
         for point in entry_points(group=GROUP):
             point.load()  # so that its metrics are declared
         self.own = nn.ModuleList(own(d_in, d_sae, **split) for own in classes.ValidationMetric.declared.values())
+        self.residual: classes.ResidualHedgingMetric | None = None
+        if last and d_sae <= JOINT_LATENTS:
+            self.residual = classes.ResidualHedgingMetric(torch.zeros(d_sae, d_in), **split)
         self.truth = nn.ModuleDict()
         self.register_buffer("feature_directions", feature_directions, persistent=False)
         self.register_buffer("parents", parents, persistent=False)
@@ -88,6 +93,8 @@ class SAEMetrics(nn.Module):
         self.firing.update(codes, weight)
         for own in self.own:
             own.update(batch, x_hat, codes)  # type: ignore[operator]
+        if self.residual is not None and weight is None:
+            self.residual.update(x, x_hat, codes)
         if self.truth and features is None:
             raise ValueError("feature_directions are known, so every batch needs its features")
         for name, true in self.truth.items():
@@ -104,6 +111,11 @@ class SAEMetrics(nn.Module):
             value = own.compute()  # type: ignore[operator]
             by_name = {f"/{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {"": value}
             results |= {f"{own.name}{key}": one for key, one in by_name.items()}
+        if self.residual is not None and sum(map(len, self.residual.x)) >= 2 * BLOCKS:
+            self.residual.W_dec = W_dec.detach().float()
+            seen = self.residual.compute()
+            if bool(seen.hedging.isfinite()):
+                results |= {"hedging/residual_hedging": seen.hedging, "hedging/residual_hedging_std": seen.std}
         if self.feature_directions is not None:
             found = {name: metric.compute() for name, metric in self.truth.items()}  # type: ignore[operator]
             evidence = found["detection"], found.get("hierarchy", self.parents), found.get("regression")

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,8 @@ import hedgelab.metrics
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import ResidualHedgingMetric
-from hedgelab.metrics.functional import residual_hedging
-from hedgelab.metrics.functional.error_spread import influence, pairwise_standard_error
+from hedgelab.metrics.functional import error_spread, residual_hedging
+from hedgelab.metrics.functional.error_spread import influence, pairwise_standard_error, regression
 
 D_IN = 12
 ROWS = 6000
@@ -240,11 +241,40 @@ def test_influence_gives_regression_coefficients():
         3, 3, generator=rng, dtype=torch.float64
     )
     y = codes @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    shrunk = torch.cat(influence([Codes.from_dense(part) for part in codes.split(100)])).double().t() @ y
+    parts = [Codes.from_dense(part) for part in codes.split(100)]
+    shrunk = torch.cat([*influence(parts, *regression(parts))]).double().t() @ y
     covariance = torch.cov(codes.t(), correction=0)
     between = (1 - 3 / 403) * covariance + 3 / 403 * covariance.diagonal().diag()
     exact = torch.linalg.solve(between, covariance @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
     assert shrunk.tolist() == pytest.approx(exact.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("joint", [9, 4])
+def test_moments_of_sparse_codes_are_those_of_dense_weights(monkeypatch, joint):
+    monkeypatch.setattr(error_spread, "JOINT_LATENTS", joint)  # of 9 latents, as correlated or not
+    rng = torch.Generator().manual_seed(0)
+    blocks, size = 5, 40
+    codes = (torch.rand(blocks * size, 9, generator=rng) * (torch.rand(blocks * size, 9, generator=rng) < 0.3)).split(
+        size
+    )
+    errors = torch.randn(blocks * size, 6, generator=rng).split(size)
+    parts = [Codes.from_dense(part) for part in codes]
+    mean, inverse = regression(parts)
+    weights = [(g - g.mean(0)).double() for g in influence(parts, mean, inverse)]
+    sizes = [g.square().sum(0) for g in weights]
+    products = error_spread._products(errors)
+    (q, t), of_all, _ = error_spread._moments(products, parts, inverse, sizes)
+    kernels = [[errors[a].double() @ errors[b].double().t() for b in range(blocks)] for a in range(blocks)]
+    slopes = torch.randn(2, 9, generator=rng, dtype=torch.float64)
+    for power, found, column, slope in ((2, q, 0, slopes[0]), (3, t, 1, slopes[1])):
+        pairs = list(combinations(range(blocks), 2))
+        expected = [blocks**2 * ((kernels[a][b] ** power @ weights[b]) * weights[a]).sum(0) for a, b in pairs]
+        torch.testing.assert_close(found.double(), torch.stack(expected).mean(0), rtol=1e-4, atol=1e-6)
+        everywhere = torch.stack([(kernels[a][b] ** power).mean() for a, b in pairs])
+        torch.testing.assert_close(of_all[:, column], everywhere, rtol=1e-4, atol=1e-5)
+        alone = torch.stack([slope, torch.zeros_like(slope)][:: 1 if power == 2 else -1])
+        by_pair = error_spread._by_pair(products, parts, inverse, list(alone))
+        torch.testing.assert_close(by_pair, torch.stack(expected) @ slope, rtol=1e-4, atol=1e-5)
 
 
 def test_latents_that_hardly_fire_are_left_out():

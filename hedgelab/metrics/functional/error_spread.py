@@ -48,7 +48,7 @@ d_in`` of every missing feature, so that widths between ``d_in / 2`` and ``d_in`
 are both dense and overlapping, treat it as a comparison between SAEs of one width, not as a level.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -57,7 +57,7 @@ from torch import Tensor
 
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes, row_pointers
-from hedgelab.kernels.ops import decode
+from hedgelab.kernels.ops import decode, decoder_gradient
 from hedgelab.kernels.values import Decoder
 from hedgelab.metrics.functional.accumulate import (
     add_sum,
@@ -125,50 +125,59 @@ def residual_hedging(
         zero = torch.zeros_like(nothing)
         return ResidualHedging(zero, zero, torch.where(measured, 0.0, latents), count, zero)
     parts = [_of_latents(codes.part(slice(at, at + size)), chosen) for at in range(0, len(x), size)]
-    weights = influence(parts)
-    scale, shares = torch.zeros_like(directions[:, 0]), []
-    for g, part, own in zip(weights, parts, torch.split(x, size), strict=True):
+    mean, inverse = regression(parts)
+    scale, shares, sizes = torch.zeros_like(directions[:, 0]), [], []
+    for g, part, own in zip(influence(parts, mean, inverse), parts, torch.split(x, size), strict=True):
         scale += ((float64(g).t() @ float64(own)) * directions).sum(1)
         g.sub_(g.mean(0))
         _, index, values = part.csr()
         shares.append(part.with_values(float64(values) * g[part.rows(), index]).sum_per_latent())
+        sizes.append(g.square().sum(0, dtype=torch.float64))
     scale, own_share = scale.abs().clamp_min(1e-30), torch.stack(shares)
-    moments, noise = _moments([part.float() for part in torch.split(error, size)], weights)
+    parts = [part.with_values(part.values.float()) for part in parts]
+    covariance = error.t() @ error / len(error)
+    error = error.float()
+    products = _products(torch.split(error, size))
+    moments, of_all, noise = _moments(products, parts, inverse, sizes)
     with torch.enable_grad():
-        means = [part.mean(0).requires_grad_() for part in moments]
-        own, magnitude = _hedging(means, noise, error.t() @ error / len(error))
+        means = [part.requires_grad_() for part in (*moments, *of_all.mean(0))]
+        own, magnitude = _hedging(means, noise, covariance)
         hedging = (own / scale).mean()
         slopes = torch.autograd.grad(hedging, means)
-    first, second = torch.triu_indices(blocks, blocks, 1, device=own_share.device)
+    by_pair = _by_pair(products, parts, inverse, slopes[:2]) + of_all @ torch.stack(slopes[2:])
     excess = own_share / own_share.mean(0) - 1  # of a latent's variance in a block: no error of a regression
-    excess = excess[first] + excess[second]
-    q, t = (part - mean.detach() * excess for part, mean in zip(moments[:2], means[:2], strict=True))
-    by_pair = (q * slopes[0] + t * slopes[1]).sum(1) + (moments[2] * slopes[2] + moments[3] * slopes[3])
+    by_block = excess @ sum(slope * part.detach() for slope, part in zip(slopes[:2], means[:2], strict=True))
+    first, second = torch.triu_indices(blocks, blocks, 1, device=own_share.device)
     latents[chosen] = (own / scale).detach()
-    std = pairwise_standard_error(by_pair, blocks)
+    std = pairwise_standard_error(by_pair - by_block[first] - by_block[second], blocks)
     return ResidualHedging(hedging.detach(), std, latents, count, magnitude.detach())
 
 
-def influence(codes: Sequence[Codes]) -> list[Tensor]:
-    """Weights g of each block: the sum over blocks of ``gᵀ y`` are the coefficients of codes in the regression of y on them.
-
-    float32 ``[examples, W]``; nothing else is of that size.
-    """
+def regression(codes: Sequence[Codes]) -> tuple[Tensor, Tensor]:
+    """Mean of the codes of all blocks, and ``Cov(c)⁻¹ / examples [W, W]``, or of many latents its diagonal ``[W]``; float32."""
     examples, width = sum(part.batch_size for part in codes), codes[0].d_sae
     wide = [part.with_values(float64(part.values)) for part in codes]
     mean = torch.stack([part.sum_per_latent() for part in wide]).sum(0) / examples
     squares = torch.stack([part.with_values(part.values.square()).sum_per_latent() for part in wide]).sum(0)
     variance = (squares / examples - mean.square()).clamp_min(1e-30)
     if width > JOINT_LATENTS:
-        return [((part.to_dense() - mean) / (examples * variance)).float() for part in wide]
+        return mean.float(), (1 / (examples * variance)).float()
     shrinkage = width / (width + examples)
     covariance = -examples * mean.outer(mean)
     for part in wide:
         add_sum(covariance, pair_product(part, part))
     covariance.mul_((1 - shrinkage) / examples).diagonal().add_(shrinkage * variance)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance)).div_(examples)
-    regression = Decoder(inverse.float(), -(mean @ inverse).float())
-    return [decode(part.with_values(part.values.float()), regression) for part in codes]
+    return mean.float(), inverse.float().contiguous()  # it comes in columns, of which decoding is ten times as slow
+
+
+def influence(codes: Sequence[Codes], mean: Tensor, inverse: Tensor) -> Iterator[Tensor]:
+    """Weights g of each block, float32 ``[examples, W]``; ``gᵀ y``, summed over blocks, is the regression of y on the codes."""
+    if inverse.ndim == 1:
+        yield from ((part.to_dense().float() - mean) * inverse for part in codes)
+    else:
+        decoder = Decoder(inverse, -(mean @ inverse))
+        yield from (decode(part.with_values(part.values.float()), decoder) for part in codes)
 
 
 def pairwise_standard_error(values: Tensor, blocks: int) -> Tensor:
@@ -198,25 +207,75 @@ def _of_latents(codes: Codes, chosen: Tensor) -> Codes:
     return Codes.from_csr(crow, place[latents[kept]], values[kept], len(chosen))
 
 
-def _moments(errors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """For each pair of blocks q and t of each latent, ``[pairs, W]``, and of the whole error, ``[pairs]``; then σ ``[W]``.
+def _products(errors: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
+    """``e · e'`` between the blocks of each pair, the later one's examples in rows; pairs in the order of ``combinations``."""
+    return {(a, b): errors[b] @ errors[a].t() for a, b in combinations(range(len(errors)), 2)}
 
-    ``weights`` have no mean in any block.
+
+def _along_codes(kernel: Tensor, codes: Codes) -> Tensor:
+    """``codesᵀ kernel`` with rows and columns of the kernel centred, ``[W, examples]``: weights g have no mean in any block."""
+    centred = kernel - kernel.mean(0)
+    return decoder_gradient(codes, centred.sub_(centred.mean(1, keepdim=True))[None], (codes.d_sae,))
+
+
+def _moments(
+    products: Mapping[tuple[int, int], Tensor], codes: Sequence[Codes], inverse: Tensor, sizes: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Means over pairs of blocks of q and t of each latent, ``[W]``; those of the whole error, ``[pairs, 2]``; and σ ``[W]``.
+
+    With ``g = inverse (c - mean)`` the sum of ``g_i g_i' kernel`` is ``(inverse M inverse)_ii``, M that of ``codesᵀ kernel
+    codes'`` over all pairs: codes stay sparse. ``sizes`` are ``Σ ‖g_i‖²`` of each block.
     """
-    blocks = len(errors)
-    sizes = [blocks**2 * g.square().sum(0, dtype=torch.float64) for g in weights]
-    parts: list[tuple[Tensor, ...]] = []
-    scatter, amounts = [], torch.zeros_like(sizes[0])
-    for a, b in combinations(range(blocks), 2):
-        product = errors[a] @ errors[b].t()
-        square = product.square()
-        scatter.append((square.var() - square.mean(0).var() - square.mean(1).var()).double().clamp_min(0))
-        amounts += sizes[a] * sizes[b]
-        cube = square * product
-        of_latents = [blocks**2 * ((kernel @ weights[b]).mul_(weights[a])).sum(0).double() for kernel in (square, cube)]
-        parts.append((*of_latents, square.mean(dtype=torch.float64), cube.mean(dtype=torch.float64)))
-    noise = (torch.stack(scatter).mean() * amounts).sqrt() / len(parts)
-    return [torch.stack(values) for values in zip(*parts, strict=True)], noise
+    blocks = len(codes)
+    totals = [torch.zeros_like(inverse) for _ in range(2)]
+    of_all, scatter, amounts = [], [], torch.zeros_like(sizes[0])
+    for a in range(blocks - 1):
+        sums = [codes[a].values.new_zeros(codes[a].d_sae, codes[a].batch_size) for _ in range(2)]
+        for b in range(a + 1, blocks):
+            square = products[a, b].square()
+            cube = square * products[a, b]
+            scatter.append((square.var() - square.mean(0).var() - square.mean(1).var()).double().clamp_min(0))
+            of_all.append(torch.stack([kernel.mean(dtype=torch.float64) for kernel in (square, cube)]))
+            amounts += blocks**4 * sizes[a] * sizes[b]
+            for own, kernel in zip(sums, (square, cube), strict=True):
+                own += _along_codes(kernel, codes[b])
+        for total, own in zip(totals, sums, strict=True):
+            if inverse.ndim == 1:
+                total += (own * codes[a].to_dense().t()).sum(1, dtype=torch.float64)
+            else:
+                total += decoder_gradient(codes[a], own.t().contiguous()[None], (codes[a].d_sae,))
+    noise = (torch.stack(scatter).mean() * amounts).sqrt() / len(of_all)
+    each = [
+        (inverse.square() * total).double() if inverse.ndim == 1 else (inverse @ total).mul_(inverse).sum(1).double()
+        for total in totals
+    ]
+    return [blocks**2 / len(of_all) * one for one in each], torch.stack(of_all), noise
+
+
+def _by_pair(
+    products: Mapping[tuple[int, int], Tensor], codes: Sequence[Codes], inverse: Tensor, slopes: Sequence[Tensor]
+) -> Tensor:
+    """``Σ_i slope_i q_i`` of each pair of blocks, and the same of t, together, ``[pairs]``.
+
+    That is the product of ``codesᵀ kernel codes'`` with ``inverse diag(slope) inverse``, entry by entry.
+    """
+    blocks, values = len(codes), []
+    if inverse.ndim == 1:
+        weights = [inverse.square() * slope.float() for slope in slopes]
+    else:
+        weights = [(inverse * slope.float()) @ inverse for slope in slopes]
+    nothing = weights[0].new_zeros(codes[0].d_sae)
+    for a in range(blocks - 1):
+        if inverse.ndim == 1:
+            own = [(codes[a].to_dense() * weight).t() for weight in weights]
+        else:
+            own = [decode(codes[a], Decoder(weight, nothing)).t() for weight in weights]
+        for b in range(a + 1, blocks):
+            square = products[a, b].square()
+            kernels = square, square * products[a, b]
+            parts = [(_along_codes(kernel, codes[b]) * one).sum() for kernel, one in zip(kernels, own, strict=True)]
+            values.append(blocks**2 * torch.stack(parts).sum(dtype=torch.float64))
+    return torch.stack(values)
 
 
 def _hedging(means: Sequence[Tensor], noise: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:

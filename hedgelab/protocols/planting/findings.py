@@ -79,13 +79,19 @@ def findings(rows: Sequence[Row], saes: Sequence[Row], doses: Sequence[float]) -
             headline.append(f"{what}, {width} latents: {_shown(mean_interval(_paired(same, 'kind', kinds[0], kind)))}")
     grades = [grade(kind, width, own, key, doses) for (kind, width), own in cells.items() for key in GRADED]
     metrics |= {f"{row['kind']}/{row['width']}/auc/{row['measure']}": row["auc"] for row in grades}
-    levels = [
+    levels: list[Row] = [
         {"kind": kind, "width": width, "level": level, "dose": dose, "parents": found.n, **_columns("share", found)}
         for (kind, width), own in cells.items()
         for level, dose in product(sorted({row["level"] for row in own}), doses)
         if (found := mean_interval([*of_parents(_treated(own, dose, level), "share").values()])).n
     ]
-    tables = {"arms": arms, "contrasts": contrasts, "levels": levels, "costs": _costs(saes, kinds), "grades": grades}
+    tables: dict[str, Sequence[Row]] = {
+        "arms": arms,
+        "contrasts": contrasts,
+        "levels": levels,
+        "costs": _costs(saes, kinds),
+        "grades": grades,
+    }
     return Findings(metrics, tables, headline)
 
 

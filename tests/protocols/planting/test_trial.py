@@ -87,7 +87,7 @@ def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice
         assert (row["noise"] == row["discriminability"] == "nan") == of_decoders, name
     (contrasts,) = tmp_path.rglob("contrasts.csv")
     against = [row for row in csv.DictReader(contrasts.open()) if "matryoshka against BatchTopK" in row["what"]]
-    assert [(row["width"], row["parents"]) for row in against] == [("12", "8"), ("16", "8")]  # all that may be treated
+    assert [(row["width"], row["parents"]) for row in against] == [("12", "4")] * 3 + [("16", "4")] * 3  # of each dose
     (costs,) = tmp_path.rglob("costs.csv")
     cost = {(row["data"], row["kind"], row["width"], row["number"]): row for row in csv.DictReader(costs.open())}
     assert cost["planted", "matryoshka", "16", "explained_variance"]["saes"] == "2"
