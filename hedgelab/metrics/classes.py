@@ -294,10 +294,13 @@ class HedgingDegree(FunctionMetric):
 class ResidualHedgingMetric(AdditiveMetric):
     """How much each latent of an SAE hedges, from held-out activations alone; see :func:`.functional.residual_hedging`.
 
-    Holds the first ``rows`` examples of each rank with their codes, ``4 · rows · (2 d_in + 3 L0)`` bytes.
+    Holds the first ``rows`` examples of each rank with their codes, ``4 · rows · (2 d_in + 3 L0)`` bytes. Those of several
+    ranks come in the order of updates, in each of them by rank: as one rank would have seen them.
     """
 
     higher_is_better = False
+    ranks: Tensor  # one of each, so their number once they are synchronised
+    sizes: list[Tensor]  # examples of each update
     x: list[Tensor]
     error: list[Tensor]
     active: list[Tensor]  # number of values stored of each example, then which latents' they are, then they themselves
@@ -309,13 +312,20 @@ class ResidualHedgingMetric(AdditiveMetric):
         super().__init__(**kwargs)
         self.rows, self.blocks = rows, blocks
         self.register_buffer("W_dec", W_dec.detach().float(), persistent=False)
-        for name in ("x", "error", "active", "index", "values"):
+        self.add_state("ranks", torch.ones((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("sizes", "x", "error", "active", "index", "values"):
             self.add_state(name, [], dist_reduce_fx="cat")
+
+    @property
+    def held(self) -> int:
+        """Examples kept so far on this rank."""
+        return sum(map(len, self.x))
 
     def update(self, x: Tensor, reconstruction: Tensor, codes: Tensor | Codes) -> None:
         """Add a batch; ``x``, ``reconstruction``: ``[batch, d_in]``, with the latents that were decoded."""
-        room = self.rows - sum(map(len, self.x))
+        room = self.rows - self.held
         if room > 0:
+            self.sizes.append(torch.tensor([min(room, len(x))], device=x.device))
             self.x.append(x[:room].detach().float())
             self.error.append((x - reconstruction)[:room].detach().float())
             crow, index, values = as_codes(codes).part(slice(0, room)).detach().csr()
@@ -325,7 +335,14 @@ class ResidualHedgingMetric(AdditiveMetric):
 
     def compute(self) -> ResidualHedging:
         """Hedging over everything kept."""
-        states = (self.x, self.error, self.active, self.index, self.values)
-        x, error, active, index, values = (dim_zero_cat(state) for state in states)
-        crow = torch.cat([active.new_zeros(1), active.cumsum(0)])
+        states = (self.sizes, self.x, self.error, self.active, self.index, self.values)
+        sizes, x, error, active, index, values = (dim_zero_cat(state) for state in states)
+        crow, ranks = torch.cat([active.new_zeros(1), active.cumsum(0)]), int(self.ranks)
+        if ranks > 1 and len(sizes) % ranks == 0:
+            rows = torch.split(torch.arange(len(x), device=x.device), sizes.tolist())
+            updates = len(sizes) // ranks
+            order = torch.cat([rows[rank * updates + update] for update in range(updates) for rank in range(ranks)])
+            kept = torch.cat([torch.arange(int(crow[i]), int(crow[i + 1]), device=x.device) for i in order.tolist()])
+            x, error, active, index, values = x[order], error[order], active[order], index[kept], values[kept]
+            crow = torch.cat([active.new_zeros(1), active.cumsum(0)])
         return residual_hedging(x, error, Codes.from_csr(crow, index, values, len(self.W_dec)), self.W_dec, self.blocks)

@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -32,7 +33,7 @@ class SAEMetrics(nn.Module):
     drawn like theirs: hedging along them is read beside chance. Detection is the mean over the latents assigned to a feature
     for the MCC, hedging over live latents, absorption over children. Hedging by regression (n > d_in) of more than 2²⁴ pairs of
     latent and feature is left out unless a pass is the ``last``: it takes a minute of a core at 4096 x 16384. The last pass
-    measures residual hedging, too, on its first 8192 examples, of up to 4096 latents and where examples have no weights.
+    measures residual hedging, too, on its first batches (8192 examples), of up to 4096 latents and where these have no weights.
     ``ranks`` are those over which the batches are split, and so the sums; None: all processes, where there are several.
     """
 
@@ -64,7 +65,11 @@ class SAEMetrics(nn.Module):
         self.own = nn.ModuleList(own(d_in, d_sae, **split) for own in classes.ValidationMetric.declared.values())
         self.residual: classes.ResidualHedgingMetric | None = None
         if last and d_sae <= JOINT_LATENTS:
-            self.residual = classes.ResidualHedgingMetric(torch.zeros(d_sae, d_in), **split)
+            together = dist.is_available() and dist.is_initialized()
+            size = ranks.size if ranks is not None else dist.get_world_size() if together else 1
+            self.residual = classes.ResidualHedgingMetric(
+                torch.zeros(d_sae, d_in), max(1, classes.ROWS // size), **split
+            )
         self.truth = nn.ModuleDict()
         self.register_buffer("feature_directions", feature_directions, persistent=False)
         self.register_buffer("parents", parents, persistent=False)
@@ -93,8 +98,9 @@ class SAEMetrics(nn.Module):
         self.firing.update(codes, weight)
         for own in self.own:
             own.update(batch, x_hat, codes)  # type: ignore[operator]
-        if self.residual is not None and weight is None:
-            self.residual.update(x, x_hat, codes)
+        kept = self.residual
+        if kept is not None and weight is None and (not kept.held or kept.held + len(x) <= kept.rows):
+            kept.update(x, x_hat, codes)  # whole batches, so that it is the same on any number of ranks
         if self.truth and features is None:
             raise ValueError("feature_directions are known, so every batch needs its features")
         for name, true in self.truth.items():
@@ -111,7 +117,7 @@ class SAEMetrics(nn.Module):
             value = own.compute()  # type: ignore[operator]
             by_name = {f"/{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {"": value}
             results |= {f"{own.name}{key}": one for key, one in by_name.items()}
-        if self.residual is not None and sum(map(len, self.residual.x)) >= 2 * BLOCKS:
+        if self.residual is not None and self.residual.held >= 2 * BLOCKS:
             self.residual.W_dec = W_dec.detach().float()
             seen = self.residual.compute()
             if bool(seen.hedging.isfinite()):

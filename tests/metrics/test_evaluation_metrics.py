@@ -183,7 +183,11 @@ def test_without_known_features_only_the_plain_metrics():
     metrics.update(Batch(batch.x), *toy(batch))
     results = metrics.compute(toy.W_enc, toy.W_dec)
     reconstruction = {"explained_variance", "mse", "shrinkage", "norm_ratio"}
-    assert set(results) == reconstruction | {"l0", "dead_latents", "dead_fraction"}
+    residual = {"hedging/residual_hedging", "hedging/residual_hedging_std"}
+    assert set(results) == reconstruction | {"l0", "dead_latents", "dead_fraction"} | residual
+    early = SAEMetrics(D_IN, D_SAE, last=False)
+    early.update(Batch(batch.x), *toy(batch))
+    assert set(early.compute(toy.W_enc, toy.W_dec)) == set(results) - residual
     assert all(value.shape == () and value.dtype == torch.float64 for value in results.values())
 
 

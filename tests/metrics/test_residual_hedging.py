@@ -277,6 +277,14 @@ def test_moments_of_sparse_codes_are_those_of_dense_weights(monkeypatch, joint):
         torch.testing.assert_close(by_pair, torch.stack(expected) @ slope, rtol=1e-4, atol=1e-5)
 
 
+def test_inference_mode_and_autocast_change_nothing():
+    x, error, codes, W_dec = (part.float() for part in one_latent([0.3, 0.2], [0.05, 0.1], rows=2000))
+    expected = residual_hedging(x, error, codes, W_dec)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = residual_hedging(x, error, Codes.from_dense(codes), W_dec)
+    assert (found.hedging, found.std) == pytest.approx((float(expected.hedging), float(expected.std)), rel=1e-5)
+
+
 def test_latents_that_hardly_fire_are_left_out():
     x, error, codes, W_dec = one_latent([0.3], [0.1], rows=2000)
     silent = torch.zeros(len(x), 1, dtype=torch.float64)

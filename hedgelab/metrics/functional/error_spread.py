@@ -102,6 +102,11 @@ def residual_hedging(
         hedging/residual_hedging: residual hedging (lower): norm of hedged components, from the spread of errors; 0: none
         hedging/residual_hedging_std: its std. error: standard error of residual hedging over examples
     """
+    with torch.autocast(W_dec.device.type, enabled=False):  # which would put products into half precision
+        return _residual_hedging(x, error, as_codes(codes), W_dec, blocks)
+
+
+def _residual_hedging(x: Tensor, error: Tensor, codes: Codes, W_dec: Tensor, blocks: int) -> ResidualHedging:
     if blocks < 4:
         raise UserError(f"blocks: must be at least 4, got {blocks}")
     size = len(x) // blocks
@@ -109,7 +114,7 @@ def residual_hedging(
         raise UserError(f"examples: need at least {2 * blocks} for {blocks} blocks, got {len(x)}")
     directions = fold_decoder(W_dec)[0]  # the scale of codes cancels: rows of the regression are in units of it too
     x, error = (rows.detach()[: size * blocks] for rows in (x, error))
-    codes = as_codes(codes).detach().part(slice(0, size * blocks)).to(directions.device)
+    codes = codes.detach().part(slice(0, size * blocks)).to(directions.device)
     measured = codes.firing_counts() >= FIRINGS
     latents = torch.full(measured.shape, torch.nan, dtype=torch.float64, device=measured.device)
     count, nothing = measured.sum().double(), latents.new_tensor(torch.nan)
@@ -139,10 +144,10 @@ def residual_hedging(
     error = error.float()
     products = _products(torch.split(error, size))
     moments, of_all, noise = _moments(products, parts, inverse, sizes)
-    with torch.enable_grad():
-        means = [part.requires_grad_() for part in (*moments, *of_all.mean(0))]
-        own, magnitude = _hedging(means, noise, covariance)
-        hedging = (own / scale).mean()
+    with torch.inference_mode(False), torch.enable_grad():  # clones: those of an inference pass know no gradients
+        means = [part.clone().requires_grad_() for part in (*moments, *of_all.mean(0))]
+        own, magnitude = _hedging(means, noise.clone(), covariance.clone())
+        hedging = (own / scale.clone()).mean()
         slopes = torch.autograd.grad(hedging, means)
     by_pair = _by_pair(products, parts, inverse, slopes[:2]) + of_all @ torch.stack(slopes[2:])
     excess = own_share / own_share.mean(0) - 1  # of a latent's variance in a block: no error of a regression
