@@ -3,6 +3,7 @@
 Transformers is optional, what is on this machine comes first, and one line says what is missing.
 """
 
+import copy
 import hashlib
 import os
 import re
@@ -10,6 +11,7 @@ import ssl
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -164,6 +166,12 @@ def find_gguf(name: str) -> Path | None:
     return Path(name).resolve()
 
 
+@lru_cache(maxsize=4)
+def _config_of_gguf(file: Path, changed: int) -> Any:
+    """The configuration in a GGUF file; it takes seconds to read, and every cell of a sweep asks."""
+    return load("AutoConfig", str(file.parent), True, gguf_file=file.name)
+
+
 class ModelFiles:
     """The files of one language model, and what transformers makes of them.
 
@@ -212,7 +220,7 @@ class ModelFiles:
     def config(self) -> Any:
         """The configuration (transformers' ``PretrainedConfig``), without touching any weights."""
         if self._gguf and not Path(self.location).is_dir():
-            return load("AutoConfig", str(self._gguf.parent), True, gguf_file=self._gguf.name)
+            return copy.deepcopy(_config_of_gguf(self._gguf, self._gguf.stat().st_mtime_ns))
         return load("AutoConfig", self.location, self._is_local)
 
     def tokenizer(self) -> Any:
