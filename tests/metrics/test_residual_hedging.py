@@ -189,6 +189,11 @@ def test_agrees_with_explicit_matrices():
     W_dec = torch.nn.functional.normalize(torch.randn(width, D_IN, generator=rng, dtype=torch.float64), dim=1)
     c, d = codes.numpy(), W_dec.numpy()
     e = (error - error.mean(0)).numpy() @ (np.eye(D_IN) - np.linalg.pinv(d) @ d)
+    spread = e.T @ e / n
+    usual = np.trace(spread @ spread) / np.trace(spread)
+    even = np.linalg.inv(spread + usual * np.eye(D_IN)) * 2 * usual  # of which the root, by its eigenvalues
+    values, vectors = np.linalg.eigh(even)
+    e = e @ vectors @ np.diag(np.sqrt(values)) @ vectors.T
     centred = c - c.mean(0)
     shrinkage = width / (width + n)
     covariance = centred.T @ centred / n

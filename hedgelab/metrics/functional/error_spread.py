@@ -18,7 +18,9 @@ those of S_i times ``m (1 - 2 p_ij)``. So
 The magnitude m is that of a two-point variable of mean variance v whose third moment is s times that, ``m² = s² + 4 v``, both
 from the whole error: ``s² = ‖E[e ⊗ e ⊗ e]‖² / ‖E[e eᵀ]‖²`` and ``v = tr C³ / tr C²`` with C its covariance. Errors of features
 that *do* have a latent (a TopK latent pushed out by others) lie along decoder rows, so errors are projected off the span of the
-measured latents' rows, as long as these are fewer than d_in; a missing feature loses but its hedged share.
+measured latents' rows, as long as these are fewer than d_in; a missing feature loses but its hedged share. Magnitudes and rates
+of missing features differ, and a few of them, or dense noise, would speak for all: the variance λ of what is left is evened out
+along each principal direction, to ``2 λ v / (λ + v)`` with ``v = Σ λ² / Σ λ``.
 
 *Noise.* With examples split in blocks and ``g(t) = Cov(c)⁻¹ (c(t) - mean c) / n``,
 
@@ -39,13 +41,13 @@ values of every pair of blocks; the variance of a mean over pairs has a part tha
 pairs (Hoeffding 1948), both by analysis of variance, the former of either sign. It was cut at 0 up to release 0.2, which made
 standard errors a seventh too large where nothing hedges.
 
-*When to trust it.* Toys with rare, orthonormal features and SAEs narrower than d_in: the ranks agree with true hedging at .97
-in the whole trial of release 0.1.0, and at .90 to .97 in a smaller one since the bias was taken out. *When not:* a missing
-feature that fires on *most* firings of a latent (``p_i > 1/2``) is underestimated, by ``(1 - p) / p``: the sign of ``1 - 2
-p_i`` is not known. Anything else that makes the error's shape depend on a code counts as hedging, such as magnitudes that are
-badly reconstructed outside the decoder's span. With more features than dimensions the projection takes about the share ``W /
-d_in`` of every missing feature, so that widths between ``d_in / 2`` and ``d_in`` come out too low. On real activations, which
-are both dense and overlapping, treat it as a comparison between SAEs of one width, not as a level.
+*When to trust it.* Toys with rare, orthonormal features and SAEs narrower than d_in: the ranks agree with true hedging at .98
+and more for every kind, and the level is about .05 off (138 SAEs of ``hedgelab trial``). *When not:* a missing feature that
+fires on *most* firings of a latent (``p_i > 1/2``) is underestimated, by ``(1 - p) / p``: the sign of ``1 - 2 p_i`` is not
+known. Anything else that makes the error's shape depend on a code counts as hedging, such as magnitudes that are badly
+reconstructed outside the decoder's span. With more features than dimensions the projection takes about the share ``W / d_in``
+of every missing feature, so that widths between ``d_in / 2`` and ``d_in`` come out too low. On real activations, which are both
+dense and overlapping, treat it as a comparison between SAEs of one width, not as a level.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -140,6 +142,7 @@ def _residual_hedging(x: Tensor, error: Tensor, codes: Codes, W_dec: Tensor, blo
         sizes.append(g.square().sum(0, dtype=torch.float64))
     scale, own_share = scale.abs().clamp_min(1e-30), torch.stack(shares)
     parts = [part.with_values(part.values.float()) for part in parts]
+    error = evened_out(error)
     covariance = error.t() @ error / len(error)
     error = error.float()
     products = _products(torch.split(error, size))
@@ -156,6 +159,17 @@ def _residual_hedging(x: Tensor, error: Tensor, codes: Codes, W_dec: Tensor, blo
     latents[chosen] = (own / scale).detach()
     std = pairwise_standard_error(by_pair - by_block[first] - by_block[second], blocks)
     return ResidualHedging(hedging.detach(), std, latents, count, magnitude.detach())
+
+
+def evened_out(error: Tensor) -> Tensor:
+    """Centred errors ``[examples, d_in]`` with their variance λ along each principal direction made ``2 λ v / (λ + v)``.
+
+    v is the variance along the direction of an average unit of error, ``Σ λ² / Σ λ``: directions with more of it weigh less.
+    """
+    variances, vectors = torch.linalg.eigh(error.t() @ error / len(error))
+    variances = variances.clamp_min(0)
+    usual = variances.square().sum() / variances.sum()
+    return error @ (vectors * (2 * usual / (variances + usual)).sqrt())
 
 
 def regression(codes: Sequence[Codes]) -> tuple[Tensor, Tensor]:
