@@ -254,8 +254,8 @@ def test_influence_gives_regression_coefficients():
     assert shrunk.tolist() == pytest.approx(exact.tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("joint", [9, 4])
-def test_moments_of_sparse_codes_are_those_of_dense_weights(monkeypatch, joint):
+@pytest.mark.parametrize(("joint", "kept"), [(9, True), (9, False), (4, True)])
+def test_moments_of_sparse_codes_are_those_of_dense_weights(monkeypatch, joint, kept):
     monkeypatch.setattr(error_spread, "JOINT_LATENTS", joint)  # of 9 latents, as correlated or not
     rng = torch.Generator().manual_seed(0)
     blocks, size = 5, 40
@@ -267,7 +267,8 @@ def test_moments_of_sparse_codes_are_those_of_dense_weights(monkeypatch, joint):
     mean, inverse = regression(parts)
     weights = [(g - g.mean(0)).double() for g in influence(parts, mean, inverse)]
     sizes = [g.square().sum(0) for g in weights]
-    products = error_spread._products(errors)
+    monkeypatch.setattr(error_spread, "_FEW", 1000 if kept else 0)
+    products = error_spread._Products(errors)
     (q, t), of_all, _ = error_spread._moments(products, parts, inverse, sizes)
     kernels = [[errors[a].double() @ errors[b].double().t() for b in range(blocks)] for a in range(blocks)]
     slopes = torch.randn(2, 9, generator=rng, dtype=torch.float64)

@@ -50,8 +50,7 @@ of every missing feature, so that widths between ``d_in / 2`` and ``d_in`` come 
 dense and overlapping, treat it as a comparison between SAEs of one width, not as a level.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,6 +72,7 @@ from hedgelab.metrics.functional.accumulate import (
 BLOCKS = 16  # parts that examples are split into; errors are compared between different ones only
 FIRINGS = 16  # firings that a latent needs for its hedging to be estimated
 JOINT_LATENTS = 4096  # most latents whose codes are taken as correlated
+_FEW = 10_000  # examples up to which products of errors are kept, 200 MB
 _NOISE = 1.5  # standard deviations of the noise at which root and rate bend
 
 
@@ -93,8 +93,8 @@ def residual_hedging(
 
     From about 0 (none) to 1 (a latent that is mostly other features). ``x``, ``error = x - x_hat``: ``[examples, d_in]``;
     latents are codes or dense ``[examples, W]``; ``W_dec [W, d_in]`` has any norms. Examples should be independent of one
-    another and of training: ``blocks`` are successive parts of them. Needs about ``4 · W · (examples + 8 W)`` bytes (codes
-    stay sparse), and ``W · examples²`` multiplications.
+    another and of training: ``blocks`` are successive parts of them. Needs about ``50 W²`` bytes beside (codes stay
+    sparse), and ``(d_in + 4 L0) · examples² + 4 W³`` multiplications.
 
     >>> x = torch.eye(3).repeat(200, 1)[:, [0, 1, 1]]  # a perfect SAE leaves no error
     >>> residual_hedging(x, 0 * x, x[:, :1], torch.eye(3)[:1]).hedging.item()
@@ -145,7 +145,7 @@ def _residual_hedging(x: Tensor, error: Tensor, codes: Codes, W_dec: Tensor, blo
     error = evened_out(error)
     covariance = error.t() @ error / len(error)
     error = error.float()
-    products = _products(torch.split(error, size))
+    products = _Products(torch.split(error, size))
     moments, of_all, noise = _moments(products, parts, inverse, sizes)
     with torch.inference_mode(False), torch.enable_grad():  # clones: those of an inference pass know no gradients
         means = [part.clone().requires_grad_() for part in (*moments, *of_all.mean(0))]
@@ -226,9 +226,20 @@ def _of_latents(codes: Codes, chosen: Tensor) -> Codes:
     return Codes.from_csr(crow, place[latents[kept]], values[kept], len(chosen))
 
 
-def _products(errors: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
-    """``e · e'`` between the blocks of each pair, the later one's examples in rows; pairs in the order of ``combinations``."""
-    return {(a, b): errors[b] @ errors[a].t() for a, b in combinations(range(len(errors)), 2)}
+class _Products:
+    """``e · e'`` between the blocks ``[a, b]`` of each pair, b's in rows; kept unless examples are many: 800 MB of 20 000."""
+
+    def __init__(self, errors: Sequence[Tensor]) -> None:
+        self.errors = errors
+        self._kept = {} if sum(map(len, errors)) <= _FEW else None
+
+    def __getitem__(self, pair: tuple[int, int]) -> Tensor:
+        if self._kept is not None and pair in self._kept:
+            return self._kept[pair]
+        product = self.errors[pair[1]] @ self.errors[pair[0]].t()
+        if self._kept is not None:
+            self._kept[pair] = product
+        return product
 
 
 def _along_codes(kernel: Tensor, codes: Codes) -> Tensor:
@@ -238,7 +249,7 @@ def _along_codes(kernel: Tensor, codes: Codes) -> Tensor:
 
 
 def _moments(
-    products: Mapping[tuple[int, int], Tensor], codes: Sequence[Codes], inverse: Tensor, sizes: Sequence[Tensor]
+    products: _Products, codes: Sequence[Codes], inverse: Tensor, sizes: Sequence[Tensor]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Means over pairs of blocks of q and t of each latent, ``[W]``; those of the whole error, ``[pairs, 2]``; and σ ``[W]``.
 
@@ -251,8 +262,9 @@ def _moments(
     for a in range(blocks - 1):
         sums = [codes[a].values.new_zeros(codes[a].d_sae, codes[a].batch_size) for _ in range(2)]
         for b in range(a + 1, blocks):
-            square = products[a, b].square()
-            cube = square * products[a, b]
+            product = products[a, b]
+            square = product.square()
+            cube = square * product
             scatter.append((square.var() - square.mean(0).var() - square.mean(1).var()).double().clamp_min(0))
             of_all.append(torch.stack([kernel.mean(dtype=torch.float64) for kernel in (square, cube)]))
             amounts += blocks**4 * sizes[a] * sizes[b]
@@ -271,9 +283,7 @@ def _moments(
     return [blocks**2 / len(of_all) * one for one in each], torch.stack(of_all), noise
 
 
-def _by_pair(
-    products: Mapping[tuple[int, int], Tensor], codes: Sequence[Codes], inverse: Tensor, slopes: Sequence[Tensor]
-) -> Tensor:
+def _by_pair(products: _Products, codes: Sequence[Codes], inverse: Tensor, slopes: Sequence[Tensor]) -> Tensor:
     """``Σ_i slope_i q_i`` of each pair of blocks, and the same of t, together, ``[pairs]``.
 
     That is the product of ``codesᵀ kernel codes'`` with ``inverse diag(slope) inverse``, entry by entry.
@@ -290,8 +300,9 @@ def _by_pair(
         else:
             own = [decode(codes[a], Decoder(weight, nothing)).t() for weight in weights]
         for b in range(a + 1, blocks):
-            square = products[a, b].square()
-            kernels = square, square * products[a, b]
+            product = products[a, b]
+            square = product.square()
+            kernels = square, square * product
             parts = [(_along_codes(kernel, codes[b]) * one).sum() for kernel, one in zip(kernels, own, strict=True)]
             values.append(blocks**2 * torch.stack(parts).sum(dtype=torch.float64))
     return torch.stack(values)
