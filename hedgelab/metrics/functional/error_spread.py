@@ -169,7 +169,8 @@ def evened_out(error: Tensor) -> Tensor:
     variances, vectors = torch.linalg.eigh(error.t() @ error / len(error))
     variances = variances.clamp_min(0)
     usual = variances.square().sum() / variances.sum()
-    return error @ (vectors * (2 * usual / (variances + usual)).sqrt())
+    evened: Tensor = error @ (vectors * (2 * usual / (variances + usual)).sqrt())
+    return evened
 
 
 def regression(codes: Sequence[Codes]) -> tuple[Tensor, Tensor]:
@@ -231,13 +232,14 @@ class _Products:
 
     def __init__(self, errors: Sequence[Tensor]) -> None:
         self.errors = errors
-        self._kept = {} if sum(map(len, errors)) <= _FEW else None
+        self._few = sum(map(len, errors)) <= _FEW
+        self._kept: dict[tuple[int, int], Tensor] = {}
 
     def __getitem__(self, pair: tuple[int, int]) -> Tensor:
-        if self._kept is not None and pair in self._kept:
+        if pair in self._kept:
             return self._kept[pair]
         product = self.errors[pair[1]] @ self.errors[pair[0]].t()
-        if self._kept is not None:
+        if self._few:
             self._kept[pair] = product
         return product
 
