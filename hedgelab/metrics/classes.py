@@ -325,10 +325,10 @@ class ResidualHedgingMetric(AdditiveMetric):
         """Add a batch; ``x``, ``reconstruction``: ``[batch, d_in]``, with the latents that were decoded."""
         room = self.rows - self.held
         if room > 0:
-            self.sizes.append(torch.tensor([min(room, len(x))], device=x.device))
             self.x.append(x[:room].detach().float())
             self.error.append((x - reconstruction)[:room].detach().float())
             crow, index, values = as_codes(codes).part(slice(0, room)).detach().csr()
+            self.sizes.append(crow.new_tensor([len(crow) - 1]))
             self.active.append(crow.diff())
             self.index.append(index)
             self.values.append(values.float())
