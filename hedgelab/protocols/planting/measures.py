@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics import FeatureRegression, HedgingDegree, ResidualHedgingMetric
+from hedgelab.metrics import FeatureRegression, ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import DegreeScores
 from hedgelab.metrics.functional.projection import latent_projections
 from hedgelab.metrics.functional.recovery import decoder_cosines, decoder_geometry
@@ -72,12 +72,11 @@ def wide_reference(sae: SAE, wide: SAE, sums: RegressionSums, live: Tensor) -> T
     return regressed_hedging(sums, sae.W_dec, wide.W_dec, cosines, tracked_features(cosines, live), live).norm
 
 
-def of_decoders(sae: SAE, others: Others, degree: HedgingDegree | None, live: Tensor) -> dict[str, Tensor]:
+def of_decoders(sae: SAE, scores: DegreeScores | None, live: Tensor) -> dict[str, Tensor]:
     """Measures that decoders alone give, of each latent, ``[d_sae]``; those of dead latents are not known."""
     unknown = torch.full((sae.d_sae,), torch.nan, dtype=torch.float64)
     found = {"cosine": unknown.masked_scatter(live, decoder_geometry(sae.W_dec, live).absolute)}
-    if degree is not None:
-        scores: DegreeScores = degree.compute()
+    if scores is not None:
         moved = scores.projections
         found["degree"] = (moved - scores.baselines) / (1 - scores.baselines)
         found["covariance_degree"] = (moved - scores.covariance_baselines) / (1 - scores.covariance_baselines)

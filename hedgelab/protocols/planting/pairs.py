@@ -70,7 +70,8 @@ def measure(sae: SAE, data: PlantedActivations, batches: int, others: Others | N
     live = fired >= FIRINGS
     pairs = find_pairs(sae, regression.compute(), live, directions[parents], directions[children], children)
     found = [half.compute(live) for half in halves]
-    fixed = of_decoders(sae, others, degree, live)
+    scores = None if degree is None else degree.compute()
+    fixed = of_decoders(sae, scores, live)
     unknown = torch.full_like(pairs.share, torch.nan)
 
     def of_parents(name: str) -> Tensor:
@@ -81,6 +82,7 @@ def measure(sae: SAE, data: PlantedActivations, batches: int, others: Others | N
         "l0": float(fired.sum()) / (batches * data.batch_size),
         "dead_fraction": float((fired == 0).double().mean()),
         **{f"hedging/{name}": (one + found[1][1][name]) / 2 for name, one in found[0][1].items()},
+        **({} if scores is None else {f"degree/{name}": value for name, value in scores.scalars().items()}),
         **{f"untouched/{name}": value for name, value in reconstruction(sae, data.base, batches).items()},
     }
     return Measured(pairs, {name: of_parents(name) for name in MEASURES}, numbers)

@@ -99,6 +99,7 @@ def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice
     trained = list(csv.DictReader(saes.open()))
     assert [row["data"] for row in trained] == ["A"] * 4 + ["B"] * 4 + ["untouched"] * 4
     assert all(np.isfinite(float(row["untouched/explained_variance"])) for row in trained)
+    assert all((row["degree/live_new_latents"] == "") == (row["data"] == "untouched") for row in trained)
     assert main(["plant", "--config", str(config)]) == 0
     printed = capsys.readouterr()
     assert "training" not in (printed.err + printed.out).replace("already trained", "")
