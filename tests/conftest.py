@@ -42,6 +42,12 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+def pytest_sessionfinish(session, exitstatus):
+    """A share that no slow test falls into is as good as one that passes."""
+    if session.config.getoption("--slow-share") and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK
+
+
 def pytest_terminal_summary(terminalreporter):
     if file := os.environ.get("HEDGELAB_SKIPPED"):
         skipped = dict.fromkeys(report.nodeid for report in terminalreporter.stats.get("skipped", []))
