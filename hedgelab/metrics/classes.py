@@ -342,7 +342,8 @@ class ResidualHedgingMetric(AdditiveMetric):
             rows = torch.split(torch.arange(len(x), device=x.device), sizes.tolist())
             updates = len(sizes) // ranks
             order = torch.cat([rows[rank * updates + update] for update in range(updates) for rank in range(ranks)])
-            kept = torch.cat([torch.arange(int(crow[i]), int(crow[i + 1]), device=x.device) for i in order.tolist()])
+            stored = torch.split(torch.arange(len(index), device=x.device), active.tolist())
+            kept = torch.cat([stored[row] for row in order.tolist()])
             x, error, active, index, values = x[order], error[order], active[order], index[kept], values[kept]
             crow = torch.cat([active.new_zeros(1), active.cumsum(0)])
         return residual_hedging(x, error, Codes.from_csr(crow, index, values, len(self.W_dec)), self.W_dec, self.blocks)

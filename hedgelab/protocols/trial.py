@@ -138,10 +138,8 @@ class Trial(Study):
 
     def make_toy(self, name: str, seed: int) -> ToyDataModule:
         """A toy: the shared section with this one's own arguments."""
-        own = {
-            f"data.init_args.{key.removeprefix('data.') if key.startswith('data.') else f'firing.init_args.{key}'}": value
-            for key, value in self.toys[name].items()
-        }
+        places = {key: key if key.startswith("data.") else f"data.firing.init_args.{key}" for key in self.toys[name]}
+        own = {places[key].replace("data.", "data.init_args.", 1): value for key, value in self.toys[name].items()}
         recipe = self.data.at(own)
         recipe.key = f"toys.{name}"
         data = recipe(seed=seed)

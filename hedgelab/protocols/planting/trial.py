@@ -239,7 +239,8 @@ class Plant(Study):
         """Every SAE on one of the data sets, by kind, width and seed; those on untouched activations do not know of the lot."""
         options, phases = self.plant, dict[Place, Phase]()
         common = {**basis, "set": name, "steps": options.steps}
-        common |= {key: getattr(options, key) for key in ("parents", "silent", "doses", "magnitude")}
+        if name in _SETS:
+            common |= {key: getattr(options, key) for key in ("parents", "silent", "doses", "magnitude")}
         for place in product(self.kinds, options.widths, range(seeds or options.seeds)):
             kind, width, seed = place
             facts = {**common, "model": deciding({"model": plain(self.kinds[kind])}), "width": width, "weights": seed}

@@ -1,6 +1,8 @@
+import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,3 +165,21 @@ def test_fingerprints_tell_weights_apart(tiny_model, tmp_path):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert ModelFiles(str(same)).fingerprint() != ModelFiles(tiny_model).fingerprint()
+
+
+def test_the_configuration_in_a_gguf_is_read_once_until_the_file_changes(tmp_path, monkeypatch):
+    file, read = tmp_path / "model.gguf", []
+
+    def load(auto_class, location, local, gguf_file):
+        read.append((auto_class, location, gguf_file))
+        return SimpleNamespace(hidden_size=8)
+
+    monkeypatch.setattr(model, "load", load)
+    file.write_bytes(b"one")
+    first, again = (ModelFiles(str(file), tmp_path).config() for _ in range(2))
+    assert read == [("AutoConfig", str(tmp_path), "model.gguf")]
+    first.hidden_size = 9
+    assert again.hidden_size == 8
+    os.utime(file, (0, 0))
+    assert ModelFiles(str(file), tmp_path).config().hidden_size == 8
+    assert len(read) == 2
