@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -68,6 +69,8 @@ class _LevelLayout(Layout):
 def row_pointers(rows: Tensor, row_count: int) -> Tensor:
     """Row pointers ``[row_count + 1]`` of row indices ``[nnz]``, in any order."""
     crow = torch.zeros(row_count + 1, dtype=torch.long, device=rows.device)
+    if rows.is_cuda:  # bincount waits for the device
+        return crow.index_add_(0, rows + 1, torch.ones_like(rows)).cumsum(0)
     torch.cumsum(torch.bincount(rows, minlength=row_count), 0, out=crow[1:])
     return crow
 
@@ -184,6 +187,19 @@ class Codes:
         stored = slice(int(crow[0]), int(crow[-1]))
         layout = Layout(crow - crow[0], self.layout.latents[stored], self.d_sae)
         return replace(self, values=self.values[stored], layout=layout, rates=None, leading=None)
+
+    def split(self, size: int) -> list[Self]:
+        """Codes of the first ``size`` examples, of the next, and so on, without rates; as parts, looked up at once."""
+        if self.layout is None:
+            starts = range(0, self.batch_size, size)
+            return [self.part(slice(start, start + size)) for start in starts]
+        crow, parts = self.layout.crow, []
+        bounds = [*range(0, self.batch_size, size), self.batch_size]
+        stored = crow[torch.tensor(bounds, device=crow.device)].tolist()
+        for (start, stop), (low, high) in zip(pairwise(bounds), pairwise(stored), strict=True):
+            layout = Layout(crow[start : stop + 1] - low, self.layout.latents[low:high], self.d_sae)
+            parts.append(replace(self, values=self.values[low:high], layout=layout, rates=None, leading=None))
+        return parts
 
     def detach(self) -> Self:
         """The same codes without a gradient."""

@@ -16,8 +16,8 @@ from hedgelab.seeding import generator as make_generator
 _RARE = 0.004  # up to this probability proposals are cheaper than noise for each entry
 _HITS = 0.01  # proposals for each entry of a rare feature
 _LIMIT = -NormalDist().inv_cdf(-math.expm1(-_HITS))  # entries of lower thresholds fire more often than they are hit
-_CHUNK = 2**19  # entries of features without parents at once
-_DRAWN = 2**24  # entries in all at once
+_CHUNK = {"cpu": 2**19, "cuda": 2**26}  # entries of features without parents at once: they should stay in a CPU's cache
+_DRAWN = {"cpu": 2**24, "cuda": 2**28}  # entries in all at once
 
 
 class GaussianFiring(Firing):
@@ -107,7 +107,7 @@ class GaussianFiring(Firing):
     def _draw(self, count: int, generator: torch.Generator, magnitudes: Magnitudes) -> Codes:
         factors = torch.randn(count, self.loadings.shape[1], generator=generator, device=generator.device)
         factors, here = _with_one(factors), self._on(generator.device)
-        rows, fired = max(1, _DRAWN // self.n), []
+        rows, fired = max(1, _DRAWN[factors.device.type] // self.n), []
         for start in range(0, count, rows):
             row, feature, value = here._fired(factors[start : start + rows], generator, magnitudes)
             fired.append((row + start, feature, value))
@@ -156,7 +156,8 @@ class GaussianFiring(Firing):
         """Rows and features of the candidates that have no parent, row by row."""
         found = []
         for features, rare in ((self._frequent, False), (self._rare, True)):
-            weights, rows = self._weights[features].T, max(1, _CHUNK // max(1, len(features)))
+            weights = self._weights[features].T
+            rows = min(len(factors), max(1, _CHUNK[factors.device.type] // max(1, len(features))))
             space = factors.new_empty(rows, len(features))
             for start in range(0, len(factors) if len(features) else 0, rows):
                 some = factors[start : start + rows]
