@@ -21,6 +21,7 @@ from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, Errors, Selecti
 
 Backend = Literal["auto", "dense", "sparse"]
 _backend: Backend = "auto"
+_fixed_shapes = False
 
 PLUGGED_IN: dict[type, Any] = {}
 """Paths of weights of other tensor classes, as those have whose latents are split over processes; with a :func:`total`."""
@@ -40,6 +41,17 @@ def backend(name: Backend) -> Iterator[None]:
         yield
     finally:
         _backend = previous
+
+
+@contextmanager
+def fixed_shapes() -> Iterator[None]:
+    """Take paths whose shapes do not depend on what fires, as a step that is captured must: ReLU and JumpReLU stay dense."""
+    global _fixed_shapes
+    previous, _fixed_shapes = _fixed_shapes, True
+    try:
+        yield
+    finally:
+        _fixed_shapes = previous
 
 
 def as_rows(x: Tensor, like: Tensor) -> Tensor:
@@ -128,6 +140,8 @@ def _max_share(weight: Tensor) -> float:
 @torch.no_grad()
 def _many_fire(x: Tensor, encoder: Encoder, floor: Tensor | float) -> bool:
     """Whether too many entries of some rows fire for the sparse path to pay; over all parts of an SAE together."""
+    if _fixed_shapes:
+        return True
     sample = x[:: max(1, -(-len(x) // SAMPLED_ROWS))]
     # Autocast's cache would keep casts of the weights that have no gradient.
     with torch.autocast(x.device.type, enabled=False):

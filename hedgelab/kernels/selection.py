@@ -24,6 +24,7 @@ LEAST_ROWS = 512
 GROUP_BITS = 3
 GROUP = 1 << GROUP_BITS
 SAMPLE_HITS = 256  # entries above the sought threshold in the sample that estimates it: 6 % standard error
+LARGEST_FIXED_SELECTION = 1 << 25  # batch · d_sae up to which a GPU selects without waiting to learn how much it found
 MARGIN = 1.3  # candidates sought, as a multiple of what is kept
 
 

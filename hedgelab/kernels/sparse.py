@@ -51,6 +51,8 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     # On CUDA the narrow copies that the product was made of are kept for the backward pass; elsewhere that takes the weights.
     narrow = (product.x, product.W_enc) if x.is_cuda else (None, None)
     pre: Tensor = _SelectedPreActivations.apply(x, *encoder[:3], selected.values, layout, *narrow)  # type: ignore[no-untyped-call]
+    if isinstance(selection, BatchTopK):
+        pre = pre.relu()  # kernels whose number of entries is fixed may store some that are not positive
     if not isinstance(selection, JumpReLU):
         return Codes(selection.activations(pre) if isinstance(selection, TopK) else pre, layout)
     threshold, bandwidth, weight = selection
@@ -192,5 +194,5 @@ def level_upstream(grad: Tensor, errors: Tensor, weight: Tensor | None, detach: 
             torch.mul(error, coefficients[level], out=upstream[level])
         else:
             outer = upstream[-1 if detach else level + 1]
-            torch.add(outer, error, alpha=float(coefficients[level]), out=upstream[level])
+            torch.addcmul(outer, error, coefficients[level], out=upstream[level])
     return upstream

@@ -3,7 +3,7 @@
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -113,6 +113,13 @@ class SAE(TrainingShell, ABC):
     def after_step(self, result: LossTerms) -> None:
         """Advance what counts steps (warm-ups, dead-latent clock, thresholds), after the optimiser's step."""
         self.steps_done += 1
+
+    def step_key(self, rows: int) -> tuple[Hashable, ...] | None:
+        """What the loss of the coming step of a batch of ``rows`` depends on besides tensors, whose shapes it does not change.
+
+        Steps of one key compute the same, so that a GPU may capture one and replay it. None, as SAEs that do not say: none may.
+        """
+        return None
 
     def as_batch(self, given: Batch | Tensor) -> Batch:
         """Activations ``[..., d_in]``, alone or in a batch, as rows, in the type of the weights if theirs is wider."""

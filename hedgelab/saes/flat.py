@@ -1,6 +1,6 @@
 """What all SAEs with one level share: their weights, and a loss of one reconstruction."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any
 
@@ -191,6 +191,10 @@ class FlatSAE(SAE):
         if self.normalize_decoder:
             self._project_decoder()
         self.mitigations.after_step(self, result)
+
+    def step_key(self, rows: int) -> tuple[Hashable, ...] | None:
+        """Nothing of its own; None where a mitigation's work changes from step to step."""
+        return () if all(one.fixed_shapes for one in self.mitigations.all()) else None
 
     def training_numbers(self) -> dict[str, float]:
         """Those of the mitigations."""

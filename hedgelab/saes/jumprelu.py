@@ -72,6 +72,10 @@ class JumpReLUSAE(PenalisedSAE):
         self.bandwidth = positive("model.bandwidth", bandwidth)
         self.theta = nn.Parameter(torch.full((d_sae,), float(threshold)))
 
+    def current_coefficient(self) -> float:
+        """λ as of now, before steering."""
+        return warmed_up(self.l0_coefficient, self.steps_done, self.l0_warmup_steps)
+
     def thresholds(self) -> Tensor:
         """θ, what pre-activations must exceed, ``[d_sae]``."""
         return self.theta
@@ -90,7 +94,7 @@ class JumpReLUSAE(PenalisedSAE):
         Of the quadratic penalty, each latent's part by how often it fires.
         """
         assert codes.rates is not None
-        coefficient = warmed_up(self.l0_coefficient, self.steps_done, self.l0_warmup_steps)
+        coefficient = self.current_coefficient()
         if self.target_l0 is None or self.l0_control == "coefficient":
             return coefficient * self.factor(batch) * codes.rates
         rates = codes.rates.detach()

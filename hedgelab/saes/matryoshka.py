@@ -1,6 +1,6 @@
 """Matryoshka SAEs: nested prefixes of latents, each of which must reconstruct on its own."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -179,6 +179,13 @@ class MatryoshkaSAE(SAE):
         """Advance what counts steps, of the inner SAE and of the mitigations."""
         self.inner.after_step(result)
         self.mitigations.after_step(self, result)
+
+    def step_key(self, rows: int) -> tuple[Hashable, ...] | None:
+        """That of the inner SAE with the levels' weights; None where they adapt, and with credit."""
+        inner = self.inner.step_key(rows)
+        if inner is None or self.credit or self.adaptive or not all(one.fixed_shapes for one in self.mitigations.all()):
+            return None
+        return *inner, *self.level_weights
 
     def current_weights(self) -> list[Any]:
         """Weight of each level's loss as of now, innermost first: numbers, or with ``adaptive`` scalar tensors."""

@@ -1,5 +1,7 @@
 """SAEs whose latents pay for being active, and the controller that finds the price at which as many are as is wanted."""
 
+from abc import abstractmethod
+from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +73,15 @@ class PenalisedSAE(FlatSAE):
             self.log_factor = torch.zeros((), dtype=torch.float32)
             self.mean_l0 = torch.full((), torch.nan, dtype=torch.float32)
         return positive(name, default if given is None else given)
+
+    @abstractmethod
+    def current_coefficient(self) -> float:
+        """The coefficient as of now, before steering."""
+
+    def step_key(self, rows: int) -> tuple[Hashable, ...] | None:
+        """The coefficient as of now."""
+        key = super().step_key(rows)
+        return None if key is None else (*key, self.current_coefficient())
 
     def factor(self, batch: Batch) -> Tensor | float:
         """What the coefficient is multiplied by as of now; 1 where it is not steered."""

@@ -1,5 +1,6 @@
 """SAEs that keep k latents an example: what they share, and TopK."""
 
+from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -7,10 +8,14 @@ from torch import Tensor
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError, positive, whole_number
-from hedgelab.kernels import ops
-from hedgelab.kernels.values import Encoder, Selection, Target, TopK
+from hedgelab.kernels import ops, reference
+from hedgelab.kernels.codes import Codes
+from hedgelab.kernels.selection import LARGEST_FIXED_SELECTION
+from hedgelab.kernels.values import Decoder, Encoder, Selection, Target, TopK
+from hedgelab.saes.dead import DeadCandidates
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.losses import LossTerms, warmed_up
+from hedgelab.training.sharding import is_split
 
 
 class KSparseSAE(FlatSAE):
@@ -60,6 +65,7 @@ class KSparseSAE(FlatSAE):
         self.k_start = k_start
         self.k_steps = None if k_steps is None else whole_number("model.k_steps", k_steps)
         self.register_buffer("steps_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self.candidates = DeadCandidates()
 
     @property
     def dead_latents(self) -> Tensor:
@@ -108,6 +114,8 @@ class KSparseSAE(FlatSAE):
         """
         if not self.auxiliary_coefficient:
             return None
+        if self.W_dec.is_cuda and self.ranks.size == 1 and not is_split(self.W_dec):
+            return self._auxiliary_loss_without_waiting(batch, error, among)
         dead = self.dead_latents
         latents = torch.arange(self.d_sae, device=dead.device)[slice(None) if among is None else among]
         columns = latents[dead[latents]]
@@ -119,6 +127,40 @@ class KSparseSAE(FlatSAE):
         decoder = self.decoder()._replace(b_dec=torch.zeros_like(self.b_dec))
         (missed,), _ = ops.level_errors(codes, decoder, Target(-error, (self.d_sae,), weight=batch.weight))
         return self.auxiliary_coefficient * min(1.0, len(columns) / k_aux) * missed
+
+    def _auxiliary_loss_without_waiting(
+        self, batch: Batch, error: Tensor, among: slice | Tensor | None
+    ) -> Tensor | None:
+        """The same of all latents that may be dead by now, those that are not masked: no shape depends on which ones are."""
+        part = among if isinstance(among, slice) else slice(None)
+        self.candidates.look(self.steps_done, self.steps_since_fired, self.dead_after_steps)
+        latents, valid = self.candidates.part(*part.indices(self.d_sae)[:2])
+        if not len(latents):
+            return None
+        valid = valid & self.dead_latents[latents]
+        if isinstance(among, Tensor):
+            valid = valid & torch.zeros_like(self.dead_latents).index_fill_(0, among, True)[latents]
+        k_aux, way = max(1, self.d_in // 2), TopK(1, None, self.signed)
+        pre = reference.pre_activations(batch.x, Encoder(self.W_enc, self.b_enc, self.b_dec.detach()).columns(latents))
+        kept = valid.expand_as(pre)
+        if len(latents) > k_aux:
+            largest = torch.where(valid, way.ranked(pre.detach()), -torch.inf).topk(k_aux, dim=1, sorted=False).indices
+            kept = kept & torch.zeros_like(kept).scatter_(1, largest, True)
+        codes = Codes.from_dense(torch.where(kept, way.activations(pre), 0.0))
+        decoder = Decoder(self.decoder().W_dec.index_select(0, latents), torch.zeros_like(self.b_dec))
+        (missed,), _ = ops.level_errors(codes, decoder, Target(-error, (len(latents),), weight=batch.weight))
+        return self.auxiliary_coefficient * (valid.sum() / k_aux).clamp(max=1) * missed
+
+    def step_key(self, rows: int) -> tuple[Hashable, ...] | None:
+        """The current k, and for how many latents there is room in the auxiliary loss; None for a large selection."""
+        if rows * self.d_sae > LARGEST_FIXED_SELECTION or (key := super().step_key(rows)) is None:
+            return None
+        self.candidates.look(self.steps_done, self.steps_since_fired, self.dead_after_steps)
+        return *key, self.current_k(), self.candidates.version
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        super()._load_from_state_dict(*given)
+        self.candidates.forget()
 
     @torch.no_grad()
     def after_step(self, result: LossTerms) -> None:

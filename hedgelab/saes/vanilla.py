@@ -43,13 +43,17 @@ class VanillaSAE(PenalisedSAE):
         self.l1_warmup_steps = whole_number("model.l1_warmup_steps", l1_warmup_steps, 0)
         self.l1_warmup_start = positive("model.l1_warmup_start", l1_warmup_start, or_zero=True)
 
+    def current_coefficient(self) -> float:
+        """λ as of now, before steering."""
+        return warmed_up(self.l1_coefficient, self.steps_done, self.l1_warmup_steps, self.l1_warmup_start)
+
     def selection(self) -> ReLU:
         """All latents with a positive pre-activation."""
         return ReLU()
 
     def penalty(self, codes: Codes, batch: Batch) -> Tensor:
         """``λ · mean_b a_i ‖W_dec[i]‖`` of each latent, ``[d_sae]``."""
-        coefficient = warmed_up(self.l1_coefficient, self.steps_done, self.l1_warmup_steps, self.l1_warmup_start)
+        coefficient = self.current_coefficient()
         share = coefficient if batch.weight is not None else coefficient / batch.x.shape[0]
         norms: Tensor = self.decoder().W_dec.norm(dim=1)
         return share * self.factor(batch) * codes.sum_per_latent(batch.weight) * norms

@@ -45,6 +45,7 @@ class TrainingShell(L.LightningModule):
         self._trainees: dict[str, Trainee] = {}
         self._threads_before: int | None = None
         self._followed = False
+        self._plain = False  # nobody listens to single steps, and all of one is this process's
         self._good: Set[str] = frozenset()
 
     @abstractmethod
@@ -100,6 +101,8 @@ class TrainingShell(L.LightningModule):
     def teardown(self, stage: str) -> None:
         """Work alone again, with the threads of before."""
         self._split_batches_over(ALONE)
+        for trainee in self.trainees:
+            trainee.graph.release()
         if self._threads_before is not None:
             torch.set_num_threads(self._threads_before)
             self._threads_before = None
@@ -153,6 +156,9 @@ class TrainingShell(L.LightningModule):
         """Initialise SAEs from data, and see that what callbacks monitor will be there."""
         self._initialize()
         self._followed = any(steps.watches_steps(callback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+        self._plain = alone and not (self._followed or scaled or self.on_nonfinite == "skip")
         flags.check_monitors(self.trainer, self)
 
     def _initialize(self) -> None:
@@ -194,9 +200,13 @@ class TrainingShell(L.LightningModule):
         """One optimiser step; the sum of the losses, None where all were passed over."""
         self.zero_grad()  # first: the last step's gradients and this one's pre-activations are never held at once
         results: dict[str, Any] = {}
+        done: dict[str, Any] = {}  # replayed, backward pass included
         for trainee in self.trainees:
             trainee.sae.steps_done = step
             own = batch.own.get(trainee.name, batch.shared) if isinstance(batch, steps.StepBatches) else batch
+            if self._plain and (replayed := trainee.graph.take(own)) is not None:
+                done[trainee.name] = replayed
+                continue
             result = trainee.sae.loss(own)
             if self.on_nonfinite != "skip" or bool(torch.isfinite(self.ranks.sum(result.total.detach()))):
                 results[trainee.name] = result
@@ -205,11 +215,13 @@ class TrainingShell(L.LightningModule):
         totals = [result.total for result in results.values()]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum() if totals else None
         if total is not None:
-            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-            if self._followed or scaled or not isinstance(self.trainer.strategy, SingleDeviceStrategy):
-                self.manual_backward(total)
-            else:  # where nobody listens: the detour by the strategy costs a tiny toy a tenth of its step
+            if self._plain:  # the detour by the strategy costs a tiny toy a tenth of its step
                 total.backward()
+            else:
+                self.manual_backward(total)
+        results |= done
+        if done:
+            total = torch.stack([result.total.detach() for result in results.values()]).sum()
         self._good = results.keys()
         self.optimizers().step()  # type: ignore[union-attr]  # without gradients it only counts
         if (schedule := self.lr_schedulers()) is not None:

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.training import guard
+from hedgelab.training.captured import StepGraph
 from hedgelab.training.sharding import average_gradients
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -28,6 +29,7 @@ class Trainee:
         self._window: list[dict[str, Tensor]] = []
         self._metrics: Any = None
         self._folded: Any = None
+        self.graph = StepGraph(sae)
 
     def prepare_gradients(self) -> None:
         """Average gradients of split latents, clip, and let the SAE adjust them, before the optimiser uses them."""

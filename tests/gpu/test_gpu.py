@@ -13,6 +13,7 @@ import torch
 import hedgelab as hl
 from hedgelab.cli import main
 from hedgelab.data import toy
+from hedgelab.training.captured import STEPS_BEFORE, SWITCH, StepGraph
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 DRY = bool(os.environ.get("HEDGELAB_GPU_DRY_RUN"))
@@ -74,6 +75,35 @@ def test_trains_under_bf16_autocast(kind):
     sae, losses = train(kind, DEVICE, autocast=True)
     assert losses == pytest.approx(expected, rel=0.1)
     assert all(parameter.dtype == torch.float32 for parameter in sae.parameters())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_captured_step_trains_as_any_other(kind, autocast, monkeypatch):
+    if DRY:
+        pytest.skip("CUDA graphs need a GPU")
+    found = []
+    for switch in "01":
+        monkeypatch.setenv(SWITCH, switch)
+        torch.manual_seed(0)
+        sae = KINDS[kind]().to(DEVICE)
+        graph, optimizer = StepGraph(sae), torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+        x, losses, replays = rows().to(DEVICE), [], 0
+        for step in range(60):
+            optimizer.zero_grad()
+            batch = hl.Batch(x[(step % 4) * 1024 : (step % 4 + 1) * 1024])
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                terms = graph.take(batch)
+                replays += terms is not None
+                if terms is None:
+                    terms = sae.loss(batch)
+                    terms.total.backward()
+            optimizer.step()
+            sae.after_step(terms)
+            losses.append(terms.total.item())
+        assert replays == (60 - STEPS_BEFORE if switch == "1" else 0)
+        found.append(losses)
+    assert found[1] == pytest.approx(found[0], rel=2e-2 if autocast else 1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

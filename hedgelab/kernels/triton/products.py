@@ -6,6 +6,7 @@ Sums are accumulated in at least single precision, whatever the type of weights 
 # mypy: disallow-untyped-decorators=False
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hedgelab.kernels.codes import Codes, Layout
-from hedgelab.kernels.selection import Product
+from hedgelab.kernels.selection import LARGEST_FIXED_SELECTION, Product
 from hedgelab.kernels.triton import selection
 
 
@@ -45,9 +46,14 @@ def select(product: Product, count: int, scale: Tensor | None, per_row: bool) ->
     """The ``count`` largest positive entries of each row, or of all; None where the kernels do not reach.
 
     Of equal entries the first in memory is kept. The kernels do not reach where count is above a quarter of a row's groups, in
-    float64, or where masses of pre-activations of a row are equal.
+    float64, or where masses of pre-activations of a row are equal. A small selection is PyTorch's, which chooses among equal
+    entries as it likes, and stores ``count`` of them even where some are not positive.
     """
     batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
+    if batch * d_sae <= LARGEST_FIXED_SELECTION and count <= (d_sae if per_row else batch * d_sae):
+        with torch.autocast(product.x.device.type, enabled=False):
+            pre = torch.addmm(product.b_enc, product.x, product.W_enc)
+        return selection.small_top_k(pre, count, scale, per_row)
     if product.dtype == torch.float64 or not selection.fits(batch, d_sae, count if per_row else 1):
         return None
     with torch.autocast(product.x.device.type, enabled=False):
@@ -99,7 +105,8 @@ def decode_levels(layout: Layout, values: Tensor, weight: Tensor, levels: Sequen
     batch, width = layout.row_count, weight.shape[1]
     out = torch.empty(len(levels), batch, width, dtype=values.dtype, device=weight.device)
     if batch:
-        pointers = layout.crow, layout.latents, values.contiguous(), weight.contiguous(), _stops(levels, weight), out
+        stops = _stops(tuple(levels), weight.device)
+        pointers = layout.crow, layout.latents, values.contiguous(), weight.contiguous(), stops, out
         grid = (batch, triton.cdiv(width, tile.block))
         _decode[grid](*pointers, batch, width, LEVELS=len(levels), **_shape(tile, values))
     return out
@@ -190,7 +197,7 @@ def latent_gradients(
     gradient = None if dtype is None else source.new_empty(layout.d_sae, width, dtype=dtype)
     sums = values.new_empty(layout.d_sae) if bias else None
     dots = None if weight is None else values.new_empty(tiles, len(values))
-    inputs = offsets, order, rows, values.contiguous(), source.contiguous(), _stops(levels, source)
+    inputs = offsets, order, rows, values.contiguous(), source.contiguous(), _stops(tuple(levels), source.device)
     # Kernels do not touch a pointer that they do not need.
     weights, *outputs = (source if given is None else given.contiguous() for given in (weight, gradient, sums, dots))
     wanted = {"WEIGHTS": dtype is not None, "BIAS": bias, "DOTS": weight is not None}
@@ -204,5 +211,7 @@ def _shape(tile: Tile, values: Tensor) -> dict[str, Any]:
     return {"DOUBLE": double, "ENTRIES": tile.entries, "BLOCK": tile.block, "num_warps": tile.num_warps}
 
 
-def _stops(levels: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(levels, dtype=torch.long).to(like.device, non_blocking=True)
+@lru_cache
+def _stops(levels: tuple[int, ...], device: torch.device) -> Tensor:
+    """The levels on a device, kept: a copy would be waited for, and a captured step must find them where they were."""
+    return torch.tensor(levels, dtype=torch.long, device=device)

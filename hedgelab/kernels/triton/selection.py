@@ -187,6 +187,21 @@ def batch_top_k(pre: Tensor, count: int, scale: Tensor | None = None, tile: Sele
     return Codes.from_csr(crow, positions % width, pre.view(-1)[positions].float(), width)
 
 
+def small_top_k(pre: Tensor, count: int, scale: Tensor | None, per_row: bool) -> Codes:
+    """The ``count`` largest entries of ``pre · scale`` of each row, or of all, also such as ReLU makes 0.
+
+    How many are stored depends on the shapes alone, so that nothing waits and a step can be captured.
+    """
+    width, working = pre.shape[1], torch.promote_types(pre.dtype, torch.float32)
+    ranked = pre if scale is None else pre * scale
+    if per_row:
+        latents = ranked.topk(count, dim=1, sorted=False).indices
+        return Codes.from_topk(latents, pre.gather(1, latents).to(working), width)
+    positions = ranked.view(-1).topk(count, sorted=False).indices.sort().values
+    crow = torch.searchsorted(positions, torch.arange(len(pre) + 1, device=pre.device) * width)
+    return Codes.from_csr(crow, positions % width, pre.view(-1)[positions].to(working), width)
+
+
 def _groups(width: int, tile: SelectionTile) -> int:
     """Groups of a row: at least 4 latents each, or fewer groups than the tile asks for."""
     return min(tile.groups, int(triton.next_power_of_2(triton.cdiv(width, 4))))

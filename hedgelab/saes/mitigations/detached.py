@@ -16,7 +16,7 @@ class DetachedInnerLevels(Mitigation):
     all. From LISTA-Matryoshka (chanind/claude-auto-research-synthsaebench, 2026).
     """
 
-    needs_levels = True
+    needs_levels = fixed_shapes = True
 
     def check(self, sae: Any) -> None:
         """Refuse what detaches in another way."""

@@ -28,7 +28,7 @@ class FrozenDecoder(Mitigation):
         start: Soft-frozen: where each row started, ``[d_sae, d_in]``; zero before the first step.
     """
 
-    splits = True
+    splits = fixed_shapes = True
     start: Tensor | None
 
     def __init__(self, minimum_cosine: float | None = None) -> None:
@@ -70,6 +70,8 @@ class FrozenDecoder(Mitigation):
 
 class FrozenEncoder(Mitigation):
     """Keep encoder directions at their random start; biases and decoder train (Korznikov et al. 2026, arXiv 2602.14111)."""
+
+    fixed_shapes = True
 
     def check(self, sae: Any) -> None:
         """Freeze them."""

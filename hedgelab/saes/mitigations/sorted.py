@@ -32,7 +32,7 @@ class SortedLatents(Mitigation):
         rates: Running mean of how often each latent fires, ``[d_sae]`` float64.
     """
 
-    needs_levels = True
+    needs_levels = fixed_shapes = True
     rates: Tensor
 
     def __init__(self, decay: float = 0.99) -> None:

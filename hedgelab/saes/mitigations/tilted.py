@@ -17,6 +17,8 @@ class TiltedLoss(Mitigation):
         tilt: t, from 0 (plain mean) up; the larger, the more the worst examples count.
     """
 
+    fixed_shapes = True
+
     def __init__(self, tilt: float = 2e-3) -> None:
         super().__init__()
         self.tilt = positive("model.mitigations.tilt", tilt, or_zero=True)

@@ -298,6 +298,30 @@ def test_batch_top_k_is_the_set_a_full_sort_keeps(kind: str, count: int, dtype: 
     assert all((layout.latents[a:b].diff() > 0).all() for a, b in pairwise(layout.crow.tolist()))
 
 
+@pytest.mark.parametrize("kind", ["normal", "few positive"])
+def test_a_selection_of_fixed_shape_keeps_the_same(kind: str) -> None:
+    """What it stores beyond the positive entries is 0, and learns nothing."""
+    pre = torch.randn(9, 320, generator=torch.Generator().manual_seed(0)).to(DEVICE) - 2.5 * (kind == "few positive")
+    for scale in (None, torch.linspace(0.5, 2, 320, device=DEVICE)):
+        few = selection.small_top_k(pre, 700, scale, per_row=False)
+        assert torch.equal(few.to_dense().relu(), selection.batch_top_k(pre, 700, scale).to_dense())
+        assert len(few.values) == 700
+        each = selection.small_top_k(pre, 8, scale, per_row=True)
+        expected = selection.top_k(pre, 8, scale, SelectionTile(64, 1))
+        assert expected is not None
+        assert torch.equal(each.to_dense().relu(), expected.to_dense())
+    W_enc, b_enc, b_dec = (
+        torch.eye(320, device=DEVICE),
+        torch.zeros(320, device=DEVICE),
+        torch.zeros(320, device=DEVICE),
+    )
+    b_enc.requires_grad_()
+    sparse.encode(pre, Encoder(W_enc, b_enc, b_dec), BatchTopK(700 / 9)).values.sum().backward()
+    assert b_enc.grad is not None
+    largest = pre.flatten().topk(700).indices
+    assert b_enc.grad.sum() == (pre.flatten()[largest] > 0).sum()
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="bf16 products are a matter of the GPU")
 @pytest.mark.parametrize("kind", ["topk", "batch_topk"])
 def test_bf16_autocast_stays_near_float64(kind: str) -> None:
