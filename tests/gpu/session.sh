@@ -8,7 +8,7 @@
 # every part on the CPU with Triton's interpreter and small shapes.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-out=gpu-session only=checks,end_to_end,profile,kernels,steps dry=
+out=gpu-session only=checks,synth,end_to_end,profile,kernels,steps dry=
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=$2 && shift 2 ;;
@@ -50,9 +50,10 @@ part() {
     [ $code = 0 ] || failed="$failed $name"
 }
 
-part checks 120 $pytest tests/kernels/triton tests/gpu/test_gpu.py -k 'not commands'
+part checks 110 $pytest tests/kernels/triton tests/gpu/test_gpu.py -k 'not commands'
+part synth 60 $python tests/gpu/synth.py ${dry:+--small}
 part end_to_end 60 $pytest tests/gpu/test_gpu.py -k commands
-lines=70 part kernels 80 env ${dry:+TRITON_INTERPRET=1} $python -m tests.benchmarks.gpu_kernels $kernels --json "$out/kernels.json"
-lines=110 part profile 70 $python tests/gpu/steps.py --profile --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
-part steps 150 $python tests/gpu/steps.py --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
+lines=70 part kernels 70 env ${dry:+TRITON_INTERPRET=1} $python -m tests.benchmarks.gpu_kernels $kernels --json "$out/kernels.json"
+lines=110 part profile 60 $python tests/gpu/steps.py --profile --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
+part steps 120 $python tests/gpu/steps.py --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
 [ -z "$failed" ] || { echo "failed:$failed" && exit 1; }
