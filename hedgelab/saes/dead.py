@@ -24,16 +24,17 @@ class DeadCandidates:
 
     def forget(self) -> None:
         """Look again at the next step, whichever it is."""
-        self._first, self._last = 0, -1
+        self._latest, self._last = 0, -1
         self._latents = torch.empty(0, dtype=torch.long)
 
     def look(self, step: int, clock: Tensor, window: int) -> None:
         """See that the candidates hold for a step; ``clock [d_sae]`` is how long each latent has been silent before it."""
-        if self._first <= step <= self._last:
+        if self._latest <= step <= self._last:  # steps that begin again are those of another fit
+            self._latest = step
             return
         silent = clock.cpu()
         ahead = max(min(AHEAD, window), window - 1 - int(silent.max()))
-        self._first, self._last, self._device = step, step + ahead, clock.device
+        self._latest, self._last, self._device = step, step + ahead, clock.device
         self._latents = (silent >= window - ahead).nonzero().squeeze(1)
         for part in self._parts:
             self._fill(*part)

@@ -65,6 +65,14 @@ def test_where_none_can_die_the_next_look_is_when_one_could():
     assert (candidates._last, len(candidates.part(0, 4)[0])) == (299, 0)
 
 
+def test_a_fit_that_begins_anew_looks_anew():
+    candidates, clock = DeadCandidates(), torch.zeros(4, dtype=torch.int64)
+    for step in range(50):
+        candidates.look(step, clock, 300)
+    candidates.look(0, clock + 50, 300)
+    assert candidates._last == 249
+
+
 def test_room_changes_seldom():
     candidates, clock = DeadCandidates(), torch.zeros(1000, dtype=torch.int64)
     versions = []
