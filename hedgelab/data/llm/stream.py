@@ -21,7 +21,8 @@ from hedgelab.seeding import generator
 Rows = Callable[[Tensor, Tensor], Tensor]
 """Takes numbers of contexts ``[n]`` and positions ``[n, length]`` that count to their activations ``[rows, d_in]``."""
 
-_KEPT_BLOCKS = 2  # the one in use, and the one being prefetched
+_KEPT_BLOCKS = 2  # at least: the one in use, and the one being prefetched
+_KEPT_BYTES = 2**29  # as many blocks as fit: who reads a short stream again, SAE after SAE, need not run the model again
 _ROOM_FOR_OUTLIERS = 0.05  # how many outliers a block has is not known before the model has run
 _PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
 _PATIENCE = timedelta(hours=1)  # a rank may wait for another's block
@@ -148,6 +149,7 @@ class BlockStream:
             hint = "give more contexts a block, more text, or a smaller data.batch_size"
             raise UserError(f"data.contexts_per_block: {have}, too few for a batch of {self.batch_size}; {hint}")
         self._blocks: OrderedDict[int, Future[Block]] = OrderedDict()
+        self._kept = _KEPT_BLOCKS
 
     def batch(self, index: int) -> Tensor:
         """Rows of batch number ``index``, ``[batch_size, d_in]``."""
@@ -194,7 +196,7 @@ class BlockStream:
     def _request(self, number: int) -> Future[Block]:
         if number not in self._blocks:
             self._blocks[number] = self.background.submit(self._compute, number)
-            while len(self._blocks) > _KEPT_BLOCKS:
+            while len(self._blocks) > self._kept:
                 self._blocks.popitem(last=False)[1].cancel()
         self._blocks.move_to_end(number)
         return self._blocks[number]
@@ -215,4 +217,5 @@ class BlockStream:
             )
         order = torch.randperm(len(rows), generator=generator(self.seed, self.name, "block", number))
         order = order[:needed]
+        self._kept = max(_KEPT_BLOCKS, _KEPT_BYTES // (needed * rows[0].nbytes))
         return Block(rows[order.to(rows.device)], norms.cpu(), places[order])

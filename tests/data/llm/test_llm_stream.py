@@ -77,7 +77,18 @@ def test_no_context_is_left_out_of_an_epoch(n, per_block):
     )  # the blocks of earlier releases, in the first epoch
 
 
-def test_batches_do_not_depend_on_what_was_asked_before():
+def test_a_short_stream_that_is_read_again_does_not_run_the_model_again():
+    stream = make_stream()
+    made = []
+    rows = stream.rows
+    stream.rows = lambda numbers, usable: made.append(numbers) or rows(numbers, usable)
+    first, again = ([*stream.read(range(35))] for _ in range(2))
+    assert len(made) == 5
+    assert torch.equal(torch.stack(first), torch.stack(again))
+
+
+def test_batches_do_not_depend_on_what_was_asked_before(monkeypatch):
+    monkeypatch.setattr("hedgelab.data.llm.stream._KEPT_BYTES", 0)
     in_order = [make_stream().batch(i) for i in range(40)]
     stream = make_stream()
     numbers = (39, 0, 17, 3, 38, 0, 20)
