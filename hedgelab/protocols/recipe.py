@@ -85,6 +85,11 @@ class Recipe(Generic[T]):
         return arguments["inner"]["init_args"] if "inner" in arguments else arguments
 
     @property
+    def plain(self) -> Any:
+        """The section as plain values."""
+        return self.section.as_dict() if isinstance(self.section, Namespace) else self.section
+
+    @property
     def class_name(self) -> str:
         """Name of the class, without its module."""
         return str(self.section["class_path"]).rpartition(".")[2]

@@ -105,6 +105,16 @@ class PhaseRunner:
         self.trainer, self.reuse, self.retrain = trainer, reuse, retrain
         self.run_ids: dict[str, str] = {}
 
+    @classmethod
+    def of_study(cls, steps: int, checkpoint_steps: int) -> Self:
+        """A runner for studies that have no trainer in their configs: phases of so many steps."""
+        saving = RunCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=checkpoint_steps)
+        trainer = PhaseTrainer(
+            max_steps=steps, logger=False, callbacks=[saving], devices=1, num_sanity_val_steps=0, use_distributed_sampler=False,
+            enable_model_summary=False, log_every_n_steps=max(1, min(100, steps // 4)), accelerator="auto",
+        )  # fmt: skip
+        return cls(trainer)
+
     def train(self, phases: Sequence[Phase], data: ActivationDataModule) -> dict[str, SAE]:
         """The trained SAE of every phase, by name: from the store where it is there, else trained now; equal ones once."""
         first: dict[str, Phase] = {}

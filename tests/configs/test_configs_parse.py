@@ -21,7 +21,7 @@ SINGLE = [
     for file in TRAINING
     if file not in SWEEPS
     and file.parent.name not in OWN_COMMAND
-    and not {"trial", "plant"} & set(yaml.safe_load(file.read_text()))
+    and not {"trial", "plant", "l0"} & set(yaml.safe_load(file.read_text()))
 ]
 
 
@@ -47,6 +47,15 @@ def test_configs_say_what_they_show(file):
 def test_single_experiments_parse(file):
     tree = load(file)
     parse_cell("hedge" if "hedge" in tree else "fit", tree)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*/*_l0.yaml")), ids=name_of)
+def test_searches_for_l0_parse(file):
+    if "l0" not in load(file):
+        pytest.skip("a sweep")
+    study, _, _ = parse(study_class("l0"), "l0", ["--config", str(file)])
+    for value in study.l0.values:
+        assert study.make_sae(value, 0, 64).k == value
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("llm/*_plant*.yaml")), ids=name_of)

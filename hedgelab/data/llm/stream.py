@@ -22,7 +22,9 @@ Rows = Callable[[Tensor, Tensor], Tensor]
 """Takes numbers of contexts ``[n]`` and positions ``[n, length]`` that count to their activations ``[rows, d_in]``."""
 
 _KEPT_BLOCKS = 2  # at least: the one in use, and the one being prefetched
-_KEPT_BYTES = 2**29  # as many blocks as fit: who reads a short stream again, SAE after SAE, need not run the model again
+_KEPT_BYTES = (
+    2**29
+)  # as many blocks as fit: who reads a short stream again, SAE after SAE, need not run the model again
 _ROOM_FOR_OUTLIERS = 0.05  # how many outliers a block has is not known before the model has run
 _PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
 _PATIENCE = timedelta(hours=1)  # a rank may wait for another's block

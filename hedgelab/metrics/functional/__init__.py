@@ -36,6 +36,7 @@ from hedgelab.metrics.functional.probing import logistic_regression as logistic_
 from hedgelab.metrics.functional.probing import rank_latents as rank_latents
 from hedgelab.metrics.functional.probing import roc_auc as roc_auc
 from hedgelab.metrics.functional.projection import latent_projections as latent_projections
+from hedgelab.metrics.functional.projection import nth_decoder_projection as nth_decoder_projection
 from hedgelab.metrics.functional.recovery import CoFiring as CoFiring
 from hedgelab.metrics.functional.recovery import co_firing as co_firing
 from hedgelab.metrics.functional.recovery import decoder_cosines as decoder_cosines

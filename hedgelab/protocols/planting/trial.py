@@ -36,11 +36,10 @@ from hedgelab.protocols.planting.measures import Others
 from hedgelab.protocols.planting.pairs import measure, reconstruction
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Row, Study
-from hedgelab.protocols.training_phases import Phase, PhaseRunner, PhaseTrainer
+from hedgelab.protocols.training_phases import Phase, PhaseRunner
 from hedgelab.saes import SAE
 from hedgelab.saes.widen import train_like
 from hedgelab.seeding import generator
-from hedgelab.training.checkpoints import RunCheckpoint
 
 _SETS = ("A", "B")
 Place = tuple[str, int, int]  # kind, width and seed of an SAE
@@ -209,13 +208,13 @@ class Plant(Study):
         """The events that children are tied to, their rates, and what has decided them."""
         options, rng = self.plant, generator(bench.seed, "parents")
         count, (low, high) = options.parents + options.silent, options.rates
-        config = {"seed": bench.seed, "data": deciding({"data": plain(self.data)}), "plant": [count, low, high]}
+        config = {"seed": bench.seed, "data": deciding({"data": self.data.plain}), "plant": [count, low, high]}
         if self.parents is None:
             draws = torch.rand(count, generator=rng, dtype=torch.float64)
             rates = low * (high / low) ** draws  # as many of each order of magnitude
             events: Events = PlantedParents(rates.tolist(), options.parent_magnitude)
             return events, rates, {**config, "parents": options.parent_magnitude}
-        facts = {**config, "steps": options.parent_steps, "model": deciding({"model": plain(self.parents)})}
+        facts = {**config, "steps": options.parent_steps, "model": deciding({"model": self.parents.plain})}
         start = partial(self.parents.with_weights_seed(bench.seed), d_in=base.d_in)
         phase = Phase("parents", facts, start, bench.tracker)
         sae = self.runner(options.parent_steps).train([phase], PhaseData(base, 0, options.parent_steps))["parents"]
@@ -243,7 +242,7 @@ class Plant(Study):
             common |= {key: getattr(options, key) for key in ("parents", "silent", "doses", "magnitude")}
         for place in product(self.kinds, options.widths, range(seeds or options.seeds)):
             kind, width, seed = place
-            facts = {**common, "model": deciding({"model": plain(self.kinds[kind])}), "width": width, "weights": seed}
+            facts = {**common, "model": deciding({"model": self.kinds[kind].plain}), "width": width, "weights": seed}
             start = partial(self.make_sae, kind, width, bench.seed + seed, d_in)
             phases[place] = Phase(f"{name}/{kind}/{width}/seed{seed}", facts, start, bench.tracker)
         return phases
@@ -294,17 +293,7 @@ class Plant(Study):
 
     def runner(self, steps: int) -> PhaseRunner:
         """Trains groups of SAEs for so many steps, and goes on with those that were stopped."""
-        saving = RunCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=self.plant.checkpoint_steps)
-        trainer = PhaseTrainer(
-            max_steps=steps, logger=False, callbacks=[saving], devices=1, num_sanity_val_steps=0, use_distributed_sampler=False,
-            enable_model_summary=False, log_every_n_steps=max(1, min(100, steps // 4)), accelerator="auto",
-        )  # fmt: skip
-        return PhaseRunner(trainer)
-
-
-def plain(recipe: Recipe[Any]) -> Any:
-    """The section of a recipe as plain values."""
-    return recipe.section.as_dict() if hasattr(recipe.section, "as_dict") else recipe.section
+        return PhaseRunner.of_study(steps, self.plant.checkpoint_steps)
 
 
 def draw_lot(rates: Tensor, options: PlantOptions, seed: int) -> Lot:
