@@ -4,7 +4,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from hedgelab.config.names import suggest
-from hedgelab.config.tree import compose, options_of
+from hedgelab.config.tree import compose, options_of, with_bare_flags
 from hedgelab.errors import UserError
 
 _HELP = """\
@@ -17,12 +17,13 @@ a run whose parts have SAEs (a sweep), or the config file of a sweep, which is t
   --config   labelled text and settings of the suites, such as configs/llm/evaluate_brown.yaml
   --x        what several SAEs are drawn against: a parameter in which they differ; by itself the first numeric one
   --class    class of the SAE in a folder, where it is one of your own: my_package.MySAE
+  --truth    leave planted features in the activations, and compare with them (suite truth; toys are always known)
   --data.*   what the SAE reads, where it does not say itself or you say otherwise, such as --data.cache_dir or --data.layer
 
 A suite that was run on an SAE before with the same settings is not run again. Activations are kept under the data's cache_dir.
-The field advises against tpp and scr (arXiv 2605.18229: both disagree with the truth on synthetic SAEs); probing is sounder.
+'all' leaves out tpp and scr: the field advises against them (arXiv 2605.18229, they disagree with the truth on synthetic SAEs).
 """
-_OWN = ("data", "x", "class", "suite", "suites")
+_OWN = ("data", "x", "class", "truth", "suite", "suites")
 
 
 def run(command: str, words: list[str]) -> int:
@@ -37,8 +38,9 @@ def run(command: str, words: list[str]) -> int:
     named = list(takewhile(lambda word: not word.startswith("-"), words))
     if not named:
         raise UserError("evaluate: name a run, a folder with an SAE, or the config file of a sweep, before the options")
+    words = [*named, *with_bare_flags(words[len(named) :], ["truth"])]
     tree = compose(words[len(named) :])
-    data, x, class_path, suite, suites = (tree.pop(key, None) for key in _OWN)
+    data, x, class_path, truth, suite, suites = (tree.pop(key, None) for key in _OWN)
     names = str(suite).split(",") if suite is not None else [str(one) for one in suites or ["all"]]
     if names == ["saebench"]:
         from hedgelab.interop.saebench import run_saebench
@@ -56,7 +58,7 @@ def run(command: str, words: list[str]) -> int:
         if (section := key.split(".")[0]) == "data" or section not in known:
             of_cells.setdefault(section, []).append(f"--{key}" if text is None else f"--{key}={text}")
     tree = {key: value for key, value in tree.items() if key not in of_cells}
-    evaluation = Evaluate(named, names, tree, data, None if x is None else str(x), class_path)
+    evaluation = Evaluate(named, names, tree, data, None if x is None else str(x), class_path, bool(truth))
     of_sweeps = [word for word in named if Path(word).suffix in (".yaml", ".yml")]
     unknown = [section for section in of_cells if section != "data"]
     if unknown and not of_sweeps:

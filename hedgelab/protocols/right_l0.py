@@ -22,7 +22,7 @@ from hedgelab.errors import UserError, whole_number
 from hedgelab.identity import deciding
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import ExplainedVariance
-from hedgelab.metrics.functional.projection import nth_decoder_projection
+from hedgelab.metrics.functional.projection import N_OF_WIDTH, nth_decoder_projection
 from hedgelab.metrics.functional.recovery import decoder_cosines, decoder_geometry
 from hedgelab.plots.right_l0 import measures_over_l0
 from hedgelab.protocols.phase_data import PhaseData
@@ -33,7 +33,6 @@ from hedgelab.protocols.training_phases import Phase, PhaseRunner
 from hedgelab.saes import SAE
 
 MEASURES = {"projection": "n-th decoder projection", "cosine": "mean pairwise cosine"}
-_N_OF_WIDTH = 3 / 8  # the share of its authors: 12 000 of 32 768 latents
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class RightL0(Study):
         d_sae = self.make_sae(
             options.values[0], bench.seed, data.d_in
         ).d_sae  # mistakes show before anything is trained
-        n = round(_N_OF_WIDTH * d_sae) if options.n is None else options.n
+        n = round(N_OF_WIDTH * d_sae) if options.n is None else options.n
         if not 1 <= n <= d_sae:
             raise UserError(f"l0.n: must be from 1 to d_sae = {d_sae}, got {n}")
         common: dict[str, Any] = {

@@ -79,11 +79,14 @@ class Subject:
         facts = deciding(self.config)
         return flatten({key: value for key, value in facts.items() if key not in ("code", "inputs")})
 
-    def data(self, said: Tree) -> Tree:
-        """Its section ``data``: what its run's config says, or its own source, and what the user says over that."""
+    def data(self, said: Tree, truth: bool = False) -> Tree:
+        """Its section ``data``: what its run's config says, or its own source, and what the user says over that.
+
+        Of planted activations they are the natural ones, unless the planted ``truth`` is asked for.
+        """
         tree, source = copy.deepcopy(self.config.get("data") or {}), self.source
-        if tree and class_of(tree, ActivationDataModule) is PlantedActivations:
-            tree = tree["init_args"]["base"]  # scores are those of natural activations
+        if tree and not truth and class_of(tree, ActivationDataModule) is PlantedActivations:
+            tree = tree["init_args"]["base"]
         said_class = class_of(said, ActivationDataModule) if "class_path" in said else None
         arguments = {key: value for key, value in said.get("init_args", said).items() if key != "class_path"}
         if not tree and source is not None and (said_class is None or issubclass(said_class, LLMDataModule)):
@@ -157,10 +160,12 @@ class Evaluate(Study):
         data: Tree | None = None,  # replaces parts of the SAEs' own section
         x: str | None = None,  # what several SAEs are drawn against; None is the first number in which they differ
         class_path: str | None = None,  # of SAEs in folders, where it is one of the user's own
+        truth: bool = False,  # planted features stay in the activations
     ) -> None:
         self.suites = make_suites(options or {}, suite_classes(wanted))
         names_of(self.suites, wanted)  # a name that is none shows before anything is read
-        self.saes, self.wanted, self.data, self.x, self.class_path = saes, wanted, data or {}, x, class_path
+        self.saes, self.wanted, self.data, self.x = saes, wanted, data or {}, x
+        self.class_path, self.truth = class_path, truth
 
     def run(self, bench: Bench) -> Outcome:
         """Find the SAEs, score them, and put several side by side."""
@@ -168,7 +173,7 @@ class Evaluate(Study):
         subjects = distinct([one for some, _ in found for one in some])
         groups: dict[str, tuple[Tree, list[Subject]]] = {}  # those that read the same activations
         for one in subjects:
-            tree = one.data(self.data)
+            tree = one.data(self.data, self.truth)
             known = None if one.source is None else [one.source.normalisation, one.source.scale, one.source.mean]
             key = json.dumps([tree, known], sort_keys=True, default=str)
             groups.setdefault(key, (tree, []))[1].append(one)
@@ -187,7 +192,7 @@ class Evaluate(Study):
         except UserError as error:
             walk = Walk({"data": tree}, {"data": Parameter(ActivationDataModule)})
             raise UserError(walk.first or str(error)) from error
-        suites, left_out = choose(self.suites, self.wanted, isinstance(data, LLMDataModule))
+        suites, left_out = choose(self.suites, self.wanted, data)
         for name, reason in left_out.items():
             say(f"{name}: left out; {reason}")
         for subject in subjects:

@@ -23,6 +23,8 @@ from torch.nn.functional import pad
 from hedgelab.config.signatures import parameters_of
 from hedgelab.config.tree import Tree
 from hedgelab.config.walk import Walk, explain_parsing, resolve
+from hedgelab.data.datamodule import ActivationDataModule
+from hedgelab.data.llm import LLMDataModule
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding, imported, stable_id
 from hedgelab.kernels.codes import Codes
@@ -54,14 +56,15 @@ class Suite(ABC):
     titles: ClassVar[Mapping[str, str]] = {}  # the scores that are drawn side by side, and how; empty draws all
     reads_language_model: ClassVar[bool] = True  # whether it needs activations of a language model
     needs: ClassVar[str] = ""  # the argument that names its labelled text, without which it cannot run
+    withdrawn: ClassVar[str] = ""  # why the field advises against it; it then runs where it is named alone
 
     @abstractmethod
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE, by its name, as they come."""
 
-    def lacks(self, language_model: bool) -> str | None:
-        """What it needs before it can run; None for nothing."""
-        if self.reads_language_model and not language_model:
+    def lacks(self, data: ActivationDataModule) -> str | None:
+        """What it needs before it can run on this data; None for nothing."""
+        if self.reads_language_model and not isinstance(data, LLMDataModule):
             return "needs activations of a language model"
         if self.needs and getattr(self, self.needs) is None:
             return f"needs labelled text; set {self.needs} (see configs/llm/evaluate_brown.yaml)"
@@ -123,18 +126,22 @@ def names_of(suites: Sequence[Suite], wanted: Sequence[str]) -> list[str]:
     return [known[word] for word in wanted]
 
 
-def choose(suites: Sequence[Suite], wanted: Sequence[str], language_model: bool) -> tuple[list[Suite], dict[str, str]]:
-    """The suites to be run, and why others are left out; ``all`` of the wanted names are all that can be run."""
+def choose(
+    suites: Sequence[Suite], wanted: Sequence[str], data: ActivationDataModule
+) -> tuple[list[Suite], dict[str, str]]:
+    """The suites to be run, and why others are left out; ``all`` are all that can be run and that the field stands by."""
     names = names_of(suites, wanted)
     chosen, left_out = [], {}
     for suite in suites:
-        reason = suite.lacks(language_model)
-        if reason is not None and suite.name in names:
-            raise UserError(f"--suite {suite.name}: {reason}")
-        if reason is None and not {"all", suite.name}.isdisjoint(names):
+        reason = suite.lacks(data)
+        if suite.name in names:
+            if reason is not None:
+                raise UserError(f"--suite {suite.name}: {reason}")
             chosen.append(suite)
+        elif "all" in names and (reason := reason or suite.withdrawn):
+            left_out[suite.name] = reason
         elif "all" in names:
-            left_out[suite.name] = str(reason)
+            chosen.append(suite)
     return chosen, left_out
 
 

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import FeatureRegression, ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import DegreeScores
+from hedgelab.metrics.functional.error_spread import ResidualHedging
 from hedgelab.metrics.functional.projection import latent_projections
 from hedgelab.metrics.functional.recovery import decoder_cosines, decoder_geometry
 from hedgelab.metrics.functional.true_hedging import RegressionSums, regressed_hedging, tracked_features
@@ -36,29 +37,44 @@ class Others(NamedTuple):
     extended: SAE | None = None  # the same with new latents
 
 
-class HalfReading:
-    """What one half of the validation batches shows of an SAE's latents: two halves tell how noisy a measure is."""
+class ResidualAndNulls:
+    """Residual hedging of an SAE, and what it says of errors in which no feature can be missing: its nulls."""
 
-    def __init__(self, sae: SAE, wide: SAE | None) -> None:
-        self.sae, self.wide = sae, wide
-        self.residuals = {name: ResidualHedgingMetric(sae.W_dec) for name in ("residual", *NULLS)}
-        self.against = None if wide is None else FeatureRegression(sae.d_sae, wide.d_sae)
+    def __init__(self, W_dec: Tensor) -> None:
+        self.metrics = {name: ResidualHedgingMetric(W_dec) for name in ("residual", *NULLS)}
         self.rng = generator(0, "surrogate errors")
 
     def update(self, x: Tensor, codes: Codes, x_hat: Tensor) -> None:
         """Add a batch."""
         error = x - x_hat
-        signs = torch.randint(0, 2, (len(x), 1), generator=self.rng) * 2.0 - 1
-        drawn = normalize(torch.randn(x.shape, generator=self.rng), dim=1) * error.norm(dim=1, keepdim=True)
+        signs = torch.randint(0, 2, (len(x), 1), generator=self.rng).to(x) * 2 - 1
+        drawn = normalize(torch.randn(x.shape, generator=self.rng).to(x), dim=1) * error.norm(dim=1, keepdim=True)
         for name, one in (("residual", error), ("flipped", error * signs), ("surrogate", drawn)):
-            self.residuals[name].update(x, x - one, codes)
+            self.metrics[name].update(x, x - one, codes)
+
+    def compute(self) -> dict[str, ResidualHedging]:
+        """By name: ``residual`` and the nulls."""
+        return {name: metric.compute() for name, metric in self.metrics.items()}
+
+
+class HalfReading:
+    """What one half of the validation batches shows of an SAE's latents: two halves tell how noisy a measure is."""
+
+    def __init__(self, sae: SAE, wide: SAE | None) -> None:
+        self.sae, self.wide = sae, wide
+        self.residuals = ResidualAndNulls(sae.W_dec)
+        self.against = None if wide is None else FeatureRegression(sae.d_sae, wide.d_sae)
+
+    def update(self, x: Tensor, codes: Codes, x_hat: Tensor) -> None:
+        """Add a batch."""
+        self.residuals.update(x, codes, x_hat)
         if self.against is not None and self.wide is not None:
             self.against.update(codes, self.wide.encode(x))
 
     def compute(self, live: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Each measure of latents, ``[d_sae]``, and the SAE's own number by those that have one."""
-        sae, scores = self.sae, {name: metric.compute() for name, metric in self.residuals.items()}
-        x = torch.cat(self.residuals["residual"].x)
+        sae, scores = self.sae, self.residuals.compute()
+        x = torch.cat(self.residuals.metrics["residual"].x)
         found = {name: score.latents for name, score in scores.items()}
         found["projection"] = latent_projections(x, sae.encode(x), sae.W_dec, sae.b_dec).double()
         if self.against is not None and self.wide is not None:

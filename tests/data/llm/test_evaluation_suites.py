@@ -7,6 +7,8 @@ import torch
 
 from hedgelab.data.llm.labelled import ClassifiedTexts, Property, TaggedWords
 from hedgelab.data.source import ActivationSource
+from hedgelab.data.tensors import TensorActivations
+from hedgelab.data.toy import IndependentFiring, ToyDataModule
 from hedgelab.metrics.functional.basic import explained_variance
 from hedgelab.metrics.functional.probing import linear_probes
 from hedgelab.protocols.evaluation import ModelReader, Readings, suite_classes
@@ -211,19 +213,29 @@ def test_first_letters_end_to_end(readings, saes):
     assert 0 <= scores.metrics["absorption/fraction"] <= 1
 
 
-def test_suites_without_their_text_are_left_out_or_refused():
+def test_suites_without_their_text_are_left_out_or_refused(data):
     from hedgelab.errors import UserError
 
-    suites = make_suites({}, suite_classes())
+    topics = {"text": "t.jsonl", "label": {"classes": {"a": ["x"], "b": ["y"]}}}
+    suites = make_suites({"topics": topics}, suite_classes())
+    toy = ToyDataModule(d_in=8, firing=IndependentFiring([0.2, 0.3]))
+    of_tensor = TensorActivations(torch.randn(100, 8), batch_size=50)
 
-    def chosen(wanted, language_model):
-        return {suite.name for suite in choose(suites, wanted, language_model)[0]}
+    def chosen(wanted, on):
+        return {suite.name for suite in choose(suites, wanted, on)[0]}
 
-    assert chosen(["all"], True) == {"density", "geometry", "absorption", "loss_recovered"}
-    assert set(choose(suites, ["all"], True)[1]) == {"probing", "tpp", "scr"}
-    assert chosen(["all"], False) == {"density", "geometry"}
-    assert chosen(["geometry", "geometry"], False) == {"geometry"}
+    plain = {"density", "geometry", "residual"}
+    assert chosen(["all"], data) == {*plain, "absorption", "loss_recovered"}
+    left_out = choose(suites, ["all"], data)[1]
+    assert set(left_out) == {"probing", "tpp", "scr", "truth"}
+    assert "arXiv 2605.18229" in left_out["tpp"]  # its text is there, and the field advises against it
+    assert chosen(["tpp"], data) == {"tpp"}
+    assert chosen(["all"], toy) == {*plain, "truth"}
+    assert chosen(["all"], of_tensor) == plain
+    assert chosen(["geometry", "geometry"], toy) == {"geometry"}
     with pytest.raises(UserError, match=r"--suite probing: needs labelled text; set words"):
-        chosen(["probing"], True)
+        chosen(["probing"], data)
+    with pytest.raises(UserError, match=r"--suite truth: needs activations whose features are known"):
+        chosen(["truth"], of_tensor)
     with pytest.raises(UserError, match=r"--suite: expected some of .* got 'nothing'"):
-        chosen(["nothing"], True)
+        chosen(["nothing"], toy)
