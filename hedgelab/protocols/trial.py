@@ -2,7 +2,11 @@
 
 For every kind of SAE and every width the SAEs of all toys and seeds train as one ensemble, through the phases of SPEC section 5
 (initial, then control and extended, with the learning rate falling to zero), and the control is measured: *true hedging*
-(:mod:`hedgelab.metrics.functional.true_hedging`, decoder, mean over live latents) beside the two measures that know no truth.
+(:mod:`hedgelab.metrics.functional.true_hedging`, decoder, mean over live latents) beside measures that know no truth.
+
+Each measure is seen through the three lenses of Chanin (*Are SAE Benchmarks Reliable?*, arXiv 2605.18229). *Validity* is its
+rank correlation with the truth; *noise* how far two halves of the measuring batches are apart, as a standard error over the
+mean absolute value; *discriminability* the spread between SAEs over that error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +25,11 @@ from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError, whole_number
+from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import FeatureRegression, ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import hedging_degree
-from hedgelab.metrics.functional.recovery import decoder_cosines
+from hedgelab.metrics.functional.projection import N_OF_WIDTH, nth_decoder_projection
+from hedgelab.metrics.functional.recovery import decoder_cosines, decoder_geometry
 from hedgelab.metrics.functional.true_hedging import (
     FIRINGS,
     RegressionSums,
@@ -38,7 +44,13 @@ from hedgelab.protocols.study import Bench, Outcome, Row, Study
 from hedgelab.saes import SAE, MatryoshkaSAE, widen
 from hedgelab.saes.widen import flat_part
 
-_MEASURES = {"residual hedging": "residual_hedging", "hedging degree": "degree"}
+_MEASURES = {
+    "residual hedging": "residual_hedging",
+    "hedging degree": "degree",
+    "n-th decoder projection": "projection",
+    "pairwise cosine": "cosine",
+}
+NOISY = ("residual_hedging", "projection")  # measures that batches decide, not weights alone
 
 
 @dataclass(frozen=True)
@@ -108,12 +120,10 @@ class Trial(Study):
         def some(**fields: Any) -> list[Row]:
             return [s for s in scores if all(s[name] == value for name, value in fields.items())]
 
-        def agreement(kind: str, measure: str) -> float:
-            found = some(kind=kind)
-            return float(spearmanr([s[measure] for s in found], [s["true_hedging"] for s in found]).statistic)
-
+        lenses = [of_measure(kind, name, some(kind=kind)) for name in _MEASURES.values() for kind in kinds]
         widths = sorted(set(options.widths))
-        ranks = {label: {k: agreement(k, name) for k in kinds} for label, name in _MEASURES.items()}
+        validity = {(row["kind"], row["measure"]): row["validity"] for row in lenses}
+        ranks = {label: {k: validity[k, name] for k in kinds} for label, name in _MEASURES.items()}
         points = {
             label: {k: {t: [(s["true_hedging"], s[name]) for s in some(kind=k, toy=t)] for t in toys} for k in kinds}
             for label, name in _MEASURES.items()
@@ -133,8 +143,8 @@ class Trial(Study):
         metrics = {f"spearman/{_MEASURES[label]}/{k}": rank for label, own in ranks.items() for k, rank in own.items()}
         headline = [f"{len(scores)} SAEs; Spearman's rank correlation with true hedging"]
         for label, own in ranks.items():
-            headline.append(f"{label:<18}" + "".join(f"  {kind} {rank:.3f}" for kind, rank in own.items()))
-        return Outcome(metrics, {"table.csv": scores}, figures, headline, step=total)
+            headline.append(f"{label:<24}" + "".join(f"  {kind} {rank:.3f}" for kind, rank in own.items()))
+        return Outcome(metrics, {"table.csv": scores, "lenses.csv": lenses}, figures, headline, step=total)
 
     def make_toy(self, name: str, seed: int) -> ToyDataModule:
         """A toy: the shared section with this one's own arguments."""
@@ -199,12 +209,14 @@ def _score(data: ToyDataModule, control: SAE, extended: SAE, seed: int, batches:
     """Measures of one SAE: true hedging is the mean over live latents, ``tracked`` how many features a latent tracks."""
     directions, width = data.feature_directions, control.d_sae
     overlap = len(directions) > data.d_in
-    metric, counts = ResidualHedgingMetric(control.W_dec), FeatureRegression(width, len(directions))
+    whole, halves = Reading(control), [Reading(control), Reading(control)]
+    counts = FeatureRegression(width, len(directions))
     fired, fired_extended = torch.zeros(width), torch.zeros(extended.d_sae)
     for index in range(batches):
         x, features, _ = data.batch("val", index)
         codes = control.encode(x)
-        metric.update(x, control.decode(codes), codes)
+        for reading in (whole, halves[index % 2]):
+            reading.update(x, codes)
         if overlap:
             counts.update(codes, features)
         fired += codes.firing_counts()
@@ -213,15 +225,48 @@ def _score(data: ToyDataModule, control: SAE, extended: SAE, seed: int, batches:
     degree = hedging_degree(
         control.W_dec, extended.W_dec, live=live & live_extended[:width], live_new=live_extended[width:], seed=seed
     )
-    sums, residual = counts.compute() if overlap else None, metric.compute()
+    sums, (one, other) = counts.compute() if overlap else None, (half.compute() for half in halves)
     tracked = tracked_features(decoder_cosines(control.W_dec, directions), live)
     return {
         "true_hedging": float(true_hedging(control.W_dec, directions, fired, sums)[live].nanmean()),
-        "residual_hedging": float(residual.hedging),
-        "residual_std": float(residual.std),
         "degree": float(degree.degree),
+        "cosine": float(decoder_geometry(control.W_dec, live).mean_absolute),
+        **whole.compute(),
+        **{f"{name}/noise": (one[name] - other[name]) / 2 for name in NOISY},
         "tracked": int((tracked.feature >= 0).sum()),
         "levels": level_hedging(control, directions, fired, sums) if isinstance(control, MatryoshkaSAE) else (),
+    }
+
+
+class Reading:
+    """Measures that know no truth, on some of the measuring batches."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae, self.residual, self.projections = sae, ResidualHedgingMetric(sae.W_dec), list[float]()
+
+    def update(self, x: Tensor, codes: Codes) -> None:
+        """Add a batch."""
+        sae, n = self.sae, max(1, round(N_OF_WIDTH * self.sae.d_sae))
+        self.residual.update(x, sae.decode(codes), codes)
+        self.projections.append(float(nth_decoder_projection(x, sae.W_dec, sae.b_dec, n)))
+
+    def compute(self) -> dict[str, float]:
+        """By name, and the standard error that residual hedging claims."""
+        score, projection = self.residual.compute(), float(np.mean(self.projections))
+        return {"residual_hedging": float(score.hedging), "residual_std": float(score.std), "projection": projection}
+
+
+def of_measure(kind: str, measure: str, rows: Sequence[Row]) -> Row:
+    """A measure of SAEs of a kind through the three lenses; two of them are not known of what weights alone give."""
+    values = np.array([row[measure] for row in rows])
+    noise = float(np.sqrt(np.mean([row.get(f"{measure}/noise", np.nan) ** 2 for row in rows])))
+    return {
+        "kind": kind,
+        "measure": measure,
+        "saes": len(rows),
+        "validity": float(spearmanr(values, [row["true_hedging"] for row in rows]).statistic),
+        "noise": noise / float(np.mean(np.abs(values))),
+        "discriminability": float(np.std(values, ddof=1)) / noise,
     }
 
 

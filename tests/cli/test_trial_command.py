@@ -32,6 +32,10 @@ def test_shipped_trial_runs_small(store, capsys):
     assert len(rows) == 30
     assert {row["kind"] for row in rows} == {"vanilla", "topk", "batch_topk", "jumprelu", "matryoshka"}
     assert all(len(row["levels"].split()) == 3 * (row["kind"] == "matryoshka") for row in rows)
+    (lenses,) = store.rglob("lenses.csv")
+    lenses = list(csv.DictReader(lenses.open()))
+    assert {row["measure"] for row in lenses} == {"residual_hedging", "degree", "projection", "cosine"}
+    assert len(lenses) == 4 * 5
     assert {path.name for path in store.rglob("*.png")} == {"against_truth.png", "widths.png", "levels.png"}
 
 

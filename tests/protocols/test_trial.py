@@ -10,7 +10,7 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench
-from hedgelab.protocols.trial import Trial, TrialOptions, level_hedging
+from hedgelab.protocols.trial import Trial, TrialOptions, level_hedging, of_measure
 from hedgelab.saes import SAE, BatchTopKSAE, MatryoshkaSAE
 
 
@@ -28,6 +28,19 @@ def test_options_are_checked():
         TrialOptions(widths=[4], seeds=0)
     with pytest.raises(UserError, match=r"trial.widths"):
         TrialOptions(widths=[])
+
+
+def test_the_three_lenses():
+    rows = [
+        {"true_hedging": true, "degree": true, "residual_hedging": value, "residual_hedging/noise": noise}
+        for true, value, noise in ((0.1, 1.0, 0.1), (0.2, 3.0, -0.1), (0.3, 2.0, 0.1))
+    ]
+    found = of_measure("k", "residual_hedging", rows)
+    assert found["validity"] == pytest.approx(0.5)  # ranks 1, 3, 2
+    assert found["noise"] == pytest.approx(0.1 / 2)
+    assert found["discriminability"] == pytest.approx(1 / 0.1)
+    assert of_measure("k", "degree", rows)["validity"] == pytest.approx(1)
+    assert math.isnan(of_measure("k", "degree", rows)["noise"])
 
 
 @pytest.mark.slow
