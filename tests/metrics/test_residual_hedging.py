@@ -213,6 +213,12 @@ def test_agrees_with_explicit_matrices():
     pairs = [(a, b) for a in range(blocks) for b in range(a + 1, blocks)]
     second = np.mean([(seconds[a] * seconds[b]).sum((1, 2)) for a, b in pairs], 0)
     third = np.mean([(thirds[a] * thirds[b]).sum((1, 2, 3)) for a, b in pairs], 0)
+    own = [g.T @ c[b * size : (b + 1) * size] for b, g in enumerate(weights)]  # M_A: what regression lays on each block
+    for means, of_blocks in ((second, seconds), (third, thirds)):
+        flat = of_blocks.reshape(blocks, width, -1)
+        gram = sum(flat[a] @ flat[b].T + flat[b] @ flat[a].T for a, b in pairs) / len(pairs) / 2
+        shared = sum(m @ gram @ m.T for m in own) - blocks * np.mean(own, 0) @ gram @ np.mean(own, 0).T
+        means += np.diag(shared) / (blocks * (blocks - 1))
     of_all = [np.mean([(plain[a][k] * plain[b][k]).sum() for a, b in pairs]) for k in range(2)]
     spread = e.T @ e / n
     v = np.trace(spread @ spread @ spread) / np.trace(spread @ spread)
@@ -268,6 +274,7 @@ def test_moments_of_sparse_codes_are_those_of_dense_weights(monkeypatch, joint, 
     weights = [(g - g.mean(0)).double() for g in influence(parts, mean, inverse)]
     sizes = [g.square().sum(0) for g in weights]
     monkeypatch.setattr(error_spread, "_FEW", 1000 if kept else 0)
+    monkeypatch.setattr(error_spread, "_shared", lambda *_: (0.0, 0.0))  # above, against explicit matrices
     products = error_spread._Products(errors)
     (q, t), of_all, _ = error_spread._moments(products, parts, inverse, sizes)
     kernels = [[errors[a].double() @ errors[b].double().t() for b in range(blocks)] for a in range(blocks)]
