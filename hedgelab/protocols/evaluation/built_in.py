@@ -48,7 +48,7 @@ class DensitySuite(Suite):
     """
 
     name = "density"
-    reads_language_model = False
+    reads_language_model = reconstructs = False
     titles: ClassVar[Mapping[str, str]] = {
         "density/explained_variance": "explained variance ↑",
         "density/dead_fraction": "dead latents ↓",
@@ -64,17 +64,18 @@ class DensitySuite(Suite):
         for name, sae in saes.items():
             codes = encode_rows(sae, x)
             rates = codes.firing_counts().double() / len(x)
-            x_hat = sae.decode(sae.encode(x.to(sae.W_dec.device))).cpu()
             counts, edges, _ = density_histogram(rates)
             live = rates[rates > 0]
             metrics = {
                 "density/l0": float(rates.sum()),
-                "density/explained_variance": float(explained_variance(x, x_hat)),
                 "density/dead_fraction": float((rates == 0).double().mean()),
                 "density/dense_fraction": float((rates >= OFTEN).double().mean()),
                 "density/rare_fraction": float(((rates > 0) & (rates < SELDOM)).double().mean()),
                 "density/median_rate": float(live.median()) if len(live) else 0.0,
             }
+            if sae.reconstructs:
+                x_hat = sae.decode(sae.encode(x.to(sae.W_dec.device))).cpu()
+                metrics["density/explained_variance"] = float(explained_variance(x, x_hat))
             latents = {"latent": range(sae.d_sae), "firing_rate": rates, "mean_magnitude": firing_magnitudes(codes)}
             histogram = {"log10_rate_from": edges[:-1], "log10_rate_to": edges[1:], "latents": counts}
             tables = {"density/histogram.csv": rows_of(histogram), "density/latents.csv": rows_of(latents)}
@@ -89,7 +90,7 @@ class GeometrySuite(Suite):
     """
 
     name = "geometry"
-    reads_language_model = False
+    reads_language_model = reconstructs = False
     titles: ClassVar[Mapping[str, str]] = {"geometry/mean_max_cosine": "mean largest cosine ↓"}
 
     def __init__(self, rows: int = 8192) -> None:
@@ -101,15 +102,16 @@ class GeometrySuite(Suite):
         for name, sae in saes.items():
             live = encode_rows(sae, x).fired()
             geometry = decoder_geometry(sae.W_dec.detach().cpu(), live)
-            W_enc, W_dec = (normalize(weight.detach().float(), dim=1) for weight in (sae.W_enc.T, sae.W_dec))
-            tied = (W_enc * W_dec).sum(1).cpu()[live]
             count = int(live.sum())
             metrics = {
                 "geometry/mean_max_cosine": float(geometry.largest.double().mean()) if count else 0.0,
                 "geometry/mean_absolute_cosine": float(geometry.mean_absolute),
                 "geometry/near_duplicates": float(geometry.near_duplicates) / max(1, count),
-                "geometry/encoder_decoder_cosine": float(tied.double().mean()) if count else 0.0,
             }
+            if sae.reconstructs:
+                W_enc, W_dec = (normalize(weight.detach().float(), dim=1) for weight in (sae.W_enc.T, sae.W_dec))
+                tied = (W_enc * W_dec).sum(1).cpu()[live]
+                metrics["geometry/encoder_decoder_cosine"] = float(tied.double().mean()) if count else 0.0
             latents = live.nonzero().squeeze(1)
             nearest = {"latent": latents, "nearest": latents[geometry.nearest], "cosine": geometry.largest}
             draw = partial(plots.cosine_distribution, geometry.counts, geometry.largest, NEAR_DUPLICATE)
@@ -178,6 +180,7 @@ class ProbingSuite(Suite):
     """
 
     name = "probing"
+    reconstructs = False
     needs = "words"
     titles: ClassVar[Mapping[str, str]] = {f"probing/f1_k{k}": f"probing F1, k = {k} ↑" for k in (1, 5, 10)}
 

@@ -28,6 +28,7 @@ from hedgelab.identity import deciding, imported, stable_id
 from hedgelab.kernels.codes import Codes
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.saes import SAE
+from hedgelab.saes.inference import NormalisedCodes
 
 GROUP = "hedgelab.suites"
 _ROWS_AT_ONCE = 4096
@@ -53,6 +54,7 @@ class Suite(ABC):
     name: ClassVar[str]  # its scores are called <name>/...
     titles: ClassVar[Mapping[str, str]] = {}  # the scores that are drawn side by side, and how; empty draws all
     reads_language_model: ClassVar[bool] = True  # whether it needs activations of a language model
+    reconstructs: ClassVar[bool] = True  # whether it compares with what was read, which transcoders do not reconstruct
     needs: ClassVar[str] = ""  # the argument that names its labelled text, without which it cannot run
 
     @abstractmethod
@@ -123,12 +125,16 @@ def names_of(suites: Sequence[Suite], wanted: Sequence[str]) -> list[str]:
     return [known[word] for word in wanted]
 
 
-def choose(suites: Sequence[Suite], wanted: Sequence[str], language_model: bool) -> tuple[list[Suite], dict[str, str]]:
-    """The suites to be run, and why others are left out; ``all`` of the wanted names are all that can be run."""
+def choose(
+    suites: Sequence[Suite], wanted: Sequence[str], language_model: bool, reconstruct: bool = True
+) -> tuple[list[Suite], dict[str, str]]:
+    """The suites to run, and why others are left out; ``all`` are all that can be run on SAEs that ``reconstruct`` or not."""
     names = names_of(suites, wanted)
     chosen, left_out = [], {}
     for suite in suites:
         reason = suite.lacks(language_model)
+        if suite.reconstructs and not reconstruct:
+            reason = "a transcoder reconstructs what another hook gives, and not what it reads"
         if reason is not None and suite.name in names:
             raise UserError(f"--suite {suite.name}: {reason}")
         if reason is None and not {"all", suite.name}.isdisjoint(names):
@@ -145,10 +151,10 @@ def class_path(cls: type) -> str:
 
 @torch.no_grad()
 def encode_rows(sae: SAE, x: Tensor) -> Codes:
-    """Latents of activations ``x [rows, d_in]`` as the SAE reads them, in sparse form, on the CPU."""
-    parts = [
-        [part.cpu() for part in sae.encode(rows.to(sae.W_dec.device)).csr()] for rows in torch.split(x, _ROWS_AT_ONCE)
-    ]
+    """Latents of activations ``x [rows, d_in]``, in units of these, in sparse form, on the CPU."""
+    found = (sae.encode(rows.to(sae.W_dec.device)) for rows in torch.split(x, _ROWS_AT_ONCE))
+    raw = (codes.on_raw() if isinstance(codes, NormalisedCodes) else codes for codes in found)
+    parts = [[part.cpu() for part in codes.csr()] for codes in raw]
     crows, latents, values = zip(*parts, strict=True)
     crow = pad(torch.cat([crow.diff() for crow in crows]).cumsum(0), (1, 0))
     return Codes.from_csr(crow, torch.cat(latents), torch.cat(values), sae.d_sae)
