@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hedgelab.data.llm.model import first_line
+from hedgelab.data.llm.model import first_line, hub_problem
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.interop.foreign import (
@@ -203,9 +203,11 @@ def import_pretrained(name: str) -> tuple[SAE, ActivationSource]:
     """The SAE that ``SAE.from_pretrained(release, id)`` gives, by ``release/id``; the release may be ``user/repository``."""
     try:
         import sae_lens
+        from huggingface_hub import constants
         from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
     except ImportError as error:
         raise UserError(f"saelens:{name}: SAELens is not there ({error}); pip install 'hedgelab[saelens]'") from None
+    constants.HF_HUB_OFFLINE |= hub_problem() is not None  # the cache may have it; the client retries for a minute
     words = name.split("/")
     count = 1 if words[0] in get_pretrained_saes_directory() else 2
     try:

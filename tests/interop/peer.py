@@ -99,6 +99,25 @@ def from_object(sae, job):
     }
 
 
+def import_release(job):
+    """``saelens:user/repository/ID`` by the real ``SAE.from_pretrained``, whose downloads lie beside the job's folder."""
+    sys.path += [place for place in job["hedgelab"] if place not in sys.path]
+    from huggingface_hub.utils import LocalEntryNotFoundError
+    from sae_lens.loading import pretrained_sae_loaders
+
+    from hedgelab.interop.saelens import import_pretrained
+
+    def download(repo_id, filename, **options):
+        path = Path(job["folder"]).parent / filename
+        if not path.exists():
+            raise LocalEntryNotFoundError(filename)
+        return str(path)
+
+    pretrained_sae_loaders.hf_hub_download = download
+    sae, _ = import_pretrained(f"user/repository/{job['id']}")
+    answer(job, lambda x: sae.encode(x).to_dense(), sae.decode)
+
+
 def make_sparsify(job):
     from sparsify import SparseCoder
     from sparsify.config import SparseCoderConfig
