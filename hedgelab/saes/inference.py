@@ -36,7 +36,7 @@ class NormalisedCodes(Codes):
         return replace(super().to(device), undo=self.undo.to(device))
 
     def on_raw(self) -> Codes:
-        """Latents in units of the activations, times gain: ``a W_dec`` is then what they add to a reconstruction."""
+        """Codes times gain."""
         gain = self.undo[:, :1] if self.layout is None else self.undo[self.layout.rows, 0]
         return Codes(self.values * gain, self.layout, leading=self.leading)
 

@@ -322,6 +322,16 @@ def test_codes_know_how_to_undo_the_normalisation_of_their_rows():
         sae.decode(codes.to_dense())
 
 
+def test_measures_see_latents_in_units_of_the_activations():
+    sae = random_sae(InferenceSAE(D_IN, D_SAE, "layer_norm", k=5))
+    x = torch.randn(2048, D_IN, generator=torch.Generator().manual_seed(5)) * torch.logspace(-1, 1, 2048)[:, None]
+    plain = SimpleNamespace(W_dec=sae.W_dec, encode=lambda rows: sae.encode(rows).on_raw().to_dense())
+    plain.decode = lambda codes: sae(x)[: len(codes)]
+    assert hedgelab.residual_hedging(x, sae).hedging == hedgelab.residual_hedging(x, plain).hedging
+    with pytest.raises(UserError, match="a transcoder writes what another hook gives, and does not reconstruct x"):
+        hedgelab.residual_hedging(x, InferenceSAE(D_IN, D_SAE, d_out=D_IN))
+
+
 def test_nothing_is_trained_or_widened_of_them():
     sae = InferenceSAE(6, 3)
     with pytest.raises(UserError, match="cannot be trained"):

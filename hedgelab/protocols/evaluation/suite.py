@@ -28,7 +28,6 @@ from hedgelab.identity import deciding, imported, stable_id
 from hedgelab.kernels.codes import Codes
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.saes import SAE
-from hedgelab.saes.inference import NormalisedCodes
 
 GROUP = "hedgelab.suites"
 _ROWS_AT_ONCE = 4096
@@ -152,9 +151,8 @@ def class_path(cls: type) -> str:
 @torch.no_grad()
 def encode_rows(sae: SAE, x: Tensor) -> Codes:
     """Latents of activations ``x [rows, d_in]``, in units of these, in sparse form, on the CPU."""
-    found = (sae.encode(rows.to(sae.W_dec.device)) for rows in torch.split(x, _ROWS_AT_ONCE))
-    raw = (codes.on_raw() if isinstance(codes, NormalisedCodes) else codes for codes in found)
-    parts = [[part.cpu() for part in codes.csr()] for codes in raw]
+    found = (sae.encode(rows.to(sae.W_dec.device)).on_raw() for rows in torch.split(x, _ROWS_AT_ONCE))
+    parts = [[part.cpu() for part in codes.csr()] for codes in found]
     crows, latents, values = zip(*parts, strict=True)
     crow = pad(torch.cat([crow.diff() for crow in crows]).cumsum(0), (1, 0))
     return Codes.from_csr(crow, torch.cat(latents), torch.cat(values), sae.d_sae)
