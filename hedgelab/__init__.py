@@ -2,7 +2,8 @@
 
 ``import hedgelab as hl`` costs nothing: each name below is imported when it is first asked for.
 
-- SAEs: ``VanillaSAE``, ``TopKSAE``, ``BatchTopKSAE``, ``JumpReLUSAE``, ``MatryoshkaSAE``; ``load`` reads a saved one.
+- SAEs: ``VanillaSAE``, ``TopKSAE``, ``BatchTopKSAE``, ``JumpReLUSAE``, ``MatryoshkaSAE``; ``load`` reads a saved one,
+  ``from_saelens`` takes one of SAELens.
 - Data: ``ToyDataModule``, ``LLMDataModule``, ``TensorActivations``, ``DatasetActivations``, ``PlantedActivations``; each gives
   ``Batch`` values.
 - Measures: ``hedging``, ``residual_hedging``, ``hedging_degree``, ``explained_variance``, ``l0``, ``mcc``.
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hedgelab.data.tensors import DatasetActivations, TensorActivations
     from hedgelab.data.toy import ToyDataModule
     from hedgelab.errors import UserError
+    from hedgelab.interop.saelens import from_saelens
     from hedgelab.metrics import hedging, hedging_degree, residual_hedging
     from hedgelab.metrics.functional import explained_variance, l0, mcc
     from hedgelab.saes import SAE, BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, SAEGroup, TopKSAE, VanillaSAE
@@ -34,12 +36,14 @@ if TYPE_CHECKING:
 __all__ = [
     "SAE", "Batch", "BatchTopKSAE", "DatasetActivations", "JumpReLUSAE", "LLMDataModule", "MatryoshkaSAE",
     "PlantedActivations", "SAEGroup", "TensorActivations", "TopKSAE", "ToyDataModule", "UserError", "VanillaSAE",
-    "explained_variance", "hedging", "hedging_degree", "l0", "load", "mcc", "residual_hedging", "sae_from_checkpoint",
+    "explained_variance", "from_saelens", "hedging", "hedging_degree", "l0", "load", "mcc", "residual_hedging",
+    "sae_from_checkpoint",
 ]  # fmt: skip
 _PLACES = {
     "batch": "Batch", "data.llm": "LLMDataModule", "data.planting": "PlantedActivations",
     "data.tensors": "DatasetActivations TensorActivations",
-    "data.toy": "ToyDataModule", "errors": "UserError", "metrics": "hedging hedging_degree residual_hedging",
+    "data.toy": "ToyDataModule", "errors": "UserError", "interop.saelens": "from_saelens",
+    "metrics": "hedging hedging_degree residual_hedging",
     "metrics.functional": "explained_variance l0 mcc",
 }  # fmt: skip
 _PLACE = {name: module for module, names in _PLACES.items() for name in names.split()}

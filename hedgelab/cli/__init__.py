@@ -45,7 +45,7 @@ COMMANDS = {
         "protocols.figures.PaperFigures", "redraw the paper's toy and theory figures, without sampling noise", "--config F"
     ),
     "export": Command("light", "write a run's SAE for other libraries (SAELens), or to the hub", "RUN --to DIR"),
-    "import": Command("light", "read an SAE of SAELens, sparsify or dictionary_learning", "DIR --to DIR"),
+    "import": Command("light", "read an SAE of SAELens, sparsify or dictionary_learning", "SOURCE --to DIR"),
     "compare": Command("light", "set runs side by side: what differs, metrics, curves", "RUN RUN"),
     "report": Command("light", "build one HTML file about an experiment: tables, figures, configs", "--experiment NAME"),
     "runs": Command("light", "list tracked runs with their key numbers", "[--last] [--json]"),

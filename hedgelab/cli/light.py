@@ -63,7 +63,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--push": {"metavar": "USER/REPO", "help": "upload to the Hugging Face hub as well"},
     },
     "import": {
-        "source": {"metavar": "DIR|HUB_ID", "help": "a folder, or user/repository[/folder] on the hub"},
+        "source": {"metavar": "SOURCE", "help": "a folder, user/repository[/folder] on the hub, or saelens:RELEASE/ID"},
         "--to": _FOLDER,
         "--format": {"choices": ("saelens", "sparsify", "dictionary_learning"), "help": "whose files; found out by default"},
     },
@@ -201,11 +201,18 @@ def _export(options: argparse.Namespace) -> None:
 
 def _import(options: argparse.Namespace) -> None:
     from hedgelab.interop.formats import config_lines, fetch, import_folder
+    from hedgelab.interop.saelens import import_pretrained
     from hedgelab.saes import save_sae
 
-    path = Path(options.source)
-    sae, source, library = import_folder(path if path.exists() else fetch(options.source), options.format)
+    path, pretrained = Path(options.source), options.source.removeprefix("saelens:")
+    if pretrained != options.source:
+        sae, source, library = *import_pretrained(pretrained), "saelens"
+    else:
+        sae, source, library = import_folder(path if path.exists() else fetch(options.source), options.format)
     save_sae(sae, options.to)
     source.save(options.to)
     print(f"{library} → {type(sae).__name__}, {sae.d_in} × {sae.d_sae}, in {options.to}")
-    print("\n".join(["train on with this config:", *config_lines(sae, source, options.to)]))
+    if sae.trainable:
+        print("\n".join(["train on with this config:", *config_lines(sae, source, options.to)]))
+    else:
+        print(f"it cannot be trained on; measure it: hedgelab evaluate {options.to}")

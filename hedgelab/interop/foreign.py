@@ -14,20 +14,22 @@ from hedgelab.data.llm.hook_names import HookPoint, read_hook_name
 from hedgelab.data.llm.model import find_model
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError, one_line, whole_number
-from hedgelab.saes import SAE, fold
+from hedgelab.saes import SAE, InferenceSAE, fold
 from hedgelab.saes.widen import flat_part
 
 PAYS = {"VanillaSAE": "l1_coefficient", "JumpReLUSAE": "l0_coefficient"}  # what latents cost; others are selected
 
 
 class Parts(NamedTuple):
-    """Weights of an SAE without its class, on the CPU, in float32, and rewritings that leave its function alone."""
+    """Weights of an SAE without its class, on the CPU, in float32 or float64, and rewritings that leave its function alone."""
 
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
     threshold: Tensor | None = None  # what pre-activations must exceed, [d_sae] or a scalar
+    r_mag: Tensor | None = None  # of a gated SAE: logarithms of its gains, [d_sae]
+    W_skip: Tensor | None = None  # of a transcoder, [d_out, d_in]
 
     def folded(self) -> "Parts":
         """Decoder norms moved into the encoder: activations are multiplied by them, reconstructions stay (SPEC section 2)."""
@@ -37,32 +39,45 @@ class Parts(NamedTuple):
     def on_raw(self, scale: float, mean: Tensor | None = None) -> "Parts":
         """The same latents, and reconstructions, of raw activations ``x``, for an SAE trained on ``(x - mean) · scale``."""
         b_dec = self.b_dec.double() / scale + (0 if mean is None else mean.double())
-        return self._replace(W_enc=self.W_enc * scale, W_dec=self.W_dec / scale, b_dec=b_dec.float())
+        return self._replace(W_enc=self.W_enc * scale, W_dec=self.W_dec / scale, b_dec=b_dec.to(self.b_dec))
 
     def subtracting_b_dec(self) -> "Parts":
         """An SAE whose encoder does not subtract ``b_dec``, as one whose does: ``b_enc`` takes up the difference."""
         shift = self.b_dec.double() @ self.W_enc.double()
-        return self._replace(b_enc=(self.b_enc.double() + shift).float())
+        return self._replace(b_enc=(self.b_enc.double() + shift).to(self.b_enc))
+
+    def ungated(self) -> "Parts":
+        """A gated SAE, whose gates have the bias ``threshold``, as the JumpReLU SAE that it is (arXiv 2404.16014).
+
+        ``1[p + b_gate > 0] relu(e^r p + b_mag)`` is ``q · 1[q > max(0, b_mag - e^r b_gate)]`` of ``q = e^r p + b_mag``.
+        """
+        b_gate, gain = self.threshold, torch.as_tensor(self.r_mag).exp()
+        return self._replace(W_enc=self.W_enc * gain, threshold=self.b_enc - gain * torch.as_tensor(b_gate), r_mag=None)
 
 
 class Layout(NamedTuple):
     """How an architecture of another library is read; a table of them is most of a format."""
 
     becomes: str  # the class of hedgelab that computes the same
-    tensors: tuple[str, ...]  # in the order of Parts; those of linear layers (.weight) are turned
+    tensors: tuple[str | None, ...]  # in the order of Parts; those of linear layers (.weight) are turned
     rewrite: Callable[[Parts], Parts] = lambda parts: parts  # makes hedgelab's function of them
 
     def read(self, tensors: Mapping[str, Tensor], where: object) -> Parts:
         """The weights, if they are there, are finite and fit each other, and there are no others."""
-        if tensors.keys() != set(self.tensors):
+        names = [name for name in self.tensors if name is not None]
+        if tensors.keys() != set(names):
             held = ", ".join(sorted(tensors)) or "nothing"
-            raise UserError(f"{where}: holds {held}; expected {', '.join(self.tensors)}")
-        taken = ((name, tensors[name]) for name in self.tensors)
-        parts = Parts(*(one.t() if name.endswith(".weight") and one.dim() == 2 else one for name, one in taken))
+            raise UserError(f"{where}: holds {held}; expected {', '.join(names)}")
+        dtype = tensors[names[0]].dtype
+        taken = {name: tensors[name].to(dtype) for name in names}
+        taken |= {name: one.t() for name, one in taken.items() if name.endswith(".weight") and one.dim() == 2}
+        parts = Parts(*(None if name is None else taken[name] for name in self.tensors))  # type: ignore[arg-type]
         if parts.W_enc.dim() != 2 or 0 in parts.W_enc.shape:
             raise UserError(f"{where}: W_enc: expected a matrix [d_in, d_sae], got {list(parts.W_enc.shape)}")
         d_in, d_sae = parts.W_enc.shape
-        expected = ([d_in, d_sae], [d_sae], [d_sae, d_in], [d_in], [d_sae] if self.becomes == "JumpReLUSAE" else [])
+        d_out = [d_in] if self.becomes != "InferenceSAE" else list(parts.W_dec.shape[1:2]) or [d_in]
+        per_latent = [d_sae] if self.becomes in ("JumpReLUSAE", "InferenceSAE") else []
+        expected = ([d_in, d_sae], [d_sae], [d_sae, *d_out], d_out, per_latent, [d_sae], [*d_out, d_in])
         for name, value, shape in zip(Parts._fields, parts, expected, strict=True):
             if value is not None and list(value.shape) != shape:
                 raise UserError(f"{where}: {name}: expected {shape}, got {list(value.shape)}")
@@ -88,17 +103,16 @@ def assemble(config: Mapping[str, Any], parts: Parts, where: object) -> SAE:
     d_in, d_sae = parts.W_enc.shape
     width = {"inner": {**config["inner"], "d_sae": d_sae}} if "inner" in config else {"d_sae": d_sae}
     try:
-        sae = SAE.from_config({**config, "d_in": d_in, **width})
+        sae = SAE.from_config({**config, "d_in": d_in, **width}).to(parts.W_enc.dtype)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    flat: Any = flat_part(sae)
+    flat: Any = sae if isinstance(sae, InferenceSAE) else flat_part(sae)
     with torch.no_grad():
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            getattr(flat, name).copy_(getattr(parts, name))
-        if parts.threshold is not None and hasattr(flat, "theta"):
-            flat.theta.copy_(parts.threshold.clamp_min(0))  # 0 is a ReLU, and so is less
-        elif parts.threshold is not None:
-            flat.threshold.copy_(parts.threshold)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip"):
+            if (value := getattr(parts, name)) is not None:
+                getattr(flat, name).copy_(value)
+        if parts.threshold is not None:  # 0 is a ReLU, and so is less
+            (flat.theta if hasattr(flat, "theta") else flat.threshold).copy_(parts.threshold.clamp_min(0))
     sae.initialized = True
     return sae
 
@@ -116,18 +130,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def understood(config: Mapping[str, Any], key: str, path: Path, *known: Any) -> Any:
+def understood(config: Mapping[str, Any], key: str, where: object, *known: Any) -> Any:
     """The value of a key, the first of those that hedgelab knows where there is none; others are refused."""
     found = config.get(key)
     if found is None:
         return known[0]
     if not any(type(found) is type(one) and found == one for one in known):
-        raise UserError(f"{path}: {key}: hedgelab reads {', '.join(map(json.dumps, known))}, got {json.dumps(found)}")
+        raise UserError(f"{where}: {key}: hedgelab reads {', '.join(map(json.dumps, known))}, got {json.dumps(found)}")
     return found
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a ``.pt`` pickle, opened without running anything; floating ones in float32."""
+    """The tensors of a safetensors file or a ``.pt`` pickle, opened without running anything; see :func:`widened`."""
     if not path.is_file():
         raise UserError(f"{path.parent}: holds no {path.name}")
     is_pickle = path.suffix == ".pt"
@@ -138,7 +152,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: {what} ({one_line(str(error).partition('.')[0]) or type(error).__name__})") from error
     if not isinstance(found, dict) or not all(isinstance(k, str) and type(v) is Tensor for k, v in found.items()):
         raise UserError(f"{path}: refused: expected tensors by name and nothing else")
-    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+    return widened(found)
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU; floating ones in float32, which holds all narrower numbers as they are, or in float64."""
+    found = {name: one.detach().cpu() for name, one in tensors.items()}
+    return {name: one.float() if one.is_floating_point() and one.itemsize < 8 else one for name, one in found.items()}
 
 
 def source_of(model: object, hook: object, unknown: Mapping[str, str], **known: Any) -> ActivationSource:

@@ -201,6 +201,10 @@ class Codes:
             parts.append(replace(self, values=self.values[low:high], layout=layout, rates=None, leading=None))
         return parts
 
+    def on_raw(self) -> "Codes":
+        """Codes in units of the activations, of which decoder rows add up to reconstructions: these, unless said otherwise."""
+        return self
+
     def detach(self) -> Self:
         """The same codes without a gradient."""
         return self.with_values(self.values.detach())

@@ -113,8 +113,10 @@ def _run(sae: Any, x: Tensor) -> tuple[Tensor, Codes]:
     for name in ("encode", "decode", "W_dec"):
         if not hasattr(sae, name):
             raise UserError(f"sae: {type(sae).__name__} has no {name}; an SAE needs encode, decode and W_dec")
+    if not getattr(sae, "reconstructs", True):
+        raise UserError("sae: a transcoder writes what another hook gives, and does not reconstruct x; give an SAE")
     if x.shape[-1] != sae.W_dec.shape[1]:
         raise UserError(f"x: expected activations of width {sae.W_dec.shape[1]} (W_dec's), got {list(x.shape)}")
     with torch.no_grad():
         latents = sae.encode(x)
-        return sae.decode(latents), as_codes(latents)
+        return sae.decode(latents), as_codes(latents).on_raw()

@@ -6,6 +6,7 @@ from hedgelab.saes.base import FoldedWeights as FoldedWeights
 from hedgelab.saes.base import fold as fold
 from hedgelab.saes.batch_topk import BatchTopKSAE as BatchTopKSAE
 from hedgelab.saes.flat import FlatSAE as FlatSAE
+from hedgelab.saes.inference import InferenceSAE as InferenceSAE
 from hedgelab.saes.initialization import Initialization as Initialization
 from hedgelab.saes.io import load_sae as load_sae
 from hedgelab.saes.io import sae_from_checkpoint as sae_from_checkpoint

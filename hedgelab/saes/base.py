@@ -71,6 +71,8 @@ class SAE(TrainingShell, ABC):
     lr_scheduler: SchedulerFactory | None  # makes the schedule, stepped once an optimiser step
     gradient_clip_norm: float | None  # largest norm of the gradient
     steps_done: int = 0  # optimiser steps taken so far; warm-ups read it
+    trainable: ClassVar[bool] = True  # and not only measured
+    reconstructs: bool = True  # what it reads; a transcoder writes something else
     initialized: bool = False  # whether the weights come from data or from training, so that a fit goes on from them
 
     not_architecture: ClassVar[frozenset[str]] = frozenset({"init", "optimizer", "lr_scheduler", "gradient_clip_norm"})

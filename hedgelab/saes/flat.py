@@ -165,6 +165,8 @@ class FlatSAE(SAE):
         """
         if (folder := self.init.weights) is not None:
             other = load_sae(folder)
+            if not other.trainable:
+                raise UserError(f"model.init.weights: {folder}: {type(other).__name__} cannot be trained on")
             if (other.d_in, other.d_sae) != (self.d_in, self.d_sae):
                 widths = f"d_in {other.d_in} and d_sae {other.d_sae}"
                 raise UserError(f"model.init.weights: {folder} has {widths}, the config {self.d_in} and {self.d_sae}")

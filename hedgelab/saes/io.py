@@ -36,7 +36,7 @@ def load_sae(folder: str | Path, cls: type[SAE] | None = None) -> SAE:
     if (W_dec := decoder_weights(tensors)) is None:
         raise UserError(f"{folder / WEIGHTS}: holds no W_dec; expected the weights of an SAE")
     inner = config["inner"] if isinstance(config.get("inner"), dict) else config
-    said, found = (inner.get("d_sae"), config.get("d_in")), tuple(W_dec.shape)
+    said, found = (inner.get("d_sae"), config.get("d_out") or config.get("d_in")), tuple(W_dec.shape)
     if len(found) != 2 or any(a not in (None, b) for a, b in zip(said, found, strict=True)):
         # before anything of that size is made
         raise UserError(f"{folder / CONFIG}: d_sae and d_in are {said}, but W_dec in {WEIGHTS} is {found}")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from hedgelab.errors import positive, whole_number
+from hedgelab.errors import UserError, positive, whole_number
 from hedgelab.saes.base import SAE
 from hedgelab.saes.flat import FlatSAE
 from hedgelab.saes.initialization import random_directions
@@ -15,7 +15,8 @@ from hedgelab.seeding import generator
 def flat_part(sae: SAE) -> FlatSAE:
     """The SAE that holds the weights: a matryoshka's inner one, else the SAE itself."""
     flat = sae.inner if isinstance(sae, MatryoshkaSAE) else sae
-    assert isinstance(flat, FlatSAE)
+    if not isinstance(flat, FlatSAE):
+        raise UserError(f"{type(flat).__name__}: is no SAE that hedgelab widens or exports; measure it")
     return flat
 
 

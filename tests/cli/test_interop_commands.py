@@ -9,7 +9,7 @@ import yaml
 from hedgelab.cli import main
 from hedgelab.data.source import ActivationSource
 from hedgelab.interop.saelens import export_saelens, import_saelens
-from hedgelab.saes import TopKSAE, load_sae, save_sae
+from hedgelab.saes import InferenceSAE, TopKSAE, load_sae, save_sae
 from hedgelab.saes.io import same_weights
 
 
@@ -109,3 +109,42 @@ def test_fetch_takes_a_folder_of_a_repository(folder, hub, tmp_path):
     assert asked.args == ("you/yours",)
     assert asked.kwargs["allow_patterns"][0] == "layer_5/width_3/*.json"
     assert same_weights(load_sae("in"), load_sae(folder))
+
+
+MEASURED_ONLY = {
+    "normalised": lambda: InferenceSAE(6, 3, normalize_activations="layer_norm"),
+    "transcoder": lambda: InferenceSAE(6, 3, d_out=4, skip=True),
+}
+
+
+@pytest.fixture(params=MEASURED_ONLY)
+def measured_only(request, config, tmp_path):
+    """What kind of SAE that cannot be trained is in the folder ``kept``."""
+    sae = MEASURED_ONLY[request.param]()
+    for value in sae.state_dict().values():
+        value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(len(value))).abs())
+    save_sae(sae, tmp_path / "kept")
+    return request.param
+
+
+def test_what_cannot_be_trained_says_so_in_one_line(measured_only, capsys):
+    fit = ["fit", "--config", "tiny.yaml", "--trainer.logger", "false"]
+    own = ["--model", "InferenceSAE", "--model.d_sae", "3"]
+    for words, reason in (
+        ([*fit, "--model.init_args.init.weights", "kept"], "kept: InferenceSAE cannot be trained on"),
+        ([*fit, *own], "InferenceSAE: is for inference and measuring, and cannot be trained"),
+        (["export", "kept", "--to", "out"], "InferenceSAE: is no SAE that hedgelab widens or exports"),
+    ):
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert reason in told
+        assert told.count("\n") == 1
+
+
+def test_what_can_be_measured_is(measured_only, capsys):
+    toy = ["--data.class_path=ToyDataModule", "--data.firing.class_path=IndependentFiring", "--data.d_in=6"]
+    toy += ["--data.firing.init_args.probabilities=[0.1, 0.2]", "--rows=64"]
+    assert main(["evaluate", "kept", *toy]) == 0
+    printed = capsys.readouterr().out
+    assert "density/l0" in printed
+    assert ("density/explained_variance" in printed) == (measured_only == "normalised")

@@ -13,11 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def answer(job, encode, decode):
-    x = load_file(job["x"])["x"]
+def answer(job, encode, decode, **others):
+    x = inputs(job)
     with torch.no_grad():
         acts = encode(x)
-        save_file({"acts": acts.contiguous(), "x_hat": decode(acts).contiguous()}, job["answer"])
+        found = {"acts": acts, "x_hat": decode(acts).reshape(len(x), -1)}
+        found |= {name: forward(x) for name, forward in others.items()}
+        save_file({name: value.contiguous() for name, value in found.items()}, job["answer"])
+
+
+def inputs(job):
+    """Activations; those of attention heads as TransformerLens has them, ``[batch, heads, d_head]``."""
+    x = load_file(job["x"])["x"]
+    return x.unflatten(1, (job["heads"], -1)) if "heads" in job else x
 
 
 def load_saelens(job):
@@ -30,7 +38,18 @@ def load_saelens(job):
     Path(job["answer"]).with_suffix(".json").write_text(json.dumps(told))
 
 
+def list_saelens(job):
+    """What SAELens's registry has."""
+    import sae_lens.registry as registry
+
+    found = {"inference": sorted(registry.SAE_CLASS_REGISTRY), "training": sorted(registry.SAE_TRAINING_CLASS_REGISTRY)}
+    Path(job["answer"]).with_suffix(".json").write_text(json.dumps(found))
+    save_file({"count": torch.tensor(sum(map(len, found.values())))}, job["answer"])
+
+
 def make_saelens(job):
+    """A random SAE, saved, and what hedgelab makes of the object itself if this interpreter finds what hedgelab needs."""
+    from sae_lens import SAE
     from sae_lens.registry import get_sae_class, get_sae_training_class
 
     getter = get_sae_training_class if job["training"] else get_sae_class
@@ -43,12 +62,60 @@ def make_saelens(job):
 
         ActivationScaler(job["scaling_factor"]).save(job["folder"] + "/activation_scaler.json")
         sae.fold_activation_norm_scaling_factor(job["scaling_factor"])
+    ours = from_object(sae, job)
+    if job.get("refused"):
+        save_file({"nothing": torch.zeros(1)}, job["answer"])
+        return
     if job["training"]:  # what inference makes of it
         sae.save_inference_model(job["folder"] + "_inference")
-        from sae_lens import SAE
-
         sae = SAE.load_from_disk(job["folder"] + "_inference")
-    answer(job, sae.encode, sae.decode)
+    if sae.dtype == torch.bfloat16:
+        sae = sae.to(torch.float32)  # its numbers, computed with as hedgelab does
+    answer(job, sae.encode, sae.decode, forward=lambda x: sae(x).reshape(len(x), -1), **ours)
+
+
+def from_object(sae, job):
+    """Activations, reconstructions and the outputs of ``hedgelab.from_saelens(sae)``; the line where it refuses."""
+    sys.path += [place for place in job["hedgelab"] if place not in sys.path]
+    try:
+        from hedgelab import UserError, from_saelens
+    except ImportError:
+        return {}
+    sae.use_error_term = not job["training"] and "transcoder" not in job["architecture"] and "heads" not in job
+    try:
+        theirs, source = from_saelens(sae)
+    except UserError as refused:
+        Path(job["answer"]).with_suffix(".json").write_text(json.dumps({"refused": str(refused)}))
+        return {}
+    finally:
+        sae.use_error_term = False
+    Path(job["answer"]).with_suffix(".json").write_text(json.dumps({"hook": source.hook, "layer": source.layer}))
+    x = load_file(job["x"])["x"]
+    codes = theirs.encode(x)
+    return {
+        "our_acts": lambda _: codes.to_dense(),
+        "our_x_hat": lambda _: theirs.decode(codes),
+        "our_forward": lambda _: theirs(x),
+    }
+
+
+def import_release(job):
+    """``saelens:user/repository/ID`` by the real ``SAE.from_pretrained``, whose downloads lie beside the job's folder."""
+    sys.path += [place for place in job["hedgelab"] if place not in sys.path]
+    from huggingface_hub.utils import LocalEntryNotFoundError
+    from sae_lens.loading import pretrained_sae_loaders
+
+    from hedgelab.interop.saelens import import_pretrained
+
+    def download(repo_id, filename, **options):
+        path = Path(job["folder"]).parent / filename
+        if not path.exists():
+            raise LocalEntryNotFoundError(filename)
+        return str(path)
+
+    pretrained_sae_loaders.hf_hub_download = download
+    sae, _ = import_pretrained(f"user/repository/{job['id']}")
+    answer(job, lambda x: sae.encode(x).to_dense(), sae.decode)
 
 
 def make_sparsify(job):

@@ -120,10 +120,6 @@ def test_dictionary_learning_submodules(trainer, buffer, layer, reason, tmp_path
     [
         ({"normalize_activations": True}, "normalize_activations: True needs the factor"),
         ({"normalize_activations": "expected_average_only_in"}, "put activation_scaler.json"),
-        (
-            {"normalize_activations": "layer_norm"},
-            'normalize_activations: hedgelab reads "none", "expected_average_only_in"',
-        ),
         ({"normalize_activations": "something"}, 'normalize_activations: hedgelab reads "none"'),
         ({"activation_fn_str": "tanh-relu"}, 'activation_fn_str: hedgelab reads "relu", "topk", got "tanh-relu"'),
         ({"activation_fn": "topk"}, "k: expected a whole number of at least 1, got None"),
@@ -138,10 +134,6 @@ def test_dictionary_learning_submodules(trainer, buffer, layer, reason, tmp_path
         ({"architecture": ["standard"]}, "architecture: hedgelab reads"),
         ({"reshape_activations": "heads"}, 'reshape_activations: hedgelab reads "none", "hook_z", got "heads"'),
         ({"apply_b_dec_to_input": "false"}, 'apply_b_dec_to_input: hedgelab reads true, false, got "false"'),
-        (
-            {"finetuning_scaling_factor": True},
-            "finetuning_scaling_factor: hedgelab's SAEs have no tuned factor",
-        ),
         ({"metadata": {**METADATA, "seqpos_slice": 5}}, r"seqpos_slice: expected a list such as [1, null], got 5"),
         ({"metadata": {**METADATA, "seqpos_slice": {}}}, r"seqpos_slice: expected a list such as [1, null], got {}"),
     ],

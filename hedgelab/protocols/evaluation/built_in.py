@@ -53,7 +53,7 @@ class DensitySuite(Suite):
     """
 
     name = "density"
-    reads_language_model = False
+    reads_language_model = reconstructs = False
     titles: ClassVar[Mapping[str, str]] = {
         "density/explained_variance": "explained variance ↑",
         "density/dead_fraction": "dead latents ↓",
@@ -69,17 +69,18 @@ class DensitySuite(Suite):
         for name, sae in saes.items():
             codes = encode_rows(sae, x)
             rates = codes.firing_counts().double() / len(x)
-            x_hat = sae.decode(sae.encode(x.to(sae.W_dec.device))).cpu()
             counts, edges, _ = density_histogram(rates)
             live = rates[rates > 0]
             metrics = {
                 "density/l0": float(rates.sum()),
-                "density/explained_variance": float(explained_variance(x, x_hat)),
                 "density/dead_fraction": float((rates == 0).double().mean()),
                 "density/dense_fraction": float((rates >= OFTEN).double().mean()),
                 "density/rare_fraction": float(((rates > 0) & (rates < SELDOM)).double().mean()),
                 "density/median_rate": float(live.median()) if len(live) else 0.0,
             }
+            if sae.reconstructs:
+                x_hat = sae.decode(sae.encode(x.to(sae.W_dec.device))).cpu()
+                metrics["density/explained_variance"] = float(explained_variance(x, x_hat))
             latents = {"latent": range(sae.d_sae), "firing_rate": rates, "mean_magnitude": firing_magnitudes(codes)}
             histogram = {"log10_rate_from": edges[:-1], "log10_rate_to": edges[1:], "latents": counts}
             tables = {"density/histogram.csv": rows_of(histogram), "density/latents.csv": rows_of(latents)}
@@ -94,7 +95,7 @@ class GeometrySuite(Suite):
     """
 
     name = "geometry"
-    reads_language_model = False
+    reads_language_model = reconstructs = False
     titles: ClassVar[Mapping[str, str]] = {"geometry/mean_max_cosine": "mean largest cosine ↓"}
 
     def __init__(self, rows: int = 8192) -> None:
@@ -107,16 +108,17 @@ class GeometrySuite(Suite):
             live = encode_rows(sae, x).fired()
             W_dec, b_dec = sae.W_dec.detach().cpu(), sae.b_dec.detach().cpu()
             geometry = decoder_geometry(W_dec, live)
-            W_enc, W_dec = (normalize(weight.detach().float(), dim=1) for weight in (sae.W_enc.T, sae.W_dec))
-            tied = (W_enc * W_dec).sum(1).cpu()[live]
             count = int(live.sum())
             metrics = {
                 "geometry/mean_max_cosine": float(geometry.largest.double().mean()) if count else 0.0,
                 "geometry/mean_absolute_cosine": float(geometry.mean_absolute),
-                "geometry/nth_projection": nth_projection(x, W_dec, b_dec),
                 "geometry/near_duplicates": float(geometry.near_duplicates) / max(1, count),
-                "geometry/encoder_decoder_cosine": float(tied.double().mean()) if count else 0.0,
             }
+            if sae.reconstructs:
+                metrics["geometry/nth_projection"] = nth_projection(x, W_dec, b_dec)
+                read, written = (normalize(weight.detach().cpu().float(), dim=1) for weight in (sae.W_enc.T, W_dec))
+                tied = (read * written).sum(1)[live]
+                metrics["geometry/encoder_decoder_cosine"] = float(tied.double().mean()) if count else 0.0
             others = [other for key, other in saes.items() if key != name and alike(sae, other)]
             if others:
                 metrics["geometry/pw_mcc"] = float(torch.stack([between(sae, other) for other in others]).mean())
@@ -176,7 +178,7 @@ class ResidualSuite(Suite):
             measures = ResidualAndNulls(sae.W_dec)
             for rows in torch.split(x.to(sae.W_dec.device), _ROWS_OF_PROJECTIONS):
                 codes = sae.encode(rows)
-                measures.update(rows, codes, sae.decode(codes))
+                measures.update(rows, codes.on_raw(), sae.decode(codes))
             found = measures.compute()
             metrics = {f"residual/{key}": score.hedging for key, score in found.items() if key != "residual"}
             metrics |= {"residual/hedging": found["residual"].hedging, "residual/std": found["residual"].std}
@@ -282,6 +284,7 @@ class ProbingSuite(Suite):
     """
 
     name = "probing"
+    reconstructs = False
     needs = "words"
     titles: ClassVar[Mapping[str, str]] = {f"probing/f1_k{k}": f"probing F1, k = {k} ↑" for k in (1, 5, 10)}
 

@@ -192,7 +192,8 @@ class Evaluate(Study):
         except UserError as error:
             walk = Walk({"data": tree}, {"data": Parameter(ActivationDataModule)})
             raise UserError(walk.first or str(error)) from error
-        suites, left_out = choose(self.suites, self.wanted, data)
+        reconstruct = all(one.sae.reconstructs for one in subjects)
+        suites, left_out = choose(self.suites, self.wanted, data, reconstruct)
         for name, reason in left_out.items():
             say(f"{name}: left out; {reason}")
         for subject in subjects:

@@ -55,6 +55,7 @@ class Suite(ABC):
     name: ClassVar[str]  # its scores are called <name>/...
     titles: ClassVar[Mapping[str, str]] = {}  # the scores that are drawn side by side, and how; empty draws all
     reads_language_model: ClassVar[bool] = True  # whether it needs activations of a language model
+    reconstructs: ClassVar[bool] = True  # whether it compares with what was read, which transcoders do not reconstruct
     needs: ClassVar[str] = ""  # the argument that names its labelled text, without which it cannot run
     withdrawn: ClassVar[str] = ""  # why the field advises against it; it then runs where it is named alone
 
@@ -127,13 +128,18 @@ def names_of(suites: Sequence[Suite], wanted: Sequence[str]) -> list[str]:
 
 
 def choose(
-    suites: Sequence[Suite], wanted: Sequence[str], data: ActivationDataModule
+    suites: Sequence[Suite], wanted: Sequence[str], data: ActivationDataModule, reconstruct: bool = True
 ) -> tuple[list[Suite], dict[str, str]]:
-    """The suites to be run, and why others are left out; ``all`` are all that can be run and that the field stands by."""
+    """The suites to run, and why others are left out; ``all`` are all that can be run, and that the field stands by.
+
+    SAEs that do not ``reconstruct`` what they read are transcoders.
+    """
     names = names_of(suites, wanted)
     chosen, left_out = [], {}
     for suite in suites:
         reason = suite.lacks(data)
+        if suite.reconstructs and not reconstruct:
+            reason = "a transcoder reconstructs what another hook gives, and not what it reads"
         if suite.name in names:
             if reason is not None:
                 raise UserError(f"--suite {suite.name}: {reason}")
@@ -152,10 +158,9 @@ def class_path(cls: type) -> str:
 
 @torch.no_grad()
 def encode_rows(sae: SAE, x: Tensor) -> Codes:
-    """Latents of activations ``x [rows, d_in]`` as the SAE reads them, in sparse form, on the CPU."""
-    parts = [
-        [part.cpu() for part in sae.encode(rows.to(sae.W_dec.device)).csr()] for rows in torch.split(x, _ROWS_AT_ONCE)
-    ]
+    """Latents of activations ``x [rows, d_in]``, in units of these, in sparse form, on the CPU."""
+    found = (sae.encode(rows.to(sae.W_dec.device)).on_raw() for rows in torch.split(x, _ROWS_AT_ONCE))
+    parts = [[part.cpu() for part in codes.csr()] for codes in found]
     crows, latents, values = zip(*parts, strict=True)
     crow = pad(torch.cat([crow.diff() for crow in crows]).cumsum(0), (1, 0))
     return Codes.from_csr(crow, torch.cat(latents), torch.cat(values), sae.d_sae)
