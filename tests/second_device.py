@@ -25,9 +25,10 @@ from hedgelab.kernels.triton import products as on_cuda
 DEVICE, _META, _CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
 _MAY_MIX = ("aten.index.", "aten.index_put", "aten._index_put_impl_", "aten.copy_", "aten._to_copy", "aten.to.")
 _WAITS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _NARROWED = {
-    torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.mv, torch.einsum, torch.nn.functional.linear, torch.Tensor.matmul,
-    torch.Tensor.mm, torch.Tensor.mv, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.bmm,
+    torch.mm, torch.bmm, torch.addmm, torch.mv, torch.einsum, torch.nn.functional.linear, torch.Tensor.mm, torch.Tensor.mv,
+    torch.Tensor.bmm, *_MATMUL,
 }  # fmt: skip
 
 waits: list[str] = []
@@ -94,6 +95,8 @@ class _Python(TorchFunctionMode):
             return func(*args, **{**kwargs, "device": _CPU}).to(DEVICE)  # PyTorch would make it there, without numbers
         if func in _NARROWED and torch.is_autocast_enabled("cuda"):
             args, kwargs = tree_map(_narrowed, (args, kwargs))
+        if func in _MATMUL and args[0].ndim == 1 and args[1].ndim == 2:
+            func, args = torch.mv, (args[1].t(), args[0])  # PyTorch would change a wrapper's shape in place
         return func(*args, **kwargs)
 
 
@@ -164,7 +167,10 @@ def _on_numbers(function):
 
     def run(layout, *args, **kwargs):
         if isinstance(layout, Layout):
-            args, plain = (layout.crow, layout.latents, *args), lambda crow, latents: Layout(crow, latents, layout.d_sae)
+            args, plain = (
+                (layout.crow, layout.latents, *args),
+                lambda crow, latents: Layout(crow, latents, layout.d_sae),
+            )
         tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
         second = [isinstance(tensor, SecondDeviceTensor) for tensor in tensors]
         assert all(second) or not any(second), f"{function.__name__}: expected all tensors on one device"
@@ -200,7 +206,7 @@ def _run(func, args, kwargs):
     stays = bool(second) if target is None else target.type != "cpu"
     if name.startswith("aten.copy_"):
         stays = isinstance(args[0], SecondDeviceTensor)
-    if second and (not stays or _waits(func, args)):
+    if second and (not stays or _waits(func, args, kwargs)):
         _waited(name)
     plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
@@ -209,11 +215,12 @@ def _run(func, args, kwargs):
     return tree_map(_on_second, result) if stays else result
 
 
-def _waits(func, args):
+def _waits(func, args, kwargs):
     """Whether the host must know numbers of the device; of an index only where it is a mask."""
     if str(func).startswith("aten.index."):
         return any(index is not None and index.dtype == torch.bool for index in args[1])
-    return bool(_WAITS & set(func.tags))
+    told = "repeat_interleave" in str(func) and kwargs.get("output_size") is not None
+    return bool(_WAITS & set(func.tags)) and not told
 
 
 def _may_mix(name, args):
