@@ -1,4 +1,4 @@
-"""A GPU without one: tensors that say they are on ``cuda:0`` and compute with real numbers on the CPU, but never with the CPU's.
+"""A GPU without one: tensors that say they are on ``cuda:0`` and compute with real numbers on the CPU, never with the CPU's.
 
 To PyTorch they are on ``meta``, the one device besides the CPU that every build can differentiate on. What a GPU would wait for
 is counted, ``torch.autocast("cuda")`` narrows products as on a GPU, and Triton's products are those of the CPU.
@@ -123,7 +123,7 @@ def second_device():
         for name, value in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
-        stack.enter_context(mock.patch.object(sparse, "products_on", lambda tensor: _PRODUCTS))
+        stack.enter_context(mock.patch.object(sparse, "products_on", return_value=_PRODUCTS))
         stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", _submit))
         for name in ("causal_lm", "skeleton"):  # transformers uses the device meta itself
             stack.enter_context(mock.patch.object(ModelFiles, name, _without_modes(getattr(ModelFiles, name))))
@@ -200,6 +200,8 @@ def _run(func, args, kwargs):
     pointwise = torch.Tag.pointwise in func.tags
     strangers = [t for t in tensors if not isinstance(t, SecondDeviceTensor) and (t.ndim > 0 or not pointwise)]
     name = str(func)
+    if "_has_compatible_shallow_copy_type" in name:
+        return False
     if second and strangers and not _may_mix(name, args):
         raise RuntimeError(f"{func}: expected all tensors on one device, found {DEVICE} and cpu")
     target = next((value for value in values if isinstance(value, torch.device)), None)

@@ -14,7 +14,7 @@ import hedgelab.saes.mitigations as mitigation_package
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.interop.saelens import export_saelens
-from hedgelab.saes import AbsTopKSAE, FlatSAE, MatryoshkaSAE, TopKSAE, duplicate, fresh, load_sae, save_sae, widen
+from hedgelab.saes import AbsTopKSAE, FlatSAE, MatryoshkaSAE, duplicate, fresh, load_sae, save_sae, widen
 from hedgelab.saes.base import CLASSES
 from hedgelab.saes.described import init_arguments
 from hedgelab.saes.io import same_weights

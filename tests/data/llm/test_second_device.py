@@ -65,7 +65,12 @@ def test_planted_activations(make_data, gpu, events, directions):
     for device in ("cpu", "cuda"):
         base = make_data(device=device, batch_size=64, held_out=0.3)
         data = PlantedActivations(
-            base, events(**given), dose=0.5, firing=IndependentFiring([0.2] * 3), directions=directions(**DIRECTIONS.get(directions.__name__, {})), seed=0
+            base,
+            events(**given),
+            dose=0.5,
+            firing=IndependentFiring([0.2] * 3),
+            directions=directions(**DIRECTIONS.get(directions.__name__, {})),
+            seed=0,
         )
         data.setup("fit")
         made.append((data.batch("train", 1), data.feature_directions, data.null_directions, data.parents))
