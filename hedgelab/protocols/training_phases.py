@@ -29,6 +29,7 @@ from hedgelab.tracking import MemberRecord, MLflowTracker, RunRecord, StepProgre
 from hedgelab.tracking.params import searchable
 from hedgelab.tracking.runs import search_runs
 from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
+from hedgelab.training.flags import accelerator
 from hedgelab.training.guard import FiniteGuard
 
 _PATIENCE = 60.0
@@ -60,6 +61,7 @@ class PhaseTrainer(L.Trainer):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        kwargs["accelerator"] = accelerator(kwargs.get("accelerator", "auto"))
         self._remember(kwargs)
         super().__init__(**kwargs)
 

@@ -297,7 +297,7 @@ class Plant(Study):
         saving = RunCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=self.plant.checkpoint_steps)
         trainer = PhaseTrainer(
             max_steps=steps, logger=False, callbacks=[saving], devices=1, num_sanity_val_steps=0, use_distributed_sampler=False,
-            enable_model_summary=False, log_every_n_steps=max(1, min(100, steps // 4)), accelerator="auto",
+            enable_model_summary=False, log_every_n_steps=max(1, min(100, steps // 4)),
         )  # fmt: skip
         return PhaseRunner(trainer)
 
