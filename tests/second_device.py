@@ -233,7 +233,8 @@ def _may_mix(name, args):
 
 
 def _on_second(value):
-    return SecondDeviceTensor(value) if isinstance(value, torch.Tensor) else value
+    with torch.inference_mode(False):  # PyTorch counts the versions of what is a view of other tensors
+        return SecondDeviceTensor(value) if isinstance(value, torch.Tensor) else value
 
 
 def _plain(value):

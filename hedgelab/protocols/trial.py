@@ -166,7 +166,9 @@ class Trial(Study):
         of_member = torch.tensor([list(toys).index(toy) for toy, _ in places])
         steps = range(options.steps + options.continued_steps)
         # Training batches of all toys, [toys, steps, batch, d_in]: every ensemble sees the same.
-        stream = torch.stack([torch.stack([toy.batch("train", step).x.cpu() for step in steps]) for toy in toys.values()])
+        stream = torch.stack(
+            [torch.stack([toy.batch("train", step).x.cpu() for step in steps]) for toy in toys.values()]
+        )
 
         def train(saes: Sequence[SAE], x: Tensor, decays: bool) -> list[SAE]:
             schedule = partial(PolynomialLR, total_iters=options.continued_steps) if decays else None

@@ -396,7 +396,7 @@ ROWS = [
     ("`precision: bf16-mixed`", "as documented", precision("bf16-mixed", torch.float32)),
     ("`precision: 16-mixed`", "as documented (a GPU's; a CPU takes bf16-mixed); gradients are unscaled, then clipped",
      precision("16-mixed", torch.float32)),
-    ("`precision: bf16-true`, `16-true`", "refused: Adam's steps are rounded away; `bf16-mixed` keeps weights in single precision",
+    ("`precision: bf16-true`, `16-true`", "refused: Adam's steps are rounded away; use `bf16-mixed`",
      refused("use bf16-mixed", precision="bf16-true")),
     ("`detect_anomaly`", "as documented", anomalies_are_found),
     ("`deterministic`", "as documented; the numbers are the same without", deterministic),

@@ -7,9 +7,14 @@ import torch
 
 from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.data.llm.hook import SplicedModel
+from hedgelab.data.llm.labelled import ClassifiedTexts, LabelledWords, Property, TaggedWords
 from hedgelab.data.planting import Directions, Events, PlantedActivations
 from hedgelab.data.toy import IndependentFiring
-from hedgelab.saes import TopKSAE
+from hedgelab.errors import UserError
+from hedgelab.protocols.evaluation import Readings, suite_classes
+from hedgelab.saes import TopKSAE, duplicate
+
+from .test_evaluation_suites import labelled  # noqa: F401 (a fixture)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +87,50 @@ def test_planted_activations(make_data, gpu, events, directions):
     torch.testing.assert_close(there.features.cpu(), here.features)
     for one, other in zip(known_there, known, strict=True):
         torch.testing.assert_close(one.cpu(), other)
+
+
+class Letters:
+    """Words whose labels every probe can learn."""
+
+    def load(self, tokenizer):
+        words = torch.arange(4, 24).repeat(6)
+        labels = torch.stack([words % 2 == 0, words % 2 == 1], dim=1)
+        return LabelledWords(torch.tensor([5, 9, 7]), words, labels, torch.arange(120) % 3 == 0, ["a", "b"])
+
+
+def suite_arguments(name, folder):
+    """What a suite is made with: small, and texts of its own where it needs some."""
+    text, tags = str(folder / "text.jsonl"), str(folder / "tags.jsonl")
+    kind, who = Property({"a": ["a"], "b": ["b"]}, "kind"), Property({"58": ["w58"], "59": ["w59"]})
+    return {
+        "density": [100], "geometry": [100], "loss_recovered": [4], "absorption": [Letters()],
+        "probing": [TaggedWords(text, tags, {"EVEN": ["even"]}, contexts=20, context_length=16), [1]],
+        "tpp": [ClassifiedTexts(text, kind, per_class=20, length=12), [2]],
+        "scr": [ClassifiedTexts(text, kind, who, per_class=20, length=12), [2]],
+    }[name]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", suite_classes())
+def test_evaluation_suites(make_data, gpu, labelled, name):  # noqa: F811
+    torch.manual_seed(0)
+    sae, found = TopKSAE(32, 48, 6), []
+    for device in ("cpu", "cuda"):
+        data = make_data(device=device, held_out=0.2)
+        (suite, readings) = suite_classes()[name](*suite_arguments(name, labelled)), Readings(data)
+        found.append(dict(suite.score({"one": duplicate(sae).to(device)}, readings))["one"].metrics)
+        data.teardown("fit")
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-4, nan_ok=True)
+
+
+def test_a_device_without_float64_is_refused(make_data, monkeypatch):
+    """As a Mac's GPU is: activations are measured in it."""
+
+    def empty(*size, device=None, dtype=None, real=torch.empty, **options):
+        if device == "mps" and dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return real(*size, device="cpu" if device == "mps" else device, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(UserError, match=r"data\.device: 'mps' is not to be had here; expected auto, cpu or cuda"):
+        make_data(device="mps")
