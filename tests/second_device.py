@@ -66,6 +66,9 @@ class SecondDeviceTensor(torch.Tensor):
     def __deepcopy__(self, memo):
         return SecondDeviceTensor(self.inner.clone()).requires_grad_(self.requires_grad)
 
+    def __reduce_ex__(self, protocol):
+        return self.inner.__reduce_ex__(protocol)
+
     def __repr__(self):
         return f"SecondDeviceTensor({self.inner})"
 
