@@ -7,6 +7,7 @@ the shares in turn, so that a dozen runs in a row run all of them. ``HEDGELAB_SK
 """
 
 import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -60,3 +61,15 @@ def restored_default_dtype():
     before = torch.get_default_dtype()
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def gpu():
+    """A GPU without one (``tests/second_device.py``), while the test runs."""
+    pytest.importorskip("triton", reason="the device's kernels are in it")
+    pytest.importorskip("transformers", reason="needs hedgelab[llm]")
+    sys.path.insert(0, str(Path(__file__).parent))
+    import second_device
+
+    with second_device.second_device():
+        yield second_device

@@ -148,7 +148,7 @@ def measured(sae: SAE, data: ActivationDataModule, n: int, batches: int) -> dict
     """
     explained, fired, projections = ExplainedVariance(sae.d_in), torch.zeros(sae.d_sae), 0.0
     for index in range(batches):
-        x = data.batch("val", index).x
+        x = data.batch("val", index).x.to(sae.W_dec.device)
         codes = sae.encode(x)
         fired += codes.firing_counts().cpu()
         explained.update(x, sae.decode(codes))
@@ -157,12 +157,12 @@ def measured(sae: SAE, data: ActivationDataModule, n: int, batches: int) -> dict
     found = {
         "l0": float(fired.sum()) / (batches * data.batch_size),
         "projection": projections / batches,
-        "cosine": float(decoder_geometry(sae.W_dec, live).mean_absolute),
+        "cosine": float(decoder_geometry(sae.W_dec.cpu(), live).mean_absolute),
         "explained_variance": float(explained.compute()),
         "dead_fraction": float((~live).double().mean()),
     }
     if (directions := data.feature_directions) is not None:
-        found["nearest_feature"] = float(decoder_cosines(sae.W_dec, directions).abs().amax(1)[live].mean())
+        found["nearest_feature"] = float(decoder_cosines(sae.W_dec.cpu(), directions.cpu()).abs().amax(1)[live].mean())
     return found
 
 
@@ -174,7 +174,7 @@ def true_l0(data: ActivationDataModule, d_sae: int, batches: int) -> float | Non
             return None
         examples += data.batch_size
         counts = features.firing_counts() if isinstance(features, Codes) else (features != 0).sum(0)
-        fired = fired + counts.double()
+        fired = fired + counts.double().cpu()
     return float(fired.sort(descending=True).values[:d_sae].sum()) / examples
 
 

@@ -29,6 +29,7 @@ from hedgelab.tracking import MemberRecord, MLflowTracker, RunRecord, StepProgre
 from hedgelab.tracking.params import searchable
 from hedgelab.tracking.runs import search_runs
 from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
+from hedgelab.training.flags import accelerator
 from hedgelab.training.guard import FiniteGuard
 
 _PATIENCE = 60.0
@@ -60,6 +61,7 @@ class PhaseTrainer(L.Trainer):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        kwargs["accelerator"] = accelerator(kwargs.get("accelerator", "auto"))
         self._remember(kwargs)
         super().__init__(**kwargs)
 
@@ -111,7 +113,7 @@ class PhaseRunner:
         saving = RunCheckpoint(save_last=True, save_top_k=0, every_n_train_steps=checkpoint_steps)
         trainer = PhaseTrainer(
             max_steps=steps, logger=False, callbacks=[saving], devices=1, num_sanity_val_steps=0, use_distributed_sampler=False,
-            enable_model_summary=False, log_every_n_steps=max(1, min(100, steps // 4)), accelerator="auto",
+            enable_model_summary=False, log_every_n_steps=max(1, min(100, steps // 4)),
         )  # fmt: skip
         return cls(trainer)
 

@@ -176,7 +176,9 @@ class Trial(Study):
         of_member = torch.tensor([list(toys).index(toy) for toy, _ in places])
         steps = range(options.steps + options.continued_steps)
         # Training batches of all toys, [toys, steps, batch, d_in]: every ensemble sees the same.
-        stream = torch.stack([torch.stack([toy.batch("train", step).x for step in steps]) for toy in toys.values()])
+        stream = torch.stack(
+            [torch.stack([toy.batch("train", step).x.cpu() for step in steps]) for toy in toys.values()]
+        )
 
         def train(saes: Sequence[SAE], x: Tensor, decays: bool) -> list[SAE]:
             schedule = partial(PolynomialLR, total_iters=options.continued_steps) if decays else None
@@ -189,7 +191,7 @@ class Trial(Study):
         for width, kind in product(options.widths, self.kinds):
             saes = [self.make_sae(kind, width, bench.seed + seed, toys) for _, seed in places]
             for sae, (toy, _) in zip(saes, places, strict=True):
-                sae.initialize(toys[toy].batch("train", 0), toys[toy].feature_directions)
+                sae.initialize(toys[toy].batch("train", 0).to("cpu"), toys[toy].feature_directions)
             controls = train(saes, stream[:, : options.steps], decays=False)
             wide = [
                 widen(sae, options.n_new, options.new_norm, seed)
@@ -213,7 +215,7 @@ def _score(data: ToyDataModule, control: SAE, extended: SAE, seed: int, batches:
     counts = FeatureRegression(width, len(directions))
     fired, fired_extended = torch.zeros(width), torch.zeros(extended.d_sae)
     for index in range(batches):
-        x, features, _ = data.batch("val", index)
+        x, features, _ = data.batch("val", index).to("cpu")
         codes = control.encode(x)
         for reading in (whole, halves[index % 2]):
             reading.update(x, codes)

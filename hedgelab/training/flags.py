@@ -13,6 +13,7 @@ from lightning.pytorch import callbacks as stock
 from hedgelab.errors import UserError
 from hedgelab.training.checkpoints import RunCheckpoint
 
+NARROW = ("bf16-true", "16-true")
 INSTEAD = {
     stock.StochasticWeightAveraging: "averages over epochs; use WeightAveraging or EMAWeightAveraging, which do over steps",
     stock.GradientAccumulationScheduler: "would change how many batches a step has; set data.batch_size",
@@ -31,7 +32,7 @@ def check_trainer(trainer: Any) -> None:
         f"gradient_clip_val: set model.gradient_clip_norm to {clip} instead: each SAE of a group clips its own": clip,
         f"accumulate_grad_batches: must be 1; make data.batch_size {accumulated} times as large": accumulated != 1,
         "check_val_every_n_epoch: must be 1, for a stream has one epoch; set val_check_interval in steps": too_rare,
-        "precision: Adam divides by numbers too small for 16-true; use bf16-true": trainer.precision == "16-true",
+        "precision: Adam's steps are rounded away in weights of 16 bits; use bf16-mixed": trainer.precision in NARROW,
     }
     for flag in ("limit_train_batches", "overfit_batches", "val_check_interval"):
         value = getattr(trainer, flag, None)  # an interval in time leaves no val_check_interval

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hedgelab.config.tree import load
+from hedgelab.data.llm import LLMDataModule
 from hedgelab.protocols.evaluation.suite import choose, make_suites, suite_classes
 from hedgelab.protocols.sweep.config import read_sweep
 
@@ -21,7 +22,9 @@ def suites(monkeypatch):
 
 def test_every_suite_has_its_text(suites):
     assert suites["probing"].words.text == "somewhere/brown_text.jsonl.gz"
-    assert choose(list(suites.values()), ["all"], language_model=True)[1] == {}
+    model = LLMDataModule("nothing is read yet")
+    assert set(choose(list(suites.values()), ["all"], model)[1]) == {"truth", "tpp", "scr"}
+    assert len(choose(list(suites.values()), ["tpp", "scr"], model)[0]) == 2
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def test_optimiser_clipping_start_and_activations_are_the_papers(file):
         assert arguments["init"] == {"decoder_norm": 1.4142 if l1 else 0.1, "b_dec": "geometric_median"}
         assert tree["data"]["init_args"]["max_norm_ratio"] is None
         assert tree["data"]["init_args"]["normalisation"] == "none"
+        assert tree["trainer"]["precision"] == "bf16-mixed"
         assert tree["trainer"]["max_steps"] == (122_071 if balance else 61_036)
 
 

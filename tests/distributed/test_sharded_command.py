@@ -85,12 +85,11 @@ def test_preempted_and_requeued(tmp_path):
     assert "val/mse" in run(tmp_path, f"--ckpt_path={file}", command="validate")
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_in_16_bits(precision, tmp_path):
+def test_in_16_bits(tmp_path):
     """As near to one process as sums of bfloat16 products are."""
-    words = ("--trainer.max_steps=20", f"--trainer.precision={precision}")
+    words = ("--trainer.max_steps=20", "--trainer.precision=bf16-mixed")
     run(tmp_path / "split", *words)
     run(tmp_path / "alone", *words, "--trainer.devices=1")
     split, alone = (last(tmp_path / name)["state_dict"] for name in ("split", "alone"))
-    assert split["W_dec"].dtype == (torch.float32 if precision == "bf16-mixed" else torch.bfloat16)
+    assert split["W_dec"].dtype == torch.float32
     assert torch.cosine_similarity(split["W_dec"].float(), alone["W_dec"].float()).min() > 0.999

@@ -2,10 +2,14 @@
 
 import types
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.trainer.connectors import accelerator_connector
 
 from hedgelab.errors import UserError
+from hedgelab.protocols.training_phases import PhaseTrainer
 from hedgelab.training import steps
 from hedgelab.training.flags import accelerator, check_device
 
@@ -58,8 +62,6 @@ def test_impossible_numbers_of_threads(many, wrong):
 
 
 def test_a_fit_takes_one_thread_for_a_toy_and_gives_the_others_back(many, tmp_path):
-    import lightning as L
-
     from hedgelab.data.toy import IndependentFiring, ToyDataModule
     from hedgelab.saes import TopKSAE
 
@@ -82,6 +84,11 @@ def test_a_fit_takes_one_thread_for_a_toy_and_gives_the_others_back(many, tmp_pa
 
 
 def test_auto_is_never_a_macs_gpu(monkeypatch):
+    """Neither in a config, nor where a study makes its trainers."""
+    asked = "_select_auto_accelerator"
+    monkeypatch.setattr(accelerator_connector, asked, lambda: pytest.fail("Lightning, which takes MPS, was asked"))
+    assert isinstance(PhaseTrainer(logger=False).accelerator, CPUAccelerator)
+    assert isinstance(PhaseTrainer(logger=False).another([], [], False).accelerator, CPUAccelerator)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert accelerator("auto") == "cpu"

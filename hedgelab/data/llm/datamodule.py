@@ -106,10 +106,10 @@ class LLMDataModule(NormalisedActivations):
         self.skip_first = whole_number("data.skip_first", skip_first, least=0)
         try:
             name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-            torch.empty(0, device=name)
+            torch.empty(0, dtype=torch.float64, device=name)  # which normalisation needs, and a Mac's GPU has not
             self.device = torch.device(name)
-        except (RuntimeError, AssertionError):
-            raise UserError(f"data.device: {device!r} is not to be had here; expected auto, cpu or a GPU") from None
+        except (RuntimeError, AssertionError, TypeError):
+            raise UserError(f"data.device: {device!r} is not to be had here; expected auto, cpu or cuda") from None
         if skip_first >= context_length:
             raise UserError(f"data.skip_first: must be from 0 to data.context_length - 1, got {skip_first}")
         if max_norm_ratio is not None and max_norm_ratio <= 1:

@@ -107,9 +107,9 @@ class PlantedActivations(ActivationDataModule):
 
     @cached_property
     def rows(self) -> Tensor:
-        """The first training activations of the base, on which norm and covariance are measured, ``[rows, d_in]``."""
+        """The first training activations of the base, whose norm and covariance are measured, on the CPU ``[rows, d_in]``."""
         count = -(-_MEASURED_ROWS // self.batch_size)
-        return torch.cat([self.base.batch("train", index).x for index in range(count)])
+        return torch.cat([self.base.batch("train", index).x.cpu() for index in range(count)])
 
     @cached_property
     def unit(self) -> float:

@@ -9,7 +9,7 @@ SAEs (Chanin, *Are SAE Benchmarks Reliable?*, arXiv 2605.18229). Use them for co
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ class PooledTexts(NamedTuple):
     x: Tensor  # as the SAE reads them, [texts, d_in]
     codes: Tensor  # [texts, d_sae]
     labels: Tensor  # bool, [texts, classes]
+
+
+P = TypeVar("P", PooledTexts, LinearProbe)
 
 
 class TPPScores(NamedTuple):
@@ -59,7 +62,7 @@ def targeted_probe_perturbation(
     Logged as:
         tpp/n*: TPP (higher): targeted probe perturbation: what ablating a class's latents does to it alone
     """
-    train, test, W_dec = _on_cpu(train), _on_cpu(test), W_dec.detach().cpu()
+    train, test, probe, W_dec = _on_cpu(train), _on_cpu(test), _on_cpu(probe), W_dec.detach().cpu()
     known_classes("targeted probe perturbation", train.labels, test.labels)
     effects = attribution(probe, train.codes, train.labels, W_dec, positive_only=True)
 
@@ -107,7 +110,12 @@ def spurious_correlation_removal(
     Logged as:
         scr/n*: SCR (higher): spurious correlation removal: share of the bias that ablating latents removes
     """
-    train, test, W_dec, (biased_probe, concepts) = _on_cpu(train), _on_cpu(test), W_dec.detach().cpu(), probes
+    train, test, W_dec, (biased_probe, concepts) = (
+        _on_cpu(train),
+        _on_cpu(test),
+        W_dec.detach().cpu(),
+        map(_on_cpu, probes),
+    )
     effects = attribution(concepts, train.codes, train.labels, W_dec, positive_only=False)
 
     def accuracies(probe: LinearProbe, x: Tensor) -> Tensor:  # on both concepts
@@ -124,8 +132,9 @@ def spurious_correlation_removal(
     return SCRScores(both[int(biased.argmin())], both, biased, clean)
 
 
-def _on_cpu(texts: PooledTexts) -> PooledTexts:
-    return PooledTexts(*(part.detach().cpu() for part in texts))
+def _on_cpu(parts: P) -> P:
+    """Texts or probes without a gradient on the CPU, where they are scored."""
+    return type(parts)(*(part.detach().cpu() for part in parts))
 
 
 def attribution(probe: LinearProbe, codes: Tensor, labels: Tensor, W_dec: Tensor, positive_only: bool) -> Tensor:

@@ -58,7 +58,7 @@ def measure(sae: SAE, data: PlantedActivations, batches: int, others: Others | N
     if control is not None and extended is not None:
         degree = HedgingDegree(control.W_dec, extended.W_dec)
     for index in range(batches):
-        x, features, _ = data.batch("val", index)
+        x, features, _ = data.batch("val", index).to(sae.W_dec.device)  # a language model's may be on a GPU
         codes = sae.encode(x)
         x_hat = sae.decode(codes)
         regression.update(codes, features)
@@ -93,7 +93,7 @@ def reconstruction(sae: SAE, data: ActivationDataModule, batches: int) -> dict[s
     """Explained variance and L0 on so many validation batches."""
     explained, sparsity = ExplainedVariance(sae.d_in), L0()
     for index in range(batches):
-        x = data.batch("val", index).x
+        x = data.batch("val", index).x.to(sae.W_dec.device)
         codes = sae.encode(x)
         explained.update(x, sae.decode(codes))
         sparsity.update(codes)

@@ -220,7 +220,7 @@ class Plant(Study):
         sae = self.runner(options.parent_steps).train([phase], PhaseData(base, 0, options.parent_steps))["parents"]
         firing = FiringDensity(sae.d_sae)
         for index in range(options.batches):
-            firing.update(sae.encode(base.batch("val", index).x))
+            firing.update(sae.encode(base.batch("val", index).x.to(sae.W_dec.device)))
         rates = firing.compute()
         fit = ((rates >= low) & (rates <= high)).nonzero().squeeze(1)
         if len(fit) < count:

@@ -1,86 +1,136 @@
 """Activations of a model on another device than the CPU: nothing of the two devices is ever mixed."""
 
-import sys
-from concurrent.futures import Future
-from pathlib import Path
+import inspect
 
 import pytest
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.data.llm.hook import SplicedModel
-from hedgelab.data.llm.model import ModelFiles
+from hedgelab.data.llm.labelled import ClassifiedTexts, LabelledWords, Property, TaggedWords
+from hedgelab.data.planting import Directions, Events, PlantedActivations
+from hedgelab.data.toy import IndependentFiring
+from hedgelab.errors import UserError
+from hedgelab.protocols.evaluation import Readings, suite_classes
+from hedgelab.saes import TopKSAE, duplicate
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from second_device import DEVICE, SecondDevice
-
-
-class Inline:
-    """Does at once, in the same thread, what a pool would do later: a dispatch mode belongs to a thread."""
-
-    def submit(self, work, *args):
-        done = Future()
-        done.set_result(work(*args))
-        return done
-
-    def map(self, work, *iterables):
-        return map(work, *iterables)
-
-    def shutdown(self, **options):
-        pass
-
-
-@pytest.fixture
-def second(monkeypatch):
-    """Data on the second device, and the same data on the CPU."""
-    monkeypatch.setattr("hedgelab.data.llm.datamodule.ThreadPoolExecutor", lambda *args: Inline())
-    monkeypatch.setattr("hedgelab.data.llm.stream._single_threaded_pool", lambda workers: Inline())
-
-    def without_modes(plain):
-        def run(*args):
-            with _disable_current_modes():
-                return plain(*args)
-
-        return run
-
-    for name in ("causal_lm", "skeleton"):  # transformers uses the device meta itself
-        monkeypatch.setattr(ModelFiles, name, without_modes(getattr(ModelFiles, name)))
-    with SecondDevice():
-        yield
+from .test_evaluation_suites import labelled  # noqa: F401 (a fixture)
 
 
 @pytest.mark.parametrize(
     "options", [{"normalisation": "unit_norm", "max_norm_ratio": 3.0}, {"normalisation": "centred"}]
 )
 @pytest.mark.parametrize("cached", [False, True])
-def test_batches(make_data, tmp_path, second, options, cached):
+def test_batches(make_data, tmp_path, gpu, options, cached):
     if cached:
         options = options | {"cache": str(tmp_path / "cache")}
-        write_cache(make_data(device="meta"), str(tmp_path / "cache"))
-    plain, other = make_data(**options), make_data(device="meta", **options)
+        write_cache(make_data(device="cuda"), str(tmp_path / "cache"))
+    plain, other = make_data(**options), make_data(device="cuda", **options)
     for stage, index in (("train", 3), ("train", 40), ("val", 1)):
         x = other.batch(stage, index).x
-        assert x.device == DEVICE
+        assert x.device == gpu.DEVICE
         torch.testing.assert_close(x.cpu(), plain.batch(stage, index).x)
     assert other.source().scale == pytest.approx(plain.source().scale)
     assert other.describe() == pytest.approx(plain.describe())
 
 
-def test_replacing_activations(make_data, second):
+def test_replacing_activations(make_data, gpu):
     data = make_data()
     tokens = data.contexts.tokens[:3]
     plain = SplicedModel(data.files.causal_lm(), data.hook_path)
-    other = SplicedModel(data.files.causal_lm().to(DEVICE), data.hook_path)
+    other = SplicedModel(data.files.causal_lm().to(gpu.DEVICE), data.hook_path)
     expected = plain.logits(tokens, lambda rows: rows * 2)
     logits = other.logits(tokens, lambda rows: rows * 2)
-    assert logits.device == DEVICE
+    assert logits.device == gpu.DEVICE
     torch.testing.assert_close(logits.cpu(), expected)
     torch.testing.assert_close(other.activations(tokens).cpu(), plain.activations(tokens))
 
 
-def test_devices_do_mix_where_nobody_looks(second):
-    """The second device is one: this is what a mistake looks like."""
-    with pytest.raises(RuntimeError, match="expected all tensors on one device"):
-        torch.ones(3, device=DEVICE) + torch.ones(3)
-    assert (torch.ones(3, device=DEVICE) + 1).sum().item() == 6
+def subclasses(cls):
+    """All of hedgelab's own, that can be made."""
+    found = [one for sub in cls.__subclasses__() for one in (sub, *subclasses(sub))]
+    return [one for one in found if one.__module__.startswith("hedgelab.") and not inspect.isabstract(one)]
+
+
+EVENTS = {
+    "LatentEvents": lambda d_in: {"sae": TopKSAE(d_in, 16, k=8), "latents": [1, 3]},
+    "TokenEvents": lambda d_in: {"patterns": [r"w1\d", "w2"]}, "PlantedParents": lambda d_in: {"rates": [0.3, 0.5]},
+}  # fmt: skip
+
+
+DIRECTIONS = {"PrincipalDirections": {"cosine": 0.5, "rank": 8}}
+
+
+@pytest.mark.parametrize("directions", subclasses(Directions), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("events", subclasses(Events), ids=lambda cls: cls.__name__)
+def test_planted_activations(make_data, gpu, events, directions):
+    torch.manual_seed(0)
+    given = EVENTS[events.__name__](32)
+    made = []
+    for device in ("cpu", "cuda"):
+        base = make_data(device=device, batch_size=64, held_out=0.3)
+        data = PlantedActivations(
+            base,
+            events(**given),
+            dose=0.5,
+            firing=IndependentFiring([0.2] * 3),
+            directions=directions(**DIRECTIONS.get(directions.__name__, {})),
+            seed=0,
+        )
+        data.setup("fit")
+        made.append((data.batch("train", 1), data.feature_directions, data.null_directions, data.parents))
+        data.teardown("fit")
+    (here, *known), (there, *known_there) = made
+    assert there.x.is_cuda
+    assert there.features.is_cuda
+    torch.testing.assert_close(there.x.cpu(), here.x)
+    torch.testing.assert_close(there.features.cpu(), here.features)
+    for one, other in zip(known_there, known, strict=True):
+        torch.testing.assert_close(one.cpu(), other)
+
+
+class Letters:
+    """Words whose labels every probe can learn."""
+
+    def load(self, tokenizer):
+        words = torch.arange(4, 24).repeat(6)
+        labels = torch.stack([words % 2 == 0, words % 2 == 1], dim=1)
+        return LabelledWords(torch.tensor([5, 9, 7]), words, labels, torch.arange(120) % 3 == 0, ["a", "b"])
+
+
+def suite_arguments(name, folder):
+    """What a suite is made with: small, and texts of its own where it needs some."""
+    text, tags = str(folder / "text.jsonl"), str(folder / "tags.jsonl")
+    kind, who = Property({"a": ["a"], "b": ["b"]}, "kind"), Property({"58": ["w58"], "59": ["w59"]})
+    return {
+        "density": [100], "geometry": [100], "loss_recovered": [4], "absorption": [Letters()],
+        "probing": [TaggedWords(text, tags, {"EVEN": ["even"]}, contexts=20, context_length=16), [1]],
+        "tpp": [ClassifiedTexts(text, kind, per_class=20, length=12), [2]],
+        "scr": [ClassifiedTexts(text, kind, who, per_class=20, length=12), [2]],
+    }[name]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", suite_classes())
+def test_evaluation_suites(make_data, gpu, labelled, name):  # noqa: F811
+    torch.manual_seed(0)
+    sae, found = TopKSAE(32, 48, 6), []
+    for device in ("cpu", "cuda"):
+        data = make_data(device=device, held_out=0.2)
+        (suite, readings) = suite_classes()[name](*suite_arguments(name, labelled)), Readings(data)
+        found.append(dict(suite.score({"one": duplicate(sae).to(device)}, readings))["one"].metrics)
+        data.teardown("fit")
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-4, nan_ok=True)
+
+
+def test_a_device_without_float64_is_refused(make_data, monkeypatch):
+    """As a Mac's GPU is: activations are measured in it."""
+
+    def empty(*size, device=None, dtype=None, real=torch.empty, **options):
+        if device == "mps" and dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return real(*size, device="cpu" if device == "mps" else device, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(UserError, match=r"data\.device: 'mps' is not to be had here; expected auto, cpu or cuda"):
+        make_data(device="mps")
