@@ -114,6 +114,22 @@ def test_noise_has_no_favourite_sign():
     assert min(values) < 0 < max(values)  # of either sign, not clipped
 
 
+def test_latents_beside_those_that_errors_go_with_do_not_hedge():
+    """Errors whose size goes with sixty latents' codes, as on language models, and twenty latents that have no part in it."""
+    values = []
+    for seed in range(8):
+        rng = torch.Generator().manual_seed(seed)
+        fires = torch.rand(3000, 80, generator=rng, dtype=torch.float64) < 0.1
+        codes = fires * (0.5 + torch.rand(3000, 80, generator=rng, dtype=torch.float64))
+        size = 0.2 + codes[:, :60].sum(1, keepdim=True)
+        error = torch.randn(3000, 96, generator=rng, dtype=torch.float64) * size
+        error[:, :80] = 0  # off the decoder's span
+        x = torch.nn.functional.pad(codes, (0, 16)) + error
+        values.append(residual_hedging(x, error, codes, torch.eye(96).double()[:80]).latents[60:])
+    of_seed = torch.stack(values).mean(1)
+    assert abs(float(of_seed.mean())) < 2.5 * float(of_seed.std()) / math.sqrt(len(values))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [2048, 6000])
 @pytest.mark.parametrize("name", NULLS)
