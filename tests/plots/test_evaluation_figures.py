@@ -65,6 +65,18 @@ def test_the_axis_is_the_number_in_which_runs_differ():
     assert lines == {"topk1": "topk", "topk2": "topk", "relu1": "relu", "relu2": "relu"}
 
 
+def test_a_comparison_says_from_which_difference_on_it_is_to_be_believed():
+    results = {name: {"probing/f1_k1": 0.5, "probing/f1_k1_noise": 0.01, "absorption/full": 0.1} for name in PARAMS}
+    rows = rows_of(results, PARAMS)
+    lines = [line.split() for line in means(rows)]
+    assert lines[0][-2:] == ["reliable", "from"]
+    (probing,) = [line for line in lines if line[0] == "probing/f1_k1"]
+    assert float(probing[-1]) == pytest.approx(1.96 * 2**0.5 * 0.01, rel=0.02)
+    assert not any(line[0].endswith("_noise") for line in lines)
+    assert "probing F1, k = 1 ↑" in texts(figure(rows, "T"))
+    assert not any("noise" in text for text in texts(figure(rows, "T")))
+
+
 def test_scores_are_averaged_over_seeds():
     results = {
         name: {"absorption/full": float(name[:-2]) + 0.1 * int(name[-1]), "tpp/n10": 1.0, "tpp/n5": 2.0}

@@ -44,8 +44,8 @@ def test_truth_says_what_a_validation_pass_would(toy):
 
 def test_residual_hedging_comes_with_its_nulls(toy):
     (found,) = scores_of(ResidualSuite(4096), {"clean": perfect(toy)}, toy).values()
-    assert set(found) == {f"residual/{name}" for name in ("hedging", "std", "flipped", "surrogate")}
-    assert abs(found["residual/hedging"]) < 4 * found["residual/std"] + 0.02
+    assert set(found) == {f"residual/{name}" for name in ("hedging", "hedging_noise", "flipped", "surrogate")}
+    assert abs(found["residual/hedging"]) < 4 * found["residual/hedging_noise"] + 0.02
     assert abs(found["residual/surrogate"]) < 0.05
 
 

@@ -1,15 +1,17 @@
 """Scores of many SAEs put side by side: what distinguishes them, a table, and a figure of each score against it."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from hedgelab.errors import UserError
-from hedgelab.protocols.evaluation.suite import suite_classes
+from hedgelab.protocols.evaluation.suite import NOISE, suite_classes
 from hedgelab.protocols.study import as_csv
 from hedgelab.protocols.sweep import report
 from hedgelab.protocols.sweep.config import FigureOptions
@@ -93,9 +95,28 @@ def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def means(rows: Sequence[Row]) -> list[str]:
-    """Means over seeds with their spread, as lines of text: scores down, places across."""
-    columns = zip(*report.table(rows, report.columns(rows, "metrics")), strict=True)
-    return aligned([column for column in columns if any(column[1:])]).splitlines()
+    """Means over seeds with their spread, as lines of text: scores down, places across.
+
+    The last column is the least difference of two SAEs to believe, ``1.96 · √2`` times a score's noise, of those that have one.
+    """
+    names = [name for name in report.columns(rows, "metrics") if not name.endswith(NOISE)]
+    table = report.table(rows, names)
+    reliable = {
+        name: reliable_difference([row.metrics.get(f"{name}{NOISE}", math.nan) for row in rows]) for name in names
+    }
+    if any(reliable.values()):
+        table.append(["reliable from", *[""] * (len(table[0]) - len(names) - 1), *reliable.values()])
+    return aligned([column for column in zip(*table, strict=True) if any(column[1:])]).splitlines()
+
+
+def reliable_difference(noises: Sequence[float]) -> str:
+    """The least difference of two scores with such standard errors that is no noise at 95 %, as text; empty of none.
+
+    >>> reliable_difference([0.01, 0.01, math.nan])
+    '0.028'
+    """
+    known = [noise for noise in noises if math.isfinite(noise)]
+    return f"{1.96 * math.sqrt(2 * fmean(noise**2 for noise in known)):.2g}" if known else ""
 
 
 def figure(rows: Sequence[Row], title: str) -> Figure | None:
@@ -104,6 +125,7 @@ def figure(rows: Sequence[Row], title: str) -> Figure | None:
     titled = {name.partition("/")[0] for name in titles}
     names = report.columns(rows, "metrics")
     panels = {name: titles.get(name, name) for name in names if name in titles or name.partition("/")[0] not in titled}
+    panels = {name: text for name, text in panels.items() if not name.endswith(NOISE)}
     (label,) = rows[0].values
     ordered = sorted(rows, key=lambda row: float(row.values[label]))
     named = [replace(row, values={label: f"{row.values[label]:g}"}) for row in ordered]

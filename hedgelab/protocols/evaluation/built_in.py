@@ -34,15 +34,23 @@ from hedgelab.metrics.functional.removal import (
 from hedgelab.plots import evaluation as plots
 from hedgelab.plots.training import firing_density
 from hedgelab.protocols.evaluation.reader import ModelReader, Readings
-from hedgelab.protocols.evaluation.suite import Scores, Suite, encode_rows, finite, rows_of, whole_numbers
+from hedgelab.protocols.evaluation.suite import NOISE, Scores, Suite, encode_rows, finite, rows_of, whole_numbers
 from hedgelab.protocols.planting.measures import ResidualAndNulls
 from hedgelab.saes import SAE
+from hedgelab.seeding import generator
 from hedgelab.training.trainee import Trainee
 
 OFTEN, SELDOM = 0.1, 1e-4
 """Firing rates from which a latent is dense, and below which it is rare."""
 _ROWS_OF_PROJECTIONS = 2048
+_PARTS = 8  # of the activations: how a score differs between them is its noise
 _CONTEXTS_AT_ONCE = 2  # logits of a large vocabulary are what takes memory
+
+
+def with_noise(name: str, values: Tensor) -> dict[str, float]:
+    """The mean of a score measured anew several times, and its standard error as ``<name>_noise``, of two or more."""
+    noise = {} if len(values) < 2 else {f"{name}{NOISE}": float(values.std()) / len(values) ** 0.5}
+    return {name: float(values.mean()), **noise}
 
 
 class DensitySuite(Suite):
@@ -81,6 +89,9 @@ class DensitySuite(Suite):
             if sae.reconstructs:
                 x_hat = sae.decode(sae.encode(x.to(sae.W_dec.device))).cpu()
                 metrics["density/explained_variance"] = float(explained_variance(x, x_hat))
+                parts = zip(x.tensor_split(_PARTS), x_hat.tensor_split(_PARTS), strict=True)
+                of_parts = torch.stack([explained_variance(*part) for part in parts]).double()
+                metrics["density/explained_variance_noise"] = float(of_parts.std()) / _PARTS**0.5
             latents = {"latent": range(sae.d_sae), "firing_rate": rates, "mean_magnitude": firing_magnitudes(codes)}
             histogram = {"log10_rate_from": edges[:-1], "log10_rate_to": edges[1:], "latents": counts}
             tables = {"density/histogram.csv": rows_of(histogram), "density/latents.csv": rows_of(latents)}
@@ -181,7 +192,7 @@ class ResidualSuite(Suite):
                 measures.update(rows, codes.on_raw(), sae.decode(codes))
             found = measures.compute()
             metrics = {f"residual/{key}": score.hedging for key, score in found.items() if key != "residual"}
-            metrics |= {"residual/hedging": found["residual"].hedging, "residual/std": found["residual"].std}
+            metrics |= {"residual/hedging": found["residual"].hedging, "residual/hedging_noise": found["residual"].std}
             latents = {"latent": range(sae.d_sae), **{key: score.latents for key, score in found.items()}}
             yield name, Scores(finite(metrics), {"residual/latents.csv": rows_of(latents)})
 
@@ -276,11 +287,12 @@ def replaced(where: Tensor, by: Replacement, hooked: Tensor) -> Tensor:
 
 
 class ProbingSuite(Suite):
-    """k-sparse probing of tagged words (see :mod:`hedgelab.metrics.functional.probing`).
+    """k-sparse probing of tagged words (see :mod:`hedgelab.metrics.functional.probing`), means over splits of the documents.
 
     Args:
         words: Tagged words; without them there is no probing.
         ks: Numbers of latents of the probes.
+        splits: Splits into documents for training and for testing; how scores differ between them is their noise.
     """
 
     name = "probing"
@@ -288,11 +300,11 @@ class ProbingSuite(Suite):
     needs = "words"
     titles: ClassVar[Mapping[str, str]] = {f"probing/f1_k{k}": f"probing F1, k = {k} ↑" for k in (1, 5, 10)}
 
-    def __init__(self, words: TaggedWords | None = None, ks: list[int] = [1, 2, 5, 10]) -> None:  # noqa: B006 (never changed)
-        self.words, self.ks = words, whole_numbers("ks", ks)
+    def __init__(self, words: TaggedWords | None = None, ks: list[int] = [1, 2, 5, 10], splits: int = 3) -> None:  # noqa: B006
+        self.words, self.ks, self.splits = words, whole_numbers("ks", ks), whole_number("splits", splits)
 
-    def activations(self, reader: ModelReader) -> tuple[Tensor, Tensor, Tensor]:
-        """Activations at the last token of every word, ``[n, d_in]``, their classes, and which are for testing."""
+    def activations(self, reader: ModelReader) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Activations at the last token of every word, ``[n, d_in]``, their classes, and by split which are for testing."""
         assert self.words is not None
         data = self.words.load(reader.tokenizer)
         context, position = data.positions.T
@@ -301,21 +313,27 @@ class ProbingSuite(Suite):
         usable = torch.zeros_like(data.tokens, dtype=torch.bool)
         usable[context[word], position[word]] = True
         x, kept = reader.rows("probing", data.tokens, usable)
-        return x, data.labels[word[kept]], data.test[word[kept]]
+        word = word[kept]
+        tests, documents = [data.test[word]], len(data.tokens)
+        for_testing = torch.zeros(documents, dtype=torch.bool).index_put_((context[data.test],), torch.tensor(True))
+        for split in range(1, self.splits):
+            tests.append(for_testing[torch.randperm(documents, generator=generator(split, "split"))][context[word]])
+        return x, data.labels[word], tests
 
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
-        (x, labels, test), ks = self.activations(readings.model), self.ks
+        (x, labels, tests), ks = self.activations(readings.model), self.ks
         classes = list(self.words.classes) if self.words is not None else []
         for name, sae in saes.items():
-            scores = k_sparse_probing(
-                encode_rows(sae, x[~test]), labels[~test], encode_rows(sae, x[test]), labels[test], ks
-            )
-            metrics = {
-                f"probing/{kind}_k{k}": float(values[:, column].nanmean())
-                for column, k in enumerate(ks)
-                for kind, values in (("f1", scores.f1), ("auc", scores.auc))
-            }
+            of_splits = [
+                k_sparse_probing(encode_rows(sae, x[~test]), labels[~test], encode_rows(sae, x[test]), labels[test], ks)
+                for test in tests
+            ]
+            scores, metrics = of_splits[0], dict[str, float]()
+            for kind in ("f1", "auc"):
+                found = torch.stack([getattr(one, kind).nanmean(0) for one in of_splits]).double()  # [splits, ks]
+                for column, k in enumerate(ks):
+                    metrics |= with_noise(f"probing/{kind}_k{k}", found[:, column])
             columns = {
                 "class": [label for label in classes for _ in ks],
                 "k": ks * len(classes),

@@ -32,6 +32,8 @@ from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.saes import SAE
 
 GROUP = "hedgelab.suites"
+NOISE = "_noise"
+"""Ends the name of a score's standard error: how far it lies from what the same measurement anew would give."""
 _ROWS_AT_ONCE = 4096
 _PACKAGE = __name__.rpartition(".")[0]
 

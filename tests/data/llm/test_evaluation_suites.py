@@ -170,10 +170,18 @@ def test_probing_reads_the_tagged_tokens(readings, reader, saes, labelled):
     )
     suite = ProbingSuite(words, [1, 4])
     scores = only(suite, saes, readings)
-    assert set(scores.metrics) == {f"probing/{kind}_k{k}" for kind in ("f1", "auc") for k in (1, 4)}
+    names = {f"probing/{kind}_k{k}" for kind in ("f1", "auc") for k in (1, 4)}
+    assert set(scores.metrics) == names | {f"{name}_noise" for name in names}
     assert scores.metrics["probing/auc_k4"] >= 0.5
     assert scores.metrics == only(suite, saes, readings).metrics
-    raw, (x, labels, test) = words.load(reader.tokenizer), suite.activations(reader)
+    raw, (x, labels, tests) = words.load(reader.tokenizer), suite.activations(reader)
+    test = tests[0]
+    assert len(tests) == 3
+    assert not torch.equal(tests[1], tests[2])  # other documents
+    of_splits = [only(ProbingSuite(words, [4], splits=n), saes, readings).metrics["probing/f1_k4"] for n in (1, 2)]
+    second = 2 * of_splits[1] - of_splits[0]
+    assert scores.metrics["probing/f1_k4_noise"] > 0
+    assert 0 <= second <= 1
     kept = raw.positions[:, 1] >= 1
     assert len(x) == kept.sum()
     assert labels[test].sum() == raw.labels[kept & raw.test].sum()
