@@ -4,6 +4,7 @@ What is walked is found in the packages: a part that this file does not know how
 """
 
 import contextlib
+import copy
 import inspect
 import itertools
 
@@ -14,7 +15,7 @@ import hedgelab.saes.mitigations as mitigation_package
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.interop.saelens import export_saelens
-from hedgelab.saes import AbsTopKSAE, FlatSAE, MatryoshkaSAE, duplicate, fresh, load_sae, save_sae, widen
+from hedgelab.saes import AbsTopKSAE, FlatSAE, InferenceSAE, MatryoshkaSAE, duplicate, fresh, load_sae, save_sae, widen
 from hedgelab.saes.base import CLASSES
 from hedgelab.saes.described import init_arguments
 from hedgelab.saes.io import same_weights
@@ -47,6 +48,7 @@ WAITS = {
 SAES = {
     name: cls for name, cls in CLASSES.items()
     if cls.__module__.startswith("hedgelab.") and not inspect.isabstract(cls) and cls not in (FlatSAE, KSparseSAE)
+    and cls.trainable
 }  # fmt: skip
 MITIGATIONS = {
     name: cls for name, cls in vars(mitigation_package).items()
@@ -117,11 +119,23 @@ def test_every_argument_is_known():
     assert every - NO_MATTER - OTHERWISE.keys() - NEEDED.keys() == set()
 
 
-@pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("narrow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "other"), variants())
 def test_saes_train(gpu, name, other, narrow):
     options = OTHERWISE.get(other, {}) if other else {}
     both(gpu, make(name, **(options or ({other: True} if other else {}))), narrow)
+
+
+@pytest.mark.parametrize("how", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("options", [{}, {"k": 2}, {"d_out": 5, "skip": True}], ids=str)
+def test_saes_for_inference(gpu, how, options):
+    sae, rng = InferenceSAE(D_IN, D_SAE, how, **options), torch.Generator().manual_seed(0)
+    for parameter in sae.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    expected, other = (sae.encode(rows()), sae(rows())), copy.deepcopy(sae).to(gpu.DEVICE)
+    codes, x_hat = other.encode(rows().to(gpu.DEVICE)), other(rows().to(gpu.DEVICE))
+    torch.testing.assert_close(codes.on_raw().to_dense().cpu(), expected[0].on_raw().to_dense())
+    torch.testing.assert_close(x_hat.cpu(), expected[1])
 
 
 @pytest.mark.parametrize("backend", ["dense", "sparse"])

@@ -61,8 +61,15 @@ EVENTS = {
 DIRECTIONS = {"PrincipalDirections": {"cosine": 0.5, "rank": 8}}
 
 
-@pytest.mark.parametrize("directions", subclasses(Directions), ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("events", subclasses(Events), ids=lambda cls: cls.__name__)
+def pairs():
+    """Every kind of event with every kind of direction; of the fast tests each once."""
+    for row, events in enumerate(subclasses(Events)):
+        for column, directions in enumerate(kinds := subclasses(Directions)):
+            marks = [] if column == row % len(kinds) else pytest.mark.slow
+            yield pytest.param(events, directions, id=f"{events.__name__}-{directions.__name__}", marks=marks)
+
+
+@pytest.mark.parametrize(("events", "directions"), pairs())
 def test_planted_activations(make_data, gpu, events, directions):
     torch.manual_seed(0)
     given = EVENTS[events.__name__](32)
