@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from hedgelab.errors import Stopped, UserError
 from hedgelab.tracking.history import ThinnedSeries
-from hedgelab.tracking.params import MAX_VALUE, clean_key, flatten
+from hedgelab.tracking.params import MAX_VALUE, clean_key, dataset_of, flatten
 from hedgelab.tracking.provenance import SystemSampler
 from hedgelab.tracking.runs import PARENT_TAG
 from hedgelab.tracking.spool import Operation, Spool, last_steps
@@ -158,6 +158,8 @@ class MLflowTracker(Logger):
         self._params |= fresh
         if fresh:
             writer.keep(Operation(params=fresh))
+        if "data.class_path" in fresh:
+            writer.keep(Operation(dataset=dataset_of(fresh)))
         self.log_tags({f"resumed_with.{key}": value for key, value in changed.items()})
 
     @rank_zero_only

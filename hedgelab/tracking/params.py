@@ -11,6 +11,7 @@ from typing import Any
 MAX_VALUE = 6000  # MLflow's limit for a parameter value
 _MAX_KEY = 250
 _FORBIDDEN = r"[^\w\-. :/]"
+_NAMES_DATA = ("class_path", "model", "layer", "hook", "path", "x")
 _HOUSEKEEPING = frozenset({"config", "name", "experiment", "ckpt_path", "resume", "record", "progress", "checkpoint"})
 
 
@@ -44,6 +45,29 @@ def flatten(params: Mapping[str, Any] | Namespace, prefix: str = "") -> dict[str
         else:
             flat[clean_key(name)] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat
+
+
+def dataset_of(flat: Mapping[str, str]) -> dict[str, str]:
+    """What a run is trained on, as MLflow describes data, from its flat parameters; nothing where they do not say.
+
+    The digest is that of every parameter below ``data`` that changes numbers.
+
+    >>> data = {"data.class_path": "hedgelab.data.llm.LLMDataModule", "data.init_args.model": "smollm2", "seed": "1"}
+    >>> {key: value for key, value in dataset_of(data).items() if key in ("name", "source")}
+    {'name': 'LLMDataModule smollm2', 'source': '{"class_path": "hedgelab.data.llm.LLMDataModule", "model": "smollm2"}'}
+    """
+    from hedgelab.identity import loaded, where_and_how
+
+    own = {key.removeprefix("data.").replace("init_args.", ""): one for key, one in flat.items() if key[:5] == "data."}
+    if "class_path" not in own:
+        return {}
+    classes = [loaded(value) for key, value in own.items() if key.rpartition(".")[2] == "class_path"]
+    marked = {name for cls in classes for name in where_and_how(cls)}
+    facts = json.dumps({key: own[key] for key in sorted(own) if key.rpartition(".")[2] not in marked})
+    source = {key: value for key, value in own.items() if key.rpartition(".")[2] in _NAMES_DATA and value != "null"}
+    names = [value.rpartition(".")[2] if key.endswith("class_path") else value for key, value in source.items()]
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
+    return {"name": " ".join(names)[:200], "digest": digest, "source_type": "hedgelab", "source": json.dumps(source)}
 
 
 def searchable(config: Mapping[str, Any]) -> dict[str, Any]:

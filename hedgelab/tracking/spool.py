@@ -4,7 +4,7 @@ A spool is one JSON-lines file a run, ``runs/spool/<run_id>.jsonl``, with the ar
 ``runs/spool/<run_id>/``. Every line is one :class:`Operation`, in the order in which it was due::
 
     {"metrics": [[key, value, timestamp_ms, step], ...]}
-    {"params": {...}}      {"tags": {...}}
+    {"params": {...}}      {"tags": {...}}      {"dataset": {"name": …, "digest": …, "source_type": …, "source": …}}
     {"source": "<path below the folder>", "artifact_path": "figures"}
     {"status": "FINISHED", "end_time": timestamp_ms}
 
@@ -46,6 +46,7 @@ class Operation:
     metrics: Sequence[Point] = ()
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    dataset: Mapping[str, str] = field(default_factory=dict)  # what the run is trained on, as MLflow describes data
     source: str | None = None
     artifact_path: str | None = None
     status: str | None = None
@@ -62,6 +63,11 @@ class Operation:
         tags = [RunTag(*pair) for pair in self.tags.items()]
         if points or params or tags:
             client.log_batch(run_id, metrics=points, params=params, tags=tags)
+        if self.dataset:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            context = InputTag("mlflow.data.context", "training")
+            client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**self.dataset), [context])])
         if self.source is not None:
             upload = client.log_artifacts if Path(self.source).is_dir() else client.log_artifact
             upload(run_id, self.source, self.artifact_path)

@@ -114,6 +114,8 @@ def _send_run(local: "MlflowClient", remote: "MlflowClient", run: "Run", experim
     with tempfile.TemporaryDirectory() as folder:
         files = local.download_artifacts(own, "", folder) if local.list_artifacts(own) else None
         ended = {} if run.info.status == "RUNNING" else {"status": run.info.status, "end_time": run.info.end_time}
-        everything = Operation(points, run.data.params, tags, files, **ended)
-        everything.send(remote, copy.info.run_id)
+        read = [one.dataset.to_dictionary() for one in (run.inputs.dataset_inputs if run.inputs else ())]
+        data = [Operation(dataset={key: value for key, value in one.items() if value}) for one in read]
+        for one in (*data, Operation(points, run.data.params, tags, source=files, **ended)):
+            one.send(remote, copy.info.run_id)
     return str(copy.info.run_id)

@@ -60,6 +60,7 @@ def test_a_run_may_go_on_locally_and_is_sent_later_once(uri, other, monkeypatch,
         tracker.log_metrics({"loss": step / 7}, step)
         child.log_metrics({"loss": -step / 7}, step)
     tracker.log_hyperparams({"k": 3})
+    child.log_hyperparams({"data": {"class_path": "toys.Mine"}})
     child.log_text("kept", "notes/first.md")
     assert [message for message in caplog.messages if "send it later with `hedgelab sync`" in message]
     local = ensure_store(uri)
@@ -88,6 +89,7 @@ def test_a_run_may_go_on_locally_and_is_sent_later_once(uri, other, monkeypatch,
     assert points(server, parent.info.run_id, "loss") == [(step, step / 7) for step in range(40)]
     assert points(server, below.info.run_id, "loss") == [(step, -step / 7) for step in range(30)]
     assert Path(server.download_artifacts(below.info.run_id, "notes/first.md")).read_text() == "kept"
+    assert [one.dataset.name for one in below.inputs.dataset_inputs] == ["Mine"]
 
 
 def test_sync_leaves_what_waits_for_another_server(uri, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
+from hedgelab.data.llm import LLMDataModule
 from hedgelab.errors import UserError
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.spool import Spool
@@ -50,6 +51,29 @@ def test_long_and_odd_parameters(uri):
     assert params["model.k"] == "3"
     assert "params/model.text.txt" in params["model.text"]
     assert artifact(tracker, "params/model.text.txt").read_text() == long
+
+
+def datasets(tracker):
+    return tracker.experiment.get_run(tracker.run_id).inputs.dataset_inputs
+
+
+def test_the_data_are_an_input_of_the_run_once(uri):
+    llm = {"class_path": f"{LLMDataModule.__module__}.LLMDataModule", "init_args": {"model": "m", "layer": 3}}
+    found = {}
+    changes = {"plain": {}, "how": {"device": "cuda", "chunk_steps": 9}, "other": {"layer": 4}}
+    for name, change in changes.items():
+        tracker = MLflowTracker(uri=uri)
+        tracker.log_hyperparams({"data": {**llm, "init_args": {**llm["init_args"], **change}}, "model": {"k": 1}})
+        tracker.finalize("failed")
+        (found[name],) = datasets(tracker)
+    assert found["plain"].dataset.name == "LLMDataModule m 3"
+    assert '"model": "m"' in found["plain"].dataset.source
+    assert [(tag.key, tag.value) for tag in found["plain"].tags] == [("mlflow.data.context", "training")]
+    assert found["plain"].dataset.digest == found["how"].dataset.digest != found["other"].dataset.digest
+    again = MLflowTracker(uri=uri, run_id=tracker.run_id)  # the last one, resumed
+    again.log_hyperparams({"data": {**llm, "init_args": {**llm["init_args"], "layer": 4}}})
+    again.finalize("success")
+    assert len(datasets(again)) == 1
 
 
 def test_resuming_goes_on_in_the_same_run(uri):
