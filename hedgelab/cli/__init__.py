@@ -39,7 +39,7 @@ COMMANDS = {
     "plant": Command(
         "protocols.planting.trial.Plant", "plant features in activations by lot, and see how SAEs hedge on them", "--config F"
     ),
-    "l0": Command("protocols.right_l0.RightL0", "find the L0 at which latents mix least, without ground truth", "--config F"),
+    "l0": Command("protocols.right_l0.RightL0", "find the L0 at which latents mix least", "--config F"),
     "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more", "RUN"),
     "figures": Command(
         "protocols.figures.PaperFigures", "redraw the paper's toy and theory figures, without sampling noise", "--config F"

@@ -18,7 +18,8 @@ def store(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("config", ["balance_alike", pytest.param("balance", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["balance_alike", "balance"])
 def test_every_balance_config_runs(config, store, capsys):
     words = ["--config", f"configs/theory/{config}.yaml", *SMALL, "--search.members", "8", "--search.rounds", "1"]
     assert main(["balance", *words]) == 0

@@ -61,6 +61,7 @@ def test_the_dose_puts_the_child_into_its_parents_row(config):
     assert set(outcome.figures) == {"doses.png", "theory.png"}
 
 
+@pytest.mark.slow
 def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice(config, tmp_path, capsys):
     tree = yaml.safe_load(config.read_text())
     matryoshka = {"class_path": "MatryoshkaSAE", "init_args": {"levels": [8], "inner": SAE}}
