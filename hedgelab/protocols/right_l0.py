@@ -22,7 +22,7 @@ from hedgelab.errors import UserError, whole_number
 from hedgelab.identity import deciding
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import ExplainedVariance
-from hedgelab.metrics.functional.projection import N_OF_WIDTH, nth_decoder_projection
+from hedgelab.metrics.functional.projection import nth_decoder_projection, usual_n
 from hedgelab.metrics.functional.recovery import decoder_cosines, decoder_geometry
 from hedgelab.plots.right_l0 import measures_over_l0
 from hedgelab.protocols.phase_data import PhaseData
@@ -86,7 +86,7 @@ class RightL0(Study):
         d_sae = self.make_sae(
             options.values[0], bench.seed, data.d_in
         ).d_sae  # mistakes show before anything is trained
-        n = round(N_OF_WIDTH * d_sae) if options.n is None else options.n
+        n = usual_n(d_sae) if options.n is None else options.n
         if not 1 <= n <= d_sae:
             raise UserError(f"l0.n: must be from 1 to d_sae = {d_sae}, got {n}")
         common: dict[str, Any] = {

@@ -28,7 +28,7 @@ from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import FeatureRegression, ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import hedging_degree
-from hedgelab.metrics.functional.projection import N_OF_WIDTH, nth_decoder_projection
+from hedgelab.metrics.functional.projection import nth_decoder_projection
 from hedgelab.metrics.functional.recovery import decoder_cosines, decoder_geometry
 from hedgelab.metrics.functional.true_hedging import (
     FIRINGS,
@@ -248,9 +248,9 @@ class Reading:
 
     def update(self, x: Tensor, codes: Codes) -> None:
         """Add a batch."""
-        sae, n = self.sae, max(1, round(N_OF_WIDTH * self.sae.d_sae))
+        sae = self.sae
         self.residual.update(x, sae.decode(codes), codes)
-        self.projections.append(float(nth_decoder_projection(x, sae.W_dec, sae.b_dec, n)))
+        self.projections.append(float(nth_decoder_projection(x, sae.W_dec, sae.b_dec)))
 
     def compute(self) -> dict[str, float]:
         """By name, and the standard error that residual hedging claims."""

@@ -128,7 +128,7 @@ class BlockStream:
     Every epoch puts the contexts into a new order, and these orders, laid end to end, are cut into blocks: every context comes
     once an epoch. A block's usable rows are shuffled, and each block gives as many whole batches as the poorest contexts fill.
     The rows left over are not used in that epoch. So batch i comes from block ``i // batches_per_block``, whatever was asked
-    for before.
+    for before. Blocks of up to half a gibibyte stay in memory, where the rows are.
     """
 
     rows: Rows

@@ -104,8 +104,8 @@ def residual_hedging(
 
     From about 0 (none) to 1 (a latent that is mostly other features). ``x``, ``error = x - x_hat``: ``[examples, d_in]``;
     latents are codes or dense ``[examples, W]``; ``W_dec [W, d_in]`` has any norms. Examples should be independent of one
-    another and of training: ``blocks`` are successive parts of them. Needs about ``50 W²`` bytes beside (codes stay
-    sparse), and ``(d_in + 4 L0) · examples² + 4 W³`` multiplications.
+    another and of training: ``blocks`` are successive parts of them. Needs about ``100 W²`` bytes beside (codes stay
+    sparse), and ``(d_in + 4 L0 + 2 W / blocks) · examples² + 9 W³`` multiplications.
 
     >>> x = torch.eye(3).repeat(200, 1)[:, [0, 1, 1]]  # a perfect SAE leaves no error
     >>> residual_hedging(x, 0 * x, x[:, :1], torch.eye(3)[:1]).hedging.item()

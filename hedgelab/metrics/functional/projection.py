@@ -11,15 +11,20 @@ from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.accumulate import as_codes, fold_decoder
 
-N_OF_WIDTH = 3 / 8
-"""Which projection is looked at, as a share of d_sae: that of the measure's authors, 12 000 of 32 768 latents."""
+_OF_WIDTH = 3 / 8  # of d_sae, about what the measure's authors took: 12 000 of 32 768 latents
 
 
-def nth_decoder_projection(x: Tensor, W_dec: Tensor, b_dec: Tensor, n: int) -> Tensor:
+def usual_n(d_sae: int) -> int:
+    """Which projection is looked at unless another is asked for: 3/8 of the width."""
+    return max(1, round(_OF_WIDTH * d_sae))
+
+
+def nth_decoder_projection(x: Tensor, W_dec: Tensor, b_dec: Tensor, n: int | None = None) -> Tensor:
     """The ``n · batch``-th largest of all entries ``(x - b_dec) · W_dec[i] / ‖W_dec[i]‖``, a float32 scalar.
 
     Of SAEs that differ in L0 alone it is smallest where L0 is right, for any n between that L0 and about half of d_sae
-    (Chanin & Garriga-Alonso, arXiv 2508.16560, section 4). Here n counts from 1: ``n = d_sae`` gives the smallest entry.
+    (Chanin & Garriga-Alonso, arXiv 2508.16560, section 4); None is 3/8 of d_sae. Here n counts from 1: ``n = d_sae`` gives the
+    smallest entry.
 
     >>> nth_decoder_projection(torch.tensor([[3.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2), 2)
     tensor(1.)
@@ -30,6 +35,7 @@ def nth_decoder_projection(x: Tensor, W_dec: Tensor, b_dec: Tensor, n: int) -> T
     Raises:
         UserError: n is below 1 or above d_sae.
     """
+    n = usual_n(len(W_dec)) if n is None else n
     if not 1 <= n <= len(W_dec):
         raise UserError(f"n: must be from 1 to d_sae = {len(W_dec)}, got {n}")
     entries = _projections(x, W_dec, b_dec).flatten()

@@ -23,7 +23,7 @@ from hedgelab.metrics.functional.basic import density_histogram, explained_varia
 from hedgelab.metrics.functional.first_letter import first_letter_scores
 from hedgelab.metrics.functional.loss_recovered import baseline_sums
 from hedgelab.metrics.functional.probing import firing_magnitudes, k_sparse_probing, linear_probes
-from hedgelab.metrics.functional.projection import N_OF_WIDTH, nth_decoder_projection
+from hedgelab.metrics.functional.projection import nth_decoder_projection
 from hedgelab.metrics.functional.recovery import NEAR_DUPLICATE, decoder_cosines, decoder_geometry, mcc
 from hedgelab.metrics.functional.removal import (
     PooledTexts,
@@ -36,7 +36,7 @@ from hedgelab.plots.training import firing_density
 from hedgelab.protocols.evaluation.reader import ModelReader, Readings
 from hedgelab.protocols.evaluation.suite import NOISE, Scores, Suite, encode_rows, finite, rows_of, whole_numbers
 from hedgelab.protocols.planting.measures import ResidualAndNulls
-from hedgelab.saes import SAE
+from hedgelab.saes import SAE, InferenceSAE
 from hedgelab.seeding import generator
 from hedgelab.training.trainee import Trainee
 
@@ -125,8 +125,9 @@ class GeometrySuite(Suite):
                 "geometry/mean_absolute_cosine": float(geometry.mean_absolute),
                 "geometry/near_duplicates": float(geometry.near_duplicates) / max(1, count),
             }
-            if sae.reconstructs:
+            if not isinstance(sae, InferenceSAE):  # whose b_dec may be that of normalised activations
                 metrics["geometry/nth_projection"] = nth_projection(x, W_dec, b_dec)
+            if sae.reconstructs:
                 read, written = (normalize(weight.detach().cpu().float(), dim=1) for weight in (sae.W_enc.T, W_dec))
                 tied = (read * written).sum(1)[live]
                 metrics["geometry/encoder_decoder_cosine"] = float(tied.double().mean()) if count else 0.0
@@ -140,10 +141,9 @@ class GeometrySuite(Suite):
 
 
 def nth_projection(x: Tensor, W_dec: Tensor, b_dec: Tensor) -> float:
-    """The n-th decoder projection with n = 3/8 d_sae, mean over parts of the activations."""
-    n = max(1, round(N_OF_WIDTH * len(W_dec)))
+    """The n-th decoder projection, mean over parts of the activations."""
     parts = torch.split(x, _ROWS_OF_PROJECTIONS)
-    return sum(float(nth_decoder_projection(rows, W_dec, b_dec, n)) * len(rows) for rows in parts) / len(x)
+    return sum(float(nth_decoder_projection(rows, W_dec, b_dec)) * len(rows) for rows in parts) / len(x)
 
 
 def alike(one: SAE, other: SAE) -> bool:
