@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 from hedgelab.data.llm.model import ModelFiles
 from hedgelab.kernels import products, sparse
 from hedgelab.kernels.codes import Layout
-from hedgelab.kernels.triton import products as on_cuda
 
 DEVICE, _META, _CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
 _MAY_MIX = ("aten.index.", "aten.index_put", "aten._index_put_impl_", "aten.copy_", "aten._to_copy", "aten.to.")
@@ -126,7 +125,7 @@ def second_device():
         for name, value in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
-        stack.enter_context(mock.patch.object(sparse, "products_on", return_value=_PRODUCTS))
+        stack.enter_context(mock.patch.object(sparse, "products_on", return_value=_products()))
         stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", _submit))
         for name in ("causal_lm", "skeleton"):  # transformers uses the device meta itself
             stack.enter_context(mock.patch.object(ModelFiles, name, _without_modes(getattr(ModelFiles, name))))
@@ -184,10 +183,13 @@ def _on_numbers(function):
     return run
 
 
-_PRODUCTS = SimpleNamespace(
-    select=on_cuda.select, decode_levels=_on_numbers(products.decode_levels),
-    latent_gradients=_on_numbers(products.latent_gradients), max_share=on_cuda.max_share,
-)  # fmt: skip
+def _products():
+    from hedgelab.kernels.triton import products as on_cuda  # only here, for this module is also read where Triton is not installed
+
+    return SimpleNamespace(
+        select=on_cuda.select, decode_levels=_on_numbers(products.decode_levels),
+        latent_gradients=_on_numbers(products.latent_gradients), max_share=on_cuda.max_share,
+    )  # fmt: skip
 
 
 def _waited(what):
