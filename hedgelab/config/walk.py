@@ -15,15 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from hedgelab.config.names import nearest, suggest
-from hedgelab.config.signatures import (
-    Parameter,
-    bases,
-    class_of,
-    concrete,
-    describe,
-    parameters_of,
-    supplied_by_caller,
-)
+from hedgelab.config.signatures import Parameter, bases, class_of, concrete, describe, parameters_of, supplied_by_caller
 from hedgelab.config.tree import Tree
 from hedgelab.errors import UserError, one_line
 

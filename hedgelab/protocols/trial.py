@@ -132,10 +132,7 @@ class Trial(Study):
             k: {t: {w: [s["true_hedging"] for s in some(kind=k, toy=t, width=w)] for w in widths} for t in toys}
             for k in kinds
         }
-        figures = {
-            "against_truth.png": measures_against_truth(points, ranks),
-            "widths.png": hedging_over_width(curves),
-        }
+        figures = {"against_truth.png": measures_against_truth(points, ranks), "widths.png": hedging_over_width(curves)}
         if any(score["levels"] for score in scores):
             of = {(t, w): [s["levels"] for s in some(toy=t, width=w) if s["levels"]] for t in toys for w in widths}
             levels = {t: {w: np.mean(of[t, w], axis=0).tolist() for w in widths} for t in toys}

@@ -12,8 +12,7 @@ from torch.nn.functional import embedding_bag
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, Stage
-from hedgelab.data.toy.dictionary import Dictionary
-from hedgelab.data.toy.features import make_dictionary, orthonormal_features
+from hedgelab.data.toy.dictionary import Dictionary, make_dictionary, orthonormal_features
 from hedgelab.data.toy.firing import Firing, Magnitudes
 from hedgelab.data.toy.gaussian import GaussianFiring
 from hedgelab.data.toy.laws import Law

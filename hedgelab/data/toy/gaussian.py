@@ -142,7 +142,7 @@ class GaussianFiring(Firing):
             entry, feature = _children(feature, *self.hierarchy.children)
             row = row[entry]
             given = dots(row_pointers(row, len(factors)), feature, factors, self._weights)
-            fires = true_positions(_noise(given, generator) > given)
+            fires = _above(given, generator)
             row, feature, entry = row[fires], feature[fires], entry[fires]
             draw = magnitudes.draw(feature, generator)
             ratio = value[entry] / magnitudes.mean[self.hierarchy.parent[feature]]
@@ -162,7 +162,7 @@ class GaussianFiring(Firing):
             for start in range(0, len(factors) if len(features) else 0, rows):
                 some = factors[start : start + rows]
                 given = torch.mm(some, weights, out=space[: len(some)])
-                place = _rare_candidates(given, generator) if rare else _candidates(given, generator)
+                place = _rare_candidates(given, generator) if rare else _above(given, generator)
                 found.append((place // len(features) + start, features[place % len(features)]))
         row, feature = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = stable_order(row, len(factors))
@@ -174,9 +174,9 @@ def _with_one(factors: Tensor) -> Tensor:
     return torch.cat([factors, factors.new_ones(len(factors), 1)], dim=1)
 
 
-def _candidates(given: Tensor, generator: torch.Generator) -> Tensor:
-    """Positions in ``given [rows, features]`` of the entries whose noise exceeds these thresholds."""
-    return true_positions(_noise(given, generator) > given)
+def _above(given: Tensor, generator: torch.Generator) -> Tensor:
+    """Positions in ``given`` (any shape) of the entries whose own standard normal noise exceeds these thresholds."""
+    return true_positions(torch.randn(given.shape, generator=generator, device=generator.device) > given)
 
 
 def _rare_candidates(given: Tensor, generator: torch.Generator) -> Tensor:
@@ -190,14 +190,7 @@ def _rare_candidates(given: Tensor, generator: torch.Generator) -> Tensor:
     chance = torch.rand(hits, generator=generator, dtype=torch.float64, device=device)
     accepted = (_HITS * chance < wanted) & (threshold >= _LIMIT)
     likely = true_positions(given < _LIMIT)
-    known = given.index_select(0, likely)
-    fires = _noise(known, generator) > known
-    return torch.cat([torch.unique(hit[accepted]), likely[fires]])
-
-
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the shape of a tensor."""
-    return torch.randn(like.shape, generator=generator, device=generator.device)
+    return torch.cat([torch.unique(hit[accepted]), likely[_above(given.index_select(0, likely), generator)]])
 
 
 def _children(feature: Tensor, start: Tensor, children: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,7 @@ from hedgelab.metrics import L0, ExplainedVariance, FeatureRegression, HedgingDe
 from hedgelab.metrics.functional.accumulate import fold_decoder
 from hedgelab.metrics.functional.planted import share_beside
 from hedgelab.metrics.functional.recovery import decoder_cosines
-from hedgelab.metrics.functional.true_hedging import (
-    FIRINGS,
-    TRACKING_COSINE,
-    RegressionSums,
-    regression_coefficients,
-)
+from hedgelab.metrics.functional.true_hedging import FIRINGS, TRACKING_COSINE, RegressionSums, regression_coefficients
 from hedgelab.protocols.planting.measures import MEASURES, HalfReading, Others, of_decoders
 from hedgelab.saes import SAE, MatryoshkaSAE
 
@@ -126,11 +121,4 @@ def find_pairs(
         order = sae.latent_order()
         position = latent if order is None else order.argsort()[latent]
         level = torch.bucketize(position, torch.tensor(sae.levels), right=True)
-    return Pairs(
-        latent,
-        cosine,
-        others.amax(0),
-        share,
-        side * coefficients,
-        level,
-    )
+    return Pairs(latent, cosine, others.amax(0), share, side * coefficients, level)

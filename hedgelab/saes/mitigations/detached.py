@@ -21,13 +21,12 @@ class DetachedInnerLevels(Mitigation):
     def check(self, sae: Any) -> None:
         """Refuse what detaches in another way."""
         if sae.detached:
-            raise UserError(
-                "model.detached: detaches all levels already; set it to false, or remove DetachedInnerLevels"
-            )
-        if sae.credit:
-            raise UserError(
-                "model.credit: gives levels targets of their own; set it to 0, or remove DetachedInnerLevels"
-            )
+            wrong = "detached: detaches all levels already; set it to false"
+        elif sae.credit:
+            wrong = "credit: gives levels targets of their own; set it to 0"
+        else:
+            return
+        raise UserError(f"model.{wrong}, or remove DetachedInnerLevels")
 
     def target(self, sae: Any, target: Target) -> Target:
         """The same, detached for all levels but the last."""
