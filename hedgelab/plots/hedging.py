@@ -1,7 +1,8 @@
-"""Hedging: its degree beside what that is judged by, and its truth beside measures, widths and matryoshka levels."""
+"""Hedging: its degree beside what that is judged by, its truth beside measures, widths and levels, and mixing over L0."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product, zip_longest
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ _MOTIONS = {
     "covariance_baseline": "drawn with the\ncovariance",
     "foreign_baseline": "another seed's\nnew latents",
 }
+_BESIDE = {"explained_variance": "explained variance", "nearest_feature": "cosine with the nearest feature"}
 
 
 def degree_and_baselines(scores: Sequence[Mapping[str, float]]) -> Figure:
@@ -122,4 +124,36 @@ def hedging_of_levels(levels: Mapping[str, Mapping[int, Sequence[float]]]) -> Fi
         style.grouped_bars(axes, [str(width) for width in by_width], {f"level {i}": values for i, values in by_level})
         style.tidy(axes, toy, "width", "true hedging" if axes is grid[0] else "")
     style.legend_below(figure, grid[0].containers)
+    return figure
+
+
+def measures_over_l0(
+    rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str], found: Mapping[str, float], right: float | None
+) -> Figure:
+    """A panel a measure, a point an SAE, the line their mean; what is measured beside them in the last panel."""
+    figure, grid = style.new_figure(4.0 * (len(measures) + 1), 3.5, "Where do latents mix least?", 1, len(measures) + 1)
+    wanted = sorted({row["wanted_l0"] for row in rows})
+    handles: list[Any] = []
+
+    def curve(axes: Any, key: str, color: str, label: str) -> Any:
+        means = [np.mean([(row["l0"], row[key]) for row in rows if row["wanted_l0"] == one], axis=0) for one in wanted]
+        axes.scatter([row["l0"] for row in rows], [row[key] for row in rows], s=8, alpha=0.5, linewidths=0, color=color)
+        return axes.plot(*np.transpose(means), color=color, linewidth=1.4, label=label)[0]
+
+    for number, (axes, (key, title)) in enumerate(zip(grid, measures.items(), strict=False)):
+        curve(axes, key, style.color_of(number), title)
+        drawn = axes.axvline(found[f"l0/{key}"], color=style.INK, linewidth=1, label="lowest")
+        if np.isfinite(found[f"l0/{key}_low"]):  # not of one seed
+            axes.axvspan(found[f"l0/{key}_low"], found[f"l0/{key}_high"], color=style.INK, alpha=0.08, linewidth=0)
+        handles.append(drawn)
+        style.tidy(axes, title, "L0")
+    beside = {key: title for key, title in _BESIDE.items() if key in rows[0]}
+    for number, (key, title) in enumerate(beside.items(), start=len(measures)):
+        handles.append(curve(grid[-1], key, style.color_of(number), title))
+    style.tidy(grid[-1], "", "L0")
+    label = "right L0 of these features"
+    for axes in grid:
+        if right is not None:
+            handles.append(axes.axvline(right, color=style.MUTED, linewidth=1, linestyle=style.DASHED, label=label))
+    style.legend_below(figure, handles)
     return figure
