@@ -26,7 +26,7 @@ from hedgelab.data.planting import Events, LatentEvents, MatchedDirections, Plan
 from hedgelab.errors import UserError, positive, whole_number
 from hedgelab.identity import deciding
 from hedgelab.metrics import FiringDensity
-from hedgelab.plots.planting import doses_and_responses, shares_against_theory
+from hedgelab.plots.hedging import doses_and_responses, shares_against_theory
 from hedgelab.protocols.evaluation.built_in import LossSuite
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.protocols.hedge import HedgeOptions, continuation
