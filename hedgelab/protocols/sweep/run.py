@@ -37,6 +37,7 @@ class Sweep(Study):
             raise UserError(f"sweep: was started in several processes (by torchrun or srun); {advice}")
         self.lists, self.retrain, self.parse = "--list" in words, "--retrain" in words, parse
         self.grid, self.description = read_sweep(words), opening_comment(config_files(words))
+        self.metrics = self.grid.options.figure.y or report.DEFAULT_METRICS[self.grid.options.command]  # that are drawn
         self.failures: dict[str, str] = {}  # why cells failed, by name
         self.run_id = ""
 
@@ -71,7 +72,7 @@ class Sweep(Study):
                 if (run := run_of(client, unit.id)) is not None:
                     rows += report.rows_of(unit.cell, run)
                     if self.grid.options.command == "fit":
-                        passes += report.over_training(unit.cell, run, self._metrics(), client.get_metric_history)
+                        passes += report.over_training(unit.cell, run, self.metrics, client.get_metric_history)
                 else:
                     self.failures.setdefault(unit.name, "its run did not finish")
             lines = self._report(tracker, rows, passes, len(units))
@@ -134,14 +135,9 @@ class Sweep(Study):
                 say(f"sweep: another process is training {waited_for} cells; waiting for it")
             jobs = busy
 
-    def _metrics(self) -> list[str]:
-        """The metrics that are drawn."""
-        return self.grid.options.figure.y or report.DEFAULT_METRICS[self.grid.options.command]
-
     def _report(self, tracker: MLflowTracker, rows: Sequence[Row], passes: Sequence[Row], cells: int) -> list[str]:
         """Log table, numbers and figures; what to say of them."""
-        metrics = self._metrics()
-        titles = {name: name for name in metrics}
+        titles = {name: name for name in self.metrics}
         figures = {"sweep.png": report.figure(rows, titles, self.grid.name, self.grid.options.figure)}
         if len({row.values[SAMPLES] for row in passes}) > 1:
             until = self.grid.options.figure.until
@@ -157,7 +153,7 @@ class Sweep(Study):
         )
         lines = [f"run {tracker.run_id}: {cells - len(self.failures)} of {cells} cells"]
         if rows:
-            lines += [f"  {line}" for line in aligned(report.table(rows, metrics[:4])).splitlines()]
+            lines += [f"  {line}" for line in aligned(report.table(rows, self.metrics[:4])).splitlines()]
             folder = tracker.experiment.get_run(tracker.run_id).info.artifact_uri
             shown = ", ".join(f"figures/{name}" for name in figures)
             lines.append(f"figure and table: {folder} ({shown}, sweep.csv, sweep.json)")
