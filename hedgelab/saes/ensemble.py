@@ -15,9 +15,9 @@ from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.kernels.codes import Codes
 from hedgelab.saes.base import SAE, FoldedWeights, fold
+from hedgelab.saes.jumprelu import JumpReLUSAE
 from hedgelab.saes.losses import LossTerms
 from hedgelab.saes.matryoshka import MatryoshkaSAE
-from hedgelab.saes.steering import JumpReLUSAE
 from hedgelab.saes.widen import flat_part
 from hedgelab.training.optimizers import lr_factors, make_optimizer
 

@@ -9,7 +9,7 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.saes import BatchTopKSAE, Initialization, MatryoshkaSAE, TopKSAE
-from hedgelab.saes.topk import AbsTopKSAE
+from hedgelab.saes.abs_topk import AbsTopKSAE
 
 SCHEDULE = {"k": 4, "k_start": 9.0, "k_steps": 10, "init": Initialization(seed=0)}
 

@@ -1,6 +1,7 @@
 """Toy activations with known features: dictionaries, firing distributions, and their DataModule."""
 
 from hedgelab.data.toy.conditional import ConditionalFiring, CorrelatedPair
+from hedgelab.data.toy.copula import CopulaFiring, LowRankCorrelation
 from hedgelab.data.toy.datamodule import ToyDataModule
 from hedgelab.data.toy.dictionary import (
     Dictionary,
@@ -10,7 +11,7 @@ from hedgelab.data.toy.dictionary import (
     orthonormal_features,
 )
 from hedgelab.data.toy.firing import Firing, IndependentFiring
-from hedgelab.data.toy.gaussian import CopulaFiring, GaussianFiring, LowRankCorrelation
+from hedgelab.data.toy.gaussian import GaussianFiring
 from hedgelab.data.toy.hierarchy import Forest, Hierarchy
 from hedgelab.data.toy.laws import Exponential, FoldedNormal, Law, Linear, Zipf
 from hedgelab.data.toy.modifiers import (

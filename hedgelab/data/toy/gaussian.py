@@ -1,19 +1,14 @@
-"""Firing where correlated Gaussians exceed thresholds, drawn sparsely: few features of very many fire at a time.
-
-For configs: a copula of low rank, given rates, and a hierarchy over it.
-"""
+"""Firing where correlated Gaussians exceed thresholds, drawn sparsely: few features of very many fire at a time."""
 
 import math
 from statistics import NormalDist
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hedgelab.data.toy.firing import SPARSE_FEATURES, Firing, Magnitudes, true_positions
-from hedgelab.data.toy.hierarchy import Forest, Hierarchy
-from hedgelab.data.toy.laws import Law
-from hedgelab.errors import UserError, positive, whole_number
+from hedgelab.data.toy.hierarchy import Hierarchy
+from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes, row_pointers, stable_order
 from hedgelab.kernels.products import dots
 from hedgelab.seeding import generator as make_generator
@@ -23,11 +18,6 @@ _HITS = 0.01  # proposals for each entry of a rare feature
 _LIMIT = -NormalDist().inv_cdf(-math.expm1(-_HITS))  # entries of lower thresholds fire more often than they are hit
 _CHUNK = {"cpu": 2**19, "cuda": 2**26}  # entries of features without parents at once: they should stay in a CPU's cache
 _DRAWN = {"cpu": 2**24, "cuda": 2**28}  # entries in all at once
-_LARGEST_SQUARED_NORM = 0.99  # of a row of loadings, as in SAELens: some noise of its own is left to each feature
-_RATES = "rates: {class_path: Zipf, init_args: {exponent: …, largest: …, total: …}}"
-_CORRELATION = "correlation: {class_path: LowRankCorrelation, init_args: {rank: …, strength: …}}"
-_HIERARCHY = "hierarchy: {class_path: Forest, init_args: {roots: …, branching: …, depth: 1, mutually_exclusive: false}}"
-_SEED_OF_LOADINGS = 4  # what SAELens adds to a model's seed for them: the same seed gives the same loadings
 
 
 class GaussianFiring(Firing):
@@ -152,7 +142,7 @@ class GaussianFiring(Firing):
             entry, feature = _children(feature, *self.hierarchy.children)
             row = row[entry]
             given = dots(row_pointers(row, len(factors)), feature, factors, self._weights)
-            fires = _above(given, generator)
+            fires = true_positions(_noise(given, generator) > given)
             row, feature, entry = row[fires], feature[fires], entry[fires]
             draw = magnitudes.draw(feature, generator)
             ratio = value[entry] / magnitudes.mean[self.hierarchy.parent[feature]]
@@ -172,7 +162,7 @@ class GaussianFiring(Firing):
             for start in range(0, len(factors) if len(features) else 0, rows):
                 some = factors[start : start + rows]
                 given = torch.mm(some, weights, out=space[: len(some)])
-                place = _rare_candidates(given, generator) if rare else _above(given, generator)
+                place = _rare_candidates(given, generator) if rare else _candidates(given, generator)
                 found.append((place // len(features) + start, features[place % len(features)]))
         row, feature = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = stable_order(row, len(factors))
@@ -184,9 +174,9 @@ def _with_one(factors: Tensor) -> Tensor:
     return torch.cat([factors, factors.new_ones(len(factors), 1)], dim=1)
 
 
-def _above(given: Tensor, generator: torch.Generator) -> Tensor:
-    """Positions in ``given`` (any shape) of the entries whose own standard normal noise exceeds these thresholds."""
-    return true_positions(torch.randn(given.shape, generator=generator, device=generator.device) > given)
+def _candidates(given: Tensor, generator: torch.Generator) -> Tensor:
+    """Positions in ``given [rows, features]`` of the entries whose noise exceeds these thresholds."""
+    return true_positions(_noise(given, generator) > given)
 
 
 def _rare_candidates(given: Tensor, generator: torch.Generator) -> Tensor:
@@ -200,7 +190,14 @@ def _rare_candidates(given: Tensor, generator: torch.Generator) -> Tensor:
     chance = torch.rand(hits, generator=generator, dtype=torch.float64, device=device)
     accepted = (_HITS * chance < wanted) & (threshold >= _LIMIT)
     likely = true_positions(given < _LIMIT)
-    return torch.cat([torch.unique(hit[accepted]), likely[_above(given.index_select(0, likely), generator)]])
+    known = given.index_select(0, likely)
+    fires = _noise(known, generator) > known
+    return torch.cat([torch.unique(hit[accepted]), likely[fires]])
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of the shape of a tensor."""
+    return torch.randn(like.shape, generator=generator, device=generator.device)
 
 
 def _children(feature: Tensor, start: Tensor, children: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,85 +206,3 @@ def _children(feature: Tensor, start: Tensor, children: Tensor) -> tuple[Tensor,
     entry = torch.repeat_interleave(torch.arange(len(feature), device=feature.device), count)
     first = (start[feature] - count.cumsum(0) + count)[entry]
     return entry, children[first + torch.arange(len(entry), device=feature.device)]
-
-
-class LowRankCorrelation:
-    """Random loadings on few common factors: give their ``scale``, or the ``strength`` of correlation.
-
-    Args:
-        rank: Number of common factors.
-        scale: Standard deviation of independent normal loadings; rows whose squared norm exceeds .99 are shortened to it.
-        strength: Share of each feature's variance that the factors explain, the same for all, in [0, 1), in random directions.
-    """
-
-    def __init__(self, rank: int, scale: float | None = None, strength: float | None = None) -> None:
-        self.rank = whole_number("data.firing.correlation.rank", rank)
-        if (scale is None) == (strength is None):
-            raise UserError("data.firing.correlation.scale: give either it or strength")
-        if strength is not None and not 0 <= strength < 1:
-            raise UserError(f"data.firing.correlation.strength: must be at least 0 and below 1, got {strength}")
-        self.scale = scale if scale is None else positive("data.firing.correlation.scale", scale, True)
-        self.strength = strength
-
-    def loadings(self, n: int, seed: int) -> Tensor:
-        """Loadings of n features, float64 ``[n, rank]``."""
-        normal = torch.randn(n, self.rank, generator=torch.Generator().manual_seed(seed + _SEED_OF_LOADINGS)).double()
-        if self.scale is None:
-            directions: Tensor = torch.nn.functional.normalize(normal, dim=1)
-            return directions * math.sqrt(self.strength or 0.0)
-        loadings: Tensor = self.scale * normal
-        norms = torch.linalg.vector_norm(loadings, dim=1, keepdim=True)
-        excess = torch.clamp(norms / math.sqrt(_LARGEST_SQUARED_NORM), min=1.0)
-        return torch.div(loadings, excess)
-
-
-class CopulaFiring(GaussianFiring):
-    """Many features with given rates, correlated through a few common factors, in a hierarchy or none.
-
-    SynthSAEBench-16k (Chanin & Garriga-Alonso 2026, arXiv 2602.14687) is ``n = 16384``, ``Zipf(.5, .4, 5e-4)``,
-    ``LowRankCorrelation(25, scale=.1)``, ``Forest(128, 4, 3, scale_children=True)`` and ``structure_seed = 42``: SAELens' own
-    loadings.
-
-    In a hierarchy ``rates`` are what compensation aims at, and :meth:`rates` says what comes of it. Where siblings have
-    room below their parent the two agree within a few percent. In SynthSAEBench-16k they do not: the rates of four siblings
-    add up to more than their parent's, so that of what is asked for the median child gets .67, grandchild .42 and leaf .34,
-    and 34.7 features fire at a time instead of 59.
-
-    >>> from hedgelab.data.toy.laws import Zipf
-    >>> CopulaFiring(3, Zipf(exponent=1, largest=0.6)).rates().tolist()
-    [0.6, 0.3, 0.19999999999999998]
-
-    Args:
-        n: Number of features.
-        rates: Probability that each feature fires.
-        correlation: Correlation of the Gaussians behind the firing; None: features are independent.
-        hierarchy: Trees of features; None: every feature fires by itself.
-        structure_seed: Seed of the random loadings; part of the toy's definition, apart from the run's seed.
-    """
-
-    former_arguments: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("exponent", "max_rate", "mean_l0"), _RATES),
-        **dict.fromkeys(("rank", "strength", "loadings"), _CORRELATION),
-        **dict.fromkeys(("parents", "children_per_parent"), _HIERARCHY),
-    }
-    """What releases up to 0.2 had, and what says it now."""
-
-    def __init__(
-        self,
-        n: int,
-        rates: Law,
-        correlation: LowRankCorrelation | None = None,
-        hierarchy: Forest | None = None,
-        structure_seed: int = 0,
-    ) -> None:
-        whole_number("data.firing.n", n)
-        whole_number("data.firing.structure_seed", structure_seed, 0)
-        candidates = rates.values(n)
-        possible = (candidates > 0) & (candidates <= 1)
-        if not bool(possible.all()):
-            wrong = float(candidates[~possible][0])
-            raise UserError(f"data.firing.rates: must be above 0 and at most 1 for every feature, got {wrong:.6g}")
-        forest = None if hierarchy is None else hierarchy.over(n)
-        if hierarchy is not None and forest is not None and hierarchy.compensate:
-            candidates = forest.compensated(candidates)
-        super().__init__(candidates, None if correlation is None else correlation.loadings(n, structure_seed), forest)

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
+from hedgelab.data.toy.copula import CopulaFiring, LowRankCorrelation
 from hedgelab.data.toy.dictionary import orthogonalised
 from hedgelab.data.toy.firing import Magnitudes
-from hedgelab.data.toy.gaussian import CopulaFiring, LowRankCorrelation
 from hedgelab.data.toy.hierarchy import Forest
 from hedgelab.data.toy.laws import FoldedNormal, Linear, Zipf
 from hedgelab.data.toy.synthetic_model import SyntheticModelFolder
