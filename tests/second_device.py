@@ -185,8 +185,8 @@ def _on_numbers(function):
 
 def _products():
     from hedgelab.kernels.triton import (
-        products as on_cuda,  # only here, for this module is also read where Triton is not installed
-    )
+        products as on_cuda,
+    )  # only here, for this module is also read where Triton is not installed
 
     return SimpleNamespace(
         select=on_cuda.select, decode_levels=_on_numbers(products.decode_levels),

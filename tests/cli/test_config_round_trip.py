@@ -123,6 +123,7 @@ def holds(part, whole):
     return part == whole or (isinstance(part, float) and part == pytest.approx(whole))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(config=CONFIGS)
 def test_printed_configs_read_back_as_themselves(config, tmp_path_factory):

@@ -104,6 +104,7 @@ def test_a_sweep_that_a_launcher_started_several_times_is_refused(sweep, capsys,
     assert "sweep: was started in several processes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_folders_elsewhere_are_the_users_choice(sweep):
     read = read_sweep([*sweep[1:], "--config=root.yaml", "--trainer.default_root_dir=/elsewhere"])
     assert read.said == ("--trainer.default_root_dir=/elsewhere",)
@@ -111,6 +112,7 @@ def test_folders_elsewhere_are_the_users_choice(sweep):
         assert unit.parse().resolved()["trainer"]["default_root_dir"] == "/elsewhere"
 
 
+@pytest.mark.slow
 def test_cells_with_the_same_stream_are_packed(sweep):
     read = read_sweep([*sweep[1:], "--sweep.axes.data.batch_size=[8, 16]"])
     units = check_sweep(read, parse_cell)

@@ -146,6 +146,7 @@ def test_a_cell_that_max_time_cut_is_not_finished_and_goes_on(sweep, capsys, mon
     assert sha == {resolve_run("alone").tags["weights_sha256"]}
 
 
+@pytest.mark.slow
 def test_a_failing_cell_does_not_have_the_good_ones_trained_again(sweep, capsys, monkeypatch):
     from hedgelab.saes import TopKSAE
 
@@ -185,6 +186,7 @@ def test_cells_that_another_process_trains_are_waited_for(sweep, capsys, monkeyp
     assert [run.info.status for run in cells()] == ["FINISHED"] * 2
 
 
+@pytest.mark.slow
 def test_retrain_trains_finished_cells_in_new_runs(sweep, capsys):
     assert main(sweep) == 0
     assert main(sweep) == 0

@@ -22,6 +22,7 @@ def store(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_shipped_trial_runs_small(store, capsys):
     assert main(["trial", "--config", CONFIG, *SMALL]) == 0
     printed = capsys.readouterr().out

@@ -68,12 +68,12 @@ def test_trials_by_lot_parse(file):
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=name_of)
-def test_the_ends_of_every_sweep_line_parse(file):
+def test_the_ends_of_every_sweep_parse(file):
     command, lines = cells_of(file)
-    for cells in lines.values():
-        ends = {cell.group: (cell, tree) for cell, tree in (cells[-1], cells[0])}  # seeds of weights parse alike
-        for cell, tree in ends.values():
-            parse_cell(command, with_seed(tree, cell.seed))
+    cells = [cell for line in lines.values() for cell in line]
+    ends = {cell.group: (cell, tree) for cell, tree in (cells[-1], cells[0])}  # seeds of weights parse alike
+    for cell, tree in ends.values():
+        parse_cell(command, with_seed(tree, cell.seed))
 
 
 @pytest.mark.slow

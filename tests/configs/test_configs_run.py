@@ -62,11 +62,13 @@ def run_shortened(file, more, store, tmp_path, monkeypatch):
 
 
 def a_toy(file):
-    """A file to run; slow where it is large, and where ``tests/cli/test_paper_toys.py`` reads it and solves it, too."""
+    """A file to run; slow where it is large or like another, or where ``tests/cli/test_paper_toys.py`` solves it, too."""
     base = load(file).get("sweep", {}).get("base") or ""
     is_large = "n: 16384" in file.read_text() or base == "synth_sae_bench.yaml"
     is_solved = file.stem.startswith(("correlated", "anti_correlated", "balance", "unbalanceable", "absorption"))
-    return pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if is_large or is_solved else [])
+    is_like_another = file.stem in {"many_features", "mitigations", "synth_sae_bench_verdict", "width_grid"}
+    slow = is_large or is_solved or is_like_another
+    return pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if slow else [])
 
 
 @pytest.mark.parametrize("file", map(a_toy, TOYS))

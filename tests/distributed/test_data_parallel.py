@@ -7,6 +7,7 @@ import torch
 from hedgelab.data.tensors import TensorActivations
 
 STREAMS = {"toy": (fits.toy, False), "correlated": (fits.Correlated, True), "population": (fits.population, False)}
+ONE_STREAM = [pytest.param(name, marks=[pytest.mark.slow] if name != "population" else []) for name in STREAMS]
 
 
 def one_and_many(stream, ranks, folder, kinds=fits.KINDS, steps=200):
@@ -30,14 +31,14 @@ def check(one, many):
         assert many[0].numbers[key] == pytest.approx(one.numbers[key], rel=1e-4, abs=1e-5, nan_ok=True)
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", ONE_STREAM)
 def test_two_ranks_train_every_kind_as_one_does(stream, tmp_path):
     one, many = one_and_many(stream, 2, tmp_path, steps=30)
     check(one, many)
     assert any("auxiliary" in name for _, name in one.numbers)
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", ONE_STREAM)
 def test_two_ranks_train_with_mitigations_as_one_does(stream, tmp_path):
     one, many = one_and_many(stream, 2, tmp_path, ["lista_matryoshka", "random_prefixes"], 30)
     check(one, many)
@@ -59,7 +60,10 @@ def test_several_ranks_train_every_kind_as_one_does_for_long(stream, ranks, tmp_
     check(*one_and_many(stream, ranks, tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["batch_topk", "matryoshka", "orthogonal", "steered", "penalty", "scheduled"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("batch_topk", "orthogonal", "penalty", "scheduled")]
+
+
+@pytest.mark.parametrize("kind", ["matryoshka", "steered", *SLOW])
 def test_a_single_sae_in_chunks(kind, tmp_path):
     runs = []
     for ranks in (1, 2):

@@ -50,7 +50,8 @@ def measure(rank, strategy, folder):
     torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("sharded", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
 def test_two_ranks_measure_what_one_does(strategy, on_ranks, tmp_path):
     on_ranks(2, measure, strategy, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

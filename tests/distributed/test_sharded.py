@@ -46,10 +46,10 @@ def check(one, many, tolerance=1e-9):
             assert many[0].numbers[key] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["vanilla", "topk", "abs_topk", "batch_topk", "jumprelu", "matryoshka", "own_row_credit", "steered", "penalty"],
-)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("vanilla", "topk", "abs_topk", "steered", "penalty")]
+
+
+@pytest.mark.parametrize("kind", ["batch_topk", "jumprelu", "matryoshka", "own_row_credit", *SLOW])
 def test_two_processes_train_as_one_does(kind, on_ranks, tmp_path):
     check(*both(on_ranks, kind, fits.toy, False, tmp_path))
 
@@ -164,7 +164,7 @@ def train_on_poison(rank, kind, on_nonfinite, folder, settings):
     fits.fit(fits.make(kind, Poisoned.d_in, True), Poisoned(), folder, 1, 12, **options)
 
 
-@pytest.mark.parametrize("kind", ["batch_topk", "topk", "clipped"])
+@pytest.mark.parametrize("kind", ["batch_topk", "topk", pytest.param("clipped", marks=pytest.mark.slow)])
 def test_batches_are_passed_over_by_all_or_none(kind, on_ranks, tmp_path):
     train_on_poison(0, kind, "skip", tmp_path / "one", {})
     on_ranks(2, train_on_poison, kind, "skip", tmp_path / "many", {"strategy": "sharded", "devices": 2})

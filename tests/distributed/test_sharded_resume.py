@@ -83,7 +83,8 @@ def assert_same(one, other, close=None, path=""):
 WHAT = ("state_dict", "optimizer_states", "lr_schedulers", "hedgelab_unreported", "global_step")
 
 
-@pytest.mark.parametrize("kind", ["matryoshka", pytest.param("group", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["matryoshka", "group"])
 def test_stopped_by_a_signal_and_gone_on_with(kind, on_ranks, tmp_path):
     """Weights, the optimiser's states and what was logged are those of a run never stopped, bit for bit."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -157,6 +158,7 @@ def measure(rank, checkpoint, folder):
     torch.save(values, folder / f"measured{rank}.pt")
 
 
+@pytest.mark.slow
 def test_measuring_a_checkpoint(on_ranks, tmp_path):
     split(on_ranks, "matryoshka", tmp_path)
     (tmp_path / "alone").mkdir()

@@ -146,6 +146,7 @@ class Lock(threading.Thread):
         self.join()
 
 
+@pytest.mark.slow
 def test_a_database_locked_for_a_while_loses_nothing(uri):
     tracker = MLflowTracker()
     run_id = tracker.run_id
@@ -164,6 +165,7 @@ def test_a_run_starts_as_soon_as_the_lock_is_gone(uri):
         assert MLflowTracker().run_id
 
 
+@pytest.mark.slow
 def test_a_database_locked_for_good_is_one_line(uri, monkeypatch):
     monkeypatch.setattr("hedgelab.tracking.store._BUSY_SECONDS", 0.5)
     with Lock(uri, 4), pytest.raises(Exception, match="locked") as error:

@@ -10,6 +10,7 @@ import torch
 ASK = "import hedgelab.saes, hedgelab.training.shell, torch; print(torch.get_float32_matmul_precision())"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("switch", "precision"), [("0", "highest"), ("1", "high")])
 def test_products_are_in_tf32_where_pytorchs_switch_says_so(switch, precision):
     env = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": switch}

@@ -121,6 +121,7 @@ def test_missing_packages_name_the_extra(monkeypatch, tiny_model):
         ModelFiles(tiny_model).config()
 
 
+@pytest.mark.slow
 def test_importing_needs_no_transformers():
     code = """
 import sys

@@ -44,6 +44,7 @@ def config(tmp_path, monkeypatch):
     return tmp_path / "trial.yaml"
 
 
+@pytest.mark.slow
 def test_the_dose_puts_the_child_into_its_parents_row(config):
     study, _, _ = parse(study_class("plant"), "plant", ["--config", str(config)])
     outcome = study.run(Bench())
