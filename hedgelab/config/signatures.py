@@ -48,10 +48,8 @@ def _given_to_parent(init: Callable[..., None]) -> tuple[int, frozenset[str]]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(init)))
     except (OSError, SyntaxError):  # made at run time
         return 0, frozenset()
-    calls = (
-        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__"
-    )
-    call = next(calls, None)
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    call = next((one for one in calls if ast.unparse(one.func) == "super().__init__"), None)
     return (0, frozenset()) if call is None else (len(call.args), frozenset(k.arg for k in call.keywords if k.arg))
 
 

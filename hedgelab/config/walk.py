@@ -15,15 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from hedgelab.config.names import nearest, suggest
-from hedgelab.config.signatures import (
-    Parameter,
-    bases,
-    class_of,
-    concrete,
-    describe,
-    parameters_of,
-    supplied_by_caller,
-)
+from hedgelab.config.signatures import Parameter, bases, class_of, concrete, describe, parameters_of, supplied_by_caller
 from hedgelab.config.tree import Tree
 from hedgelab.errors import UserError, one_line
 
@@ -142,9 +134,8 @@ def explain_parsing(error: Exception, tree: Tree, walk: Walk) -> str:
         return f"{key}: cannot resolve{shown}: {one_line(str(error).splitlines()[0])}"
     wanted = re.search(r"\$\{([\w.\[\]]+)\}", shown)
     near = nearest(wanted[1], keys) if wanted else None
-    return f"{key}: cannot resolve{shown}: no such key; " + (
-        f"did you mean '${{{near}}}'?" if near else "a key is written in full from the top, with init_args"
-    )
+    advice = f"did you mean '${{{near}}}'?" if near else "a key is written in full from the top, with init_args"
+    return f"{key}: cannot resolve{shown}: no such key; {advice}"
 
 
 def explain_construction(error: BaseException, walk: Walk) -> str:

@@ -11,15 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils import data as torch_data
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import NormalisedActivations, Stage, held_out_split
@@ -60,7 +53,7 @@ class DatasetActivations(NormalisedActivations):
 
     def __init__(
         self,
-        dataset: Dataset[Any] | DataLoader[Any],
+        dataset: torch_data.Dataset[Any] | DataLoader[Any],
         feature_directions: Tensor | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,
@@ -70,9 +63,10 @@ class DatasetActivations(NormalisedActivations):
         val_batches: int | None = None,
         chunk_steps: int = 1,
     ) -> None:
-        self._collate = default_collate
+        self._collate = torch_data.default_collate
         if isinstance(dataset, DataLoader):
-            if dataset.batch_size is None or not isinstance(dataset.sampler, SequentialSampler | RandomSampler):
+            usual = torch_data.SequentialSampler | torch_data.RandomSampler
+            if dataset.batch_size is None or not isinstance(dataset.sampler, usual):
                 own = type(dataset.sampler if dataset.batch_size else dataset.batch_sampler).__name__
                 raise UserError(f"data.dataset: the DataLoader's own {own} would be ignored; give the dataset instead")
             batch_size = dataset.batch_size if batch_size is None else batch_size

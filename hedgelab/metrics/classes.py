@@ -169,25 +169,22 @@ class L0(FunctionMetric):
         super().__init__(basic.l0_update, 1, **kwargs)
 
 
-class DeadLatents(FunctionMetric):
-    """Number of the ``d_sae`` latents that fired on no example seen; see :func:`.functional.dead_latents`."""
-
-    higher_is_better = False
-
-    def __init__(self, d_sae: int, **kwargs: Any) -> None:
-        super().__init__(basic.firing_update, d_sae, **kwargs)
-
-    def compute(self) -> Tensor:
-        """Dead latents over everything seen."""
-        rates: Tensor = super().compute()
-        return (~(rates > 0)).sum()
-
-
 class FiringDensity(FunctionMetric):
     """Firing rates of ``d_sae`` latents, as :func:`.functional.firing_rates` gives and ``density_histogram`` takes them."""
 
     def __init__(self, d_sae: int, **kwargs: Any) -> None:
         super().__init__(basic.firing_update, d_sae, **kwargs)
+
+
+class DeadLatents(FiringDensity):
+    """Number of the ``d_sae`` latents that fired on no example seen; see :func:`.functional.dead_latents`."""
+
+    higher_is_better = False
+
+    def compute(self) -> Tensor:
+        """Dead latents over everything seen."""
+        rates: Tensor = super().compute()
+        return (~(rates > 0)).sum()
 
 
 class FeatureDetection(FunctionMetric):

@@ -48,9 +48,8 @@ def hedging(
     codes, expected = as_codes(codes), [len(decoder), len(features)]
     given, true = ([one.batch_size, one.d_sae] for one in (codes, as_codes(activations)))
     if given[0] != true[0] or [given[1], true[1]] != expected:
-        raise UserError(
-            f"codes, activations: expected [examples, {expected[0]}] and [examples, {expected[1]}], got {given} and {true}"
-        )
+        wanted = " and ".join(f"[examples, {width}]" for width in expected)
+        raise UserError(f"codes, activations: expected {wanted}, got {given} and {true}")
     metric = FeatureRegression(*expected, sync_on_compute=False)
     metric.update(codes, activations)
     fired, sums = codes.firing_counts().to(cosines.device), metric.to(cosines.device).compute()

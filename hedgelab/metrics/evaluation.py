@@ -67,9 +67,8 @@ class SAEMetrics(nn.Module):
         if last and d_sae <= JOINT_LATENTS:
             together = dist.is_available() and dist.is_initialized()
             size = ranks.size if ranks is not None else dist.get_world_size() if together else 1
-            self.residual = classes.ResidualHedgingMetric(
-                torch.zeros(d_sae, d_in), max(1, classes.ROWS // size), **split
-            )
+            rows = max(1, classes.ROWS // size)
+            self.residual = classes.ResidualHedgingMetric(torch.zeros(d_sae, d_in), rows, **split)
         self.truth = nn.ModuleDict()
         self.register_buffer("feature_directions", feature_directions, persistent=False)
         self.register_buffer("parents", parents, persistent=False)

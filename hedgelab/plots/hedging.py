@@ -1,7 +1,8 @@
-"""Hedging: its degree beside what that is judged by, and its truth beside measures, widths and matryoshka levels."""
+"""Hedging: its degree, its truth beside measures, widths and levels, mixing over L0, and what planted features show of it."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product, zip_longest
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from hedgelab.plots import style
 from hedgelab.plots.sweep import sweep_panels
 
+Row = Mapping[str, Any]
 _DEGREES = {
     "degree": "random\n(the degree)",
     "live_degree": "random,\nlive latents",
@@ -23,6 +25,7 @@ _MOTIONS = {
     "covariance_baseline": "drawn with the\ncovariance",
     "foreign_baseline": "another seed's\nnew latents",
 }
+_BESIDE = {"explained_variance": "explained variance", "nearest_feature": "cosine with the nearest feature"}
 
 
 def degree_and_baselines(scores: Sequence[Mapping[str, float]]) -> Figure:
@@ -122,4 +125,83 @@ def hedging_of_levels(levels: Mapping[str, Mapping[int, Sequence[float]]]) -> Fi
         style.grouped_bars(axes, [str(width) for width in by_width], {f"level {i}": values for i, values in by_level})
         style.tidy(axes, toy, "width", "true hedging" if axes is grid[0] else "")
     style.legend_below(figure, grid[0].containers)
+    return figure
+
+
+def measures_over_l0(
+    rows: Sequence[Row], measures: Mapping[str, str], found: Mapping[str, float], right: float | None
+) -> Figure:
+    """A panel a measure, a point an SAE, the line their mean; what is measured beside them in the last panel."""
+    figure, grid = style.new_figure(4.0 * (len(measures) + 1), 3.5, "Where do latents mix least?", 1, len(measures) + 1)
+    wanted = sorted({row["wanted_l0"] for row in rows})
+    handles: list[Any] = []
+
+    def curve(axes: Any, key: str, color: str, label: str) -> Any:
+        means = [np.mean([(row["l0"], row[key]) for row in rows if row["wanted_l0"] == one], axis=0) for one in wanted]
+        axes.scatter([row["l0"] for row in rows], [row[key] for row in rows], s=8, alpha=0.5, linewidths=0, color=color)
+        return axes.plot(*np.transpose(means), color=color, linewidth=1.4, label=label)[0]
+
+    for number, (axes, (key, title)) in enumerate(zip(grid, measures.items(), strict=False)):
+        curve(axes, key, style.color_of(number), title)
+        drawn = axes.axvline(found[f"l0/{key}"], color=style.INK, linewidth=1, label="lowest")
+        if np.isfinite(found[f"l0/{key}_low"]):  # not of one seed
+            axes.axvspan(found[f"l0/{key}_low"], found[f"l0/{key}_high"], color=style.INK, alpha=0.08, linewidth=0)
+        handles.append(drawn)
+        style.tidy(axes, title, "L0")
+    beside = {key: title for key, title in _BESIDE.items() if key in rows[0]}
+    for number, (key, title) in enumerate(beside.items(), start=len(measures)):
+        handles.append(curve(grid[-1], key, style.color_of(number), title))
+    style.tidy(grid[-1], "", "L0")
+    label = "right L0 of these features"
+    for axes in grid:
+        if right is not None:
+            handles.append(axes.axvline(right, color=style.MUTED, linewidth=1, linestyle=style.DASHED, label=label))
+    style.legend_below(figure, handles)
+    return figure
+
+
+def doses_and_responses(arms: Sequence[Row], doses: Sequence[float]) -> Figure:
+    """Share of the child in the parent's row by dose, one panel a kind, one colour a width; crosses are the theory's.
+
+    The last place is that of children that fire only where their parent is silent.
+    """
+    kinds, widths = (list(dict.fromkeys(row[key] for row in arms)) for key in ("kind", "width"))
+    size, title = (1.2 + 3.6 * len(kinds), 3.7), "Planted children in their parents' rows"
+    figure, grid = style.new_figure(*size, title, 1, len(kinds), sharey=True)
+    places: dict[Any, int] = {dose: place for place, dose in enumerate(doses)}
+    handles: list[Any] = []
+    for axes, kind in zip(grid, kinds, strict=True):
+        for number, width in enumerate(widths):
+            own = [row for row in arms if (row["kind"], row["width"]) == (kind, width)]
+            shift = 0.14 * (number - (len(widths) - 1) / 2)
+            at = np.array([places.get(row["dose"], len(doses)) + shift for row in own])
+            mean, low, high = (np.array([row[key] for row in own]) for key in ("share", "share_low", "share_high"))
+            look: dict[str, Any] = {"color": style.color_of(number), "label": f"{width} latents", "zorder": 3}
+            ends = np.stack([mean - low, high - mean])
+            handles.append(axes.errorbar(at, mean, ends, fmt="o", markersize=4, linewidth=1.2, **look))
+            predicted = [row["predicted"] for row in own]
+            axes.scatter(at, predicted, marker="x", s=22, linewidths=1, color=style.INK, zorder=4)
+        axes.axhline(0, color=style.MUTED, linewidth=0.8, linestyle=style.DASHED)
+        names = [f"{dose:g}" for dose in doses]
+        axes.set_xticks(range(len(doses) + 1), [*names, "only\nwithout"])
+        style.tidy(axes, kind, "share of the parent's firings", "share of its row" if axes is grid[0] else "")
+    handles.append(grid[0].scatter([], [], marker="x", color=style.INK, label="omitted-variable theory"))
+    style.legend_below(figure, handles)
+    return figure
+
+
+def shares_against_theory(pairs: Sequence[Row]) -> Figure:
+    """Every pair of every SAE: what its row holds of the child, against what the regression on codes says; a panel a kind."""
+    kinds, widths = (list(dict.fromkeys(row[key] for row in pairs)) for key in ("kind", "width"))
+    figure, grid = style.new_figure(1.2 + 3.6 * len(kinds), 3.7, "Omitted-variable theory", 1, len(kinds), sharey=True)
+    handles: list[Any] = []
+    for axes, kind in zip(grid, kinds, strict=True):
+        for number, width in enumerate(widths):
+            own = [row for row in pairs if (row["kind"], row["width"]) == (kind, width)]
+            x, y = ([row[key] for row in own] for key in ("predicted", "share"))
+            look: dict[str, Any] = {"color": style.color_of(number), "label": f"{width} latents"}
+            handles.append(axes.scatter(x, y, s=5, alpha=0.4, linewidths=0, **look))
+        axes.axline((0, 0), slope=1, color=style.MUTED, linewidth=0.8, linestyle=style.DASHED)
+        style.tidy(axes, kind, "predicted share", "share of the parent's row" if axes is grid[0] else "")
+    style.legend_below(figure, handles)
     return figure

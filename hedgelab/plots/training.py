@@ -10,20 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from hedgelab.plots.style import (
-    DASHED,
-    FAINT,
-    INK,
-    MUTED,
-    PALETTE,
-    color_of,
-    histogram,
-    legend,
-    legend_below,
-    new_figure,
-    note,
-    tidy,
-)  # fmt: skip
+from hedgelab.plots import style
+from hedgelab.plots.style import FAINT, PALETTE, color_of, new_figure, tidy
 
 _MOST_LATENT_PANELS = 4
 _MOST_COLUMNS = 3
@@ -61,7 +49,7 @@ def overlaid_curves(curves: Mapping[str, Mapping[str, Curve]], titles: Mapping[s
             axes.set_yscale("log")
         tidy(axes, titles.get(metric, metric), "step")
     if few and len(runs) > 1:
-        legend_below(figure, [line for axes in grid for line in axes.get_lines()], legend_columns)
+        style.legend_below(figure, [line for axes in grid for line in axes.get_lines()], legend_columns)
     return figure
 
 
@@ -88,11 +76,11 @@ def cosines_over_training(steps: Sequence[int], decoder: ArrayLike, encoder: Arr
             title = f"{name}, all {d_sae} latents: final best feature in colour, the others grey"
         xlabel = "training step" if name == "encoder" else ""
         tidy(axes, title, xlabel, "" if latent else "cosine with feature")
-        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.axhline(0, color=style.MUTED, linewidth=0.8)
         axes.set_ylim(-1.05, 1.05)
     if apart:
         handles, labels = grid[panels - 1].get_legend_handles_labels()
-        legend(figure, handles=handles, labels=labels, loc="outside right center")
+        style.legend(figure, handles=handles, labels=labels, loc="outside right center")
     return figure
 
 
@@ -104,16 +92,16 @@ def firing_density(rates: ArrayLike) -> Figure:
     if live.size:
         axes.set_xscale("log")
         lowest = min(np.floor(np.log10(live.min()) * 2) / 2, -1.0)
-        histogram(axes, live, (10.0 ** np.arange(lowest, 0.126, 0.125)).tolist())
+        style.histogram(axes, live, (10.0 ** np.arange(lowest, 0.126, 0.125)).tolist())
         median = np.median(live)
-        axes.axvline(median, color=INK, linewidth=1.0, linestyle=DASHED)
+        axes.axvline(median, color=style.INK, linewidth=1.0, linestyle=style.DASHED)
         place = {"xycoords": ("data", "axes fraction"), "ha": "left", "va": "top"}
-        note(axes, f"median {median:.2g}", (float(median), 1.0), (4, -4), **place)
+        style.note(axes, f"median {median:.2g}", (float(median), 1.0), (4, -4), **place)
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     else:
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "no latent fires", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.text(0.5, 0.5, "no latent fires", transform=axes.transAxes, ha="center", color=style.MUTED)
     title = f"{values.size} latents, of which {values.size - live.size} never fired"
     tidy(axes, title, "share of examples it fires on", "latents")
     return figure

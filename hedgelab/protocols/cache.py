@@ -40,9 +40,8 @@ class Cache(Study):
         """Write what is missing."""
         data = self.data()
         if not isinstance(data, LLMDataModule):
-            raise UserError(
-                f"data: {type(data).__name__} needs no cache; only activations of language models are cached"
-            )
+            name = type(data).__name__
+            raise UserError(f"data: {name} needs no cache; only activations of language models are cached")
         if data.cache is None:
             raise UserError("data.cache: names no folder to write; add it to the config, or give --data.cache DIR")
         local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))

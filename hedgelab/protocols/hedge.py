@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import PolynomialLR
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
-from hedgelab.errors import UserError, whole_number
+from hedgelab.errors import UserError, positive, whole_number
 from hedgelab.metrics.classes import ROWS, HedgingDegree, ResidualHedgingMetric
 from hedgelab.metrics.functional.degree import DRAWS, DegreeScores
 from hedgelab.metrics.functional.error_spread import BLOCKS
@@ -70,12 +70,10 @@ class HedgeOptions:
     def __post_init__(self) -> None:
         for name, least in (("n_new", 1), ("seeds", 1), ("draws", 2)):
             whole_number(f"hedge.{name}", getattr(self, name), least)
-        if self.new_norm <= 0:
-            raise UserError(f"hedge.new_norm: must be above 0, got {self.new_norm}")
+        positive("hedge.new_norm", self.new_norm)
         if self.lr is not None and self.lr <= 0:
             raise UserError(f"hedge.lr: must be above 0, or null for the optimiser's own, got {self.lr}")
-        if self.l1_restart < 0:
-            raise UserError(f"hedge.l1_restart: must not be negative, got {self.l1_restart}")
+        positive("hedge.l1_restart", self.l1_restart, or_zero=True)
 
 
 class Continuations(NamedTuple):

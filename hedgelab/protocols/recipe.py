@@ -68,9 +68,8 @@ class Recipe(Generic[T]):
                     part = last
                     node[part if isinstance(node, dict) else _place(node, part)] = value
                 except (AttributeError, LookupError, TypeError, ValueError):
-                    raise UserError(
-                        f"{key}: the config has no '{part}' there; keys are written in full, with init_args"
-                    ) from None
+                    advice = "keys are written in full, with init_args"
+                    raise UserError(f"{key}: the config has no '{part}' there; {advice}") from None
         return made
 
     def with_weights_seed(self, seed: int) -> Self:

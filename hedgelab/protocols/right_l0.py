@@ -7,7 +7,6 @@ trained on one stream, and two measures that know no truth are lowest where L0 i
 Where the features are known, as in toys, so is the right L0: how many of the ``d_sae`` most frequent ones fire, on average.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -24,7 +23,7 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import ExplainedVariance
 from hedgelab.metrics.functional.projection import nth_decoder_projection, usual_n
 from hedgelab.metrics.functional.recovery import decoder_cosines, decoder_geometry
-from hedgelab.plots.right_l0 import measures_over_l0
+from hedgelab.plots.hedging import measures_over_l0
 from hedgelab.protocols.phase_data import PhaseData
 from hedgelab.protocols.planting.statistics import mean_interval
 from hedgelab.protocols.recipe import Recipe
@@ -83,17 +82,13 @@ class RightL0(Study):
         """Train SAEs of every L0 and seed on one stream, measure them, and look for the minima."""
         options, data = self.l0, self.data(seed=bench.seed)
         places = list(product(options.values, range(options.seeds)))
-        d_sae = self.make_sae(
-            options.values[0], bench.seed, data.d_in
-        ).d_sae  # mistakes show before anything is trained
+        first = self.make_sae(options.values[0], bench.seed, data.d_in)  # mistakes show before anything is trained
+        d_sae = first.d_sae
         n = usual_n(d_sae) if options.n is None else options.n
         if not 1 <= n <= d_sae:
             raise UserError(f"l0.n: must be from 1 to d_sae = {d_sae}, got {n}")
-        common: dict[str, Any] = {
-            "data": deciding({"data": self.data.plain}),
-            "model": deciding({"model": self.model.plain}),
-        }
-        common |= {"seed": bench.seed, "steps": options.steps}
+        common: dict[str, Any] = {"seed": bench.seed, "steps": options.steps}
+        common |= {key: deciding({key: getattr(self, key).plain}) for key in ("data", "model")}
         phases = [
             Phase(
                 f"l0={value:g}/seed={seed}", {**common, "l0": value, "weights": seed},
@@ -114,9 +109,8 @@ class RightL0(Study):
         metrics = {} if right is None else {"l0/right": right}
         headline = [] if right is None else [f"right L0 of these features and {d_sae} latents: {right:.2f}"]
         for key, title in MEASURES.items():
-            found = [
-                lowest(*_columns([row for row in rows if row["seed"] == seed], key)) for seed in range(options.seeds)
-            ]
+            curves = ([(row["l0"], row[key]) for row in rows if row["seed"] == seed] for seed in range(options.seeds))
+            found = [lowest(*np.transpose(curve)) for curve in curves]
             best, low, high, _ = mean_interval(found)
             metrics |= {f"l0/{key}": best, f"l0/{key}_low": low, f"l0/{key}_high": high}
             line = f"lowest {title}: L0 {best:.2f} ({low:.2f} to {high:.2f})"
@@ -195,7 +189,3 @@ def lowest(l0: ArrayLike, values: ArrayLike) -> float:
     near = slice(place - 1, place + 2)
     curve = np.polynomial.Polynomial.fit(np.log(at[near]), values[near], 2)
     return float(np.exp(curve.deriv().roots()[0].real))
-
-
-def _columns(rows: Sequence[Row], key: str) -> Any:
-    return np.array([[row["l0"] for row in rows], [row[key] for row in rows]])

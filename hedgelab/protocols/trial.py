@@ -27,17 +27,10 @@ from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import FeatureRegression, ResidualHedgingMetric
+from hedgelab.metrics.functional import true_hedging as truth
 from hedgelab.metrics.functional.degree import hedging_degree
 from hedgelab.metrics.functional.projection import nth_decoder_projection
 from hedgelab.metrics.functional.recovery import decoder_cosines, decoder_geometry
-from hedgelab.metrics.functional.true_hedging import (
-    FIRINGS,
-    RegressionSums,
-    decoder_coordinates,
-    hedging,
-    regressed_hedging,
-    tracked_features,
-)
 from hedgelab.plots.hedging import hedging_of_levels, hedging_over_width, measures_against_truth
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Row, Study
@@ -132,10 +125,7 @@ class Trial(Study):
             k: {t: {w: [s["true_hedging"] for s in some(kind=k, toy=t, width=w)] for w in widths} for t in toys}
             for k in kinds
         }
-        figures = {
-            "against_truth.png": measures_against_truth(points, ranks),
-            "widths.png": hedging_over_width(curves),
-        }
+        figures = {"against_truth.png": measures_against_truth(points, ranks), "widths.png": hedging_over_width(curves)}
         if any(score["levels"] for score in scores):
             of = {(t, w): [s["levels"] for s in some(toy=t, width=w) if s["levels"]] for t in toys for w in widths}
             levels = {t: {w: np.mean(of[t, w], axis=0).tolist() for w in widths} for t in toys}
@@ -176,9 +166,8 @@ class Trial(Study):
         of_member = torch.tensor([list(toys).index(toy) for toy, _ in places])
         steps = range(options.steps + options.continued_steps)
         # Training batches of all toys, [toys, steps, batch, d_in]: every ensemble sees the same.
-        stream = torch.stack(
-            [torch.stack([toy.batch("train", step).x.cpu() for step in steps]) for toy in toys.values()]
-        )
+        batches = ([toy.batch("train", step).x.cpu() for step in steps] for toy in toys.values())
+        stream = torch.stack([torch.stack(own) for own in batches])
 
         def train(saes: Sequence[SAE], x: Tensor, decays: bool) -> list[SAE]:
             schedule = partial(PolynomialLR, total_iters=options.continued_steps) if decays else None
@@ -193,10 +182,8 @@ class Trial(Study):
             for sae, (toy, _) in zip(saes, places, strict=True):
                 sae.initialize(toys[toy].batch("train", 0).to("cpu"), toys[toy].feature_directions)
             controls = train(saes, stream[:, : options.steps], decays=False)
-            wide = [
-                widen(sae, options.n_new, options.new_norm, seed)
-                for sae, (_, seed) in zip(controls, places, strict=True)
-            ]
+            start = zip(controls, places, strict=True)
+            wide = [widen(sae, options.n_new, options.new_norm, seed) for sae, (_, seed) in start]
             controls, wide = (train(members, stream[:, options.steps :], decays=True) for members in (controls, wide))
             scores += [
                 {"kind": kind, "width": width, "toy": toy, "seed": seed}
@@ -224,11 +211,10 @@ def _score(data: ToyDataModule, control: SAE, extended: SAE, seed: int, batches:
         fired += codes.firing_counts()
         fired_extended += extended.encode(x).firing_counts()
     live, live_extended = fired > 0, fired_extended > 0
-    degree = hedging_degree(
-        control.W_dec, extended.W_dec, live=live & live_extended[:width], live_new=live_extended[width:], seed=seed
-    )
+    old, new = live & live_extended[:width], live_extended[width:]
+    degree = hedging_degree(control.W_dec, extended.W_dec, live=old, live_new=new, seed=seed)
     sums, (one, other) = counts.compute() if overlap else None, (half.compute() for half in halves)
-    tracked = tracked_features(decoder_cosines(control.W_dec, directions), live)
+    tracked = truth.tracked_features(decoder_cosines(control.W_dec, directions), live)
     return {
         "true_hedging": float(true_hedging(control.W_dec, directions, fired, sums)[live].nanmean()),
         "degree": float(degree.degree),
@@ -273,7 +259,7 @@ def of_measure(kind: str, measure: str, rows: Sequence[Row]) -> Row:
 
 
 def level_hedging(
-    sae: MatryoshkaSAE, directions: Tensor, fired: Tensor, sums: RegressionSums | None = None
+    sae: MatryoshkaSAE, directions: Tensor, fired: Tensor, sums: truth.RegressionSums | None = None
 ) -> tuple[float, ...]:
     """True hedging of each level's own latents, innermost first: along features that no latent of *their prefix* tracks.
 
@@ -288,10 +274,10 @@ def level_hedging(
     return tuple(values)
 
 
-def true_hedging(W_dec: Tensor, directions: Tensor, fired: Tensor, sums: RegressionSums | None) -> Tensor:
+def true_hedging(W_dec: Tensor, directions: Tensor, fired: Tensor, sums: truth.RegressionSums | None) -> Tensor:
     """True hedging of each latent, ``[d_sae]``: of the decoder, or by regression where sums are given."""
     cosines, live = decoder_cosines(W_dec, directions), fired > 0
-    tracked = tracked_features(cosines, live)
+    tracked = truth.tracked_features(cosines, live)
     if sums is not None:
-        return regressed_hedging(sums, W_dec, directions, cosines, tracked, fired >= FIRINGS).norm
-    return hedging(decoder_coordinates(W_dec, directions), cosines, tracked, live).norm
+        return truth.regressed_hedging(sums, W_dec, directions, cosines, tracked, fired >= truth.FIRINGS).norm
+    return truth.hedging(truth.decoder_coordinates(W_dec, directions), cosines, tracked, live).norm

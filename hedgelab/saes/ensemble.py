@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.functional import pad
 
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
@@ -176,8 +177,5 @@ def _named_tensors(sae: SAE) -> dict[str, Tensor]:
 
 def _grow(tensor: Tensor, shape: Sequence[int], fill: float = 0.0) -> Tensor:
     """The tensor, filled up at the end of each dimension."""
-    if tensor.shape == torch.Size(shape):
-        return tensor
-    grown = tensor.new_full(tuple(shape), fill)
-    grown[tuple(map(slice, tensor.shape))] = tensor
-    return grown
+    missing = [wanted - there for wanted, there in zip(shape, tensor.shape, strict=True)]
+    return pad(tensor, [end for more in reversed(missing) for end in (0, more)], value=fill)

@@ -51,12 +51,10 @@ class FlatSAE(SAE):
         super().__init__()
         self.d_in = d_in = whole_number("model.d_in", d_in)
         self.d_sae = d_sae = whole_number("model.d_sae", d_sae)
-        self.init = init
-        self.normalize_decoder = normalize_decoder
+        self.init, self.normalize_decoder = init, normalize_decoder
         if getattr(optimizer, "__qualname__", "") == "FlatSAE.<lambda>":  # the default, as what can be pickled
             optimizer = partial(Adam, lr=3e-4)
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         if gradient_clip_norm is not None:
             positive("model.gradient_clip_norm", gradient_clip_norm)
         self.gradient_clip_norm = gradient_clip_norm

@@ -86,25 +86,16 @@ class InferenceSAE(SAE):
     ) -> None:
         super().__init__()
         self.d_in, self.d_sae = whole_number("model.d_in", d_in), whole_number("model.d_sae", d_sae)
-        self.normalize_activations, self.signed, self.skip, self.hook_out = (
-            normalize_activations,
-            signed,
-            skip,
-            hook_out,
-        )
+        self.normalize_activations, self.signed = normalize_activations, signed
+        self.skip, self.hook_out = skip, hook_out
         self.k = None if k is None else whole_number("model.k", k)
         if k is not None and k > d_sae:
             raise UserError(f"model.k: must lie between 1 and d_sae = {d_sae}, got {k}")
         self.d_out, self.reconstructs = d_out, d_out is None
         width = d_in if d_out is None else whole_number("model.d_out", d_out)
-        shapes = {
-            "W_enc": (d_in, d_sae),
-            "b_enc": (d_sae,),
-            "W_dec": (d_sae, width),
-            "b_dec": (width,),
-            "threshold": (d_sae,),
-        }
-        for name, shape in {**shapes, **({"W_skip": (width, d_in)} if skip else {})}.items():
+        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, width)}
+        shapes |= {"b_dec": (width,), "threshold": (d_sae,)} | ({"W_skip": (width, d_in)} if skip else {})
+        for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
 
     def encode(self, x: Tensor) -> Codes:
@@ -122,9 +113,8 @@ class InferenceSAE(SAE):
         codes = ops.encode(x, encoder, selection)
         if self.normalize_activations == "none" or not self.reconstructs:
             return codes
-        return NormalisedCodes(
-            codes.values, codes.layout, leading=codes.leading, undo=torch.cat([gain, shift], -1).view(-1, 2)
-        )
+        undo = torch.cat([gain, shift], -1).view(-1, 2)
+        return NormalisedCodes(codes.values, codes.layout, leading=codes.leading, undo=undo)
 
     def decode(self, codes: Codes | Tensor) -> Tensor:
         """Reconstruction ``[..., d_in]``, where activations were normalised of what :meth:`encode` gave alone."""
@@ -132,9 +122,8 @@ class InferenceSAE(SAE):
         if self.normalize_activations == "none" or not self.reconstructs:
             return x_hat
         if not isinstance(codes, NormalisedCodes):
-            raise UserError(
-                f"decode: only the codes of encode know what {self.normalize_activations} did to x; give those"
-            )
+            done = self.normalize_activations
+            raise UserError(f"decode: only the codes of encode know what {done} did to x; give those")
         gain, shift = codes.undo.view(*codes.examples, 1, 2).unbind(-1)
         return gain * x_hat + shift
 

@@ -99,15 +99,11 @@ class MatryoshkaSAE(SAE):
         for mistake, made in mistakes.items():
             if made:
                 raise UserError(f"model.{mistake}")
-        self.levels = levels
-        self.beta = beta
+        self.levels, self.beta = levels, beta
         share = 1 / len(levels) if beta > 1 else 1.0
         self.level_weights = [share * beta**outer for outer in reversed(range(len(levels)))]
-        self.detached = detached
-        self.auxiliary_per_level = auxiliary_per_level
-        self.credit = float(credit)
-        self.credit_start = whole_number("model.credit_start", credit_start, 0)
-        self.adaptive = adaptive
+        self.detached, self.auxiliary_per_level, self.adaptive = detached, auxiliary_per_level, adaptive
+        self.credit, self.credit_start = float(credit), whole_number("model.credit_start", credit_start, 0)
         self.log_factors = nn.Parameter(torch.zeros(len(levels) - 1)) if adaptive else None
         self.level_names = [f"level{size}" for size in levels]
         for kind in (type(one) for one in self.inner.mitigations.all()):

@@ -28,9 +28,9 @@ class StepGraph:
         self._key: Any = None
         self._seen = 0
         self._graph: Any = None
-        self._switched_on = os.environ.get(SWITCH, "0") == "1" and all(
-            type(part).__module__.startswith(("hedgelab.", "torch.")) for part in sae.modules()
-        )  # a class from outside may depend on what its key does not say
+        # A class from outside may depend on what its key does not say.
+        known = all(type(part).__module__.startswith(("hedgelab.", "torch.")) for part in sae.modules())
+        self._switched_on = known and os.environ.get(SWITCH, "0") == "1"
 
     def take(self, batch: Batch) -> Any:
         """Loss terms of a batch, whose gradients are the parameters' by now; None where the step must be taken one by one."""

@@ -27,10 +27,7 @@ def lr_factors(module: nn.Module) -> dict[str, float]:
 
 
 def make_optimizer(
-    factory: OptimizerFactory,
-    parameters: Iterable[Any],
-    fused: bool = True,
-    factors: Iterable[tuple[Any, float]] = (),
+    factory: OptimizerFactory, parameters: Iterable[Any], fused: bool = True, factors: Iterable[tuple[Any, float]] = ()
 ) -> Optimizer:
     """The optimiser of some parameters, fused where its factory leaves that open and ``fused`` allows it.
 

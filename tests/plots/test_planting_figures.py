@@ -1,6 +1,6 @@
 """Figures of a trial by lot."""
 
-from hedgelab.plots.planting import doses_and_responses, shares_against_theory
+from hedgelab.plots.hedging import doses_and_responses, shares_against_theory
 
 
 def test_every_width_has_its_place_in_the_legend():

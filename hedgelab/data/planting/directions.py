@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hedgelab.data.toy.features import orthonormal_features
+from hedgelab.data.toy.dictionary import orthonormal_features
 from hedgelab.errors import UserError, whole_number
 
 

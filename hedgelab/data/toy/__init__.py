@@ -3,8 +3,13 @@
 from hedgelab.data.toy.conditional import ConditionalFiring, CorrelatedPair
 from hedgelab.data.toy.copula import CopulaFiring, LowRankCorrelation
 from hedgelab.data.toy.datamodule import ToyDataModule
-from hedgelab.data.toy.dictionary import Dictionary, Orthogonalised
-from hedgelab.data.toy.features import correlated_features, make_dictionary, orthonormal_features
+from hedgelab.data.toy.dictionary import (
+    Dictionary,
+    Orthogonalised,
+    correlated_features,
+    make_dictionary,
+    orthonormal_features,
+)
 from hedgelab.data.toy.firing import Firing, IndependentFiring
 from hedgelab.data.toy.gaussian import GaussianFiring
 from hedgelab.data.toy.hierarchy import Forest, Hierarchy

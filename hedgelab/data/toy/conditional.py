@@ -65,10 +65,8 @@ class CorrelatedPair(ConditionalFiring):
         low = (max(0.0, first + second - 1) - first * second) / deviations
         high = (min(first, second) - first * second) / deviations
         if not low - 1e-12 <= correlation <= high + 1e-12:
-            raise UserError(
-                f"data.firing.correlation: features of rates {first:g} and {second:g} have correlations between "
-                f"{low:.4g} and {high:.4g}, got {correlation:g}"
-            )
+            possible = f"features of rates {first:g} and {second:g} have correlations between {low:.4g} and {high:.4g}"
+            raise UserError(f"data.firing.correlation: {possible}, got {correlation:g}")
         both = first * second + correlation * deviations
         given, otherwise = (min(1.0, max(0.0, p)) for p in (both / first, (second - both) / (1 - first)))
         super().__init__([first, {"f0": given, "not f0": otherwise}])
@@ -106,9 +104,8 @@ def _parse_case(key: str, index: int, name: str) -> dict[int, bool]:
     terms = [_TERM.fullmatch(term.strip()) for term in name.split(" and ")]
     case = {int(term[2]): term[1] is None for term in terms if term is not None}
     if len(case) < len(terms):
-        raise UserError(
-            f"{key}: expected a case such as 'f0', 'not f0', 'f0 and not f1' or 'otherwise', each feature once"
-        )
+        cases = "'f0', 'not f0', 'f0 and not f1' or 'otherwise'"
+        raise UserError(f"{key}: expected a case such as {cases}, each feature once")
     if (last := max(case)) >= index:
         raise UserError(f"{key}: feature {index} can depend only on features before it, not on f{last}")
     return case

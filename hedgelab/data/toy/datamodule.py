@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch.nn.functional import embedding_bag
 
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule, Stage
-from hedgelab.data.toy.dictionary import Dictionary
-from hedgelab.data.toy.features import make_dictionary, orthonormal_features
+from hedgelab.data.toy.dictionary import Dictionary, make_dictionary, orthonormal_features
 from hedgelab.data.toy.firing import Firing, Magnitudes
 from hedgelab.data.toy.gaussian import GaussianFiring
 from hedgelab.data.toy.laws import Law
@@ -54,6 +53,8 @@ class ToyDataModule(ActivationDataModule):
         chunk_steps: Most training steps a chunk; None: as many as fit in 64 MiB, at most 100.
     """
 
+    d_in = 0  # until it is made
+
     def __init__(
         self,
         firing: Firing,
@@ -91,27 +92,22 @@ class ToyDataModule(ActivationDataModule):
             self._per_feature("magnitude_mean", magnitude_mean, firing.magnitudes(), 1.0),
             self._per_feature("magnitude_std", magnitude_std, firing.magnitude_spreads(), 0.0),
         )
-        self._d_in, self._dictionary = d_in, dictionary
+        self.d_in, self._dictionary = d_in, dictionary
         if dictionary is None:
             directions = make_dictionary(firing.n, d_in, target_cosine, generator(seed, "dictionary"))
-            self._directions = directions.to(self._dtype)
+            self.feature_directions = directions.to(self._dtype)
         elif target_cosine:
             raise UserError("data.dictionary: give it or target_cosine, not both")
         self.bias = _make_bias(bias, d_in, seed).to(self._dtype)
         self._population = self._enumerate() if sampling == "population" else None
         self._block = lru_cache(_KEPT_BLOCKS)(self._draw_block)
 
-    @property
-    def d_in(self) -> int:
-        """Width of the activations."""
-        return self._d_in
-
     @cached_property
-    def _directions(self) -> Tensor:
-        """Those of a dictionary of a config, which may take a minute, when they are first needed."""
+    def feature_directions(self) -> Tensor:
+        """True unit directions of the features, ``[n, d_in]``; a config's dictionary, slow perhaps, makes them when asked."""
         assert self._dictionary is not None
         rng = generator(self.seed, "dictionary")
-        return self._dictionary.directions(self.firing.n, self._d_in, rng).to(self._dtype)
+        return self._dictionary.directions(self.firing.n, self.d_in, rng).to(self._dtype)
 
     @property
     def _here(self) -> torch.device:
@@ -126,12 +122,7 @@ class ToyDataModule(ActivationDataModule):
     def _truth(self) -> tuple[Magnitudes, Tensor, Tensor]:
         """Magnitudes, directions and bias on that device."""
         mean, std = self._magnitudes.mean.to(self._here), self._magnitudes.std.to(self._here)
-        return Magnitudes(mean, std), self._directions.to(self._here), self.bias.to(self._here)
-
-    @property
-    def feature_directions(self) -> Tensor:
-        """True unit directions of the features, ``[n, d_in]``."""
-        return self._directions
+        return Magnitudes(mean, std), self.feature_directions.to(self._here), self.bias.to(self._here)
 
     @property
     def parents(self) -> Tensor | None:
@@ -166,11 +157,9 @@ class ToyDataModule(ActivationDataModule):
         x = self._embed(features)
         if self._noise:
             drawn = torch.randn(x.shape, generator=source, dtype=x.dtype, device=x.device)
-            x = x + drawn * (self._noise / math.sqrt(self._d_in) * x.norm(dim=1, keepdim=True))
-        rows = torch.split(x, size)
-        if isinstance(features, Codes):
-            return [Batch(*both) for both in zip(rows, features.split(size), strict=True)]
-        return [Batch(*both) for both in zip(rows, torch.split(features, size), strict=True)]
+            x = x + drawn * (self._noise / math.sqrt(self.d_in) * x.norm(dim=1, keepdim=True))
+        own: Any = features.split(size) if isinstance(features, Codes) else torch.split(features, size)
+        return [Batch(*both) for both in zip(torch.split(x, size), own, strict=True)]
 
     def _embed(self, features: Tensor | Codes) -> Tensor:
         """Activations ``[count, d_in]`` of magnitudes ``[count, n]``."""

@@ -44,9 +44,8 @@ class Zipf(Law):
         if smallest is not None and total is not None:
             raise UserError("Zipf.smallest: give it or total, not both")
         if smallest is not None and not (0 < smallest < largest and exponent > 0):
-            raise UserError(
-                f"Zipf.smallest: must be above 0, below largest = {largest} (exponent above 0), got {smallest}"
-            )
+            possible = f"above 0, below largest = {largest} (exponent above 0)"
+            raise UserError(f"Zipf.smallest: must be {possible}, got {smallest}")
         self.exponent, self.largest = exponent, positive("Zipf.largest", largest)
         self.smallest, self.total = smallest, total
 
@@ -125,7 +124,5 @@ class FoldedNormal(Law):
 
     def values(self, n: int) -> Tensor:
         """Independent draws, ``[n]``."""
-        draws = torch.randn(
-            n, generator=torch.Generator().manual_seed(self.seed)
-        )  # as in SAELens: the same for its seed
+        draws = torch.randn(n, generator=torch.Generator().manual_seed(self.seed))  # as SAELens', of its seed
         return (self.mean + self.std * draws.double()).abs()

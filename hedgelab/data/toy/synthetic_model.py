@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -57,12 +57,10 @@ class SyntheticModelFolder(ToyDataModule):
         config = _read_json(folder / CONFIG)
         n, d_in = (_size(folder, config, key) for key in ("num_features", "hidden_dim"))
         weights = _Weights(folder / WEIGHTS, n, d_in)
+        laws = {"mean_firing_magnitudes": (1.0, _MEAN_SEED), "std_firing_magnitudes": (0.0, _STD_SEED)}
         mean, std = (
             _magnitudes(f"{folder / CONFIG}: {key}", config.get(key, default), config.get("seed"), offset, n)
-            for key, default, offset in (
-                ("mean_firing_magnitudes", 1.0, _MEAN_SEED),
-                ("std_firing_magnitudes", 0.0, _STD_SEED),
-            )
+            for key, (default, offset) in laws.items()
         )
         loadings = weights.loadings(config.get("correlation") is not None)
         hierarchy = _read_hierarchy(folder, n, config.get("hierarchy") is not None)
@@ -96,12 +94,7 @@ class _Weights:
 
     def __init__(self, path: Path, n: int, d_in: int) -> None:
         self._path = path
-        try:
-            self._tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
-        except FileNotFoundError:
-            raise UserError(f"data.path: {path} is missing; save the model with SAELens' SyntheticModel.save") from None
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"data.path: cannot read {path}: {error}") from error
+        self._tensors: dict[str, Tensor] = {name: tensor.double() for name, tensor in _read(path, load_file).items()}
         factor = self._tensors.get("correlation_factor")
         rank = factor.shape[1] if factor is not None and factor.dim() == 2 else 0
         shapes = {"feature_vectors": (n, d_in), "bias": (d_in,), "firing_probabilities": (n,)}
@@ -116,9 +109,8 @@ class _Weights:
                 raise UserError(f"{path}: {name} holds numbers that are not finite")
         norms = self["feature_vectors"].norm(dim=1)
         if float((norms - 1).abs().max()) > 1e-3:
-            raise UserError(
-                f"{path}: feature_vectors must have norm 1, got {float(norms.min()):.4g} to {float(norms.max()):.4g}"
-            )
+            found_norms = f"{float(norms.min()):.4g} to {float(norms.max()):.4g}"
+            raise UserError(f"{path}: feature_vectors must have norm 1, got {found_norms}")
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -131,9 +123,8 @@ class _Weights:
             return None
         factor, own = self["correlation_factor"], self["correlation_diag"]
         if float((factor.square().sum(1) + own - 1).abs().max()) > 1e-4:
-            raise UserError(
-                f"{self._path}: correlation_factor and correlation_diag must give each feature a variance of 1"
-            )
+            both = "correlation_factor and correlation_diag"
+            raise UserError(f"{self._path}: {both} must give each feature a variance of 1")
         return factor
 
 
@@ -202,9 +193,7 @@ def _families(path: Path) -> Iterator[tuple[int, dict[str, Any], list[int]]]:
         features = [child.get("feature_index") for child in children]
         if not all(feature is None or type(feature) is int for feature in features):
             raise UserError(f"{path}: feature_index must be a whole number or null")
-        left += [
-            (above if feature is None else feature, child) for feature, child in zip(features, children, strict=True)
-        ]
+        left += [(above if f is None else f, child) for f, child in zip(features, children, strict=True)]
         yield above, node, [feature for feature in features if feature is not None]
 
 
@@ -217,12 +206,17 @@ def _size(folder: Path, config: dict[str, Any], key: str) -> int:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A file with one JSON object."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"data.path: {path} is missing; save the model with SAELens' SyntheticModel.save") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"data.path: cannot read {path}: {error}") from None
+    document = _read(path, lambda path: json.loads(path.read_text(encoding="utf-8-sig")))
     if not isinstance(document, dict):
         raise UserError(f"data.path: {path} should hold a JSON object, but holds a {type(document).__name__}")
     return document
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What a file of the folder holds."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise UserError(f"data.path: {path} is missing; save the model with SAELens' SyntheticModel.save") from None
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"data.path: cannot read {path}: {error}") from None

@@ -71,14 +71,8 @@ from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes, row_pointers
 from hedgelab.kernels.ops import decode, decoder_gradient
 from hedgelab.kernels.values import Decoder
-from hedgelab.metrics.functional.accumulate import (
-    add_sum,
-    as_codes,
-    float64,
-    fold_decoder,
-    orthonormal_basis,
-    pair_product,
-)
+from hedgelab.metrics.functional import accumulate
+from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, orthonormal_basis
 
 BLOCKS = 16  # parts that examples are split into; errors are compared between different ones only
 FIRINGS = 16  # firings that a latent needs for its hedging to be estimated
@@ -196,7 +190,7 @@ def regression(codes: Sequence[Codes]) -> tuple[Tensor, Tensor]:
     shrinkage = width / (width + examples)
     covariance = -examples * mean.outer(mean)
     for part in wide:
-        add_sum(covariance, pair_product(part, part))
+        accumulate.add_sum(covariance, accumulate.pair_product(part, part))
     covariance.mul_((1 - shrinkage) / examples).diagonal().add_(shrinkage * variance)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance)).div_(examples)
     return mean.float(), inverse.float().contiguous()  # it comes in columns, of which decoding is ten times as slow
@@ -308,7 +302,7 @@ def _shared(grams: Sequence[Tensor], codes: Sequence[Codes], inverse: Tensor) ->
         g = g - g.mean(0)
         means = part.sum_per_latent().double() / part.batch_size
         scatter -= part.batch_size * means.outer(means)
-        add_sum(scatter, pair_product(part, part))
+        accumulate.add_sum(scatter, accumulate.pair_product(part, part))
         for number, gram in enumerate(grams):
             along = decode(part, Decoder(gram, nothing)).t().contiguous()
             between = decode(part, Decoder(along, along.new_zeros(part.batch_size)))  # c G cᵀ, [examples, examples]

@@ -91,9 +91,8 @@ def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor)
     with_child = torch.where(known, counts.features, 0.0)
     without_child = torch.where(known, counts.features[parents] - counts.features, 0.0)
     missed = (with_child - heard) * known / with_child
-    without = (
-        (without_child - (heard_always - heard)) * known / torch.where(without_child > 0, without_child, torch.nan)
-    )
+    seen = torch.where(without_child > 0, without_child, torch.nan)
+    without = (without_child - (heard_always - heard)) * known / seen
     return AbsorptionScores(missed, without, missed - without)
 
 

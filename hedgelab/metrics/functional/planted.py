@@ -41,11 +41,6 @@ def share_beside(along: Tensor, beside: Tensor, between: Tensor) -> Tensor:
     return side * (along - beside * between) / (1 - between.square()).clamp_min(1e-12)
 
 
-def nearest_live(cosines: Tensor, live: Tensor) -> Tensor:
-    """The live latent of largest absolute cosine with each feature, int64 ``[n]``, of ``cosines [d_sae, n]``."""
-    return torch.where(live[:, None], cosines.abs(), -1.0).argmax(0)
-
-
 def planted_hedging(
     W_dec: Tensor, directions: Tensor, null: Tensor, parents: Tensor, tracked: Matching, live: Tensor
 ) -> PlantedHedging:
@@ -84,7 +79,9 @@ def planted_hedging(
 
     children = (parents >= 0).nonzero().squeeze(1)
     its = parents[children]
-    latent = nearest_live(with_features[:, its], live)
+    latent = torch.where(live[:, None], with_features[:, its].abs(), -1.0).argmax(
+        0
+    )  # the live one nearest to each parent
     between = (features[its] * features[children]).sum(1)
     held = share_beside(with_features[latent, children], with_features[latent, its], between)
     return PlantedHedging(mean, low, high, *_interval(held))

@@ -12,14 +12,7 @@ from torch.nn.functional import normalize
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional import accumulate
-from hedgelab.metrics.functional.accumulate import (
-    as_codes,
-    float64,
-    fold_decoder,
-    pair_product,
-    sparse_product,
-    weighted_sum,
-)
+from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, weighted_sum
 from hedgelab.metrics.functional.basic import firing_update
 
 NEAR_DUPLICATE = 0.9  # cosine from which two decoder rows count as the same direction
@@ -146,9 +139,10 @@ def co_firing_update(codes: Tensor | Codes, features: Tensor | Codes, weight: Te
     firing, weight = codes.with_values(exact(codes.values != 0)), None if weight is None else float64(weight)
     if isinstance(features, Codes):
         present = features.with_values(exact(features.values > 0))
-        return CoFiring(count, fired, firing_update(present, weight).numerator, pair_product(firing, present, weight))
+        both = accumulate.pair_product(firing, present, weight)
+        return CoFiring(count, fired, firing_update(present, weight).numerator, both)
     dense = features > 0
-    return CoFiring(count, fired, weighted_sum(dense, weight), sparse_product(firing, exact(dense), weight))
+    return CoFiring(count, fired, weighted_sum(dense, weight), accumulate.sparse_product(firing, exact(dense), weight))
 
 
 def co_firing(codes: Tensor | Codes, features: Tensor | Codes, weight: Tensor | None = None) -> CoFiring:

@@ -110,12 +110,8 @@ def spurious_correlation_removal(
     Logged as:
         scr/n*: SCR (higher): spurious correlation removal: share of the bias that ablating latents removes
     """
-    train, test, W_dec, (biased_probe, concepts) = (
-        _on_cpu(train),
-        _on_cpu(test),
-        W_dec.detach().cpu(),
-        map(_on_cpu, probes),
-    )
+    train, test, W_dec = _on_cpu(train), _on_cpu(test), W_dec.detach().cpu()
+    biased_probe, concepts = map(_on_cpu, probes)
     effects = attribution(concepts, train.codes, train.labels, W_dec, positive_only=False)
 
     def accuracies(probe: LinearProbe, x: Tensor) -> Tensor:  # on both concepts

@@ -34,14 +34,8 @@ from torch import Tensor
 
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.accumulate import (
-    as_codes,
-    float64,
-    fold_decoder,
-    pair_product,
-    sparse_product,
-    weighted_sum,
-)
+from hedgelab.metrics.functional import accumulate
+from hedgelab.metrics.functional.accumulate import as_codes, float64, fold_decoder, weighted_sum
 from hedgelab.metrics.functional.recovery import Matching, encoder_cosines, match_features
 
 TRACKING_COSINE = 0.6  # absolute decoder cosine from which a latent is said to track its feature
@@ -151,7 +145,7 @@ def regression_update(codes: Tensor | Codes, features: Tensor | Codes, weight: T
         torch.stack([weighted_sum(dense, amount.to(dense.device)) for amount in amounts]),
         torch.stack([weighted_sum(features, amount) for amount in amounts]),
         dense.t() @ weighted,
-        torch.stack([sparse_product(codes, features.float(), amount.float()) for amount in amounts]),
+        torch.stack([accumulate.sparse_product(codes, features.float(), amount.float()) for amount in amounts]),
     )
 
 
@@ -162,7 +156,8 @@ def _sparse_regression_update(codes: Codes, features: Codes) -> RegressionSums:
     rows, true = codes.rows(), features.with_values(float64(features.values))
     halves = [(torch.arange(codes.batch_size, device=rows.device) % 2 == half).double() for half in (0, 1)]
     # latents of odd examples are counted from d_sae on, so that both halves are one product
-    products = pair_product(Codes.from_csr(crow, latents + d_sae * (rows % 2), values.float(), 2 * d_sae), features)
+    by_half = Codes.from_csr(crow, latents + d_sae * (rows % 2), values.float(), 2 * d_sae)
+    products = accumulate.pair_product(by_half, features)
     if products.is_sparse:
         latent, feature = products._indices()
         index = torch.stack([latent // d_sae, latent % d_sae, feature])
@@ -173,7 +168,7 @@ def _sparse_regression_update(codes: Codes, features: Codes) -> RegressionSums:
         torch.stack([half.sum() for half in halves]),
         torch.stack([wide.sum_per_latent(half) for half in halves]),
         torch.stack([true.sum_per_latent(half) for half in halves]),
-        pair_product(wide, wide),
+        accumulate.pair_product(wide, wide),
         products if products.is_sparse else products.reshape(2, d_sae, features.d_sae),
     )
 

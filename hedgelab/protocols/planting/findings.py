@@ -7,17 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hedgelab.metrics.functional.true_hedging import TRACKING_COSINE
+from hedgelab.protocols.planting import statistics
 from hedgelab.protocols.planting.measures import MEASURES
-from hedgelab.protocols.planting.statistics import (
-    Interval,
-    auc,
-    equivalence_test,
-    line_through,
-    mean_interval,
-    rank_correlation,
-    share_above_median,
-    sign_flip_test,
-)
+from hedgelab.protocols.planting.statistics import Interval, mean_interval
 from hedgelab.protocols.study import Row
 
 MARGIN = 0.03  # shares that differ by less between widths count as the same
@@ -49,7 +41,7 @@ def findings(rows: Sequence[Row], saes: Sequence[Row], doses: Sequence[float]) -
     for kind in kinds:
         lit = [row for row in rows if row["kind"] == kind and not row["silent"]]
         predicted, share, parent = ([row[key] for row in lit] for key in ("predicted", "share", "parent"))
-        line = line_through(predicted, share, parent)
+        line = statistics.line_through(predicted, share, parent)
         for name, found in (("slope", line.slope), ("intercept", line.intercept)):
             metrics |= {f"{kind}/{key}": value for key, value in _columns(name, found).items()}
         metrics[f"{kind}/r"] = line.r
@@ -85,14 +77,8 @@ def findings(rows: Sequence[Row], saes: Sequence[Row], doses: Sequence[float]) -
         for level, dose in product(sorted({row["level"] for row in own}), doses)
         if (found := mean_interval([*of_parents(_treated(own, dose, level), "share").values()])).n
     ]
-    tables: dict[str, Sequence[Row]] = {
-        "arms": arms,
-        "contrasts": contrasts,
-        "levels": levels,
-        "costs": _costs(saes, kinds),
-        "grades": grades,
-    }
-    return Findings(metrics, tables, headline)
+    tables: dict[str, Sequence[Row]] = {"arms": arms, "contrasts": contrasts, "levels": levels}
+    return Findings(metrics, tables | {"costs": _costs(saes, kinds), "grades": grades}, headline)
 
 
 def _treated(rows: Sequence[Row], dose: float, level: int) -> list[Row]:
@@ -113,10 +99,8 @@ def _costs(saes: Sequence[Row], kinds: Sequence[str]) -> list[Row]:
         own = [of for place, of in by_place.items() if (place[0] == "untouched", place[1]) == (untouched, width)]
         for number in dict.fromkeys(name for of in own for name in of[kind] if name not in _PLACE):
             values = [of[kind][number] for of in own]
-            found, change = (
-                mean_interval(values),
-                mean_interval([of[kind][number] - of[kinds[0]][number] for of in own]),
-            )
+            found = mean_interval(values)
+            change = mean_interval([of[kind][number] - of[kinds[0]][number] for of in own])
             data = "untouched" if untouched else "planted"
             costs.append(
                 {"data": data, "kind": kind, "width": width, "number": number, "saes": found.n, "mean": found.mean,
@@ -143,7 +127,7 @@ def _arms(kind: str, width: int, rows: Sequence[Row], doses: Sequence[float]) ->
 
 def _contrast(kind: str, width: int, what: str, changes: Sequence[float]) -> Row:
     found = mean_interval(changes)
-    tests = {"p": sign_flip_test(changes), "p_equivalent": equivalence_test(changes, MARGIN)}
+    tests = {"p": statistics.sign_flip_test(changes), "p_equivalent": statistics.equivalence_test(changes, MARGIN)}
     return {"kind": kind, "width": width, "what": what, "parents": found.n, **_columns("difference", found), **tests}
 
 
@@ -175,27 +159,18 @@ def grade(kind: str, width: int, rows: Sequence[Row], measure: str, doses: Seque
         upper = [row[measure] for row in own if row["dose"] in doses[len(doses) // 2 :]]
         lowest = [row[measure] for row in own if row["dose"] == doses[0]]
         values = [row[measure] for row in own]
-        above = (
-            rank_correlation([row["dose"] for row in own], values),
-            rank_correlation([row["share"] for row in own], values),
-        )
-        found.append((auc(upper, lowest), share_above_median(lowest, upper), *above))
+        rises = (statistics.rank_correlation([row[key] for row in own], values) for key in ("dose", "share"))
+        found.append((statistics.auc(upper, lowest), statistics.share_above_median(lowest, upper), *rises))
         means.append(mean_interval(values).mean)
         noises.append(mean_interval([row.get(f"{measure}/noise", np.nan) for row in own]).mean)
     areas, false, ranks, validity = (mean_interval(values) for values in zip(*found, strict=True))
     noise = float(np.sqrt(np.mean(np.square(noises)))) if any(noises) else np.nan
     return {
-        "kind": kind,
-        "width": width,
-        "measure": measure,
-        "saes": areas.n,
-        **_columns("auc", areas),
-        "false_positives": false.mean,
-        **_columns("spearman", ranks),
-        "validity": validity.mean,
+        "kind": kind, "width": width, "measure": measure, "saes": areas.n, **_columns("auc", areas),
+        "false_positives": false.mean, **_columns("spearman", ranks), "validity": validity.mean,
         "noise": noise / abs(np.mean(means)),
         "discriminability": float(np.std(means, ddof=1)) / noise if len(means) > 1 else np.nan,
-    }
+    }  # fmt: skip
 
 
 def _changes(rows: Sequence[Row], high: float, low: float) -> list[float]:

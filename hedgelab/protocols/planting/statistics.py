@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import spearmanr, t, ttest_1samp
 
 Floats = NDArray[np.float64]
 _DRAWS = 2000  # of the bootstrap
@@ -29,8 +30,6 @@ def mean_interval(values: ArrayLike) -> Interval:
     >>> [round(x, 3) for x in mean_interval([1.0, 2.0, 3.0])]
     [2.0, -0.484, 4.484, 3]
     """
-    from scipy.stats import t
-
     known = _known(values)
     n = len(known)
     if n == 0:
@@ -110,8 +109,6 @@ def equivalence_test(differences: ArrayLike, margin: float) -> float:
     >>> round(equivalence_test([0.01, -0.01, 0.0, 0.01, -0.01], 0.03), 4)
     0.0013
     """
-    from scipy.stats import ttest_1samp
-
     known = _known(differences)
     if len(known) < 2 or not known.std():
         return 1.0 if not len(known) or abs(known.mean()) >= margin else 0.0
@@ -146,8 +143,6 @@ def share_above_median(untreated: ArrayLike, treated: ArrayLike) -> float:
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's, over the places where both are known; NaN where one is constant."""
-    from scipy.stats import spearmanr
-
     pairs = np.asarray([x, y], dtype=np.float64)
     pairs = pairs[:, np.isfinite(pairs).all(0)]
     if pairs.shape[1] < 3 or not pairs[0].std() or not pairs[1].std():

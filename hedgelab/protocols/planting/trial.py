@@ -26,14 +26,13 @@ from hedgelab.data.planting import Events, LatentEvents, MatchedDirections, Plan
 from hedgelab.errors import UserError, positive, whole_number
 from hedgelab.identity import deciding
 from hedgelab.metrics import FiringDensity
-from hedgelab.plots.planting import doses_and_responses, shares_against_theory
+from hedgelab.plots.hedging import doses_and_responses, shares_against_theory
 from hedgelab.protocols.evaluation.built_in import LossSuite
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.protocols.hedge import HedgeOptions, continuation
 from hedgelab.protocols.phase_data import PhaseData
 from hedgelab.protocols.planting.findings import findings
-from hedgelab.protocols.planting.measures import Others
-from hedgelab.protocols.planting.pairs import measure, reconstruction
+from hedgelab.protocols.planting.measures import Others, measure, reconstruction
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Row, Study
 from hedgelab.protocols.training_phases import Phase, PhaseRunner
@@ -95,11 +94,8 @@ class PlantOptions:
             positive(f"plant.{name}", getattr(self, name))
         if not self.widths or min(self.widths) < 1:
             raise UserError(f"plant.widths: must be widths of at least 1, got {self.widths}")
-        if (
-            len(self.doses) < 2
-            or self.doses != sorted(set(self.doses))
-            or not 0 <= self.doses[0] <= self.doses[-1] <= 1
-        ):
+        rising = len(self.doses) > 1 and self.doses == sorted(set(self.doses))
+        if not rising or not 0 <= self.doses[0] <= self.doses[-1] <= 1:
             raise UserError(f"plant.doses: must be two or more rising shares from 0 to 1, got {self.doses}")
         if len(self.rates) != 2 or not 0 < self.rates[0] < self.rates[1] < 1:
             raise UserError(f"plant.rates: must be a lowest and a highest rate between 0 and 1, got {self.rates}")
@@ -139,11 +135,9 @@ class Plant(Study):
         """Choose parents, draw the lot, train on both data sets, measure."""
         options = self.plant
         base = self.data(seed=bench.seed)
-        if options.n_new >= base.d_in:
-            raise UserError(
-                f"plant.n_new: must be below d_in = {base.d_in}, or they span everything, got {options.n_new}"
-            )
-        for width, kind in ((width, kind) for width in options.widths for kind in self.kinds):
+        if (n_new := options.n_new) >= base.d_in:
+            raise UserError(f"plant.n_new: must be below d_in = {base.d_in}, or they span everything, got {n_new}")
+        for width, kind in product(options.widths, self.kinds):
             self.make_sae(kind, width, 0, base.d_in)  # mistakes show before anything is trained
         try:
             events, rates, basis = self.choose_parents(base, bench)
@@ -155,36 +149,34 @@ class Plant(Study):
                     base, events, lot.doses[name].tolist(), lot.elsewhere.tolist(), magnitude_mean=options.magnitude,
                     directions=MatchedDirections(), seed=bench.seed,
                 )  # fmt: skip
-                trained = self.train(self.phases(name, basis, bench, base.d_in), planted)
-                wider = self.continue_all(trained, name, planted, bench)
+                phases = self.phases(name, basis, bench, base.d_in)
+                trained = self.train(phases, planted)
+                continued = self.continue_all(trained, phases, planted, bench)
                 losses = self.losses(trained, base)
-                shown = tqdm(trained.items(), f"measuring {name}", disable=not sys.stderr.isatty())
-                for (kind, width, seed), (sae, _) in shown:
+                for place, sae in tqdm(trained.items(), f"measuring {name}", disable=not sys.stderr.isatty()):
+                    kind, width, seed = place
                     widest = max(options.widths)
-                    wide = None if width == widest else trained[kind, widest, seed][0]
-                    others = Others(wide, *wider.get((kind, width, seed), ()))
-                    found = measure(sae, planted, options.batches, others)
+                    wide = None if width == widest else trained[kind, widest, seed]
+                    found = measure(sae, planted, options.batches, Others(wide, continued.get(place)))
                     common = {"data": name, "kind": kind, "width": width, "seed": seed}
-                    saes.append({**common, **found.numbers, **losses.get((kind, width, seed), {})})
-                    columns = {key: value.tolist() for key, value in found.pairs._asdict().items()}
-                    columns |= {"has_latent": found.pairs.has_latent.tolist()}
-                    columns |= {"dose": lot.doses[name].tolist(), "silent": (lot.elsewhere > 0).tolist()}
+                    saes.append({**common, **found.numbers, **losses.get(place, {})})
+                    columns = {**found.pairs._asdict(), "has_latent": found.pairs.has_latent}
+                    columns |= {"dose": lot.doses[name], "silent": lot.elsewhere > 0}
                     for key, halves in found.measures.items():
-                        columns |= {
-                            key: halves.mean(0).tolist(),
-                            f"{key}/noise": (halves[0] - halves[1]).div(2).tolist(),
-                        }
+                        columns |= {key: halves.mean(0), f"{key}/noise": (halves[0] - halves[1]).div(2)}
+                    of_parents = zip(*(column.tolist() for column in columns.values()), strict=True)
                     rows += [
-                        {**common, "parent": i, **{key: values[i] for key, values in columns.items()}}
-                        for i in range(events.n)
+                        {**common, "parent": i, **dict(zip(columns, of, strict=True))}
+                        for i, of in enumerate(of_parents)
                     ]
             untouched = self.train(self.phases("untouched", basis, bench, base.d_in, seeds=1), base)
             losses = self.losses(untouched, base)
-            for (kind, width, seed), (sae, _) in untouched.items():
-                found_there = reconstruction(sae, base, options.batches)
-                common = {"data": "untouched", "kind": kind, "width": width, "seed": seed}
-                common |= {f"untouched/{key}": value for key, value in found_there.items()}
-                saes.append({**common, **losses.get((kind, width, seed), {})})
+            for place, sae in untouched.items():
+                common = dict(zip(("data", "kind", "width", "seed"), ("untouched", *place), strict=True))
+                there = reconstruction(sae, base, options.batches)
+                saes.append(
+                    {**common, **{f"untouched/{key}": value for key, value in there.items()}, **losses.get(place, {})}
+                )
         finally:
             base.teardown("fit")
         said = findings(rows, saes, options.doses)
@@ -247,43 +239,37 @@ class Plant(Study):
             phases[place] = Phase(f"{name}/{kind}/{width}/seed{seed}", facts, start, bench.tracker)
         return phases
 
-    def train(self, phases: Mapping[Place, Phase], data: ActivationDataModule) -> dict[Place, tuple[SAE, str]]:
-        """The SAEs of some phases, as one group, and the phases' ids; those that the store has come from it."""
+    def train(self, phases: Mapping[Place, Phase], data: ActivationDataModule) -> dict[Place, SAE]:
+        """The SAEs of some phases, as one group; those that the store has come from it."""
         steps = self.plant.steps
         trained = self.runner(steps).train([*phases.values()], PhaseData(data, 0, steps))
-        return {place: (trained[phase.name], phase.id) for place, phase in phases.items()}
+        return {place: trained[phase.name] for place, phase in phases.items()}
 
     def continue_all(
-        self, trained: Mapping[Place, tuple[SAE, str]], name: str, data: PlantedActivations, bench: Bench
+        self, trained: Mapping[Place, SAE], phases: Mapping[Place, Phase], data: PlantedActivations, bench: Bench
     ) -> dict[Place, tuple[SAE, SAE]]:
         """Of each SAE a control, trained on, and the same with new latents, for the hedging degree; nothing without it."""
-        options, phases = self.plant, dict[tuple[Place, str], Phase]()
+        options, steps, continued = self.plant, self.plant.continued_steps, list[Phase]()
         if not options.n_new:
             return {}
         how = HedgeOptions(options.n_new, options.new_norm, lr_decay=True)
-        for place, (sae, id) in trained.items():
-            kind, width, seed = place
+        for (kind, width, seed), sae in trained.items():
             train_like(sae, self.make_sae(kind, width, bench.seed + seed, data.d_in))
+            before = phases[kind, width, seed]
             for role in ("control", "extended"):
-                facts: dict[str, Any] = {"phase": role, "initial": id, "steps": options.continued_steps}
+                facts: dict[str, Any] = {"phase": role, "initial": before.id, "steps": steps}
                 facts |= {"n_new": options.n_new, "new_norm": options.new_norm} if role == "extended" else {}
-                start = partial(continuation, sae, role, bench.seed + seed, how, options.continued_steps)
-                phases[place, role] = Phase(f"{name}/{kind}/{width}/seed{seed}/{role}", facts, start, bench.tracker)
-        part = PhaseData(data, options.steps, options.continued_steps)
-        done = self.runner(options.continued_steps).train([*phases.values()], part)
+                start = partial(continuation, sae, role, bench.seed + seed, how, steps)
+                continued.append(Phase(f"{before.name}/{role}", facts, start, bench.tracker))
+        done = self.runner(steps).train(continued, PhaseData(data, options.steps, steps))
+        names = {place: phases[place].name for place in trained}
+        return {place: (done[f"{name}/control"], done[f"{name}/extended"]) for place, name in names.items()}
 
-        def of(place: Place, role: str) -> SAE:
-            return done[phases[place, role].name]
-
-        return {place: (of(place, "control"), of(place, "extended")) for place in trained}
-
-    def losses(
-        self, trained: Mapping[Place, tuple[SAE, str]], base: ActivationDataModule
-    ) -> dict[Place, dict[str, float]]:
+    def losses(self, trained: Mapping[Place, SAE], base: ActivationDataModule) -> dict[Place, dict[str, float]]:
         """What a language model loses with reconstructions of its untouched activations, of each SAE."""
         if not self.plant.loss_contexts or not isinstance(base, LLMDataModule):
             return {}
-        saes = {str(place): sae for place, (sae, _) in trained.items()}
+        saes = {str(place): sae for place, sae in trained.items()}
         scored = dict(LossSuite(self.plant.loss_contexts).score(saes, Readings(base)))
         shares = ("recovered", "recovered_mean", "kl_recovered")
         return {

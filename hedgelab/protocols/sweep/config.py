@@ -26,9 +26,7 @@ FLAGS = ("--list", "--retrain")
 class FigureOptions:
     """What is drawn."""
 
-    x: str | None = (
-        None  # an axis, or a measured number such as control/l0; None is the first numeric axis but the seed
-    )
+    x: str | None = None  # an axis, or a measured number such as control/l0; None: the first numeric axis but the seed
     y: list[str] = field(default_factory=list)  # measured numbers, one panel each; empty takes the command's own
     log_x: bool | None = None  # None decides by the values
     log_y: bool = False
@@ -40,9 +38,7 @@ class SweepOptions:
     """The section ``sweep``."""
 
     axes: dict[str, Any] = field(default_factory=dict)  # of all lines; every combination of their values is a cell
-    lines: dict[str, Any] = field(
-        default_factory=dict
-    )  # curves: what their cells have in common (set), and axes of their own
+    lines: dict[str, Any] = field(default_factory=dict)  # curves: what their cells share (set), and axes of their own
     command: Literal["fit", "hedge"] = "fit"  # what is done in every cell
     base: str | list[str] | None = None  # config files that lie below this one, relative to it
     pack: int | None = None  # most cells (without seeds) that are trained together; None for all that share a stream

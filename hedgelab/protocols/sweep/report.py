@@ -156,13 +156,11 @@ def figure(rows: Sequence[Row], titles: Mapping[str, str], heading: str, options
             at = fmean(place.metrics[x])
         else:
             continue
-        others = [
-            f"{key.rsplit('.', 1)[-1]} {label(value)}" for key, value in place.values.items() if x in axes and key != x
-        ]
+        others = {key: value for key, value in place.values.items() if x in axes and key != x}
+        curve_name = [place.line, *(f"{key.rsplit('.', 1)[-1]} {label(value)}" for key, value in others.items())]
         for metric, curves in panels.items():
             if metric in place.metrics:
-                curve = curves.setdefault(", ".join(filter(None, [place.line, *others])), [])
-                curve.append((at, place.metrics[metric]))
+                curves.setdefault(", ".join(filter(None, curve_name)), []).append((at, place.metrics[metric]))
     positions = [at for curves in panels.values() for curve in curves.values() for at, _ in curve]
     if not positions:
         return None

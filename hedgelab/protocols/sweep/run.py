@@ -10,19 +10,10 @@ from hedgelab.errors import Stopped, UserError
 from hedgelab.identity import SCHEME, stable_id
 from hedgelab.protocols.ranks import say
 from hedgelab.protocols.study import Bench, Outcome, Study
+from hedgelab.protocols.sweep import report
 from hedgelab.protocols.sweep.config import FigureOptions, read_sweep
 from hedgelab.protocols.sweep.job import BUSY, CELL_TAG, SCHEME_TAG, Job, Parse, Unit, check_sweep, do, packed, run_of
-from hedgelab.protocols.sweep.report import (
-    DEFAULT_METRICS,
-    SAMPLES,
-    Row,
-    as_json,
-    figure,
-    flat,
-    over_training,
-    rows_of,
-    table,
-)
+from hedgelab.protocols.sweep.report import SAMPLES, Row
 from hedgelab.protocols.training_phases import GroupCheckpoints
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.listing import aligned
@@ -42,11 +33,11 @@ class Sweep(Study):
     def __init__(self, words: list[str], parse: Parse) -> None:
         counts = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
         if any(count.isdecimal() and int(count) > 1 for count in counts):
-            raise UserError(
-                "sweep: was started in several processes (by torchrun or srun); start it once, it starts its own"
-            )
+            advice = "start it once, it starts its own"
+            raise UserError(f"sweep: was started in several processes (by torchrun or srun); {advice}")
         self.lists, self.retrain, self.parse = "--list" in words, "--retrain" in words, parse
         self.grid, self.description = read_sweep(words), opening_comment(config_files(words))
+        self.metrics = self.grid.options.figure.y or report.DEFAULT_METRICS[self.grid.options.command]  # that are drawn
         self.failures: dict[str, str] = {}  # why cells failed, by name
         self.run_id = ""
 
@@ -79,9 +70,9 @@ class Sweep(Study):
             passes: list[Row] = []
             for unit in units:
                 if (run := run_of(client, unit.id)) is not None:
-                    rows += rows_of(unit.cell, run)
+                    rows += report.rows_of(unit.cell, run)
                     if self.grid.options.command == "fit":
-                        passes += over_training(unit.cell, run, self._metrics(), client.get_metric_history)
+                        passes += report.over_training(unit.cell, run, self.metrics, client.get_metric_history)
                 else:
                     self.failures.setdefault(unit.name, "its run did not finish")
             lines = self._report(tracker, rows, passes, len(units))
@@ -144,30 +135,25 @@ class Sweep(Study):
                 say(f"sweep: another process is training {waited_for} cells; waiting for it")
             jobs = busy
 
-    def _metrics(self) -> list[str]:
-        """The metrics that are drawn."""
-        return self.grid.options.figure.y or DEFAULT_METRICS[self.grid.options.command]
-
     def _report(self, tracker: MLflowTracker, rows: Sequence[Row], passes: Sequence[Row], cells: int) -> list[str]:
         """Log table, numbers and figures; what to say of them."""
-        metrics = self._metrics()
-        titles = {name: name for name in metrics}
-        figures = {"sweep.png": figure(rows, titles, self.grid.name, self.grid.options.figure)}
+        titles = {name: name for name in self.metrics}
+        figures = {"sweep.png": report.figure(rows, titles, self.grid.name, self.grid.options.figure)}
         if len({row.values[SAMPLES] for row in passes}) > 1:
             until = self.grid.options.figure.until
             options = FigureOptions(SAMPLES, log_x=True if until else None, until=until)
-            figures["curves.png"] = figure(passes, titles, f"{self.grid.name} over training", options)
+            figures["curves.png"] = report.figure(passes, titles, f"{self.grid.name} over training", options)
         Bench(tracker=tracker).keep(
             Outcome(
                 metrics={"cells": cells, "failed_cells": len(self.failures)},
-                tables={"sweep.csv": flat(rows)} if rows else {},
+                tables={"sweep.csv": report.flat(rows)} if rows else {},
                 figures={name: drawn for name, drawn in figures.items() if drawn is not None},
-                texts={"sweep.json": as_json(rows, self.failures)},
+                texts={"sweep.json": report.as_json(rows, self.failures)},
             )
         )
         lines = [f"run {tracker.run_id}: {cells - len(self.failures)} of {cells} cells"]
         if rows:
-            lines += [f"  {line}" for line in aligned(table(rows, metrics[:4])).splitlines()]
+            lines += [f"  {line}" for line in aligned(report.table(rows, self.metrics[:4])).splitlines()]
             folder = tracker.experiment.get_run(tracker.run_id).info.artifact_uri
             shown = ", ".join(f"figures/{name}" for name in figures)
             lines.append(f"figure and table: {folder} ({shown}, sweep.csv, sweep.json)")

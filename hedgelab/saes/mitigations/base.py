@@ -117,9 +117,6 @@ class Mitigation(nn.Module):
 class Mitigations(nn.ModuleList):
     """The mitigations of one SAE, asked in their order."""
 
-    def __init__(self, given: Iterable[Mitigation] | None = None) -> None:
-        super().__init__(given)
-
     def all(self) -> list[Mitigation]:
         """Each of them."""
         return cast(list[Mitigation], list(self))

@@ -34,9 +34,8 @@ class FrozenDecoder(Mitigation):
     def __init__(self, minimum_cosine: float | None = None) -> None:
         super().__init__()
         if minimum_cosine is not None and not 0 < minimum_cosine < 1:
-            raise UserError(
-                f"model.mitigations.minimum_cosine: must lie between 0 and 1, or be null, got {minimum_cosine}"
-            )
+            possible = "must lie between 0 and 1, or be null"
+            raise UserError(f"model.mitigations.minimum_cosine: {possible}, got {minimum_cosine}")
         self.minimum_cosine = minimum_cosine
         self.register_buffer("start", None)
 
@@ -54,9 +53,8 @@ class FrozenDecoder(Mitigation):
         """No terms; rows without a start (all before the first step, new ones after widening) take the present direction."""
         if self.start is not None:
             if is_split(sae.W_dec):
-                raise UserError(
-                    "model.mitigations: FrozenDecoder's minimum_cosine cannot be used where latents are split"
-                )
+                what = "FrozenDecoder's minimum_cosine"
+                raise UserError(f"model.mitigations: {what} cannot be used where latents are split")
             missing = ~self.start.any(1, keepdim=True)
             self.start.copy_(torch.where(missing, normalize(sae.W_dec, dim=1, eps=1e-30), self.start))
         return {}

@@ -78,14 +78,12 @@ class OwnRowCredit(Mitigation):
 
         rows = inner_rows(decoder.W_dec)
         with torch.no_grad():
-            weights = torch.stack(
-                [torch.as_tensor(one, dtype=last.dtype, device=last.device) for one in sae.current_weights()[:-1]]
-            )
+            weights = [torch.as_tensor(w, dtype=last.dtype, device=last.device) for w in sae.current_weights()[:-1]]
             examples = target.weight
             if target.tilt:
                 examples = tilted(torch.stack([error.square().sum(1) for error in (*inner, last)]), target)[:-1]
             spared = torch.stack([last - error for error in inner])
-            upstream = level_upstream(weights, spared, examples, bool(target.detach))
+            upstream = level_upstream(torch.stack(weights), spared, examples, bool(target.detach))
             gradient = inner_rows(ops.decoder_gradient(codes, upstream, target.levels[:-1])).to(rows)
             own = normalize(rows, dim=1, eps=1e-30)
             credit = self.share * (gradient - (gradient * own).sum(1, keepdim=True) * own)

@@ -5,7 +5,7 @@ import torch
 
 from hedgelab.data.planting import PlantedActivations, PlantedParents
 from hedgelab.data.tensors import TensorActivations
-from hedgelab.protocols.planting.pairs import measure
+from hedgelab.protocols.planting.measures import measure
 from hedgelab.saes import MatryoshkaSAE, VanillaSAE
 
 D_IN, DOSE, HELD = 12, 0.4, 0.3
