@@ -73,8 +73,11 @@ def resolve_run(word: str, with_sae: bool = False) -> RunSummary:
     """The run that a word on the command line means.
 
     ``last`` is the newest run that is not part of another; else the word is a run's name (of several, the newest is meant),
-    its id or the first characters of its id. ``with_sae`` looks only among runs that kept an SAE.
+    its id or the first characters of its id, or MLflow's address of a model or a run's artifact (``models:/…``, ``runs:/…``).
+    ``with_sae`` looks only among runs that kept an SAE.
     """
+    if is_address(word):
+        word = _run_of(word)
     wanted = [_HAS_SAE] if with_sae else []
     if word == "last":
         found = _newest(wanted, 1, own=True)
@@ -89,6 +92,41 @@ def resolve_run(word: str, with_sae: bool = False) -> RunSummary:
         kind = "run that kept an SAE" if with_sae else "run"
         raise UserError(f"no {kind} '{word}' in the store; give 'last', or a name or id that `hedgelab runs` lists")
     return found[0]
+
+
+def is_address(word: str) -> bool:
+    """Whether a word is an address of MLflow's."""
+    return word.startswith(("models:/", "runs:/"))
+
+
+def _run_of(address: str) -> str:
+    """Id of the run that a model comes from, by its id, or by the name it is registered under; or that an artifact is of."""
+    if address.startswith("runs:"):
+        return address.removeprefix("runs:").strip("/").partition("/")[0]
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    client, _ = open_runs()
+    try:
+        found = get_model_name_and_version(client, address)  # type: ignore[no-untyped-call]
+        source = client.get_model_version(*found).run_id if found[1:] else client.get_logged_model(*found).source_run_id
+    except MlflowException as error:
+        raise UserError(
+            f"{address}: no such model ({reason_of(error)}); expected models:/ID as the UI shows it"
+        ) from error
+    if not source:
+        raise UserError(f"{address}: no run of hedgelab made this model; expected the model of a run that kept an SAE")
+    return str(source)
+
+
+def load(place: str | Path, cls: "type[SAE] | None" = None) -> "SAE":
+    """Read back the SAE in a folder (:func:`hedgelab.saes.load_sae`), or at MLflow's ``models:/…`` or ``runs:/…``."""
+    from hedgelab.saes import load_sae
+
+    if not is_address(str(place)):
+        return load_sae(place, cls)
+    found = resolve_sae(str(place))
+    return found.load() if cls is None else load_sae(found.folder, cls)
 
 
 def resolve_sae(word: str) -> FoundSAE:
