@@ -72,7 +72,7 @@ def log_model(client: "MlflowClient", run_id: str, folder: Path, artifact_path: 
 
 
 def link_metrics(client: "MlflowClient", run_id: str) -> None:
-    """Show the last values of a run's metrics with its model, if it has one: not those of the machine or of single latents."""
+    """Show the last values of a run's metrics with its model, if it has one: not those of machine, data, single latents."""
     from mlflow.entities import Metric
 
     run = client.get_run(run_id)
@@ -83,7 +83,8 @@ def link_metrics(client: "MlflowClient", run_id: str) -> None:
     points = [
         Metric(one.key, one.value, one.timestamp, one.step, model_id=models[0], **known)
         for one in run.to_proto().data.metrics
-        if not one.key.startswith(("system/", "latent")) and abs(one.value) < 1e308  # MLflow's stand-in for infinity
+        if not one.key.startswith(("system/", "data/", "latent"))
+        and abs(one.value) < 1e308  # MLflow's stand-in for infinity
     ]
     for start in range(0, len(points), _MOST_METRICS):
         client.log_batch(run_id, metrics=points[start : start + _MOST_METRICS])

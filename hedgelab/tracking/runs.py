@@ -141,9 +141,13 @@ def resolve_sae(word: str) -> FoundSAE:
     return FoundSAE(artifact(run, "sae"), run)
 
 
-def children_with_sae(run: RunSummary) -> list[RunSummary]:
-    """The finished runs right below a run that kept an SAE, in the order in which they began."""
-    return _newest([f"tags.{PARENT_TAG} = '{run.run_id}'", "attributes.status = 'FINISHED'", _HAS_SAE])[::-1]
+def children(run: RunSummary, with_sae: bool = False, most: int | None = None) -> list[RunSummary]:
+    """The runs right below a run in the order in which they began, the last ones of more than ``most``.
+
+    With ``with_sae`` only finished ones that kept an SAE.
+    """
+    wanted = ["attributes.status = 'FINISHED'", _HAS_SAE] if with_sae else []
+    return _newest([f"tags.{PARENT_TAG} = '{run.run_id}'", *wanted], most)[::-1]
 
 
 def artifact(run: RunSummary, path: str) -> Path:

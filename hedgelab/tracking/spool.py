@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from hedgelab.errors import UserError
 from hedgelab.tracking.models import link_metrics, log_model
-from hedgelab.tracking.store import reason_of
+from hedgelab.tracking.store import reason_of, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -89,6 +89,7 @@ class Spool:
 
     def __init__(self, folder: Path, run_id: str, store: str | None = None) -> None:
         self.run_id, self._store = run_id, store
+        self.takes_turns = sqlite_file(store or "") is not None
         self._about = folder / f"{run_id}.store"
         self.path = folder / f"{run_id}.jsonl"
         self.files = folder / run_id

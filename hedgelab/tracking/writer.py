@@ -17,6 +17,10 @@ _logger = logging.getLogger(__name__)
 _SAMPLE_SECONDS = 10.0
 _RETRY_SECONDS = 15.0
 _MOST_RETRY_SECONDS = 240.0
+_TURN_SECONDS = 30.0
+_TURN = threading.Lock()
+"""Held by the run of this process that writes to an SQLite file, which takes one at a time: dozens that begin or end together
+would hold all connections of MLflow's pool and wait for each other."""
 _PATIENCE = 5.0  # a store that fails after more seconds hangs, and the end of a run does not wait for it again
 
 
@@ -147,7 +151,18 @@ class RunWriter:
                 )
 
     def _send(self) -> None:
-        """Send the spool, and then what is only in memory."""
+        """Send the spool, and then what is only in memory, in the run's turn."""
+        if not self._spool.takes_turns:
+            self._send_now()
+        elif _TURN.acquire(timeout=_TURN_SECONDS):
+            try:
+                self._send_now()
+            finally:
+                _TURN.release()
+        else:
+            raise TimeoutError("other runs of this process are still being sent")
+
+    def _send_now(self) -> None:
         came = self._kept
         refused, failure = self._spool.replay(self._client, files=time.monotonic() >= self._files_at)
         for line in refused:
