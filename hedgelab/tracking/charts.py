@@ -1,4 +1,4 @@
-"""Where MLflow's UI opens: on the training runs of an experiment; where a run has parts, on these, with charts of what differs."""
+"""Where MLflow's UI opens: on the training runs of an experiment, and where a run has parts, on charts of how they differ."""
 
 import json
 from contextlib import suppress
