@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hedgelab.saes import SAE
 
 _WEIGHTS = "sae.safetensors"
-_MOST_METRICS = 1000  # MLflow's limit for one request
+_OF_THE_RUN = ("system/", "data/", "latent")  # beginnings of metrics that say nothing about the SAE as a whole
 _KEPT_TAGS = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
 
 
@@ -47,13 +47,9 @@ def log_model(client: "MlflowClient", run_id: str, folder: Path, artifact_path: 
     name = run.info.run_name.translate(dict.fromkeys(map(ord, "/:.%\"'"), "_"))
     tags = {key: run.data.tags[key] for key in _KEPT_TAGS if key in run.data.tags}
     model = found[0] if found else client.create_logged_model(experiment, name, run_id, tags, dict(params), "SAE")
-    about = {
-        "flavors": {"python_function": {"loader_module": __name__, "python_version": platform.python_version()}},
-        "mlflow_version": version("mlflow"),
-        "model_id": model.model_id,
-        "run_id": run_id,
-        "metadata": {"sae": f"runs:/{run_id}/{artifact_path}"},
-    }
+    flavor = {"loader_module": __name__, "python_version": platform.python_version()}
+    about: dict[str, Any] = {"model_id": model.model_id, "run_id": run_id, "mlflow_version": version("mlflow")}
+    about |= {"flavors": {"python_function": flavor}, "metadata": {"sae": f"runs:/{run_id}/{artifact_path}"}}
     with tempfile.TemporaryDirectory() as temporary:
         shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(_WEIGHTS), dirs_exist_ok=True)
         Path(temporary, "MLmodel").write_text(json.dumps(about, indent=2))  # JSON is YAML
@@ -72,7 +68,7 @@ def log_model(client: "MlflowClient", run_id: str, folder: Path, artifact_path: 
 
 
 def link_metrics(client: "MlflowClient", run_id: str) -> None:
-    """Show the last values of a run's metrics with its model, if it has one: not those of machine, data, single latents."""
+    """Show the last values of a run's metrics with its model, if it has one."""
     from mlflow.entities import Metric
 
     run = client.get_run(run_id)
@@ -83,11 +79,9 @@ def link_metrics(client: "MlflowClient", run_id: str) -> None:
     points = [
         Metric(one.key, one.value, one.timestamp, one.step, model_id=models[0], **known)
         for one in run.to_proto().data.metrics
-        if not one.key.startswith(("system/", "data/", "latent"))
-        and abs(one.value) < 1e308  # MLflow's stand-in for infinity
+        if not one.key.startswith(_OF_THE_RUN) and abs(one.value) < 1e308  # MLflow's stand-in for infinity
     ]
-    for start in range(0, len(points), _MOST_METRICS):
-        client.log_batch(run_id, metrics=points[start : start + _MOST_METRICS])
+    client.log_batch(run_id, metrics=points[:1000])  # MLflow takes no more at once
 
 
 def _models(run: "Run") -> list[str]:
