@@ -31,10 +31,8 @@ def run(command: str, words: list[str]) -> int:
         check_database(database)
     check_port(options.host, options.port)
     print(f"MLflow UI on {without_credentials(uri)}")
-    print(
-        f"open http://{options.host}:{options.port}{page(options.run)}  (takes some seconds; Ctrl-C ends it)",
-        flush=True,
-    )
+    address = f"http://{options.host}:{options.port}{page(options.run)}"
+    print(f"open {address}  (takes some seconds; Ctrl-C ends it)", flush=True)
     with suppress(KeyboardInterrupt), stop_at_once():
         return serve(server_command(uri, options.host, options.port))
     return 0

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "sae.safetensors"
 _OF_THE_RUN = ("system/", "data/", "latent")  # beginnings of metrics that say nothing about the SAE as a whole
-_KEPT_TAGS = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
 
 
 def log_model(client: "MlflowClient", run_id: str, folder: Path, artifact_path: str, params: Mapping[str, str]) -> None:
@@ -45,7 +44,7 @@ def log_model(client: "MlflowClient", run_id: str, folder: Path, artifact_path: 
             return
         raise
     name = run.info.run_name.translate(dict.fromkeys(map(ord, "/:.%\"'"), "_"))
-    tags = {key: run.data.tags[key] for key in _KEPT_TAGS if key in run.data.tags}
+    tags = {key: text for key, text in run.data.tags.items() if key.startswith(("mlflow.user", "mlflow.source."))}
     model = found[0] if found else client.create_logged_model(experiment, name, run_id, tags, dict(params), "SAE")
     flavor = {"loader_module": __name__, "python_version": platform.python_version()}
     about: dict[str, Any] = {"model_id": model.model_id, "run_id": run_id, "mlflow_version": version("mlflow")}

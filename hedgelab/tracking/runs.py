@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PARENT_TAG = "mlflow.parentRunId"
 _HAS_SAE = "tags.weights_sha256 LIKE '%'"
-_SAE_FILE = "sae.json"
+_SAE_FILE, _ADDRESSES = "sae.json", ("models:/", "runs:/")  # of MLflow's
 _PAGE = 100
 REPORT_TAG = "hedgelab.report"
 """Tag of the run that holds an experiment's report; it is no run of anything."""
@@ -76,7 +76,7 @@ def resolve_run(word: str, with_sae: bool = False) -> RunSummary:
     its id or the first characters of its id, or MLflow's address of a model or a run's artifact (``models:/…``, ``runs:/…``).
     ``with_sae`` looks only among runs that kept an SAE.
     """
-    if is_address(word):
+    if word.startswith(_ADDRESSES):
         word = _run_of(word)
     wanted = [_HAS_SAE] if with_sae else []
     if word == "last":
@@ -94,11 +94,6 @@ def resolve_run(word: str, with_sae: bool = False) -> RunSummary:
     return found[0]
 
 
-def is_address(word: str) -> bool:
-    """Whether a word is an address of MLflow's."""
-    return word.startswith(("models:/", "runs:/"))
-
-
 def _run_of(address: str) -> str:
     """Id of the run that a model comes from, by its id, or by the name it is registered under; or that an artifact is of."""
     if address.startswith("runs:"):
@@ -111,9 +106,7 @@ def _run_of(address: str) -> str:
         found = get_model_name_and_version(client, address)  # type: ignore[no-untyped-call]
         source = client.get_model_version(*found).run_id if found[1:] else client.get_logged_model(*found).source_run_id
     except MlflowException as error:
-        raise UserError(
-            f"{address}: no such model ({reason_of(error)}); expected models:/ID as the UI shows it"
-        ) from error
+        raise UserError(f"{address}: no such model ({reason_of(error)}); give models:/ID as the UI shows it") from error
     if not source:
         raise UserError(f"{address}: no run of hedgelab made this model; expected the model of a run that kept an SAE")
     return str(source)
@@ -123,7 +116,7 @@ def load(place: str | Path, cls: "type[SAE] | None" = None) -> "SAE":
     """Read back the SAE in a folder (:func:`hedgelab.saes.load_sae`), or at MLflow's ``models:/…`` or ``runs:/…``."""
     from hedgelab.saes import load_sae
 
-    if not is_address(str(place)):
+    if not str(place).startswith(_ADDRESSES):
         return load_sae(place, cls)
     found = resolve_sae(str(place))
     return found.load() if cls is None else load_sae(found.folder, cls)
@@ -142,10 +135,7 @@ def resolve_sae(word: str) -> FoundSAE:
 
 
 def children(run: RunSummary, with_sae: bool = False, most: int | None = None) -> list[RunSummary]:
-    """The runs right below a run in the order in which they began, the last ones of more than ``most``.
-
-    With ``with_sae`` only finished ones that kept an SAE.
-    """
+    """The runs right below a run, the oldest first, the last ``most``; with ``with_sae`` finished ones that kept an SAE."""
     wanted = ["attributes.status = 'FINISHED'", _HAS_SAE] if with_sae else []
     return _newest([f"tags.{PARENT_TAG} = '{run.run_id}'", *wanted], most)[::-1]
 

@@ -52,10 +52,10 @@ class Operation:
     artifact_path: str | None = None
     model: Mapping[str, str] = field(
         default_factory=dict
-    )  # the architecture of the SAE in ``source``, to be listed as a model
+    )  # of an SAE in ``source``: its config, to be listed as a model
     status: str | None = None
     end_time: int | None = None
-    has_model: bool = False  # with the end: the last values of the metrics are shown with the run's model
+    has_model: bool = False  # the last values of the metrics are to be shown with the run's model
     repeated: bool = False
 
     def send(self, client: "MlflowClient", run_id: str) -> None:

@@ -17,10 +17,8 @@ _logger = logging.getLogger(__name__)
 _SAMPLE_SECONDS = 10.0
 _RETRY_SECONDS = 15.0
 _MOST_RETRY_SECONDS = 240.0
-_TURN_SECONDS = 30.0
-_TURN = threading.Lock()
-"""Held by the run of this process that writes to an SQLite file, which takes one at a time: dozens that begin or end together
-would hold all connections of MLflow's pool and wait for each other."""
+_TURN, _TURN_SECONDS = threading.Lock(), 60.0
+"""Held by the run of this process that writes to an SQLite file: dozens at once exhaust MLflow's pool of connections."""
 _PATIENCE = 5.0  # a store that fails after more seconds hangs, and the end of a run does not wait for it again
 
 
@@ -152,15 +150,13 @@ class RunWriter:
 
     def _send(self) -> None:
         """Send the spool, and then what is only in memory, in the run's turn."""
-        if not self._spool.takes_turns:
-            self._send_now()
-        elif _TURN.acquire(timeout=_TURN_SECONDS):
-            try:
-                self._send_now()
-            finally:
-                _TURN.release()
-        else:
+        if self._spool.takes_turns and not _TURN.acquire(timeout=_TURN_SECONDS):
             raise TimeoutError("other runs of this process are still being sent")
+        try:
+            self._send_now()
+        finally:
+            if self._spool.takes_turns:
+                _TURN.release()
 
     def _send_now(self) -> None:
         came = self._kept
