@@ -12,6 +12,8 @@ from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 
 import hedgelab as hl
 from hedgelab.errors import UserError
+from hedgelab.protocols.evaluation.evaluate import find, record
+from hedgelab.protocols.evaluation.suite import Scores
 from hedgelab.saes.io import same_weights, save_sae
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.models import _load_pyfunc
@@ -58,6 +60,15 @@ def test_an_sae_is_listed_with_metrics_and_loads_by_address(uri, sae, tmp_path):
         assert resolve_run(address, with_sae=True).run_id == tracker.run_id
     folder = Path(model.artifact_location.removeprefix("file://"))
     assert (folder / "sae.safetensors").stat().st_nlink == 2  # a second name of the run's, no copy
+
+
+def test_scores_of_an_evaluation_are_shown_with_the_model(uri, sae, tmp_path):
+    tracker = MLflowTracker(uri=uri)
+    keep(tracker, sae, tmp_path)
+    (found,), above = find(f"models:/{models(ensure_store(uri))[0].model_id}")
+    assert (found.run_id, above) == (tracker.run_id, None)
+    record(found.run_id, "truth", "mark", Scores({"truth/mcc": 0.5}))
+    assert {one.key for one in models(ensure_store(uri))[0].metrics} == {"val/l0", "truth/mcc"}
 
 
 def test_a_model_registered_under_a_name_is_found(uri, sae, tmp_path):
