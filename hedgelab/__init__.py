@@ -2,8 +2,8 @@
 
 ``import hedgelab as hl`` costs nothing: each name below is imported when it is first asked for.
 
-- SAEs: ``VanillaSAE``, ``TopKSAE``, ``BatchTopKSAE``, ``JumpReLUSAE``, ``MatryoshkaSAE``; ``load`` reads a saved one,
-  ``from_saelens`` takes one of SAELens.
+- SAEs: ``VanillaSAE``, ``TopKSAE``, ``BatchTopKSAE``, ``JumpReLUSAE``, ``MatryoshkaSAE``; ``load`` reads a saved one
+  (a folder, or ``models:/ID`` of MLflow), ``from_saelens`` takes one of SAELens.
 - Data: ``ToyDataModule``, ``LLMDataModule``, ``TensorActivations``, ``DatasetActivations``, ``PlantedActivations``; each gives
   ``Batch`` values.
 - Measures: ``hedging``, ``residual_hedging``, ``hedging_degree``, ``explained_variance``, ``l0``, ``mcc``.
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from hedgelab.metrics import hedging, hedging_degree, residual_hedging
     from hedgelab.metrics.functional import explained_variance, l0, mcc
     from hedgelab.saes import SAE, BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, SAEGroup, TopKSAE, VanillaSAE
-    from hedgelab.saes import load_sae as load
     from hedgelab.saes.io import sae_from_checkpoint
+    from hedgelab.tracking.runs import load
 
 __all__ = [
     "SAE", "Batch", "BatchTopKSAE", "DatasetActivations", "JumpReLUSAE", "LLMDataModule", "MatryoshkaSAE",
@@ -44,7 +44,7 @@ _PLACES = {
     "data.tensors": "DatasetActivations TensorActivations",
     "data.toy": "ToyDataModule", "errors": "UserError", "interop.saelens": "from_saelens",
     "metrics": "hedging hedging_degree residual_hedging",
-    "metrics.functional": "explained_variance l0 mcc",
+    "metrics.functional": "explained_variance l0 mcc", "tracking.runs": "load",
 }  # fmt: skip
 _PLACE = {name: module for module, names in _PLACES.items() for name in names.split()}
 
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"hedgelab has no '{name}'; it has {', '.join(__all__)}")
     module = import_module(f"hedgelab.{_PLACE.get(name, 'saes')}")
-    globals()[name] = value = getattr(module, {"load": "load_sae"}.get(name, name))
+    globals()[name] = value = getattr(module, name)
     return value
 
 

@@ -10,8 +10,8 @@ from hedgelab.errors import UserError
 _HELP = """\
 usage: hedgelab evaluate SAE ... [--config FILE] [--suite NAME,NAME] [--KEY VALUE ...]
 
-Score trained SAEs; scores, tables and figures go to the SAE's own run. SAE is a run's name or id, 'last', a folder with an SAE,
-a run whose parts have SAEs (a sweep), or the config file of a sweep, which is then trained first as far as it is not.
+Score trained SAEs; scores, tables and figures go to the SAE's own run. SAE is a run's name or id, 'last', models:/ID,
+a folder with an SAE, a run whose parts have SAEs (a sweep), or a sweep's config, which is then trained first as far as needed.
 
   --suite    {suites}, all (the default), or saebench; or a class path
   --config   labelled text and settings of the suites, such as configs/llm/evaluate_brown.yaml

@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sync": {},
     "ui": {
+        "run": {"nargs": "?", "default": "last", "metavar": "RUN", "help": "open on this run: its id, its name, or 'last'"},
         "--port": {"type": int, "default": 5000, "help": "port to listen on"},
         "--host": {"default": "127.0.0.1", "help": "address to listen on; others than loopback let others in"},
     },

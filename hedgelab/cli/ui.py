@@ -1,4 +1,4 @@
-"""``hedgelab ui``: the MLflow UI on the store that runs are written to."""
+"""``hedgelab ui``: the MLflow UI on the store that runs are written to, opened on the training runs of the last experiment."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from hedgelab.cli.light import LightParser
 from hedgelab.errors import UserError, stop_at_once
+from hedgelab.tracking.charts import page
 from hedgelab.tracking.store import check_database, ensure_store, sqlite_file, tracking_uri, without_credentials
 
 _PATIENCE = 5.0
@@ -19,7 +20,7 @@ def run(command: str, words: list[str]) -> int:
     options = LightParser(command).parse(words)
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
-        print(f"The MLflow UI is the tracking server itself: {without_credentials(uri)}")
+        print(f"The MLflow UI is the tracking server itself: {without_credentials(uri).rstrip('/')}{page(options.run)}")
         return 0
     database = sqlite_file(uri)
     if database is None:
@@ -30,7 +31,8 @@ def run(command: str, words: list[str]) -> int:
         check_database(database)
     check_port(options.host, options.port)
     print(f"MLflow UI on {without_credentials(uri)}")
-    print(f"open http://{options.host}:{options.port}  (takes some seconds; Ctrl-C ends it)", flush=True)
+    address = f"http://{options.host}:{options.port}{page(options.run)}"
+    print(f"open {address}  (takes some seconds; Ctrl-C ends it)", flush=True)
     with suppress(KeyboardInterrupt), stop_at_once():
         return serve(server_command(uri, options.host, options.port))
     return 0

@@ -19,6 +19,7 @@ from hedgelab.data.llm.model import hub_problem
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.interop.saelens import export_saelens
+from hedgelab.tracking.models import link_metrics
 from hedgelab.tracking.runs import FoundSAE
 from hedgelab.tracking.store import ensure_store
 
@@ -61,6 +62,7 @@ def run_saebench(found: Sequence[FoundSAE]) -> int:
             assert run is not None
             scores = dict(read_results(results, f"sae{number}"))
             client.log_batch(run.run_id, metrics=[Metric(key, value, now, 0) for key, value in scores.items()])
+            link_metrics(client, run.run_id)
             for file in results.rglob(f"sae{number}_*{_RESULTS}"):
                 client.log_artifact(run.run_id, str(file), f"evaluation/saebench/{file.parent.name}")
             tqdm.write(f"evaluate: saebench: {len(scores)} scores of {run.name}")

@@ -92,7 +92,8 @@ class MLflowTracker(Logger):
         self._client: MlflowClient | None = None
         self._writer: RunWriter | None = None
         self._params: dict[str, str] = {}
-        self._goes_on, self._on_unreachable = False, on_unreachable
+        self._goes_on = self._has_model = False
+        self._on_unreachable = on_unreachable
         self._logged_to: dict[str, int] = {}  # the last step of each metric that a run which goes on has already
         self.losses: ThinnedSeries[dict[str, float]] = ThinnedSeries(_KEPT_LOSSES)
         """What was logged as ``train/...``, thinned: the history behind the figure of loss terms."""
@@ -176,9 +177,12 @@ class MLflowTracker(Logger):
         self.log_tags({"config_hash": hashlib.sha256(text.encode()).hexdigest()[:16]})
 
     @rank_zero_only
-    def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
-        """Logs a file, or what a folder holds, below the artifact folder ``artifact_path``."""
-        self._open().keep(Operation(source=str(path), artifact_path=artifact_path))
+    def log_artifact(
+        self, path: str | Path, artifact_path: str | None = None, model: Mapping[str, Any] | None = None
+    ) -> None:
+        """Logs a file, or what a folder holds, below a path; an SAE of config ``model`` is also listed as a model."""
+        self._has_model |= model is not None
+        self._open().keep(Operation(source=str(path), artifact_path=artifact_path, model=flatten(model or {})))
 
     @rank_zero_only
     def log_text(self, text: str, artifact_file: str) -> None:
@@ -225,7 +229,7 @@ class MLflowTracker(Logger):
             return
         killed = isinstance(sys.exception(), (KeyboardInterrupt, SIGTERMException, Stopped))
         final = "KILLED" if killed else {"success": "FINISHED", "failed": "FAILED"}.get(status, status.upper())
-        self._writer.keep(Operation(status=final, end_time=int(time.time() * 1000)))
+        self._writer.keep(Operation(status=final, end_time=int(time.time() * 1000), has_model=self._has_model))
         self._writer.close()
         if (unkept := self._writer.unkept) is not None and sys.exception() is None:
             raise UserError(

@@ -149,7 +149,7 @@ class RunRecord(L.Callback):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "sae"
             _save(sae, folder, trainer)
-            tracker.log_artifact(folder, "sae")
+            tracker.log_artifact(folder, "sae", model=sae.config())
             tracker.log_tags({"weights_sha256": weights_sha256(folder)})
         if (directions := _directions(trainer)) is not None:
             self._keep_recovery(tracker, sae, directions, trainer.global_step)

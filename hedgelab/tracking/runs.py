@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PARENT_TAG = "mlflow.parentRunId"
 _HAS_SAE = "tags.weights_sha256 LIKE '%'"
-_SAE_FILE = "sae.json"
+_SAE_FILE, _ADDRESSES = "sae.json", ("models:/", "runs:/")  # of MLflow's
 _PAGE = 100
 REPORT_TAG = "hedgelab.report"
 """Tag of the run that holds an experiment's report; it is no run of anything."""
@@ -73,8 +73,11 @@ def resolve_run(word: str, with_sae: bool = False) -> RunSummary:
     """The run that a word on the command line means.
 
     ``last`` is the newest run that is not part of another; else the word is a run's name (of several, the newest is meant),
-    its id or the first characters of its id. ``with_sae`` looks only among runs that kept an SAE.
+    its id or the first characters of its id, or MLflow's address of a model or a run's artifact (``models:/…``, ``runs:/…``).
+    ``with_sae`` looks only among runs that kept an SAE.
     """
+    if word.startswith(_ADDRESSES):
+        word = _run_of(word)
     wanted = [_HAS_SAE] if with_sae else []
     if word == "last":
         found = _newest(wanted, 1, own=True)
@@ -91,6 +94,34 @@ def resolve_run(word: str, with_sae: bool = False) -> RunSummary:
     return found[0]
 
 
+def _run_of(address: str) -> str:
+    """Id of the run that a model comes from, by its id, or by the name it is registered under; or that an artifact is of."""
+    if address.startswith("runs:"):
+        return address.removeprefix("runs:").strip("/").partition("/")[0]
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    client, _ = open_runs()
+    try:
+        found = get_model_name_and_version(client, address)  # type: ignore[no-untyped-call]
+        source = client.get_model_version(*found).run_id if found[1:] else client.get_logged_model(*found).source_run_id
+    except MlflowException as error:
+        raise UserError(f"{address}: no such model ({reason_of(error)}); give models:/ID as the UI shows it") from error
+    if not source:
+        raise UserError(f"{address}: no run of hedgelab made this model; expected the model of a run that kept an SAE")
+    return str(source)
+
+
+def load(place: str | Path, cls: "type[SAE] | None" = None) -> "SAE":
+    """Read back the SAE in a folder (:func:`hedgelab.saes.load_sae`), or at MLflow's ``models:/…`` or ``runs:/…``."""
+    from hedgelab.saes import load_sae
+
+    if not str(place).startswith(_ADDRESSES):
+        return load_sae(place, cls)
+    found = resolve_sae(str(place))
+    return found.load() if cls is None else load_sae(found.folder, cls)
+
+
 def resolve_sae(word: str) -> FoundSAE:
     """The SAE that a word on the command line means: a folder that holds one, or a run (see :func:`resolve_run`)."""
     folder = Path(word)
@@ -103,9 +134,10 @@ def resolve_sae(word: str) -> FoundSAE:
     return FoundSAE(artifact(run, "sae"), run)
 
 
-def children_with_sae(run: RunSummary) -> list[RunSummary]:
-    """The finished runs right below a run that kept an SAE, in the order in which they began."""
-    return _newest([f"tags.{PARENT_TAG} = '{run.run_id}'", "attributes.status = 'FINISHED'", _HAS_SAE])[::-1]
+def children(run: RunSummary, with_sae: bool = False, most: int | None = None) -> list[RunSummary]:
+    """The runs right below a run, the oldest first, the last ``most``; with ``with_sae`` finished ones that kept an SAE."""
+    wanted = ["attributes.status = 'FINISHED'", _HAS_SAE] if with_sae else []
+    return _newest([f"tags.{PARENT_TAG} = '{run.run_id}'", *wanted], most)[::-1]
 
 
 def artifact(run: RunSummary, path: str) -> Path:

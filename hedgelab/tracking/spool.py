@@ -5,7 +5,7 @@ A spool is one JSON-lines file a run, ``runs/spool/<run_id>.jsonl``, with the ar
 
     {"metrics": [[key, value, timestamp_ms, step], ...]}
     {"params": {...}}      {"tags": {...}}      {"dataset": {"name": …, "digest": …, "source_type": …, "source": …}}
-    {"source": "<path below the folder>", "artifact_path": "figures"}
+    {"source": "<path below the folder>", "artifact_path": "figures"}      also with {"model": {…}}, if it is an SAE
     {"status": "FINISHED", "end_time": timestamp_ms}
 
 Sending an operation twice does no harm (MLflow ignores a point that it has), so a line is only dropped after the store
@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from hedgelab.errors import UserError
-from hedgelab.tracking.store import reason_of
+from hedgelab.tracking.models import link_metrics, log_model
+from hedgelab.tracking.store import reason_of, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -49,8 +50,12 @@ class Operation:
     dataset: Mapping[str, str] = field(default_factory=dict)  # what the run is trained on, as MLflow describes data
     source: str | None = None
     artifact_path: str | None = None
+    model: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of an SAE in ``source``: its config, to be listed as a model
     status: str | None = None
     end_time: int | None = None
+    has_model: bool = False  # the last values of the metrics are to be shown with the run's model
     repeated: bool = False
 
     def send(self, client: "MlflowClient", run_id: str) -> None:
@@ -71,8 +76,12 @@ class Operation:
         if self.source is not None:
             upload = client.log_artifacts if Path(self.source).is_dir() else client.log_artifact
             upload(run_id, self.source, self.artifact_path)
+            if self.model:
+                log_model(client, run_id, Path(self.source), self.artifact_path or "", self.model)
         if self.status is not None:
             client.set_terminated(run_id, status=self.status, end_time=self.end_time)
+        if self.has_model:
+            link_metrics(client, run_id)
 
 
 class Spool:
@@ -80,6 +89,7 @@ class Spool:
 
     def __init__(self, folder: Path, run_id: str, store: str | None = None) -> None:
         self.run_id, self._store = run_id, store
+        self.takes_turns = sqlite_file(store or "") is not None
         self._about = folder / f"{run_id}.store"
         self.path = folder / f"{run_id}.jsonl"
         self.files = folder / run_id

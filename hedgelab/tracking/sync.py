@@ -5,8 +5,10 @@ A run that began while its server could not be reached lives in the local store 
 sent twice, it is brought up to date, not doubled.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock, Timeout
@@ -112,10 +114,15 @@ def _send_run(local: "MlflowClient", remote: "MlflowClient", run: "Run", experim
     histories = (local.get_metric_history(own, key) for key in run.data.metrics)
     points = [(point.key, point.value, point.timestamp, point.step) for history in histories for point in history]
     with tempfile.TemporaryDirectory() as folder:
-        files = local.download_artifacts(own, "", folder) if local.list_artifacts(own) else None
+        files = local.download_artifacts(own, "", f"{folder}/all") if local.list_artifacts(own) else None
+        models = run.outputs.model_outputs if run.outputs and Path(f"{files}/sae").is_dir() else ()
+        said = [Operation(points, run.data.params, tags)]
+        for output in models[:1]:  # sent by itself, once
+            made = local.get_logged_model(output.model_id).params
+            said.append(Operation(source=shutil.move(f"{files}/sae", folder), artifact_path="sae", model=made))
         ended = {} if run.info.status == "RUNNING" else {"status": run.info.status, "end_time": run.info.end_time}
         read = [one.dataset.to_dictionary() for one in (run.inputs.dataset_inputs if run.inputs else ())]
         data = [Operation(dataset={key: value for key, value in one.items() if value}) for one in read]
-        for one in (*data, Operation(points, run.data.params, tags, source=files, **ended)):
+        for one in (*data, *said, Operation(source=files, has_model=bool(models), **ended)):
             one.send(remote, copy.info.run_id)
     return str(copy.info.run_id)

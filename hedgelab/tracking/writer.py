@@ -17,6 +17,8 @@ _logger = logging.getLogger(__name__)
 _SAMPLE_SECONDS = 10.0
 _RETRY_SECONDS = 15.0
 _MOST_RETRY_SECONDS = 240.0
+_TURN, _TURN_SECONDS = threading.Lock(), 60.0
+"""Held by the run of this process that writes to an SQLite file: dozens at once exhaust MLflow's pool of connections."""
 _PATIENCE = 5.0  # a store that fails after more seconds hangs, and the end of a run does not wait for it again
 
 
@@ -147,7 +149,16 @@ class RunWriter:
                 )
 
     def _send(self) -> None:
-        """Send the spool, and then what is only in memory."""
+        """Send the spool, and then what is only in memory, in the run's turn."""
+        if self._spool.takes_turns and not _TURN.acquire(timeout=_TURN_SECONDS):
+            raise TimeoutError("other runs of this process are still being sent")
+        try:
+            self._send_now()
+        finally:
+            if self._spool.takes_turns:
+                _TURN.release()
+
+    def _send_now(self) -> None:
         came = self._kept
         refused, failure = self._spool.replay(self._client, files=time.monotonic() >= self._files_at)
         for line in refused:

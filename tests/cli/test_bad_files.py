@@ -448,5 +448,6 @@ def test_the_ui_listens_on_loopback_unless_told_otherwise(config, monkeypatch):
 
     monkeypatch.setattr(ui, "serve", lambda command: commands.append(command) or 0)
     monkeypatch.setattr(ui, "check_port", lambda host, port: None)
+    monkeypatch.setattr(ui, "page", lambda run: "")
     assert main(["ui", "--port=5123"]) == 0
     assert commands[0][commands[0].index("--host") + 1] == "127.0.0.1"

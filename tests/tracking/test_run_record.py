@@ -45,6 +45,9 @@ def test_run_holds_all_that_was_promised(finished, uri):
     assert run.info.status == "FINISHED"
     assert {"version.torch", "version.mlflow", "host", "hardware.cpu", "world_size"} <= set(run.data.tags)
     assert run.data.tags["weights_sha256"] == weights_sha256(folder / "sae")
+    model = trainer.logger.experiment.get_logged_model(run.outputs.model_outputs[0].model_id)
+    assert (model.params["class"], str(model.status)) == ("VanillaSAE", "READY")
+    assert "val/mse" in {metric.key for metric in model.metrics}
     assert torch.equal(load_sae(folder / "sae").W_dec, sae.W_dec)
     figures = {"cosines.png", "decoder_bias.png", "cosines_over_training.png", "loss_terms.png"}
     assert {path.name for path in (folder / "figures").iterdir()} == figures

@@ -176,3 +176,23 @@ def test_closed_writer_opens_again(client, spool):
         writer.add({"a": 1.0}, step)
         writer.close()
     assert steps(client) == [0, 1, 2]
+
+
+def test_runs_of_one_process_write_to_a_file_in_turn(tmp_path):
+    busy, most = [], []
+
+    class Slow:
+        def log_batch(self, *_, **__):
+            busy.append(1)
+            most.append(len(busy))
+            time.sleep(0.02)
+            busy.pop()
+
+    writers = [RunWriter(Slow(), f"r{i}", Spool(tmp_path, f"r{i}", "sqlite:///x.db")) for i in range(6)]
+    for writer in writers:
+        writer.add({"a": 1.0}, 1)
+        writer.keep()
+    for writer in writers:
+        writer.close()
+    assert max(most) == 1
+    assert len(most) == 6

@@ -30,8 +30,9 @@ from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study, as_csv
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
+from hedgelab.tracking.models import link_metrics
 from hedgelab.tracking.params import flatten
-from hedgelab.tracking.runs import FoundSAE, RunSummary, artifact, children_with_sae, resolve_run, resolve_sae
+from hedgelab.tracking.runs import FoundSAE, RunSummary, artifact, children, resolve_run, resolve_sae
 from hedgelab.tracking.store import ensure_store
 
 TAG = "evaluated"
@@ -129,7 +130,7 @@ def find(word: str, sae_class: str | None = None) -> tuple[list[Subject], RunSum
         return [Subject(word, resolve_sae(word).folder, None, sae_class)], None
     run = resolve_run(word)
     alone = "weights_sha256" in run.tags
-    members = [run] if alone else children_with_sae(run)
+    members = [run] if alone else children(run, with_sae=True)
     if not members:
         raise UserError(
             f"run {run.run_id[:8]} ({run.name}): neither it nor a part of it has an SAE; see `hedgelab runs`"
@@ -229,6 +230,7 @@ def record(run_id: str, suite: str, mark: str, scores: Scores) -> None:
     client = ensure_store()
     for key, value in scores.metrics.items():
         client.log_metric(run_id, key, value)
+    link_metrics(client, run_id)
     for file, table in scores.tables.items():
         client.log_text(run_id, table if isinstance(table, str) else as_csv(table), f"evaluation/{file}")
     for file, draw in scores.figures.items():
