@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hedgelab.batch import Batch
+from hedgelab.batch import Batch, on_device
 from hedgelab.data.datamodule import NormalisedActivations, Stage, held_out_split
 from hedgelab.data.llm.cache_files import ActivationCache
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.hook_names import block_number, block_path, hook_path
 from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles, find_gguf
-from hedgelab.data.llm.stream import BlockStream, Harvester, Rows, shared_by_ranks
+from hedgelab.data.llm.stream import BlockStream, Harvester, Rows, beside_training, shared_by_ranks
 from hedgelab.data.llm.text import Contexts, StandardLibraryText, TextSource, load_contexts
 from hedgelab.data.source import ActivationSource, Normalisation
 from hedgelab.errors import UserError, whole_number
@@ -151,7 +151,8 @@ class LLMDataModule(NormalisedActivations):
     def harvester(self) -> Harvester:
         """The cut model at work."""
         model = self.files.causal_lm(self.model_dtype, self.attention)
-        cut = CutModel(model, self.hook_path).to(self._own_device())
+        with beside_training(self._own_device()):
+            cut = CutModel(model, self.hook_path).to(self._own_device())
         if self.compile:
             cut.compile_blocks()
         return Harvester(cut, self.contexts_at_once, getattr(torch, self.storage_dtype))
@@ -171,7 +172,12 @@ class LLMDataModule(NormalisedActivations):
             identity["storage_dtype"] = self.storage_dtype
         cache.check_identity(identity)
         cache.check_coverage(len(tokens))
-        return self._timed(lambda numbers, usable: cache.read(numbers).to(dtype)[usable].to(device))
+
+        def rows(numbers: Tensor, usable: Tensor) -> Tensor:
+            all_of_them = on_device(cache.read(numbers), device).to(dtype).flatten(0, 1)
+            return all_of_them.index_select(0, on_device(usable.flatten().nonzero().flatten(), device))
+
+        return self._timed(rows)
 
     def _timed(self, rows: Rows) -> Rows:
         def timed(numbers: Tensor, usable: Tensor) -> Tensor:
@@ -254,6 +260,7 @@ class LLMDataModule(NormalisedActivations):
             self.max_norm_ratio,
             self.seed if stage == "train" else 0,
             stage,
+            self._own_device(),
         )
 
     def measured_rows(self) -> Tensor:
