@@ -148,11 +148,20 @@ class LLMDataModule(NormalisedActivations):
         return load_contexts(self.text, self.files, self.context_length, self.cache_dir, self.max_contexts)
 
     @cached_property
+    def block(self) -> int | None:
+        """The block whose residual stream it is, counted from zero; None for any other hook."""
+        return block_number(self.files.skeleton(), self.hook_path)
+
+    @cached_property
     def harvester(self) -> Harvester:
         """The cut model at work."""
+        return self.harvester_of([self.hook_path])
+
+    def harvester_of(self, hooks: Sequence[str]) -> Harvester:
+        """The model at work, cut at this hook, giving what is at all of ``hooks`` side by side; none of them lies behind."""
         model = self.files.causal_lm(self.model_dtype, self.attention)
         with beside_training(self._own_device()):
-            cut = CutModel(model, self.hook_path).to(self._own_device())
+            cut = CutModel(model, self.hook_path, hooks).to(self._own_device())
         if self.compile:
             cut.compile_blocks()
         return Harvester(cut, self.contexts_at_once, getattr(torch, self.storage_dtype))
@@ -166,7 +175,7 @@ class LLMDataModule(NormalisedActivations):
         dtype, device, tokens = getattr(torch, self.storage_dtype), self._own_device(), self.contexts.tokens
         if self.cache is None:
             harvester = self.harvester
-            return shared_by_ranks(self._timed(lambda numbers, usable: harvester.rows(tokens[numbers], usable)))
+            return shared_by_ranks(self.timed(lambda numbers, usable: harvester.rows(tokens[numbers], usable)))
         cache, identity = ActivationCache(self.cache), self.identity()
         if cache.storage_dtype != "float32":  # which serves narrower formats too
             identity["storage_dtype"] = self.storage_dtype
@@ -177,9 +186,11 @@ class LLMDataModule(NormalisedActivations):
             all_of_them = on_device(cache.read(numbers), device).to(dtype).flatten(0, 1)
             return all_of_them.index_select(0, on_device(usable.flatten().nonzero().flatten(), device))
 
-        return self._timed(rows)
+        return self.timed(rows)
 
-    def _timed(self, rows: Rows) -> Rows:
+    def timed(self, rows: Rows) -> Rows:
+        """The same rows, counted, and with them the time that they take."""
+
         def timed(numbers: Tensor, usable: Tensor) -> Tensor:
             start = time.perf_counter()
             found = rows(numbers, usable)
@@ -194,7 +205,7 @@ class LLMDataModule(NormalisedActivations):
         return self.files.tokenizer()
 
     @cached_property
-    def _background(self) -> ThreadPoolExecutor:
+    def background(self) -> ThreadPoolExecutor:
         """The thread that makes blocks of all stages, one after the other."""
         return ThreadPoolExecutor(1, "hedgelab-blocks")
 
@@ -252,7 +263,7 @@ class LLMDataModule(NormalisedActivations):
         mine = self._split[stage]
         return BlockStream(
             self.rows,
-            self._background,
+            self.background,
             mine,
             self.contexts.usable(self.skip_first)[mine],
             self.contexts_per_block,
@@ -273,7 +284,7 @@ class LLMDataModule(NormalisedActivations):
         return self.described(
             model=self.model,
             hook=self.hook_path,
-            layer=block_number(self.files.skeleton(), self.hook_path),
+            layer=self.block,
             context_length=self.context_length,
             skip_first=self.skip_first,
             opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),
@@ -295,7 +306,7 @@ class LLMDataModule(NormalisedActivations):
 
     def teardown(self, stage: str) -> None:
         """End the background work."""
-        background = vars(self).pop("_background", None)
+        background = vars(self).pop("background", None)
         if background is not None:  # no further block begins, and the one in progress ends at its next forward pass
             background.shutdown(wait=False, cancel_futures=True)
         if "harvester" in vars(self):

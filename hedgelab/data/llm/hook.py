@@ -1,8 +1,9 @@
 """A place in a language model: its activations are read there, or replaced while the rest of the model runs on."""
 
 import contextlib
-from collections.abc import Callable
-from functools import cached_property
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import torch
@@ -79,6 +80,10 @@ class SplicedModel:
         """End every forward pass at the hook from now on; :meth:`run` then gives what was reached."""
         return self._register(_stop)
 
+    def keep(self, seen: Callable[[Tensor], Any]) -> RemovableHandle:
+        """Show every activation tensor that passes to ``seen``, from now on."""
+        return self._register(lambda values: (seen(values), values)[1])
+
     def run(self, tokens: Tensor, cache: Any = None) -> Tensor:
         """Activations ``[n, length, width]`` of token ids ``[n, length]``, after :meth:`stop`."""
         return self._by_token(self._reach(tokens, cache), *tokens.shape)
@@ -128,14 +133,17 @@ class SplicedModel:
 
 
 class CutModel(nn.Module):
-    """A causal language model up to a hook: token ids in, activations out.
+    """A causal language model up to a hook: token ids in, activations out, with those at other ``hooks`` in their order.
 
     Blocks behind the hook and the language-model head are dropped, so take a model that nobody else uses.
     """
 
-    def __init__(self, model: nn.Module, hook: str) -> None:
+    def __init__(self, model: nn.Module, hook: str, hooks: Sequence[str] = ()) -> None:
         super().__init__()
         self.hook = SplicedModel(model, hook)
+        self._hooks, self._passed = list(hooks or [hook]), threading.local()  # passes may run side by side
+        for other in {*self._hooks} - {hook}:
+            SplicedModel(model, other).keep(partial(setattr, self._passed, other))
         self._before: list[nn.Module] = []
         parts = hook.split(".")
         for depth in range(1, len(parts)):  # every list of blocks that the hook lies in
@@ -155,8 +163,12 @@ class CutModel(nn.Module):
             block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Activations ``[n, length, width]`` of contexts ``[n, length]``, each attending to itself alone."""
-        return self.hook.run(tokens)
+        """Activations ``[n, length, width]`` of contexts ``[n, length]``, each attending to itself; hooks side by side."""
+        last = self.hook.run(tokens)
+        if self._hooks == [self.hook.path]:
+            return last
+        passed = {**vars(self._passed), self.hook.path: last}
+        return torch.cat([passed[hook].view(last.shape) for hook in self._hooks], dim=-1)
 
     def width(self) -> int:
         """Width of the activations; a skeleton is enough."""

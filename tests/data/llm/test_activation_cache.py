@@ -129,7 +129,7 @@ def test_training_resumed_in_the_middle(cached, make_data, fit, tmp_path):
     resumed = make_data(cache=str(cached))
     _, second = fit(resumed, 100, ckpt_path=str(tmp_path / "half.ckpt"))
     torch.testing.assert_close(torch.stack(first.seen + second.seen), torch.stack(live.seen), rtol=0, atol=0)
-    assert "_background" not in vars(resumed)  # nothing is left running
+    assert "background" not in vars(resumed)  # nothing is left running
 
 
 def test_manifest_says_whose(cached, make_data):

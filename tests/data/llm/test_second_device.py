@@ -13,7 +13,9 @@ from hedgelab.data.planting import Directions, Events, PlantedActivations
 from hedgelab.data.toy import IndependentFiring
 from hedgelab.errors import UserError
 from hedgelab.protocols.evaluation import Readings, suite_classes
+from hedgelab.protocols.layer_data import LayerData
 from hedgelab.saes import TopKSAE, duplicate
+from hedgelab.training.steps import batch_of
 
 from .test_evaluation_suites import labelled  # noqa: F401 (a fixture)
 
@@ -52,6 +54,20 @@ def test_training_waits_for_nothing_that_feeds_it(make_data, tmp_path, gpu, cach
     assert gpu.copies == []
     assert {wait.partition(" ")[0] for wait in gpu.waits} == {"data/llm/stream.py:_compute"}  # in the background
     data.teardown("fit")
+
+
+def test_several_layers(make_data, gpu):
+    plain, other = (
+        LayerData({f"layer{layer}": make_data(layer=layer, device=device, max_norm_ratio=3.0) for layer in (2, 0)})
+        for device in ("cpu", "cuda")
+    )
+    for data in (plain, other):
+        data.setup("fit")
+    for here, there in zip(plain.batches("train", 0, 12), other.batches("train", 0, 12), strict=True):
+        for name in plain.members:
+            torch.testing.assert_close(batch_of(there, name).x.cpu(), batch_of(here, name).x)
+    for data in (plain, other):
+        data.teardown("fit")
 
 
 def test_batches_of_the_cpu_go_to_a_gpu_by_themselves(make_data, gpu):
