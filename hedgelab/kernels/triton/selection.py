@@ -143,7 +143,7 @@ def _candidates(
 
 def fits(batch: int, width: int, k: int) -> bool:
     """Whether the kernels can select k entries a row (TopK) or k a row on average (BatchTopK) of ``[batch, width]``."""
-    return 0 < batch * width <= POSITION and k <= _groups(width, SELECTION) // 4
+    return 0 < batch * width <= POSITION + 1 and k <= _groups(width, SELECTION) // 4
 
 
 def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Codes | None:
