@@ -56,7 +56,9 @@ class LLMDataModule(NormalisedActivations):
         storage_dtype: Number format to which activations are rounded, in a cache and live; None leaves the model's.
         attention: Attention implementation of transformers; None is the one that it prefers for the model.
         compile: Run the model's blocks through ``torch.compile``; pays for long runs on a GPU.
-        device: Where the model runs; ``auto`` is a GPU if there is one.
+        device: Where the model runs; ``auto`` is a GPU if there is one. It may be another than the SAE's, such as ``cuda:1``.
+        device_map: Spread the model over several devices: ``auto``, by their free memory, or a device for each path of a module
+            in it, such as ``{embed_tokens: 0, layers: 1, ...}``. Activations then go to ``device``.
         seed: Seed of the order of the training data; None takes the run's. Validation and test never depend on it.
         val_batches: Batches of a validation or test pass.
         chunk_steps: Most training steps that travel together.
@@ -64,7 +66,9 @@ class LLMDataModule(NormalisedActivations):
         cache_dir: Folder for converted models and tokenised text.
     """
 
-    where_and_how: ClassVar[frozenset[str]] = frozenset({"cache", "cache_dir", "device", "contexts_at_once", "compile"})
+    where_and_how: ClassVar[frozenset[str]] = frozenset(
+        {"cache", "cache_dir", "device", "device_map", "contexts_at_once", "compile"}
+    )
     inputs: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
         "model": model_path,
         "text": lambda text: StandardLibraryText().fingerprint() if text is None else None,
@@ -90,6 +94,7 @@ class LLMDataModule(NormalisedActivations):
         attention: Attention | None = None,
         compile: bool = False,
         device: str = "auto",
+        device_map: str | dict[str, Any] | None = None,
         seed: int | None = None,
         val_batches: int = 8,
         chunk_steps: int = 1,
@@ -116,6 +121,7 @@ class LLMDataModule(NormalisedActivations):
             raise UserError(f"data.max_norm_ratio: must be greater than 1, or null to keep all, got {max_norm_ratio}")
         self.max_norm_ratio, self.normalisation, self.held_out = max_norm_ratio, normalisation, held_out
         self.model_dtype, self.attention, self.compile = model_dtype, attention, compile
+        self.device_map = device_map
         self.storage_dtype: ModelDtype = storage_dtype or model_dtype
         self.cache, self.cache_dir = cache, cache_dir
         self._streams: dict[Stage, BlockStream] = {}
@@ -161,10 +167,15 @@ class LLMDataModule(NormalisedActivations):
         """The model at work, cut at this hook, giving what is at all of ``hooks`` side by side; none of them lies behind."""
         model = self.files.causal_lm(self.model_dtype, self.attention)
         with beside_training(self._own_device()):
-            cut = CutModel(model, self.hook_path, hooks).to(self._own_device())
+            cut = CutModel(model, self.hook_path, hooks)
+            if self.device_map is None:
+                cut.to(self._own_device())
+            else:
+                cut.spread(self.device_map, Path(self.cache_dir) / "offloaded")
         if self.compile:
             cut.compile_blocks()
-        return Harvester(cut, self.contexts_at_once, getattr(torch, self.storage_dtype))
+        device = None if self.device_map is None else self._own_device()
+        return Harvester(cut, self.contexts_at_once, getattr(torch, self.storage_dtype), device)
 
     @cached_property
     def rows(self) -> Rows:

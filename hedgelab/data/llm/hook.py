@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hedgelab.data.llm.hook_names import hooked_module
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 
 Replacement = Callable[[Tensor], Tensor]
 """Takes hooked activations ``[n, length, width]`` to what shall stand in their place."""
@@ -161,6 +162,23 @@ class CutModel(nn.Module):
         for block in [*self._before, *hooked]:
             # The hook that ends the forward pass stays outside: it is an exception.
             block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
+
+    def spread(self, device_map: str | dict[str, Any], folder: Path) -> None:
+        """Put the model's parts onto devices: ``auto``, or by the paths of modules; ``folder`` is the device ``disk``."""
+        try:
+            import accelerate
+        except ImportError:
+            raise UserError("data.device_map: needs accelerate; pip install 'hedgelab[llm]'") from None
+        whole: Any = list(getattr(self.body, "_no_split_modules", None) or [])
+        try:
+            if isinstance(device_map, str):
+                memory = accelerate.utils.get_balanced_memory(self.body, no_split_module_classes=whole)
+                device_map = accelerate.infer_auto_device_map(self.body, memory, whole)
+            accelerate.dispatch_model(self.body, device_map, offload_dir=str(folder))
+        except (ValueError, KeyError, RuntimeError) as error:
+            paths = ", ".join(name for name, _ in self.body.named_children())
+            hint = f"expected auto, or a device for each of {paths} or what is in them"
+            raise UserError(f"data.device_map: {one_line(str(error))}; {hint}") from error
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Activations ``[n, length, width]`` of contexts ``[n, length]``, each attending to itself; hooks side by side."""

@@ -46,7 +46,9 @@ def beside_training(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Harvester:
-    """Runs a cut model over contexts, and keeps the activations that count, rounded to ``dtype``, where the model begins.
+    """Runs a cut model over contexts, and keeps the activations that count, rounded to ``dtype``, on its device.
+
+    Of a model that is spread over several devices, ``device`` says which.
 
     On a CPU each forward pass has one thread, and as many passes run side by side as PyTorch was given threads: nothing
     waits at barriers when the cores are shared with training, and the activations are the same to the last bit with
@@ -54,9 +56,16 @@ class Harvester:
     that asks waits for it, and never for what other streams do.
     """
 
-    def __init__(self, model: CutModel, contexts_at_once: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: CutModel,
+        contexts_at_once: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self._model, self._contexts_at_once, self._dtype = model, contexts_at_once, dtype
-        self._device = next(model.parameters()).device
+        self._device = device or next(model.parameters()).device
+        self._at_once = 1 if device is not None or self._device.type == "cuda" else torch.get_num_threads()
         self._passes: ThreadPoolExecutor | None = None
         self._quiet = False
 
@@ -64,7 +73,7 @@ class Harvester:
         """Activations at the usable positions ``[n, length]`` of token ids ``[n, length]``, ``[rows, d_in]`` on its device."""
         check_tokens(tokens, self._model.vocabulary)
         if self._passes is None:
-            self._passes = _single_threaded_pool(1 if self._device.type == "cuda" else torch.get_num_threads())
+            self._passes = _single_threaded_pool(self._at_once)
         parts = [torch.split(tensor, self._contexts_at_once) for tensor in (tokens, usable)]
         passes = self._passes.map(self._forward, *parts)
         # Later calls run in the background, where training shows its own progress.

@@ -66,19 +66,9 @@ def select(product: Product, count: int, scale: Tensor | None, per_row: bool) ->
 
 @triton.jit
 def _decode(
-    crow_ptr: "Any",
-    latents_ptr: "Any",
-    values_ptr: "Any",
-    weight_ptr: "Any",
-    stops_ptr: "Any",
-    out_ptr: "Any",
-    batch: "Any",
-    width: "Any",
-    LEVELS: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+    crow_ptr: "Any", latents_ptr: "Any", values_ptr: "Any", weight_ptr: "Any", stops_ptr: "Any", out_ptr: "Any", batch: "Any",
+    width: "Any", LEVELS: tl.constexpr, DOUBLE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     """One example and one tile of columns; rows run fastest, so that a column slab of the weights stays in L2."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     row = tl.program_id(0).to(tl.int64)
@@ -117,32 +107,12 @@ def decode_levels(layout: Layout, values: Tensor, weight: Tensor, levels: Sequen
 
 @triton.jit
 def _latent_gradients(
-    offsets_ptr: "Any",
-    order_ptr: "Any",
-    latents_ptr: "Any",
-    rows_ptr: "Any",
-    values_ptr: "Any",
-    source_ptr: "Any",
-    stops_ptr: "Any",
-    weight_ptr: "Any",
-    gradient_ptr: "Any",
-    bias_ptr: "Any",
-    dots_ptr: "Any",
-    parts_ptr: "Any",
-    bias_parts_ptr: "Any",
-    batch: "Any",
-    width: "Any",
-    nnz: "Any",
-    d_sae: "Any",
-    part: "Any",
-    LEVELS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    BIAS: tl.constexpr,
-    DOTS: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    offsets_ptr: "Any", order_ptr: "Any", latents_ptr: "Any", rows_ptr: "Any", values_ptr: "Any", source_ptr: "Any",
+    stops_ptr: "Any", weight_ptr: "Any", gradient_ptr: "Any", bias_ptr: "Any", dots_ptr: "Any", parts_ptr: "Any",
+    bias_parts_ptr: "Any", batch: "Any", width: "Any", nnz: "Any", d_sae: "Any", part: "Any", LEVELS: tl.constexpr,
+    WEIGHTS: tl.constexpr, BIAS: tl.constexpr, DOTS: tl.constexpr, DOUBLE: tl.constexpr, ENTRIES: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """One latent and one tile of columns; latents run fastest, so that a column slab of the source stays in L2.
 
     A latent's program sums its values up to the next multiple of ``part`` in the order by latent. What is left of it behind a
@@ -195,20 +165,10 @@ def _latent_gradients(
 
 @triton.jit
 def _add_parts(
-    offsets_ptr: "Any",
-    order_ptr: "Any",
-    latents_ptr: "Any",
-    gradient_ptr: "Any",
-    bias_ptr: "Any",
-    parts_ptr: "Any",
-    bias_parts_ptr: "Any",
-    width: "Any",
-    part: "Any",
-    WEIGHTS: tl.constexpr,
-    BIAS: tl.constexpr,
-    DOUBLE: tl.constexpr,
+    offsets_ptr: "Any", order_ptr: "Any", latents_ptr: "Any", gradient_ptr: "Any", bias_ptr: "Any", parts_ptr: "Any",
+    bias_parts_ptr: "Any", width: "Any", part: "Any", WEIGHTS: tl.constexpr, BIAS: tl.constexpr, DOUBLE: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Add the parts of a latent, at the first multiple of ``part`` inside it, to what its own program has summed."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     program = tl.program_id(0).to(tl.int64)
