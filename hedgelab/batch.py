@@ -24,5 +24,15 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        features = None if self.features is None else self.features.to(device)
-        return Batch(self.x.to(device), features, None if self.weight is None else self.weight.to(device))
+        features = on_device(self.features, device) if isinstance(self.features, Tensor) else self.features
+        features = features.to(device) if isinstance(features, Codes) else features
+        return Batch(
+            on_device(self.x, device), features, None if self.weight is None else on_device(self.weight, device)
+        )
+
+
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on another device; what goes from the host to a GPU goes through pinned memory, so that nobody waits for it."""
+    if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)

@@ -1,12 +1,14 @@
 """A GPU without one: tensors that say they are on ``cuda:0`` and compute with real numbers on the CPU, never with the CPU's.
 
 To PyTorch they are on ``meta``, the one device besides the CPU that every build can differentiate on. What a GPU would wait for
-is counted, ``torch.autocast("cuda")`` narrows products as on a GPU, and Triton's products are those of the CPU.
+is counted, ``torch.autocast("cuda")`` narrows products as on a GPU, and Triton's products are those of the CPU. Where work is
+queued on several CUDA streams, what uses a tensor of another stream must have waited for it, and have told its memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map
 
 from hedgelab.data.llm.model import ModelFiles
+from hedgelab.data.llm.stream import _own_stream
 from hedgelab.kernels import products, sparse
 from hedgelab.kernels.codes import Layout
 
@@ -32,6 +35,67 @@ _NARROWED = {
 
 waits: list[str] = []
 """Where the GPU was waited for: the operator, and the last line of hedgelab that led to it."""
+
+copies: list[str] = []
+"""Where the host was held up by a copy to the GPU, which was not from pinned memory or not asked to go on by itself."""
+
+streams: set = set()
+"""The streams that something was queued on."""
+
+
+class Stream:
+    """A CUDA stream: counts what is queued on it, and knows how far each other one was when it has waited for it."""
+
+    def __init__(self, *_):
+        self.queued, self.knows = 0, {}
+
+    def record_event(self):
+        return SimpleNamespace(stream=self, at=self.queued, synchronize=lambda at=self.queued: _host_knows(self, at))
+
+    def wait_event(self, event):
+        self.knows[event.stream] = max(event.at, self.knows.get(event.stream, 0))
+
+    def synchronize(self):
+        _host_knows(self, self.queued)
+
+
+_here = threading.local()
+_host: dict[Stream, int] = {}  # how far streams were when a thread has waited for them
+_pinned: set[int] = set()
+_recorded: set[tuple[int, Stream]] = set()
+_default = Stream()
+
+
+def _host_knows(stream, at):
+    _host[stream] = max(at, _host.get(stream, 0))
+
+
+def _current(*_):
+    return getattr(_here, "stream", _default)
+
+
+@contextlib.contextmanager
+def _on_stream(stream):
+    before, _here.stream = _current(), stream
+    try:
+        yield
+    finally:
+        _here.stream = before
+
+
+def _check_stream(tensors):
+    """That the numbers of these tensors are there for the stream at hand, and that their memory waits for it."""
+    stream = _current()
+    for tensor in tensors:
+        if (made := tensor.made)[0] is not stream:
+            known = max(stream.knows.get(made[0], 0), _host.get(made[0], 0))
+            assert made[1] <= known, "a tensor of another CUDA stream is used before it is there"
+            kept = (_place(tensor.inner), stream) in _recorded
+            assert kept or not tensor.numel(), (
+                "the memory of another CUDA stream's tensor may be reused before this one has read it"
+            )
+    stream.queued += 1
+    streams.add(stream)
 
 
 class SecondDeviceTensor(torch.Tensor):
@@ -48,12 +112,15 @@ class SecondDeviceTensor(torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, dtype=inner.dtype, device=_META, requires_grad=inner.requires_grad, **strided
         )
-        made.inner = inner
+        made.inner, made.made = inner, (_current(), _current().queued)
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
+
+    def record_stream(self, stream):
+        _recorded.add((_place(self.inner), stream))
 
     def tolist(self):
         _waited("tolist")
@@ -84,6 +151,12 @@ class _Python(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.Tensor.is_pinned:
+            return _place(args[0]) in _pinned
+        if func is torch.Tensor.pin_memory or (func is torch.empty and kwargs.pop("pin_memory", False)):
+            made = args[0] if func is torch.Tensor.pin_memory else func(*args, **kwargs)
+            _pinned.add(_place(made))
+            return made
         if func is torch.Tensor.cuda:
             func, args = torch.Tensor.to, (args[0], DEVICE)
         if func is torch.Tensor.new_tensor and isinstance(args[0], SecondDeviceTensor):
@@ -102,6 +175,10 @@ class _Python(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _place(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
 def _is_cuda(value):
     return isinstance(value, (str, torch.device)) and torch.device(value).type == "cuda"
 
@@ -116,10 +193,11 @@ def _narrowed(value):
 def second_device():
     """A GPU is there, as far as Python can tell; :data:`waits` starts empty."""
     cuda = {
-        "is_available": lambda: True, "current_device": lambda: 0, "device_count": lambda: 1, "synchronize": lambda *_: None,
+        "is_available": lambda: True, "current_device": lambda: 0, "device_count": lambda: 1, "synchronize": _whole_device,
         "is_bf16_supported": lambda *_: True, "_lazy_init": lambda: None, "get_device_name": lambda *_: "a GPU without one",
         "set_device": lambda *_: None, "get_device_capability": lambda *_: (7, 0), "empty_cache": lambda: None,
-        "mem_get_info": lambda *_: (1, 2), "utilization": lambda *_: 0,
+        "mem_get_info": lambda *_: (1, 2), "utilization": lambda *_: 0, "current_stream": _current, "Stream": Stream,
+        "stream": _on_stream,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name, value in cuda.items():
@@ -131,8 +209,14 @@ def second_device():
             stack.enter_context(mock.patch.object(ModelFiles, name, _without_modes(getattr(ModelFiles, name))))
         stack.enter_context(_Python())
         stack.enter_context(SecondDevice())
-        waits.clear()
+        for known in (waits, copies, streams, _host, _pinned, _recorded):
+            known.clear()
+        _own_stream.cache_clear()
         yield
+
+
+def _whole_device(*_):
+    _waited("synchronize")
 
 
 def _without_modes(plain):
@@ -194,10 +278,10 @@ def _products():
     )  # fmt: skip
 
 
-def _waited(what):
+def _waited(what, where=waits):
     frames = [frame for frame in traceback.extract_stack() if "/hedgelab/" in frame.filename]
-    where = f"{frames[-1].filename.partition('/hedgelab/')[2]}:{frames[-1].name}" if frames else "outside"
-    waits.append(f"{where} {what}")
+    place = f"{frames[-1].filename.partition('/hedgelab/')[2]}:{frames[-1].name}" if frames else "outside"
+    where.append(f"{place} {what}")
 
 
 def _run(func, args, kwargs):
@@ -215,11 +299,18 @@ def _run(func, args, kwargs):
     stays = bool(second) if target is None else target.type != "cpu"
     if name.startswith("aten.copy_"):
         stays = isinstance(args[0], SecondDeviceTensor)
+    _check_stream(second)
     if second and (not stays or _waits(func, args, kwargs)):
         _waited(name)
+        _current().synchronize()
+    if stays and strangers and _is_copy(name) and not (kwargs.get("non_blocking") or args[2:] == (True,)):
+        _waited(name, copies)
+    elif stays and strangers and _is_copy(name) and not all(_place(t) in _pinned for t in strangers):
+        _waited(f"{name} from memory that is not pinned", copies)
     plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
     if func._schema.is_mutable and second and isinstance(result, torch.Tensor):
+        args[0].made = (_current(), _current().queued)
         return args[0]
     return tree_map(_on_second, result) if stays else result
 
@@ -230,6 +321,10 @@ def _waits(func, args, kwargs):
         return any(index is not None and index.dtype == torch.bool for index in args[1])
     told = "repeat_interleave" in str(func) and kwargs.get("output_size") is not None
     return bool(_WAITS & set(func.tags)) and not told
+
+
+def _is_copy(name):
+    return name.startswith(("aten.copy_", "aten._to_copy"))
 
 
 def _may_mix(name, args):

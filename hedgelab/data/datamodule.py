@@ -58,6 +58,10 @@ class ActivationDataModule(L.LightningDataModule, ABC):
     def batch(self, stage: Stage, index: int) -> Batch:
         """Global batch number ``index`` of a stage, ``[batch_size, d_in]``; the same whenever and wherever asked for."""
 
+    def of_member(self, name: str) -> "ActivationDataModule":
+        """What the SAE of this name in a group sees: the same as all, unless a DataModule says otherwise."""
+        return self
+
     def source(self) -> ActivationSource | None:
         """Where the activations come from and how they are normalised, to travel with the SAE; None for toys."""
         return None

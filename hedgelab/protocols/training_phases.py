@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import Logger
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.errors import UserError
 from hedgelab.identity import deciding, stable_id
+from hedgelab.protocols.layer_data import LayerData
 from hedgelab.protocols.phase_data import PhaseData
 from hedgelab.protocols.ranks import decided_by_rank_zero, say_names
 from hedgelab.saes import SAE, SAEGroup, load_sae, weights_sha256
@@ -239,7 +240,7 @@ def fit_group(
     if group is not None and saving is not None:
         checkpoint = decided_by_rank_zero(partial(group.begin, {name: one.run_id for name, one in trackers.items()}))
         saving.folder, saving.dirpath = group.folder, str(group.folder.path)
-    if isinstance(data, PhaseData):
+    if isinstance(data, (PhaseData, LayerData)):
         data = data.renamed(keys)
     members, loggers = {keys[name]: saes[name] for name in saes}, {keys[name]: trackers[name] for name in trackers}
     module = members[""] if lone else SAEGroup(members, loggers)

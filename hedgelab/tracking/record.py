@@ -61,8 +61,7 @@ class RunRecord(L.Callback):
         if self._losses_before is not None:
             self._tracker.losses.load_state_dict(self._losses_before)
         self._tracker.log_tags({**provenance_tags(trainer.world_size), "threads": str(torch.get_num_threads())})
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, ActivationDataModule) and trainer.ckpt_path is None:
+        if (data := self._data(trainer)) is not None and trainer.ckpt_path is None:
             self._tracker.log_metrics(data.describe(), trainer.global_step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -96,8 +95,7 @@ class RunRecord(L.Callback):
             return
         if trainer.global_step > self._logged_at:
             self._log_throughput(self._tracker, trainer.global_step)
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, ActivationDataModule):
+        if (data := self._data(trainer)) is not None:
             self._tracker.log_metrics(data.throughput(), trainer.global_step)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -114,7 +112,7 @@ class RunRecord(L.Callback):
         if self._tracker is not None:
             self._finish(self._tracker, trainer, sae)
         elif trainer.is_global_zero and (folder := folder_of(trainer)) is not None:
-            _save(sae, folder / "sae", trainer)
+            self._save(sae, folder / "sae", trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """History so far, so that the figures of a resumed run show all of it; and the run, to be resumed."""
@@ -132,6 +130,19 @@ class RunRecord(L.Callback):
     def _sae(self, module: Any) -> Any:
         return module.members[self.member] if self.member else module
 
+    def _data(self, trainer: L.Trainer) -> ActivationDataModule | None:
+        """What the SAE sees."""
+        data = getattr(trainer, "datamodule", None)
+        return data.of_member(self.member) if isinstance(data, ActivationDataModule) else None
+
+    def _save(self, sae: "SAE", folder: Path, trainer: L.Trainer) -> None:
+        """Write an SAE, and with it where its activations come from."""
+        from hedgelab.saes import save_sae
+
+        save_sae(sae, folder)
+        if (data := self._data(trainer)) is not None and (source := data.source()) is not None:
+            source.save(folder)
+
     def _log_throughput(self, tracker: MLflowTracker, step: int) -> None:
         now = time.perf_counter()
         tracker.log_metrics({"samples/s": self._samples / (now - self._since)}, step)
@@ -148,7 +159,7 @@ class RunRecord(L.Callback):
 
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "sae"
-            _save(sae, folder, trainer)
+            self._save(sae, folder, trainer)
             tracker.log_artifact(folder, "sae", model=sae.config())
             tracker.log_tags({"weights_sha256": weights_sha256(folder)})
         if (directions := _directions(trainer)) is not None:
@@ -221,13 +232,3 @@ def _cosines(sae: "SAE", directions: Tensor) -> Cosines:
     decoder = decoder_cosines(full_tensor(sae.W_dec), directions)
     encoder = encoder_cosines(full_tensor(sae.W_enc), directions)
     return decoder.float().cpu(), encoder.float().cpu()
-
-
-def _save(sae: "SAE", folder: Path, trainer: L.Trainer) -> None:
-    """Write an SAE, and with it where its activations come from."""
-    from hedgelab.saes import save_sae
-
-    save_sae(sae, folder)
-    data = getattr(trainer, "datamodule", None)
-    if isinstance(data, ActivationDataModule) and (source := data.source()) is not None:
-        source.save(folder)

@@ -14,7 +14,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
-from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.training import flags, guard, steps
@@ -163,17 +162,18 @@ class TrainingShell(L.LightningModule):
 
     def _initialize(self) -> None:
         """Initialise SAEs from the first batch at the first step of a run; those resumed or loaded have their weights."""
-        data = self._data()
-        if data is None:
+        if self._data() is None:
             raise UserError("data: fit needs a hedgelab DataModule")
         begins = not self.trainer.global_step and self.trainer.ckpt_path is None
-        for sae in self.saes().values():
+        for name, sae in self.saes().items():
             if begins and not sae.initialized:
-                sae.initialize(data.batch("train", 0).to(sae.W_dec.device), data.feature_directions)
+                own = self._data(name)
+                sae.initialize(own.batch("train", 0).to(sae.W_dec.device), own.feature_directions)
                 sae.initialized = True
 
-    def _data(self) -> Any:
-        return getattr(self._trainer, "datamodule", None)
+    def _data(self, member: str = "") -> Any:
+        data: Any = getattr(self._trainer, "datamodule", None)
+        return data.of_member(member) if member and hasattr(data, "of_member") else data
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         """Take one optimiser step of every SAE, or as many as there are batches in a list; the last loss is returned."""
@@ -188,7 +188,7 @@ class TrainingShell(L.LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == self.trainer.max_steps or (every and step % every == 0):
             for trainee in self.trainees:
-                trainee.check_window(step, self._data())
+                trainee.check_window(step, self._data(trainee.name))
             skips = self.on_nonfinite == "skip"
             self.report({trainee.name: trainee.training_means(skips) for trainee in self.trainees}, step)
         elif self._followed:
@@ -203,7 +203,7 @@ class TrainingShell(L.LightningModule):
         done: dict[str, Any] = {}  # replayed, backward pass included
         for trainee in self.trainees:
             trainee.sae.steps_done = step
-            own = batch.own.get(trainee.name, batch.shared) if isinstance(batch, steps.StepBatches) else batch
+            own = steps.batch_of(batch, trainee.name)
             if self._plain and (replayed := trainee.graph.take(own)) is not None:
                 done[trainee.name] = replayed
                 continue
@@ -249,7 +249,7 @@ class TrainingShell(L.LightningModule):
     def check_finite(self, step: int) -> None:
         """Stop the run if anything that a checkpoint would hold is not finite."""
         for trainee in self.trainees:
-            trainee.check_window(step, self._data())
+            trainee.check_window(step, self._data(trainee.name))
             guard.check_parameters(trainee.sae, step, trainee.whose)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -277,7 +277,7 @@ class TrainingShell(L.LightningModule):
         for trainee in self.trainees:
             if self.trainer.state.fn == "fit":
                 guard.check_parameters(trainee.sae, self.trainer.global_step, trainee.whose)
-            trainee.start_measuring(self._data(), self.device, self._is_last_pass())
+            trainee.start_measuring(self._data(trainee.name), self.device, self._is_last_pass())
 
     def _is_last_pass(self) -> bool:
         """Whether no other validation pass follows: outside of a fit, where its steps end before one, or where no one knows."""
@@ -287,13 +287,16 @@ class TrainingShell(L.LightningModule):
         every = trainer.val_check_batch  # None where passes go by time
         return bool(every is None or trainer.global_step + every > trainer.max_steps)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure every SAE on a batch, unless it holds NaN or infinity and a guard leaves it out."""
-        left_out = self.on_nonfinite is not None and not bool(torch.isfinite(batch.x).all())
+        seen = {trainee.name: steps.batch_of(batch, trainee.name) for trainee in self.trainees}
+        left_out = self.on_nonfinite is not None and not all(
+            bool(x.isfinite().all()) for x in {one.x for one in seen.values()}
+        )
         self._measured = [self._measured[0] + 1, self._measured[1] + left_out]
         if not left_out:
             for trainee in self.trainees:
-                trainee.measure(batch)
+                trainee.measure(seen[trainee.name])
 
     def on_validation_epoch_end(self) -> None:
         """Report the metrics of the pass."""

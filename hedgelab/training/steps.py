@@ -69,6 +69,11 @@ def batches_of(batch: Any) -> list[Any]:
     return batch if isinstance(batch, list) else [batch]
 
 
+def batch_of(batch: Any, member: str) -> Batch:
+    """What a member of a group sees of a step's batch."""
+    return batch.own.get(member, batch.shared) if isinstance(batch, StepBatches) else batch
+
+
 def batch_rows(batch: Any) -> int:
     """Rows of activations in what Lightning calls a batch."""
     return sum(len(one.x) for one in batches_of(batch))

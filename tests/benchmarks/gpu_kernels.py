@@ -298,6 +298,26 @@ def find_density(options: argparse.Namespace, best: dict[str, Any], results: dic
         print(f"  k {k:<4} density 1/{options.d_sae // k:<6} sparse {a:7.2f} ms   dense {b:7.2f} ms", flush=True)
 
 
+def time_decoder_losses(options: argparse.Namespace, results: dict[str, float]) -> None:
+    """Decoder and loss, forward and backward, as flex-sae's README times them: k 32, 64 and 128, one level and several."""
+    one, d_sae = [options.d_sae], options.d_sae
+    for k in (32, 64, 128) if DEVICE == "cuda" else (2,):
+        layout, values, weight, _ = inputs(options, k)
+        values, weight = values.requires_grad_(), weight.requires_grad_()
+        bias, x = (
+            torch.zeros(options.d_in, device=DEVICE, requires_grad=True),
+            torch.randn(options.batch, options.d_in, device=DEVICE),
+        )
+        for name, levels in (("TopK", one), ("hierarchical", [d_sae // 64, d_sae // 16, d_sae // 4, d_sae])):
+
+            def loss() -> None:
+                losses, _ = sparse.level_errors(Codes(values, layout), Decoder(weight, bias), Target(x, levels))  # noqa: B023
+                torch.autograd.grad(torch.stack(list(losses)).sum(), [values, weight, bias])  # noqa: B023
+
+            results[f"decoder loss {name} k {k}"] = ms = timed(loss)
+            print(f"  decoder and loss, forward and backward, {name:<13} k {k:<4} {ms:8.2f} ms", flush=True)
+
+
 def make_step(options: argparse.Namespace, path: Any, kind: str, levels: list[int]) -> Callable[[], None]:
     """A whole training step on fresh weights, over four batches in turn."""
     data = [torch.randn(options.batch, options.d_in, device=DEVICE, dtype=BF16) for _ in range(4)]
@@ -394,6 +414,8 @@ def main() -> None:
     best = {} if options.no_sweep else sweep_tiles(options, results)
     print(f"parts of a step, {time.perf_counter() - start:.0f} s")
     time_parts(options, bandwidth, best, results)
+    print(f"decoder losses at flex-sae's shape, {time.perf_counter() - start:.0f} s")
+    time_decoder_losses(options, results)
     print(f"sparse against dense, {time.perf_counter() - start:.0f} s")
     find_density(options, best, results)
     if best:

@@ -3,9 +3,10 @@
 #
 #     bash tests/gpu/wheels.sh && bash tests/gpu/session.sh [--out FOLDER] [--only PART,...] [--dry-run]
 #
-# Each part runs under its own time limit and writes what it finds to FOLDER at once, so that a later failure loses nothing.
-# Packages that the machine lacks come from .whl/, which wheels.sh fills where a registry can be reached. --dry-run walks
-# every part on the CPU with Triton's interpreter and small shapes.
+# Each part runs under its own time limit and writes what it finds to FOLDER at once, so that a later failure loses nothing;
+# session.md and session.json have the figures of all, with card and versions. Packages that the machine lacks come from .whl/,
+# which wheels.sh fills where a registry can be reached. --dry-run walks every part on the CPU with Triton's interpreter and
+# small shapes, and with twice the time.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=gpu-session only=checks,synth,end_to_end,profile,kernels,steps dry=
@@ -18,6 +19,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 mkdir -p "$out"
+case ,$only, in *,steps,*) rm -f "$out/steps.jsonl" ;; esac # which grows line by line
 python=$(command -v python3)
 export PYTHONUNBUFFERED=1 MPLBACKEND=Agg MLFLOW_DISABLE_TELEMETRY=true PYTHONPATH=$PWD:${PYTHONPATH:-}
 if [ -z "$dry" ] && compgen -G '.whl/*.whl' > /dev/null; then
@@ -31,7 +33,7 @@ fi
 pytest="$python -m pytest -q -m gpu -p no:cacheprovider --durations=8"
 if [ -n "$dry" ]; then
     export HEDGELAB_GPU_DRY_RUN=1 CUDA_VISIBLE_DEVICES=
-    shapes=dry kernels="--batch 8 --d-in 16 --d-sae 128 --k 2"
+    shapes=dry slower=2 kernels="--batch 8 --d-in 16 --d-sae 128 --k 2"
 else
     shapes=gemma,gemma_16k kernels=--no-sweep
 fi
@@ -43,7 +45,7 @@ part() {
     shift 2
     case ,$only, in *,"$name",*) ;; *) return ;; esac
     local start=$SECONDS
-    timeout "$seconds" "$@" > "$out/$name.log" 2>&1
+    timeout "$((seconds * ${slower:-1}))" "$@" > "$out/$name.log" 2>&1
     local code=$?
     echo "== $name: exit code $code, $((SECONDS - start)) s"
     tail -n "${lines:-25}" "$out/$name.log"
@@ -51,9 +53,10 @@ part() {
 }
 
 part checks 110 $pytest tests/kernels/triton tests/gpu/test_gpu.py -k 'not commands'
-part synth 60 $python tests/gpu/synth.py ${dry:+--small}
+part synth 60 $python tests/gpu/synth.py ${dry:+--small} --json "$out/synth.json"
 part end_to_end 60 $pytest tests/gpu/test_gpu.py -k commands
 lines=70 part kernels 70 env ${dry:+TRITON_INTERPRET=1} $python -m tests.benchmarks.gpu_kernels $kernels --json "$out/kernels.json"
 lines=110 part profile 60 $python tests/gpu/steps.py --profile --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
 part steps 120 $python tests/gpu/steps.py --shapes $shapes --peer-python "$python" --json "$out/steps.jsonl"
+$python tests/gpu/summary.py "$out" || failed="$failed summary"
 [ -z "$failed" ] || { echo "failed:$failed" && exit 1; }

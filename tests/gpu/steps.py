@@ -40,6 +40,13 @@ def floor_ms(d_in: int, d_sae: int, k: int, batch: int, bandwidth: float, rate: 
     return 1e3 * (2 * batch * size / rate + moved / bandwidth)
 
 
+def has(python: str, peer: str) -> bool:
+    """Whether the environment of a Python has a peer."""
+    package = {"saelens": "sae_lens"}.get(peer, peer)
+    found = f"import importlib.util as util, sys; sys.exit(util.find_spec('{package}') is None)"
+    return subprocess.run([python, "-c", found], check=False).returncode == 0
+
+
 def profile(shape: str, sae: str) -> None:
     """Where the time of our step goes: milliseconds with and without waiting for each step, busy kernels, host copies."""
     sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -116,7 +123,9 @@ def main() -> int:
         floor = floor_ms(**sizes, bandwidth=bandwidth, rate=rate)
         for sae, peer in pairs if torch.cuda.is_available() else pairs[:1]:
             command = [sys.executable, "-m", "tests.benchmarks.training_step", "--sae", sae, "--shape", shape, "--json"]
-            command += ["--peer", peer, "--peer-python", options.peer_python, "--turns", "20"]
+            command += ["--turns", "20"]
+            if there := has(options.peer_python, peer):
+                command += ["--peer", peer, "--peer-python", options.peer_python]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
             if done.returncode:
                 failures += 1
@@ -126,11 +135,15 @@ def main() -> int:
             with options.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             rows.append(row)
+            beside = f"{peer} is not installed"
+            if there:
+                beside = (
+                    f"{peer:<9}{row['peer_step_ms']:8.2f} ms {row['peer_peak_bytes'] / 1e9:6.2f} GB, "
+                    f"ratio {row['ratio']:5.2f}; loss {row['loss']:.4g} and {row['peer_loss']:.4g}"
+                )
             print(
                 f"{shape:<10} {sae:<11} {row['step_ms']:7.2f} ms {row['tokens_per_s']:11,.0f} tokens/s "
-                f"{row['peak_bytes'] / 1e9:6.2f} GB  {row['step_ms'] / floor:5.2f} x floor {floor:5.2f} ms | {peer:<9}"
-                f"{row['peer_step_ms']:8.2f} ms {row['peer_peak_bytes'] / 1e9:6.2f} GB, ratio {row['ratio']:5.2f}; "
-                f"loss {row['loss']:.4g} and {row['peer_loss']:.4g}",
+                f"{row['peak_bytes'] / 1e9:6.2f} GB  {row['step_ms'] / floor:5.2f} x floor {floor:5.2f} ms | {beside}",
                 flush=True,
             )
     return 1 if failures or not rows else 0

@@ -1,11 +1,12 @@
 """SynthSAEBench-16k on a GPU: milliseconds of drawing a batch, and of a training step with and without a CUDA graph.
 
-    python tests/gpu/synth.py [--small]
+    python tests/gpu/synth.py [--small] [--json FILE]
 
 Each step is loss, backward pass, clipping, fused Adam and clocks; in the second half of the steps, whose losses are compared.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -77,13 +78,15 @@ def train(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
-    small = parser.parse_args().small
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    small, results = options.small, {}
     n, d_in, d_sae, k, steps = (1024, 96, 256, 6, 8) if small else (16384, 768, 4096, 25, 200)
     law, factors = toy.Zipf(0.5, 0.4, 5e-4), toy.LowRankCorrelation(25, scale=0.1)
     forest = toy.Forest(8 if small else 128, 4, 3, scale_children=True)
     firing = toy.CopulaFiring(n, law, factors, forest, structure_seed=42)
-    options = {"magnitude_mean": 4.0, "magnitude_std": 0.5, "bias": 0.5, "seed": 0}
-    data = toy.ToyDataModule(firing, d_in, 1024, device=DEVICE, **options)
+    magnitudes = {"magnitude_mean": 4.0, "magnitude_std": 0.5, "bias": 0.5, "seed": 0}
+    data = toy.ToyDataModule(firing, d_in, 1024, device=DEVICE, **magnitudes)
     first = data.batch("train", 0)
     start, blocks = wait(), 4
     for number in range(1, 1 + blocks):
@@ -97,10 +100,17 @@ def main() -> int:
         captured, losses, replays = train(make, batches, steps, "1")
         off = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
         failed |= off > 0.02 or (DEVICE == "cuda" and not replays)
+        results[name] = {
+            "samples_per_s": 1024e3 / (min(plain, captured) + drawn),
+            "step_ms": plain,
+            "captured_ms": captured,
+        }
         print(
             f"{name}: {plain:.2f} ms, captured {captured:.2f} ms ({replays} replays); losses differ by {off:.1e}",
             flush=True,
         )
+    if options.json:
+        options.json.write_text(json.dumps({"drawing_ms": drawn, **results}, indent=1))
     return int(failed)
 
 

@@ -20,14 +20,14 @@ DRY = bool(os.environ.get("HEDGELAB_GPU_DRY_RUN"))
 DEVICE = torch.device("cpu" if DRY else "cuda")
 ACCELERATOR = "cpu" if DRY else "gpu"
 CONFIGS = Path(__file__).parents[2] / "configs"
-D_IN, D_SAE = 32, 512
+D_IN, D_SAE = 32, 128 if DRY else 512
 KINDS = {
     "vanilla": lambda: hl.VanillaSAE(D_IN, D_SAE, l1_coefficient=0.1),
     "topk": lambda: hl.TopKSAE(D_IN, D_SAE, k=4),
     "batch_topk": lambda: hl.BatchTopKSAE(D_IN, D_SAE, k=4),
     "jumprelu": lambda: hl.JumpReLUSAE(D_IN, D_SAE, l0_coefficient=0.1),
     "matryoshka": lambda: hl.MatryoshkaSAE(
-        D_IN, lambda d_in: hl.BatchTopKSAE(d_in, D_SAE, k=4), levels=[16, 128, D_SAE]
+        D_IN, lambda d_in: hl.BatchTopKSAE(d_in, D_SAE, k=4), levels=[16, 64, D_SAE]
     ),
 }
 
@@ -109,7 +109,7 @@ def test_a_captured_step_trains_as_any_other(kind, autocast, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_measures_are_those_of_the_cpu(kind, tmp_path):
     sae, _ = train(kind, DEVICE)
-    x, features = rows(8192, seed=1).to(DEVICE), torch.eye(D_IN)
+    x, features = rows(2048 if DRY else 8192, seed=1).to(DEVICE), torch.eye(D_IN)
     found = [hl.hedging(sae, features.to(DEVICE)).norm, hl.residual_hedging(x, sae), hl.explained_variance(x, sae(x))]
     sae.save(tmp_path / "sae")
     copy = hl.load(tmp_path / "sae")

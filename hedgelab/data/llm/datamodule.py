@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hedgelab.batch import Batch
+from hedgelab.batch import Batch, on_device
 from hedgelab.data.datamodule import NormalisedActivations, Stage, held_out_split
 from hedgelab.data.llm.cache_files import ActivationCache
 from hedgelab.data.llm.hook import CutModel
 from hedgelab.data.llm.hook_names import block_number, block_path, hook_path
 from hedgelab.data.llm.model import Attention, ModelDtype, ModelFiles, find_gguf
-from hedgelab.data.llm.stream import BlockStream, Harvester, Rows, shared_by_ranks
+from hedgelab.data.llm.stream import BlockStream, Harvester, Rows, beside_training, shared_by_ranks
 from hedgelab.data.llm.text import Contexts, StandardLibraryText, TextSource, load_contexts
 from hedgelab.data.source import ActivationSource, Normalisation
 from hedgelab.errors import UserError, whole_number
@@ -56,7 +56,9 @@ class LLMDataModule(NormalisedActivations):
         storage_dtype: Number format to which activations are rounded, in a cache and live; None leaves the model's.
         attention: Attention implementation of transformers; None is the one that it prefers for the model.
         compile: Run the model's blocks through ``torch.compile``; pays for long runs on a GPU.
-        device: Where the model runs; ``auto`` is a GPU if there is one.
+        device: Where the model runs; ``auto`` is a GPU if there is one. It may be another than the SAE's, such as ``cuda:1``.
+        device_map: Spread the model over several devices: ``auto``, by their free memory, or a device for each path of a module
+            in it, such as ``{embed_tokens: 0, layers: 1, ...}``. Activations then go to ``device``.
         seed: Seed of the order of the training data; None takes the run's. Validation and test never depend on it.
         val_batches: Batches of a validation or test pass.
         chunk_steps: Most training steps that travel together.
@@ -64,7 +66,9 @@ class LLMDataModule(NormalisedActivations):
         cache_dir: Folder for converted models and tokenised text.
     """
 
-    where_and_how: ClassVar[frozenset[str]] = frozenset({"cache", "cache_dir", "device", "contexts_at_once", "compile"})
+    where_and_how: ClassVar[frozenset[str]] = frozenset(
+        {"cache", "cache_dir", "device", "device_map", "contexts_at_once", "compile"}
+    )
     inputs: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
         "model": model_path,
         "text": lambda text: StandardLibraryText().fingerprint() if text is None else None,
@@ -90,6 +94,7 @@ class LLMDataModule(NormalisedActivations):
         attention: Attention | None = None,
         compile: bool = False,
         device: str = "auto",
+        device_map: str | dict[str, Any] | None = None,
         seed: int | None = None,
         val_batches: int = 8,
         chunk_steps: int = 1,
@@ -116,6 +121,7 @@ class LLMDataModule(NormalisedActivations):
             raise UserError(f"data.max_norm_ratio: must be greater than 1, or null to keep all, got {max_norm_ratio}")
         self.max_norm_ratio, self.normalisation, self.held_out = max_norm_ratio, normalisation, held_out
         self.model_dtype, self.attention, self.compile = model_dtype, attention, compile
+        self.device_map = device_map
         self.storage_dtype: ModelDtype = storage_dtype or model_dtype
         self.cache, self.cache_dir = cache, cache_dir
         self._streams: dict[Stage, BlockStream] = {}
@@ -148,13 +154,28 @@ class LLMDataModule(NormalisedActivations):
         return load_contexts(self.text, self.files, self.context_length, self.cache_dir, self.max_contexts)
 
     @cached_property
+    def block(self) -> int | None:
+        """The block whose residual stream it is, counted from zero; None for any other hook."""
+        return block_number(self.files.skeleton(), self.hook_path)
+
+    @cached_property
     def harvester(self) -> Harvester:
         """The cut model at work."""
+        return self.harvester_of([self.hook_path])
+
+    def harvester_of(self, hooks: Sequence[str]) -> Harvester:
+        """The model at work, cut at this hook, giving what is at all of ``hooks`` side by side; none of them lies behind."""
         model = self.files.causal_lm(self.model_dtype, self.attention)
-        cut = CutModel(model, self.hook_path).to(self._own_device())
+        with beside_training(self._own_device()):
+            cut = CutModel(model, self.hook_path, hooks)
+            if self.device_map is None:
+                cut.to(self._own_device())
+            else:
+                cut.spread(self.device_map, Path(self.cache_dir) / "offloaded")
         if self.compile:
             cut.compile_blocks()
-        return Harvester(cut, self.contexts_at_once, getattr(torch, self.storage_dtype))
+        device = None if self.device_map is None else self._own_device()
+        return Harvester(cut, self.contexts_at_once, getattr(torch, self.storage_dtype), device)
 
     @cached_property
     def rows(self) -> Rows:
@@ -165,15 +186,22 @@ class LLMDataModule(NormalisedActivations):
         dtype, device, tokens = getattr(torch, self.storage_dtype), self._own_device(), self.contexts.tokens
         if self.cache is None:
             harvester = self.harvester
-            return shared_by_ranks(self._timed(lambda numbers, usable: harvester.rows(tokens[numbers], usable)))
+            return shared_by_ranks(self.timed(lambda numbers, usable: harvester.rows(tokens[numbers], usable)))
         cache, identity = ActivationCache(self.cache), self.identity()
         if cache.storage_dtype != "float32":  # which serves narrower formats too
             identity["storage_dtype"] = self.storage_dtype
         cache.check_identity(identity)
         cache.check_coverage(len(tokens))
-        return self._timed(lambda numbers, usable: cache.read(numbers).to(dtype)[usable].to(device))
 
-    def _timed(self, rows: Rows) -> Rows:
+        def rows(numbers: Tensor, usable: Tensor) -> Tensor:
+            all_of_them = on_device(cache.read(numbers), device).to(dtype).flatten(0, 1)
+            return all_of_them.index_select(0, on_device(usable.flatten().nonzero().flatten(), device))
+
+        return self.timed(rows)
+
+    def timed(self, rows: Rows) -> Rows:
+        """The same rows, counted, and with them the time that they take."""
+
         def timed(numbers: Tensor, usable: Tensor) -> Tensor:
             start = time.perf_counter()
             found = rows(numbers, usable)
@@ -188,7 +216,7 @@ class LLMDataModule(NormalisedActivations):
         return self.files.tokenizer()
 
     @cached_property
-    def _background(self) -> ThreadPoolExecutor:
+    def background(self) -> ThreadPoolExecutor:
         """The thread that makes blocks of all stages, one after the other."""
         return ThreadPoolExecutor(1, "hedgelab-blocks")
 
@@ -246,7 +274,7 @@ class LLMDataModule(NormalisedActivations):
         mine = self._split[stage]
         return BlockStream(
             self.rows,
-            self._background,
+            self.background,
             mine,
             self.contexts.usable(self.skip_first)[mine],
             self.contexts_per_block,
@@ -254,6 +282,7 @@ class LLMDataModule(NormalisedActivations):
             self.max_norm_ratio,
             self.seed if stage == "train" else 0,
             stage,
+            self._own_device(),
         )
 
     def measured_rows(self) -> Tensor:
@@ -266,7 +295,7 @@ class LLMDataModule(NormalisedActivations):
         return self.described(
             model=self.model,
             hook=self.hook_path,
-            layer=block_number(self.files.skeleton(), self.hook_path),
+            layer=self.block,
             context_length=self.context_length,
             skip_first=self.skip_first,
             opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),
@@ -288,7 +317,7 @@ class LLMDataModule(NormalisedActivations):
 
     def teardown(self, stage: str) -> None:
         """End the background work."""
-        background = vars(self).pop("_background", None)
+        background = vars(self).pop("background", None)
         if background is not None:  # no further block begins, and the one in progress ends at its next forward pass
             background.shutdown(wait=False, cancel_futures=True)
         if "harvester" in vars(self):

@@ -1,8 +1,10 @@
 """A place in a language model: its activations are read there, or replaced while the rest of the model runs on."""
 
 import contextlib
-from collections.abc import Callable
-from functools import cached_property
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hedgelab.data.llm.hook_names import hooked_module
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, one_line
 
 Replacement = Callable[[Tensor], Tensor]
 """Takes hooked activations ``[n, length, width]`` to what shall stand in their place."""
@@ -79,6 +81,10 @@ class SplicedModel:
         """End every forward pass at the hook from now on; :meth:`run` then gives what was reached."""
         return self._register(_stop)
 
+    def keep(self, seen: Callable[[Tensor], Any]) -> RemovableHandle:
+        """Show every activation tensor that passes to ``seen``, from now on."""
+        return self._register(lambda values: (seen(values), values)[1])
+
     def run(self, tokens: Tensor, cache: Any = None) -> Tensor:
         """Activations ``[n, length, width]`` of token ids ``[n, length]``, after :meth:`stop`."""
         return self._by_token(self._reach(tokens, cache), *tokens.shape)
@@ -128,14 +134,17 @@ class SplicedModel:
 
 
 class CutModel(nn.Module):
-    """A causal language model up to a hook: token ids in, activations out.
+    """A causal language model up to a hook: token ids in, activations out, with those at other ``hooks`` in their order.
 
     Blocks behind the hook and the language-model head are dropped, so take a model that nobody else uses.
     """
 
-    def __init__(self, model: nn.Module, hook: str) -> None:
+    def __init__(self, model: nn.Module, hook: str, hooks: Sequence[str] = ()) -> None:
         super().__init__()
         self.hook = SplicedModel(model, hook)
+        self._hooks, self._passed = list(hooks or [hook]), threading.local()  # passes may run side by side
+        for other in {*self._hooks} - {hook}:
+            SplicedModel(model, other).keep(partial(setattr, self._passed, other))
         self._before: list[nn.Module] = []
         parts = hook.split(".")
         for depth in range(1, len(parts)):  # every list of blocks that the hook lies in
@@ -154,9 +163,30 @@ class CutModel(nn.Module):
             # The hook that ends the forward pass stays outside: it is an exception.
             block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
 
+    def spread(self, device_map: str | dict[str, Any], folder: Path) -> None:
+        """Put the model's parts onto devices: ``auto``, or by the paths of modules; ``folder`` is the device ``disk``."""
+        try:
+            import accelerate
+        except ImportError:
+            raise UserError("data.device_map: needs accelerate; pip install 'hedgelab[llm]'") from None
+        whole: Any = list(getattr(self.body, "_no_split_modules", None) or [])
+        try:
+            if isinstance(device_map, str):
+                memory = accelerate.utils.get_balanced_memory(self.body, no_split_module_classes=whole)
+                device_map = accelerate.infer_auto_device_map(self.body, memory, whole)
+            accelerate.dispatch_model(self.body, device_map, offload_dir=str(folder))
+        except (ValueError, KeyError, RuntimeError) as error:
+            paths = ", ".join(name for name, _ in self.body.named_children())
+            hint = f"expected auto, or a device for each of {paths} or what is in them"
+            raise UserError(f"data.device_map: {one_line(str(error))}; {hint}") from error
+
     def forward(self, tokens: Tensor) -> Tensor:
-        """Activations ``[n, length, width]`` of contexts ``[n, length]``, each attending to itself alone."""
-        return self.hook.run(tokens)
+        """Activations ``[n, length, width]`` of contexts ``[n, length]``, each attending to itself; hooks side by side."""
+        last = self.hook.run(tokens)
+        if self._hooks == [self.hook.path]:
+            return last
+        passed = {**vars(self._passed), self.hook.path: last}
+        return torch.cat([passed[hook].view(last.shape) for hook in self._hooks], dim=-1)
 
     def width(self) -> int:
         """Width of the activations; a skeleton is enough."""

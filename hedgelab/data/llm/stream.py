@@ -3,17 +3,20 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from itertools import groupby, pairwise
 from threading import Barrier
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from hedgelab.batch import on_device
 from hedgelab.data.llm.hook import CutModel, check_tokens
 from hedgelab.errors import UserError
 from hedgelab.seeding import generator
@@ -30,17 +33,39 @@ _PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
 _PATIENCE = timedelta(hours=1)  # a rank may wait for another's block
 
 
+@cache
+def _own_stream(index: int) -> Any:
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+
+
+def beside_training(device: torch.device) -> AbstractContextManager[Any]:
+    """Queue what follows on a GPU's CUDA stream apart from that on which SAEs train; on a CPU it makes no difference."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(_own_stream(torch.cuda.current_device() if device.index is None else device.index))
+
+
 class Harvester:
-    """Runs a cut model, on the device where it is, over contexts and keeps the activations that count, rounded to ``dtype``.
+    """Runs a cut model over contexts, and keeps the activations that count, rounded to ``dtype``, on its device.
+
+    Of a model that is spread over several devices, ``device`` says which.
 
     On a CPU each forward pass has one thread, and as many passes run side by side as PyTorch was given threads: nothing
     waits at barriers when the cores are shared with training, and the activations are the same to the last bit with
-    any number of threads, prefetched or not. A GPU has one pass at a time.
+    any number of threads, prefetched or not. A GPU has one pass at a time, on a CUDA stream of its own: only the thread
+    that asks waits for it, and never for what other streams do.
     """
 
-    def __init__(self, model: CutModel, contexts_at_once: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: CutModel,
+        contexts_at_once: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self._model, self._contexts_at_once, self._dtype = model, contexts_at_once, dtype
-        self._device = next(model.parameters()).device
+        self._device = device or next(model.parameters()).device
+        self._at_once = 1 if device is not None or self._device.type == "cuda" else torch.get_num_threads()
         self._passes: ThreadPoolExecutor | None = None
         self._quiet = False
 
@@ -48,28 +73,45 @@ class Harvester:
         """Activations at the usable positions ``[n, length]`` of token ids ``[n, length]``, ``[rows, d_in]`` on its device."""
         check_tokens(tokens, self._model.vocabulary)
         if self._passes is None:
-            self._passes = _single_threaded_pool(1 if self._device.type == "cuda" else torch.get_num_threads())
+            self._passes = _single_threaded_pool(self._at_once)
         parts = [torch.split(tensor, self._contexts_at_once) for tensor in (tokens, usable)]
         passes = self._passes.map(self._forward, *parts)
         # Later calls run in the background, where training shows its own progress.
-        rows = list(tqdm(passes, "First activations", len(parts[0]), unit="pass", disable=self._quiet))
+        pieces = list(tqdm(passes, "First activations", len(parts[0]), unit="pass", disable=self._quiet))
         self._quiet = True
-        return torch.cat(rows)
+        with beside_training(self._device):
+            rows, made = torch.cat(pieces), _made(self._device)
+        if made is not None:
+            made.synchronize()
+        return arrived(rows, made)
 
     @torch.no_grad()  # inference mode's own tensors could not be used in the SAE's backward pass
     def _forward(self, tokens: Tensor, usable: Tensor) -> Tensor:
-        with torch.inference_mode():
-            output = self._model(tokens.long().to(self._device))
-        rows: Tensor = output[usable.to(self._device)].to(self._dtype or output.dtype)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return rows
+        with beside_training(self._device):
+            with torch.inference_mode():
+                output = self._model(on_device(tokens.long(), self._device)).flatten(0, 1)
+            rows: Tensor = output.index_select(0, on_device(usable.flatten().nonzero().flatten(), output.device))
+            return rows.to(self._device, self._dtype or output.dtype)
 
     def close(self) -> None:
         """Let work in progress raise ``CancelledError`` at its next forward pass; usable again afterwards."""
         if self._passes is not None:
             self._passes.shutdown(cancel_futures=True)
             self._passes = None
+
+
+def _made(device: torch.device) -> Any:
+    """The event that a CUDA stream has done what it was given so far; None on a CPU, where that is so already."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def arrived(rows: Tensor, made: Any) -> Tensor:
+    """Rows that another CUDA stream makes, for this one: it waits for ``made``, and their memory for its use of them."""
+    if made is not None:
+        stream = torch.cuda.current_stream(rows.device)
+        stream.wait_event(made)
+        rows.record_stream(stream)
+    return rows
 
 
 def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
@@ -105,7 +147,7 @@ def shared_by_ranks(rows: Rows) -> Rows:
         pieces[own] = mine.cpu()
         for rank, piece in enumerate(pieces):
             dist.broadcast(piece.view(torch.uint8), group_src=rank, group=group)  # as bytes: any number format
-        return torch.cat(pieces).to(mine.device)
+        return on_device(torch.cat(pieces), mine.device)
 
     return shared
 
@@ -113,12 +155,13 @@ def shared_by_ranks(rows: Rows) -> Rows:
 class Block(NamedTuple):
     """The activations of some contexts: shuffled rows, and the norms ``[usable]`` of all before outliers were dropped.
 
-    ``places`` says of each row, the how many-th of the usable positions it is.
+    ``places`` says of each row, the how many-th of the usable positions it is; ``made`` when a GPU has the rows.
     """
 
     rows: Tensor
     norms: Tensor
     places: Tensor
+    made: Any
 
 
 @dataclass(eq=False)
@@ -140,6 +183,7 @@ class BlockStream:
     max_norm_ratio: float | None  # rows longer than this many times their block's median are dropped; None drops none
     seed: int
     name: str  # the stage's; gives independent seeds
+    device: torch.device  # where the rows are
 
     def __post_init__(self) -> None:
         self.contexts_per_block = min(self.contexts_per_block, len(self.numbers))
@@ -177,7 +221,9 @@ class BlockStream:
 
     def block(self, number: int) -> Block:
         """Block ``number``."""
-        return self._request(number).result()
+        block = self._request(number).result()
+        arrived(block.rows, block.made)
+        return block
 
     def context_numbers(self, number: int) -> Tensor:
         """Which contexts block ``number`` is made of, ``[contexts_per_block]``."""
@@ -205,19 +251,20 @@ class BlockStream:
 
     def _compute(self, number: int) -> Block:
         chosen = self.context_numbers(number)
-        rows = self.rows(self.numbers[chosen], self.usable[chosen])
-        norms = rows.float().norm(dim=-1)
-        places = torch.arange(len(rows))
-        if self.max_norm_ratio is not None:
-            kept = norms <= self.max_norm_ratio * norms.median()
-            rows, places = rows[kept], places[kept.cpu()]
-        needed = self.batches_per_block * self.batch_size
-        if len(rows) < needed:
-            left = f"leaves {len(rows)} of a block's {len(norms)} rows where {needed} are needed"
-            raise UserError(
-                f"data.max_norm_ratio: {self.max_norm_ratio} {left}; raise it, or choose another data.layer"
-            )
-        order = torch.randperm(len(rows), generator=generator(self.seed, self.name, "block", number))
-        order = order[:needed]
-        self._kept = max(_KEPT_BLOCKS, _KEPT_BYTES // (needed * rows[0].nbytes))
-        return Block(rows[order.to(rows.device)], norms.cpu(), places[order])
+        with beside_training(self.device):
+            rows = self.rows(self.numbers[chosen], self.usable[chosen])
+            norms = rows.float().norm(dim=-1).cpu()
+            places = torch.arange(len(rows))
+            if self.max_norm_ratio is not None:
+                places = (norms <= self.max_norm_ratio * norms.median()).nonzero().flatten()
+            needed = self.batches_per_block * self.batch_size
+            if len(places) < needed:
+                left = f"leaves {len(places)} of a block's {len(norms)} rows where {needed} are needed"
+                raise UserError(
+                    f"data.max_norm_ratio: {self.max_norm_ratio} {left}; raise it, or choose another data.layer"
+                )
+            order = torch.randperm(len(places), generator=generator(self.seed, self.name, "block", number))
+            places = places[order[:needed]]
+            self._kept = max(_KEPT_BLOCKS, _KEPT_BYTES // (needed * rows[0].nbytes))
+            rows = rows.index_select(0, on_device(places, rows.device))
+            return Block(rows, norms, places, _made(rows.device))

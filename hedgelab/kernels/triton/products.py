@@ -31,6 +31,9 @@ class Tile(NamedTuple):
 DECODE = Tile(block=256, entries=8, num_warps=2)
 GRADIENT = Tile(block=256, entries=4, num_warps=1)
 
+# Values that a program sums; a latent that fires more often is split. In all there are at most so many further parts.
+PART, MOST_PARTS = 256, 4096
+
 # Largest share of stored values at which gathering rows beats a dense product: matrix units multiply 16-bit numbers an
 # order of magnitude faster than memory delivers scattered rows, float32 ones hardly faster.
 DENSITY_16_BIT = 1 / 600
@@ -63,19 +66,9 @@ def select(product: Product, count: int, scale: Tensor | None, per_row: bool) ->
 
 @triton.jit
 def _decode(
-    crow_ptr: "Any",
-    latents_ptr: "Any",
-    values_ptr: "Any",
-    weight_ptr: "Any",
-    stops_ptr: "Any",
-    out_ptr: "Any",
-    batch: "Any",
-    width: "Any",
-    LEVELS: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+    crow_ptr: "Any", latents_ptr: "Any", values_ptr: "Any", weight_ptr: "Any", stops_ptr: "Any", out_ptr: "Any", batch: "Any",
+    width: "Any", LEVELS: tl.constexpr, DOUBLE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     """One example and one tile of columns; rows run fastest, so that a column slab of the weights stays in L2."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     row = tl.program_id(0).to(tl.int64)
@@ -107,42 +100,37 @@ def decode_levels(layout: Layout, values: Tensor, weight: Tensor, levels: Sequen
     if batch:
         stops = _stops(tuple(levels), weight.device)
         pointers = layout.crow, layout.latents, values.contiguous(), weight.contiguous(), stops, out
-        grid = (batch, triton.cdiv(width, tile.block))
-        _decode[grid](*pointers, batch, width, LEVELS=len(levels), **_shape(tile, values))
+        tiles = triton.cdiv(width, tile.block)
+        _decode[(batch, tiles)](*pointers, batch, width, LEVELS=len(levels), **_shape(tile, values))
     return out
 
 
 @triton.jit
 def _latent_gradients(
-    offsets_ptr: "Any",
-    order_ptr: "Any",
-    rows_ptr: "Any",
-    values_ptr: "Any",
-    source_ptr: "Any",
-    stops_ptr: "Any",
-    weight_ptr: "Any",
-    gradient_ptr: "Any",
-    bias_ptr: "Any",
-    dots_ptr: "Any",
-    batch: "Any",
-    width: "Any",
-    nnz: "Any",
-    LEVELS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    BIAS: tl.constexpr,
-    DOTS: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    offsets_ptr: "Any", order_ptr: "Any", latents_ptr: "Any", rows_ptr: "Any", values_ptr: "Any", source_ptr: "Any",
+    stops_ptr: "Any", weight_ptr: "Any", gradient_ptr: "Any", bias_ptr: "Any", dots_ptr: "Any", parts_ptr: "Any",
+    bias_parts_ptr: "Any", batch: "Any", width: "Any", nnz: "Any", d_sae: "Any", part: "Any", LEVELS: tl.constexpr,
+    WEIGHTS: tl.constexpr, BIAS: tl.constexpr, DOTS: tl.constexpr, DOUBLE: tl.constexpr, ENTRIES: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
-    """One latent and one tile of columns; latents run fastest, so that a column slab of the source stays in L2."""
+) -> None:  # fmt: skip
+    """One latent and one tile of columns; latents run fastest, so that a column slab of the source stays in L2.
+
+    A latent's program sums its values up to the next multiple of ``part`` in the order by latent. What is left of it behind a
+    multiple has a program there, behind those of the latents, and :func:`_add_parts` adds it.
+    """
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    latent = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    own = program < d_sae
+    boundary = tl.where(own, 0, (program - d_sae + 1) * part)
+    beside = tl.load(order_ptr + boundary, mask=program >= d_sae, other=0)
+    latent = tl.where(own, program, tl.load(latents_ptr + beside, mask=program >= d_sae, other=0))
     tile = tl.program_id(1).to(tl.int64)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    start = tl.load(offsets_ptr + latent)
-    stop = tl.load(offsets_ptr + latent + 1)
+    first = tl.load(offsets_ptr + latent)
+    start = tl.where(own, first, boundary)
+    stop = tl.minimum(tl.load(offsets_ptr + latent + 1), (start // part + 1) * part)
+    stop = tl.where(own | (first < boundary), stop, start)  # a latent that begins at the multiple has it already
     level = tl.full([], 0, tl.int64)
     for outer in tl.static_range(LEVELS):
         level += (latent >= tl.load(stops_ptr + outer)).to(tl.int64)
@@ -168,9 +156,39 @@ def _latent_gradients(
         if BIAS:
             bias += values
     if WEIGHTS:
-        tl.store(gradient_ptr + latent * width + columns, total, mask=inside)
+        tl.store(gradient_ptr + latent * width + columns, total, mask=inside & own)
+        tl.store(parts_ptr + (program - d_sae) * width + columns, total, mask=inside & (program >= d_sae))
     if BIAS and tile == 0:
-        tl.store(bias_ptr + latent, tl.sum(bias, axis=0))
+        tl.store(bias_ptr + latent, tl.sum(bias, axis=0), mask=own)
+        tl.store(bias_parts_ptr + program - d_sae, tl.sum(bias, axis=0), mask=program >= d_sae)
+
+
+@triton.jit
+def _add_parts(
+    offsets_ptr: "Any", order_ptr: "Any", latents_ptr: "Any", gradient_ptr: "Any", bias_ptr: "Any", parts_ptr: "Any",
+    bias_parts_ptr: "Any", width: "Any", part: "Any", WEIGHTS: tl.constexpr, BIAS: tl.constexpr, DOUBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Add the parts of a latent, at the first multiple of ``part`` inside it, to what its own program has summed."""
+    ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    program = tl.program_id(0).to(tl.int64)
+    boundary = (program + 1) * part
+    latent = tl.load(latents_ptr + tl.load(order_ptr + boundary))
+    first = tl.load(offsets_ptr + latent)
+    leads = (first < boundary) & (first + part >= boundary)
+    stop = tl.where(leads, (tl.load(offsets_ptr + latent + 1) - 1) // part, program)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (columns < width) & leads
+    if WEIGHTS:
+        total = tl.load(gradient_ptr + latent * width + columns, mask=inside, other=0.0).to(ACC)
+        for one in range(program, stop):
+            total += tl.load(parts_ptr + one * width + columns, mask=inside, other=0.0)
+        tl.store(gradient_ptr + latent * width + columns, total, mask=inside)
+    if BIAS and tl.program_id(1) == 0:
+        bias = tl.load(bias_ptr + latent).to(ACC)
+        for one in range(program, stop):
+            bias += tl.load(bias_parts_ptr + one)
+        tl.store(bias_ptr + latent, bias, mask=leads)
 
 
 def latent_gradients(
@@ -197,12 +215,21 @@ def latent_gradients(
     gradient = None if dtype is None else source.new_empty(layout.d_sae, width, dtype=dtype)
     sums = values.new_empty(layout.d_sae) if bias else None
     dots = None if weight is None else values.new_empty(tiles, len(values))
-    inputs = offsets, order, rows, values.contiguous(), source.contiguous(), _stops(tuple(levels), source.device)
+    part = max(PART, triton.next_power_of_2(triton.cdiv(len(values), MOST_PARTS)))
+    parts = max(0, len(values) - 1) // part
+    further = values.new_empty(parts, width), values.new_empty(parts)
+    places = offsets, order, layout.latents
+    inputs = rows, values.contiguous(), source.contiguous(), _stops(tuple(levels), source.device)
     # Kernels do not touch a pointer that they do not need.
     weights, *outputs = (source if given is None else given.contiguous() for given in (weight, gradient, sums, dots))
-    wanted = {"WEIGHTS": dtype is not None, "BIAS": bias, "DOTS": weight is not None}
-    options = {"LEVELS": count, **wanted, **_shape(tile, values)}
-    _latent_gradients[(layout.d_sae, tiles)](*inputs, weights, *outputs, batch, width, len(values), **options)
+    wanted, shape = {"WEIGHTS": dtype is not None, "BIAS": bias}, _shape(tile, values)
+    _latent_gradients[(layout.d_sae + parts, tiles)](
+        *places, *inputs, weights, *outputs, *further, batch, width, len(values), layout.d_sae, part,
+        LEVELS=count, DOTS=weight is not None, **wanted, **shape,
+    )  # fmt: skip
+    if parts:
+        del shape["ENTRIES"]
+        _add_parts[(parts, tiles)](*places, *outputs[:2], *further, width, part, **wanted, **shape)
     return gradient, sums, None if dots is None else dots.sum(0)
 
 

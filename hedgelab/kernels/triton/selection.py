@@ -44,17 +44,9 @@ def _keys(row_ptr: "Any", scale_ptr: "Any", columns: "Any", mask: "Any", SCALED:
 
 @triton.jit
 def _group_maxima(
-    pre_ptr: "Any",
-    scale_ptr: "Any",
-    maxima_ptr: "Any",
-    thresholds_ptr: "Any",
-    width: "Any",
-    k: "Any",
-    SCALED: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    STEPS: tl.constexpr,
-    GROUPS: tl.constexpr,
-) -> None:
+    pre_ptr: "Any", scale_ptr: "Any", maxima_ptr: "Any", thresholds_ptr: "Any", width: "Any", k: "Any", SCALED: tl.constexpr,
+    PER_ROW: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr,
+) -> None:  # fmt: skip
     """Maximum of each group of one row and, per row, the largest threshold that k groups reach, built bit by bit."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, GROUPS)
@@ -103,20 +95,10 @@ def _settle_threshold(counts_ptr: "Any", threshold_ptr: "Any", wanted: "Any", DI
 
 @triton.jit
 def _candidates(
-    pre_ptr: "Any",
-    scale_ptr: "Any",
-    maxima_ptr: "Any",
-    thresholds_ptr: "Any",
-    threshold_stride: "Any",
-    counts_ptr: "Any",
-    offsets_ptr: "Any",
-    out_ptr: "Any",
-    width: "Any",
-    capacity: "Any",
-    SCALED: tl.constexpr,
-    EMIT: tl.constexpr,
+    pre_ptr: "Any", scale_ptr: "Any", maxima_ptr: "Any", thresholds_ptr: "Any", threshold_stride: "Any", counts_ptr: "Any",
+    offsets_ptr: "Any", out_ptr: "Any", width: "Any", capacity: "Any", SCALED: tl.constexpr, EMIT: tl.constexpr,
     GROUPS: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Count one row's entries at or above the threshold; with EMIT also write each as value and position in one integer."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, GROUPS)
@@ -143,7 +125,7 @@ def _candidates(
 
 def fits(batch: int, width: int, k: int) -> bool:
     """Whether the kernels can select k entries a row (TopK) or k a row on average (BatchTopK) of ``[batch, width]``."""
-    return 0 < batch * width <= POSITION and k <= _groups(width, SELECTION) // 4
+    return 0 < batch * width <= POSITION + 1 and k <= _groups(width, SELECTION) // 4
 
 
 def top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile = SELECTION) -> Codes | None:

@@ -18,6 +18,7 @@ from hedgelab.errors import UserError, one_line
 from hedgelab.identity import SCHEME, deciding, stable_id
 from hedgelab.kernels.allocator import keep_large_blocks
 from hedgelab.protocols.hedge import Hedge, measure_hedging
+from hedgelab.protocols.layer_data import LayerData
 from hedgelab.protocols.ranks import decided_by_rank_zero, on_every_rank, ranks_at_work, say, say_names
 from hedgelab.protocols.study import Bench
 from hedgelab.protocols.sweep.config import Cell, Grid, with_seed
@@ -111,11 +112,11 @@ def _units(grid: Grid, place: list[tuple[Cell, Tree]], parse: Parse, construct: 
                     Hedge(parsed.model, parsed.datamodule, parsed.trainer, options)
             resolved = parsed.resolved()
         stable = stable_id({"command": command, **deciding(resolved), "seeds": seeds})
-        units.append(Unit(cell.name, stable, cell, parse_it, seeds, *_checked(cell.name, resolved)))
+        units.append(Unit(cell.name, stable, cell, parse_it, seeds, *_checked(cell.name, resolved, command == "fit")))
     return units
 
 
-def _checked(name: str, resolved: dict[str, Any]) -> tuple[str, tuple[str, str | None], Processes]:
+def _checked(name: str, resolved: dict[str, Any], fits: bool) -> tuple[str, tuple[str, str | None], Processes]:
     """A cell's stream, its tracking and its processes."""
     trainer = resolved["trainer"]
     loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
@@ -130,6 +131,11 @@ def _checked(name: str, resolved: dict[str, Any]) -> tuple[str, tuple[str, str |
         why = "a sweep starts its jobs' processes itself and must know how many"
         raise UserError(f"trainer.devices: {why}; expected a number, got {devices!r}")
     stream = {key: resolved.get(key) for key in ("data", "seed_everything", "guard", "checkpoint")}
+    data = resolved.get("data") or {}
+    if fits and str(data.get("class_path")).endswith(".LLMDataModule"):
+        given = data["init_args"]
+        if given["hook"] is given["cache"] is None:  # one forward pass of the model does for all layers
+            stream["data"] = data | {"init_args": given | {"layer": None}}
     stream["trainer"] = {key: value for key, value in trainer.items() if key != "logger"}
     if trainer.get("callbacks") or len(loggers) > 1:
         stream["alone"] = name  # callbacks and loggers of the user's are made for one SAE
@@ -225,7 +231,10 @@ def _train(job: Job, first: Any) -> dict[str, str]:
         if first.hedge_options() is None:
             saes = {name: one.model for name, one in parsed.items()}
             ids = {name: unit.id for name, unit in members.items()}
-            fit_group(first.trainer, saes, trackers, first.datamodule, begin, ids)
+            data = {name: one.datamodule for name, one in parsed.items()}
+            layers = {getattr(one, "layer", None) for one in data.values()}
+            shared = LayerData(data) if len(layers) > 1 else next(iter(data.values()))
+            fit_group(first.trainer, saes, trackers, shared, begin, ids)
             return {}
         runner = PhaseRunner(first.trainer, retrain=job.retrain)
         try:

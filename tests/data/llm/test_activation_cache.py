@@ -4,9 +4,11 @@ import errno
 import json
 import shutil
 import threading
+import zlib
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hedgelab.data.llm import TextFiles
@@ -93,6 +95,33 @@ def test_narrow_formats(make_data, tmp_path, dtype):
         make_data(max_contexts=50, cache=str(tmp_path / "cache")).setup("fit")
 
 
+@pytest.mark.parametrize("size", [512 * 3 + 20, 12, 1024])
+def test_a_checksum_sees_every_bit_and_swapped_pages(own, size):
+    cache, source = ActivationCache(own), torch.Generator().manual_seed(0)
+    context = bytearray(torch.randint(256, (size,), generator=source, dtype=torch.uint8).tolist())
+    kept = cache._checksum(memoryview(context))
+    for bit in range(8 * size):
+        context[bit // 8] ^= 1 << bit % 8
+        assert cache._checksum(memoryview(context)) != kept
+        context[bit // 8] ^= 1 << bit % 8
+    assert cache._checksum(memoryview(context[size // 2 :] + context[: size // 2])) != kept
+    assert cache._checksum(memoryview(context)) == kept
+
+
+def test_a_cache_of_the_format_before_is_read_and_made_longer(make_data, tmp_path, monkeypatch):
+    """Its checksums were CRC-32s."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr("hedgelab.data.llm.cache_files._FORMAT", 2)
+    write_cache(make_data(max_contexts=50), str(folder), shard=20)
+    monkeypatch.undo()
+    with safe_open(shard_file(folder, 0), "pt") as file:
+        first, sums = file.get_tensor("activations")[0], file.get_tensor("checksums")
+    assert sums[0] == zlib.crc32(first.numpy().tobytes())
+    equal(make_data(max_contexts=50, cache=str(folder)).batch("train", 2), make_data(max_contexts=50).batch("train", 2))
+    write_cache(make_data(), str(folder))
+    equal(make_data(cache=str(folder)).batch("train", 2), make_data().batch("train", 2))
+
+
 def test_training_resumed_in_the_middle(cached, make_data, fit, tmp_path):
     _, live = fit(make_data(), 100)
     trainer, first = fit(make_data(cache=str(cached)), 33)
@@ -100,7 +129,7 @@ def test_training_resumed_in_the_middle(cached, make_data, fit, tmp_path):
     resumed = make_data(cache=str(cached))
     _, second = fit(resumed, 100, ckpt_path=str(tmp_path / "half.ckpt"))
     torch.testing.assert_close(torch.stack(first.seen + second.seen), torch.stack(live.seen), rtol=0, atol=0)
-    assert "_background" not in vars(resumed)  # nothing is left running
+    assert "background" not in vars(resumed)  # nothing is left running
 
 
 def test_manifest_says_whose(cached, make_data):

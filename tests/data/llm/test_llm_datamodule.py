@@ -68,7 +68,7 @@ def test_training_in_two_parts_sees_what_training_at_once_sees(make_data, fit, t
     _, second = fit(resumed, 30, ckpt_path=str(tmp_path / "half.ckpt"))
     assert len(whole.seen) == 30
     torch.testing.assert_close(torch.stack(first.seen + second.seen), torch.stack(whole.seen), rtol=0, atol=0)
-    assert "_background" not in vars(resumed)  # nothing is left running
+    assert "background" not in vars(resumed)  # nothing is left running
     assert resumed.harvester._passes is None
 
 

@@ -28,7 +28,14 @@ class Counting(torch.nn.Module):
 def make_stream(n=20, usable=None, **options):
     tokens = torch.arange(n * 10, dtype=torch.int32).view(n, 10) + 1000
     usable = torch.ones(n, 10, dtype=torch.bool) if usable is None else usable
-    defaults = {"contexts_per_block": 6, "batch_size": 8, "max_norm_ratio": None, "seed": 0, "name": "train"}
+    defaults = {
+        "contexts_per_block": 6,
+        "batch_size": 8,
+        "max_norm_ratio": None,
+        "seed": 0,
+        "name": "train",
+        "device": torch.device("cpu"),
+    }
     harvester = Harvester(Counting(), contexts_at_once=4)
     stream = BlockStream(
         lambda numbers, usable: harvester.rows(tokens[numbers], usable), ThreadPoolExecutor(1), torch.arange(n), usable,

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from hedgelab.batch import Batch
 from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.data.llm.hook import SplicedModel
 from hedgelab.data.llm.labelled import ClassifiedTexts, LabelledWords, Property, TaggedWords
@@ -12,7 +13,9 @@ from hedgelab.data.planting import Directions, Events, PlantedActivations
 from hedgelab.data.toy import IndependentFiring
 from hedgelab.errors import UserError
 from hedgelab.protocols.evaluation import Readings, suite_classes
+from hedgelab.protocols.layer_data import LayerData
 from hedgelab.saes import TopKSAE, duplicate
+from hedgelab.training.steps import batch_of
 
 from .test_evaluation_suites import labelled  # noqa: F401 (a fixture)
 
@@ -32,6 +35,50 @@ def test_batches(make_data, tmp_path, gpu, options, cached):
         torch.testing.assert_close(x.cpu(), plain.batch(stage, index).x)
     assert other.source().scale == pytest.approx(plain.source().scale)
     assert other.describe() == pytest.approx(plain.describe())
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_training_waits_for_nothing_that_feeds_it(make_data, tmp_path, gpu, cached):
+    """The model, or its cache, has a CUDA stream of its own, and what goes to the GPU goes there by itself."""
+    options = {"device": "cuda", "max_norm_ratio": 3.0, "normalisation": "unit_norm"}
+    if cached:
+        options["cache"] = str(tmp_path / "cache")
+        write_cache(make_data(), options["cache"])
+    data = make_data(**options)
+    data.setup("fit")
+    for known in (gpu.copies, gpu.waits, gpu.streams):
+        known.clear()
+    for batch in data.batches("train", 0, 60):
+        _ = batch.x @ batch.x.T
+    assert len(gpu.streams) == 2
+    assert gpu.copies == []
+    assert {wait.partition(" ")[0] for wait in gpu.waits} == {"data/llm/stream.py:_compute"}  # in the background
+    data.teardown("fit")
+
+
+def test_several_layers(make_data, gpu):
+    plain, other = (
+        LayerData({f"layer{layer}": make_data(layer=layer, device=device, max_norm_ratio=3.0) for layer in (2, 0)})
+        for device in ("cpu", "cuda")
+    )
+    for data in (plain, other):
+        data.setup("fit")
+    for here, there in zip(plain.batches("train", 0, 12), other.batches("train", 0, 12), strict=True):
+        for name in plain.members:
+            torch.testing.assert_close(batch_of(there, name).x.cpu(), batch_of(here, name).x)
+    for data in (plain, other):
+        data.teardown("fit")
+
+
+def test_batches_of_the_cpu_go_to_a_gpu_by_themselves(make_data, gpu):
+    batch = Batch(torch.randn(4, 3), torch.randn(4, 2)).to("cuda")
+    assert batch.x.is_cuda
+    assert batch.features.is_cuda
+    for of_llm in make_data().batches("train", 0, 3):
+        assert of_llm.to("cuda").x.is_cuda
+    assert gpu.copies == []
+    _ = torch.randn(3).to("cuda")
+    assert len(gpu.copies) == 1
 
 
 def test_replacing_activations(make_data, gpu):

@@ -240,6 +240,69 @@ def test_any_rows_repeated_indices_and_empty_rows(tile: Tile) -> None:
     assert not of_weight[4].any()
 
 
+@pytest.mark.parametrize(("part", "levels"), [(4, [2, 3, 7]), (4, [7]), (8, [2, 3, 7]), (256, [7])], ids=str)
+def test_hot_latents_are_split_over_programs(part: int, levels: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents that fire on every row, once or twice, beside such that begin and end at multiples of a part, or never fire."""
+    monkeypatch.setattr(products, "PART", part)
+    d_in, d_sae, batch = 70, 7, 16
+    always = torch.tensor([[1, 1, 4]]).expand(batch, 3)  # latent 0 never, 1 twice, 4 once a row; 48 values
+    latents = torch.cat([always.flatten(), torch.tensor([2, 6, 6, 6, 3, 3, 3, 3, 5, 5, 5])]).to(DEVICE)
+    crow = torch.cat([torch.arange(batch) * 3, torch.tensor([len(latents)])]).to(DEVICE)
+    generator = torch.Generator().manual_seed(3)
+    values, weight, source = (
+        torch.randn(*shape, generator=generator).double().to(DEVICE)
+        for shape in ((len(latents),), (d_sae, d_in), (len(levels), batch, d_in))
+    )
+    codes = Codes.from_csr(crow, latents, values, d_sae)
+    assert codes.layout is not None
+    level = torch.bucketize(latents, torch.tensor(levels, device=DEVICE), right=True)
+    felt = source[level, codes.rows()]
+    expected = torch.zeros_like(weight).index_add_(0, latents, values[:, None] * felt)
+    for tile in (Tile(64, 4, 1), Tile(32, 8, 1)):  # two tiles, and three
+        for wanted in ({"dtype": torch.float64}, {"dtype": None}):
+            of_weight, of_bias, of_values = products.latent_gradients(
+                codes.layout, values, source, levels, **wanted, weight=weight, bias=True, tile=tile
+            )
+            assert of_bias is not None
+            assert of_values is not None
+            assert relative(of_bias, torch.zeros_like(of_bias).index_add_(0, latents, values)) <= 1e-12
+            assert relative(of_values, (felt * weight[latents]).sum(1)) <= 1e-12
+            assert of_weight is None or relative(of_weight, expected) <= 1e-12
+            assert (of_weight is None) == (wanted["dtype"] is None)
+
+
+def test_rows_beyond_32_bits_are_found(tmp_path: Any) -> None:
+    """The last of 2^20 latents 4 096 wide lies behind the 2^32nd number; the file is sparse."""
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 2**34:
+        pytest.skip("needs 16 GiB")
+    width, d_sae = 4096, 2**20
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(2 * width * d_sae)
+    weight = torch.from_file(str(tmp_path / "weights"), True, width * d_sae, dtype=torch.bfloat16).view(d_sae, width)
+    latents = torch.tensor([d_sae - 1, 2**19 - 1, 0])
+    weight[latents] = torch.randn(3, width).bfloat16()
+    expected = weight[latents].float().sum(0, keepdim=True)
+    codes = Codes.from_csr(torch.tensor([0, 3], device=DEVICE), latents.to(DEVICE), torch.ones(3, device=DEVICE), d_sae)
+    assert codes.layout is not None
+    found = products.decode_levels(codes.layout, codes.values, weight.to(DEVICE), [d_sae], Tile(1024, 1, 1))
+    assert relative(found[0], expected.to(DEVICE)) <= 1e-6
+    rows = torch.tensor(
+        [0, d_sae - 2, d_sae - 1]
+    )  # the same numbers as a gradient that comes from above, of 2^20 examples
+    weight[rows] = torch.randn(3, width).bfloat16()
+    crow = torch.searchsorted(rows, torch.arange(d_sae + 1)).to(DEVICE)
+    codes = Codes.from_csr(crow, torch.zeros(3, dtype=torch.long, device=DEVICE), torch.ones(3, device=DEVICE), 1)
+    assert codes.layout is not None
+    one = torch.ones(1, width, device=DEVICE)
+    found, _, dots = products.latent_gradients(
+        codes.layout, codes.values, weight[None].to(DEVICE), [1], torch.float32, one, tile=Tile(1024, 1, 1)
+    )
+    assert found is not None
+    assert dots is not None
+    assert relative(found[0], weight[rows].float().sum(0).to(DEVICE)) <= 1e-6
+    assert relative(dots, weight[rows].float().sum(1).to(DEVICE)) <= 1e-5
+
+
 def check_top_k(pre: Tensor, k: int, scale: Tensor | None = None, tile: SelectionTile | None = None) -> None:
     """The largest positive entries of each row, lowest latent first among equals, whatever the launch shape."""
     selected = selection.top_k(pre, k, scale, tile or SelectionTile(64, 1))
