@@ -22,6 +22,8 @@ PARENT_TAG = "mlflow.parentRunId"
 _HAS_SAE = "tags.weights_sha256 LIKE '%'"
 _SAE_FILE = "sae.json"
 _PAGE = 100
+CONTROL_TAG = "hedgelab.control"
+"""Tag that says which control an SAE is: a frozen part, or the oracle of a toy."""
 REPORT_TAG = "hedgelab.report"
 """Tag of the run that holds an experiment's report; it is no run of anything."""
 

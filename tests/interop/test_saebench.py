@@ -70,7 +70,7 @@ def package(tmp_path, monkeypatch):
         (root / name).mkdir()
         (root / name / "__init__.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(root))
-    monkeypatch.setenv(saebench.PYTHON, sys.executable)
+    monkeypatch.setenv(saebench.PYTHON["saebench"], sys.executable)
     monkeypatch.setattr(saebench, "hub_problem", lambda: None)
     return root
 
@@ -102,7 +102,7 @@ SOURCE = ActivationSource(model="org/gemma-2-2b", hook="model.layers.2", layer=2
 def test_scores_come_back_into_each_run(package, run, capsys):
     torch.manual_seed(0)
     found = [run("one", TopKSAE(6, 8, 2), SOURCE), run("two", VanillaSAE(6, 12, 0.1), SOURCE)]
-    assert saebench.run_saebench(found) == 0
+    assert saebench.run_bench(found, "saebench") == 0
     for one, d_sae in zip(found, (8, 12), strict=True):
         metrics = resolve_run(one.run.run_id).metrics
         names = {f"saebench/{name}/score" for name in ("absorption", "sparse_probing", "scr", "tpp")}
@@ -115,19 +115,19 @@ def test_scores_come_back_into_each_run(package, run, capsys):
 def test_what_is_missing_is_one_line(package, run, monkeypatch):
     found = [run("one", TopKSAE(6, 8, 2), SOURCE)]
     with pytest.raises(UserError, match="give a run that says which language model it reads"):
-        saebench.run_saebench([run("other", TopKSAE(6, 8, 2), None)])
+        saebench.run_bench([run("other", TopKSAE(6, 8, 2), None)], "saebench")
     with pytest.raises(UserError, match="one language model at a time"):
-        saebench.run_saebench([*found, run("b", TopKSAE(6, 8, 2), ActivationSource(model="c", layer=1))])
+        saebench.run_bench([*found, run("b", TopKSAE(6, 8, 2), ActivationSource(model="c", layer=1))], "saebench")
     monkeypatch.setattr(saebench, "hub_problem", lambda: "no route")
     with pytest.raises(UserError, match=r"on the Hugging Face hub, which cannot be had \(no route\)"):
-        saebench.run_saebench(found)
+        saebench.run_bench(found, "saebench")
     monkeypatch.setattr(saebench, "hub_problem", lambda: None)
     monkeypatch.setenv("PYTHONPATH", os.devnull)
     with pytest.raises(UserError, match=r"No module named 'sae_lens'; sae-bench needs an environment of its own"):
-        saebench.run_saebench(found)
-    monkeypatch.setenv(saebench.PYTHON, "no-such-python")
+        saebench.run_bench(found, "saebench")
+    monkeypatch.setenv(saebench.PYTHON["saebench"], "no-such-python")
     with pytest.raises(UserError, match=r"no-such-python failed: .*whose python SAEBENCH_PYTHON names"):
-        saebench.run_saebench(found)
+        saebench.run_bench(found, "saebench")
 
 
 @pytest.mark.slow
