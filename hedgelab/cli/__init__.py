@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "l0": Command("protocols.right_l0.RightL0", "find the L0 at which latents mix least", "--config F"),
     "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more", "RUN"),
-    "leaderboard": Command("leaderboard", "score a list of SAEs, and rank them on one page beside their controls", "--config F"),
+    "leaderboard": Command("leaderboard", "score a list of SAEs, and rank them on a page beside their controls", "--config F"),
     "figures": Command(
         "protocols.figures.PaperFigures", "redraw the paper's toy and theory figures, without sampling noise", "--config F"
     ),

@@ -11,8 +11,8 @@ from hedgelab.errors import UserError
 _HELP = """\
 usage: hedgelab leaderboard --config FILE [--list] [--to FILE] [--KEY VALUE ...]
 
-Score a list of SAEs with the suites of `hedgelab evaluate`, and rank them in a table and on one HTML page. FILE has what configs
-of `evaluate` have (suites and their settings, data), and:
+Score a list of SAEs with the suites of `hedgelab evaluate`, and rank them in a table and on one HTML page. FILE has what
+configs of `evaluate` have (suites and their settings, data), and:
 
   saes:                # saelens:RELEASE/ID; runs and folders as for `evaluate`; configs of sweeps, beside this file
     - smollm2_saes.yaml

@@ -1,8 +1,8 @@
 """The real SAEBench and sae-probes on hedgelab's SAEs, their results in the SAEs' runs.
 
 SAEBench needs NumPy 1 and other versions than hedgelab does, so both run in a Python of their own: SAEs are handed over as
-SAELens folders, results come back as the JSON files that they write. sae-probes (Kantamneni et al. 2025, arXiv 2502.16681) brings
-its data sets along, and is run with several seeds, whose spread is its noise.
+SAELens folders, results come back as the JSON files that they write. sae-probes (Kantamneni et al. 2025, arXiv 2502.16681)
+brings its data sets along, and is run with several seeds, whose spread is its noise.
 """
 
 import json
@@ -86,7 +86,7 @@ def read_results(folder: Path, name: str) -> Iterator[tuple[str, float]]:
 
 
 def read_probes(folder: Path, name: str) -> Iterator[tuple[str, float]]:
-    """Scores of one SAE from sae-probes' files, a folder a seed: ``sae_probes/f1_k1``, means over data sets, and their noise."""
+    """Scores of one SAE from sae-probes' files, a folder a seed: means over data sets (``sae_probes/f1_k1``) and noise."""
     of_seeds: dict[str, list[float]] = {}
     for seed in sorted((folder / name).iterdir()):
         rows = [row for file in sorted(seed.rglob("*.json")) for row in json.loads(file.read_text())]

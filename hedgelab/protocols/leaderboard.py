@@ -54,7 +54,9 @@ class Leaderboard(Evaluate):
         entries = ranked(self._entries, sort, titles[sort])
         self.html = page(self.title, self.about, entries, titles, sort, self.missing)
         shown = [sort, *(key for key in titles if key != sort)][:5]
-        table = [[one.name, one.control or one.kind, *(number(one.metrics.get(key)) for key in shown)] for one in entries]
+        table = [
+            [one.name, one.control or one.kind, *(number(one.metrics.get(key)) for key in shown)] for one in entries
+        ]
         lines = [f"{len(entries)} SAEs", *aligned([["SAE", "kind", *shown], *table]).splitlines()]
         rows = [{**one._asdict(), "metrics": "", **one.metrics} for one in entries]
         rows = [{key: value for key, value in row.items() if key != "metrics"} for row in rows]
@@ -70,7 +72,9 @@ class Leaderboard(Evaluate):
             return {}
         arguments, known = tree.get("init_args", {}), {one.name: one.sae for one in subjects}
         place = arguments.get("hook", arguments.get("layer", ""))
-        reads = f"{arguments['model']} {place}".strip() if "model" in arguments else tree["class_path"].rpartition(".")[2]
+        reads = (
+            f"{arguments['model']} {place}".strip() if "model" in arguments else tree["class_path"].rpartition(".")[2]
+        )
         for name, metrics in found.items():
             sae = known.get(name)
             kind, control = (ORACLE, ORACLE) if sae is None else (type(sae).__name__.removesuffix("SAE"), sae.control)

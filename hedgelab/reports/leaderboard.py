@@ -1,6 +1,7 @@
 """A leaderboard as one HTML page: SAEs down, scores across, with intervals, and what the best control reaches.
 
-Everything is inside the page, which can be read without its script: that sorts by the column whose head is clicked, and filters.
+Everything is inside the page, which can be read without its script: that sorts by the column whose head is clicked, and
+filters.
 """
 
 import math
@@ -59,7 +60,9 @@ def ranked(entries: Sequence[Entry], score: str, title: str) -> list[Entry]:
 
 def best_control(entries: Sequence[Entry], score: str, title: str, reads: str) -> Entry | None:
     """The control of these activations with the best score; an oracle is none that could be beaten."""
-    controls = [one for one in entries if one.control not in ("", "oracle") and one.reads == reads and score in one.metrics]
+    controls = [
+        one for one in entries if one.control not in ("", "oracle") and one.reads == reads and score in one.metrics
+    ]
     return next(iter(ranked(controls, score, title)), None)
 
 
@@ -107,8 +110,8 @@ def page(
         f"<style>{STYLE}{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1><p>{escape(about)}</p>",
         '<p><input type="search" aria-label="filter" placeholder="filter: words that a row must hold"></p>',
         table_of(head, rows, head.index("latents"), fixed),
-        '<p class="muted">± is half a 95 % interval of the measurement alone: other text, other splits. Faint: not better than the '
-        "best control by more than the noise of both. ↑ more is better, ↓ less is; a click on a head sorts.</p>",
+        '<p class="muted">± is half a 95 % interval of the measurement alone: other text, other splits. Faint: not better than '
+        "the best control by more than the noise of both. ↑ more is better, ↓ less is; a click on a head sorts.</p>",
         f"<h2>Not on the board</h2><ul>{absent}</ul>" if absent else "",
         f"<script>{_SCRIPT}</script></body></html>\n",
     ]

@@ -111,6 +111,35 @@ def test_scores_come_back_into_each_run(package, run, capsys):
     assert capsys.readouterr().out.count("evaluate: saebench: 4 scores of") == 2
 
 
+_PROBES = """
+import json, pathlib
+def run_sae_evals(sae, model_name, hook_name, reg_type, setting, ks=None, binarize=False, results_path="results",
+                  model_cache_path=None, datasets=None, device="cuda", mean_diff_normalization="mean", seed=42):
+    assert hook_name == "blocks.2.hook_resid_post" and model_name == "gemma-2-2b"
+    for number, dataset in enumerate(("5_a", "6_b")):
+        folder = pathlib.Path(results_path) / f"sae_probes_{model_name}" / f"{setting}_setting"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"k": k, "dataset": dataset, "test_f1": 0.5 + 0.2 * number, "test_auc": seed / 100} for k in ks]
+        (folder / f"{dataset}_{hook_name}__{reg_type}.json").write_text(json.dumps(rows))
+"""
+
+
+@pytest.mark.slow
+def test_sae_probes_is_run_with_several_seeds(package, run, monkeypatch):
+    (package / "sae_probes.py").write_text(_PROBES)
+    found = [run("one", TopKSAE(6, 8, 2), SOURCE)]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("SAE_PROBES_PYTHON", "no-such-python")
+        with pytest.raises(UserError, match=r"--suite sae_probes: no-such-python failed: .*; pip install sae-probes"):
+            saebench.run_bench(found, "sae_probes")
+    assert saebench.run_bench(found, "sae_probes") == 0
+    metrics = resolve_run(found[0].run.run_id).metrics
+    assert metrics["sae_probes/f1_k1"] == pytest.approx(0.6)
+    assert metrics["sae_probes/f1_k1_noise"] == pytest.approx(0)
+    assert metrics["sae_probes/auc_k16"] == pytest.approx(0.43)
+    assert metrics["sae_probes/auc_k16_noise"] == pytest.approx(0.01 / 3**0.5)
+
+
 @pytest.mark.slow
 def test_what_is_missing_is_one_line(package, run, monkeypatch):
     found = [run("one", TopKSAE(6, 8, 2), SOURCE)]

@@ -44,6 +44,7 @@ OFTEN, SELDOM = 0.1, 1e-4
 _ROWS_OF_PROJECTIONS = 2048
 _PARTS = 8  # of the activations: how a score differs between them is its noise
 
+
 def with_noise(name: str, values: Tensor) -> dict[str, float]:
     """The mean of a score measured anew several times, and its standard error as ``<name>_noise``, of two or more."""
     noise = {} if len(values) < 2 else {f"{name}{NOISE}": float(values.std()) / len(values) ** 0.5}
@@ -161,7 +162,7 @@ class GeometrySuite(Suite):
             for key, values in of_latents.items():
                 metrics |= over_live(f"geometry/{key}", values, elsewhere)
             if sae.reconstructs and getattr(sae, "normalize_activations", "none") == "none":  # else b_dec is another's
-                parts = x.tensor_split(-(-len(x) // _ROWS_OF_PROJECTIONS))
+                parts = x.tensor_split(max(_PARTS, -(-len(x) // _ROWS_OF_PROJECTIONS)))
                 projections = torch.stack([nth_decoder_projection(part, W_dec, b_dec) for part in parts])
                 metrics |= with_noise("geometry/nth_projection", projections.double())
             others = [other for key, other in saes.items() if key != name and alike(sae, other)]
