@@ -11,14 +11,12 @@ from hedgelab.errors import UserError
 _HELP = """\
 usage: hedgelab leaderboard --config FILE [--list] [--to FILE] [--KEY VALUE ...]
 
-Score a list of SAEs with the suites of `hedgelab evaluate`, and rank them in a table and on one HTML page. FILE has what
-configs of `evaluate` have (suites and their settings, data), and:
+Score a list of SAEs, and rank them in a table and on one HTML page. FILE has what configs of `hedgelab evaluate` have, and:
 
-  saes:                # saelens:RELEASE/ID; runs and folders as for `evaluate`; configs of sweeps, beside this file
-    - smollm2_saes.yaml
+  saes: [smollm2_saes.yaml]  # saelens:RELEASE/ID; runs and folders as for `evaluate`; configs of sweeps, beside this file
   title: My board
-  sort: probing/f1_k5  # the score by which the page is sorted at first
-  experiment: board    # of the board's run, and of those that SAEs without one get
+  sort: probing/f1_k5        # the score by which the page is sorted at first
+  experiment: board          # of the board's run, and of those that SAEs without one get
 
 SAEs with a frozen part are its controls. An SAE that was scored is not scored again, so a stopped board goes on where it was.
 --list names the SAEs, and reads and trains nothing. The page goes to runs/reports or to --to, and into the board's run.
@@ -37,19 +35,27 @@ def run(command: str, words: list[str]) -> int:
     tree = compose(words)
     text = yaml.safe_dump(tree)
     saes, title, sort, experiment, to, lists = (tree.pop(key, None) for key in _OWN)
-    named = board_saes(saes, [file for file in files if "saes" in load(file)])
+    if not isinstance(saes, list) or not saes or not all(isinstance(one, str) for one in saes):
+        what = "saelens:RELEASE/ID, a run, a folder, or a sweep's config"
+        raise UserError(f"saes: expected a list of SAEs ({what}), got {saes!r}; see `hedgelab leaderboard --help`")
+    beside = [file.parent for file in files if "saes" in load(file)] or [Path()]
+    named = [str(beside[-1] / one) if one.endswith(".yaml") else one for one in saes]
     if lists:
-        print("\n".join(name for word in named for name in names_in(word)))
+        from hedgelab.protocols.sweep.config import read_sweep
+
+        for one in named:
+            cells = read_sweep(["--config", one]).cells if one.endswith(".yaml") else []
+            print("\n".join(f"{cell.name} ({one})" for cell, _ in cells) or one)
         return 0
 
     from hedgelab.cli.evaluate import evaluation_of
     from hedgelab.cli.studies import conduct
-    from hedgelab.protocols.leaderboard import EXPERIMENT, Leaderboard
+    from hedgelab.protocols.leaderboard import Leaderboard
     from hedgelab.protocols.study import Bench
     from hedgelab.tracking import MLflowTracker
     from hedgelab.tracking.store import runs_dir, tracking_uri
 
-    name, about, experiment = files[0].stem, opening_comment(files[:1]) or "", experiment or EXPERIMENT
+    name, about, experiment = files[0].stem, opening_comment(files[:1]) or "", experiment or "leaderboard"
     make = partial(Leaderboard, title=title or name, about=about, sort=sort, experiment=experiment)
     board = evaluation_of(named, words, tree, make, _OWN)
     tracker = MLflowTracker(experiment, name, description=about, system_metrics=False)
@@ -59,23 +65,3 @@ def run(command: str, words: list[str]) -> int:
     file.write_text(board.html)
     print(f"page: {file}, and leaderboard.html in the run")
     return 0
-
-
-def board_saes(saes: object, files: list[Path]) -> list[str]:
-    """The SAEs that a board lists; configs of sweeps lie beside the config file that names them."""
-    if not isinstance(saes, list) or not saes or not all(isinstance(one, str) for one in saes):
-        what = "saelens:RELEASE/ID, a run, a folder, or a sweep's config"
-        raise UserError(f"saes: expected a list of SAEs ({what}), got {saes!r}; see `hedgelab leaderboard --help`")
-    return [str(files[-1].parent / one) if files and is_sweep(one) else one for one in saes]
-
-
-def is_sweep(word: str) -> bool:
-    """Whether a board means a sweep's config."""
-    return word.endswith((".yaml", ".yml"))
-
-
-def names_in(word: str) -> list[str]:
-    """The SAEs that a word of a board means, as far as that can be told without reading one."""
-    from hedgelab.protocols.sweep.config import read_sweep
-
-    return [f"{cell.name} ({word})" for cell, _ in read_sweep(["--config", word]).cells] if is_sweep(word) else [word]

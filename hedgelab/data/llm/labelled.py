@@ -83,7 +83,7 @@ class TaggedWords:
         for name, patterns in self.classes.items():
             for pattern in patterns:
                 try:
-                    re.compile(pattern)
+                    re.compile(f"(?:{pattern})")  # as it is used below
                 except re.error as error:
                     raise UserError(f"words.classes.{name}: {pattern!r} is no regular expression ({error})") from error
 

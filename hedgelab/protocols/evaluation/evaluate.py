@@ -25,7 +25,6 @@ from hedgelab.errors import UserError
 from hedgelab.identity import deciding, stable_id
 from hedgelab.interop.saelens import import_pretrained
 from hedgelab.protocols.evaluation.across import side_by_side
-from hedgelab.protocols.evaluation.oracle import NAME as ORACLE
 from hedgelab.protocols.evaluation.oracle import Oracle
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.protocols.evaluation.suite import Scores, choose, class_path, make_suites, names_of, suite_classes
@@ -40,10 +39,9 @@ from hedgelab.tracking.runs import (
     RunSummary,
     artifact,
     children_with_sae,
-    open_runs,
     resolve_run,
     resolve_sae,
-    search_runs,
+    run_with,
 )
 from hedgelab.tracking.store import ensure_store, runs_dir, tracking_uri
 
@@ -79,15 +77,7 @@ class Subject:
     @cached_property
     def scored_before(self) -> RunSummary | None:
         """Its run, or the one that it got before."""
-        if self.run is not None:
-            return self.run
-        with suppress(UserError):  # there is no store yet
-            client, names = open_runs()
-            ((key, value),) = self.identity.items()
-            ids = [number for number, name in names.items() if name == self.experiment]
-            for found in search_runs(client, f"tags.{key} = '{value}'", ids) if ids else ():
-                return resolve_run(found.info.run_id)
-        return None
+        return self.run or run_with(self.identity, self.experiment)
 
     @cached_property
     def run_id(self) -> str:
@@ -240,19 +230,13 @@ class Evaluate(Study):
         named = distinct([one for some, _ in found for one in some])
         others = [one for word in self.controls for one in find(word, self.class_path)[0]]
         subjects = distinct([*named, *others, *(one for subject in named for one in control_siblings(subject))])
-        results = self.scores(subjects)
-        parent = found[0][1] if len(found) == 1 else None
+        beside = self.scores(subjects)
+        results = {one.name: beside.pop(one.name) for one in named}
         kinds = {one.name: one.sae.control for one in subjects}
-        beside = {
-            name if not kinds.get(name) else f"{name} ({kinds[name]})": results[name]
-            for name in results
-            if name not in {one.name for one in named}
-        }
-        lines = side_by_side(
-            {one.name: results[one.name] for one in named}, {one.name: one.params for one in named}, self.x, parent,
-            kinds, beside,
-        )  # fmt: skip
-        return Outcome(headline=lines)
+        beside = {f"{name} ({kinds[name]})" if kinds.get(name) else name: one for name, one in beside.items()}
+        parent = found[0][1] if len(found) == 1 else None
+        params = {one.name: one.params for one in named}
+        return Outcome(headline=side_by_side(results, params, self.x, parent, kinds, beside))
 
     def scores(self, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
         """The metrics of SAEs by name, and of the oracles of the toys that they read."""
@@ -267,7 +251,7 @@ class Evaluate(Study):
             scored |= self.score_group(tree, members, "" if len(groups) == 1 else f" of {members[0].name}")
         return {one.name: scored.pop(one.name) for one in subjects if one.name in scored} | scored
 
-    def score_group(self, tree: Tree, subjects: Sequence[Subject], whose: str) -> dict[str, dict[str, float]]:
+    def score_group(self, tree: Tree, subjects: list[Subject], whose: str) -> dict[str, dict[str, float]]:
         """The metrics of SAEs that read the same activations; each result is in the SAE's run as soon as it is there.
 
         A suite that was run on an SAE before, with the same options, texts and data, is not run again.
@@ -291,7 +275,7 @@ class Evaluate(Study):
         if isinstance(data, ToyDataModule):
             run = subjects[0].run
             experiment = subjects[0].experiment if run is None else run.experiment
-            subjects = [*subjects, OracleSubject(f"{ORACLE}{whose}", data, tree, experiment)]
+            subjects.append(OracleSubject(f"oracle{whose}", data, tree, experiment))
         results: dict[str, dict[str, float]] = {one.name: {} for one in subjects}
         try:
             for suite in suites:

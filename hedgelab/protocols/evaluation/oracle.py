@@ -10,8 +10,6 @@ from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.accumulate import as_codes
 from hedgelab.saes import InferenceSAE
 
-NAME = "oracle"
-
 
 class Oracle(InferenceSAE):
     """Latents that are the true features, decoder rows that are their directions; no encoder could be better.
@@ -38,7 +36,7 @@ class Oracle(InferenceSAE):
         self.W_dec.copy_(data.feature_directions)
         self.b_dec.copy_(data.bias)
 
-    control = NAME
+    control = "oracle"
 
     def encode(self, x: Tensor) -> Codes:
         """The features of validation activations ``x [n, d_in]``."""
