@@ -42,8 +42,8 @@ def run(command: str, words: list[str]) -> int:
     named = list(takewhile(lambda word: not word.startswith("-"), words))
     if not named:
         raise UserError("evaluate: name a run, a folder with an SAE, or the config file of a sweep, before the options")
-    options = with_bare_flags(words[len(named) :], ["truth"])
-    if (tree := compose(options)).get("suite") in ("saebench", "sae_probes"):
+    rest = with_bare_flags(words[len(named) :], ["truth"])
+    if (tree := compose(rest)).get("suite") in ("saebench", "sae_probes"):
         from hedgelab.interop.saebench import run_bench
         from hedgelab.tracking.runs import resolve_sae
 
@@ -53,7 +53,7 @@ def run(command: str, words: list[str]) -> int:
     from hedgelab.protocols.evaluation.evaluate import Evaluate
     from hedgelab.protocols.study import Bench
 
-    print("\n".join(conduct(evaluation_of(named, options, tree, Evaluate), Bench(), "")))
+    print("\n".join(conduct(evaluation_of(named, rest, tree, Evaluate), Bench(), "")))
     return 0
 
 

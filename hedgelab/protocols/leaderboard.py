@@ -4,7 +4,6 @@ Scores are in the SAEs' own runs, so that whatever was scored is not scored agai
 with a frozen part; on toys the oracle is another. An SAE that cannot be had or measured is named with the reason.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from hedgelab.config.tree import Tree
@@ -69,7 +68,9 @@ class Leaderboard(Evaluate):
                 self._leave_out(one.name, error)
             return {}
         given = tree.get("init_args", {})
-        place = f"{given.get('model', tree['class_path'].rpartition('.')[2])} {given.get('hook', given.get('layer', ''))}"
+        place = (
+            f"{given.get('model', tree['class_path'].rpartition('.')[2])} {given.get('hook', given.get('layer', ''))}"
+        )
         for one in subjects:  # the oracle among them
             kind = type(one.sae).__name__.removesuffix("SAE")
             self._entries.append(Entry(one.name, kind, one.sae.control, place.strip(), one.sae.d_sae, found[one.name]))

@@ -138,7 +138,9 @@ def list_runs(experiment: str | None = None, last: bool = False, limit: int = 20
 def run_with(tags: Mapping[str, str], experiment: str) -> RunSummary | None:
     """The newest run of an experiment that has these tags; None where there is none, or no such experiment or store yet."""
     with suppress(UserError):
-        return next(iter(_newest([f"tags.{key} = '{value}'" for key, value in tags.items()], 1, experiment=experiment)), None)
+        return next(
+            iter(_newest([f"tags.{key} = '{value}'" for key, value in tags.items()], 1, experiment=experiment)), None
+        )
     return None
 
 

@@ -4,6 +4,7 @@ The field advises against TPP and SCR: TPP falls as training goes on, and SCR wi
 synthetic SAEs (Chanin, *Are SAE Benchmarks Reliable?*, arXiv 2605.18229). They are for comparison with published numbers.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -60,7 +61,7 @@ def jackknife(left_out: Tensor) -> Tensor:
     >>> torch.isclose(jackknife((values.sum() - values) / 2), values.std() / 3**0.5).item()
     True
     """
-    return left_out.double().std(0, correction=0) * (len(left_out) - 1) ** 0.5
+    return left_out.double().std(0, correction=0) * math.sqrt(len(left_out) - 1)
 
 
 def over_live(name: str, values: Tensor, elsewhere: Tensor) -> dict[str, float]:
@@ -284,7 +285,7 @@ class LossSuite(Suite):
         contexts = reader.data.stage_contexts("test")
         tokens = contexts.tokens[: self.loss_contexts].long().to(model.device)
         usable = contexts.usable(reader.data.skip_first)[: self.loss_contexts].to(model.device)
-        parts = list(zip(tokens.split(1), usable.split(1), strict=True))  # logits of a large vocabulary take memory
+        parts = list(zip(torch.split(tokens, 1), torch.split(usable, 1), strict=True))  # one by one: logits are large
         total = sum(model.activations(part)[where].double().sum(0) for part, where in parts)
         mean = (torch.as_tensor(total) / usable.sum()).float()
         sums: dict[str, list[dict[str, Tensor]]] = {name: [] for name in saes}  # of each context
