@@ -68,12 +68,11 @@ class Leaderboard(Evaluate):
                 self._leave_out(one.name, error)
             return {}
         given = tree.get("init_args", {})
-        place = (
-            f"{given.get('model', tree['class_path'].rpartition('.')[2])} {given.get('hook', given.get('layer', ''))}"
-        )
+        said = [given[key] for key in ("model", "layer", "hook") if given.get(key) is not None]
+        reads = " ".join(map(str, said or [tree["class_path"].rpartition(".")[2]]))
         for one in subjects:  # the oracle among them
             kind = type(one.sae).__name__.removesuffix("SAE")
-            self._entries.append(Entry(one.name, kind, one.sae.control, place.strip(), one.sae.d_sae, found[one.name]))
+            self._entries.append(Entry(one.name, kind, one.sae.control, reads, one.sae.d_sae, found[one.name]))
         return found
 
     def _leave_out(self, name: str, error: UserError) -> None:

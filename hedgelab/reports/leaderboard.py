@@ -110,8 +110,8 @@ def page(
         f"<style>{STYLE}{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1><p>{escape(about)}</p>",
         '<p><input type="search" aria-label="filter" placeholder="filter: words that a row must hold"></p>',
         table_of(head, rows, head.index("latents"), fixed),
-        '<p class="muted">± is half a 95 % interval of the measurement alone: other text, other splits. Faint: not better than '
-        "the best control by more than the noise of both. ↑ more is better, ↓ less is; a click on a head sorts.</p>",
+        '<p class="muted">± is half a 95 % interval of the measurement alone (other text, other splits), rough where splits are few. Faint: '
+        "not better than the best control by more than the noise of both. ↑ more is better, ↓ less is; a click on a head sorts.</p>",
         f"<h2>Not on the board</h2><ul>{absent}</ul>" if absent else "",
         f"<script>{_SCRIPT}</script></body></html>\n",
     ]
