@@ -39,6 +39,8 @@ document.querySelector("input").addEventListener("input", event => {
   for (const row of body.rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
 });
 """
+_NOTE = """± is half a 95 % interval of the measurement alone (other text, other splits), rough where splits are few. Faint: not better
+than the best control by more than the noise of both. ↑ more is better, ↓ less is; a click on a head sorts."""
 
 
 class Entry(NamedTuple):
@@ -110,8 +112,7 @@ def page(
         f"<style>{STYLE}{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1><p>{escape(about)}</p>",
         '<p><input type="search" aria-label="filter" placeholder="filter: words that a row must hold"></p>',
         table_of(head, rows, head.index("latents"), fixed),
-        '<p class="muted">± is half a 95 % interval of the measurement alone (other text, other splits), rough where splits are few. Faint: '
-        "not better than the best control by more than the noise of both. ↑ more is better, ↓ less is; a click on a head sorts.</p>",
+        f'<p class="muted">{_NOTE}</p>',
         f"<h2>Not on the board</h2><ul>{absent}</ul>" if absent else "",
         f"<script>{_SCRIPT}</script></body></html>\n",
     ]
