@@ -39,8 +39,8 @@ document.querySelector("input").addEventListener("input", event => {
   for (const row of body.rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
 });
 """
-_NOTE = """± is half a 95 % interval of the measurement alone (other text, other splits), rough where splits are few. Faint: not better
-than the best control by more than the noise of both. ↑ more is better, ↓ less is; a click on a head sorts."""
+_NOTE = """± is half a 95 % interval of the measurement alone (other text, other splits), rough where splits are few. Faint: not
+better than the best control by more than the noise of both. ↑ more is better, ↓ less is; a click on a head sorts."""
 
 
 class Entry(NamedTuple):
