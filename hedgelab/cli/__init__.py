@@ -41,6 +41,7 @@ COMMANDS = {
     ),
     "l0": Command("protocols.right_l0.RightL0", "find the L0 at which latents mix least", "--config F"),
     "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more", "RUN"),
+    "leaderboard": Command("leaderboard", "score a list of SAEs, and rank them on a page beside their controls", "--config F"),
     "figures": Command(
         "protocols.figures.PaperFigures", "redraw the paper's toy and theory figures, without sampling noise", "--config F"
     ),
@@ -80,7 +81,7 @@ def dispatch(words: list[str]) -> int:
     """Import the command that the first word names, and run it on the other words."""
     name, *rest = words or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(OVERVIEW.format(commands="\n".join(f"  {name:<8}  {one.summary}" for name, one in COMMANDS.items())))
+        print(OVERVIEW.format(commands="\n".join(f"  {name:<11}  {one.summary}" for name, one in COMMANDS.items())))
         return 0
     if name in ("-V", "--version"):
         print(f"hedgelab {__version__}")

@@ -1,10 +1,12 @@
 """``hedgelab evaluate``: what trained SAEs are worth, by suites of scores."""
 
+from collections.abc import Callable, Collection
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from hedgelab.config.names import suggest
-from hedgelab.config.tree import compose, options_of, with_bare_flags
+from hedgelab.config.tree import Tree, compose, options_of, with_bare_flags
 from hedgelab.errors import UserError
 
 _HELP = """\
@@ -13,17 +15,19 @@ usage: hedgelab evaluate SAE ... [--config FILE] [--suite NAME,NAME] [--KEY VALU
 Score trained SAEs; scores, tables and figures go to the SAE's own run. SAE is a run's name or id, 'last', models:/ID,
 a folder with an SAE, a run whose parts have SAEs (a sweep), or a sweep's config, which is then trained first as far as needed.
 
-  --suite    {suites}, all (the default), or saebench; or a class path
+  --suite    {suites}, all (the default), saebench or sae_probes; or a class path
   --config   labelled text and settings of the suites, such as configs/llm/evaluate_brown.yaml
   --x        what several SAEs are drawn against: a parameter in which they differ; by itself the first numeric one
   --class    class of the SAE in a folder, where it is one of your own: my_package.MySAE
+  --controls further SAEs whose scores stand beside; those trained in the same sweep with a frozen part do so anyway, and on
+             toys the oracle, whose latents are the features. Nothing is trained for that.
   --truth    leave planted features in the activations, and compare with them (suite truth; toys are always known)
   --data.*   what the SAE reads, where it does not say itself or you say otherwise, such as --data.cache_dir or --data.layer
 
 A suite that was run on an SAE before with the same settings is not run again. Activations are kept under the data's cache_dir.
 'all' leaves out tpp and scr: the field advises against them (arXiv 2605.18229, they disagree with the truth on synthetic SAEs).
 """
-_OWN = ("data", "x", "class", "truth", "suite", "suites")
+_OWN = ("data", "x", "class", "truth", "suite", "suites", "controls")
 
 
 def run(command: str, words: list[str]) -> int:
@@ -38,35 +42,47 @@ def run(command: str, words: list[str]) -> int:
     named = list(takewhile(lambda word: not word.startswith("-"), words))
     if not named:
         raise UserError("evaluate: name a run, a folder with an SAE, or the config file of a sweep, before the options")
-    words = [*named, *with_bare_flags(words[len(named) :], ["truth"])]
-    tree = compose(words[len(named) :])
-    data, x, class_path, truth, suite, suites = (tree.pop(key, None) for key in _OWN)
-    names = str(suite).split(",") if suite is not None else [str(one) for one in suites or ["all"]]
-    if names == ["saebench"]:
-        from hedgelab.interop.saebench import run_saebench
+    rest = with_bare_flags(words[len(named) :], ["truth"])
+    if (tree := compose(rest)).get("suite") in ("saebench", "sae_probes"):
+        from hedgelab.interop.saebench import run_bench
         from hedgelab.tracking.runs import resolve_sae
 
-        return run_saebench([resolve_sae(word) for word in named])
+        return run_bench([resolve_sae(word) for word in named], tree["suite"])
 
     from hedgelab.cli.studies import conduct
     from hedgelab.protocols.evaluation.evaluate import Evaluate
     from hedgelab.protocols.study import Bench
 
-    known = {"config", *_OWN, *option_parser(suite_classes(names))[1]}
+    print("\n".join(conduct(evaluation_of(named, rest, tree, Evaluate), Bench(), "")))
+    return 0
+
+
+def evaluation_of(
+    named: list[str], words: list[str], tree: Tree, make: Callable[..., Any], own: Collection[str] = ()
+) -> Any:
+    """What ``make`` makes of the SAEs and options, given as words and as a tree; sweeps among the SAEs are trained.
+
+    Options called ``own`` are the caller's.
+    """
+    from hedgelab.protocols.evaluation.suite import option_parser, suite_classes
+
+    data, x, class_path, truth, suite, suites, controls = (tree.pop(key, None) for key in _OWN)
+    names = str(suite).split(",") if suite is not None else [str(one) for one in suites or ["all"]]
+    known = {"config", *_OWN, *own, *option_parser(suite_classes(names))[1]}
     of_cells: dict[str, list[str]] = {}  # options that are no suite's, and those of the data, by their first part
-    for key, text in options_of(words[len(named) :]):
+    for key, text in options_of(words):
         if (section := key.split(".")[0]) == "data" or section not in known:
             of_cells.setdefault(section, []).append(f"--{key}" if text is None else f"--{key}={text}")
     tree = {key: value for key, value in tree.items() if key not in of_cells}
-    evaluation = Evaluate(named, names, tree, data, None if x is None else str(x), class_path, bool(truth))
+    beside = [] if controls is None else str(controls).split(",")
+    evaluation = make(named, names, tree, data, None if x is None else str(x), class_path, bool(truth), beside)
     of_sweeps = [word for word in named if Path(word).suffix in (".yaml", ".yml")]
     unknown = [section for section in of_cells if section != "data"]
     if unknown and not of_sweeps:
         raise UserError(f"evaluate: unknown option {of_cells[unknown[0]][0]}; {suggest(unknown[0], known)}")
     cell_words = [word for some in of_cells.values() for word in some]
     evaluation.saes = [_swept(word, cell_words) if word in of_sweeps else word for word in named]
-    print("\n".join(conduct(evaluation, Bench(), "")))
-    return 0
+    return evaluation
 
 
 def _swept(file: str, words: list[str]) -> str:

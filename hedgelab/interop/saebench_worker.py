@@ -1,8 +1,11 @@
-"""``python saebench_worker.py MODEL OUTPUT NAME=FOLDER ...`` runs SAEBench in whatever Python has it, on SAELens' folders.
+"""``python saebench_worker.py BENCH MODEL OUTPUT NAME=FOLDER ...`` runs SAEBench or sae-probes, in a Python that has it.
+
+The folders are SAELens's.
 
 Nothing of hedgelab is imported.
 """
 
+import json
 import os
 import sys
 from importlib import import_module
@@ -16,6 +19,7 @@ _EVALUATIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("scr_and_tpp", "ScrAndTppEvalConfig", {"perform_scr": False}),
 ]
 """Module, config class, and its arguments besides the defaults."""
+_SEEDS = (42, 43, 44)  # of sae-probes; the first is its own
 
 
 def main(words: list[str]) -> None:
@@ -23,7 +27,7 @@ def main(words: list[str]) -> None:
     import torch
     from sae_lens import SAE
 
-    model, output, *pairs = words
+    bench, model, output, *pairs = words
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saes = []
     for name, _, folder in (pair.partition("=") for pair in pairs):
@@ -31,6 +35,15 @@ def main(words: list[str]) -> None:
         if sae.cfg.architecture() != "topk":  # SAEBench wants decoder rows of norm 1; TopK selects by raw size
             sae.fold_W_dec_norm()
         saes.append((name, sae))
+        if bench == "sae_probes":
+            hook = json.loads((Path(folder) / "cfg.json").read_text())["metadata"]["hook_name"]
+            for seed in _SEEDS:
+                import_module("sae_probes").run_sae_evals(
+                    sae=sae, model_name=model, hook_name=hook, reg_type="l1", setting="normal", ks=[1, 2, 5, 16], seed=seed,
+                    results_path=f"{output}/{name}/{seed}", model_cache_path=f"{output}/activations", device=device,
+                )  # fmt: skip
+    if bench == "sae_probes":
+        return
     Path(output).mkdir(parents=True, exist_ok=True)
     os.chdir(output)  # SAEBench keeps its artifacts in the working directory
     batch_size, dtype = (32, "float32") if device == "cpu" else (128, "bfloat16")

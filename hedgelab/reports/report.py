@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hedgelab.errors import UserError
 from hedgelab.glossary import bare, term, title
 from hedgelab.tracking.listing import Comparison, compare, curve_metrics, curves, duration, labels, number
-from hedgelab.tracking.runs import REPORT_TAG, RunSummary, artifact, list_runs, open_runs
+from hedgelab.tracking.runs import CONTROL_TAG, REPORT_TAG, RunSummary, artifact, list_runs, open_runs
 from hedgelab.tracking.store import without_credentials
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 2_000_000  # of one figure; larger ones are left out
 _MOST_COLUMNS = 6
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; font: 15px/1.5 system-ui, sans-serif }
 h1, h2, h3, p { margin: 1.2rem 0 .4rem } .muted, summary { opacity: .7 } code, pre { font: 12.5px/1.45 monospace }
@@ -52,7 +52,7 @@ def build(experiment: str, limit: int = 100, address: str | None = None) -> str:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     parts = [
         f'<!doctype html>\n<html lang="en"><head>{head}<title>{escape(experiment)}: report</title>',
-        f"<style>{_STYLE}</style></head>\n<body>",
+        f"<style>{STYLE}</style></head>\n<body>",
         f"<h1>{escape(experiment)}</h1>",
         f'<p class="muted">{len(runs)} runs, {finished} finished, started {starts[0]} to {starts[-1]}; written by hedgelab '
         f"{now}</p>",
@@ -69,7 +69,7 @@ def build(experiment: str, limit: int = 100, address: str | None = None) -> str:
     meanings = {name: known for name in map(bare, compare(runs).metrics) if (known := term(name))}
     rows = [[f"<code>{escape(name)}</code>", one.better, escape(one.meaning)] for name, one in meanings.items()]
     parts += ["<h2>Each run</h2>", *(_article(client, run, base) for run in runs)]
-    parts += ["<h2>What the numbers mean</h2>", _table(["metric", "better", "meaning"], rows, 3), "</body></html>\n"]
+    parts += ["<h2>What the numbers mean</h2>", table_of(["metric", "better", "meaning"], rows, 3), "</body></html>\n"]
     return "\n".join(parts)
 
 
@@ -96,13 +96,18 @@ def _side_by_side(compared: Comparison) -> str:
         head.append(f'<span title="{meaning}">{escape(title(key))}</span>')
     rows = []
     for index, (run, label) in enumerate(zip(compared.runs, labels(compared.runs), strict=True)):
-        name = f'<a href="#{escape(run.run_id, quote=True)}">{escape(label)}</a>'
+        name = f'<a href="#{escape(run.run_id, quote=True)}">{escape(label)}</a>{_control(run)}'
         cells = [f"&nbsp;&nbsp;↳ {name}" if run.parent in ids else name, run.status.lower()]
         cells += ["" if run.duration_seconds is None else duration(run.duration_seconds)]
         cells += [escape(values[index]) for values in params.values()]
         rows.append([*cells, *(number(values[index]) for values in compared.metrics.values())])
     left = escape(", ".join(list(compared.params)[_MOST_COLUMNS:]))
-    return _table(head, rows, first_number) + (f'<p class="muted">Also different: {left}.</p>' if left else "")
+    return table_of(head, rows, first_number) + (f'<p class="muted">Also different: {left}.</p>' if left else "")
+
+
+def _control(run: RunSummary) -> str:
+    """What a run's SAE is a control for, to stand behind its name."""
+    return f' <span class="muted">(control: {escape(run.tags[CONTROL_TAG])})</span>' if CONTROL_TAG in run.tags else ""
 
 
 def _article(client: "MlflowClient", run: RunSummary, base: str | None) -> str:
@@ -112,11 +117,11 @@ def _article(client: "MlflowClient", run: RunSummary, base: str | None) -> str:
     facts.append(f"started {run.start[:16].replace('T', ' ')} UTC")
     if "git_commit" in run.tags:
         facts.append(f"commit {escape(run.tags['git_commit'][:10])}")
-    parts = [f'<article id="{escape(run.run_id)}"><h3>{escape(run.name)}</h3>']
+    parts = [f'<article id="{escape(run.run_id)}"><h3>{escape(run.name)}{_control(run)}</h3>']
     parts += [f'<p class="muted">{" · ".join(facts)}</p>', f"<p>{escape(run.description or '')}</p>"]
     if shown := compare([run]).metrics:
         values = [number(value) for (value,) in shown.values()]
-        parts.append(_table([escape(title(key)) for key in shown], [values], 0))
+        parts.append(table_of([escape(title(key)) for key in shown], [values], 0))
     texts = {}
     for path, content in _artifacts(client, run):
         if path == "config.yaml":
@@ -141,15 +146,18 @@ def _artifacts(client: "MlflowClient", run: RunSummary) -> list[tuple[str, bytes
     return sorted(found.items())
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: int) -> str:
-    """A table of ready-made HTML cells; columns from number ``numeric`` on are numbers."""
+def table_of(
+    head: Sequence[str], rows: Iterable[Sequence[str]], numeric: int, fixed: Iterable[Sequence[str]] = ()
+) -> str:
+    """A table of ready-made HTML cells; columns from number ``numeric`` on are numbers, ``fixed`` rows belong to the head."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
         kinds = [' class="n"' if column >= numeric else "" for column in range(len(cells))]
         return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
 
     body = "".join(f"<tr>{line('td', row)}</tr>\n" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{line("th", head)}</tr></thead><tbody>\n{body}</tbody></table></div>'
+    top = f"<tr>{line('th', head)}</tr>" + "".join(f'<tr class="fixed">{line("td", row)}</tr>' for row in fixed)
+    return f'<div class="scroll"><table><thead>{top}</thead><tbody>\n{body}</tbody></table></div>'
 
 
 def _image(png: bytes, caption: str) -> str:

@@ -134,6 +134,12 @@ class SAE(TrainingShell, ABC):
         """Which latents have been silent for longer than the dead-latent window, ``[d_sae]`` bool."""
         return torch.zeros(self.d_sae, dtype=torch.bool, device=self.W_dec.device)
 
+    @property
+    def control(self) -> str:
+        """Which control it is, as its mitigations say, such as ``frozen decoder``; empty for an SAE that all of trains."""
+        given = (getattr(part, "mitigations", ()) for part in (self, getattr(self, "inner", None)))
+        return " and ".join(one.control for some in given for one in some if one.control)
+
     def training_numbers(self) -> dict[str, float]:
         """Numbers besides the loss terms that training reports at every logging interval, by full name."""
         return {}

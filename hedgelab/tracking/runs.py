@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -22,6 +23,8 @@ PARENT_TAG = "mlflow.parentRunId"
 _HAS_SAE = "tags.weights_sha256 LIKE '%'"
 _SAE_FILE, _ADDRESSES = "sae.json", ("models:/", "runs:/")  # of MLflow's
 _PAGE = 100
+CONTROL_TAG = "hedgelab.control"
+"""Tag that says which control an SAE is: a frozen part, or the oracle of a toy."""
 REPORT_TAG = "hedgelab.report"
 """Tag of the run that holds an experiment's report; it is no run of anything."""
 
@@ -162,6 +165,15 @@ def open_runs() -> "tuple[MlflowClient, dict[str, str]]":
 def list_runs(experiment: str | None = None, last: bool = False, limit: int = 20) -> list[RunSummary]:
     """The latest runs, newest first: of one experiment or of all, or only the last that is not part of another."""
     return _newest([], 1 if last else limit, own=last, experiment=experiment)
+
+
+def run_with(tags: Mapping[str, str], experiment: str) -> RunSummary | None:
+    """The newest run of an experiment that has these tags; None where there is none, or no such experiment or store yet."""
+    with suppress(UserError):
+        return next(
+            iter(_newest([f"tags.{key} = '{value}'" for key, value in tags.items()], 1, experiment=experiment)), None
+        )
+    return None
 
 
 def search_runs(client: "MlflowClient", wanted: str, experiments: Iterable[str] | None = None) -> "Iterator[Run]":

@@ -70,7 +70,7 @@ def package(tmp_path, monkeypatch):
         (root / name).mkdir()
         (root / name / "__init__.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(root))
-    monkeypatch.setenv(saebench.PYTHON, sys.executable)
+    monkeypatch.setenv(saebench.PYTHON["saebench"], sys.executable)
     monkeypatch.setattr(saebench, "hub_problem", lambda: None)
     return root
 
@@ -102,7 +102,7 @@ SOURCE = ActivationSource(model="org/gemma-2-2b", hook="model.layers.2", layer=2
 def test_scores_come_back_into_each_run(package, run, capsys):
     torch.manual_seed(0)
     found = [run("one", TopKSAE(6, 8, 2), SOURCE), run("two", VanillaSAE(6, 12, 0.1), SOURCE)]
-    assert saebench.run_saebench(found) == 0
+    assert saebench.run_bench(found, "saebench") == 0
     for one, d_sae in zip(found, (8, 12), strict=True):
         metrics = resolve_run(one.run.run_id).metrics
         names = {f"saebench/{name}/score" for name in ("absorption", "sparse_probing", "scr", "tpp")}
@@ -111,23 +111,52 @@ def test_scores_come_back_into_each_run(package, run, capsys):
     assert capsys.readouterr().out.count("evaluate: saebench: 4 scores of") == 2
 
 
+_PROBES = """
+import json, pathlib
+def run_sae_evals(sae, model_name, hook_name, reg_type, setting, ks=None, binarize=False, results_path="results",
+                  model_cache_path=None, datasets=None, device="cuda", mean_diff_normalization="mean", seed=42):
+    assert hook_name == "blocks.2.hook_resid_post" and model_name == "gemma-2-2b"
+    for number, dataset in enumerate(("5_a", "6_b")):
+        folder = pathlib.Path(results_path) / f"sae_probes_{model_name}" / f"{setting}_setting"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"k": k, "dataset": dataset, "test_f1": 0.5 + 0.2 * number, "test_auc": seed / 100} for k in ks]
+        (folder / f"{dataset}_{hook_name}__{reg_type}.json").write_text(json.dumps(rows))
+"""
+
+
+@pytest.mark.slow
+def test_sae_probes_is_run_with_several_seeds(package, run, monkeypatch):
+    (package / "sae_probes.py").write_text(_PROBES)
+    found = [run("one", TopKSAE(6, 8, 2), SOURCE)]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("SAE_PROBES_PYTHON", "no-such-python")
+        with pytest.raises(UserError, match=r"--suite sae_probes: no-such-python failed: .*; pip install sae-probes"):
+            saebench.run_bench(found, "sae_probes")
+    assert saebench.run_bench(found, "sae_probes") == 0
+    metrics = resolve_run(found[0].run.run_id).metrics
+    assert metrics["sae_probes/f1_k1"] == pytest.approx(0.6)
+    assert metrics["sae_probes/f1_k1_noise"] == pytest.approx(0)
+    assert metrics["sae_probes/auc_k16"] == pytest.approx(0.43)
+    assert metrics["sae_probes/auc_k16_noise"] == pytest.approx(0.01 / 3**0.5)
+
+
 @pytest.mark.slow
 def test_what_is_missing_is_one_line(package, run, monkeypatch):
     found = [run("one", TopKSAE(6, 8, 2), SOURCE)]
     with pytest.raises(UserError, match="give a run that says which language model it reads"):
-        saebench.run_saebench([run("other", TopKSAE(6, 8, 2), None)])
+        saebench.run_bench([run("other", TopKSAE(6, 8, 2), None)], "saebench")
     with pytest.raises(UserError, match="one language model at a time"):
-        saebench.run_saebench([*found, run("b", TopKSAE(6, 8, 2), ActivationSource(model="c", layer=1))])
+        saebench.run_bench([*found, run("b", TopKSAE(6, 8, 2), ActivationSource(model="c", layer=1))], "saebench")
     monkeypatch.setattr(saebench, "hub_problem", lambda: "no route")
     with pytest.raises(UserError, match=r"on the Hugging Face hub, which cannot be had \(no route\)"):
-        saebench.run_saebench(found)
+        saebench.run_bench(found, "saebench")
     monkeypatch.setattr(saebench, "hub_problem", lambda: None)
     monkeypatch.setenv("PYTHONPATH", os.devnull)
     with pytest.raises(UserError, match=r"No module named 'sae_lens'; sae-bench needs an environment of its own"):
-        saebench.run_saebench(found)
-    monkeypatch.setenv(saebench.PYTHON, "no-such-python")
+        saebench.run_bench(found, "saebench")
+    monkeypatch.setenv(saebench.PYTHON["saebench"], "no-such-python")
     with pytest.raises(UserError, match=r"no-such-python failed: .*whose python SAEBENCH_PYTHON names"):
-        saebench.run_saebench(found)
+        saebench.run_bench(found, "saebench")
 
 
 @pytest.mark.slow

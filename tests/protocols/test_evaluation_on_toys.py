@@ -6,8 +6,10 @@ import torch
 
 from hedgelab.cli import main
 from hedgelab.data.toy import IndependentFiring, ToyDataModule
+from hedgelab.errors import UserError
 from hedgelab.metrics.functional import decoder_cosines, mcc
-from hedgelab.protocols.evaluation.built_in import GeometrySuite, ResidualSuite, TruthSuite, alike
+from hedgelab.protocols.evaluation.built_in import GeometrySuite, ResidualSuite, TruthSuite, alike, over_live
+from hedgelab.protocols.evaluation.oracle import Oracle
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.saes import JumpReLUSAE, TopKSAE
 from hedgelab.saes.initialization import Initialization
@@ -47,6 +49,30 @@ def test_residual_hedging_comes_with_its_nulls(toy):
     assert set(found) == {f"residual/{name}" for name in ("hedging", "hedging_noise", "flipped", "surrogate")}
     assert abs(found["residual/hedging"]) < 4 * found["residual/hedging_noise"] + 0.02
     assert abs(found["residual/surrogate"]) < 0.05
+
+
+def test_the_oracle_is_perfect_even_in_superposition():
+    toy = ToyDataModule(d_in=6, batch_size=128, firing=IndependentFiring([0.2] * 10), target_cosine=0.2, seed=0)
+    oracle, batch = Oracle(toy), toy.batch("val", 3)
+    assert torch.equal(oracle.encode(batch.x).to_dense(), batch.features.to_dense())
+    (found,) = scores_of(TruthSuite(4), {"oracle": oracle}, toy).values()
+    assert found["truth/nearest_f1"] == pytest.approx(1)
+    assert found["truth/hedging/decoder"] == pytest.approx(0, abs=1e-5)
+    assert found["truth/explained_variance"] == pytest.approx(1)
+    with pytest.raises(UserError, match="validation batches only"):
+        oracle.encode(torch.zeros(1, 6) + 0.123)
+
+
+def test_every_score_of_geometry_has_its_noise(toy):
+    found = scores_of(GeometrySuite(512), {"clean": perfect(toy)}, toy)["clean"]
+    scores = {name for name in found if not name.endswith("_noise")}
+    assert {f"{name}_noise" for name in scores} <= set(found)
+    # a latent that fires in one part of the rows alone is live or not, as the part goes
+    values, elsewhere = torch.tensor([0.2, 0.4, 0.9]), torch.ones(4, 3, dtype=torch.bool)
+    elsewhere[1, 2] = False
+    found = over_live("s", values, elsewhere)
+    assert found["s"] == pytest.approx(0.5)
+    assert found["s_noise"] == pytest.approx((3 / 4 * (3 * 0.05**2 + 0.15**2)) ** 0.5)
 
 
 def test_seeds_of_one_sae_are_compared_with_each_other(toy):

@@ -4,7 +4,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.data.llm.text import as_text, json_lines, opening_tokens
+from hedgelab.data.llm.text import StandardLibraryText, as_text, json_lines, opening_tokens
 from hedgelab.errors import UserError, whole_number
 from hedgelab.seeding import generator
 
@@ -59,17 +59,19 @@ class TaggedWords:
     """Words with tags (parts of speech, say), for k-sparse probing.
 
     Attributes:
-        text: JSON-lines file (or .gz) with documents: keys ``doc`` and ``text``.
+        text: JSON-lines file (or .gz) with documents: keys ``doc`` and ``text``; null for the documentation that every Python
+            brings along (:class:`~hedgelab.data.llm.text.StandardLibraryText`).
         tags: JSON-lines file (or .gz) with keys ``doc``, ``tags`` and ``offsets``: begin and end of each tagged word in the
             document's text, counted from the character ``start`` where a line has that key. A document may have many lines.
+            Null: each word is its own tag, so that classes are ways of spelling.
         classes: Name of each class, and regular expressions of which its tags match one in full.
         contexts: Documents read, the first ``context_length`` tokens of each; a third of them for testing.
         context_length: Tokens of each.
     """
 
-    text: str
-    tags: str
-    classes: dict[str, list[str]]
+    text: str | None = None
+    tags: str | None = None
+    classes: dict[str, list[str]] = field(default_factory=dict)
     contexts: int = 150
     context_length: int = 256
 
@@ -81,18 +83,25 @@ class TaggedWords:
         for name, patterns in self.classes.items():
             for pattern in patterns:
                 try:
-                    re.compile(pattern)
+                    re.compile(f"(?:{pattern})")  # as it is used below
                 except re.error as error:
                     raise UserError(f"words.classes.{name}: {pattern!r} is no regular expression ({error})") from error
 
     def load(self, tokenizer: Any) -> LabelledRows:
         """Tokenise the documents and find the last token of every tagged word; needs a fast tokenizer."""
-        documents = {
-            str(line["doc"]): as_text(line["text"], "words.text", f"key 'text' of {self.text}, line {number},") or ""
-            for number, line in enumerate(json_lines(Path(self.text), "words.text", ("doc", "text")), start=1)
-        }
+        if self.text is None:
+            documents = {str(number): text for number, text in enumerate(StandardLibraryText().documents())}
+        else:
+            documents = {
+                str(line["doc"]): as_text(line["text"], "words.text", f"key 'text' of {self.text}, line {number},")
+                or ""
+                for number, line in enumerate(json_lines(Path(self.text), "words.text", ("doc", "text")), start=1)
+            }
         tagged: dict[str, list[tuple[int, str]]] = defaultdict(list)  # by document: ends of words, and their tags
-        for number, line in enumerate(json_lines(Path(self.tags), "words.tags", ("doc", "tags", "offsets")), start=1):
+        for name, text in documents.items() if self.tags is None else ():
+            tagged[name] = [(word.end(), word[0]) for word in re.finditer(r"\w+", text[: 12 * self.context_length])]
+        lines = () if self.tags is None else json_lines(Path(self.tags), "words.tags", ("doc", "tags", "offsets"))
+        for number, line in enumerate(lines, start=1):
             try:
                 ends = [int(line.get("start", 0)) + int(end) for _, end in line["offsets"]]
                 tagged[str(line["doc"])] += zip(ends, map(str, line["tags"]), strict=True)

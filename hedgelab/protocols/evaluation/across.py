@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -25,19 +26,26 @@ Results = Mapping[str, Mapping[str, float]]  # metrics by SAE
 
 
 def side_by_side(
-    results: Results, params: Mapping[str, Mapping[str, str]], x: str | None, parent: RunSummary | None
+    results: Results,
+    params: Mapping[str, Mapping[str, str]],
+    x: str | None,
+    parent: RunSummary | None,
+    kinds: Mapping[str, str],
+    beside: Results,
 ) -> list[str]:
-    """What to print of SAEs with these parameters; where a number distinguishes them, table and figure go to ``parent`` too."""
-    if len(results) == 1:
-        ((name, metrics),) = results.items()
-        return [name, *aligned([[f"  {key}", f"{value:.4g}"] for key, value in metrics.items()]).splitlines()]
-    rows = rows_of(results, params, x)
+    """What to print of SAEs with these parameters; where a number distinguishes them, table and figure go to ``parent`` too.
+
+    ``kinds`` says of controls which they are; what stands ``beside`` are controls, of whatever parameters.
+    """
+    rows = [] if len(results) == 1 else rows_of(results, params, x)
     if not rows:
-        return [
-            f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in sorted(metrics.items()))
-            for name, metrics in results.items()
-        ]
-    lines = means(rows)
+        shown = {**results, **beside}
+        names = dict.fromkeys(name for metrics in shown.values() for name in metrics)
+        cells = [[f"{own[name]:.4g}" if name in own else "" for own in shown.values()] for name in names]
+        table = [[f"  {name}", *row] for name, row in zip(names, cells, strict=True)]
+        return aligned([["", *shown], *table]).splitlines()
+    rows = [replace(row, line=kinds.get(row.run_id) or row.line) for row in rows]
+    lines = means(rows, beside)
     if parent is not None:
         client = ensure_store()
         client.log_text(parent.run_id, as_csv(flat(rows)), "evaluation.csv")
@@ -94,8 +102,8 @@ def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def means(rows: Sequence[Row]) -> list[str]:
-    """Means over seeds with their spread, as lines of text: scores down, places across.
+def means(rows: Sequence[Row], beside: Results = MappingProxyType({})) -> list[str]:
+    """Means over seeds with their spread, as lines of text: scores down, places across, then what stands ``beside``.
 
     The last column is the least difference of two SAEs to believe, ``1.96 · √2`` times a score's noise, of those that have one.
     """
@@ -104,8 +112,11 @@ def means(rows: Sequence[Row]) -> list[str]:
     reliable = {
         name: reliable_difference([row.metrics.get(f"{name}{NOISE}", math.nan) for row in rows]) for name in names
     }
+    axes = [""] * (len(table[0]) - len(names) - 1)
+    for label, metrics in beside.items():
+        table.append([label, *axes, *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names)])
     if any(reliable.values()):
-        table.append(["reliable from", *[""] * (len(table[0]) - len(names) - 1), *reliable.values()])
+        table.append(["reliable from", *axes, *reliable.values()])
     return aligned([column for column in zip(*table, strict=True) if any(column[1:])]).splitlines()
 
 

@@ -4,6 +4,7 @@ The field advises against TPP and SCR: TPP falls as training goes on, and SCR wi
 synthetic SAEs (Chanin, *Are SAE Benchmarks Reliable?*, arXiv 2605.18229). They are for comparison with published numbers.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -18,10 +19,9 @@ from hedgelab.data.llm.hook import Replacement
 from hedgelab.data.llm.labelled import ClassifiedTexts, FirstLetters, TaggedWords
 from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics import LossRecovered
 from hedgelab.metrics.functional.basic import density_histogram, explained_variance
-from hedgelab.metrics.functional.first_letter import first_letter_scores
-from hedgelab.metrics.functional.loss_recovered import baseline_sums
+from hedgelab.metrics.functional.first_letter import FirstLetterScores, first_letter_scores
+from hedgelab.metrics.functional.loss_recovered import baseline_sums, recovered_loss, spliced_sums
 from hedgelab.metrics.functional.probing import firing_magnitudes, k_sparse_probing, linear_probes
 from hedgelab.metrics.functional.projection import nth_decoder_projection
 from hedgelab.metrics.functional.recovery import NEAR_DUPLICATE, decoder_cosines, decoder_geometry, mcc
@@ -36,7 +36,7 @@ from hedgelab.plots.training import firing_density
 from hedgelab.protocols.evaluation.reader import ModelReader, Readings
 from hedgelab.protocols.evaluation.suite import NOISE, Scores, Suite, encode_rows, finite, rows_of, whole_numbers
 from hedgelab.protocols.planting.measures import ResidualAndNulls
-from hedgelab.saes import SAE, InferenceSAE
+from hedgelab.saes import SAE
 from hedgelab.seeding import generator
 from hedgelab.training.trainee import Trainee
 
@@ -44,13 +44,39 @@ OFTEN, SELDOM = 0.1, 1e-4
 """Firing rates from which a latent is dense, and below which it is rare."""
 _ROWS_OF_PROJECTIONS = 2048
 _PARTS = 8  # of the activations: how a score differs between them is its noise
-_CONTEXTS_AT_ONCE = 2  # logits of a large vocabulary are what takes memory
 
 
 def with_noise(name: str, values: Tensor) -> dict[str, float]:
     """The mean of a score measured anew several times, and its standard error as ``<name>_noise``, of two or more."""
     noise = {} if len(values) < 2 else {f"{name}{NOISE}": float(values.std()) / len(values) ** 0.5}
     return {name: float(values.mean()), **noise}
+
+
+def jackknife(left_out: Tensor) -> Tensor:
+    """Standard errors of scores, from their values ``[n, ...]`` with each of n equal parts of what was measured on left out.
+
+    ``√((n - 1) / n Σ (v_i - mean v)²)`` (Tukey 1958); of a mean that is the usual standard error.
+
+    >>> values = torch.tensor([1.0, 2.0, 6.0])
+    >>> torch.isclose(jackknife((values.sum() - values) / 2), values.std() / 3**0.5).item()
+    True
+    """
+    return left_out.double().std(0, correction=0) * math.sqrt(len(left_out) - 1)
+
+
+def over_live(name: str, values: Tensor, elsewhere: Tensor) -> dict[str, float]:
+    """The mean of values of live latents ``[live]`` (0 of none), and how it varies with which of them fire.
+
+    ``elsewhere [parts, live]``: whether each fires outside a part of the activations. Its noise is the jackknife's.
+    """
+    means = torch.stack([values[kept].double().mean() for kept in elsewhere]).nan_to_num()
+    return {name: float(values.double().mean().nan_to_num()), f"{name}{NOISE}": float(jackknife(means))}
+
+
+def fired_elsewhere(codes: Codes) -> Tensor:
+    """Whether each latent fires outside each of some equal parts of the rows, bool ``[parts, d_sae]``."""
+    fired = torch.stack([part.firing_counts() for part in codes.split(-(-codes.batch_size // _PARTS))])
+    return fired.sum(0) > fired
 
 
 class DensitySuite(Suite):
@@ -79,9 +105,11 @@ class DensitySuite(Suite):
             rates = codes.firing_counts().double() / len(x)
             counts, edges, _ = density_histogram(rates)
             live = rates[rates > 0]
+            dead = (~fired_elsewhere(codes)).double().mean(1)
             metrics = {
                 "density/l0": float(rates.sum()),
                 "density/dead_fraction": float((rates == 0).double().mean()),
+                "density/dead_fraction_noise": float(jackknife(dead)),
                 "density/dense_fraction": float((rates >= OFTEN).double().mean()),
                 "density/rare_fraction": float(((rates > 0) & (rates < SELDOM)).double().mean()),
                 "density/median_rate": float(live.median()) if len(live) else 0.0,
@@ -107,7 +135,10 @@ class GeometrySuite(Suite):
 
     name = "geometry"
     reads_language_model = reconstructs = False
-    titles: ClassVar[Mapping[str, str]] = {"geometry/mean_max_cosine": "mean largest cosine ↓"}
+    titles: ClassVar[Mapping[str, str]] = {
+        "geometry/mean_max_cosine": "mean largest cosine ↓",
+        "geometry/pw_mcc": "agreement of seeds (PW-MCC) ↑",
+    }
 
     def __init__(self, rows: int = 8192) -> None:
         self.rows = whole_number("rows", rows)
@@ -116,34 +147,32 @@ class GeometrySuite(Suite):
         """Scores of each SAE."""
         x = readings.rows(self.rows)
         for name, sae in saes.items():
-            live = encode_rows(sae, x).fired()
+            codes = encode_rows(sae, x)
+            live, elsewhere = codes.fired(), fired_elsewhere(codes)[:, codes.fired()]
             W_dec, b_dec = sae.W_dec.detach().cpu(), sae.b_dec.detach().cpu()
             geometry = decoder_geometry(W_dec, live)
-            count = int(live.sum())
-            metrics = {
-                "geometry/mean_max_cosine": float(geometry.largest.double().mean()) if count else 0.0,
-                "geometry/mean_absolute_cosine": float(geometry.mean_absolute),
-                "geometry/near_duplicates": float(geometry.near_duplicates) / max(1, count),
+            of_latents = {
+                "mean_max_cosine": geometry.largest,
+                "mean_absolute_cosine": geometry.absolute,
+                "near_duplicates": geometry.largest >= NEAR_DUPLICATE,
             }
-            if not isinstance(sae, InferenceSAE):  # whose b_dec may be that of normalised activations
-                metrics["geometry/nth_projection"] = nth_projection(x, W_dec, b_dec)
             if sae.reconstructs:
                 read, written = (normalize(weight.detach().cpu().float(), dim=1) for weight in (sae.W_enc.T, W_dec))
-                tied = (read * written).sum(1)[live]
-                metrics["geometry/encoder_decoder_cosine"] = float(tied.double().mean()) if count else 0.0
+                of_latents["encoder_decoder_cosine"] = (read * written).sum(1)[live]
+            metrics: dict[str, float] = {}
+            for key, values in of_latents.items():
+                metrics |= over_live(f"geometry/{key}", values, elsewhere)
+            if sae.reconstructs and getattr(sae, "normalize_activations", "none") == "none":  # else b_dec is another's
+                parts = x.tensor_split(max(_PARTS, -(-len(x) // _ROWS_OF_PROJECTIONS)))
+                projections = torch.stack([nth_decoder_projection(part, W_dec, b_dec) for part in parts])
+                metrics |= with_noise("geometry/nth_projection", projections.double())
             others = [other for key, other in saes.items() if key != name and alike(sae, other)]
             if others:
-                metrics["geometry/pw_mcc"] = float(torch.stack([between(sae, other) for other in others]).mean())
+                metrics |= with_noise("geometry/pw_mcc", torch.stack([between(sae, other) for other in others]))
             latents = live.nonzero().squeeze(1)
             nearest = {"latent": latents, "nearest": latents[geometry.nearest], "cosine": geometry.largest}
             draw = partial(plots.cosine_distribution, geometry.counts, geometry.largest, NEAR_DUPLICATE)
             yield name, Scores(metrics, {"geometry/nearest.csv": rows_of(nearest)}, {"geometry.png": draw})
-
-
-def nth_projection(x: Tensor, W_dec: Tensor, b_dec: Tensor) -> float:
-    """The n-th decoder projection, mean over parts of the activations."""
-    parts = torch.split(x, _ROWS_OF_PROJECTIONS)
-    return sum(float(nth_decoder_projection(rows, W_dec, b_dec)) * len(rows) for rows in parts) / len(x)
 
 
 def alike(one: SAE, other: SAE) -> bool:
@@ -256,27 +285,37 @@ class LossSuite(Suite):
         contexts = reader.data.stage_contexts("test")
         tokens = contexts.tokens[: self.loss_contexts].long().to(model.device)
         usable = contexts.usable(reader.data.skip_first)[: self.loss_contexts].to(model.device)
-        parts = list(zip(torch.split(tokens, _CONTEXTS_AT_ONCE), torch.split(usable, _CONTEXTS_AT_ONCE), strict=True))
+        parts = list(zip(torch.split(tokens, 1), torch.split(usable, 1), strict=True))  # one by one: logits are large
         total = sum(model.activations(part)[where].double().sum(0) for part, where in parts)
         mean = (torch.as_tensor(total) / usable.sum()).float()
-        metrics = {name: LossRecovered().to(model.device) for name in saes}
+        sums: dict[str, list[dict[str, Tensor]]] = {name: [] for name in saes}  # of each context
 
         def reconstruct(sae: SAE, rows: Tensor) -> Tensor:
             x = reader.normalise(rows.float()).to(sae.W_dec.device)
             return reader.restore(sae(x).to(rows.device))
 
-        for part, where in tqdm(parts, "Loss recovered", unit="part", delay=1):
+        for part, where in tqdm(parts, "Loss recovered", unit="context", delay=1):
             clean = model.logits(part)
             ablations = (partial(replaced, where, by) for by in (torch.zeros_like, mean.expand_as))
             baselines = baseline_sums(part, where, clean, *(model.logits(part, ablation) for ablation in ablations))
             for name, sae in saes.items():
-                spliced = partial(replaced, where, partial(reconstruct, sae))
-                metrics[name].update(part, where, clean, model.logits(part, spliced))
-                metrics[name].add_to(**baselines)
-        for name, metric in metrics.items():
-            losses = {key: float(value) for key, value in metric.compute()._asdict().items()}
-            values = finite({f"loss_recovered/{key}": value for key, value in losses.items()})
-            yield name, Scores(values, {}, {"loss_recovered.png": partial(plots.losses_spliced, losses)})
+                spliced = model.logits(part, partial(replaced, where, partial(reconstruct, sae)))
+                sums[name].append(baselines | spliced_sums("sae", part, where, clean, spliced))
+        for name, contexts_sums in sums.items():
+            losses = losses_of(contexts_sums)
+            values = {f"loss_recovered/{key}": value for key, value in losses.items()}
+            if len(contexts_sums) > 1:
+                without = [losses_of(contexts_sums[:i] + contexts_sums[i + 1 :]) for i in range(len(contexts_sums))]
+                for key in (key for key in losses if "recovered" in key):
+                    noise = jackknife(torch.tensor([one[key] for one in without]))
+                    values[f"loss_recovered/{key}{NOISE}"] = float(noise)
+            yield name, Scores(finite(values), {}, {"loss_recovered.png": partial(plots.losses_spliced, losses)})
+
+
+def losses_of(contexts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Losses and shares recovered over some contexts, of the sums of each."""
+    total = {key: torch.stack([sums[key] for sums in contexts]).sum(0) for key in contexts[0]}
+    return {key: float(value) for key, value in recovered_loss(total, total["count"])._asdict().items()}
 
 
 def replaced(where: Tensor, by: Replacement, hooked: Tensor) -> Tensor:
@@ -349,6 +388,7 @@ class AbsorptionSuite(Suite):
 
     Args:
         letters: The first-letter task.
+        splits: Splits into words for training and for testing; how scores differ between them is their noise.
     """
 
     name = "absorption"
@@ -358,27 +398,41 @@ class AbsorptionSuite(Suite):
         "absorption/f1_k1": "first letter F1, k = 1 ↑",
     }
 
-    def __init__(self, letters: FirstLetters = FirstLetters()) -> None:  # noqa: B008 (frozen)
-        self.letters = letters
+    def __init__(self, letters: FirstLetters = FirstLetters(), splits: int = 3) -> None:  # noqa: B008 (frozen)
+        self.letters, self.splits = letters, whole_number("splits", splits)
 
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
         words = self.letters.load(readings.model.tokenizer)
         x, kept = readings.model.word_rows(words)
-        labels, test = words.labels[kept], words.test[kept]
-        probe = linear_probes(x[~test], labels[~test])  # dense: it knows the letters
+        labels = words.labels[kept]
+        tests = [reshuffled(words.test[kept], labels, split) for split in range(self.splits)]
+        probes = [linear_probes(x[~test], labels[~test]) for test in tests]  # dense: they know the letters
         for name, sae in saes.items():
-            scores = first_letter_scores(
-                encode_rows(sae, x[~test]), labels[~test], encode_rows(sae, x[test]), labels[test], x[test], probe,
-                sae.W_dec.detach().cpu(),
-            )  # fmt: skip
-            by_letter = {"full": scores.full, "fraction": scores.fraction, "split_latents": scores.splits}
-            by_letter |= {"f1_k1": scores.f1, "probe_f1": scores.probe_f1}
-            metrics = {f"absorption/{key}": values.nanmean() for key, values in by_letter.items()}
-            metrics["absorption/letters"] = (~scores.full.isnan()).sum()
+            of_splits = [
+                first_letter_scores(
+                    encode_rows(sae, x[~test]), labels[~test], encode_rows(sae, x[test]), labels[test], x[test], probe,
+                    sae.W_dec.detach().cpu(),
+                )
+                for test, probe in zip(tests, probes, strict=True)
+            ]  # fmt: skip
+            scores = of_splits[0]
+            metrics = {"absorption/letters": float((~scores.full.isnan()).sum())}
+            for field in FirstLetterScores._fields:
+                key = "split_latents" if field == "splits" else "f1_k1" if field == "f1" else field
+                means = torch.stack([getattr(one, field).nanmean() for one in of_splits])
+                metrics |= with_noise(f"absorption/{key}", means)
             tables = {"absorption/letters.csv": rows_of({"letter": words.letters, **scores._asdict()})}
             draw = partial(plots.absorption_by_letter, words.letters, scores.full, scores.fraction)
             yield name, Scores(finite(metrics), tables, {"absorption.png": draw})
+
+
+def reshuffled(test: Tensor, labels: Tensor, split: int) -> Tensor:
+    """Which words are for testing (bool ``[words]``) in another split; as they are in split 0, as many of each class in all."""
+    test = test.clone()
+    for number, members in enumerate(one.nonzero().squeeze(1) for one in labels.T if split):
+        test[members] = test[members][torch.randperm(len(members), generator=generator(split, "letters", number))]
+    return test
 
 
 class TextActivations(NamedTuple):

@@ -12,8 +12,7 @@ import yaml
 from tqdm import tqdm
 
 import hedgelab.data.llm
-import hedgelab.data.tensors
-import hedgelab.data.toy  # noqa: F401
+import hedgelab.data.tensors  # noqa: F401
 from hedgelab.config.signatures import Parameter, class_of
 from hedgelab.config.tree import Tree, overlay
 from hedgelab.config.walk import Walk, resolve
@@ -21,19 +20,31 @@ from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
 from hedgelab.data.planting import PlantedActivations
 from hedgelab.data.source import ActivationSource
+from hedgelab.data.toy import ToyDataModule
 from hedgelab.errors import UserError
-from hedgelab.identity import deciding
+from hedgelab.identity import deciding, stable_id
+from hedgelab.interop.saelens import import_pretrained
 from hedgelab.protocols.evaluation.across import side_by_side
+from hedgelab.protocols.evaluation.oracle import Oracle
 from hedgelab.protocols.evaluation.reader import Readings
 from hedgelab.protocols.evaluation.suite import Scores, choose, class_path, make_suites, names_of, suite_classes
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Study, as_csv
-from hedgelab.saes import SAE
+from hedgelab.saes import SAE, save_sae, weights_sha256
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.models import link_metrics
 from hedgelab.tracking.params import flatten
-from hedgelab.tracking.runs import FoundSAE, RunSummary, artifact, children, resolve_run, resolve_sae
-from hedgelab.tracking.store import ensure_store
+from hedgelab.tracking.runs import (
+    CONTROL_TAG,
+    FoundSAE,
+    RunSummary,
+    artifact,
+    children,
+    resolve_run,
+    resolve_sae,
+    run_with,
+)
+from hedgelab.tracking.store import ensure_store, runs_dir, tracking_uri
 
 TAG = "evaluated"
 
@@ -43,6 +54,8 @@ class Subject:
 
     ``sae_class`` is the path of its class, where that is one of the user's own and no run says so.
     """
+
+    experiment = "evaluation"  # of the run that it gets
 
     def __init__(self, name: str, folder: Path, run: RunSummary | None, sae_class: str | None = None) -> None:
         self.name, self.folder, self.run, self._sae_class = name, folder, run, sae_class
@@ -57,20 +70,31 @@ class Subject:
         """The SAE, ready to measure."""
         return FoundSAE(self.folder, self.run).load(self._sae_class)
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """The tag by which the run that it got is known again."""
+        return {"measured_sae": weights_sha256(self.folder)}
+
+    @cached_property
+    def scored_before(self) -> RunSummary | None:
+        """Its run, or the one that it got before."""
+        return self.run or run_with(self.identity, self.experiment)
+
     @cached_property
     def run_id(self) -> str:
         """The run that gets its scores; for a folder one is opened now."""
-        if self.run is not None:
-            return self.run.run_id
-        tracker = MLflowTracker("evaluation", self.folder.resolve().name, {"sae_folder": str(self.folder)})
+        if self.scored_before is not None:
+            return self.scored_before.run_id
+        tags = {"sae_folder": str(self.folder), **({CONTROL_TAG: self.sae.control} if self.sae.control else {})}
+        tracker = MLflowTracker(self.experiment, Path(self.name).resolve().name, {**self.identity, **tags})
         tracker.finalize("success")
         return str(tracker.run_id)
 
     def known_scores(self, suite: str, mark: str) -> dict[str, float] | None:
         """Its scores of a suite that was run on it before with the same mark; None where none was."""
-        if self.run is None or self.run.tags.get(f"{TAG}.{suite}") != mark:
+        if self.scored_before is None or self.scored_before.tags.get(f"{TAG}.{suite}") != mark:
             return None
-        return {name: value for name, value in self.run.metrics.items() if name.startswith(f"{suite}/")}
+        return {name: value for name, value in self.scored_before.metrics.items() if name.startswith(f"{suite}/")}
 
     @property
     def params(self) -> dict[str, str]:
@@ -119,13 +143,36 @@ class Subject:
         return tree
 
 
+class OracleSubject(Subject):
+    """The perfect SAE of a toy, whose section ``data`` is ``tree``."""
+
+    def __init__(self, name: str, data: ToyDataModule, tree: Tree, experiment: str) -> None:
+        super().__init__(name, Path(), None)
+        self.sae, self._tree, self.experiment = Oracle(data), tree, experiment
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The toy."""
+        return {"oracle": stable_id(deciding({"data": self._tree}))}
+
+
 def say(line: str) -> None:
     """Tell what happens, above any progress bar."""
     tqdm.write(f"evaluate: {line}")
 
 
 def find(word: str, sae_class: str | None = None) -> tuple[list[Subject], RunSummary | None]:
-    """The SAEs that a word means: a run's, those of a run's parts, or a folder's; and the run above them, if there is one."""
+    """The SAEs that a word means, and the run above them, if there is one.
+
+    A run's, those of a run's parts, a folder's, or one that SAELens lists (``saelens:RELEASE/ID``), which is imported once.
+    """
+    if (pretrained := word.removeprefix("saelens:")) != word:
+        folder = runs_dir(tracking_uri()) / "imported" / pretrained
+        if not (folder / "sae.json").is_file():  # which comes last
+            sae, source = import_pretrained(pretrained)
+            source.save(folder)
+            save_sae(sae, folder)
+        return [Subject(pretrained, folder, None)], None
     if Path(word).is_dir():
         return [Subject(word, resolve_sae(word).folder, None, sae_class)], None
     run = resolve_run(word)
@@ -136,6 +183,15 @@ def find(word: str, sae_class: str | None = None) -> tuple[list[Subject], RunSum
             f"run {run.run_id[:8]} ({run.name}): neither it nor a part of it has an SAE; see `hedgelab runs`"
         )
     return [Subject(one.name, artifact(one, "sae"), one) for one in members], None if alone else run
+
+
+def control_siblings(subject: Subject) -> list[Subject]:
+    """The controls of its own width that were trained in the same sweep."""
+    if subject.run is None or subject.run.parent is None or subject.sae.control:
+        return []
+    members = [one for one in children(resolve_run(subject.run.parent), with_sae=True) if CONTROL_TAG in one.tags]
+    found = [Subject(one.name, artifact(one, "sae"), one) for one in members]
+    return [one for one in found if (one.sae.d_in, one.sae.d_sae) == (subject.sae.d_in, subject.sae.d_sae)]
 
 
 def distinct(found: Sequence[Subject]) -> list[Subject]:
@@ -162,28 +218,41 @@ class Evaluate(Study):
         x: str | None = None,  # what several SAEs are drawn against; None is the first number in which they differ
         class_path: str | None = None,  # of SAEs in folders, where it is one of the user's own
         truth: bool = False,  # planted features stay in the activations
+        controls: Sequence[str] = (),  # SAEs whose scores stand beside, besides those that are found
     ) -> None:
         self.suites = make_suites(options or {}, suite_classes(wanted))
         names_of(self.suites, wanted)  # a name that is none shows before anything is read
         self.saes, self.wanted, self.data, self.x = saes, wanted, data or {}, x
-        self.class_path, self.truth = class_path, truth
+        self.class_path, self.truth, self.controls = class_path, truth, controls
 
     def run(self, bench: Bench) -> Outcome:
-        """Find the SAEs, score them, and put several side by side."""
+        """Find the SAEs, score them, and put several side by side, with controls: nothing is trained for that."""
         found = [find(word, self.class_path) for word in self.saes]
-        subjects = distinct([one for some, _ in found for one in some])
+        named = distinct([one for some, _ in found for one in some])
+        others = [one for word in self.controls for one in find(word, self.class_path)[0]]
+        subjects = distinct([*named, *others, *(one for subject in named for one in control_siblings(subject))])
+        beside = self.scores(subjects)
+        results = {one.name: beside.pop(one.name) for one in named}
+        kinds = {one.name: one.sae.control for one in subjects}
+        beside = {f"{name} ({kinds[name]})" if kinds.get(name) else name: one for name, one in beside.items()}
+        parent = found[0][1] if len(found) == 1 else None
+        params = {one.name: one.params for one in named}
+        return Outcome(headline=side_by_side(results, params, self.x, parent, kinds, beside))
+
+    def scores(self, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
+        """The metrics of SAEs by name, and of the oracles of the toys that they read."""
         groups: dict[str, tuple[Tree, list[Subject]]] = {}  # those that read the same activations
         for one in subjects:
             tree = one.data(self.data, self.truth)
             known = None if one.source is None else [one.source.normalisation, one.source.scale, one.source.mean]
             key = json.dumps([tree, known], sort_keys=True, default=str)
             groups.setdefault(key, (tree, []))[1].append(one)
-        scored = {name: metrics for group in groups.values() for name, metrics in self._score(*group).items()}
-        results = {one.name: scored[one.name] for one in subjects}
-        parent = found[0][1] if len(found) == 1 else None
-        return Outcome(headline=side_by_side(results, {one.name: one.params for one in subjects}, self.x, parent))
+        scored: dict[str, dict[str, float]] = {}
+        for tree, members in groups.values():
+            scored |= self.score_group(tree, members, "" if len(groups) == 1 else f" of {members[0].name}")
+        return {one.name: scored.pop(one.name) for one in subjects if one.name in scored} | scored
 
-    def _score(self, tree: Tree, subjects: Sequence[Subject]) -> dict[str, dict[str, float]]:
+    def score_group(self, tree: Tree, subjects: list[Subject], whose: str) -> dict[str, dict[str, float]]:
         """The metrics of SAEs that read the same activations; each result is in the SAE's run as soon as it is there.
 
         A suite that was run on an SAE before, with the same options, texts and data, is not run again.
@@ -204,6 +273,10 @@ class Evaluate(Study):
                 )
         own = "normalisation" in self.data.get("init_args", self.data)
         readings = Readings(data, None if own else subjects[0].source)
+        if isinstance(data, ToyDataModule):
+            run = subjects[0].run
+            experiment = subjects[0].experiment if run is None else run.experiment
+            subjects.append(OracleSubject(f"oracle{whose}", data, tree, experiment))
         results: dict[str, dict[str, float]] = {one.name: {} for one in subjects}
         try:
             for suite in suites:

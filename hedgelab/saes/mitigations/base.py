@@ -44,6 +44,8 @@ class Mitigation(nn.Module):
     """Whether it works where latents are split over processes, as all do that concern targets alone."""
     fixed_shapes: ClassVar[bool] = False
     """Whether a step depends on tensors alone, whose shapes never change, so that it can be captured and replayed."""
+    control: str = ""
+    """What the SAE is then a control for, such as ``frozen decoder``; empty where it is none."""
 
     def check(self, sae: Any) -> None:
         """Refuse an SAE that does not fit with a UserError, or freeze its parameters; once, when the SAE takes it in.

@@ -37,6 +37,7 @@ class FrozenDecoder(Mitigation):
             possible = "must lie between 0 and 1, or be null"
             raise UserError(f"model.mitigations.minimum_cosine: {possible}, got {minimum_cosine}")
         self.minimum_cosine = minimum_cosine
+        self.control = "frozen decoder" if minimum_cosine is None else "soft-frozen decoder"
         self.register_buffer("start", None)
 
     def check(self, sae: Any) -> None:
@@ -70,6 +71,7 @@ class FrozenEncoder(Mitigation):
     """Keep encoder directions at their random start; biases and decoder train (Korznikov et al. 2026, arXiv 2602.14111)."""
 
     fixed_shapes = True
+    control = "frozen encoder"
 
     def check(self, sae: Any) -> None:
         """Freeze them."""

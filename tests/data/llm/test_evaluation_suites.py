@@ -161,6 +161,7 @@ def test_loss_recovered_is_that_of_splicing_by_hand(readings, data, saes):
             assert metrics["loss_recovered/cross_entropy_zero"] == pytest.approx(zero.item(), rel=1e-4)
             assert metrics["loss_recovered/cross_entropy_mean"] == pytest.approx(ablated.item(), rel=1e-4)
             assert metrics["loss_recovered/kl_sae"] == pytest.approx(kl.item(), rel=1e-2, abs=1e-6)
+            assert metrics["loss_recovered/kl_recovered_mean_noise"] > 0
     handle.remove()
 
 
@@ -217,6 +218,9 @@ def test_first_letters_end_to_end(readings, saes):
     scores = only(AbsorptionSuite(Letters()), saes, readings)
     assert scores.metrics["absorption/probe_f1"] == pytest.approx(1.0)  # the test words are among the training words
     assert scores.metrics["absorption/letters"] == 2
+    assert {f"absorption/{key}_noise" for key in ("full", "fraction", "split_latents", "f1_k1")} <= set(scores.metrics)
+    of_one = only(AbsorptionSuite(Letters(), splits=1), saes, readings).metrics
+    assert not any(name.endswith("_noise") for name in of_one)
     assert 0 <= scores.metrics["absorption/full"] <= 1
     assert 0 <= scores.metrics["absorption/fraction"] <= 1
 

@@ -57,6 +57,15 @@ def test_every_word_gets_its_label_at_its_token(tagged, tokenizer):
     assert len(data.positions) == 9 * 20
 
 
+def test_words_of_python_s_own_documentation_are_their_own_tags(tokenizer, monkeypatch):
+    documents = [" ".join(f"w{(doc + 3 * n) % 60}" for n in range(40)) for doc in range(30)]
+    monkeypatch.setattr("hedgelab.data.llm.text.StandardLibraryText.documents", lambda self: iter(documents))
+    data = TaggedWords(classes={"teens": [r"w1\d"]}, contexts=12, context_length=20).load(tokenizer)
+    assert len(data.positions) == 12 * 20
+    for (context, position), (teen,) in zip(data.positions.tolist(), data.labels.tolist(), strict=True):
+        assert teen == (10 <= int(tokenizer.decode([data.tokens[context, position]]).removeprefix("w")) < 20)
+
+
 def test_documents_are_never_split(tagged, tokenizer):
     data = words(tagged).load(tokenizer)
     for context in range(9):

@@ -53,6 +53,13 @@ def test_a_frozen_decoder_stays_and_the_rest_trains(optimizer, nested, tmp_path)
     assert not load_sae(tmp_path).W_dec.requires_grad
 
 
+def test_sae_s_say_which_control_they_are():
+    assert make(FrozenDecoder(minimum_cosine=0.8)).control == "soft-frozen decoder"
+    assert MatryoshkaSAE(8, make(), [4, 12], mitigations=[FrozenDecoder()]).control == "frozen decoder"
+    assert MatryoshkaSAE(8, make(FrozenEncoder()), [4, 12]).control == "frozen encoder"
+    assert make().control == ""
+
+
 def test_a_frozen_encoder_stays_and_the_rest_trains():
     sae = make(FrozenEncoder())
     before = {name: value.clone() for name, value in sae.state_dict().items()}
