@@ -26,9 +26,7 @@ class Batch(NamedTuple):
         """The same batch on another device."""
         features = on_device(self.features, device) if isinstance(self.features, Tensor) else self.features
         features = features.to(device) if isinstance(features, Codes) else features
-        return Batch(
-            on_device(self.x, device), features, None if self.weight is None else on_device(self.weight, device)
-        )
+        return Batch(on_device(self.x, device), features, None if self.weight is None else on_device(self.weight, device))
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:

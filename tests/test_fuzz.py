@@ -79,9 +79,7 @@ TREE = yaml.safe_dump(
     }
 ).encode()
 EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "cut", "repeat", "insert"]), st.floats(0, 0.9999), st.binary(min_size=1, max_size=12)
-    ),
+    st.tuples(st.sampled_from(["flip", "cut", "repeat", "insert"]), st.floats(0, 0.9999), st.binary(min_size=1, max_size=12)),
     min_size=1,
     max_size=4,
 )
@@ -173,6 +171,4 @@ def test_sae_weights_with_a_mutated_header(folders, kind, edits):
     content = (folders / kind / "sae.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = mutated(content[8 : 8 + length], edits)
-    refused_or_sound(
-        copy(folders, kind, sae_safetensors=struct.pack("<Q", len(header)) + header + content[8 + length :])
-    )
+    refused_or_sound(copy(folders, kind, sae_safetensors=struct.pack("<Q", len(header)) + header + content[8 + length :]))

@@ -57,9 +57,7 @@ def run(command: str, words: list[str]) -> int:
     return 0
 
 
-def evaluation_of(
-    named: list[str], words: list[str], tree: Tree, make: Callable[..., Any], own: Collection[str] = ()
-) -> Any:
+def evaluation_of(named: list[str], words: list[str], tree: Tree, make: Callable[..., Any], own: Collection[str] = ()) -> Any:
     """What ``make`` makes of the SAEs and options, given as words and as a tree; sweeps among the SAEs are trained.
 
     Options called ``own`` are the caller's.

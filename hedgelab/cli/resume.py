@@ -121,9 +121,7 @@ class ResumableCLI(HedgelabCLI):
         now = self.facts()
         tracker = _tracker_section(now["config"]["trainer"]["logger"])
         if self.command == "hedge" and tracker is None:
-            raise UserError(
-                "resume: hedge finds its phases in the tracking store; list MLflowTracker in trainer.logger"
-            )
+            raise UserError("resume: hedge finds its phases in the tracking store; list MLflowTracker in trainer.logger")
         root = _checkpoints_root(now["config"], tracker)
         match = _named(root, wanted, now) if isinstance(wanted, str) else _newest(root, now)
         if match is None:
@@ -175,9 +173,7 @@ class ResumableCLI(HedgelabCLI):
                 self.folder = RunFolder(Path(tracker.save_dir) / "checkpoints" / str(tracker.run_id))
                 self.folder.claim()
             self.folder.note(**self.facts(), outcome=outcome, run_id=tracker.run_id, finished=False)
-        return {
-            key: value for key, value in outcome.items() if (key, value) != (_RELEASE, hedgelab.version.__version__)
-        }
+        return {key: value for key, value in outcome.items() if (key, value) != (_RELEASE, hedgelab.version.__version__)}
 
     @rank_zero_only
     def finish(self, cut: bool = False) -> None:

@@ -81,9 +81,7 @@ def _batch_topk(ranked: Tensor, selection: BatchTopK, share: Share) -> Tensor:
         kept = _first_mass(flat, weight, k, share)
     elif share.ranks.size > 1:
         single = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        kept = among_largest(
-            single, lambda i: share.positions(i // width, i % width), round(k * share.rows), share.ranks
-        )
+        kept = among_largest(single, lambda i: share.positions(i // width, i % width), round(k * share.rows), share.ranks)
     else:  # a fixed number of entries, so that torch.func can map it
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter(0, flat.topk(round(k * len(ranked))).indices, True)
     return kept.view_as(ranked)

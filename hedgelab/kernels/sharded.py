@@ -54,9 +54,7 @@ class ShardedCodes(Codes):
 
     def relabelled(self, place: Tensor) -> Self:
         """Not here: a latent cannot move to another process."""
-        raise UserError(
-            "trainer.strategy: latents cannot be sorted where they are split over processes, use auto or ddp"
-        )
+        raise UserError("trainer.strategy: latents cannot be sorted where they are split over processes, use auto or ddp")
 
     def sum_per_latent(self, weight: Tensor | None = None) -> Tensor:
         """Sum of each latent's activations over the batch, a DTensor ``[d_sae]``."""

@@ -38,8 +38,7 @@ def absorption_by_letter(letters: Sequence[str], full: ArrayLike, fraction: Arra
 def scores_by_count(counts: Sequence[int], lines: Mapping[str, ArrayLike], title: str, ylabel: str) -> Figure:
     """Scores against the number of latents silenced, a curve a label."""
     curves = {
-        label: list(zip(counts, np.asarray(values, dtype=float)[:, None], strict=True))
-        for label, values in lines.items()
+        label: list(zip(counts, np.asarray(values, dtype=float)[:, None], strict=True)) for label, values in lines.items()
     }
     return sweep_panels({"": curves}, "latents silenced", title, (True, False), ylabel=ylabel)
 

@@ -59,9 +59,7 @@ def _bars(axes: Axes, names: Mapping[str, str], scores: Sequence[Mapping[str, fl
     axes.margins(y=0.12)
 
 
-def projection_of_latents(
-    projections: Sequence[Sequence[float]], baseline: float, noise_floor: float | None = None
-) -> Figure:
+def projection_of_latents(projections: Sequence[Sequence[float]], baseline: float, noise_floor: float | None = None) -> Figure:
     """How much of each old latent moved into the new latents' span, ``‖Δ_i Q Qᵀ‖``, a sequence a seed: sorted, and binned.
 
     ``baseline`` is the mean within random subspaces, ``noise_floor`` the mean of what reordering the data moves.

@@ -77,9 +77,7 @@ def legend_below(figure: Figure, handles: Iterable[Any], columns: int = 6) -> No
 
 def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **options: Any) -> None:
     """Small text at a point, moved by an offset in points."""
-    axes.annotate(
-        text, at, offset, textcoords="offset points", **{"ha": "center", "fontsize": 8, "color": INK, **options}
-    )
+    axes.annotate(text, at, offset, textcoords="offset points", **{"ha": "center", "fontsize": 8, "color": INK, **options})
 
 
 def grouped_bars(axes: Axes, names: Sequence[str], groups: Mapping[str, ArrayLike]) -> None:

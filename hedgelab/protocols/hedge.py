@@ -180,9 +180,7 @@ def train_together(studies: Sequence[Hedge], runner: PhaseRunner) -> list[dict[i
 
 
 @torch.no_grad()
-def measure_together(
-    studies: Sequence[Hedge], trained: Sequence[Mapping[int, Continuations]]
-) -> list[dict[int, DegreeScores]]:
+def measure_together(studies: Sequence[Hedge], trained: Sequence[Mapping[int, Continuations]]) -> list[dict[int, DegreeScores]]:
     """The degrees of several SAEs on the same data, whose validation batches are read once for all.
 
     SAEs are measured on the device where the activations are (a language model's may be on a GPU), one seed at a time, and

@@ -250,8 +250,7 @@ def train_and_measure(
                 own, other = features[..., target.own], features[..., target.other]
                 activations = ensemble.activations(batch)[:, :, target.latent]
                 both, alone = (
-                    (weight * where * activations).sum(1) / (weight * where).sum(1)
-                    for where in (own & other, own & ~other)
+                    (weight * where * activations).sum(1) / (weight * where).sum(1) for where in (own & other, own & ~other)
                 )
                 measured[name] = 1 - both / alone
             case "mcc":

@@ -141,9 +141,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def make_toy(
-    recipe: Recipe[ActivationDataModule], key: str, population: bool = False, **arguments: Any
-) -> ToyDataModule:
+def make_toy(recipe: Recipe[ActivationDataModule], key: str, population: bool = False, **arguments: Any) -> ToyDataModule:
     """The toy of the config's section ``key``, with some arguments replaced; one that enumerates its ``population``."""
     data = recipe(**arguments)
     needed = "a ToyDataModule with sampling: population" if population else "a ToyDataModule"

@@ -70,8 +70,7 @@ class PhaseTrainer(L.Trainer):
         """Keep the arguments as they are before a trainer sets up its strategy."""
         self._given = {**settings, "strategy": copy.deepcopy(settings.get("strategy", "auto"))}
         callbacks, loggers = (
-            given if isinstance(given, list) else [given]
-            for given in (settings.get("callbacks"), settings.get("logger"))
+            given if isinstance(given, list) else [given] for given in (settings.get("callbacks"), settings.get("logger"))
         )
         of_every_run = (RunRecord, ProgressBar, RunCheckpoint, SaveConfigCallback)
         self._own_callbacks = [one for one in callbacks if one is not None and not isinstance(one, of_every_run)]
@@ -80,9 +79,7 @@ class PhaseTrainer(L.Trainer):
         watching = [one for one in self._own_callbacks if not isinstance(one, FiniteGuard)]
         self.one_at_a_time = bool(self._own_loggers or watching)
 
-    def another(
-        self, trackers: Sequence[MLflowTracker], callbacks: Sequence[L.Callback], checkpoints: bool
-    ) -> L.Trainer:
+    def another(self, trackers: Sequence[MLflowTracker], callbacks: Sequence[L.Callback], checkpoints: bool) -> L.Trainer:
         """A trainer with copies of the user's callbacks and loggers, and those of one fit."""
         bars: list[L.Callback] = [StepProgressBar()] if self._given.get("enable_progress_bar", True) else []
         saving = [RunCheckpoint(**self._saving.interval)] if checkpoints and self._saving is not None else []

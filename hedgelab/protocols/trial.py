@@ -122,8 +122,7 @@ class Trial(Study):
             for label, name in _MEASURES.items()
         }
         curves = {
-            k: {t: {w: [s["true_hedging"] for s in some(kind=k, toy=t, width=w)] for w in widths} for t in toys}
-            for k in kinds
+            k: {t: {w: [s["true_hedging"] for s in some(kind=k, toy=t, width=w)] for w in widths} for t in toys} for k in kinds
         }
         figures = {"against_truth.png": measures_against_truth(points, ranks), "widths.png": hedging_over_width(curves)}
         if any(score["levels"] for score in scores):

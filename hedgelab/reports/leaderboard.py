@@ -62,9 +62,7 @@ def ranked(entries: Sequence[Entry], score: str, title: str) -> list[Entry]:
 
 def best_control(entries: Sequence[Entry], score: str, title: str, reads: str) -> Entry | None:
     """The control of these activations with the best score; an oracle is none that could be beaten."""
-    controls = [
-        one for one in entries if one.control not in ("", "oracle") and one.reads == reads and score in one.metrics
-    ]
+    controls = [one for one in entries if one.control not in ("", "oracle") and one.reads == reads and score in one.metrics]
     return next(iter(ranked(controls, score, title)), None)
 
 

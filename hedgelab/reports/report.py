@@ -146,9 +146,7 @@ def _artifacts(client: "MlflowClient", run: RunSummary) -> list[tuple[str, bytes
     return sorted(found.items())
 
 
-def table_of(
-    head: Sequence[str], rows: Iterable[Sequence[str]], numeric: int, fixed: Iterable[Sequence[str]] = ()
-) -> str:
+def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: int, fixed: Iterable[Sequence[str]] = ()) -> str:
     """A table of ready-made HTML cells; columns from number ``numeric`` on are numbers, ``fixed`` rows belong to the head."""
 
     def line(tag: str, cells: Sequence[str]) -> str:

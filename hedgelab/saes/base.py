@@ -187,9 +187,7 @@ class SAE(TrainingShell, ABC):
             raise UserError(f"sae.json: cannot be made into a {name} ({one_line(str(error))})") from error
 
     @classmethod
-    def from_state(
-        cls, config: Mapping[str, Any], state: Mapping[str, Tensor], strict: bool = True, **training: Any
-    ) -> Self:
+    def from_state(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], strict: bool = True, **training: Any) -> Self:
         """The SAE that another's :meth:`config` and ``state_dict`` tell of, ready to measure or to train on."""
         W_dec = decoder_weights(state)
         sae = cls.from_config(config, **training).to(torch.float32 if W_dec is None else W_dec.dtype)

@@ -69,9 +69,7 @@ class EnsembleSAE:
         """Activations of each member as training sees them, ``[members, batch, d_sae]``."""
         return self._run(batch)[1]
 
-    def fit(
-        self, batches: Batch | Callable[[int], Batch], steps: int, report: Callable[[int], None] | None = None
-    ) -> None:
+    def fit(self, batches: Batch | Callable[[int], Batch], steps: int, report: Callable[[int], None] | None = None) -> None:
         """Take optimiser steps with the first member's optimiser and schedule, and ``report`` how many after each.
 
         ``batches`` are that of every step, or a function from the number of a step to its batch; shared, or with a leading

@@ -64,9 +64,7 @@ class JumpReLUSAE(PenalisedSAE):
             raise UserError("model.l0_control: penalty pulls toward model.target_l0, give that too")
         self.l0_control = l0_control
         by_penalty = l0_control == "penalty"
-        self.l0_coefficient = self.start_coefficient(
-            l0_coefficient, PENALTY_START if by_penalty else 1.0, not by_penalty
-        )
+        self.l0_coefficient = self.start_coefficient(l0_coefficient, PENALTY_START if by_penalty else 1.0, not by_penalty)
         self.l0_warmup_steps = whole_number("model.l0_warmup_steps", l0_warmup_steps, 0)
         self.threshold = positive("model.threshold", threshold)
         self.bandwidth = positive("model.bandwidth", bandwidth)

@@ -88,9 +88,7 @@ class PenalisedSAE(FlatSAE):
         if self.log_factor is None:
             return 1.0
         if batch.weight is not None:
-            raise UserError(
-                "model.target_l0: needs data.sampling: samples, a coefficient is not steered on populations"
-            )
+            raise UserError("model.target_l0: needs data.sampling: samples, a coefficient is not steered on populations")
         return self.log_factor.exp()
 
     @torch.no_grad()

@@ -128,9 +128,7 @@ class KSparseSAE(FlatSAE):
         (missed,), _ = ops.level_errors(codes, decoder, Target(-error, (self.d_sae,), weight=batch.weight))
         return self.auxiliary_coefficient * min(1.0, len(columns) / k_aux) * missed
 
-    def _auxiliary_loss_without_waiting(
-        self, batch: Batch, error: Tensor, among: slice | Tensor | None
-    ) -> Tensor | None:
+    def _auxiliary_loss_without_waiting(self, batch: Batch, error: Tensor, among: slice | Tensor | None) -> Tensor | None:
         """The same of all latents that may be dead by now, those that are not masked: no shape depends on which ones are."""
         part = among if isinstance(among, slice) else slice(None)
         self.candidates.look(self.steps_done, self.steps_since_fired, self.dead_after_steps)

@@ -21,9 +21,7 @@ class Minimum(NamedTuple):
     evaluations: int
 
 
-def minimise(
-    sae: SAE, batch: Batch, descent_steps: int = 1000, learning_rate: float = 1e-3, iterations: int = 2000
-) -> Minimum:
+def minimise(sae: SAE, batch: Batch, descent_steps: int = 1000, learning_rate: float = 1e-3, iterations: int = 2000) -> Minimum:
     """Train an initialised SAE, in place, to a minimum of its loss on one batch: Adam into the basin, then L-BFGS to its floor.
 
     A loss with several minima keeps the one that its start leads to: Adam's small steps decide which, as in

@@ -164,9 +164,7 @@ def minima(population: Population, l1_coefficient: float = 0.0) -> list[SingleLa
     return sorted((one for one in found if one is not None), key=lambda one: one.loss)
 
 
-def hedging_pull(
-    population: Population, active: np.ndarray, own: int, other: int, l1_coefficient: float = 0.0
-) -> float:
+def hedging_pull(population: Population, active: np.ndarray, own: int, other: int, l1_coefficient: float = 0.0) -> float:
     """How fast the loss falls as a clean latent of feature i = ``own`` tilts toward j = ``other``, per radian.
 
     ``P (2 M_ij - λ Δ_j)``: where it is positive, positive hedging lowers the loss. The coordinates of the population must be

@@ -177,9 +177,7 @@ class MLflowTracker(Logger):
         self.log_tags({"config_hash": hashlib.sha256(text.encode()).hexdigest()[:16]})
 
     @rank_zero_only
-    def log_artifact(
-        self, path: str | Path, artifact_path: str | None = None, model: Mapping[str, Any] | None = None
-    ) -> None:
+    def log_artifact(self, path: str | Path, artifact_path: str | None = None, model: Mapping[str, Any] | None = None) -> None:
         """Logs a file, or what a folder holds, below a path; an SAE of config ``model`` is also listed as a model."""
         self._has_model |= model is not None
         self._open().keep(Operation(source=str(path), artifact_path=artifact_path, model=flatten(model or {})))
@@ -311,9 +309,7 @@ class MLflowTracker(Logger):
         assert experiment is not None, "it was there or has just been made"
         if experiment.lifecycle_stage != "active":
             where = without_credentials(self._uri)
-            raise UserError(
-                f"trainer.logger.experiment: '{name}' is deleted in {where}; restore it, or take another name"
-            )
+            raise UserError(f"trainer.logger.experiment: '{name}' is deleted in {where}; restore it, or take another name")
         try:
             user = getpass.getuser()
         except (KeyError, OSError):  # a container may run under a number that has no name

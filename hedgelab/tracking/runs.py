@@ -170,9 +170,7 @@ def list_runs(experiment: str | None = None, last: bool = False, limit: int = 20
 def run_with(tags: Mapping[str, str], experiment: str) -> RunSummary | None:
     """The newest run of an experiment that has these tags; None where there is none, or no such experiment or store yet."""
     with suppress(UserError):
-        return next(
-            iter(_newest([f"tags.{key} = '{value}'" for key, value in tags.items()], 1, experiment=experiment)), None
-        )
+        return next(iter(_newest([f"tags.{key} = '{value}'" for key, value in tags.items()], 1, experiment=experiment)), None)
     return None
 
 
@@ -183,9 +181,7 @@ def search_runs(client: "MlflowClient", wanted: str, experiments: Iterable[str] 
     return every(lambda token: client.search_runs(ids, wanted, order_by=order, max_results=_PAGE, page_token=token))
 
 
-def _newest(
-    wanted: list[str], limit: int | None = None, own: bool = False, experiment: str | None = None
-) -> list[RunSummary]:
+def _newest(wanted: list[str], limit: int | None = None, own: bool = False, experiment: str | None = None) -> list[RunSummary]:
     """The newest runs that fit all filters; ``own`` ones stand below no other."""
     client, names = open_runs()
     if experiment is not None and experiment not in names.values():

@@ -50,9 +50,7 @@ class Operation:
     dataset: Mapping[str, str] = field(default_factory=dict)  # what the run is trained on, as MLflow describes data
     source: str | None = None
     artifact_path: str | None = None
-    model: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of an SAE in ``source``: its config, to be listed as a model
+    model: Mapping[str, str] = field(default_factory=dict)  # of an SAE in ``source``: its config, to be listed as a model
     status: str | None = None
     end_time: int | None = None
     has_model: bool = False  # the last values of the metrics are to be shown with the run's model
@@ -213,9 +211,7 @@ class Spool:
                 if not fields:
                     raise UserError("says nothing")
                 points = fields.get("metrics", ())
-                fields["metrics"] = [
-                    (str(key), float(value), int(time), int(step)) for key, value, time, step in points
-                ]
+                fields["metrics"] = [(str(key), float(value), int(time), int(step)) for key, value, time, step in points]
                 if "source" in fields:
                     fields["source"] = str(self._own_file(fields["source"]))
                 yield Operation(**fields)

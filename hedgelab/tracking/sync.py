@@ -79,9 +79,7 @@ def _send_spools(client: "MlflowClient", uri: str, sent: Sent, announce: Callabl
             sent.left.append(f"{path}: {reason_of(error)}")
 
 
-def _send_runs(
-    local: "MlflowClient", remote: "MlflowClient", uri: str, sent: Sent, announce: Callable[[str], object]
-) -> None:
+def _send_runs(local: "MlflowClient", remote: "MlflowClient", uri: str, sent: Sent, announce: Callable[[str], object]) -> None:
     """Every local run that is meant for the store, those above others first."""
     names = all_experiments(local)
     found = search_runs(local, f"tags.`{INTENDED}` LIKE '%'", names)

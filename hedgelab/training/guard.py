@@ -54,9 +54,7 @@ def check_measured(counts: Tensor, stage: str, on_nonfinite: OnNonfinite, ranks:
         _logger.warning("%s: left out", found)
 
 
-def check_window(
-    window: Sequence[Mapping[str, Tensor]], end: int, ranks: Ranks, data: Any = None, whose: str = ""
-) -> None:
+def check_window(window: Sequence[Mapping[str, Tensor]], end: int, ranks: Ranks, data: Any = None, whose: str = "") -> None:
     """Stop the run if a loss term of the last steps, up to step ``end``, is not finite; every rank must call it."""
     every = [term for terms in window for term in terms.values()]
     if not every or math.isfinite(float(ranks.sum(torch.stack(every).sum()))):

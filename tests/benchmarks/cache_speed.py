@@ -42,9 +42,7 @@ def main() -> None:
                 cache.write(shard, rows[: len(cache.contexts_of(shard))])
             written = contexts * options.context / (time.perf_counter() - start)
             block_bytes = 64 * options.context * options.width * cache.dtype.itemsize
-            print(
-                f"{dtype:9s} write  {written * options.width * cache.dtype.itemsize / 1e9:5.2f} GB/s {written:9,.0f} rows/s"
-            )
+            print(f"{dtype:9s} write  {written * options.width * cache.dtype.itemsize / 1e9:5.2f} GB/s {written:9,.0f} rows/s")
             for name, seconds in (
                 ("read", reading(cache, contexts)),
                 ("stream", streaming(cache, contexts, options.context)),

@@ -75,9 +75,7 @@ def check(rows: list[tuple[str, float, float]]) -> None:
         level = torch.bucketize(layout.latents, torch.tensor(levels, device=DEVICE), right=True)
         for dtype, tolerance in ((torch.float32, 1e-6), (BF16, 1e-6)):
             given = source.to(dtype)
-            of_weight, of_bias, of_values = latent_gradients(
-                layout, values, given, levels, torch.float32, weight, bias=True
-            )
+            of_weight, of_bias, of_values = latent_gradients(layout, values, given, levels, torch.float32, weight, bias=True)
             assert of_values is not None
             assert of_bias is not None
             expected = torch.zeros_like(weight, dtype=torch.float64)
@@ -425,9 +423,7 @@ def main() -> None:
     time_steps(options, results)
     print(f"failed checks: {results['failed checks']:.0f}; best: {best}; {time.perf_counter() - start:.0f} s")
     if options.json:
-        options.json.write_text(
-            json.dumps({**results, "best": {key: str(tile) for key, tile in best.items()}}, indent=1)
-        )
+        options.json.write_text(json.dumps({**results, "best": {key: str(tile) for key, tile in best.items()}}, indent=1))
 
 
 if __name__ == "__main__":

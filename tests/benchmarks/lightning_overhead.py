@@ -35,9 +35,7 @@ def plain_loop(steps: int) -> tuple[float, float]:
     """Seconds and final loss of a loop that owes nothing to hedgelab but its batches and its initial weights."""
     data, sae = make_data(), make_sae()
     sae.initialize(data.batch("train", 0), data.feature_directions)
-    W_enc, b_enc, W_dec, b_dec = (
-        nn.Parameter(p.detach().clone()) for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
-    )
+    W_enc, b_enc, W_dec, b_dec = (nn.Parameter(p.detach().clone()) for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
     optimizer = torch.optim.Adam([W_enc, b_enc, W_dec, b_dec], lr=3e-4, fused=True)
     start = time.perf_counter()
     for index in range(steps):

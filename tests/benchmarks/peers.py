@@ -94,9 +94,7 @@ def dictionary_learning(task: Task) -> Step:
     }
     match task.sae:
         case "vanilla":
-            trainer = StandardTrainerAprilUpdate(
-                **common, l1_penalty=task.sparsity_coefficient, sparsity_warmup_steps=None
-            )
+            trainer = StandardTrainerAprilUpdate(**common, l1_penalty=task.sparsity_coefficient, sparsity_warmup_steps=None)
         case "topk":
             trainer = TopKTrainer(**common, k=task.k)
         case "batch_topk":

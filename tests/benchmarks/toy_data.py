@@ -87,9 +87,7 @@ def main() -> None:
         "2 features, d_in 50, batch 500": ToyDataModule(ConditionalFiring([0.25, {"f0": 0.2, "otherwise": 0.0}])),
         "2 features, noisy magnitudes": ToyDataModule(ConditionalFiring([0.25, 0.2]), magnitude_std=0.1),
         "2000 features, copula, d_in 256, batch 1024": ToyDataModule(CopulaFiring(2000, rates, correlation), 256, 1024),
-        "the same with 100 parents of 15 children": ToyDataModule(
-            CopulaFiring(2000, rates, correlation, forest), 256, 1024
-        ),
+        "the same with 100 parents of 15 children": ToyDataModule(CopulaFiring(2000, rates, correlation, forest), 256, 1024),
         "SynthSAEBench-16k, d_in 768, batch 1024": synth_sae_bench(),
     }
     for name, data in toys.items():

@@ -38,9 +38,7 @@ def train(task: dict[str, Any], steps: int) -> float:
 
     sae, features, source = build(task)
     start = time.perf_counter()
-    train_toy_sae(
-        sae, features, source, training_samples=steps * task["batch"], batch_size=task["batch"], lr=task["lr"]
-    )
+    train_toy_sae(sae, features, source, training_samples=steps * task["batch"], batch_size=task["batch"], lr=task["lr"])
     return time.perf_counter() - start
 
 

@@ -64,9 +64,7 @@ TOPK = st.fixed_dictionaries(
     },
 )
 MODELS = st.one_of(
-    st.builds(
-        lambda kind, args: {"class_path": kind, "init_args": args}, st.sampled_from(["TopKSAE", "BatchTopKSAE"]), TOPK
-    ),
+    st.builds(lambda kind, args: {"class_path": kind, "init_args": args}, st.sampled_from(["TopKSAE", "BatchTopKSAE"]), TOPK),
     st.builds(
         lambda lr, l1: {"class_path": "VanillaSAE", "init_args": {"d_sae": 2, "l1_coefficient": l1, "optimizer": lr}},
         OPTIMIZERS,
@@ -83,9 +81,7 @@ MODELS = st.one_of(
 CONFIGS = st.fixed_dictionaries(
     {
         "seed_everything": st.integers(0, 2**31),
-        "trainer": st.fixed_dictionaries(
-            {"max_steps": st.integers(1, 10**9), "log_every_n_steps": st.integers(1, 1000)}
-        ),
+        "trainer": st.fixed_dictionaries({"max_steps": st.integers(1, 10**9), "log_every_n_steps": st.integers(1, 1000)}),
         "data": st.builds(
             lambda firing, batch: {
                 "class_path": "ToyDataModule",

@@ -19,9 +19,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"hedgelab {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["runs", "--help"], ["ui", "--help"], ["fit", "--config=x"]]
-)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["runs", "--help"], ["ui", "--help"], ["fit", "--config=x"]])
 def test_light_answers_import_neither_torch_nor_mlflow(words):
     code = f"import sys; from hedgelab.cli import main; main({words}); print(sorted({{'torch', 'mlflow'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -123,9 +123,7 @@ def test_mistakes_on_the_command_line(words, message, capsys):
 
 def test_only_seeds_are_averaged():
     grid = [(k, lr, seed) for k in (8, 32) for lr in (1, 2) for seed in (0, 1)]
-    params = {
-        f"{k} {lr} {seed}": {"data.k": str(k), "data.lr": str(lr), "seed_everything": str(seed)} for k, lr, seed in grid
-    }
+    params = {f"{k} {lr} {seed}": {"data.k": str(k), "data.lr": str(lr), "seed_everything": str(seed)} for k, lr, seed in grid}
     results = {f"{k} {lr} {seed}": {"probing/f1_k1": 0.1 * lr + k / 100 + 0.01 * seed} for k, lr, seed in grid}
     rows = rows_of(results, params)
     assert {row.line for row in rows} == {"lr=1", "lr=2"}

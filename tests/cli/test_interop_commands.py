@@ -17,9 +17,7 @@ from hedgelab.saes.io import same_weights
 def folder(config, tmp_path):
     """A folder with an SAE of the width of ``tiny.yaml``, and what it reads."""
     save_sae(TopKSAE(6, 3, k=2), tmp_path / "kept")
-    ActivationSource(model="smollm2", hook="model.layers.5", layer=5, context_length=64, scale=0.5).save(
-        tmp_path / "kept"
-    )
+    ActivationSource(model="smollm2", hook="model.layers.5", layer=5, context_length=64, scale=0.5).save(tmp_path / "kept")
     return tmp_path / "kept"
 
 

@@ -84,9 +84,7 @@ def test_a_board_of_a_toy_with_controls_and_its_oracle(config, capsys, tmp_path)
     assert "density: was done before" in again
     assert "truth: was done before" in again
 
-    trained = next(
-        run for name, run in runs.items() if "TopK" in name
-    )  # one SAE of a sweep: its controls stand beside it
+    trained = next(run for name, run in runs.items() if "TopK" in name)  # one SAE of a sweep: its controls stand beside it
     assert main(["evaluate", trained["run_id"], "--suite=truth", "--truth_batches=2"]) == 0
     (head,) = [line for line in capsys.readouterr().out.splitlines() if "(frozen decoder)" in line]
     assert head.split()[-1] == "oracle"

@@ -90,9 +90,7 @@ class OfMine(TopKSAE):
 """
 
 
-def test_other_code_trains_a_finished_run_anew_and_goes_on_with_an_unfinished_one(
-    config, capsys, monkeypatch, tmp_path
-):
+def test_other_code_trains_a_finished_run_anew_and_goes_on_with_an_unfinished_one(config, capsys, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "saes_of_resume.py").write_text(OWN.format(scale=1))
     words = [*UNTRACKED, "--model=saes_of_resume.OfMine", "--model.d_sae=3", "--model.k=2"]

@@ -80,9 +80,7 @@ def test_a_new_key_that_is_written_with_another_value(begun, capsys):
 
 def test_a_key_that_was_written_and_is_gone(begun, capsys):
     edit(begun, lambda about: (arguments(about).update(sharpness=2), about["written"].append("model.sharpness")))
-    assert (
-        f"(run {begun.name} differs in model.sharpness (2 there, absent here)); starting afresh" in resumed(capsys)[0]
-    )
+    assert f"(run {begun.name} differs in model.sharpness (2 there, absent here)); starting afresh" in resumed(capsys)[0]
 
 
 def test_a_changed_default_stays_what_it_was(begun, capsys):

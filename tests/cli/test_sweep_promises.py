@@ -96,9 +96,7 @@ def test_numbers_without_a_point_are_numbers(sweep):
 
 
 def test_cells_with_callbacks_of_the_users_train_one_at_a_time(sweep):
-    units = check_sweep(
-        read_sweep([*sweep[1:], "--trainer.callbacks=own_of_sweeps.Notes"]), parse_cell, construct=False
-    )
+    units = check_sweep(read_sweep([*sweep[1:], "--trainer.callbacks=own_of_sweeps.Notes"]), parse_cell, construct=False)
     assert len({unit.stream for unit in units}) == 2
     assert len({unit.stream for unit in check_sweep(read_sweep(sweep[1:]), parse_cell, construct=False)}) == 1
 
@@ -106,9 +104,7 @@ def test_cells_with_callbacks_of_the_users_train_one_at_a_time(sweep):
 @pytest.mark.slow
 def test_callbacks_loggers_and_guard_are_kept(sweep, tmp_path):
     text = (tmp_path / "sweep.yaml").read_text()
-    (tmp_path / "sweep.yaml").write_text(
-        text.replace("enable_progress_bar: false", TRAINER) + "guard: {on_nonfinite: skip}\n"
-    )
+    (tmp_path / "sweep.yaml").write_text(text.replace("enable_progress_bar: false", TRAINER) + "guard: {on_nonfinite: skip}\n")
     assert main(sweep) == 0
     noted = Path("notes.txt").read_text().splitlines()
     assert noted == [f"TopKSAE {width} {step} skip" for width in (3, 4) for step in range(1, 7)]

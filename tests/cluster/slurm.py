@@ -166,9 +166,7 @@ class Cluster:
         assert path is not None
         with (self.folder / f"{program}.out").open("wb") as output:
             self.daemons.append(
-                subprocess.Popen(
-                    [path, *words], env=self.environment, stdout=output, stderr=output, start_new_session=True
-                )
+                subprocess.Popen([path, *words], env=self.environment, stdout=output, stderr=output, start_new_session=True)
             )
 
 

@@ -36,11 +36,7 @@ def test_every_suite_has_its_text(suites):
     ],
 )  # fmt: skip
 def test_tags_fall_into_the_classes_they_should(suites, tag, classes):
-    found = [
-        name
-        for name, patterns in suites["probing"].words.classes.items()
-        if any(re.fullmatch(p, tag) for p in patterns)
-    ]
+    found = [name for name, patterns in suites["probing"].words.classes.items() if any(re.fullmatch(p, tag) for p in patterns)]
     assert found == classes
 
 
@@ -50,7 +46,6 @@ def test_the_study_has_the_papers_betas_and_three_seeds():
     assert places == {(beta, seed) for beta in (0, 0.1, 0.25, 0.5, 0.75, 1, 2, 5) for seed in (0, 1, 2)}
     steps = {tree["trainer"]["max_steps"] for _, tree in sweep.cells}
     decays = {
-        tree["model"]["init_args"]["inner"]["init_args"]["lr_scheduler"]["init_args"]["total_iters"]
-        for _, tree in sweep.cells
+        tree["model"]["init_args"]["inner"]["init_args"]["lr_scheduler"]["init_args"]["total_iters"] for _, tree in sweep.cells
     }
     assert steps == decays

@@ -69,10 +69,7 @@ def test_llama_restarts_its_penalty_from_a_half_and_the_case_study_has_four_seed
 
 @pytest.mark.parametrize("name", ["gemma2_2b_width_sparsity_grid", "smollm2_width_sparsity_grid"])
 def test_width_and_sparsity_vary_apart(name):
-    places = {
-        (tree["model"]["init_args"]["d_sae"], tree["model"]["init_args"]["k"])
-        for tree in cells_of(LLM / f"{name}.yaml")
-    }
+    places = {(tree["model"]["init_args"]["d_sae"], tree["model"]["init_args"]["k"]) for tree in cells_of(LLM / f"{name}.yaml")}
     widths, ks = ({place[i] for place in places} for i in range(2))
     assert len(places) == len(widths) * len(ks) >= 9
     shares = [k / width for width, k in places]

@@ -40,9 +40,7 @@ def numbers(batches):
     return torch.cat([batch.x[:, 0] for batch in batches]).long().tolist()
 
 
-@pytest.mark.parametrize(
-    "make", [TensorActivations, lambda x, **o: DatasetActivations(Rows(x), **o)], ids=["tensor", "set"]
-)
+@pytest.mark.parametrize("make", [TensorActivations, lambda x, **o: DatasetActivations(Rows(x), **o)], ids=["tensor", "set"])
 def test_every_training_row_comes_once_an_epoch_in_another_order_each_time(x, make):
     data = make(x, batch_size=30, seed=1)  # 226 training rows: batches lie across epochs
     seen = numbers(data.batch("train", i) for i in range(16))
@@ -129,9 +127,7 @@ class Strategy:
         self.distributed_sampler_kwargs = {"rank": rank, "num_replicas": 2}
 
 
-@pytest.mark.parametrize(
-    "make", [TensorActivations, lambda x, **o: DatasetActivations(Rows(x), **o)], ids=["tensor", "set"]
-)
+@pytest.mark.parametrize("make", [TensorActivations, lambda x, **o: DatasetActivations(Rows(x), **o)], ids=["tensor", "set"])
 def test_ranks_read_their_own_rows_and_together_all(x, make, monkeypatch):
     whole = make(x, batch_size=40, seed=0)
     parts = []
@@ -246,9 +242,7 @@ def activations(d_in=8, n=2000):
 def test_a_stock_trainer_trains_and_validates():
     data = TensorActivations(activations(), batch_size=128, seed=0)
     sae = TopKSAE(d_in=8, d_sae=16, k=2)
-    trainer = L.Trainer(
-        max_steps=30, logger=False, enable_checkpointing=False, accelerator="cpu", enable_progress_bar=False
-    )
+    trainer = L.Trainer(max_steps=30, logger=False, enable_checkpointing=False, accelerator="cpu", enable_progress_bar=False)
     before = sae.W_dec.detach().clone()
     trainer.fit(sae, datamodule=data)
     assert trainer.global_step == 30

@@ -289,9 +289,7 @@ def assert_as_one(one, other, tolerance=1e-9):
     summed in another order.
     """
     assert one.numbers.keys() == other.numbers.keys()
-    assert {name: losses.keys() for name, losses in one.losses.items()} == {
-        n: v.keys() for n, v in other.losses.items()
-    }
+    assert {name: losses.keys() for name, losses in one.losses.items()} == {n: v.keys() for n, v in other.losses.items()}
     found = deviations(one, other)
     assert max(found.values()) <= tolerance, found
     for name, rows in one.decoders().items():

@@ -68,9 +68,7 @@ def test_a_single_sae_in_chunks(kind, tmp_path):
     runs = []
     for ranks in (1, 2):
         data = fits.toy(chunk_steps=10)
-        runs.append(
-            fits.fit(fits.make(kind, data.d_in, False), data, tmp_path / str(ranks), ranks, log_every_n_steps=20)
-        )
+        runs.append(fits.fit(fits.make(kind, data.d_in, False), data, tmp_path / str(ranks), ranks, log_every_n_steps=20))
     check(runs[0][0], runs[1])
 
 
@@ -86,9 +84,7 @@ def measured(sae, ranks, folder, stage):
 
     class Keep(L.Callback):
         def on_test_end(self, trainer, module):
-            torch.save(
-                {name: float(v) for name, v in trainer.callback_metrics.items()}, folder / str(trainer.global_rank)
-            )
+            torch.save({name: float(v) for name, v in trainer.callback_metrics.items()}, folder / str(trainer.global_rank))
 
         on_validation_end = on_test_end
 
@@ -131,9 +127,7 @@ def test_levels_balanced_in_training(tmp_path):
 def test_own_activations_on_two_ranks(tmp_path):
     x = torch.cat([fits.Correlated().batch("train", i).x for i in range(20)])
     outcomes = [
-        fits.fit(
-            fits.make("batch_topk", 24, True), TensorActivations(x, batch_size=64, seed=0), tmp_path / str(n), n, 30
-        )
+        fits.fit(fits.make("batch_topk", 24, True), TensorActivations(x, batch_size=64, seed=0), tmp_path / str(n), n, 30)
         for n in (1, 2)
     ]
     check(outcomes[0][0], outcomes[1])

@@ -269,9 +269,7 @@ def check_agreement(rank, dtype):
             order = sorted(range(len(whole)), key=lambda i: (-float(whole[i]), int(positions[i])))
             expected = {i for i in order[:wanted] if whole[i] > 0}
             kept = among_largest(whole[mine], positions[mine].__getitem__, wanted, ranks)
-            assert {rank * size + int(i) for i in kept.nonzero()} == {
-                i for i in expected if mine.start <= i < mine.stop
-            }
+            assert {rank * size + int(i) for i in kept.nonzero()} == {i for i in expected if mine.start <= i < mine.stop}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

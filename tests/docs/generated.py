@@ -61,9 +61,7 @@ BLOCKS: dict[str, Callable[[], str]] = {"commands": commands, "house": house}
 
 def pages() -> list[Path]:
     """Every Markdown file of the project."""
-    return sorted(
-        p for p in ROOT.rglob("*.md") if not {".venv", "runs", "node_modules"} & set(p.relative_to(ROOT).parts[:-1])
-    )
+    return sorted(p for p in ROOT.rglob("*.md") if not {".venv", "runs", "node_modules"} & set(p.relative_to(ROOT).parts[:-1]))
 
 
 def renewed(text: str) -> str:

@@ -90,9 +90,7 @@ def profile(shape: str, sae: str) -> None:
     print(f"    kernels busy {busy:.2f} ms a step")
     for event in on_device[:22]:
         print(f"    {event.self_device_time_total / 5e3:7.3f} ms  {event.count / 5:5.1f} x  {event.key[:100]}")
-    waits = [
-        event for event in events if any(word in event.key for word in ("Synchronize", "aten::item", "DtoH", "nonzero"))
-    ]
+    waits = [event for event in events if any(word in event.key for word in ("Synchronize", "aten::item", "DtoH", "nonzero"))]
     print("    waits: " + "; ".join(f"{event.key[:40]} {event.count / 5:.1f} x" for event in waits), flush=True)
 
 
@@ -109,9 +107,7 @@ def main() -> int:
 
     bandwidth, rate = ceilings()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"{name}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s"
-    )
+    print(f"{name}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
     if options.profile:
         for shape in options.shapes.split(","):
             for sae in ("topk", "batch_topk", "matryoshka", "jumprelu"):

@@ -44,9 +44,7 @@ def kinds(d_in: int, d_sae: int, k: int) -> dict[str, Callable[[], hl.SAE]]:
     }
 
 
-def train(
-    make: Callable[[], hl.SAE], batches: list[hl.Batch], steps: int, switch: str
-) -> tuple[float, list[float], int]:
+def train(make: Callable[[], hl.SAE], batches: list[hl.Batch], steps: int, switch: str) -> tuple[float, list[float], int]:
     """Milliseconds a step, losses, and how many steps were replayed."""
     os.environ[SWITCH] = switch
     torch.manual_seed(0)

@@ -26,17 +26,13 @@ KINDS = {
     "topk": lambda: hl.TopKSAE(D_IN, D_SAE, k=4),
     "batch_topk": lambda: hl.BatchTopKSAE(D_IN, D_SAE, k=4),
     "jumprelu": lambda: hl.JumpReLUSAE(D_IN, D_SAE, l0_coefficient=0.1),
-    "matryoshka": lambda: hl.MatryoshkaSAE(
-        D_IN, lambda d_in: hl.BatchTopKSAE(d_in, D_SAE, k=4), levels=[16, 64, D_SAE]
-    ),
+    "matryoshka": lambda: hl.MatryoshkaSAE(D_IN, lambda d_in: hl.BatchTopKSAE(d_in, D_SAE, k=4), levels=[16, 64, D_SAE]),
 }
 
 
 @pytest.fixture(autouse=True)
 def _device_is_there():
-    assert DRY or torch.cuda.is_available(), (
-        "the gpu marker asks for a CUDA device; HEDGELAB_GPU_DRY_RUN=1 does without"
-    )
+    assert DRY or torch.cuda.is_available(), "the gpu marker asks for a CUDA device; HEDGELAB_GPU_DRY_RUN=1 does without"
 
 
 def rows(count: int = 4096, seed: int = 0) -> torch.Tensor:

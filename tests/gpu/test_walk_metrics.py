@@ -128,9 +128,7 @@ FUNCTIONS = {
     for name, function in vars(place).items()
     if inspect.isfunction(function)
 }
-CLASSES = {
-    name: cls for name, cls in vars(metrics).items() if inspect.isclass(cls) and cls is not metrics.ValidationMetric
-}
+CLASSES = {name: cls for name, cls in vars(metrics).items() if inspect.isclass(cls) and cls is not metrics.ValidationMetric}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -141,9 +139,7 @@ def test_functions(gpu, name):
         given = arguments(name, parameters, optional)
         expected = call(FUNCTIONS[name], given, "cpu")
         same(call(FUNCTIONS[name], given, gpu.DEVICE), expected)
-        latents = [
-            p.name for p, v in given if p.name in ("codes", "latents", "train", "test") and isinstance(v, torch.Tensor)
-        ]
+        latents = [p.name for p, v in given if p.name in ("codes", "latents", "train", "test") and isinstance(v, torch.Tensor)]
         if latents:
             given = [(p, as_csr(v) if p.name in latents else v) for p, v in given]
             same(call(FUNCTIONS[name], given, gpu.DEVICE), expected)
@@ -175,12 +171,7 @@ def test_classes(gpu, name):
 
 def states(metric):
     parts = [one for one in metric.modules() if isinstance(one, Metric)]
-    return [
-        value
-        for one in parts
-        for value in (getattr(one, key) for key in one._defaults)
-        if isinstance(value, torch.Tensor)
-    ]
+    return [value for one in parts for value in (getattr(one, key) for key in one._defaults) if isinstance(value, torch.Tensor)]
 
 
 def test_devices_do_not_mix(gpu):

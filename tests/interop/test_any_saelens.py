@@ -250,9 +250,7 @@ def test_what_an_object_says_of_its_activations_comes_along():
     assert (type(sae), source.model, source.layer) == (VanillaSAE, "gpt2", 2)
     with pytest.raises(UserError, match="from_saelens: expected an SAE of SAELens 6, got a Linear"):
         from_saelens(torch.nn.Linear(1, 1))
-    with pytest.raises(
-        UserError, match=r"is not folded into the weights; call its fold_activation_norm_scaling_factor"
-    ):
+    with pytest.raises(UserError, match=r"is not folded into the weights; call its fold_activation_norm_scaling_factor"):
         from_saelens(theirs(**_SCALED))
 
 

@@ -53,9 +53,7 @@ def dictionary(folder, trainer, **config):
     folder.mkdir(exist_ok=True)
     found = weights()
     tensors = {"encoder.weight": found["W_enc"].t().contiguous(), "encoder.bias": found["b_enc"]}
-    torch.save(
-        {**tensors, "decoder.weight": found["W_dec"].t().contiguous(), "b_dec": found["b_dec"]}, folder / "ae.pt"
-    )
+    torch.save({**tensors, "decoder.weight": found["W_dec"].t().contiguous(), "b_dec": found["b_dec"]}, folder / "ae.pt")
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, **config}))
     return folder
 
@@ -146,9 +144,7 @@ def test_what_saelens_says_and_hedgelab_cannot_do_is_refused(config, message, tm
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "factor", ['{"scaling_factor": null}', '{"scaling_factor": "1"}', "[1]", '{"scaling_factor": -1}']
-)
+@pytest.mark.parametrize("factor", ['{"scaling_factor": null}', '{"scaling_factor": "1"}', "[1]", '{"scaling_factor": -1}'])
 def test_a_scaler_without_a_factor_is_refused(factor, tmp_path):
     folder = saelens(tmp_path / "sae", normalize_activations="expected_average_only_in")
     (folder / "activation_scaler.json").write_text(factor)
@@ -265,9 +261,7 @@ class Own(TopKSAE):
 
 
 def test_what_saelens_cannot_compute_is_not_exported(tmp_path):
-    with pytest.raises(
-        UserError, match="SAELens knows nothing that computes what Own does; --format hedgelab keeps it"
-    ):
+    with pytest.raises(UserError, match="SAELens knows nothing that computes what Own does; --format hedgelab keeps it"):
         export_saelens(Own(D_IN, D_SAE, k=2), tmp_path)
     assert not list(tmp_path.iterdir())
 

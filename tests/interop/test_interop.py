@@ -70,9 +70,7 @@ def peers(run_peer, tmp_path_factory):
 
     def job(name, do, **more):
         answer, place = str(folder / f"{name}.safetensors"), str(folder / name)
-        jobs.append(
-            {"name": name, "do": do, "folder": place, "x": str(folder / "x.safetensors"), "answer": answer, **more}
-        )
+        jobs.append({"name": name, "do": do, "folder": place, "x": str(folder / "x.safetensors"), "answer": answer, **more})
 
     for name, make in EXPORTED.items():
         for reads, source in SOURCES.items():
@@ -146,9 +144,7 @@ def test_models_have_the_names_that_transformer_lens_gives_them(peers):
     if "aliases" in missing:
         pytest.skip(missing["aliases"])
     table = json.loads((folder / "aliases.json").read_text())
-    translated = {
-        alias: (find_model(alias), name) for name, aliases in table.items() for alias in aliases if "/" not in alias
-    }
+    translated = {alias: (find_model(alias), name) for name, aliases in table.items() for alias in aliases if "/" not in alias}
     known = {alias: pair for alias, pair in translated.items() if pair[0] is not None}
     assert len(known) > 60
     assert {alias: ours for alias, (ours, theirs) in known.items() if ours != theirs} == {}

@@ -16,9 +16,7 @@ def both_layouts() -> list[Codes]:
 
 
 @pytest.mark.parametrize("codes", both_layouts(), ids=["dense", "sparse"])
-@pytest.mark.parametrize(
-    "rows", [slice(0, 4), slice(1, 3), slice(2, None), slice(-1, None), slice(1, 1), slice(3, 9)], ids=str
-)
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(1, 3), slice(2, None), slice(-1, None), slice(1, 1), slice(3, 9)], ids=str)
 def test_a_part_is_the_rows_of_the_whole(codes: Codes, rows: slice) -> None:
     part = codes.part(rows)
     assert torch.equal(part.to_dense(), DENSE[rows])

@@ -156,9 +156,7 @@ def test_without_a_tilt_nothing_changes_by_a_bit_and_a_small_one_is_near_it(weig
         codes = Codes.from_csr(*Codes.from_dense(a).csr(), D_SAE)
         weight = population().float() * 3 if weighted else None  # what does not sum to 1 keeps its sum
         with ops.backend(backend):
-            losses, (*_, error) = ops.level_errors(
-                codes, Decoder(W_dec, b_dec), Target(x, [D_SAE], False, weight, tilt)
-            )
+            losses, (*_, error) = ops.level_errors(codes, Decoder(W_dec, b_dec), Target(x, [D_SAE], False, weight, tilt))
         expected = error.square().sum() / BATCH if weight is None else weight @ error.square().sum(1)
         results.append((losses[0], expected))
     torch.testing.assert_close(*results[0], rtol=1e-6, atol=0)

@@ -86,9 +86,7 @@ def measure(toy, batches):
 
 def on_rank(rank, store, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(minutes=2)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(minutes=2))
     toy = Toy()
     batches = [toy.batch(seed, size) for seed, size in ((0, 100), (1, 300), (2, 50), (3, 250))]
     torch.save(measure(toy, batches[rank::2]), f"{folder}/{rank}.pt")

@@ -24,9 +24,7 @@ from hedgelab.metrics.functional import (
 def score(W_dec, directions, live=None, coordinates=None):
     cosines = decoder_cosines(W_dec, directions)
     tracked = tracked_features(cosines, live)
-    return hedging(
-        decoder_coordinates(W_dec, directions) if coordinates is None else coordinates, cosines, tracked, live
-    )
+    return hedging(decoder_coordinates(W_dec, directions) if coordinates is None else coordinates, cosines, tracked, live)
 
 
 @settings(max_examples=30, deadline=None)
@@ -142,9 +140,7 @@ def test_regression_agrees_with_coordinates_on_orthonormal_features():
     x = features @ directions
     W_dec = torch.linalg.lstsq(codes - codes.mean(0), x - x.mean(0)).solution
     plain, regressed = direct.hedging(W_dec, directions), direct.hedging(W_dec, directions, codes, features)
-    assert regressed.norm.tolist() == pytest.approx(
-        plain.norm.tolist(), abs=0.04
-    )  # roots of noise where nothing hedges
+    assert regressed.norm.tolist() == pytest.approx(plain.norm.tolist(), abs=0.04)  # roots of noise where nothing hedges
     assert regressed.norm.tolist()[0] == pytest.approx(float(plain.norm[0]), abs=0.01)
     assert regressed.components.tolist()[0] == pytest.approx(plain.components.tolist()[0], abs=0.01)
     assert float(plain.norm[0]) > 0.1

@@ -132,9 +132,7 @@ def test_one_kind_of_example_is_refused_and_has_no_f1():
 
 
 def test_detectors_that_never_fire_have_no_precision_and_absent_features_no_recall():
-    counts = CoFiring(
-        *(torch.tensor(one, dtype=torch.float64) for one in (9.0, [0.0, 3], [4.0, 0], [[0.0, 0], [2, 0]]))
-    )
+    counts = CoFiring(*(torch.tensor(one, dtype=torch.float64) for one in (9.0, [0.0, 3], [4.0, 0], [[0.0, 0], [2, 0]])))
     scores = functional.detection_scores(counts, torch.tensor([0, 1]))
     assert scores.precision[0].isnan()
     assert scores.f1.tolist()[0] == 0

@@ -44,9 +44,7 @@ def test_many_columns_give_scikit_learns_scores():
     for i in range(2):
         reference = sklearn_linear.LogisticRegression(C=0.1, class_weight="balanced", tol=1e-10, max_iter=10_000)
         reference.fit(standard.numpy(), labels[:, i].numpy())
-        np.testing.assert_allclose(
-            probe.scores(x)[:, i], reference.decision_function(standard.numpy()), rtol=1e-3, atol=1e-3
-        )
+        np.testing.assert_allclose(probe.scores(x)[:, i], reference.decision_function(standard.numpy()), rtol=1e-3, atol=1e-3)
 
 
 def test_scores_are_scikit_learns_with_ties():

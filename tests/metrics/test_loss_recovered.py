@@ -35,9 +35,7 @@ def test_losses_and_shares_are_those_by_hand():
     assert result.cross_entropy.item() == pytest.approx(by_hand[0].item(), rel=1e-5)
     assert result.cross_entropy_sae.item() == pytest.approx(by_hand[1].item(), rel=1e-5)
     assert result.kl_sae.item() == pytest.approx(divergence(sae).item(), rel=1e-5)
-    assert result.recovered.item() == pytest.approx(
-        ((by_hand[2] - by_hand[1]) / (by_hand[2] - by_hand[0])).item(), rel=1e-4
-    )
+    assert result.recovered.item() == pytest.approx(((by_hand[2] - by_hand[1]) / (by_hand[2] - by_hand[0])).item(), rel=1e-4)
     assert result.recovered_mean.item() == pytest.approx(
         ((by_hand[3] - by_hand[1]) / (by_hand[3] - by_hand[0])).item(), rel=1e-4
     )

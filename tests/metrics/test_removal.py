@@ -40,9 +40,7 @@ def test_silencing_after_pooling_is_silencing_every_token():
     off = codes.clone()
     off[..., [1, 3]] = 0
     by_token = (off @ W_dec + (x - codes @ W_dec)).mean(1)
-    torch.testing.assert_close(
-        silence(pooled(x, codes), W_dec, torch.tensor([1, 3])), by_token.double(), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(silence(pooled(x, codes), W_dec, torch.tensor([1, 3])), by_token.double(), rtol=1e-5, atol=1e-6)
 
 
 def classified(seed, n=120):

@@ -30,9 +30,7 @@ def activations(present, absent, rows=ROWS, seed=0, rate=0.25):
     chances = torch.where(parent, torch.tensor(present), torch.tensor(absent))
     missing = torch.rand(rows, len(present), generator=rng) < chances
     features = torch.cat([parent, missing], 1).double()
-    return (
-        features @ torch.linalg.qr(torch.randn(D_IN, D_IN, generator=rng, dtype=torch.float64))[0][: 1 + len(present)]
-    )
+    return features @ torch.linalg.qr(torch.randn(D_IN, D_IN, generator=rng, dtype=torch.float64))[0][: 1 + len(present)]
 
 
 def regressed(x, parent):
@@ -264,9 +262,7 @@ def test_errors_of_tracked_features_do_not_count():
 
 def test_influence_gives_regression_coefficients():
     rng = torch.Generator().manual_seed(0)
-    codes = torch.rand(400, 3, generator=rng, dtype=torch.float64) @ torch.rand(
-        3, 3, generator=rng, dtype=torch.float64
-    )
+    codes = torch.rand(400, 3, generator=rng, dtype=torch.float64) @ torch.rand(3, 3, generator=rng, dtype=torch.float64)
     y = codes @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     parts = [Codes.from_dense(part) for part in codes.split(100)]
     shrunk = torch.cat([*influence(parts, *regression(parts))]).double().t() @ y
@@ -281,9 +277,7 @@ def test_moments_of_sparse_codes_are_those_of_dense_weights(monkeypatch, joint, 
     monkeypatch.setattr(error_spread, "JOINT_LATENTS", joint)  # of 9 latents, as correlated or not
     rng = torch.Generator().manual_seed(0)
     blocks, size = 5, 40
-    codes = (torch.rand(blocks * size, 9, generator=rng) * (torch.rand(blocks * size, 9, generator=rng) < 0.3)).split(
-        size
-    )
+    codes = (torch.rand(blocks * size, 9, generator=rng) * (torch.rand(blocks * size, 9, generator=rng) < 0.3)).split(size)
     errors = torch.randn(blocks * size, 6, generator=rng).split(size)
     parts = [Codes.from_dense(part) for part in codes]
     mean, inverse = regression(parts)

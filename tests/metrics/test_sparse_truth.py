@@ -44,15 +44,11 @@ def test_sparse_truth_gives_what_dense_truth_gives(seed, rows, d_sae, n, density
     latents, features, weight = draw(seed, rows, d_sae, n, density)
     weight = weight if weighted else None
     codes = sparse(latents) if sparse_latents else Codes.from_dense(latents)
-    metrics = [
-        [make() for make in (lambda: FeatureDetection(d_sae, n), lambda: FeatureRegression(d_sae, n))] for _ in "ab"
-    ]
+    metrics = [[make() for make in (lambda: FeatureDetection(d_sae, n), lambda: FeatureRegression(d_sae, n))] for _ in "ab"]
     hierarchies = FeatureHierarchy(n), FeatureHierarchy(n)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accumulate_module, "MOST_PAIRS_LISTED", 10**6 if listed else 0)
-        for truth, (detection, regression), hierarchy in zip(
-            (features, sparse(features)), metrics, hierarchies, strict=True
-        ):
+        for truth, (detection, regression), hierarchy in zip((features, sparse(features)), metrics, hierarchies, strict=True):
             for _ in range(2):  # sums of two batches
                 detection.update(codes, truth, weight)
                 regression.update(codes, truth, weight)
@@ -73,9 +69,7 @@ def test_sparse_truth_gives_what_dense_truth_gives(seed, rows, d_sae, n, density
     for name, value in our_regressed.totals().items():
         exact = name != "products"  # which are float32
         expected = regressed.totals()[name]
-        torch.testing.assert_close(
-            value, expected, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-6, msg=name
-        )
+        torch.testing.assert_close(value, expected, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-6, msg=name)
     torch.testing.assert_close(hierarchies[1].both, hierarchies[0].both, rtol=1e-12, atol=1e-15)
 
 

@@ -79,8 +79,7 @@ def test_a_comparison_says_from_which_difference_on_it_is_to_be_believed():
 
 def test_scores_are_averaged_over_seeds():
     results = {
-        name: {"absorption/full": float(name[:-2]) + 0.1 * int(name[-1]), "tpp/n10": 1.0, "tpp/n5": 2.0}
-        for name in PARAMS
+        name: {"absorption/full": float(name[:-2]) + 0.1 * int(name[-1]), "tpp/n10": 1.0, "tpp/n5": 2.0} for name in PARAMS
     }
     rows = rows_of(results, PARAMS)
     drawn = figure(rows, "T")

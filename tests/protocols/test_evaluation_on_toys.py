@@ -77,8 +77,7 @@ def test_every_score_of_geometry_has_its_noise(toy):
 
 def test_seeds_of_one_sae_are_compared_with_each_other(toy):
     saes = {
-        name: TopKSAE(12, 6, k=k, init=Initialization(seed=seed))
-        for name, k, seed in (("a", 1, 0), ("b", 1, 1), ("c", 2, 0))
+        name: TopKSAE(12, 6, k=k, init=Initialization(seed=seed)) for name, k, seed in (("a", 1, 0), ("b", 1, 1), ("c", 2, 0))
     }
     assert alike(saes["a"], saes["b"])
     assert not alike(saes["a"], saes["c"])
@@ -108,7 +107,5 @@ def test_truth_of_planted_features_is_asked_for(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["evaluate", "planted", "--suite=truth", "--truth", "--truth_batches=4"]) == 0
     assert "truth/planted/child_share" in capsys.readouterr().out
-    assert (
-        main(["evaluate", "planted", "--suite=truth"]) == 2
-    )  # scores of an evaluation are those of natural activations
+    assert main(["evaluate", "planted", "--suite=truth"]) == 2  # scores of an evaluation are those of natural activations
     assert "planted ones with --truth" in capsys.readouterr().err

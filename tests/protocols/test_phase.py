@@ -13,9 +13,7 @@ STEPS = 600
 
 
 def toy(given, otherwise):
-    return ToyDataModule(
-        ConditionalFiring([0.25, {"f0": given, "not f0": otherwise}]), d_in=2, sampling="population", seed=0
-    )
+    return ToyDataModule(ConditionalFiring([0.25, {"f0": given, "not f0": otherwise}]), d_in=2, sampling="population", seed=0)
 
 
 def sae(data, seed, l1=1e-3, d_sae=1):

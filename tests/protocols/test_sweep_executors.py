@@ -30,9 +30,7 @@ def test_an_interrupt_stops_all():
 def test_slurm_gets_the_options_in_its_own_words(tmp_path):
     slurm = pytest.importorskip("submitit.slurm.slurm", reason="needs submitit")
     executor = Slurm("short", minutes=90, gpus=2, cpus=4, memory_gb=1.5, at_once=3, extra={"account": "me"})
-    script = slurm._make_sbatch_string(
-        command="x", folder=Path(tmp_path), map_count=8, **executor.parameters(Processes())
-    )
+    script = slurm._make_sbatch_string(command="x", folder=Path(tmp_path), map_count=8, **executor.parameters(Processes()))
     options = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")}
     assert options >= {
         "partition=short", "time=90", "gpus-per-node=2", "cpus-per-task=4", "mem=1536M", "account=me",

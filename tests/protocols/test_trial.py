@@ -64,6 +64,4 @@ def test_residual_hedging_ranks_and_is_calibrated():
     assert outcome.metrics["spearman/residual_hedging/batch_topk"] == pytest.approx(ranks.statistic)
     assert ranks.statistic > 0.9
     for one in scores:
-        assert math.isclose(
-            one["residual_hedging"], one["true_hedging"], rel_tol=0.3, abs_tol=0.04 + 3 * one["residual_std"]
-        )
+        assert math.isclose(one["residual_hedging"], one["true_hedging"], rel_tol=0.3, abs_tol=0.04 + 3 * one["residual_std"])

@@ -42,9 +42,7 @@ def matryoshka(seed, beta, **arguments):
 
 
 KINDS = {
-    "vanilla": lambda seed: VanillaSAE(
-        D_IN, 4, l1_coefficient=0.05 * seed, l1_warmup_steps=20, init=init(seed), **COMMON
-    ),
+    "vanilla": lambda seed: VanillaSAE(D_IN, 4, l1_coefficient=0.05 * seed, l1_warmup_steps=20, init=init(seed), **COMMON),
     "widths": lambda seed: VanillaSAE(D_IN, 2 + seed, l1_coefficient=0.05, init=init(seed), **COMMON),
     "topk": lambda seed: TopKSAE(D_IN, 4, k=2, auxiliary_coefficient=0.0, init=init(seed), **COMMON),
     "batch_topk": lambda seed: BatchTopKSAE(D_IN, 4, k=2, auxiliary_coefficient=0.0, init=init(seed), **COMMON),

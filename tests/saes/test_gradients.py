@@ -121,9 +121,7 @@ FLAT = {
     "abs_topk_norm_aware": functools.partial(AbsTopKSAE, d_sae=D_SAE, k=K, norm_aware_selection=True, init=INIT),
     "batch_topk": functools.partial(BatchTopKSAE, d_sae=D_SAE, k=K, init=INIT),
     "batch_topk_norm_aware": functools.partial(BatchTopKSAE, d_sae=D_SAE, k=K, norm_aware_selection=True, init=INIT),
-    "jumprelu": functools.partial(
-        JumpReLUSAE, d_sae=D_SAE, l0_coefficient=0.2, threshold=0.4, bandwidth=0.3, init=INIT
-    ),
+    "jumprelu": functools.partial(JumpReLUSAE, d_sae=D_SAE, l0_coefficient=0.2, threshold=0.4, bandwidth=0.3, init=INIT),
 }
 WEIGHTINGS = {
     "plain": {},

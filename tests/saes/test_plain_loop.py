@@ -56,11 +56,7 @@ def test_a_plain_loop_trains_as_a_trainer_does(kind, optimizer):
     L.Trainer(max_steps=STEPS, accelerator="cpu", limit_val_batches=0, enable_model_summary=False, **settings).fit(
         fitted, datamodule=source
     )
-    adam = (
-        own.configure_optimizers()
-        if optimizer == "configured"
-        else torch.optim.Adam(own.parameters(), lr=3e-4, fused=True)
-    )
+    adam = own.configure_optimizers() if optimizer == "configured" else torch.optim.Adam(own.parameters(), lr=3e-4, fused=True)
     own.initialize(source.batch("train", 0), None)
     for step in range(STEPS):
         terms = own.loss(source.batch("train", step).x)
@@ -158,9 +154,7 @@ def test_the_auxiliary_loss_moves_dead_latents_only(nested):
         assert parameter.grad.reshape(16, -1).any(dim=1).nonzero().flatten().tolist() == [7]
 
 
-@pytest.mark.parametrize(
-    "dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float64,) * 2]
-)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float64,) * 2])
 def test_types_of_activations_and_probabilities_need_not_be_those_of_the_weights(kind, dtypes):
     sae, rng = MAKERS[kind](10), torch.Generator().manual_seed(0)
     x, weight = torch.randn(20, 10, generator=rng), torch.rand(20, generator=rng).softmax(0)

@@ -121,9 +121,7 @@ def checkpoint(tmp_path):
 
     def fit(sae):
         data = ToyDataModule(ConditionalFiring([0.3, 0.2, 0.1]), d_in=8, batch_size=32, seed=0)
-        trainer = L.Trainer(
-            max_steps=5, accelerator="cpu", logger=False, limit_val_batches=0, enable_checkpointing=False
-        )
+        trainer = L.Trainer(max_steps=5, accelerator="cpu", logger=False, limit_val_batches=0, enable_checkpointing=False)
         trainer.fit(sae, datamodule=data)
         trainer.save_checkpoint(tmp_path / "a.ckpt")
         return tmp_path / "a.ckpt"
@@ -141,11 +139,7 @@ def test_checkpoints_load_as_lightning_says(name, checkpoint):
         assert other.config() == sae.config()
         assert same_weights(other, sae)
         assert other.initialized
-    other = (
-        type(sae).load_from_checkpoint(path, map_location="cpu", gradient_clip_norm=2.0)
-        if name != "matryoshka"
-        else sae
-    )
+    other = type(sae).load_from_checkpoint(path, map_location="cpu", gradient_clip_norm=2.0) if name != "matryoshka" else sae
     assert other.gradient_clip_norm == (2.0 if name != "matryoshka" else None)
     with pytest.raises(UserError, match="not a"):
         (VanillaSAE if name != "vanilla" else TopKSAE).load_from_checkpoint(path)
@@ -174,9 +168,7 @@ def test_a_matryoshka_takes_an_sae_or_what_makes_one():
 def test_activations_of_any_shape(kind, wide):
     """Codes remember the shape of the examples; sequences, single vectors and empty batches come back as they are."""
     d_sae = 600 if wide else 16
-    own = {VanillaSAE: {"l1_coefficient": 0.1}, JumpReLUSAE: {"l0_coefficient": 0.1, "threshold": 0.5}}.get(
-        kind, {"k": 3}
-    )
+    own = {VanillaSAE: {"l1_coefficient": 0.1}, JumpReLUSAE: {"l0_coefficient": 0.1, "threshold": 0.5}}.get(kind, {"k": 3})
     sae = BatchTopKSAE(8, d_sae, k=3) if kind is MatryoshkaSAE else kind(8, d_sae, **own)
     sae = MatryoshkaSAE(8, sae, levels=[4, d_sae]) if kind is MatryoshkaSAE else sae
     sae.after_step(sae.loss(X))

@@ -187,9 +187,7 @@ def test_from_the_default_start_a_small_twin_of_synth_sae_bench_ends_within_five
     law = torch.arange(1, 1025, dtype=torch.float64) ** -0.5
     rates = 5e-4 + (law - law[-1]) / (law[0] - law[-1]) * (0.4 - 5e-4)
     means = torch.linspace(5, 4, 1024).tolist()
-    data = ToyDataModule(
-        IndependentFiring(rates.tolist()), 96, 256, magnitude_mean=means, magnitude_std=0.9, bias=0.5, seed=0
-    )
+    data = ToyDataModule(IndependentFiring(rates.tolist()), 96, 256, magnitude_mean=means, magnitude_std=0.9, bias=0.5, seed=0)
     sae = FACTORIES[kind](96, d_sae=256, target_l0=25, init=Initialization(decoder_norm=0.1, seed=0))
     optimizer = sae.configure_optimizers()
     found = []

@@ -105,9 +105,7 @@ def test_fresh_sae_is_the_one_that_its_seed_would_have_made(trained):
     assert first.b_enc.abs().sum() == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "key"), [({"n_new": 0}, "hedge.n_new"), ({"n_new": 1, "norm": 0}, "hedge.new_norm")]
-)
+@pytest.mark.parametrize(("arguments", "key"), [({"n_new": 0}, "hedge.n_new"), ({"n_new": 1, "norm": 0}, "hedge.new_norm")])
 def test_impossible_widening_names_its_key(arguments, key):
     with pytest.raises(UserError, match=key):
         widen(TopKSAE(D_IN, D_SAE, k=3), **arguments)

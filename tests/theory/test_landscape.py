@@ -19,9 +19,7 @@ def test_landscape_equals_the_loss_of_a_tied_latent(p_first, p_both, l1, norm):
         assert loss == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("p_first", "p_both", "l1"), [(0.3, 0.1, 0.0), (0.1, 0.3, 0.0), (0.3, 0.1, 0.1), (0.1, 0.3, 1.0)]
-)
+@pytest.mark.parametrize(("p_first", "p_both", "l1"), [(0.3, 0.1, 0.0), (0.1, 0.3, 0.0), (0.3, 0.1, 0.1), (0.1, 0.3, 1.0)])
 def test_best_mixture_is_the_bottom(p_first, p_both, l1):
     t = np.linspace(0, 1, 100_001)
     bottom = t[tied_loss(t, p_first, p_both, l1).argmin()]

@@ -29,9 +29,7 @@ PAIRS = {
 
 def active(population, *states):
     """The active set of the given states, such as (1, 0)."""
-    return np.array(
-        [tuple(state) in states for state in population.states.astype(int).tolist() for state in [tuple(state)]]
-    )
+    return np.array([tuple(state) in states for state in population.states.astype(int).tolist() for state in [tuple(state)]])
 
 
 def trained(pair, l1, start, d_in=2):

@@ -74,9 +74,7 @@ def test_resumed_run_keeps_the_history_of_its_figures(finished, uri):
     run_id = trainer.logger.run_id
     checkpoint = trainer.checkpoint_callback.last_model_path
     state = next(
-        value
-        for key, value in torch.load(checkpoint, weights_only=True)["callbacks"].items()
-        if key.startswith("RunRecord")
+        value for key, value in torch.load(checkpoint, weights_only=True)["callbacks"].items() if key.startswith("RunRecord")
     )
     assert state["run_id"] == run_id
     resumed, _ = fit(uri, 100, run_id, checkpoint)

@@ -45,9 +45,7 @@ def quiet():
 
 
 def fit(kind, seed=0, steps=60, chunk=10, folder=None, resume=None, callbacks=(), **trainer):
-    data = ToyDataModule(
-        ConditionalFiring(FEATURES), d_in=10, batch_size=32, seed=seed, chunk_steps=chunk, val_batches=2
-    )
+    data = ToyDataModule(ConditionalFiring(FEATURES), d_in=10, batch_size=32, seed=seed, chunk_steps=chunk, val_batches=2)
     sae = make(kind, seed)
     checkpoint = L.pytorch.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=20, save_top_k=-1)
     fitted = L.Trainer(

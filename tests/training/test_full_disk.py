@@ -115,9 +115,7 @@ def test_full_while_checkpoints_are_written(place, undisturbed, empty_store, his
     code, said = at.end(pid)
     assert code == 0, said
     assert said.count("no checkpoint could be written at step") == 1
-    assert (
-        said.count("run.json could not be written (No space left on device); --resume goes by what it said before") == 1
-    )
+    assert said.count("run.json could not be written (No space left on device); --resume goes by what it said before") == 1
     (run,) = [path for path in at.disk.path.iterdir() if path.is_dir()]
     assert newest_whole(run) == run / "last.ckpt"
     assert not list(run.glob(".*partial"))

@@ -67,9 +67,7 @@ class Reports(L.Callback):
 
 def fit(model, bad=None, guard=None, folder=None, steps=40, chunk=5, every=10, checkpoint=None, data=Spoiled, **more):
     reports = Reports()
-    saving = (
-        [RunCheckpoint(dirpath=str(folder), save_last=True, save_top_k=0, every_n_train_steps=every)] if folder else []
-    )
+    saving = [RunCheckpoint(dirpath=str(folder), save_last=True, save_top_k=0, every_n_train_steps=every)] if folder else []
     trainer = L.Trainer(
         max_steps=steps,
         log_every_n_steps=20,
@@ -112,9 +110,7 @@ def test_weights_that_overflow_in_the_last_step(tmp_path):
             if self.steps_done == 39:
                 self.W_dec.data[0, 0] = float("inf")
 
-    with pytest.raises(
-        UserError, match=r"model\.W_dec: holds NaN or infinity after step 40; the checkpoint before it is kept"
-    ):
+    with pytest.raises(UserError, match=r"model\.W_dec: holds NaN or infinity after step 40; the checkpoint before it is kept"):
         fit(Breaks(6, 4, 0.01, optimizer=SGD), folder=tmp_path)
     assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 30
 

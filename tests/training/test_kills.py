@@ -13,9 +13,7 @@ KILLS = 20
 
 
 def weights(folder):
-    return {
-        path.parent.name: weights_sha256(path.parent) for path in sorted((folder / "result").rglob("sae.safetensors"))
-    }
+    return {path.parent.name: weights_sha256(path.parent) for path in sorted((folder / "result").rglob("sae.safetensors"))}
 
 
 def undisturbed(server, words, folder):

@@ -430,16 +430,12 @@ def test_row(name, what, check):
 
 
 def test_the_table_of_the_docs_is_made_of_these_rows():
-    table = "\n".join(
-        ["| flag or callback | what it does here |", "|---|---|", *(f"| {n} | {what} |" for n, what, _ in ROWS)]
-    )
+    table = "\n".join(["| flag or callback | what it does here |", "|---|---|", *(f"| {n} | {what} |" for n, what, _ in ROWS)])
     text = README.read_text(encoding="utf-8")
     fresh = re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
     if os.environ.get("HEDGELAB_WRITE_DOCS"):
         README.write_text(fresh, encoding="utf-8")
-    assert text == fresh, (
-        "run HEDGELAB_WRITE_DOCS=1 python -m pytest tests/training/test_lightning_interface.py -k table"
-    )
+    assert text == fresh, "run HEDGELAB_WRITE_DOCS=1 python -m pytest tests/training/test_lightning_interface.py -k table"
 
 
 # -- chunks --------------------------------------------------------------------------------------------

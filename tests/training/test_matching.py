@@ -69,9 +69,7 @@ def test_what_is_written():
     assert [*expected, "trainer.max_steps"] == WRITTEN
     assert written_keys({"model": "TopKSAE"}, RESOLVED) == ["model.class_path"]
     assert written_keys({"model": "model.yaml"}, RESOLVED) == ["model"]
-    assert written_keys({"trainer": {"callbacks": [{"class_path": "A"}]}}, RESOLVED) == [
-        "trainer.callbacks.0.class_path"
-    ]
+    assert written_keys({"trainer": {"callbacks": [{"class_path": "A"}]}}, RESOLVED) == ["trainer.callbacks.0.class_path"]
 
 
 NOISE = ("model", "init_args", "init", "noise")
@@ -136,9 +134,7 @@ def test_what_may_be_put_in_place_of_a_default():
 
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=3)),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text("abc", min_size=1), inner, max_size=3)
-    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text("abc", min_size=1), inner, max_size=3)),
     max_leaves=12,
 )
 
@@ -146,9 +142,7 @@ VALUES = st.recursive(
 @given(VALUES, VALUES)
 def test_differences_of_anything(a, b):
     assert list(differences(a, a)) == []
-    assert {(key, str(then)) for key, then, _ in differences(a, b)} == {
-        (key, str(now)) for key, _, now in differences(b, a)
-    }
+    assert {(key, str(then)) for key, then, _ in differences(a, b)} == {(key, str(now)) for key, _, now in differences(b, a)}
 
 
 @pytest.mark.parametrize("written", [[], ["model"], ["modelling.k"]])

@@ -21,9 +21,7 @@ SECONDS = 30.0
     ("error", "said"),
     [
         (
-            RuntimeError(
-                "[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. Check the logs."
-            ),
+            RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. Check the logs."),
             "rank 3: cannot reach another rank, which has died or lost its network (Connection closed by peer [127.0.0.1]:1); "
             "go on with --resume",
         ),
@@ -85,8 +83,7 @@ def test_main_process_ends_after_a_rank():
     pid, reading = in_child(act)
     try:
         assert (
-            all_said(reading)
-            == "hedgelab: rank 0: rank 2 has died, and this one waits for it in vain; go on with --resume\n"
+            all_said(reading) == "hedgelab: rank 0: rank 2 has died, and this one waits for it in vain; go on with --resume\n"
         )
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     finally:

@@ -16,12 +16,8 @@ from hedgelab.errors import UserError
 
 _INPUT, _OUTPUT = ".input", ".output"
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
-_BLOCK = re.compile(
-    r"(?:(?:model|decoder|transformer|gpt_neox|language_model|text_model)\.)*(?:layers|h|blocks)\.(\d+)"
-)
-_LENS = re.compile(
-    r"blocks\.(\d+)\.(hook_resid_(?:pre|mid|post)|hook_attn_out|hook_mlp_out|attn\.hook_z|mlp\.hook_post)"
-)
+_BLOCK = re.compile(r"(?:(?:model|decoder|transformer|gpt_neox|language_model|text_model)\.)*(?:layers|h|blocks)\.(\d+)")
+_LENS = re.compile(r"blocks\.(\d+)\.(hook_resid_(?:pre|mid|post)|hook_attn_out|hook_mlp_out|attn\.hook_z|mlp\.hook_post)")
 _SHORT = re.compile(r"(resid|resid_post|resid_pre|mlp|mlp_out|attn|attn_out)(?:_layer)?_(\d+)")
 _EMBEDDINGS = ("hook_embed", "embed", "embed_tokens", "embed_in", "wte", "word_embeddings")
 _ENDS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "lm_head", "embed_out")
@@ -89,9 +85,7 @@ def read_hook_name(name: str) -> HookPoint:
     if name in (*_EMBEDDINGS, *_ENDS):
         return HookPoint(hook="hook_embed" if name == "embed" else name)
     if "hook_" in name or name.startswith("blocks."):
-        return HookPoint(
-            why_not="is a hook of TransformerLens that no module of transformers has as its input or output"
-        )
+        return HookPoint(why_not="is a hook of TransformerLens that no module of transformers has as its input or output")
     if _PATH.fullmatch(name):
         return HookPoint(hook=name)
     return HookPoint(why_not="is neither a hook of TransformerLens nor the path of a module")

@@ -93,8 +93,7 @@ class TaggedWords:
             documents = {str(number): text for number, text in enumerate(StandardLibraryText().documents())}
         else:
             documents = {
-                str(line["doc"]): as_text(line["text"], "words.text", f"key 'text' of {self.text}, line {number},")
-                or ""
+                str(line["doc"]): as_text(line["text"], "words.text", f"key 'text' of {self.text}, line {number},") or ""
                 for number, line in enumerate(json_lines(Path(self.text), "words.text", ("doc", "text")), start=1)
             }
         tagged: dict[str, list[tuple[int, str]]] = defaultdict(list)  # by document: ends of words, and their tags

@@ -125,9 +125,7 @@ def _explained(location: str, error: Exception) -> str:
     """What is wrong with a model's files, in one line."""
     first = first_line(error)
     if "trust_remote_code" in str(error):
-        return (
-            f"{location!r} is a model with code of its own, which hedgelab does not run; take one that transformers has"
-        )
+        return f"{location!r} is a model with code of its own, which hedgelab does not run; take one that transformers has"
     if isinstance(error, ImportError):
         return f"{location!r} needs a package that is not installed ({first}); install it, or take unquantised weights"
     if type(error).__name__ == "SafetensorError":
@@ -237,9 +235,7 @@ class ModelFiles:
     def fingerprint(self) -> str:
         """A string that changes whenever a byte of the configuration or the weights does."""
         patterns = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
-        return self._fingerprint(
-            "weights sha256", patterns, lambda file: f" {file_digest(file, self._digests)}\n".encode()
-        )
+        return self._fingerprint("weights sha256", patterns, lambda file: f" {file_digest(file, self._digests)}\n".encode())
 
     def causal_lm(self, dtype: ModelDtype = "float32", attention: Attention | None = None) -> nn.Module:
         """The whole causal language model: on the CPU, frozen, in evaluation mode."""
@@ -279,9 +275,7 @@ class ModelFiles:
         if most is None or length <= most:
             return
         if not any("rotary_emb" in name for name, _ in self.skeleton().named_modules()):  # computed, to any length
-            raise UserError(
-                f"data.context_length: {length} is more than the {most} positions there are; set at most {most}"
-            )
+            raise UserError(f"data.context_length: {length} is more than the {most} positions there are; set at most {most}")
 
     def _fingerprint(self, kind: str, patterns: Sequence[str], content: Callable[[Path], bytes]) -> str:
         """A digest of the names and contents of files; of a model on the hub its commit."""

@@ -25,9 +25,7 @@ Rows = Callable[[Tensor, Tensor], Tensor]
 """Takes numbers of contexts ``[n]`` and positions ``[n, length]`` that count to their activations ``[rows, d_in]``."""
 
 _KEPT_BLOCKS = 2  # at least: the one in use, and the one being prefetched
-_KEPT_BYTES = (
-    2**29
-)  # as many blocks as fit: who reads a short stream again, SAE after SAE, need not run the model again
+_KEPT_BYTES = 2**29  # as many blocks as fit: who reads a short stream again, SAE after SAE, need not run the model again
 _ROOM_FOR_OUTLIERS = 0.05  # how many outliers a block has is not known before the model has run
 _PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
 _PATIENCE = timedelta(hours=1)  # a rank may wait for another's block
@@ -260,9 +258,7 @@ class BlockStream:
             needed = self.batches_per_block * self.batch_size
             if len(places) < needed:
                 left = f"leaves {len(places)} of a block's {len(norms)} rows where {needed} are needed"
-                raise UserError(
-                    f"data.max_norm_ratio: {self.max_norm_ratio} {left}; raise it, or choose another data.layer"
-                )
+                raise UserError(f"data.max_norm_ratio: {self.max_norm_ratio} {left}; raise it, or choose another data.layer")
             order = torch.randperm(len(places), generator=generator(self.seed, self.name, "block", number))
             places = places[order[:needed]]
             self._kept = max(_KEPT_BLOCKS, _KEPT_BYTES // (needed * rows[0].nbytes))

@@ -179,9 +179,7 @@ class ToyDataModule(ActivationDataModule):
         features = torch.where(states, self._magnitudes.mean, 0.0)
         return Batch(self._embed(features), features, probabilities.to(self._dtype))
 
-    def _per_feature(
-        self, key: str, value: float | list[float] | Law | None, own: Tensor | None, default: float
-    ) -> Tensor:
+    def _per_feature(self, key: str, value: float | list[float] | Law | None, own: Tensor | None, default: float) -> Tensor:
         """One number a feature, ``[n]``: of a list or law, one for all, the firing's own, or the default, which is possible."""
         n = self.firing.n
         if isinstance(value, Law):

@@ -131,9 +131,7 @@ class GaussianFiring(Firing):
         kept = true_positions(fires)
         return row[kept], feature[kept], value[kept]
 
-    def _fired(
-        self, factors: Tensor, generator: torch.Generator, magnitudes: Magnitudes
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _fired(self, factors: Tensor, generator: torch.Generator, magnitudes: Magnitudes) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, features and values of what fires, row by row."""
         row, feature = self._free_candidates(factors, generator)
         fired = [self._survivors(row, feature, magnitudes.draw(feature, generator), generator)]

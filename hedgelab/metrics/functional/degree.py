@@ -68,9 +68,7 @@ class DegreeSums(NamedTuple):
     extended_fired: Tensor  # the same, [W + N]
 
 
-def degree_update(
-    x: Tensor, control: Tensor | Codes, extended: Tensor | Codes, weight: Tensor | None = None
-) -> DegreeSums:
+def degree_update(x: Tensor, control: Tensor | Codes, extended: Tensor | Codes, weight: Tensor | None = None) -> DegreeSums:
     """Sums of one batch of activations ``[batch, d_in]`` and the latents of both SAEs."""
     rows = float64(x)
     weighted = rows if weight is None else rows * float64(weight)[:, None]

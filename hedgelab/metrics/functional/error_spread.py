@@ -91,9 +91,7 @@ class ResidualHedging(NamedTuple):
     magnitude: Tensor  # magnitude m of what is missing
 
 
-def residual_hedging(
-    x: Tensor, error: Tensor, codes: Tensor | Codes, W_dec: Tensor, blocks: int = BLOCKS
-) -> ResidualHedging:
+def residual_hedging(x: Tensor, error: Tensor, codes: Tensor | Codes, W_dec: Tensor, blocks: int = BLOCKS) -> ResidualHedging:
     """How much each latent hedges, from held-out activations and the SAE's errors on them; formulas, and trust, in the module.
 
     From about 0 (none) to 1 (a latent that is mostly other features). ``x``, ``error = x - x_hat``: ``[examples, d_in]``;

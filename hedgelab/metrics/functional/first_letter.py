@@ -90,9 +90,7 @@ def first_letter_scores(
     return FirstLetterScores(**scores)
 
 
-def word_absorption(
-    activations: Tensor, x: Tensor, direction: Tensor, main: Tensor, W_dec: Tensor
-) -> tuple[Tensor, Tensor]:
+def word_absorption(activations: Tensor, x: Tensor, direction: Tensor, main: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
     """Whether each word that the dense probe finds is fully absorbed (bool), and its absorption fraction, ``[words]`` each.
 
     ``activations [words, d_sae]`` are latents in units of decoder norm (folded), ``x [words, d_in]`` activations of the model,

@@ -79,9 +79,7 @@ def planted_hedging(
 
     children = (parents >= 0).nonzero().squeeze(1)
     its = parents[children]
-    latent = torch.where(live[:, None], with_features[:, its].abs(), -1.0).argmax(
-        0
-    )  # the live one nearest to each parent
+    latent = torch.where(live[:, None], with_features[:, its].abs(), -1.0).argmax(0)  # the live one nearest to each parent
     between = (features[its] * features[children]).sum(1)
     held = share_beside(with_features[latent, children], with_features[latent, its], between)
     return PlantedHedging(mean, low, high, *_interval(held))

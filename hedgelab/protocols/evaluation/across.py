@@ -51,9 +51,7 @@ def side_by_side(
         client.log_text(parent.run_id, as_csv(flat(rows)), "evaluation.csv")
         if (drawn := figure(rows, parent.name)) is not None:
             client.log_figure(parent.run_id, drawn, "figures/evaluation.png")
-        lines.append(
-            f"figure and table: run {parent.run_id[:8]} ({parent.name}), figures/evaluation.png, evaluation.csv"
-        )
+        lines.append(f"figure and table: run {parent.run_id[:8]} ({parent.name}), figures/evaluation.png, evaluation.csv")
     return lines
 
 
@@ -97,9 +95,7 @@ def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows of a CSV file: all scores, an SAE a line."""
     names = report.columns(rows, "metrics")
     own = [{name: row.metrics.get(name, "") for name in names} for row in rows]
-    return [
-        {"sae": row.run_id, "line": row.line, **row.values, **scores} for row, scores in zip(rows, own, strict=True)
-    ]
+    return [{"sae": row.run_id, "line": row.line, **row.values, **scores} for row, scores in zip(rows, own, strict=True)]
 
 
 def means(rows: Sequence[Row], beside: Results = MappingProxyType({})) -> list[str]:
@@ -109,9 +105,7 @@ def means(rows: Sequence[Row], beside: Results = MappingProxyType({})) -> list[s
     """
     names = [name for name in report.columns(rows, "metrics") if not name.endswith(NOISE)]
     table = report.table(rows, names)
-    reliable = {
-        name: reliable_difference([row.metrics.get(f"{name}{NOISE}", math.nan) for row in rows]) for name in names
-    }
+    reliable = {name: reliable_difference([row.metrics.get(f"{name}{NOISE}", math.nan) for row in rows]) for name in names}
     axes = [""] * (len(table[0]) - len(names) - 1)
     for label, metrics in beside.items():
         table.append([label, *axes, *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names)])

@@ -179,9 +179,7 @@ def find(word: str, sae_class: str | None = None) -> tuple[list[Subject], RunSum
     alone = "weights_sha256" in run.tags
     members = [run] if alone else children(run, with_sae=True)
     if not members:
-        raise UserError(
-            f"run {run.run_id[:8]} ({run.name}): neither it nor a part of it has an SAE; see `hedgelab runs`"
-        )
+        raise UserError(f"run {run.run_id[:8]} ({run.name}): neither it nor a part of it has an SAE; see `hedgelab runs`")
     return [Subject(one.name, artifact(one, "sae"), one) for one in members], None if alone else run
 
 

@@ -89,9 +89,7 @@ def suite_classes(names: Sequence[str] = ()) -> dict[str, type[Suite]]:
     found += [point.load() for point in entry_points(group=GROUP)]
     for path in (name for name in names if "." in name):
         cls = imported(path)
-        if not (
-            inspect.isclass(cls) and issubclass(cls, Suite) and not inspect.isabstract(cls) and hasattr(cls, "name")
-        ):
+        if not (inspect.isclass(cls) and issubclass(cls, Suite) and not inspect.isabstract(cls) and hasattr(cls, "name")):
             raise UserError(f"--suite: {path}: expected a class path that leads to a subclass of {_PACKAGE}.Suite")
         found.append(cls)
     return {cls.name: cls for cls in found}

@@ -57,9 +57,7 @@ def line_through(x: ArrayLike, y: ArrayLike, clusters: ArrayLike, seed: int = 0)
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
     # sums a cluster: any draw of clusters is then a product with how often each was drawn
-    parts: Floats = np.stack(
-        [np.bincount(cluster, part, len(names)) for part in (np.ones_like(x), x, y, x * x, x * y, y * y)]
-    )
+    parts: Floats = np.stack([np.bincount(cluster, part, len(names)) for part in (np.ones_like(x), x, y, x * x, x * y, y * y)])
     slope, intercept, r = _fit(parts.sum(1))
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_DRAWS)

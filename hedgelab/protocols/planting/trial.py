@@ -165,18 +165,13 @@ class Plant(Study):
                     for key, halves in found.measures.items():
                         columns |= {key: halves.mean(0), f"{key}/noise": (halves[0] - halves[1]).div(2)}
                     of_parents = zip(*(column.tolist() for column in columns.values()), strict=True)
-                    rows += [
-                        {**common, "parent": i, **dict(zip(columns, of, strict=True))}
-                        for i, of in enumerate(of_parents)
-                    ]
+                    rows += [{**common, "parent": i, **dict(zip(columns, of, strict=True))} for i, of in enumerate(of_parents)]
             untouched = self.train(self.phases("untouched", basis, bench, base.d_in, seeds=1), base)
             losses = self.losses(untouched, base)
             for place, sae in untouched.items():
                 common = dict(zip(("data", "kind", "width", "seed"), ("untouched", *place), strict=True))
                 there = reconstruction(sae, base, options.batches)
-                saes.append(
-                    {**common, **{f"untouched/{key}": value for key, value in there.items()}, **losses.get(place, {})}
-                )
+                saes.append({**common, **{f"untouched/{key}": value for key, value in there.items()}, **losses.get(place, {})})
         finally:
             base.teardown("fit")
         said = findings(rows, saes, options.doses)

@@ -58,9 +58,7 @@ def rows_of(cell: Cell, run: "Run") -> list[Row]:
     return [Row(cell.line, cell.values, seed, run.info.run_id, own) for seed, own in rows]
 
 
-def over_training(
-    cell: Cell, run: "Run", metrics: Sequence[str], history: Callable[[str, str], Iterable[Any]]
-) -> list[Row]:
+def over_training(cell: Cell, run: "Run", metrics: Sequence[str], history: Callable[[str, str], Iterable[Any]]) -> list[Row]:
     """A fit's metrics at each validation pass: a row a pass, with another axis ``samples``, the examples trained on by then.
 
     ``history(run_id, metric)`` gives what was logged, points with a ``step`` and a ``value``.
@@ -110,8 +108,7 @@ def as_json(rows: Sequence[Row], failures: Mapping[str, str]) -> str:
         return {"mean": fmean(values), "std": _spread(values), "n": len(values)}
 
     plain = [
-        {"line": row.line, **row.values, "seed": row.seed, "run": row.run_id, "metrics": dict(row.metrics)}
-        for row in rows
+        {"line": row.line, **row.values, "seed": row.seed, "run": row.run_id, "metrics": dict(row.metrics)} for row in rows
     ]
     summary = [
         {"line": line, **values, "seeds": seeds, "metrics": {name: summary_of(own) for name, own in metrics.items()}}

@@ -69,9 +69,7 @@ class Mitigation(nn.Module):
         """What level errors are computed against, and how."""
         return target
 
-    def terms(
-        self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]
-    ) -> dict[str, Tensor]:
+    def terms(self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]) -> dict[str, Tensor]:
         """Further terms of the loss by name, scalars that carry their coefficients.
 
         ``codes``, ``decoder`` and ``target`` are what the errors ``x_hat - x`` of the levels, ``[batch, d_in]`` each, were

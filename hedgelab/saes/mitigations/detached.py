@@ -21,13 +21,9 @@ class DetachedInnerLevels(Mitigation):
     def check(self, sae: Any) -> None:
         """Refuse what detaches in another way."""
         if sae.detached:
-            raise UserError(
-                "model.detached: detaches all levels already; set it to false, or remove DetachedInnerLevels"
-            )
+            raise UserError("model.detached: detaches all levels already; set it to false, or remove DetachedInnerLevels")
         if sae.credit:
-            raise UserError(
-                "model.credit: gives levels targets of their own; set it to 0, or remove DetachedInnerLevels"
-            )
+            raise UserError("model.credit: gives levels targets of their own; set it to 0, or remove DetachedInnerLevels")
 
     def target(self, sae: Any, target: Target) -> Target:
         """The same, detached for all levels but the last."""

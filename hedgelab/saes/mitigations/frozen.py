@@ -48,9 +48,7 @@ class FrozenDecoder(Mitigation):
             self.start = torch.zeros_like(sae.W_dec, requires_grad=False)
 
     @torch.no_grad()
-    def terms(
-        self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]
-    ) -> dict[str, Tensor]:
+    def terms(self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]) -> dict[str, Tensor]:
         """No terms; rows without a start (all before the first step, new ones after widening) take the present direction."""
         if self.start is not None:
             if is_split(sae.W_dec):

@@ -41,9 +41,7 @@ class OrthogonalDecoder(Mitigation):
         if sae.d_sae < 2:
             raise UserError("model.d_sae: OrthogonalDecoder compares latents, so it needs 2 or more")
 
-    def terms(
-        self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]
-    ) -> dict[str, Tensor]:
+    def terms(self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]) -> dict[str, Tensor]:
         """The penalty, at every ``every``-th step."""
         if sae.steps_done % self.every:
             return {}

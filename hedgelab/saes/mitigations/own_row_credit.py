@@ -63,9 +63,7 @@ class OwnRowCredit(Mitigation):
         if sae.credit:
             raise UserError("model.credit: cannot be used together with OwnRowCredit; set it to 0")
 
-    def terms(
-        self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]
-    ) -> dict[str, Tensor]:
+    def terms(self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]) -> dict[str, Tensor]:
         """A term of value 0 whose gradient to ``W_dec`` is the credit."""
         *inner, last = errors
         if sae.steps_done < self.start or not inner:

@@ -89,9 +89,7 @@ def test_narrow_formats(make_data, tmp_path, dtype):
     plain = make_data(max_contexts=50).batch("train", 3).x
     assert torch.equal(live.batch("train", 3).x, plain.to(getattr(torch, dtype)).float())
     assert not torch.equal(live.batch("train", 3).x, plain)
-    with pytest.raises(
-        UserError, match=rf"data\.storage_dtype: the cache in .* holds '{dtype}', .* asks for 'float32'"
-    ):
+    with pytest.raises(UserError, match=rf"data\.storage_dtype: the cache in .* holds '{dtype}', .* asks for 'float32'"):
         make_data(max_contexts=50, cache=str(tmp_path / "cache")).setup("fit")
 
 
@@ -177,9 +175,7 @@ def test_caches_of_release_0_1_0_are_refused(own, make_data):
     """They were zarr arrays, and told models apart by samples of their weights."""
     edited(own / "manifest.json", lambda manifest: manifest.update(format=1))
     for act in (make_data(cache=str(own)).setup, lambda _: write_cache(make_data(), str(own))):
-        with pytest.raises(
-            UserError, match=r"data\.cache: .* format 1, .*; delete it and write it anew with `hedgelab cache`"
-        ):
+        with pytest.raises(UserError, match=r"data\.cache: .* format 1, .*; delete it and write it anew with `hedgelab cache`"):
             act("fit")
 
 
@@ -287,9 +283,7 @@ def test_several_writers_share_the_work(make_data, tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert sorted(shard for shard, _ in shards) == list(range(24))
-    equal(
-        make_data(cache=str(folder), max_contexts=120).batch("train", 1), make_data(max_contexts=120).batch("train", 1)
-    )
+    equal(make_data(cache=str(folder), max_contexts=120).batch("train", 1), make_data(max_contexts=120).batch("train", 1))
 
 
 def test_a_shard_that_another_process_works_on_is_left_to_it(make_data, tmp_path):

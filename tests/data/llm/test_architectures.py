@@ -131,8 +131,6 @@ def test_transformers_chooses_the_attention(files, model, name):
     assert model.config._attn_implementation == files.attention()
     assert files.causal_lm(attention="eager").config._attn_implementation == "eager"
     if name in EAGER:
-        with pytest.raises(
-            UserError, match=r"data\.attention: 'sdpa' is not to be had for .*; leave the key out"
-        ) as caught:
+        with pytest.raises(UserError, match=r"data\.attention: 'sdpa' is not to be had for .*; leave the key out") as caught:
             files.causal_lm(attention="sdpa")
         assert "\n" not in str(caught.value)

@@ -95,9 +95,7 @@ def test_mistakes(name, config, capsys):
 def test_too_little_room(config, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")(10, 9, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    refused(
-        ["cache", "--config=tiny.yaml"], ["data.cache: 'acts' needs", "free", "data.storage_dtype: bfloat16"], capsys
-    )
+    refused(["cache", "--config=tiny.yaml"], ["data.cache: 'acts' needs", "free", "data.storage_dtype: bfloat16"], capsys)
 
 
 def test_help_lists_its_keys(capsys):

@@ -21,7 +21,5 @@ def test_batches(make_data, device_map, tmp_path):
 
 
 def test_a_map_that_leaves_modules_out(make_data):
-    with pytest.raises(
-        UserError, match=r"data\.device_map: .*; expected auto, or a device for each of embed_tokens, layers"
-    ):
+    with pytest.raises(UserError, match=r"data\.device_map: .*; expected auto, or a device for each of embed_tokens, layers"):
         make_data(device_map={"layers": "cpu"}).setup("fit")

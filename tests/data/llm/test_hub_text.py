@@ -73,17 +73,13 @@ def test_impossible_values(options, message):
 def test_what_a_folder_lacks_is_named(datasets, folder):
     with pytest.raises(UserError, match=r"data\.text\.field: data set .* has no column 'body'; it has text, id"):
         list(HubText(str(folder), field="body").documents())
-    with pytest.raises(
-        UserError, match=r"data\.text\.dataset: cannot read .*offline alternatives: StandardLibraryText"
-    ):
+    with pytest.raises(UserError, match=r"data\.text\.dataset: cannot read .*offline alternatives: StandardLibraryText"):
         list(HubText(str(folder), split="nowhere").documents())
 
 
 def test_an_unreachable_hub_is_one_line(datasets, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        UserError, match=r"data\.text\.dataset: 'some/corpus' is no local folder, and HF_HUB_OFFLINE is set"
-    ):
+    with pytest.raises(UserError, match=r"data\.text\.dataset: 'some/corpus' is no local folder, and HF_HUB_OFFLINE is set"):
         list(HubText("some/corpus").documents())
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: (_ for _ in ()).throw(OSError("no cache")))
     with pytest.raises(UserError, match=r"cannot read 'some/corpus': HF_HUB_OFFLINE is set, nor .* earlier downloads"):

@@ -140,9 +140,7 @@ class Vocabulary:
 
     def __init__(self, n=400):
         self.prompt = None
-        self.tokens = ["<s>", "Ġ1st", "the", "Ġx"] + [
-            f"Ġ{chr(97 + i % 4)}{chr(97 + i % 7)}{'q' * (i // 28)}" for i in range(n)
-        ]
+        self.tokens = ["<s>", "Ġ1st", "the", "Ġx"] + [f"Ġ{chr(97 + i % 4)}{chr(97 + i % 7)}{'q' * (i // 28)}" for i in range(n)]
 
     def __len__(self):
         return len(self.tokens)
@@ -188,9 +186,7 @@ def test_an_appended_eos_token_stands_nowhere(tagged, make_tokenizer, with_bos, 
     expected, got = (words(tagged).load(tokenizer) for tokenizer in (plain, appending))
     assert torch.equal(got.tokens, expected.tokens)
     assert torch.equal(got.positions, expected.positions)
-    texts = ClassifiedTexts(
-        str(tagged / "text.jsonl"), Property({"a": ["a"], "b": ["b", "c"]}, column="kind"), length=5
-    )
+    texts = ClassifiedTexts(str(tagged / "text.jsonl"), Property({"a": ["a"], "b": ["b", "c"]}, column="kind"), length=5)
     assert torch.equal(texts.load(appending).tokens, texts.load(plain).tokens)
     documents = ["w1 w2 w3 w4 w5 w6", "w7 w8 w9 w10"]
     assert torch.equal(pack(iter(documents), appending, 4).tokens[:, 1:], pack(iter(documents), plain, 4).tokens[:, 1:])

@@ -48,9 +48,7 @@ def test_nothing_behind_the_hook_is_kept_or_computed(tiny_model, tokens):
     assert not {"model.layers.1.mlp", "model.layers.1", "model.norm", "lm_head"} & set(ran)
 
 
-@pytest.mark.parametrize(
-    "hook", ["model.layers.1.mlp", "model.layers.0.self_attn", "model.layers.2.mlp.act_fn", "lm_head"]
-)
+@pytest.mark.parametrize("hook", ["model.layers.1.mlp", "model.layers.0.self_attn", "model.layers.2.mlp.act_fn", "lm_head"])
 def test_any_module_can_be_hooked(tiny_model, tokens, hook):
     whole = ModelFiles(tiny_model).causal_lm()
     expected = {}

@@ -79,9 +79,7 @@ def test_no_context_is_left_out_of_an_epoch(n, per_block):
     for epoch in range(epochs):
         assert met[epoch * n : (epoch + 1) * n].sort().values.tolist() == list(range(n))
     order = torch.randperm(n, generator=generator(0, "train", "epoch", 0))
-    assert torch.equal(
-        stream.context_numbers(0), order[:per_block]
-    )  # the blocks of earlier releases, in the first epoch
+    assert torch.equal(stream.context_numbers(0), order[:per_block])  # the blocks of earlier releases, in the first epoch
 
 
 def test_a_short_stream_that_is_read_again_does_not_run_the_model_again():
@@ -115,9 +113,7 @@ def test_outliers_are_dropped_by_their_ratio_to_the_median():
     assert block.rows.max() < 50_000
     stream = make_stream(max_norm_ratio=3.0)
     stream.tokens[:, 5:9] = 100_000
-    with pytest.raises(
-        UserError, match=r"data\.max_norm_ratio: 3\.0 leaves 36 of a block's 60 rows where 56 are needed"
-    ):
+    with pytest.raises(UserError, match=r"data\.max_norm_ratio: 3\.0 leaves 36 of a block's 60 rows where 56 are needed"):
         stream.block(0)
 
 

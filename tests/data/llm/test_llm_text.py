@@ -166,9 +166,7 @@ def test_other_encodings_are_one_line(tmp_path, kind, encoding):
 def test_half_a_surrogate_pair_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
     message = one_line(TextFiles([str(tmp_path / "a.jsonl")]))
-    assert re.match(
-        r"data\.text\.field: column 'text' of .*a\.jsonl, row 2, holds \\ud83d, half of a surrogate pair", message
-    )
+    assert re.match(r"data\.text\.field: column 'text' of .*a\.jsonl, row 2, holds \\ud83d, half of a surrogate pair", message)
 
 
 def test_json_too_deep_is_one_line(tmp_path):

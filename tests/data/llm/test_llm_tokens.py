@@ -59,7 +59,4 @@ def test_cache_is_used_and_follows_text_tokenizer_and_length(tiny_model, tmp_pat
     assert load(length=8).tokens.shape == (1, 8)
     text.write_text("w9 w9 w9 w9")
     assert not torch.equal(load().tokens[0], first.tokens[0])
-    assert (
-        sorted(path.suffix for path in (tmp_path / "cache" / "tokens").iterdir())
-        == [".lock"] * 3 + [".safetensors"] * 3
-    )
+    assert sorted(path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()) == [".lock"] * 3 + [".safetensors"] * 3

@@ -78,12 +78,8 @@ def test_truncated_weights_are_one_line(own):
 
 
 def test_a_missing_quantisation_package_is_one_line(own):
-    edit(
-        own / "config.json", quantization_config={"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True}
-    )
-    refused(
-        ModelFiles(str(own)).causal_lm, "data.model: ", str(own), "package", "install it, or take unquantised weights"
-    )
+    edit(own / "config.json", quantization_config={"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True})
+    refused(ModelFiles(str(own)).causal_lm, "data.model: ", str(own), "package", "install it, or take unquantised weights")
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -186,7 +182,5 @@ def test_kept_evaluation_activations_are_those_of_the_weights(own, make_data, tm
 
     before = rows()
     assert torch.equal(rows(), before)
-    rewrite(
-        own, lambda weights: weights.update({"model.embed_tokens.weight": 2 * weights["model.embed_tokens.weight"]})
-    )
+    rewrite(own, lambda weights: weights.update({"model.embed_tokens.weight": 2 * weights["model.embed_tokens.weight"]}))
     assert not torch.allclose(rows(), before)

@@ -20,9 +20,7 @@ from hedgelab.training.steps import batch_of
 from .test_evaluation_suites import labelled  # noqa: F401 (a fixture)
 
 
-@pytest.mark.parametrize(
-    "options", [{"normalisation": "unit_norm", "max_norm_ratio": 3.0}, {"normalisation": "centred"}]
-)
+@pytest.mark.parametrize("options", [{"normalisation": "unit_norm", "max_norm_ratio": 3.0}, {"normalisation": "centred"}])
 @pytest.mark.parametrize("cached", [False, True])
 def test_batches(make_data, tmp_path, gpu, options, cached):
     if cached:

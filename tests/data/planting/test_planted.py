@@ -84,8 +84,7 @@ def test_magnitudes_spread():
 
 def test_batches_depend_on_their_number_and_seed_alone():
     one, again, other = (
-        PlantedActivations(base(), PlantedParents([0.3]), firing=IndependentFiring([0.2]), seed=seed)
-        for seed in (0, 0, 1)
+        PlantedActivations(base(), PlantedParents([0.3]), firing=IndependentFiring([0.2]), seed=seed) for seed in (0, 0, 1)
     )
     list(one.plain(3))
     for stage, number in (("train", 7), ("val", 1)):

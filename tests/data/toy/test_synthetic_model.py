@@ -267,9 +267,7 @@ def assert_alike(folder, theirs):
     child = (hierarchy.parent >= 0).nonzero().squeeze(1)
     family = (hierarchy.parent[:, None] == hierarchy.parent) & (hierarchy.parent >= 0)
     family[child, hierarchy.parent[child]] = True
-    scores["families"] = z_scores(both, both_there, (both + both_there) / 2, SAMPLES)[
-        often & (family | family.T)[pairs]
-    ]
+    scores["families"] = z_scores(both, both_there, (both + both_there) / 2, SAMPLES)[often & (family | family.T)[pairs]]
     exclusive = ((hierarchy.group[:, None] == hierarchy.group) & (hierarchy.group >= 0))[pairs]
     assert exclusive.sum() > 50
     assert both[exclusive].sum() == both_there[exclusive].sum() == 0

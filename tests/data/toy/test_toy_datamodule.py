@@ -30,9 +30,7 @@ def test_activations_are_magnitudes_along_directions():
 
 @pytest.mark.parametrize("std", [0.0, 0.3])
 def test_many_features_take_the_sparse_path_to_the_same_activations(std):
-    data = ToyDataModule(
-        CopulaFiring(200, Zipf(total=10)), 16, 32, bias=2.0, magnitude_std=std, seed=0, dtype="float64"
-    )
+    data = ToyDataModule(CopulaFiring(200, Zipf(total=10)), 16, 32, bias=2.0, magnitude_std=std, seed=0, dtype="float64")
     batch = data.batch("train", 1)
     features = batch.features.to_dense()
     assert torch.allclose(batch.x, features @ data.feature_directions + data.bias, atol=1e-12)
@@ -108,9 +106,7 @@ def test_the_dictionary_depends_on_the_seed_alone():
     assert torch.equal(data.feature_directions, hierarchical(batch_size=3).feature_directions)
     assert not torch.equal(data.feature_directions, hierarchical(seed=1).feature_directions)
     assert torch.allclose(data.feature_directions @ data.feature_directions.T, torch.eye(2), atol=1e-6)
-    assert float(hierarchical(target_cosine=0.4).feature_directions.prod(0).sum().item()) == pytest.approx(
-        0.4, abs=1e-6
-    )
+    assert float(hierarchical(target_cosine=0.4).feature_directions.prod(0).sum().item()) == pytest.approx(0.4, abs=1e-6)
 
 
 def test_frequencies_over_many_batches():

@@ -286,9 +286,7 @@ def test_rows_beyond_32_bits_are_found(tmp_path: Any) -> None:
     assert codes.layout is not None
     found = products.decode_levels(codes.layout, codes.values, weight.to(DEVICE), [d_sae], Tile(1024, 1, 1))
     assert relative(found[0], expected.to(DEVICE)) <= 1e-6
-    rows = torch.tensor(
-        [0, d_sae - 2, d_sae - 1]
-    )  # the same numbers as a gradient that comes from above, of 2^20 examples
+    rows = torch.tensor([0, d_sae - 2, d_sae - 1])  # the same numbers as a gradient that comes from above, of 2^20 examples
     weight[rows] = torch.randn(3, width).bfloat16()
     crow = torch.searchsorted(rows, torch.arange(d_sae + 1)).to(DEVICE)
     codes = Codes.from_csr(crow, torch.zeros(3, dtype=torch.long, device=DEVICE), torch.ones(3, device=DEVICE), 1)

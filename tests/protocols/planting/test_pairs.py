@@ -15,9 +15,7 @@ def planted():
     """Two parents with a child each, in activations of a norm near 3."""
     x = torch.randn(40_000, D_IN, generator=torch.Generator().manual_seed(0))
     base = TensorActivations(x, batch_size=2000, seed=0, val_batches=10, held_out=0.5)
-    return PlantedActivations(
-        base, PlantedParents([0.1, 0.2], magnitude=20.0), dose=[DOSE, 0.0], magnitude_mean=10.0, seed=0
-    )
+    return PlantedActivations(base, PlantedParents([0.1, 0.2], magnitude=20.0), dose=[DOSE, 0.0], magnitude_mean=10.0, seed=0)
 
 
 def by_hand(data, sae):

@@ -11,10 +11,7 @@ from hedgelab.protocols.planting.statistics import auc, equivalence_test, line_t
 @pytest.mark.parametrize("n", [1, 4, 9])
 def test_sign_flips_are_all_of_them(n):
     values = np.random.default_rng(n).normal(0.3, 1, n)
-    sums = [
-        abs(sum(s * abs(v) for s, v in zip(signs, values, strict=True)))
-        for signs in itertools.product((-1, 1), repeat=n)
-    ]
+    sums = [abs(sum(s * abs(v) for s, v in zip(signs, values, strict=True))) for signs in itertools.product((-1, 1), repeat=n)]
     exact = np.mean([one >= abs(values.sum()) - 1e-12 for one in sums])
     assert sign_flip_test(values) == pytest.approx(exact, abs=0.01)
 

@@ -58,9 +58,7 @@ def here(tmp_path, monkeypatch):
 # Dense and sparse kernels; 90 steps train the narrow one alone.
 @pytest.mark.parametrize("d_sae", [64, pytest.param(512, marks=pytest.mark.slow)])
 def test_lista_matryoshka_trains_resumes_exactly_saves_and_loads(here, tmp_path, d_sae):
-    wider = CONFIG.replace("levels: [2, 8, 32, 64]", f"levels: [2, 8, 32, {d_sae}]").replace(
-        "d_sae: 64", f"d_sae: {d_sae}"
-    )
+    wider = CONFIG.replace("levels: [2, 8, 32, 64]", f"levels: [2, 8, 32, {d_sae}]").replace("d_sae: 64", f"d_sae: {d_sae}")
     Path("combined.yaml").write_text(wider)
     undisturbed = fit("--name=whole")
     sae = undisturbed.model

@@ -30,9 +30,7 @@ def train(sae, steps=60):
 
 
 def make(*mitigations, **arguments):
-    return BatchTopKSAE(
-        8, 12, k=3, init=Initialization(decoder_norm=0.7, seed=0), mitigations=list(mitigations), **arguments
-    )
+    return BatchTopKSAE(8, 12, k=3, init=Initialization(decoder_norm=0.7, seed=0), mitigations=list(mitigations), **arguments)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -43,9 +41,7 @@ def test_a_frozen_decoder_stays_and_the_rest_trains(optimizer, nested, tmp_path)
         sae = MatryoshkaSAE(8, make(optimizer=optimizer), [4, 12], mitigations=[FrozenDecoder()])
     before = {name: value.clone() for name, value in sae.state_dict().items()}
     train(sae)
-    moved = {
-        name.removeprefix("inner.") for name, value in sae.state_dict().items() if not torch.equal(value, before[name])
-    }
+    moved = {name.removeprefix("inner.") for name, value in sae.state_dict().items() if not torch.equal(value, before[name])}
     assert moved >= {"W_enc", "b_enc", "b_dec"}
     assert "W_dec" not in moved
     assert sae.W_dec.grad is None

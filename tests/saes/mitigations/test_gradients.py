@@ -11,9 +11,7 @@ from hedgelab.saes.mitigations import LISTA, DetachedInnerLevels, RandomPrefixes
 D_IN, D_SAE, ROWS, K, LEVELS = 12, 24, 40, 3, [4, 10, 24]
 MAKERS = {
     "topk": lambda **more: TopKSAE(D_IN, D_SAE, K, auxiliary_coefficient=0.0, **more),
-    "batch_topk": lambda **more: BatchTopKSAE(
-        D_IN, D_SAE, K, auxiliary_coefficient=0.0, norm_aware_selection=True, **more
-    ),
+    "batch_topk": lambda **more: BatchTopKSAE(D_IN, D_SAE, K, auxiliary_coefficient=0.0, norm_aware_selection=True, **more),
     "jumprelu": lambda **more: JumpReLUSAE(D_IN, D_SAE, 0.1, threshold=0.3, bandwidth=0.2, **more),
     "relu": lambda **more: VanillaSAE(D_IN, D_SAE, 0.1, **more),
 }
