@@ -16,7 +16,7 @@ section `sweep`:
     base: other.yaml                       # config, or list of them, that this file lies over; beside this file
     lines:                                 # one curve each; may be left out
       vanilla: {set: {model: {class_path: VanillaSAE, ...}}, axes: {model.l1_coefficient: [1, 2]}}
-    axes:                                  # every combination is a cell
+    axes:                                  # every combination is a cell; layers share a model's forward pass
       model.d_sae: [64, 256, 1024]
       seed: [0, 1, 2]                      # of the weights; such cells share their activations
       pair: {zip: {model.k: [8, 16], model.optimizer.lr: [1e-3, 5e-4]}}

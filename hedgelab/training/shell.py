@@ -290,7 +290,8 @@ class TrainingShell(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure every SAE on a batch, unless it holds NaN or infinity and a guard leaves it out."""
         seen = {trainee.name: steps.batch_of(batch, trainee.name) for trainee in self.trainees}
-        left_out = self.on_nonfinite is not None and not all(bool(x.isfinite().all()) for x in {one.x for one in seen.values()})
+        finite = (bool(x.isfinite().all()) for x in {one.x for one in seen.values()})
+        left_out = self.on_nonfinite is not None and not all(finite)
         self._measured = [self._measured[0] + 1, self._measured[1] + left_out]
         if not left_out:
             for trainee in self.trainees:

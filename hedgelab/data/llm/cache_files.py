@@ -230,7 +230,7 @@ def _contents(file: FileIO, shape: tuple[int, int], dtype: str) -> tuple[int, in
     header = json.loads(file.read(begin - 8))
     n, *rest = header["activations"]["shape"]
     starts, stops = zip(*(header[name]["data_offsets"] for name in ("activations", "checksums")), strict=True)
-    if header["activations"]["dtype"] != dtype or tuple(rest) != shape or header["checksums"]["shape"] != [n]:
+    if header["activations"]["dtype"] != dtype or tuple(rest) != shape or stops[1] - starts[1] != 8 * n:
         raise ValueError("it holds something else")
     if begin + max(stops) > size:
         raise ValueError("it is cut off")

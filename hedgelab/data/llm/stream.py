@@ -63,7 +63,7 @@ class Harvester:
     ) -> None:
         self._model, self._contexts_at_once, self._dtype = model, contexts_at_once, dtype
         self._device = device or next(model.parameters()).device
-        self._at_once = 1 if device is not None or self._device.type == "cuda" else torch.get_num_threads()
+        self._one_at_a_time = device is not None or self._device.type == "cuda"
         self._passes: ThreadPoolExecutor | None = None
         self._quiet = False
 
@@ -71,7 +71,7 @@ class Harvester:
         """Activations at the usable positions ``[n, length]`` of token ids ``[n, length]``, ``[rows, d_in]`` on its device."""
         check_tokens(tokens, self._model.vocabulary)
         if self._passes is None:
-            self._passes = _single_threaded_pool(self._at_once)
+            self._passes = _single_threaded_pool(1 if self._one_at_a_time else torch.get_num_threads())
         parts = [torch.split(tensor, self._contexts_at_once) for tensor in (tokens, usable)]
         passes = self._passes.map(self._forward, *parts)
         # Later calls run in the background, where training shows its own progress.
