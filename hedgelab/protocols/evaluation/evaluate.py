@@ -35,6 +35,7 @@ from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.params import flatten
 from hedgelab.tracking.runs import (
     CONTROL_TAG,
+    ORACLE_TAG,
     FoundSAE,
     RunSummary,
     artifact,
@@ -152,7 +153,7 @@ class OracleSubject(Subject):
     @property
     def identity(self) -> dict[str, str]:
         """The toy."""
-        return {"oracle": stable_id(deciding({"data": self._tree}))}
+        return {ORACLE_TAG: stable_id(deciding({"data": self._tree}))}
 
 
 def say(line: str) -> None:
