@@ -25,6 +25,8 @@ _SAE_FILE, _ADDRESSES = "sae.json", ("models:/", "runs:/")  # of MLflow's
 _PAGE = 100
 CONTROL_TAG = "hedgelab.control"
 """Tag that says which control an SAE is: a frozen part, or the oracle of a toy."""
+ORACLE_TAG = "hedgelab.oracle"
+"""Tag of the run that holds the scores of a toy's oracle: which toy it is."""
 REPORT_TAG = "hedgelab.report"
 """Tag of the run that holds an experiment's report; it is no run of anything."""
 
@@ -188,7 +190,7 @@ def _newest(wanted: list[str], limit: int | None = None, own: bool = False, expe
         raise UserError(f"--experiment: no '{experiment}' in the store; it has {', '.join(sorted(names.values()))}")
     ids = [key for key, name in names.items() if experiment in (None, name)]
     found = search_runs(client, " AND ".join(wanted), ids)
-    fitting = (run for run in found if not (own and {PARENT_TAG, REPORT_TAG} & set(run.data.tags)))
+    fitting = (run for run in found if not (own and {PARENT_TAG, REPORT_TAG, ORACLE_TAG} & set(run.data.tags)))
     return [_summary(run, names) for run in islice(fitting, limit)]
 
 

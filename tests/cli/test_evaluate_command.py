@@ -57,7 +57,8 @@ def test_scores_go_to_the_run_once(config, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "density/l0" in printed
     assert "absorption: left out; needs activations of a language model" in printed
-    (run,) = listed(capsys)
+    oracle, run = listed(capsys)
+    assert oracle["tags"]["hedgelab.control"] == "oracle"
     assert run["metrics"]["density/l0"] > 0
     assert "geometry/mean_max_cosine" in run["metrics"]
     assert (tmp_path / "runs/artifacts/hedgelab" / run["run_id"] / "artifacts/figures/density.png").is_file()
@@ -66,7 +67,8 @@ def test_scores_go_to_the_run_once(config, capsys, tmp_path):
     assert main(["evaluate", run["run_id"], "--rows=64"]) == 0
     assert "density: was done before" in capsys.readouterr().out
     assert main(["evaluate", "last", "--rows=128", "--suite=density"]) == 0
-    assert "density: 1 SAE in" in capsys.readouterr().out
+    assert "density: 2 SAEs in" in capsys.readouterr().out  # the oracle is never the last
+    assert {one["name"] for one in listed(capsys)} == {"first", "oracle"}
     assert main(["evaluate", "first", "--suite=probing"]) == 2
     assert "--suite probing: needs activations of a language model" in capsys.readouterr().err
     assert main(["evaluate", "second"]) == 2
@@ -95,7 +97,7 @@ def test_a_sweeps_config_is_trained_evaluated_and_drawn(config, capsys, tmp_path
     command = ["evaluate", "grid.yaml", "--suite=density,geometry", "--rows=64", "--trainer.enable_progress_bar=false"]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "density: 4 SAEs in" in printed
+    assert "density: 5 SAEs in" in printed  # with the toy's oracle
     assert "density/explained_variance" in printed
     parent = next(one for one in listed(capsys) if one["name"] == "grid")
     folder = tmp_path / "runs/artifacts/hedgelab" / parent["run_id"] / "artifacts"

@@ -103,7 +103,8 @@ def test_a_failing_evaluation_of_a_folder_leaves_no_run(tmp_path, monkeypatch, c
     assert main(["evaluate", "sae", *toy, "--data.d_in", "6"]) == 0  # with a space, as the help shows it
     capsys.readouterr()
     assert main(["runs", "--json"]) == 0
-    (run,) = json.loads(capsys.readouterr().out)
+    oracle, run = json.loads(capsys.readouterr().out)
+    assert oracle["name"] == "oracle"
     assert run["metrics"]["density/l0"] > 0
 
 

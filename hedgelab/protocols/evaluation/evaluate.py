@@ -36,6 +36,7 @@ from hedgelab.tracking.models import link_metrics
 from hedgelab.tracking.params import flatten
 from hedgelab.tracking.runs import (
     CONTROL_TAG,
+    ORACLE_TAG,
     FoundSAE,
     RunSummary,
     artifact,
@@ -153,7 +154,7 @@ class OracleSubject(Subject):
     @property
     def identity(self) -> dict[str, str]:
         """The toy."""
-        return {"oracle": stable_id(deciding({"data": self._tree}))}
+        return {ORACLE_TAG: stable_id(deciding({"data": self._tree}))}
 
 
 def say(line: str) -> None:
