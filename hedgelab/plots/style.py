@@ -70,9 +70,11 @@ def legend(owner: Axes | Figure, **options: Any) -> None:
 
 
 def legend_below(figure: Figure, handles: Iterable[Any], columns: int = 6) -> None:
-    """A legend under the whole figure, in which every label stands once."""
+    """A legend under the whole figure, in which every label stands once, in as many columns as there is room for."""
     named = {str(handle.get_label()): handle for handle in handles}
-    legend(figure, handles=list(named.values()), loc="outside lower center", ncols=min(columns, max(1, len(named))))
+    inches = 0.55 + 0.065 * max(map(len, named), default=0)  # the handle, and letters of this size
+    columns = min(columns, len(named), int(figure.get_figwidth() / inches))
+    legend(figure, handles=list(named.values()), loc="outside lower center", ncols=max(1, columns))
 
 
 def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **options: Any) -> None:

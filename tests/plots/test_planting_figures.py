@@ -15,3 +15,14 @@ def test_every_width_has_its_place_in_the_legend():
     assert [text.get_text() for text in legend.get_texts()] == [*labels, "omitted-variable theory"]
     (legend,) = shares_against_theory(pairs).legends
     assert [text.get_text() for text in legend.get_texts()] == labels
+
+
+def test_a_legend_is_no_wider_than_its_figure():
+    arms = [
+        {"kind": "BatchTopK", "width": 64 * 4**number, "dose": 0.3, "share": 0.1, "share_low": 0.0, "share_high": 0.2, "predicted": 0.1}
+        for number in range(4)
+    ]  # fmt: skip
+    figure = doses_and_responses(arms, [0.3])
+    figure.canvas.draw()
+    box, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
