@@ -58,7 +58,7 @@ def jackknife(left_out: Tensor) -> Tensor:
     ``√((n - 1) / n Σ (v_i - mean v)²)`` (Tukey 1958); of a mean that is the usual standard error.
 
     >>> values = torch.tensor([1.0, 2.0, 6.0])
-    >>> torch.isclose(jackknife((values.sum() - values) / 2), values.std() / 3**0.5).item()
+    >>> round(jackknife((values.sum() - values) / 2).item(), 6) == round(values.std().item() / 3**0.5, 6)
     True
     """
     return left_out.double().std(0, correction=0) * math.sqrt(len(left_out) - 1)

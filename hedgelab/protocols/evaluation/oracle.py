@@ -18,7 +18,7 @@ class Oracle(InferenceSAE):
     function of ``x`` alone gives the features. Its reconstruction is ``x`` without the noise.
 
     >>> from hedgelab.data.toy import IndependentFiring
-    >>> toy = ToyDataModule(IndependentFiring([0.5, 0.3, 0.2]), d_in=2, target_cosine=0.5, batch_size=8, seed=0)
+    >>> toy = ToyDataModule(IndependentFiring([0.5, 0.3, 0.2, 0.1]), d_in=3, target_cosine=0.4, batch_size=8, seed=0)
     >>> batch, oracle = toy.batch("val", 1), Oracle(toy)
     >>> torch.equal(oracle.encode(batch.x).to_dense(), batch.features), torch.allclose(oracle(batch.x), batch.x, atol=1e-5)
     (True, True)
