@@ -145,4 +145,6 @@ def test_what_can_be_measured_is(measured_only, capsys):
     assert main(["evaluate", "kept", *toy]) == 0
     printed = capsys.readouterr().out
     assert "density/l0" in printed
-    assert ("density/explained_variance" in printed) == (measured_only == "normalised")
+    (row,) = (line.split() for line in printed.splitlines() if line.startswith("  density/explained_variance "))
+    assert row[-1] == "1"  # the oracle's
+    assert len(row) == (3 if measured_only == "normalised" else 2)
