@@ -18,11 +18,9 @@ def test_every_width_has_its_place_in_the_legend():
 
 
 def test_a_legend_is_no_wider_than_its_figure():
-    arms = [
-        {"kind": "BatchTopK", "width": 64 * 4**number, "dose": 0.3, "share": 0.1, "share_low": 0.0, "share_high": 0.2, "predicted": 0.1}
-        for number in range(4)
-    ]  # fmt: skip
-    figure = doses_and_responses(arms, [0.3])
+    share = {"share": 0.1, "share_low": 0.0, "share_high": 0.2, "predicted": 0.1}
+    widths = 64, 256, 1024, 4096
+    figure = doses_and_responses([{"kind": "BatchTopK", "width": width, "dose": 0.3, **share} for width in widths], [0.3])
     figure.canvas.draw()
     box, page = figure.legends[0].get_window_extent(), figure.bbox
     assert page.x0 <= box.x0 < box.x1 <= page.x1
