@@ -42,7 +42,9 @@ def serve(command: list[str]) -> int:
     """Run a server that starts processes of its own, and give its exit code; all of them end when this function does."""
     server = subprocess.Popen(command, start_new_session=True)
     try:
-        return server.wait()
+        while True:  # a signal that comes just before a wait without end would be noticed after it
+            with suppress(subprocess.TimeoutExpired):
+                return server.wait(_PATIENCE)
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):  # none is left, or some are

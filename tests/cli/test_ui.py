@@ -56,3 +56,17 @@ def test_a_signal_ends_the_servers_too(number, code, tmp_path, monkeypatch, caps
 
 def test_a_server_that_ends_by_itself_says_how(tmp_path):
     assert ui.serve([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+
+
+def test_no_wait_for_a_server_is_without_end(monkeypatch):
+    """A signal that comes just before such a wait would be noticed after it only."""
+    waits, wait = [], ui.subprocess.Popen.wait
+
+    def spied(server, timeout=None):
+        waits.append(timeout)
+        return wait(server, timeout)
+
+    monkeypatch.setattr(ui.subprocess.Popen, "wait", spied)
+    assert ui.serve([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+    assert waits
+    assert None not in waits
