@@ -39,18 +39,7 @@ SCHEME = "2"
 """Which rules made an id; finished runs of other schemes are not recognised by their id."""
 _HASHED = 16
 _NOTHING: Any = object()
-_SECTIONS = {
-    "config",
-    "name",
-    "experiment",
-    "ckpt_path",
-    "resume",
-    "retrain",
-    "record",
-    "progress",
-    "checkpoint",
-    "sweep",
-}
+_SECTIONS = {"config", "name", "experiment", "ckpt_path", "resume", "retrain", "record", "progress", "checkpoint", "sweep"}
 _OF_THE_TRAINER = frozenset({
     "accelerator", "strategy", "devices", "num_nodes", "plugins", "default_root_dir", "logger", "profiler", "max_time",
     "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "num_sanity_val_steps",

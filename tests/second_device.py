@@ -253,10 +253,7 @@ def _on_numbers(function):
 
     def run(layout, *args, **kwargs):
         if isinstance(layout, Layout):
-            args, plain = (
-                (layout.crow, layout.latents, *args),
-                lambda crow, latents: Layout(crow, latents, layout.d_sae),
-            )
+            args, plain = ((layout.crow, layout.latents, *args), lambda crow, latents: Layout(crow, latents, layout.d_sae))
         tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
         second = [isinstance(tensor, SecondDeviceTensor) for tensor in tensors]
         assert all(second) or not any(second), f"{function.__name__}: expected all tensors on one device"

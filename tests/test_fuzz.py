@@ -17,16 +17,10 @@ from hedgelab.saes import BatchTopKSAE, MatryoshkaSAE, TopKSAE, load_sae, save_s
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**70), 2**70),
-    st.floats(),
-    st.text(max_size=8),
-    st.binary(max_size=3).map(repr),
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8), st.binary(max_size=3).map(repr)
 )
 KEYS = st.one_of(
-    st.sampled_from(["probability", "magnitude", "is_read_out", "mutually_exclusive_children", "children"]),
-    st.text(max_size=5),
+    st.sampled_from(["probability", "magnitude", "is_read_out", "mutually_exclusive_children", "children"]), st.text(max_size=5)
 )
 JSON = st.recursive(
     SCALARS, lambda below: st.lists(below, max_size=4) | st.dictionaries(KEYS, below, max_size=5), max_leaves=20
@@ -35,11 +29,7 @@ NODES = st.recursive(
     st.fixed_dictionaries({"probability": st.one_of(st.floats(0, 1), SCALARS)}, optional={"magnitude": SCALARS}),
     lambda below: st.fixed_dictionaries(
         {"probability": st.floats(0, 1), "children": st.lists(below, max_size=4)},
-        optional={
-            "mutually_exclusive_children": st.booleans(),
-            "is_read_out": st.booleans(),
-            "magnitude": st.floats(0.1, 9),
-        },
+        optional={"mutually_exclusive_children": st.booleans(), "is_read_out": st.booleans(), "magnitude": st.floats(0.1, 9)},
     ),
     max_leaves=12,
 )

@@ -23,12 +23,7 @@ def new_place(text: str) -> Path:
     return path
 
 
-_FOLDER = {
-    "required": True,
-    "metavar": "DIR",
-    "type": new_place,
-    "help": "folder to write; must not exist, or be empty",
-}
+_FOLDER = {"required": True, "metavar": "DIR", "type": new_place, "help": "folder to write; must not exist, or be empty"}
 _LIMIT = {"type": at_least_one, "metavar": "N"}
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "runs": {

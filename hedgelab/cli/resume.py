@@ -19,16 +19,7 @@ from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.store import runs_dir, tracking_uri
 from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
 from hedgelab.training.checkpoints.files import write_atomically
-from hedgelab.training.checkpoints.folder import (
-    Match,
-    as_option,
-    compare,
-    dotted,
-    known_runs,
-    named,
-    show,
-    written_keys,
-)
+from hedgelab.training.checkpoints.folder import Match, as_option, compare, dotted, known_runs, named, show, written_keys
 
 HELP = (
     "Go on with the newest unfinished run of this very config (kept in run.json beside the checkpoints, "

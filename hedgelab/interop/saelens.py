@@ -16,17 +16,7 @@ from torch import Tensor
 from hedgelab.data.llm.model import first_line, hub_problem
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
-from hedgelab.interop.foreign import (
-    PAYS,
-    Layout,
-    Parts,
-    assemble,
-    read_config,
-    read_tensors,
-    source_of,
-    understood,
-    widened,
-)
+from hedgelab.interop.foreign import PAYS, Layout, Parts, assemble, read_config, read_tensors, source_of, understood, widened
 from hedgelab.saes import SAE, BatchTopKSAE, JumpReLUSAE, TopKSAE, VanillaSAE
 from hedgelab.saes.widen import flat_part
 from hedgelab.version import __version__

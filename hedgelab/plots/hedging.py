@@ -84,8 +84,7 @@ def projection_of_latents(projections: Sequence[Sequence[float]], baseline: floa
 
 
 def measures_against_truth(
-    measures: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
-    ranks: Mapping[str, Mapping[str, float]],
+    measures: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]], ranks: Mapping[str, Mapping[str, float]]
 ) -> Figure:
     """A scatter of pairs (true hedging, measure) by measure (rows), kind of SAE (columns) and toy (colours).
 

@@ -98,8 +98,5 @@ def solve(file: str) -> tuple[dict[str, float], list[Row], dict[str, Figure]]:
         for i in range(len(decoder))
         for j, b in enumerate(bias)
     ]
-    figures = {
-        "cosines.png": cosine_heatmaps(decoder, encoder),
-        "b_dec.png": decoder_bias(bias, float(folded.b_dec.norm())),
-    }
+    figures = {"cosines.png": cosine_heatmaps(decoder, encoder), "b_dec.png": decoder_bias(bias, float(folded.b_dec.norm()))}
     return numbers, rows, figures

@@ -251,10 +251,7 @@ def _with_lr(optimizer: Callable[[Iterable[Any]], Optimizer], lr: float, paramet
 
 
 def outcome_of(
-    study: Hedge,
-    trained: Mapping[int, Continuations],
-    scores: Mapping[int, DegreeScores],
-    probe: LLMProbe | None = None,
+    study: Hedge, trained: Mapping[int, Continuations], scores: Mapping[int, DegreeScores], probe: LLMProbe | None = None
 ) -> Outcome:
     """Numbers, the distribution over latents, and for one new latent its case study.
 

@@ -42,11 +42,7 @@ def page(word: str = "last") -> str:
             across = {"xaxis": {"key": number, "type": "PARAM"}, "yaxis": {"key": key, "type": "METRIC"}}
             cards.append({"type": "BAR", "metricKey": key} if number is None else {"type": "SCATTER", **across})
         more = {"metricSectionId": "parts", "runsCountToCompare": _MOST_PARTS, "deleted": False, "isGenerated": False}
-        columns = [
-            "attributes.`Dataset`",
-            *(f"params.`{key}`" for key in axes),
-            *(f"metrics.`{key}`" for key in metrics),
-        ]
+        columns = ["attributes.`Dataset`", *(f"params.`{key}`" for key in axes), *(f"metrics.`{key}`" for key in metrics)]
         state = {
             "searchFilter": f"tags.mlflow.parentRunId = '{run.run_id}'",
             "compareRunCharts": [{"uuid": f"chart{place}", **card, **more} for place, card in enumerate(cards)],

@@ -43,10 +43,7 @@ def main() -> None:
             written = contexts * options.context / (time.perf_counter() - start)
             block_bytes = 64 * options.context * options.width * cache.dtype.itemsize
             print(f"{dtype:9s} write  {written * options.width * cache.dtype.itemsize / 1e9:5.2f} GB/s {written:9,.0f} rows/s")
-            for name, seconds in (
-                ("read", reading(cache, contexts)),
-                ("stream", streaming(cache, contexts, options.context)),
-            ):
+            for name, seconds in (("read", reading(cache, contexts)), ("stream", streaming(cache, contexts, options.context))):
                 best, median = min(seconds), statistics.median(seconds)
                 rate = 64 * options.context / median
                 print(

@@ -226,10 +226,7 @@ def time_parts(options: argparse.Namespace, bandwidth: float, best: dict[str, An
     four = (d_sae // 64, d_sae // 16, d_sae // 4, d_sae)
     part("decode: ours, 4 levels", lambda: decode_levels(layout, values, weight, four, tile=decode_tile))
     bags = layout.latents.view(batch, k)
-    part(
-        "decode: embedding_bag",
-        lambda: F.embedding_bag(bags, weight, per_sample_weights=values.view(batch, k), mode="sum"),
-    )
+    part("decode: embedding_bag", lambda: F.embedding_bag(bags, weight, per_sample_weights=values.view(batch, k), mode="sum"))
     codes = Codes(values.to(BF16), layout)
     part("decode: dense bf16 (scatter + product)", lambda: codes.to_dense() @ encoder)
     _ = layout.transposed

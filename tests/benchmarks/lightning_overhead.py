@@ -103,10 +103,7 @@ def main() -> None:
     rates: dict[str, list[float]] = {"plain": [], "hedgelab": []}
     losses = {}
     for _ in range(arguments.pairs):
-        for name, run in (
-            ("plain", plain_loop),
-            ("hedgelab", lambda n: hedgelab_fit(n, arguments.tracked)),
-        ):
+        for name, run in (("plain", plain_loop), ("hedgelab", lambda n: hedgelab_fit(n, arguments.tracked))):
             seconds, losses[name] = run(arguments.steps)
             rates[name].append(arguments.steps / seconds)
     ratios = [b / a for a, b in zip(rates["plain"], rates["hedgelab"], strict=True)]

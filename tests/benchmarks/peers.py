@@ -59,11 +59,7 @@ def saelens(task: Task) -> Step:
 
     def reconstruct(x: Tensor) -> Tensor:
         inputs = sae_lens.saes.sae.TrainStepInput(
-            sae_in=x,
-            dead_neuron_mask=None,
-            coefficients=trainer.get_coefficients(),
-            n_training_steps=0,
-            is_logging_step=False,
+            sae_in=x, dead_neuron_mask=None, coefficients=trainer.get_coefficients(), n_training_steps=0, is_logging_step=False
         )
         return sae.training_forward_pass(inputs).sae_out
 
@@ -106,10 +102,7 @@ def dictionary_learning(task: Task) -> Step:
         case "matryoshka":
             sizes = [b - a for a, b in zip([0, *task.levels], task.levels, strict=False)]
             trainer = MatryoshkaBatchTopKTrainer(
-                **common,
-                k=task.k,
-                group_fractions=[size / task.d_sae for size in sizes],
-                group_weights=[1.0] * len(sizes),
+                **common, k=task.k, group_fractions=[size / task.d_sae for size in sizes], group_weights=[1.0] * len(sizes)
             )
         case _:
             raise ValueError(task.sae)

@@ -27,12 +27,7 @@ def steps_per_second(steps: int, threads: int | None) -> float:
     if threads is not None:
         os.environ["HEDGELAB_THREADS"] = str(threads)
     data = ToyDataModule(ConditionalFiring([0.25, {"f0": 0.2, "otherwise": 0}]), d_in=50, batch_size=500, seed=0)
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "logger": False,
-    }
+    quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False, "logger": False}
     trainer = L.Trainer(max_steps=steps, accelerator="cpu", limit_val_batches=0, log_every_n_steps=100, **quiet)
     started = time.perf_counter()
     trainer.fit(VanillaSAE(50, 1, 1e-3), datamodule=data)

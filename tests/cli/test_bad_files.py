@@ -99,14 +99,7 @@ def test_tree_files(name, config, capsys):
 
 
 def whole_checkpoint(**changes):
-    return {
-        "state_dict": {},
-        "global_step": 3,
-        "loops": {},
-        "epoch": 0,
-        "pytorch-lightning_version": "2.6.0",
-        **changes,
-    }
+    return {"state_dict": {}, "global_step": 3, "loops": {}, "epoch": 0, "pytorch-lightning_version": "2.6.0", **changes}
 
 
 CHECKPOINTS = {
@@ -121,10 +114,7 @@ CHECKPOINTS = {
     ),
     "weights alone": (lambda path: torch.save({"W_dec": torch.ones(2)}, path), ["bad.ckpt", "no checkpoint of a fit"]),
     "a tensor": (lambda path: torch.save(torch.ones(2), path), ["bad.ckpt", "no checkpoint of a fit"]),
-    "torn": (
-        lambda path: (torch.save(whole_checkpoint(), path), path.write_bytes(path.read_bytes()[:-50])),
-        ["bad.ckpt"],
-    ),
+    "torn": (lambda path: (torch.save(whole_checkpoint(), path), path.write_bytes(path.read_bytes()[:-50])), ["bad.ckpt"]),
 }
 
 
@@ -213,10 +203,7 @@ SAES = {
     "config is a list": (lambda folder: (folder / "sae.json").write_text("[]"), ["sae.json", "list"]),
     "config is binary": (lambda folder: (folder / "sae.json").write_bytes(b"\xff\xfe"), ["saved", "damaged"]),
     "endless nesting": (lambda folder: (folder / "sae.json").write_text("[" * 100_000), ["saved", "damaged"]),
-    "weights are no safetensors": (
-        lambda folder: (folder / "sae.safetensors").write_bytes(b"weights"),
-        ["saved", "damaged"],
-    ),
+    "weights are no safetensors": (lambda folder: (folder / "sae.safetensors").write_bytes(b"weights"), ["saved", "damaged"]),
     "weights are a pickle": (
         lambda folder: (folder / "sae.safetensors").write_bytes(pickle.dumps(Bomb())),
         ["saved", "damaged"],
@@ -329,26 +316,14 @@ OUTSIDE = {
         "trainer:\n  logger: {class_path: MLflowTracker, init_args: {uri: 'file:%2e%2e/%2E%2E/elsewhere'}}",
         "trainer.logger.uri",
     ),
-    "checkpoints in fsspec's words": (
-        "data:",
-        "checkpoint: {dirpath: 'local:///tmp/elsewhere'}\ndata:",
-        "checkpoint.dirpath",
-    ),
+    "checkpoints in fsspec's words": ("data:", "checkpoint: {dirpath: 'local:///tmp/elsewhere'}\ndata:", "checkpoint.dirpath"),
     "checkpoints in a chain": (
         "data:",
         "checkpoint: {dirpath: 'simplecache::file:///tmp/elsewhere'}\ndata:",
         "checkpoint.dirpath",
     ),
-    "a chain without a protocol": (
-        "data:",
-        "checkpoint: {dirpath: 'dir::/tmp/elsewhere'}\ndata:",
-        "checkpoint.dirpath",
-    ),
-    "names that climb out": (
-        "data:",
-        "checkpoint: {filename: '../../../tmp/elsewhere/x'}\ndata:",
-        "checkpoint.filename",
-    ),
+    "a chain without a protocol": ("data:", "checkpoint: {dirpath: 'dir::/tmp/elsewhere'}\ndata:", "checkpoint.dirpath"),
+    "names that climb out": ("data:", "checkpoint: {filename: '../../../tmp/elsewhere/x'}\ndata:", "checkpoint.filename"),
     "a version that climbs out": (
         "trainer:",
         "trainer:\n  logger: {class_path: lightning.pytorch.loggers.CSVLogger, "

@@ -133,11 +133,7 @@ def hostile(tmp_path_factory):
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     for number in range(2):
         tracker = MLflowTracker(
-            f"evil {EVIL}",
-            run_name=f"{number} {EVIL}",
-            uri=uri,
-            description=EVIL,
-            tags={"why": EVIL, "git_commit": EVIL},
+            f"evil {EVIL}", run_name=f"{number} {EVIL}", uri=uri, description=EVIL, tags={"why": EVIL, "git_commit": EVIL}
         )
         tracker.log_hyperparams({"model": {"class_path": f"{number} {EVIL}", EVIL: number}})
         tracker.log_config(f"x: </pre>{EVIL}\nuri: http://user:secret@127.0.0.1:5000/\n")

@@ -52,16 +52,8 @@ OPTIMIZERS = st.one_of(
     st.builds(lambda lr: {"class_path": "torch.optim.SGD", "init_args": {"lr": lr, "momentum": 0.9}}, NUMBERS),
 )
 TOPK = st.fixed_dictionaries(
-    {
-        "d_sae": st.integers(3, 9),
-        "k": st.integers(1, 3),
-        "optimizer": OPTIMIZERS,
-        "dead_after_steps": st.integers(1, 10**6),
-    },
-    optional={
-        "gradient_clip_norm": NUMBERS,
-        "init": st.fixed_dictionaries({"b_dec": st.sampled_from(["zeros", "mean"])}),
-    },
+    {"d_sae": st.integers(3, 9), "k": st.integers(1, 3), "optimizer": OPTIMIZERS, "dead_after_steps": st.integers(1, 10**6)},
+    optional={"gradient_clip_norm": NUMBERS, "init": st.fixed_dictionaries({"b_dec": st.sampled_from(["zeros", "mean"])})},
 )
 MODELS = st.one_of(
     st.builds(lambda kind, args: {"class_path": kind, "init_args": args}, st.sampled_from(["TopKSAE", "BatchTopKSAE"]), TOPK),

@@ -44,11 +44,7 @@ def test_the_layer_is_kept_where_the_user_names_the_model(subject):
     ("said", "kept", "line"),
     [
         ({"layer": 1}, {"layer": 1}, "mine: was made for layer 3; measured with 1, as --data.layer says"),
-        (
-            {"hook": "model.norm"},
-            {"hook": "model.norm"},
-            "mine: was made for hook model.layers.3; measured with model.norm",
-        ),
+        ({"hook": "model.norm"}, {"hook": "model.norm"}, "mine: was made for hook model.layers.3; measured with model.norm"),
         ({"model": "other"}, {"layer": 3, "model": "other"}, "mine: was made for model gpt2; measured with other"),
         ({"normalisation": "centred"}, {"layer": 3}, "mine: was made for normalisation none; measured with centred"),
         ({"layer": 3}, {"layer": 3}, None),
@@ -65,11 +61,7 @@ def test_what_the_user_says_otherwise_holds_and_is_told(subject, said, kept, lin
 @pytest.mark.parametrize(
     ("reads", "said", "message"),
     [
-        (
-            {"model": "gpt2"},
-            {},
-            "mine: data.layer: not known (nothing says what it is); set --data.layer or --data.hook",
-        ),
+        ({"model": "gpt2"}, {}, "mine: data.layer: not known (nothing says what it is); set --data.layer or --data.hook"),
         ({"model": "gpt2", "unknown": {"layer": "one head"}}, {}, "mine: data.layer: not known (one head)"),
         ({"layer": 2}, {}, "mine: data.model: not known (nothing says what it is); set --data.model"),
         ({"layer": 2}, {"model": "gpt2", "layer": 1, "hook": "a.b"}, "--data.layer and --data.hook: both say where"),

@@ -64,10 +64,7 @@ def test_untracked_run_without_bar_and_checkpoints(config, capsys):
     assert not list(Path.cwd().rglob("*.ckpt"))
 
 
-TRACKER, CSV = (
-    "{class_path: MLflowTracker}",
-    "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}",
-)
+TRACKER, CSV = ("{class_path: MLflowTracker}", "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}")
 QUICK = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false"]
 
 

@@ -25,11 +25,7 @@ IN_FILE = {
     "unknown section": ("trainer:", "trainr:", ["trainr: unknown key", "'trainer'"]),
     "unknown trainer key": ("max_steps", "max_step", ["trainer.max_step: unknown key", "'max_steps'"]),
     "unknown model key": ("k: 2", "kk: 2", ["model.kk: unknown key", "'k'"]),
-    "unknown key of a class in a class": (
-        "probabilities",
-        "probabilites",
-        ["data.firing.probabilites", "'probabilities'"],
-    ),
+    "unknown key of a class in a class": ("probabilities", "probabilites", ["data.firing.probabilites", "'probabilities'"]),
     "wrong type": ("k: 2", "k: two", ["model.k: expected int", "'two'"]),
     "wrong type of a trainer key": ("max_steps: 6", "max_steps: many", ["trainer.max_steps: expected int", "'many'"]),
     "wrong type in a list": ("0.2", "often", ["data.firing.probabilities[1]: expected float", "'often'"]),
@@ -37,11 +33,7 @@ IN_FILE = {
     "unknown choice": ("k: 2", "k: 2\n    init: {encoder: copy}", ["model.init.encoder", "'transpose'"]),
     "unknown model class": ("TopKSAE", "TopkSAE", ["model: unknown class 'TopkSAE'", "'TopKSAE'"]),
     "unknown data class": ("ToyDataModule", "ToyData", ["data: unknown class 'ToyData'", "'ToyDataModule'"]),
-    "unknown class in a class": (
-        "IndependentFiring",
-        "IndependntFiring",
-        ["data.firing: unknown", "'IndependentFiring'"],
-    ),
+    "unknown class in a class": ("IndependentFiring", "IndependntFiring", ["data.firing: unknown", "'IndependentFiring'"]),
     "class of the wrong kind": ("TopKSAE", "ToyDataModule", ["model: unknown class 'ToyDataModule'"]),
     "arguments beside the class": ("  init_args:\n    d_sae: 3\n    k: 2", "  d_sae: 3", ["model.d_sae", "init_args"]),
     "section that is no mapping": (
@@ -101,11 +93,7 @@ IN_FILE = {
     "no such environment variable": ("k: 2", "k: ${oc.env:HEDGELAB_NOPE}", ["model.k", "HEDGELAB_NOPE"]),
     "broken interpolation": ("k: 2", "k: ${data.init_args", ["cannot read 'wrong.yaml'", "model.init_args.k"]),
     "invalid YAML": ("k: 2", "k: [2", ["cannot read 'wrong.yaml'", "line "]),
-    "unknown key in the inner SAE": (
-        f"  {CONFIG_MODEL}\n",
-        MATRYOSHKA.replace("k: 2", "kk: 2"),
-        ["model.inner.kk", "'k'"],
-    ),
+    "unknown key in the inner SAE": (f"  {CONFIG_MODEL}\n", MATRYOSHKA.replace("k: 2", "kk: 2"), ["model.inner.kk", "'k'"]),
     "impossible value in the inner SAE": (
         f"  {CONFIG_MODEL}\n",
         MATRYOSHKA.replace("d_sae: 3", "d_sae: 0"),
@@ -154,11 +142,7 @@ IN_FILE = {
         "log_every_n_steps: -1",
         ["trainer.log_every_n_steps: must be from 0"],
     ),
-    "batches without end": (
-        "max_steps: 6",
-        "max_steps: 6\n  limit_val_batches: 1e308",
-        ["trainer.limit_val_batches: must be"],
-    ),
+    "batches without end": ("max_steps: 6", "max_steps: 6\n  limit_val_batches: 1e308", ["trainer.limit_val_batches: must be"]),
     "a time that is none": ("max_steps: 6", "max_steps: 6\n  val_check_interval: {a: 1}", ["trainer", "'a'"]),
     "no end": ("max_steps: 6", "max_steps: -1", ["trainer.max_steps: must be set"]),
 }
@@ -173,10 +157,7 @@ ON_COMMAND_LINE = {
     "linked key": (["--model.d_in=5"], ["model.d_in: is taken from the data"]),
     "linked key in full": (["--model.init_args.d_in", "5"], ["model.d_in: is taken from the data"]),
     "unknown optimiser": (["--model.optimizer=Adm"], ["model.optimizer: unknown class 'Adm'", "'Adam'"]),
-    "unknown key of the optimiser": (
-        ["--model.optimizer=Adam", "--model.optimizer.lrr=1"],
-        ["model.optimizer.lrr", "'lr'"],
-    ),
+    "unknown key of the optimiser": (["--model.optimizer=Adam", "--model.optimizer.lrr=1"], ["model.optimizer.lrr", "'lr'"]),
     "unknown key of the tracker": (["--trainer.logger.experimnt=x"], ["trainer.logger.experimnt", "'experiment'"]),
     "unknown precision": (["--trainer.precision=12"], ["trainer.precision", "'bf16-mixed'", "12"]),
     "unknown accelerator": (["--trainer.accelerator=cpp"], ["trainer:", "'cpp'", "cuda"]),

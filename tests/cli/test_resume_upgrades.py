@@ -112,10 +112,7 @@ def test_a_changed_default_that_is_written_now_is_another_experiment(begun, caps
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            lambda about: arguments(about)["optimizer"].update(class_path="torch.optim.AdamW"),
-            "model.optimizer.class_path",
-        ),
+        (lambda about: arguments(about)["optimizer"].update(class_path="torch.optim.AdamW"), "model.optimizer.class_path"),
         (lambda about: arguments(about).update(lr_scheduler="os.system"), "model.lr_scheduler='os.system' (now null)"),
         (lambda about: arguments(about).update(dead_after_steps=-5), "dead_after_steps: expected a whole number"),
         (

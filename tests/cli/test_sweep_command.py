@@ -63,25 +63,13 @@ def sae_of(client, run, tmp_path):
         (["--sweep.pack=0"], "sweep.pack: must be at least 1, or null for no limit, got 0"),
         (["--sweep.executor.class_path=Slrum"], "sweep.executor: unknown class 'Slrum'; did you mean 'Slurm'?"),
         (["--trainer.max_steps=-1"], "cell 'TopK/d_sae=3': trainer.max_steps: must be set"),
-        (
-            ["--trainer.logger=false"],
-            "cell 'TopK/d_sae=3': trainer.logger: a sweep finds its cells in the tracking store",
-        ),
+        (["--trainer.logger=false"], "cell 'TopK/d_sae=3': trainer.logger: a sweep finds its cells in the tracking store"),
         ([*HEDGE, "--hedge.n_new=6"], "cell 'TopK/d_sae=3': hedge.n_new: must be below d_in = 6"),
         ([*HEDGE, "--hedge.seeds=2"], "cell 'TopK/d_sae=3': hedge.seeds: seeds are an axis of the sweep already"),
         (["--config=logs.yaml"], "sweep.executor.log_dir: '/elsewhere' lies outside the working folder"),
-        (
-            ["--config=root.yaml"],
-            "cell 'TopK/d_sae=3': trainer.default_root_dir: '/elsewhere' lies outside the working folder",
-        ),
-        (
-            ["--trainer.devices=auto"],
-            "trainer.devices: a sweep starts its jobs' processes itself and must know how many",
-        ),
-        (
-            ["--sweep.lines.vanilla.set.trainer.devices=2"],
-            "trainer.devices: and trainer.num_nodes must be the same in all",
-        ),
+        (["--config=root.yaml"], "cell 'TopK/d_sae=3': trainer.default_root_dir: '/elsewhere' lies outside the working folder"),
+        (["--trainer.devices=auto"], "trainer.devices: a sweep starts its jobs' processes itself and must know how many"),
+        (["--sweep.lines.vanilla.set.trainer.devices=2"], "trainer.devices: and trainer.num_nodes must be the same in all"),
         (["--sweep.base=tinny.yaml"], "no such file 'tinny.yaml'; did you mean 'tiny.yaml'?"),
     ],
 )

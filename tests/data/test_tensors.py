@@ -62,8 +62,7 @@ def test_files_give_what_their_tensor_gives(x, tmp_path):
     np.save(tmp_path / "x.npy", x.numpy())
     save_file({"anything": x}, tmp_path / "one.safetensors")
     save_file(
-        {"x": x, "features": x[:, :2].abs().contiguous(), "feature_directions": torch.eye(2, D)},
-        tmp_path / "all.safetensors",
+        {"x": x, "features": x[:, :2].abs().contiguous(), "feature_directions": torch.eye(2, D)}, tmp_path / "all.safetensors"
     )
     expected = TensorActivations(x, batch_size=50, seed=0).batch("train", 3).x
     for name in ("x.npy", "one.safetensors", "all.safetensors"):
@@ -179,11 +178,7 @@ def test_mistakes_are_one_line(x, given, options, message):
         ("x.npy", b"nonsense", r"data\.x: cannot read .*x\.npy"),
         ("x.npy", "objects", r"data\.x: cannot read .*x\.npy"),
         ("x.safetensors", b"\0" * 20, r"data\.x: cannot read .*x\.safetensors"),
-        (
-            "x.safetensors",
-            {"a": torch.ones(1), "b": torch.ones(1)},
-            r"data\.x: .* holds a, b; name the activations 'x'",
-        ),
+        ("x.safetensors", {"a": torch.ones(1), "b": torch.ones(1)}, r"data\.x: .* holds a, b; name the activations 'x'"),
     ],
 )
 def test_wrong_files_are_one_line(tmp_path, name, content, message):
@@ -210,10 +205,7 @@ class Endless(IterableDataset):
         (lambda x: Endless(), r"data\.dataset: expected a map-style dataset .* got Endless"),
         (lambda x: Rows([{"x": 1}] * N), r"data\.dataset: items must be tensors \[d_in\]"),
         (lambda x: Rows(torch.ones(N)), r"data\.dataset: items must be tensors \[d_in\]"),
-        (
-            lambda x: DataLoader(Rows(x), sampler=WeightedRandomSampler([1.0] * N, N)),
-            "WeightedRandomSampler would be ignored",
-        ),
+        (lambda x: DataLoader(Rows(x), sampler=WeightedRandomSampler([1.0] * N, N)), "WeightedRandomSampler would be ignored"),
         (lambda x: DataLoader(Rows(x), batch_size=None), "give the dataset instead"),
         (lambda x: DataLoader(Endless(), batch_size=3), r"data\.dataset: "),
     ],
@@ -252,14 +244,7 @@ def test_a_stock_trainer_trains_and_validates():
 def test_fit_and_hedge_read_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_file({"x": activations()}, "own.safetensors")
-    words = [
-        "--data",
-        "TensorActivations",
-        "--data.init_args.x",
-        "own.safetensors",
-        "--data.init_args.batch_size",
-        "64",
-    ]
+    words = ["--data", "TensorActivations", "--data.init_args.x", "own.safetensors", "--data.init_args.batch_size", "64"]
     words += ["--model", "BatchTopKSAE", "--model.init_args.d_sae", "6", "--model.init_args.k", "2"]
     words += ["--trainer.max_steps", "20", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     (tmp_path / "own.yaml").write_text("seed_everything: 0\n")

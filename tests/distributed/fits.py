@@ -14,16 +14,7 @@ from lightning.pytorch.loggers import Logger
 from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
-from hedgelab.saes import (
-    AbsTopKSAE,
-    BatchTopKSAE,
-    Initialization,
-    JumpReLUSAE,
-    MatryoshkaSAE,
-    SAEGroup,
-    TopKSAE,
-    VanillaSAE,
-)
+from hedgelab.saes import AbsTopKSAE, BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, SAEGroup, TopKSAE, VanillaSAE
 from hedgelab.saes.mitigations import (
     LISTA,
     DetachedInnerLevels,

@@ -146,11 +146,7 @@ def check_lone_latents(rank):
         whole = {name: value.clone().requires_grad_() for name, value in made.items()}
         _, expected, wanted = lone_latents(whole, levels)
         assert torch.equal(errors, expected)
-        for name, atol in (
-            ("b_enc", 1e-6),
-            ("W_enc", 1e-6),
-            ("W_dec", 1e-6),
-        ):  # sums over rows in a sparse product's order
+        for name, atol in (("b_enc", 1e-6), ("W_enc", 1e-6), ("W_dec", 1e-6)):  # sums over rows in a sparse product's order
             torch.testing.assert_close(grads[name].full_tensor(), wanted[name], rtol=1e-6, atol=atol)
 
 

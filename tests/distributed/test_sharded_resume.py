@@ -123,8 +123,7 @@ def resume_another(rank, folder):
     data = fits.toy()
     sae = fits.TopKSAE(data.d_in, 16, k=2)
     with pytest.raises(
-        UserError,
-        match=r"ckpt_path: the checkpoint is of another SAE: its \S*(W_enc is 10×12|b_enc is 12), the config's",
+        UserError, match=r"ckpt_path: the checkpoint is of another SAE: its \S*(W_enc is 10×12|b_enc is 12), the config's"
     ):
         fits.fit(sae, data, None, 1, STEPS, str(folder / LAST), strategy="sharded", devices=2, callbacks=[])
     (folder / "torn.ckpt").write_bytes((folder / LAST).read_bytes()[:-100]) if rank == 0 else None

@@ -72,10 +72,7 @@ def test_a_wrong_key_of_an_own_class_is_one_line(here, capsys):
 
 
 def test_an_own_metric_named_in_a_config_is_in_the_store(here):
-    callback = {
-        "class_path": "hedgelab.training.own_metrics.OwnMetrics",
-        "init_args": {"metrics": ["my_parts.LargestShare"]},
-    }
+    callback = {"class_path": "hedgelab.training.own_metrics.OwnMetrics", "init_args": {"metrics": ["my_parts.LargestShare"]}}
     code, out = said("fit", "--config", "fit.yaml", "--trainer.callbacks", json.dumps([callback]))
     assert code == 0, out
     assert 0.5 <= last_run()["metrics"]["val/largest_share"] <= 1  # k = 2

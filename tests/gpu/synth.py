@@ -49,13 +49,7 @@ def train(make: Callable[[], hl.SAE], batches: list[hl.Batch], steps: int, switc
     os.environ[SWITCH] = switch
     torch.manual_seed(0)
     sae = make().to(DEVICE)
-    graph, optimizer, losses, replays, start = (
-        StepGraph(sae),
-        torch.optim.Adam(sae.parameters(), fused=True),
-        [],
-        0,
-        0.0,
-    )
+    graph, optimizer, losses, replays, start = (StepGraph(sae), torch.optim.Adam(sae.parameters(), fused=True), [], 0, 0.0)
     for step in range(steps):
         if step == steps // 2:
             start = wait()
@@ -98,15 +92,8 @@ def main() -> int:
         captured, losses, replays = train(make, batches, steps, "1")
         off = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
         failed |= off > 0.02 or (DEVICE == "cuda" and not replays)
-        results[name] = {
-            "samples_per_s": 1024e3 / (min(plain, captured) + drawn),
-            "step_ms": plain,
-            "captured_ms": captured,
-        }
-        print(
-            f"{name}: {plain:.2f} ms, captured {captured:.2f} ms ({replays} replays); losses differ by {off:.1e}",
-            flush=True,
-        )
+        results[name] = {"samples_per_s": 1024e3 / (min(plain, captured) + drawn), "step_ms": plain, "captured_ms": captured}
+        print(f"{name}: {plain:.2f} ms, captured {captured:.2f} ms ({replays} replays); losses differ by {off:.1e}", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"drawing_ms": drawn, **results}, indent=1))
     return int(failed)

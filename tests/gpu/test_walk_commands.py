@@ -12,11 +12,7 @@ from .test_gpu import make_language_model
 
 pytestmark = pytest.mark.slow
 NO_TENSORS = {"compare", "report", "runs", "sync", "ui", "import"}
-ON_THE_CPU = {
-    "phase": "populations of toys, whose SAEs take microseconds a step",
-    "balance": "the same",
-    "figures": "the same",
-}
+ON_THE_CPU = {"phase": "populations of toys, whose SAEs take microseconds a step", "balance": "the same", "figures": "the same"}
 """Commands whose work stays on the CPU wherever there is a GPU, and why."""
 QUIET = {"enable_progress_bar": False, "log_every_n_steps": 4}
 SAE = {"class_path": "BatchTopKSAE", "init_args": {"d_sae": 64, "k": 8, "dead_after_steps": 3}}

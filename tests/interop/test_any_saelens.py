@@ -86,13 +86,7 @@ OLD = {  # config, weights besides the four, what it becomes, layer, hook
     "tuned_but_no_factor": (_TWO | {"finetuning_scaling_factor": True}, {}, "VanillaSAE", 1, None),
     "topk": (_TWO | {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}, {}, "TopKSAE", 1, None),
     "jumprelu": (_TWO | {"architecture": "jumprelu"}, {"threshold": "some"}, "JumpReLUSAE", 1, None),
-    "gated": (
-        _TWO | {"architecture": "gated"},
-        {"b_gate": "some", "b_mag": "some", "r_mag": "some"},
-        "JumpReLUSAE",
-        1,
-        None,
-    ),
+    "gated": (_TWO | {"architecture": "gated"}, {"b_gate": "some", "b_mag": "some", "r_mag": "some"}, "JumpReLUSAE", 1, None),
     "heads": ({"hook_point": "blocks.2.attn.hook_z"}, {}, "VanillaSAE", None, "blocks.2.attn.hook_z"),
     "layer_norm": (_TWO | _LN, {}, "InferenceSAE", 1, None),
 }

@@ -29,13 +29,7 @@ def saelens(folder, metadata=(), bom="", **config):
     """A folder of SAELens 6 with one setting changed."""
     folder.mkdir(exist_ok=True)
     save_file(weights(), folder / "sae_weights.safetensors")
-    whole = {
-        "architecture": "standard",
-        "d_in": D_IN,
-        "d_sae": D_SAE,
-        "metadata": {**METADATA, **dict(metadata)},
-        **config,
-    }
+    whole = {"architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "metadata": {**METADATA, **dict(metadata)}, **config}
     (folder / "cfg.json").write_text(bom + json.dumps(whole), encoding="utf-8")
     return folder
 
@@ -121,14 +115,8 @@ def test_dictionary_learning_submodules(trainer, buffer, layer, reason, tmp_path
         ({"normalize_activations": "something"}, 'normalize_activations: hedgelab reads "none"'),
         ({"activation_fn_str": "tanh-relu"}, 'activation_fn_str: hedgelab reads "relu", "topk", got "tanh-relu"'),
         ({"activation_fn": "topk"}, "k: expected a whole number of at least 1, got None"),
-        (
-            {"activation_fn": "topk", "activation_fn_kwargs": "k=3"},
-            "k: expected a whole number of at least 1, got None",
-        ),
-        (
-            {"activation_fn": "topk", "activation_fn_kwargs": {"k": True}},
-            "k: expected a whole number of at least 1, got True",
-        ),
+        ({"activation_fn": "topk", "activation_fn_kwargs": "k=3"}, "k: expected a whole number of at least 1, got None"),
+        ({"activation_fn": "topk", "activation_fn_kwargs": {"k": True}}, "k: expected a whole number of at least 1, got True"),
         ({"architecture": ["standard"]}, "architecture: hedgelab reads"),
         ({"reshape_activations": "heads"}, 'reshape_activations: hedgelab reads "none", "hook_z", got "heads"'),
         ({"apply_b_dec_to_input": "false"}, 'apply_b_dec_to_input: hedgelab reads true, false, got "false"'),
@@ -206,19 +194,11 @@ def test_a_byte_order_mark_and_a_file_for_its_folder(tmp_path):
     ("metadata", "key", "reason"),
     [
         ({"model_name": "attn-only-2l"}, "model", "'attn-only-2l' is no model that hedgelab knows by this name"),
-        (
-            {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
-            "model",
-            "loaded with center_writing_weights",
-        ),
+        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "model", "loaded with center_writing_weights"),
         ({"model_from_pretrained_kwargs": {"revision": "step1000"}}, "model", "loaded with revision: step1000"),
         ({"seqpos_slice": [0, 16]}, "skip_first", "it reads positions [0, 16] (seqpos_slice)"),
         ({"seqpos_slice": [16]}, "skip_first", "it reads positions [16] (seqpos_slice)"),
-        (
-            {"hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3},
-            "layer",
-            "it reads one head of 'blocks.5.attn.hook_z'",
-        ),
+        ({"hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3}, "layer", "it reads one head of 'blocks.5.attn.hook_z'"),
     ],
 )
 def test_what_is_not_known_is_left_open_in_the_config_with_a_line(metadata, key, reason, tmp_path, capsys, monkeypatch):

@@ -195,11 +195,7 @@ def test_hooks_as_transformer_lens_names_them(tmp_path):
     [
         ({"architecture": "crosscoder"}, {}, 'architecture: hedgelab reads "standard", "topk"'),
         ({"architecture": "temporal"}, {}, "architecture: 'temporal' reads earlier positions too"),
-        (
-            {"architecture": "gated"},
-            {},
-            "holds W_dec, W_enc, b_dec, b_enc; expected W_enc, b_mag, W_dec, b_dec, b_gate, r_mag",
-        ),
+        ({"architecture": "gated"}, {}, "holds W_dec, W_enc, b_dec, b_enc; expected W_enc, b_mag, W_dec, b_dec, b_gate, r_mag"),
         ({"architecture": "transcoder"}, {"W_dec": torch.zeros(3)}, r"W_dec: expected \[40, 12\], got \[3\]"),
         ({"normalize_activations": "batch_norm"}, {}, 'normalize_activations: hedgelab reads "none"'),
         ({}, {"W_dec": torch.zeros(3, D_IN)}, r"W_dec: expected \[40, 12\], got \[3, 12\]"),

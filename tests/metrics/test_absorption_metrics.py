@@ -5,12 +5,7 @@ import torch
 
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import FeatureDetection, FeatureHierarchy
-from hedgelab.metrics.functional import (
-    absorption,
-    absorption_from_co_firing,
-    encoder_coordinates,
-    parent_encoder_components,
-)
+from hedgelab.metrics.functional import absorption, absorption_from_co_firing, encoder_coordinates, parent_encoder_components
 
 PARENTS = torch.tensor([-1, 0])
 LATENT = torch.tensor([0, 1])

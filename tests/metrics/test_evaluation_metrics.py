@@ -73,12 +73,7 @@ def measure(toy, batches):
     for batch in batches:
         x_hat, codes = toy(batch)
         whole.update(batch, x_hat, codes)
-        arguments = {
-            "x": (batch.x, x_hat),
-            "codes": (codes,),
-            "both": (codes, batch.features),
-            "features": (batch.features,),
-        }
+        arguments = {"x": (batch.x, x_hat), "codes": (codes,), "both": (codes, batch.features), "features": (batch.features,)}
         for metric, takes in metrics.values():
             metric.update(*arguments[takes], batch.weight)
     return {name: metric.compute() for name, (metric, _) in metrics.items()} | whole.compute(toy.W_enc, toy.W_dec)

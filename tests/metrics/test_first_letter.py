@@ -5,11 +5,7 @@ import pytest
 import torch
 
 from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.first_letter import (
-    first_letter_scores,
-    l1_ranking,
-    word_absorption,
-)
+from hedgelab.metrics.functional.first_letter import first_letter_scores, l1_ranking, word_absorption
 from hedgelab.metrics.functional.probing import firing_magnitudes, linear_probes
 
 LETTER = torch.tensor([1.0, 0, 0, 0])  # the probe

@@ -49,11 +49,7 @@ def test_codes_and_dense_tensors_give_the_same(name, weighted):
     dense, features = latents()
     score = TAKES_LATENTS[name]
     if weighted:
-        weights = {
-            "l0": functional.l0,
-            "firing_rates": functional.firing_rates,
-            "dead_latents": functional.dead_latents,
-        }
+        weights = {"l0": functional.l0, "firing_rates": functional.firing_rates, "dead_latents": functional.dead_latents}
         if name not in weights:
             pytest.skip("takes no weight here")
         weight = torch.rand(400, generator=torch.Generator().manual_seed(1))

@@ -58,10 +58,7 @@ def test_sparse_truth_gives_what_dense_truth_gives(seed, rows, d_sae, n, density
     fired, present = (latents != 0).double(), (features > 0).double()
     by = torch.ones(rows, 1).double() if weight is None else weight[:, None]
     torch.testing.assert_close(
-        ours.both,
-        2 * (fired * by).T @ present,
-        rtol=0 if weight is None else 1e-12,
-        atol=0 if weight is None else 1e-15,
+        ours.both, 2 * (fired * by).T @ present, rtol=0 if weight is None else 1e-12, atol=0 if weight is None else 1e-15
     )
     torch.testing.assert_close(counted.both.double(), (fired * by).T @ present, rtol=1e-12, atol=1e-15)
     for name, value in ours.totals().items():

@@ -32,21 +32,14 @@ def test_figures_of_one_sae():
     assert sorted(round(bar.get_height(), 6) for bar in bars) == [0.2, 0.4, 0.6, 0.8]
     letters = absorption_by_letter(["a", "q"], [0.1, math.nan], [0.2, math.nan]).axes[0]
     assert [text.get_text() for text in letters.texts] == ["–"]
-    assert texts(losses_spliced(LOSSES)) == [
-        "recovered of what zeros lose: 93.0%",
-        "recovered of what zeros lose: 94.0%",
-    ]
+    assert texts(losses_spliced(LOSSES)) == ["recovered of what zeros lose: 93.0%", "recovered of what zeros lose: 94.0%"]
     lines = scores_by_count([2, 5], {"score": [0.1, 0.3], "other": [0.0, 0.2]}, "T", "y").axes[0].get_lines()
     assert list(lines[0].get_ydata()) == [0.1, 0.3]
     assert texts(cosine_distribution(np.ones(200), [0.1, 0.95], 0.9))[1] == "1 of 2 above 0.9"
 
 
 PARAMS = {
-    f"{beta}/{seed}": {
-        "model.beta": beta,
-        "model.init.seed": seed,
-        "model.k": "5",
-    }
+    f"{beta}/{seed}": {"model.beta": beta, "model.init.seed": seed, "model.k": "5"}
     for beta in ("0", "0.5")
     for seed in ("0", "1")
 }

@@ -22,15 +22,7 @@ from hedgelab.protocols.hedge import (
 from hedgelab.protocols.phase_data import PhaseData
 from hedgelab.protocols.study import Bench
 from hedgelab.protocols.training_phases import Phase, PhaseRunner, PhaseTrainer
-from hedgelab.saes import (
-    BatchTopKSAE,
-    Initialization,
-    JumpReLUSAE,
-    MatryoshkaSAE,
-    TopKSAE,
-    VanillaSAE,
-    fresh,
-)
+from hedgelab.saes import BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE, fresh
 from hedgelab.saes.io import same_weights
 from hedgelab.tracking import MLflowTracker
 

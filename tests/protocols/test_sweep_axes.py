@@ -48,10 +48,7 @@ def test_zipped_lists_go_together(length, keys):
 
 
 def test_lines_have_values_and_axes_of_their_own():
-    lines = {
-        "a": {"set": {"model.k": 1}},
-        "b": {"set": {"model": {"class_path": "B"}}, "axes": {"model.l1": [0.1, 0.2]}},
-    }
+    lines = {"a": {"set": {"model.k": 1}}, "b": {"set": {"model": {"class_path": "B"}}, "axes": {"model.l1": [0.1, 0.2]}}}
     cells = expand(lines, {"model.d_sae": [4, 8]})
     names = ["a/d_sae=4", "a/d_sae=8", "b/l1=0.1/d_sae=4", "b/l1=0.1/d_sae=8", "b/l1=0.2/d_sae=4", "b/l1=0.2/d_sae=8"]
     assert [cell.name for cell in cells] == names

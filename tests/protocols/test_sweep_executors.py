@@ -147,10 +147,7 @@ def test_too_many_processes_name_the_key(executor, processes, message):
         (lambda: Slurm("short\ntouch x"), "sweep.executor.partition: must be one line of plain text"),
         (lambda: Slurm(extra={"comment": "x\ntouch y"}), "sweep.executor.extra.comment: must be one line"),
         (lambda: Slurm(extra={"a\nb": True}), "expected the long name of an option of sbatch"),
-        (
-            lambda: Slurm(extra={"output": "elsewhere"}),
-            "sweep.executor.extra.output: --output is set by hedgelab; remove it",
-        ),
+        (lambda: Slurm(extra={"output": "elsewhere"}), "sweep.executor.extra.output: --output is set by hedgelab; remove it"),
     ],
 )
 def test_impossible_numbers_name_the_key(made, message):

@@ -53,9 +53,7 @@ def test_credit_is_the_formula(weighted):
     plain = make(beta=0.5).loss(given).total
     assert (own - plain).abs() > 1e-3
     for a, b in zip(
-        torch.autograd.grad(own, list(sae.parameters())),
-        torch.autograd.grad(expected, list(sae.parameters())),
-        strict=True,
+        torch.autograd.grad(own, list(sae.parameters())), torch.autograd.grad(expected, list(sae.parameters())), strict=True
     ):
         torch.testing.assert_close(a, b)
 

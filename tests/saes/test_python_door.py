@@ -173,13 +173,7 @@ def test_activations_of_any_shape(kind, wide):
     sae = MatryoshkaSAE(8, sae, levels=[4, d_sae]) if kind is MatryoshkaSAE else sae
     sae.after_step(sae.loss(X))
     flat = sae.encode(X.reshape(-1, 8))
-    for x, shape in (
-        (X, (2, 5)),
-        (X[0, 0], ()),
-        (X[:0], (0, 5)),
-        (X.double(), (2, 5)),
-        (X.reshape(2, 5, 1, 8), (2, 5, 1)),
-    ):
+    for x, shape in ((X, (2, 5)), (X[0, 0], ()), (X[:0], (0, 5)), (X.double(), (2, 5)), (X.reshape(2, 5, 1, 8), (2, 5, 1))):
         codes = sae.encode(x)
         assert codes.to_dense().shape == (*shape, d_sae)
         assert codes.active_per_example().shape == shape

@@ -162,10 +162,7 @@ def test_thresholds_never_fall_below_zero():
         (lambda: JumpReLUSAE(8, 12), "model.l0_coefficient: give it, or the L0"),
         (lambda: VanillaSAE(8, 12, 0.0, target_l0=3), "model.l1_coefficient: must be above 0"),
         (lambda: VanillaSAE(8, 12, target_l0=13), "model.target_l0: must be above 0 and at most d_sae = 12, got 13"),
-        (
-            lambda: JumpReLUSAE(8, 12, 1.0, l0_control="penalty"),
-            "model.l0_control: penalty pulls toward model.target_l0",
-        ),
+        (lambda: JumpReLUSAE(8, 12, 1.0, l0_control="penalty"), "model.l0_control: penalty pulls toward model.target_l0"),
         (lambda: FACTORIES["vanilla"](8).loss(toy(sampling="population").batch("train", 0)), "model.target_l0: needs"),
     ],
 )

@@ -10,15 +10,7 @@ from hedgelab.batch import Batch
 from hedgelab.data.toy import ConditionalFiring, IndependentFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import Initialization, VanillaSAE
-from hedgelab.theory import (
-    Population,
-    hedging_pull,
-    minima,
-    minimise,
-    minimum,
-    pair_component,
-    principal_component,
-)
+from hedgelab.theory import Population, hedging_pull, minima, minimise, minimum, pair_component, principal_component
 
 PAIRS = {
     "independent": ((0.25, 0.2, 0.2), 0.0),

@@ -23,12 +23,7 @@ def part(parent, name, params, metrics):
 def sweep(uri):
     tracker = MLflowTracker("toys", "a sweep", uri=uri)
     for k in (2, 4):
-        part(
-            tracker,
-            f"k={k}",
-            {"k": k, **({"l1": 0.1} if k == 2 else {})},
-            {"val/l0": k, "val/mcc": 0.5, "val/mse": 1 / k},
-        )
+        part(tracker, f"k={k}", {"k": k, **({"l1": 0.1} if k == 2 else {})}, {"val/l0": k, "val/mcc": 0.5, "val/mse": 1 / k})
     tracker.finalize("success")
     return tracker
 
@@ -48,10 +43,7 @@ def test_a_sweep_opens_on_charts_of_what_differs_among_its_cells(uri, sweep):
     assert sweep.run_id in view["searchFilter"]
     parallel, *scatters = view["compareRunCharts"]
     assert parallel["selectedParams"] == ["model.k"]  # not what one of them lacks
-    assert [(one["xaxis"]["key"], one["yaxis"]["key"]) for one in scatters] == [
-        ("model.k", "val/l0"),
-        ("model.k", "val/mse"),
-    ]
+    assert [(one["xaxis"]["key"], one["yaxis"]["key"]) for one in scatters] == [("model.k", "val/l0"), ("model.k", "val/mse")]
     assert view["orderByKey"] == "metrics.`val/l0`"
     assert {one["metricSectionId"] for one in view["compareRunCharts"]} == {view["compareRunSections"][0]["uuid"]}
 

@@ -6,8 +6,7 @@ from hedgelab.tracking.params import clean_key, flatten
 
 
 @pytest.mark.parametrize(
-    ("key", "clean"),
-    [("train/mse", "train/mse"), ("a.b-c d:e_f", "a.b-c d:e_f"), ("w@[0]", "w_0_"), ("loss (λ)", "loss _λ_")],
+    ("key", "clean"), [("train/mse", "train/mse"), ("a.b-c d:e_f", "a.b-c d:e_f"), ("w@[0]", "w_0_"), ("loss (λ)", "loss _λ_")]
 )
 def test_names_keep_what_mlflow_allows(key, clean):
     assert clean_key(key) == clean

@@ -20,10 +20,7 @@ def runs(uri):
 
 def test_newest_first_with_all_that_was_logged(runs):
     two, one = list_runs()
-    assert [(run.name, run.experiment, run.status) for run in (one, two)] == [
-        ("one", "a", "FINISHED"),
-        ("two", "b", "FAILED"),
-    ]
+    assert [(run.name, run.experiment, run.status) for run in (one, two)] == [("one", "a", "FINISHED"), ("two", "b", "FAILED")]
     assert one.params == {"model.k": "3"}
     assert one.tags == {"kind": "test"}
     assert one.metrics["val/mcc"] == 0.5

@@ -141,9 +141,7 @@ def test_a_store_is_a_copy_of_the_first_one_where_that_can_be_kept(cached, empty
 
     made = []
     monkeypatch.setattr(
-        sqlalchemy_store,
-        "SqlAlchemyStore",
-        lambda uri, root: made.append(shutil.copy(empty_database, uri[10:])) or Mock(),
+        sqlalchemy_store, "SqlAlchemyStore", lambda uri, root: made.append(shutil.copy(empty_database, uri[10:])) or Mock()
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if cached == "no folder":

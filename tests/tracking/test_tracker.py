@@ -91,11 +91,7 @@ def test_resuming_goes_on_in_the_same_run(uri):
     second.finalize("success")
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert {key: run.data.params[key] for key in ("k", "max_steps", "new")} == {
-        "k": "3",
-        "max_steps": "10",
-        "new": "null",
-    }
+    assert {key: run.data.params[key] for key in ("k", "max_steps", "new")} == {"k": "3", "max_steps": "10", "new": "null"}
     resumed = {key: value for key, value in run.data.tags.items() if key.startswith("resumed_with")}
     assert resumed == {"resumed_with.max_steps": "20"}
     assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == [10, 20]

@@ -32,14 +32,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def fit(callbacks, steps=20, ckpt_path=None, chunk=10, optimizer=torch.optim.Adam, **flags):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = L.Trainer(
-        **{
-            **quiet,
-            "max_steps": steps,
-            "accelerator": "cpu",
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 10,
-            **flags,
-        },
+        **{**quiet, "max_steps": steps, "accelerator": "cpu", "num_sanity_val_steps": 0, "log_every_n_steps": 10, **flags},
         callbacks=callbacks,
     )
     torch.manual_seed(0)

@@ -34,15 +34,7 @@ model:
 WORDS = ["fit", "--config=tiny.yaml", "--resume=true"]
 COMMANDS = {
     "fit": [sys.executable, "-m", "hedgelab"],
-    "torchrun": [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "--module",
-        "hedgelab",
-    ],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", "hedgelab"],
 }
 
 

@@ -208,11 +208,7 @@ def test_full_at_the_very_start(place, undisturbed, empty_store, history, with_s
     assert lines[0].startswith("hedgelab: MLFLOW_TRACKING_URI: cannot use the store")
     assert ("database or disk is full" if with_store else "No space left on device") in lines[0]
     assert lines[0].endswith("free some space, or set it to another store")
-    assert {path.name for path in at.disk.path.rglob("*") if path.is_file()} <= {
-        "filler",
-        "mlflow.db",
-        "mlflow.db.lock",
-    }
+    assert {path.name for path in at.disk.path.rglob("*") if path.is_file()} <= {"filler", "mlflow.db", "mlflow.db.lock"}
     if with_store:
         return
     at.disk.free()

@@ -9,16 +9,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from hedgelab.data.toy import IndependentFiring, ToyDataModule
 from hedgelab.errors import UserError
-from hedgelab.saes import (
-    BatchTopKSAE,
-    Initialization,
-    JumpReLUSAE,
-    MatryoshkaSAE,
-    SAEGroup,
-    TopKSAE,
-    VanillaSAE,
-    duplicate,
-)
+from hedgelab.saes import BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, SAEGroup, TopKSAE, VanillaSAE, duplicate
 from hedgelab.saes.io import same_weights
 from hedgelab.training.steps import StepBatches
 
@@ -53,12 +44,7 @@ def toy(cls=ToyDataModule, **options):
 
 def fit(module, data, max_steps=20, ckpt_path=None, **options):
     torch.set_num_threads(1)
-    settings = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-    }
+    settings = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = L.Trainer(max_steps=max_steps, accelerator="cpu", num_sanity_val_steps=0, **{**settings, **options})
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return trainer

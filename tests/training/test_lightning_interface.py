@@ -226,11 +226,7 @@ def learning_rates_each_step():
     schedule = functools.partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.5, total_iters=20)
     logger = CSVLogger("csv", version="0")
     fit(
-        sae(lr_scheduler=schedule),
-        [stock.LearningRateMonitor("step")],
-        logger=logger,
-        log_every_n_steps=1,
-        limit_val_batches=0,
+        sae(lr_scheduler=schedule), [stock.LearningRateMonitor("step")], logger=logger, log_every_n_steps=1, limit_val_batches=0
     )
     rates = [float(row["lr-Adam"]) for row in logged() if row["lr-Adam"]]
     assert rates == pytest.approx([1e-2 * (1 - 0.5 * step / 20) for step in range(20)])

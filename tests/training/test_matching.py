@@ -8,20 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgelab.training.checkpoints import RunFolder
-from hedgelab.training.checkpoints.folder import (
-    ABSENT,
-    as_option,
-    compare,
-    differences,
-    dotted,
-    written_keys,
-)
+from hedgelab.training.checkpoints.folder import ABSENT, as_option, compare, differences, dotted, written_keys
 
 RESOLVED = {
-    "model": {
-        "class_path": "hedgelab.saes.TopKSAE",
-        "init_args": {"k": 2, "init": {"noise": 0.0}, "lr_scheduler": None},
-    },
+    "model": {"class_path": "hedgelab.saes.TopKSAE", "init_args": {"k": 2, "init": {"noise": 0.0}, "lr_scheduler": None}},
     "trainer": {"max_steps": 6, "callbacks": [{"class_path": "torch.A", "init_args": {"every": 3}}]},
     "data": {"class_path": "hedgelab.data.Toy", "init_args": {"rates": [0.1, 0.2], "tree": {"a": 1}}},
 }
@@ -104,10 +94,7 @@ def test_classes_and_kinds(against):
     assert against(now=changed("model", "class_path", value="mine.TopKSAE")) == (["model.class_path"], [])
     scheduler = changed("model", "init_args", "lr_scheduler", value={"class_path": "torch.L", "init_args": {}})
     assert against(now=scheduler) == ([], ["model.lr_scheduler"])
-    assert against(now=scheduler, written_now=[*WRITTEN, "model.lr_scheduler.class_path"]) == (
-        ["model.lr_scheduler"],
-        [],
-    )
+    assert against(now=scheduler, written_now=[*WRITTEN, "model.lr_scheduler.class_path"]) == (["model.lr_scheduler"], [])
     assert list(differences({"a": True}, {"a": 1})) == [(("a",), True, 1)]
     assert list(differences({"a": 1.0}, {"a": 1})) == []
 

@@ -18,12 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def fit(model, **flags):
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "logger": False,
-    }
+    quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False, "logger": False}
     trainer = L.Trainer(max_steps=20, limit_val_batches=0, **{**quiet, "accelerator": "cpu", **flags})
     data = ToyDataModule(IndependentFiring([0.3] * 6), d_in=6, batch_size=16, seed=0)
     trainer.fit(model, datamodule=data)
@@ -43,10 +38,7 @@ def fit(model, **flags):
             {"lr_scheduler": functools.partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=19)},
             "model.lr_scheduler: OneCycleLR ends after 19 steps, the run after 20; set model.lr_scheduler.total_steps to 20",
         ),
-        (
-            {"lr_scheduler": functools.partial(lr_scheduler.OneCycleLR, max_lr=0.1)},
-            "model.lr_scheduler: You must define",
-        ),
+        ({"lr_scheduler": functools.partial(lr_scheduler.OneCycleLR, max_lr=0.1)}, "model.lr_scheduler: You must define"),
     ],
 )
 def test_what_cannot_train_is_refused_before_data_is_made(options, said, grouped, monkeypatch):

@@ -25,10 +25,7 @@ SECONDS = 30.0
             "rank 3: cannot reach another rank, which has died or lost its network (Connection closed by peer [127.0.0.1]:1); "
             "go on with --resume",
         ),
-        (
-            dist.DistNetworkError("The client socket has timed out\nafter 600s"),
-            "(The client socket has timed out after 600s)",
-        ),
+        (dist.DistNetworkError("The client socket has timed out\nafter 600s"), "(The client socket has timed out after 600s)"),
         (dist.DistBackendError("NCCL error in: x.cpp, remote: ncclRemoteError: A call failed"), "ncclRemoteError"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (ValueError("Connection reset by peer"), None),

@@ -73,10 +73,7 @@ def whole(tmp_path_factory):
         return fit(tmp_path_factory.mktemp("whole")), fit.scores
 
 
-@pytest.mark.parametrize(
-    ("number", "step"),
-    [(15, 2), (15, 22), (15, 24), (signal.SIGUSR1, 36), (signal.SIGINT, 48), (15, 70)],
-)
+@pytest.mark.parametrize(("number", "step"), [(15, 2), (15, 22), (15, 24), (signal.SIGUSR1, 36), (signal.SIGINT, 48), (15, 70)])
 def test_signals_stop_between_steps_and_nothing_is_lost(whole, tmp_path, number, step):
     """Steps: before the first interval, between logs, at a validation, at an interval, just before the end."""
     before = signal.getsignal(number)

@@ -30,8 +30,7 @@ def trainer(device="cpu"):
 
 
 @pytest.mark.parametrize(
-    ("products", "expected"),
-    [(500 * 50, 1), (2**22, 1), (2**23, 2), (3 * 2**22 + 5, 3), (4096 * 576 * 4608, 4)],
+    ("products", "expected"), [(500 * 50, 1), (2**22, 1), (2**23, 2), (3 * 2**22 + 5, 3), (4096 * 576 * 4608, 4)]
 )
 def test_a_thread_for_each_piece_of_work(many, products, expected):
     assert steps.use_threads(trainer(), products) == 4
@@ -71,12 +70,7 @@ def test_a_fit_takes_one_thread_for_a_toy_and_gives_the_others_back(many, tmp_pa
         def on_train_batch_end(self, *_):
             seen.append(torch.get_num_threads())
 
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "logger": False,
-    }
+    quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False, "logger": False}
     fit = L.Trainer(max_steps=2, accelerator="cpu", callbacks=[Watch()], limit_val_batches=0, **quiet)
     fit.fit(TopKSAE(6, 5, k=2), ToyDataModule(IndependentFiring([0.3] * 6), d_in=6, batch_size=16, seed=0))
     assert seen == [1, 1]

@@ -48,13 +48,7 @@ def by_command(folder):
 
 @pytest.mark.parametrize(
     ("command", "release", "seconds"),
-    [
-        ("fit", "added", 0.2),
-        ("fit", "dropped", 0.2),
-        ("fit", "changed", 0.2),
-        ("hedge", "added", 0.1),
-        ("hedge", "changed", 3),
-    ],
+    [("fit", "added", 0.2), ("fit", "dropped", 0.2), ("fit", "changed", 0.2), ("hedge", "added", 0.1), ("hedge", "changed", 3)],
 )
 def test_a_run_goes_on_after_an_upgrade(command, release, seconds, server, workplace, history, kill_in_training):
     words = [command, "--config=tiny.yaml", "--resume", *WORDS[command]]

@@ -35,12 +35,7 @@ def test_its_fit_goes_on():
     topk = TopKSAE(8, 12, k=2, lr_scheduler=partial(LambdaLR, lr_lambda=lambda step: 1.0))
     group = SAEGroup({"a": jumprelu(8), "b": topk, "c": MatryoshkaSAE(8, jumprelu, [4, 12])})
     toy = ToyDataModule(IndependentFiring([0.3] * 10), d_in=8, batch_size=64, seed=0, val_batches=1)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(max_steps=40, accelerator="cpu", limit_val_batches=0, **quiet)
     trainer.fit(group, datamodule=toy, ckpt_path=OLD)
     moved = group.members["a"].thresholds().detach() - logarithms("members.a").exp()

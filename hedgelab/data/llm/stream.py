@@ -55,11 +55,7 @@ class Harvester:
     """
 
     def __init__(
-        self,
-        model: CutModel,
-        contexts_at_once: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
+        self, model: CutModel, contexts_at_once: int, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> None:
         self._model, self._contexts_at_once, self._dtype = model, contexts_at_once, dtype
         self._device = device or next(model.parameters()).device

@@ -214,13 +214,7 @@ def _batch_threshold(maxima: Tensor, count: int) -> Tensor:
 
 
 def _launch_candidates(
-    pre: Tensor,
-    scale: Tensor | None,
-    maxima: Tensor,
-    thresholds: Tensor,
-    counts: Tensor,
-    tile: SelectionTile,
-    *emit: Any,
+    pre: Tensor, scale: Tensor | None, maxima: Tensor, thresholds: Tensor, counts: Tensor, tile: SelectionTile, *emit: Any
 ) -> None:
     """Count each row's candidates, or with offsets, an output and a row's capacity write them as well."""
     offsets, out, capacity = emit or (counts, counts, 0)

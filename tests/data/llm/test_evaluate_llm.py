@@ -14,14 +14,7 @@ def fitted(tiny_model, tiny_text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     text = {"class_path": "TextFiles", "init_args": {"paths": tiny_text}}
-    data = {
-        "model": tiny_model,
-        "layer": 1,
-        "text": text,
-        "context_length": 16,
-        "contexts_per_block": 20,
-        "batch_size": 64,
-    }
+    data = {"model": tiny_model, "layer": 1, "text": text, "context_length": 16, "contexts_per_block": 20, "batch_size": 64}
     config = {
         "seed_everything": 0,
         "trainer": {"max_steps": 6, "log_every_n_steps": 3, "accelerator": "cpu", "enable_progress_bar": False},
@@ -46,10 +39,7 @@ def test_a_run_is_evaluated_on_what_it_read(fitted, capsys):
     kept = sorted((fitted / "runs/cache/evaluation").glob("*.safetensors"))
     assert kept
     folder = fitted / "runs/artifacts/hedgelab" / run["run_id"] / "artifacts/sae"
-    text = [
-        "--data.text.class_path=TextFiles",
-        f"--data.text.paths=[{fitted / 'more.txt'}]",
-    ]  # a folder knows all but its text
+    text = ["--data.text.class_path=TextFiles", f"--data.text.paths=[{fitted / 'more.txt'}]"]  # a folder knows all but its text
     (fitted / "more.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 " * 200)
     sizes = ["--data.contexts_per_block=8", "--data.batch_size=16"]
     assert main(["evaluate", str(folder), "--suite=geometry", *text, *sizes]) == 0

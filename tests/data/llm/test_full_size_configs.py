@@ -52,12 +52,7 @@ def test_two_steps(path, architecture, tiny_text, tmp_path, monkeypatch):
         assert data["class_path"] == "LLMDataModule"
         text = {"class_path": "TextFiles", "init_args": {"paths": tiny_text}}
         layer = data["init_args"]["layer"] % 3
-        data["init_args"] |= SMALL | {
-            "model": folder,
-            "layer": layer,
-            "text": text,
-            "cache_dir": str(tmp_path / "cache"),
-        }
+        data["init_args"] |= SMALL | {"model": folder, "layer": layer, "text": text, "cache_dir": str(tmp_path / "cache")}
         shrink(model)
         if (small := {"data": data["init_args"] | {"cache_dir": ""}, "model": model}) in SEEN:
             continue  # another config has trained this

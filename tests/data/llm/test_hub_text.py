@@ -59,10 +59,7 @@ def test_the_fingerprint_changes_with_the_documents(folder):
     ("options", "message"),
     [
         ({"dataset": ""}, r"data\.text\.dataset: names no data set"),
-        (
-            {"dataset": "a/b", "max_documents": 0},
-            r"data\.text\.max_documents: expected a whole number of at least 1, got 0",
-        ),
+        ({"dataset": "a/b", "max_documents": 0}, r"data\.text\.max_documents: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_impossible_values(options, message):

@@ -54,12 +54,7 @@ def test_of_every_architecture(make_data, architecture, name):
 
 
 def trained(module, data, steps):
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "logger": False,
-        "enable_checkpointing": False,
-    }
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
     trainer = L.Trainer(max_steps=steps, accelerator="cpu", num_sanity_val_steps=0, val_check_interval=6, **quiet)
     trainer.fit(module, datamodule=data)
     return trainer.callback_metrics

@@ -78,10 +78,7 @@ def test_half_precision(tiny_model, tokens):
     ("name", "message"),
     [
         ("missing.gguf", r"data\.model: there is no file 'missing\.gguf'"),
-        (
-            "no-such/model",
-            r"data\.model: 'no-such/model' is neither.*127\.0\.0\.1:9 cannot be reached; offline alt.*smollm2",
-        ),
+        ("no-such/model", r"data\.model: 'no-such/model' is neither.*127\.0\.0\.1:9 cannot be reached; offline alt.*smollm2"),
     ],
 )
 def test_models_that_cannot_be_had_are_one_quick_line(monkeypatch, name, message):

@@ -137,8 +137,7 @@ def test_bytes_are_decoded_and_other_encodings_refused(tmp_path):
     assert list(TextFiles([good]).documents()) == ["caf\xe9", "tea"]
     bad = write_parquet(tmp_path / "b.parquet", {"text": [b"tea", "caf\xe9".encode("latin-1")]})
     assert re.match(
-        r"data\.text\.field: column 'text' of .*b\.parquet, row 2, holds bytes that are not UTF-8",
-        one_line(TextFiles([bad])),
+        r"data\.text\.field: column 'text' of .*b\.parquet, row 2, holds bytes that are not UTF-8", one_line(TextFiles([bad]))
     )
 
 
@@ -158,8 +157,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, packed):
 def test_other_encodings_are_one_line(tmp_path, kind, encoding):
     (tmp_path / f"a.{kind}").write_bytes('{"text": "caf\xe9"}'.encode(encoding))
     assert re.match(
-        rf"data\.text\.paths: cannot read .*a\.{kind}: it is not UTF-8",
-        one_line(TextFiles([str(tmp_path / f"a.{kind}")])),
+        rf"data\.text\.paths: cannot read .*a\.{kind}: it is not UTF-8", one_line(TextFiles([str(tmp_path / f"a.{kind}")]))
     )
 
 

@@ -188,10 +188,7 @@ def test_laws_of_loadings():
         (lambda: LowRankCorrelation(4, 0.1, 0.1), r"correlation\.scale: give either it or strength"),
         (lambda: LowRankCorrelation(4, strength=1.0), r"correlation\.strength: must be at least 0 and below 1"),
         (lambda: LowRankCorrelation(4, scale=-1.0), r"correlation\.scale: must not be negative"),
-        (
-            lambda: GaussianFiring(torch.ones(2), torch.ones(2, 1)),
-            r"correlation: rows of loadings must have norms below",
-        ),
+        (lambda: GaussianFiring(torch.ones(2), torch.ones(2, 1)), r"correlation: rows of loadings must have norms below"),
         (lambda: GaussianFiring(torch.tensor([1.5])), r"rates: must be probabilities between 0 and 1"),
     ],
 )

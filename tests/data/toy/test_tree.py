@@ -124,10 +124,7 @@ def nest(node):
         (nest({"probability": 0.5, "magnitude": 0}), r"^tree\.children\[1\]\.magnitude: must be positive"),
         (nest({"probability": 0.5, "is_read_out": 1}), r"\[1\]\.is_read_out: expected true or false, got int 1"),
         (nest({"probability": 0.5, "children": {}}), r"\[1\]\.children: expected a list of nodes, got dict"),
-        (
-            nest({"probability": 0.5, "children": [{"probability": 0.5}, 3]}),
-            r"^tree\.children\[1\]\.children\[1\]: exp",
-        ),
+        (nest({"probability": 0.5, "children": [{"probability": 0.5}, 3]}), r"^tree\.children\[1\]\.children\[1\]: exp"),
         (
             {"mutually_exclusive_children": True, "children": [{"probability": 0.7}, {"probability": 0.5}]},
             r"^tree\.children: probabilities of mutually exclusive children sum to 1\.2, above 1",

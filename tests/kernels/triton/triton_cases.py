@@ -371,11 +371,7 @@ def test_a_selection_of_fixed_shape_keeps_the_same(kind: str) -> None:
         expected = selection.top_k(pre, 8, scale, SelectionTile(64, 1))
         assert expected is not None
         assert torch.equal(each.to_dense().relu(), expected.to_dense())
-    W_enc, b_enc, b_dec = (
-        torch.eye(320, device=DEVICE),
-        torch.zeros(320, device=DEVICE),
-        torch.zeros(320, device=DEVICE),
-    )
+    W_enc, b_enc, b_dec = (torch.eye(320, device=DEVICE), torch.zeros(320, device=DEVICE), torch.zeros(320, device=DEVICE))
     b_enc.requires_grad_()
     sparse.encode(pre, Encoder(W_enc, b_enc, b_dec), BatchTopK(700 / 9)).values.sum().backward()
     assert b_enc.grad is not None

@@ -133,10 +133,7 @@ def test_the_lot_deals_equal_arms_and_swaps_them():
         (["--plant.loss_contexts", "-1"], "plant.loss_contexts: expected a whole number of at least 0"),
         (["--plant.magnitude", "0"], "plant.magnitude: must be"),
         (["--plant.widths", "[1]"], "k: must lie between 1 and d_sae = 1"),
-        (
-            ["--parents.class_path", "BatchTopKSAE", "--parents.d_sae", "8", "--parents.k", "2"],
-            "plant.parents: 10 are needed",
-        ),
+        (["--parents.class_path", "BatchTopKSAE", "--parents.d_sae", "8", "--parents.k", "2"], "plant.parents: 10 are needed"),
     ],
 )
 def test_mistakes(config, capsys, words, message):

@@ -131,10 +131,7 @@ def test_groups_give_each_member_what_it_were_alone():
             lambda: EnsembleSAE([MatryoshkaSAE(8, flat(auxiliary_coefficient=0.0), [16], mitigations=[ForLevels()])]),
             r"^model\.mitigations: cannot be used in an ensemble",
         ),
-        (
-            lambda: BatchTopKSAE.from_config({**flat().config(), "class": "BatchTopKSAE", "mitigations": [{}]}),
-            "sae.json: miti",
-        ),
+        (lambda: BatchTopKSAE.from_config({**flat().config(), "class": "BatchTopKSAE", "mitigations": [{}]}), "sae.json: miti"),
         (
             lambda: TopKSAE.from_config({**flat().config(), "mitigations": [{"class": "Evil"}]}),
             r"^sae\.json: mitigations: 'Evil' is no mitigation of hedgelab",

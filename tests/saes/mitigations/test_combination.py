@@ -98,16 +98,8 @@ def test_lista_matryoshka_trains_resumes_exactly_saves_and_loads(here, tmp_path,
     ("old", "new", "said"),
     [
         ("eta: 0.3", "eta: 0", "model.mitigations[0].eta: must be above 0, got 0"),
-        (
-            "class_path: LISTA",
-            "class_path: LISTTA",
-            "model.mitigations[0]: unknown class 'LISTTA'; did you mean 'LISTA'?",
-        ),
-        (
-            "levels: [2",
-            "detached: true\n    levels: [2",
-            "model.detached: detaches all levels already; set it to false",
-        ),
+        ("class_path: LISTA", "class_path: LISTTA", "model.mitigations[0]: unknown class 'LISTTA'; did you mean 'LISTA'?"),
+        ("levels: [2", "detached: true\n    levels: [2", "model.detached: detaches all levels already; set it to false"),
         ("{eta: 0.3}", "{etta: 0.3}", "model.mitigations[0].etta: unknown key; did you mean 'eta'?"),
     ],
 )

@@ -196,18 +196,12 @@ def test_weights_of_an_sae_on_disk_bring_what_the_same_mitigations_counted(wraps
         (lambda: SortedLatents(decay=1.0), r"^model\.mitigations\.decay: must be at least 0 and below 1"),
         (lambda: TiltedLoss(tilt=-1), r"^model\.mitigations\.tilt: must not be negative"),
         (lambda: RandomPrefixes(smallest=0), r"^model\.mitigations\.smallest: expected a whole number"),
-        (
-            lambda: matryoshka(RandomPrefixes(smallest=16)),
-            r"^model\.mitigations: RandomPrefixes: 2 levels from 16 up do not",
-        ),
+        (lambda: matryoshka(RandomPrefixes(smallest=16)), r"^model\.mitigations: RandomPrefixes: 2 levels from 16 up do not"),
         (lambda: matryoshka(RandomPrefixes(), adaptive=True), r"^model\.adaptive: weighs levels of fixed sizes"),
         (lambda: matryoshka(DetachedInnerLevels(), detached=True), r"^model\.detached: detaches all"),
         (lambda: matryoshka(DetachedInnerLevels(), credit=0.5), r"^model\.credit: gives levels targets"),
         (lambda: matryoshka(SortedLatents(), SortedLatents()), r"^model\.mitigations: SortedLatents is there twice"),
-        (
-            lambda: TopKSAE(8, 16, k=3, mitigations=[RandomPrefixes()]),
-            r"^model\.mitigations: RandomPrefixes needs levels",
-        ),
+        (lambda: TopKSAE(8, 16, k=3, mitigations=[RandomPrefixes()]), r"^model\.mitigations: RandomPrefixes needs levels"),
     ],
 )
 def test_mistakes(make, said):
