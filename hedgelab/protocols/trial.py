@@ -4,11 +4,13 @@ For every kind of SAE and every width the SAEs of all toys and seeds train as on
 (initial, then control and extended, with the learning rate falling to zero), and the control is measured: *true hedging*
 (:mod:`hedgelab.metrics.functional.true_hedging`, decoder, mean over live latents) beside measures that know no truth.
 
-Each measure is seen through the three lenses of Chanin (*Are SAE Benchmarks Reliable?*, arXiv 2605.18229). *Validity* is its
-rank correlation with the truth; *noise* how far two halves of the measuring batches are apart, as a standard error over the
-mean absolute value; *discriminability* the spread between SAEs over that error.
+Every score of every suite of ``hedgelab evaluate`` that runs on toys is seen through the three lenses of Chanin (*Are SAE
+Benchmarks Reliable?*, arXiv 2605.18229). *Validity* is its rank correlation with the truth; *noise* how far two measurements on
+other batches are apart, as a standard error of one over the mean absolute value; *discriminability* the spread between SAEs
+over that error. *Claimed* is the standard error that the suite itself reports, over the one found.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import ConstantInputWarning, spearmanr
 from torch import Tensor
 from torch.optim.lr_scheduler import PolynomialLR
 
@@ -25,25 +27,28 @@ from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.toy import CopulaFiring, ToyDataModule
 from hedgelab.errors import UserError, whole_number
-from hedgelab.kernels.codes import Codes
-from hedgelab.metrics import FeatureRegression, ResidualHedgingMetric
+from hedgelab.metrics import FeatureRegression
 from hedgelab.metrics.functional import true_hedging as truth
 from hedgelab.metrics.functional.degree import hedging_degree
-from hedgelab.metrics.functional.projection import nth_decoder_projection
-from hedgelab.metrics.functional.recovery import decoder_cosines, decoder_geometry
+from hedgelab.metrics.functional.recovery import decoder_cosines
 from hedgelab.plots.hedging import hedging_of_levels, hedging_over_width, measures_against_truth
+from hedgelab.protocols.evaluation.built_in import DensitySuite, GeometrySuite, ResidualSuite, TruthSuite
+from hedgelab.protocols.evaluation.reader import Readings
+from hedgelab.protocols.evaluation.suite import NOISE
 from hedgelab.protocols.recipe import Recipe
 from hedgelab.protocols.study import Bench, Outcome, Row, Study
 from hedgelab.saes import SAE, MatryoshkaSAE, widen
 from hedgelab.saes.widen import flat_part
 
 _MEASURES = {
-    "residual hedging": "residual_hedging",
+    "residual hedging": "residual/hedging",
     "hedging degree": "degree",
-    "n-th decoder projection": "projection",
-    "pairwise cosine": "cosine",
+    "n-th decoder projection": "geometry/nth_projection",
+    "pairwise cosine": "geometry/mean_absolute_cosine",
 }
-NOISY = ("residual_hedging", "projection")  # measures that batches decide, not weights alone
+"""Those that are drawn and named in the summary; the others are in the table of lenses."""
+_APART = "_apart"
+"""Ends the name of how far two measurements of a score are apart."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class TrialOptions:
         continued_steps: Optimiser steps of the control and of the extended SAE.
         n_new: Latents appended.
         new_norm: Decoder norm at which they start.
-        val_batches: Batches that are measured on.
+        val_batches: Batches of each of the two measurements.
     """
 
     widths: list[int]
@@ -113,7 +118,10 @@ class Trial(Study):
         def some(**fields: Any) -> list[Row]:
             return [s for s in scores if all(s[name] == value for name, value in fields.items())]
 
-        lenses = [of_measure(kind, name, some(kind=kind)) for name in _MEASURES.values() for kind in kinds]
+        names = dict.fromkeys(
+            key for row in scores for key in row if key == "degree" or ("/" in key and not key.endswith(_APART))
+        )
+        lenses = [of_measure(kind, name, some(kind=kind)) for name in names if not name.endswith(NOISE) for kind in kinds]
         widths = sorted(set(options.widths))
         validity = {(row["kind"], row["measure"]): row["validity"] for row in lenses}
         ranks = {label: {k: validity[k, name] for k in kinds} for label, name in _MEASURES.items()}
@@ -129,7 +137,7 @@ class Trial(Study):
             of = {(t, w): [s["levels"] for s in some(toy=t, width=w) if s["levels"]] for t in toys for w in widths}
             levels = {t: {w: np.mean(of[t, w], axis=0).tolist() for w in widths} for t in toys}
             figures["levels.png"] = hedging_of_levels(levels)
-        metrics = {f"spearman/{_MEASURES[label]}/{k}": rank for label, own in ranks.items() for k, rank in own.items()}
+        metrics = {f"spearman/{row['measure']}/{row['kind']}": row["validity"] for row in lenses}
         headline = [f"{len(scores)} SAEs; Spearman's rank correlation with true hedging"]
         for label, own in ranks.items():
             headline.append(f"{label:<24}" + "".join(f"  {kind} {rank:.3f}" for kind, rank in own.items()))
@@ -184,12 +192,38 @@ class Trial(Study):
             start = zip(controls, places, strict=True)
             wide = [widen(sae, options.n_new, options.new_norm, seed) for sae, (_, seed) in start]
             controls, wide = (train(members, stream[:, options.steps :], decays=True) for members in (controls, wide))
+            placed = list(zip(places, controls, strict=True))
+            of_suites = {
+                toy: suite_scores(toys[toy], {str(seed): sae for (own, seed), sae in placed if own == toy}, options.val_batches)
+                for toy in toys
+            }
             scores += [
                 {"kind": kind, "width": width, "toy": toy, "seed": seed}
-                | dict(_score(toys[toy], control, extended, seed, options.val_batches))
+                | dict(_score(toys[toy], control, extended, seed, 2 * options.val_batches))
+                | of_suites[toy][str(seed)]
                 for (toy, seed), control, extended in zip(places, controls, wide, strict=True)
             ]
         return scores
+
+
+def suite_scores(data: ToyDataModule, saes: Mapping[str, SAE], batches: int) -> dict[str, dict[str, float]]:
+    """What the suites of ``hedgelab evaluate`` say of SAEs that differ in their seed: means of two measurements.
+
+    Each is made on so many batches; ``<name>_apart`` is how far the two are apart.
+    """
+    rows = batches * data.batch_size
+    suites = (DensitySuite(rows), GeometrySuite(rows), ResidualSuite(rows), TruthSuite(batches))
+    twice = [
+        {name: scores.metrics for name, scores in suite.score(saes, Readings(data, first=first))}
+        for suite in suites
+        for first in (0, batches)
+    ]
+    found: dict[str, dict[str, float]] = {name: {} for name in saes}
+    for (one, other), name in product(zip(twice[::2], twice[1::2], strict=True), saes):
+        for key in one[name].keys() & other[name].keys():
+            values = one[name][key], other[name][key]
+            found[name] |= {key: sum(values) / 2, f"{key}{_APART}": values[0] - values[1]}
+    return found
 
 
 @torch.no_grad()
@@ -197,14 +231,11 @@ def _score(data: ToyDataModule, control: SAE, extended: SAE, seed: int, batches:
     """Measures of one SAE: true hedging is the mean over live latents, ``tracked`` how many features a latent tracks."""
     directions, width = data.feature_directions, control.d_sae
     overlap = len(directions) > data.d_in
-    whole, halves = Reading(control), [Reading(control), Reading(control)]
     counts = FeatureRegression(width, len(directions))
     fired, fired_extended = torch.zeros(width), torch.zeros(extended.d_sae)
     for index in range(batches):
         x, features, _ = data.batch("val", index).to("cpu")
         codes = control.encode(x)
-        for reading in (whole, halves[index % 2]):
-            reading.update(x, codes)
         if overlap:
             counts.update(codes, features)
         fired += codes.firing_counts()
@@ -212,49 +243,35 @@ def _score(data: ToyDataModule, control: SAE, extended: SAE, seed: int, batches:
     live, live_extended = fired > 0, fired_extended > 0
     old, new = live & live_extended[:width], live_extended[width:]
     degree = hedging_degree(control.W_dec, extended.W_dec, live=old, live_new=new, seed=seed)
-    sums, (one, other) = counts.compute() if overlap else None, (half.compute() for half in halves)
+    sums = counts.compute() if overlap else None
     tracked = truth.tracked_features(decoder_cosines(control.W_dec, directions), live)
     return {
         "true_hedging": float(true_hedging(control.W_dec, directions, fired, sums)[live].nanmean()),
         "degree": float(degree.degree),
-        "cosine": float(decoder_geometry(control.W_dec, live).mean_absolute),
-        **whole.compute(),
-        **{f"{name}/noise": (one[name] - other[name]) / 2 for name in NOISY},
         "tracked": int((tracked.feature >= 0).sum()),
         "levels": level_hedging(control, directions, fired, sums) if isinstance(control, MatryoshkaSAE) else (),
     }
 
 
-class Reading:
-    """Measures that know no truth, on some of the measuring batches."""
-
-    def __init__(self, sae: SAE) -> None:
-        self.sae, self.residual, self.projections = sae, ResidualHedgingMetric(sae.W_dec), list[float]()
-
-    def update(self, x: Tensor, codes: Codes) -> None:
-        """Add a batch."""
-        sae = self.sae
-        self.residual.update(x, sae.decode(codes), codes)
-        self.projections.append(float(nth_decoder_projection(x, sae.W_dec, sae.b_dec)))
-
-    def compute(self) -> dict[str, float]:
-        """By name, and the standard error that residual hedging claims."""
-        score, projection = self.residual.compute(), float(np.mean(self.projections))
-        return {"residual_hedging": float(score.hedging), "residual_std": float(score.std), "projection": projection}
-
-
 def of_measure(kind: str, measure: str, rows: Sequence[Row]) -> Row:
-    """A measure of SAEs of a kind through the three lenses; two of them are not known of what weights alone give."""
-    values = np.array([row[measure] for row in rows])
-    noise = float(np.sqrt(np.mean([row.get(f"{measure}/noise", np.nan) ** 2 for row in rows])))
-    return {
-        "kind": kind,
-        "measure": measure,
-        "saes": len(rows),
-        "validity": float(spearmanr(values, [row["true_hedging"] for row in rows]).statistic),
-        "noise": noise / float(np.mean(np.abs(values))),
-        "discriminability": float(np.std(values, ddof=1)) / noise,
-    }
+    """A measure of SAEs of a kind through the three lenses; NaN where it never differs, or is the same when measured anew."""
+    rows = [row for row in rows if measure in row]
+
+    def column(name: str) -> np.ndarray:
+        return np.array([row.get(name, np.nan) for row in rows])
+
+    values, noise = column(measure), np.sqrt(np.mean(column(f"{measure}{_APART}") ** 2) / 2)
+    with (
+        np.errstate(divide="ignore", invalid="ignore"),
+        warnings.catch_warnings(action="ignore", category=ConstantInputWarning),
+    ):
+        lenses = {
+            "validity": spearmanr(values, column("true_hedging")).statistic,
+            "noise": noise / np.mean(np.abs(values)),
+            "discriminability": np.std(values, ddof=1) / noise,
+            "claimed": np.sqrt(np.mean(column(f"{measure}{NOISE}") ** 2)) / noise,
+        }
+    return {"kind": kind, "measure": measure, "saes": len(rows)} | {name: float(value) for name, value in lenses.items()}
 
 
 def level_hedging(

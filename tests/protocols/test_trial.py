@@ -32,15 +32,17 @@ def test_options_are_checked():
 
 def test_the_three_lenses():
     rows = [
-        {"true_hedging": true, "degree": true, "residual_hedging": value, "residual_hedging/noise": noise}
-        for true, value, noise in ((0.1, 1.0, 0.1), (0.2, 3.0, -0.1), (0.3, 2.0, 0.1))
+        {"true_hedging": true, "degree": true, "dead": 0.0, "residual": value, "residual_apart": apart, "residual_noise": 0.2}
+        for true, value, apart in ((0.1, 1.0, 0.1), (0.2, 3.0, -0.1), (0.3, 2.0, 0.1))
     ]
-    found = of_measure("k", "residual_hedging", rows)
+    found, noise = of_measure("k", "residual", rows), 0.1 / 2**0.5
     assert found["validity"] == pytest.approx(0.5)  # ranks 1, 3, 2
-    assert found["noise"] == pytest.approx(0.1 / 2)
-    assert found["discriminability"] == pytest.approx(1 / 0.1)
+    assert found["noise"] == pytest.approx(noise / 2)
+    assert found["discriminability"] == pytest.approx(1 / noise)
+    assert found["claimed"] == pytest.approx(0.2 / noise)
     assert of_measure("k", "degree", rows)["validity"] == pytest.approx(1)
     assert math.isnan(of_measure("k", "degree", rows)["noise"])
+    assert math.isnan(of_measure("k", "dead", rows)["validity"])
 
 
 @pytest.mark.slow
@@ -60,8 +62,10 @@ def test_residual_hedging_ranks_and_is_calibrated():
     outcome = study.run(Bench())
     scores = outcome.tables["table.csv"]
     assert len(scores) == 2 * 4
-    ranks = spearmanr(*([one[name] for one in scores] for name in ("residual_hedging", "true_hedging")))
-    assert outcome.metrics["spearman/residual_hedging/batch_topk"] == pytest.approx(ranks.statistic)
+    ranks = spearmanr(*([one[name] for one in scores] for name in ("residual/hedging", "true_hedging")))
+    assert outcome.metrics["spearman/residual/hedging/batch_topk"] == pytest.approx(ranks.statistic)
     assert ranks.statistic > 0.9
     for one in scores:
-        assert math.isclose(one["residual_hedging"], one["true_hedging"], rel_tol=0.3, abs_tol=0.04 + 3 * one["residual_std"])
+        assert math.isclose(
+            one["residual/hedging"], one["true_hedging"], rel_tol=0.3, abs_tol=0.05 + 3 * one["residual/hedging_noise"]
+        )

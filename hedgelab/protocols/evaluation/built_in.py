@@ -253,12 +253,11 @@ class TruthSuite(Suite):
     @torch.no_grad()
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
-        readings.data.prepare_data()
         for name, sae in saes.items():
             measured = Trainee(sae)
             measured.start_measuring(readings.data, sae.W_dec.device)
-            for index in range(self.truth_batches):
-                measured.measure(readings.data.batch("val", index).to(sae.W_dec.device))
+            for batch in readings.batches(self.truth_batches):
+                measured.measure(batch.to(sae.W_dec.device))
             yield name, Scores(finite(measured.measurements("truth")))
 
 

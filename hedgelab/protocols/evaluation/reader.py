@@ -1,7 +1,7 @@
 """What SAEs read in an evaluation: activations, from a language model once for all SAEs, and kept on disk."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from hedgelab.batch import Batch
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm import LLMDataModule
 from hedgelab.data.llm.hook import SplicedModel
@@ -23,10 +24,13 @@ _CONTEXTS_PER_PART = 64
 
 
 class Readings:
-    """Activations as the SAEs of one evaluation read them: normalised as ``known`` says, or as measured anew on the data."""
+    """Activations as the SAEs of one evaluation read them: normalised as ``known`` says, or as measured anew on the data.
 
-    def __init__(self, data: ActivationDataModule, known: ActivationSource | None = None) -> None:
-        self.data, self._known = data, known
+    ``first`` is the validation batch from which batches are counted.
+    """
+
+    def __init__(self, data: ActivationDataModule, known: ActivationSource | None = None, first: int = 0) -> None:
+        self.data, self._known, self._first = data, known, first
 
     @cached_property
     def model(self) -> "ModelReader":
@@ -40,8 +44,12 @@ class Readings:
             contexts, count = data.stage_contexts("val"), -(-least // (data.context_length - data.skip_first))
             usable = contexts.usable(data.skip_first)[:count]
             return self.model.rows("density", contexts.tokens[:count].long(), usable)[0]
-        data.prepare_data()
-        return torch.cat([data.batch("val", i).x.float().cpu() for i in range(-(-least // data.batch_size))])
+        return torch.cat([batch.x.float().cpu() for batch in self.batches(-(-least // data.batch_size))])
+
+    def batches(self, count: int) -> Iterator[Batch]:
+        """Batches of the validation stage."""
+        self.data.prepare_data()
+        return (self.data.batch("val", self._first + i) for i in range(count))
 
 
 class ModelReader:
