@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
 from importlib import import_module
@@ -25,7 +24,7 @@ import lightning as L
 import torch
 import yaml
 
-from tests.benchmarks.training_step import Worker, processor
+from tests.benchmarks.training_step import Worker, add_peer_python, processor
 
 WARM_UP = 4
 SAES = ("batch_topk", "matryoshka")
@@ -129,7 +128,7 @@ def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sae", choices=SAES, default="batch_topk")
-    parser.add_argument("--peer-python", default=sys.executable, help="the python that SAELens is installed for")
+    add_peer_python(parser)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="timed steps of ours, a turn")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ from hedgelab.cli.studies import parse
 from hedgelab.protocols.phase import Phase
 from hedgelab.protocols.study import Bench
 from hedgelab.saes.ensemble import EnsembleSAE, stack_batches
-from tests.benchmarks.training_step import Worker, processor
+from tests.benchmarks.training_step import Worker, add_peer_python, processor
 
 CONFIG = Path(__file__).parents[2] / "configs" / "theory" / "phase_correlation.yaml"
 
@@ -84,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=CONFIG, help="a config of `hedgelab phase`")
     parser.add_argument("--peer", choices=("saelens",))
-    parser.add_argument("--peer-python", default=sys.executable, help="the python that SAELens is installed for")
+    add_peer_python(parser)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30, help="of the ensemble, a turn")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -154,20 +155,24 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def add_peer_python(parser: argparse.ArgumentParser) -> None:
+    """The option that names another interpreter for the peer."""
+    known = os.environ.get("HEDGELAB_PEER_PYTHON", sys.executable)
+    parser.add_argument("--peer-python", default=known, help="the python that the peer is installed for (HEDGELAB_PEER_PYTHON)")
+
+
 def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sae", choices=SAES, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--peer", choices=("saelens", "dictionary_learning", "sparsify"))
-    parser.add_argument("--peer-python", help="the python of the environment that the peer is installed in")
+    add_peer_python(parser)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=15, help="measured steps, after 3 to warm up")
     parser.add_argument("--batches", type=int, default=4, help="different batches, taken in rotation")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    if options.peer and not options.peer_python:
-        parser.error("--peer needs --peer-python")
     if options.shape.startswith("gemma") and not torch.cuda.is_available():
         parser.error(f"--shape {options.shape} needs a GPU")
     result = measure(options)
