@@ -212,7 +212,7 @@ def suite_scores(data: ToyDataModule, saes: Mapping[str, SAE], batches: int) -> 
     Each is made on so many batches; ``<name>_apart`` is how far the two are apart.
     """
     rows = batches * data.batch_size
-    suites = (DensitySuite(rows), GeometrySuite(rows), ResidualSuite(rows), TruthSuite(batches))
+    suites = (DensitySuite(rows), GeometrySuite(rows), ResidualSuite(rows, nulls=False), TruthSuite(batches))
     twice = [
         {name: scores.metrics for name, scores in suite.score(saes, Readings(data, first=first))}
         for suite in suites

@@ -35,7 +35,7 @@ from hedgelab.plots import evaluation as plots
 from hedgelab.plots.training import firing_density
 from hedgelab.protocols.evaluation.reader import ModelReader, Readings
 from hedgelab.protocols.evaluation.suite import NOISE, Scores, Suite, encode_rows, finite, rows_of, whole_numbers
-from hedgelab.protocols.planting.measures import ResidualAndNulls
+from hedgelab.protocols.planting.measures import NULLS, ResidualAndNulls
 from hedgelab.saes import SAE
 from hedgelab.seeding import generator
 from hedgelab.training.trainee import Trainee
@@ -201,21 +201,22 @@ class ResidualSuite(Suite):
 
     Args:
         rows: Activations of the validation stage on which it is measured, at least.
+        nulls: Whether the nulls are measured too, which takes three times as long.
     """
 
     name = "residual"
     reads_language_model = False
     titles: ClassVar[Mapping[str, str]] = {"residual/hedging": "residual hedging ↓"}
 
-    def __init__(self, rows: int = 8192) -> None:
-        self.rows = whole_number("rows", rows)
+    def __init__(self, rows: int = 8192, nulls: bool = True) -> None:
+        self.rows, self.nulls = whole_number("rows", rows), nulls
 
     @torch.no_grad()
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
         """Scores of each SAE."""
         x = readings.rows(self.rows)
         for name, sae in saes.items():
-            measures = ResidualAndNulls(sae.W_dec)
+            measures = ResidualAndNulls(sae.W_dec, NULLS if self.nulls else ())
             for rows in torch.split(x.to(sae.W_dec.device), _ROWS_OF_PROJECTIONS):
                 codes = sae.encode(rows)
                 measures.update(rows, codes.on_raw(), sae.decode(codes))

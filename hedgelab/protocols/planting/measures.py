@@ -46,8 +46,8 @@ class Others(NamedTuple):
 class ResidualAndNulls:
     """Residual hedging of an SAE, and what it says of errors in which no feature can be missing: its nulls."""
 
-    def __init__(self, W_dec: Tensor) -> None:
-        self.metrics = {name: ResidualHedgingMetric(W_dec) for name in ("residual", *NULLS)}
+    def __init__(self, W_dec: Tensor, nulls: tuple[str, ...] = NULLS) -> None:
+        self.metrics = {name: ResidualHedgingMetric(W_dec) for name in ("residual", *nulls)}
         self.rng = generator(0, "surrogate errors")
 
     def update(self, x: Tensor, codes: Codes, x_hat: Tensor) -> None:
@@ -55,8 +55,9 @@ class ResidualAndNulls:
         error = x - x_hat
         signs = torch.randint(0, 2, (len(x), 1), generator=self.rng).to(x) * 2 - 1
         drawn = normalize(torch.randn(x.shape, generator=self.rng).to(x), dim=1) * error.norm(dim=1, keepdim=True)
-        for name, one in (("residual", error), ("flipped", error * signs), ("surrogate", drawn)):
-            self.metrics[name].update(x, x - one, codes)
+        errors = {"residual": error, "flipped": error * signs, "surrogate": drawn}
+        for name, metric in self.metrics.items():
+            metric.update(x, x - errors[name], codes)
 
     def compute(self) -> dict[str, ResidualHedging]:
         """By name: ``residual`` and the nulls."""
