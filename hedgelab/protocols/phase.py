@@ -17,7 +17,7 @@ from hedgelab.errors import UserError, whole_number
 from hedgelab.metrics.functional import mcc
 from hedgelab.plots.theory import phase_diagram
 from hedgelab.protocols.recipe import Recipe
-from hedgelab.protocols.study import Bench, Outcome, Part, Row, Study, features_as_x, make_toy
+from hedgelab.protocols.study import Bench, Outcome, Row, Study, features_as_x, make_toy
 from hedgelab.saes import SAE, VanillaSAE
 from hedgelab.saes.ensemble import stack_batches
 from hedgelab.theory import Population, minima
@@ -116,7 +116,6 @@ class Phase(Study):
         seeds: SAEs at each point; the one with the least loss is drawn.
         steps: Optimiser steps.
         theory: Draw the closed form of a single latent, too.
-        log_members: Every SAE as a line of table.csv, or as a child run, too.
     """
 
     experiment = "theory"
@@ -131,7 +130,6 @@ class Phase(Study):
     seeds: int = 3
     steps: int = 2000
     theory: bool = False
-    log_members: Literal["table", "runs"] = "table"
 
     def __post_init__(self) -> None:
         for name, axis in (("x", self.x), ("y", self.y)):
@@ -183,17 +181,9 @@ class Phase(Study):
             | {name: float(values.flat[number]) for name, values in columns.items()}
             for number, (b, a, seed) in enumerate(places)
         ]
-        parts = [
-            Part(
-                str(number),
-                {name: float(value) for name, value in row.items() if name not in columns},
-                {name: row[name] for name in columns if np.isfinite(row[name])},
-            )
-            for number, row in enumerate(rows if self.log_members == "runs" else [])
-        ]
         headline = [f"{len(rows)} SAEs, {self.steps} steps each"]
         headline += aligned([[key, f"{value:.5g}"] for key, value in metrics.items()]).splitlines()
-        return Outcome(metrics, {"table.csv": rows}, figures, headline, parts, self.steps)
+        return Outcome(metrics, {"table.csv": rows}, figures, headline, self.steps)
 
     def cells(self, bench: Bench) -> list[Cell]:
         """All points, row by row: y rises slowly, x fast. What several points have in common is made once."""

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -31,14 +31,6 @@ Row = Mapping[str, Any]
 """A line of a table: values by column."""
 
 
-class Part(NamedTuple):
-    """What becomes a child run of a study's run: its name, its parameters and its metrics."""
-
-    name: str
-    params: Mapping[str, Any]
-    metrics: Mapping[str, float]
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a study found, or a part of it."""
@@ -47,7 +39,6 @@ class Outcome:
     tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)  # by file; all rows have the same columns
     figures: Mapping[str, Figure] = field(default_factory=dict)  # by file, below figures/
     headline: Sequence[str] = ()  # lines for the terminal; the first follows the run's id
-    parts: Sequence[Part] = ()  # child runs
     step: int = 0  # optimiser steps after which the metrics hold
     texts: Mapping[str, str] = field(default_factory=dict)  # other files
     failure: str | None = None  # why all that says nothing: the run keeps it and has failed
@@ -99,11 +90,6 @@ class Bench:
             self.tracker.log_text(text, file)
         for file, figure in outcome.figures.items():
             self.tracker.log_figure(figure, f"figures/{file}")
-        for part in tqdm(outcome.parts, "Child runs", unit="run", disable=not sys.stderr.isatty()):
-            child = self.tracker.child(f"{self.tracker.run_name}/{part.name}", {})
-            child.log_hyperparams(part.params)
-            child.log_metrics(part.metrics, outcome.step)
-            child.finalize("success")
 
 
 class Study(ABC):

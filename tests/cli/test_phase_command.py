@@ -4,7 +4,6 @@ import csv
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from hedgelab.cli import main
 
@@ -34,24 +33,6 @@ def test_every_phase_config_runs(config, store, capsys):
     assert len(rows) == 13
     assert rows[0][2:4] == ["seed", "loss"]
     assert list(store.rglob("*.png"))
-
-
-def test_members_as_child_runs(store, capsys):
-    words = ["--config", str(ROOT / "configs/theory/phase_correlation.yaml"), *SMALL, "--log_members", "runs"]
-    assert main(["phase", *words, "--seeds", "1"]) == 0
-    (table,) = store.rglob("table.csv")
-    rows = list(csv.DictReader(table.open()))
-    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("theory").experiment_id])
-    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
-    children = {run.info.run_name: run for run in runs if run is not parent}
-    assert len(children) == len(rows) == 6
-    for number, row in enumerate(rows):
-        child = children[f"phase_correlation/{number}"]
-        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert child.info.status == "FINISHED"
-        assert child.data.metrics["loss"] == pytest.approx(float(row["loss"]), rel=1e-6)
-        assert len(child.data.params) == 3
 
 
 def test_figures_draw_toys_and_landscapes(store, capsys):
