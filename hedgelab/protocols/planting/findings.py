@@ -75,14 +75,11 @@ def findings(rows: Sequence[Row], saes: Sequence[Row], doses: Sequence[float]) -
         {"kind": kind, "width": width, "level": level, "dose": dose, "parents": found.n, **_columns("share", found)}
         for (kind, width), own in cells.items()
         for level, dose in product(sorted({row["level"] for row in own}), doses)
-        if (found := mean_interval([*of_parents(_treated(own, dose, level), "share").values()])).n
+        for there in [[row for row in own if (row["dose"], row["level"], bool(row["silent"])) == (dose, level, False)]]
+        if (found := mean_interval([*of_parents(there, "share").values()])).n
     ]
     tables: dict[str, Sequence[Row]] = {"arms": arms, "contrasts": contrasts, "levels": levels}
     return Findings(metrics, tables | {"costs": _costs(saes, kinds), "grades": grades}, headline)
-
-
-def _treated(rows: Sequence[Row], dose: float, level: int) -> list[Row]:
-    return [row for row in rows if (row["dose"], row["level"]) == (dose, level) and not row["silent"]]
 
 
 def _costs(saes: Sequence[Row], kinds: Sequence[str]) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import spearmanr, t, ttest_1samp
+from scipy.stats import mannwhitneyu, spearmanr, t, ttest_1samp
 
 Floats = NDArray[np.float64]
 _DRAWS = 2000  # of the bootstrap
@@ -122,11 +122,8 @@ def auc(treated: ArrayLike, untreated: ArrayLike) -> float:
     >>> auc([2.0, 3.0], [1.0, 2.0])
     0.875
     """
-    one, other = _known(treated), np.sort(_known(untreated))
-    if not len(one) or not len(other):
-        return float("nan")
-    below, not_above = np.searchsorted(other, one, "left"), np.searchsorted(other, one, "right")
-    return float((below + not_above).mean() / 2 / len(other))
+    one, other = _known(treated), _known(untreated)
+    return float(mannwhitneyu(one, other).statistic / len(one) / len(other)) if len(one) and len(other) else float("nan")
 
 
 def share_above_median(untreated: ArrayLike, treated: ArrayLike) -> float:
