@@ -64,9 +64,7 @@ TRAINER_DEFAULTS = {
     "logger": {"class_path": TRACKER}, "devices": 1, "log_every_n_steps": 100, "num_sanity_val_steps": 0,
     "use_distributed_sampler": False, "enable_model_summary": False, "enable_progress_bar": True,
 }  # fmt: skip
-CHECKPOINT_DEFAULTS = {
-    "checkpoint.save_last": True, "checkpoint.save_top_k": 0, "checkpoint.every_n_train_steps": 1000
-}  # fmt: skip
+CHECKPOINT_DEFAULTS = {"checkpoint.save_last": True, "checkpoint.save_top_k": 0, "checkpoint.every_n_train_steps": 1000}
 C = TypeVar("C", bound="HedgelabCLI")
 
 

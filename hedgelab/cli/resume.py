@@ -145,10 +145,8 @@ class ResumableCLI(HedgelabCLI):
             self.parse([*self.words, *(option for option in options if option is not None)])
         except UserError as error:
             release = match.folder.about.get(_RELEASE, "of then")
-            raise UserError(
-                f"{was}, with which this release does not go on ({error}): write into the config what you want, go on with "
-                f"hedgelab {release}, or leave out --resume to train anew"
-            ) from error
+            hint = f"write into the config what you want, go on with hedgelab {release}, or leave out --resume to train anew"
+            raise UserError(f"{was}, with which this release does not go on ({error}): {hint}") from error
         say(f"{was}; it goes on with them (write today's into the config to train anew)")
 
     def begin(self, tracker: MLflowTracker | None, decides: Mapping[str, Any]) -> Mapping[str, Any]:

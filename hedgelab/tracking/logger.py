@@ -220,10 +220,9 @@ class MLflowTracker(Logger):
         self._writer.keep(Operation(status=final, end_time=int(time.time() * 1000), has_model=self._has_model))
         self._writer.close()
         if (unkept := self._writer.unkept) is not None and sys.exception() is None:
-            raise UserError(
-                f"trainer.logger: {unkept} of run {self._run_id} are lost: neither {store.without_credentials(self._uri)} nor "
-                "the disk takes them; free some space, then --resume logs them again"
-            )
+            where = store.without_credentials(self._uri)
+            lost = f"{unkept} of run {self._run_id} are lost: neither {where} nor the disk takes them"
+            raise UserError(f"trainer.logger: {lost}; free some space, then --resume logs them again")
 
     def __getstate__(self) -> dict[str, Any]:
         """Travels to another process as a logger of the same run, without client and thread."""
@@ -318,10 +317,8 @@ class MLflowTracker(Logger):
                 raise
             raise UserError(f"trainer.logger.run_id: no run '{run_id}' in {where}; see `hedgelab runs`") from error
         if run.info.lifecycle_stage != "active":
-            raise UserError(
-                f"trainer.logger.run_id: run '{run_id}' is deleted in {where}: restore it there (`mlflow runs "
-                f"restore --run-id {run_id}`), or leave out --resume to train anew"
-            )
+            hint = f"restore it there (`mlflow runs restore --run-id {run_id}`), or leave out --resume to train anew"
+            raise UserError(f"trainer.logger.run_id: run '{run_id}' is deleted in {where}: {hint}")
         client.update_run(run_id, status="RUNNING")
         return run
 

@@ -25,9 +25,6 @@ from torch import Tensor
 from hedgelab.errors import UserError, one_line
 from hedgelab.version import __version__
 
-Identity = Mapping[str, Any]
-"""Keys of section ``data`` (``model``, ``hook``, …) with the values that raw activations depend on."""
-
 _FORMAT = 3  # format 2 has CRC-32s for checksums, and is read and continued
 _SHARD_TOKENS = 16384  # at most so much is computed in vain when writing is interrupted
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in the words of safetensors
@@ -65,9 +62,12 @@ class ActivationCache:
 
     @classmethod
     def begin(
-        cls, folder: Path, identity: Identity, contexts: int, d_in: int, storage_dtype: str, shard: int | None = None
+        cls, folder: Path, identity: Mapping[str, Any], contexts: int, d_in: int, storage_dtype: str, shard: int | None = None
     ) -> Self:
-        """A cache to write on: made if it is not there, made longer if it is too short; ``shard``: see ``write_cache``."""
+        """A cache to write on: made if it is not there, made longer if it is too short; ``shard``: see ``write_cache``.
+
+        ``identity``: keys of section ``data`` (``model``, ``hook``, …) with the values that raw activations depend on.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -97,7 +97,7 @@ class ActivationCache:
                 _replace(path, json.dumps(cache.manifest | {"contexts": contexts}, indent=2).encode())
             return cls(folder)
 
-    def check_identity(self, wanted: Identity) -> None:
+    def check_identity(self, wanted: Mapping[str, Any]) -> None:
         """Raise a UserError that names the first key in which a config asks for other activations than these."""
         held = {**self.manifest["activations"], "storage_dtype": self.storage_dtype}
         for key, value in wanted.items():
@@ -110,11 +110,9 @@ class ActivationCache:
         """Raise a UserError unless the first ``contexts`` contexts are written, as far as sizes tell."""
         there = self.leading()
         if there < contexts:
-            raise UserError(
-                f"data.cache: '{self.folder}' holds the first {there} of the {contexts} contexts that this config reads; "
-                "`hedgelab cache` with this config writes the others"
-                + (f", or data.max_contexts: {there} makes do with these" if there else "")
-            )
+            holds = f"'{self.folder}' holds the first {there} of the {contexts} contexts that this config reads"
+            or_fewer = f", or data.max_contexts: {there} makes do with these" if there else ""
+            raise UserError(f"data.cache: {holds}; `hedgelab cache` with this config writes the others{or_fewer}")
 
     def contexts_of(self, shard: int) -> range:
         """Numbers of the contexts in a shard."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -125,7 +125,6 @@ class LLMDataModule(NormalisedActivations):
         self.storage_dtype: ModelDtype = storage_dtype or model_dtype
         self.cache, self.cache_dir = cache, cache_dir
         self._streams: dict[Stage, BlockStream] = {}
-        self._token_texts: dict[int, str] = {}
         self.tokens_read, self.seconds_read = 0, 0.0
 
     @cached_property
@@ -179,10 +178,7 @@ class LLMDataModule(NormalisedActivations):
 
     @cached_property
     def rows(self) -> Rows:
-        """Gives activations by the numbers of contexts, of the model or of the cache.
-
-        Ranks that train together make them together.
-        """
+        """Gives activations by the numbers of contexts, of the model (ranks that train together share it) or the cache."""
         dtype, device, tokens = getattr(torch, self.storage_dtype), self._own_device(), self.contexts.tokens
         if self.cache is None:
             harvester = self.harvester
@@ -212,8 +208,10 @@ class LLMDataModule(NormalisedActivations):
         return timed
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        return self.files.tokenizer()
+    def _text_of(self) -> Callable[[int], str]:
+        """Gives the text of a token, which is decoded once."""
+        tokenizer = self.files.tokenizer()
+        return cache(lambda token: tokenizer.decode([token]))
 
     @cached_property
     def background(self) -> ThreadPoolExecutor:
@@ -255,10 +253,7 @@ class LLMDataModule(NormalisedActivations):
 
     def tokens(self, stage: Stage, index: int) -> list[str]:
         """The tokens that the rows of batch number ``index`` are of, as text."""
-        ids = self.stream(stage).picked(index, self.contexts.tokens).tolist()
-        for token in set(ids) - self._token_texts.keys():
-            self._token_texts[token] = self._tokenizer.decode([token])
-        return [self._token_texts[token] for token in ids]
+        return [self._text_of(token) for token in self.stream(stage).picked(index, self.contexts.tokens).tolist()]
 
     def batches_per_block(self, stage: Stage) -> int:
         """How many consecutive batches come from one block of contexts."""

@@ -218,12 +218,8 @@ class ClassifiedTexts:
         if len(kinds) < len(self.label.classes) * len(properties) or min(per.values()) < _LEAST:
             counts = {key: len(found) for key, found in pieces.items()}
             raise UserError(f"texts.label: too few pieces of text of some class in {self.text}: {counts}")
-        taken = [
-            (ids, kind, is_test)
-            for (is_test, kind), found in sorted(pieces.items())
-            for ids in _evenly_spaced(found, per[is_test])
-        ]
-        tokens, chosen, test = (torch.tensor(column) for column in zip(*taken, strict=True))
+        taken = [(ids, *key) for key, found in sorted(pieces.items()) for ids in _evenly_spaced(found, per[key[0]])]
+        tokens, test, chosen = (torch.tensor(column) for column in zip(*taken, strict=True))
         if self.spurious is not None:
             return LabelledTexts(tokens, chosen.bool(), test, ["label", "spurious"])
         return LabelledTexts(tokens, chosen == torch.arange(len(self.label.classes)), test, list(self.label.classes))
