@@ -131,11 +131,8 @@ def config_lines(sae: SAE, source: ActivationSource, folder: Path) -> list[str]:
     known = {"context_length": source.context_length, "skip_first": source.skip_first or None}
     reads = {key: "???" if value is None else value for key, value in needed.items()}
     reads |= {key: value for key, value in known.items() if value is not None}
-    config = {
-        "trainer": {"max_steps": 1000},
-        "data": {"class_path": "LLMDataModule", "init_args": {**reads, "normalisation": "none"}},
-        "model": model,
-    }
+    data = {"class_path": "LLMDataModule", "init_args": {**reads, "normalisation": "none"}}
+    config = {"trainer": {"max_steps": 1000}, "data": data, "model": model}
     reasons = {key: "the folder does not say" for key, value in needed.items() if value is None} | source.unknown
     lines = [f"# data.{key} is not known: {reason}" for key, reason in reasons.items()]
     return [*lines, *yaml.safe_dump(config, sort_keys=False, default_flow_style=None).rstrip().splitlines()]

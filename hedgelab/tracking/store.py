@@ -108,10 +108,7 @@ def local_store() -> "MlflowClient | None":
 
 
 def ensure_store(uri: str | None = None) -> "MlflowClient":
-    """A client of the store, which is created first where it is an SQLite file that does not exist yet.
-
-    Any number of processes may call this at once: one creates the file, the others wait for it.
-    """
+    """A client of the store; an SQLite file that is not there is made first, by one of the processes that ask at once."""
     address = uri = uri or tracking_uri()
     database = sqlite_file(uri)
     try:

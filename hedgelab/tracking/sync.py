@@ -33,10 +33,7 @@ class Sent(NamedTuple):
 
 
 def sync(uri: str | None = None, announce: Callable[[str], object] = str) -> Sent:
-    """Send everything that waits for a store (None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``).
-
-    ``announce`` hears of each run as its turn comes.
-    """
+    """Send all that waits for a store (None: :func:`store.tracking_uri`); ``announce`` hears of each run as its turn comes."""
     uri, local = uri or store.tracking_uri(), store.local_uri()
     client, sent, folder = store.ensure_store(uri), Sent([], []), store.runs_dir(local)
     folder.mkdir(exist_ok=True)

@@ -64,10 +64,7 @@ class ActivationCache:
     def begin(
         cls, folder: Path, identity: Mapping[str, Any], contexts: int, d_in: int, storage_dtype: str, shard: int | None = None
     ) -> Self:
-        """A cache to write on: made if it is not there, made longer if it is too short; ``shard``: see ``write_cache``.
-
-        ``identity``: keys of section ``data`` (``model``, ``hook``, …) with the values that raw activations depend on.
-        """
+        """A cache to write on: made if it is not there, made longer if it is too short; ``shard``: see ``write_cache``."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -133,10 +130,7 @@ class ActivationCache:
         return len(self.contexts_of(shard)) * (self.shape[0] * self.shape[1] * self.dtype.itemsize + 8)
 
     def write(self, shard: int, rows: Tensor) -> None:
-        """Write a shard whole, ``[contexts, context_length, d_in]``; of several processes one at a time may.
-
-        On an ``OSError`` (a full disk, say) the shard counts as not written.
-        """
+        """Write a shard, ``[contexts, context_length, d_in]``, whole or (``OSError``) not at all; one process at a time may."""
         rows = rows.cpu().to(self.dtype).contiguous()
         checksums = torch.tensor([self._checksum(row.data.cast("B")) for row in rows.view(torch.uint8).numpy()])
         _replace(self._path(shard), save({"activations": rows, "checksums": checksums}))

@@ -66,9 +66,7 @@ class LLMDataModule(NormalisedActivations):
         cache_dir: Folder for converted models and tokenised text.
     """
 
-    where_and_how: ClassVar[frozenset[str]] = frozenset(
-        {"cache", "cache_dir", "device", "device_map", "contexts_at_once", "compile"}
-    )
+    where_and_how = frozenset({"cache", "cache_dir", "device", "device_map", "contexts_at_once", "compile"})
     inputs: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
         "model": model_path,
         "text": lambda text: StandardLibraryText().fingerprint() if text is None else None,
@@ -267,18 +265,11 @@ class LLMDataModule(NormalisedActivations):
 
     def _new_stream(self, stage: Stage) -> BlockStream:
         mine = self._split[stage]
+        usable, seed = self.contexts.usable(self.skip_first)[mine], self.seed if stage == "train" else 0
         return BlockStream(
-            self.rows,
-            self.background,
-            mine,
-            self.contexts.usable(self.skip_first)[mine],
-            self.contexts_per_block,
-            self.batch_size,
-            self.max_norm_ratio,
-            self.seed if stage == "train" else 0,
-            stage,
-            self._own_device(),
-        )
+            self.rows, self.background, mine, usable, self.contexts_per_block, self.batch_size, self.max_norm_ratio, seed,
+            stage, self._own_device(),
+        )  # fmt: skip
 
     def measured_rows(self) -> Tensor:
         """The first block of training activations."""

@@ -274,10 +274,7 @@ def _evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def _pieces(tokenizer: Any, text: str, length: int) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """Consecutive pieces of ``length`` tokens, and where in the text each token begins and ends.
-
-    Where models expect a BOS token each piece starts with it, and it has no place.
-    """
+    """Pieces of ``length`` tokens, with a BOS token first where models expect it, and where the others begin and end."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     opening = opening_tokens(tokenizer)

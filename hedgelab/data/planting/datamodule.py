@@ -127,10 +127,7 @@ class PlantedActivations(ActivationDataModule):
         return known, planted * self.unit
 
     def features(self, x: Tensor, stage: Stage, index: int, rows: slice, count: int) -> tuple[Tensor, Tensor]:
-        """Activations of all features ``[batch, n]`` at rows of a global batch of ``count``, and of those that are planted.
-
-        The latter are in units of the activations' median norm.
-        """
+        """Activations ``[batch, n]`` of all features at rows of a batch of ``count``; of planted ones in units of ``unit``."""
         rng = generator(self.seed, "planted", stage, index)
         all_on, planted = [], []
         if self.events is not None:

@@ -63,19 +63,12 @@ class SyntheticModelFolder(ToyDataModule):
             for key, (default, offset) in laws.items()
         )
         hierarchy = _read_hierarchy(folder, n, config.get("hierarchy") is not None)
+        firing = GaussianFiring(weights["firing_probabilities"], weights.get("correlation_factor"), hierarchy)
         super().__init__(
-            GaussianFiring(weights["firing_probabilities"], weights.get("correlation_factor"), hierarchy),
-            d_in,
-            batch_size,
-            magnitude_mean=mean.tolist(),
-            magnitude_std=std.tolist(),
-            bias=weights["bias"].tolist(),
-            dictionary=_Saved(weights["feature_vectors"]),
-            device=device,
-            seed=seed,
-            val_batches=val_batches,
+            firing, d_in, batch_size, magnitude_mean=mean.tolist(), magnitude_std=std.tolist(), bias=weights["bias"].tolist(),
+            dictionary=_Saved(weights["feature_vectors"]), device=device, seed=seed, val_batches=val_batches,
             chunk_steps=chunk_steps,
-        )
+        )  # fmt: skip
 
 
 class _Saved(Dictionary):
@@ -143,11 +136,7 @@ def _magnitudes(key: str, law: Any, seed: Any, offset: int, n: int) -> Tensor:
 
 
 def _read_hierarchy(folder: Path, n: int, expected: bool) -> Hierarchy | None:
-    """The forest of ``hierarchy.json``; None where the model has none.
-
-    Nodes without a feature hand their parent on to their children; whether these exclude each other and are scaled is said
-    by the node itself.
-    """
+    """The forest of ``hierarchy.json``, if any; a node without a feature hands its parent on, not how its children fire."""
     path = folder / HIERARCHY
     if not path.exists():
         if expected:
