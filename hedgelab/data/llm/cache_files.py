@@ -210,12 +210,8 @@ class ActivationCache:
 
 
 def _contents(file: FileIO, shape: tuple[int, int], dtype: str) -> tuple[int, int, int]:
-    """Contexts in a shard's file, and where in it their activations and checksums begin.
-
-    A safetensors file is the size of its header in 8 bytes, the header in JSON, and the tensors one after the other. What is
-    cut off, or something else, raises a LookupError, TypeError or ValueError.
-    """
-    size = os.fstat(file.fileno()).st_size
+    """Contexts in a shard's file, and where its activations and checksums begin; Lookup-, Type- or ValueError if damaged."""
+    size = os.fstat(file.fileno()).st_size  # safetensors: size of the header in 8 bytes, the header in JSON, the tensors
     begin = 8 + int.from_bytes(file.read(8), "little")
     if begin > size:
         raise ValueError("it is cut off")

@@ -279,15 +279,10 @@ class LLMDataModule(NormalisedActivations):
         """Model, hook, contexts, and the normalisation as measured."""
         opening = set(self.contexts.tokens[:, 0].tolist())
         return self.described(
-            model=self.model,
-            hook=self.hook_path,
-            layer=self.block,
-            context_length=self.context_length,
-            skip_first=self.skip_first,
-            opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),
-            text=self.text.fingerprint(),
-            dataset=getattr(self.text, "dataset", None),
-        )
+            model=self.model, hook=self.hook_path, layer=self.block, context_length=self.context_length,
+            skip_first=self.skip_first, opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),
+            text=self.text.fingerprint(), dataset=getattr(self.text, "dataset", None),
+        )  # fmt: skip
 
     def stage_contexts(self, stage: Stage) -> Contexts:
         """The packed text of one stage."""
