@@ -20,39 +20,34 @@ class Command(NamedTuple):
 
     place: str
     summary: str
-    usage: str = ""
+    usage: str = "--config F"
 
 
 COMMANDS = {
-    "fit": Command("fit", "train an SAE as a config says, and track the run", "--config F"),
+    "fit": Command("fit", "train an SAE as a config says, and track the run"),
     "validate": Command("fit", "measure an SAE on the validation batches (--ckpt_path)", "--config F --ckpt_path C"),
     "test": Command("fit", "measure an SAE on the test batches (--ckpt_path)", "--config F --ckpt_path C"),
-    "phase": Command("protocols.phase.Phase", "map hedging of toy SAEs over two axes, beside the closed forms", "--config F"),
+    "phase": Command("protocols.phase.Phase", "map hedging of toy SAEs over two axes, beside the closed forms"),
     "balance": Command(
-        "protocols.balance.BalanceStudy", "find the weighting of matryoshka levels that leaves a hierarchy's parent clean",
-        "--config F",
+        "protocols.balance.BalanceStudy", "find the weighting of matryoshka levels that leaves a hierarchy's parent clean"
     ),
-    "hedge": Command("fit", "measure how much an SAE hedges: train, widen, train on, compare", "--config F"),
-    "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations", "--config F"),
-    "cache": Command("protocols.cache.Cache", "write a language model's activations to disk, for all later runs", "--config F"),
-    "trial": Command("protocols.trial.Trial", "judge measures of hedging on toys that know the truth", "--config F"),
-    "plant": Command(
-        "protocols.planting.trial.Plant", "plant features in activations by lot, and see how SAEs hedge on them", "--config F"
-    ),
-    "l0": Command("protocols.right_l0.RightL0", "find the L0 at which latents mix least", "--config F"),
+    "hedge": Command("fit", "measure how much an SAE hedges: train, widen, train on, compare"),
+    "sweep": Command("sweep", "run a grid of fits or hedging degrees, packed onto shared activations"),
+    "cache": Command("protocols.cache.Cache", "write a language model's activations to disk, for all later runs"),
+    "trial": Command("protocols.trial.Trial", "judge measures of hedging on toys that know the truth"),
+    "plant": Command("protocols.planting.trial.Plant", "plant features in activations by lot, and see how SAEs hedge on them"),
+    "l0": Command("protocols.right_l0.RightL0", "find the L0 at which latents mix least"),
     "evaluate": Command("evaluate", "score trained SAEs: probing, absorption, loss recovered and more", "RUN"),
-    "leaderboard": Command("leaderboard", "score a list of SAEs, and rank them on a page beside their controls", "--config F"),
-    "figures": Command(
-        "protocols.figures.PaperFigures", "redraw the paper's toy and theory figures, without sampling noise", "--config F"
-    ),
+    "leaderboard": Command("leaderboard", "score a list of SAEs, and rank them on a page beside their controls"),
+    "figures": Command("protocols.figures.PaperFigures", "redraw the paper's toy and theory figures, without sampling noise"),
     "export": Command("light", "write a run's SAE for other libraries (SAELens), or to the hub", "RUN --to DIR"),
     "import": Command("light", "read an SAE of SAELens, sparsify or dictionary_learning", "SOURCE --to DIR"),
     "compare": Command("light", "set runs side by side: what differs, metrics, curves", "RUN RUN"),
     "report": Command("light", "build one HTML file about an experiment: tables, figures, configs", "--experiment NAME"),
     "runs": Command("light", "list tracked runs with their key numbers", "[--last] [--json]"),
-    "sync": Command("light", "send to the tracking store what an outage kept from it"),
-    "ui": Command("ui", "open the MLflow UI on the tracked runs"),
-}  # fmt: skip
+    "sync": Command("light", "send to the tracking store what an outage kept from it", ""),
+    "ui": Command("ui", "open the MLflow UI on the tracked runs", ""),
+}
 """All commands but those of other packages' studies; places are in ``hedgelab.cli``, those of studies in ``hedgelab``."""
 
 OVERVIEW = """\

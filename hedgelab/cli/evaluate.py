@@ -58,10 +58,7 @@ def run(command: str, words: list[str]) -> int:
 
 
 def evaluation_of(named: list[str], words: list[str], tree: Tree, make: Callable[..., Any], own: Collection[str] = ()) -> Any:
-    """What ``make`` makes of the SAEs and options, given as words and as a tree; sweeps among the SAEs are trained.
-
-    Options called ``own`` are the caller's.
-    """
+    """What ``make`` makes of SAEs and options, as words and as a tree; ``own`` ones are the caller's; sweeps are trained."""
     from hedgelab.protocols.evaluation.suite import option_parser, suite_classes
 
     data, x, class_path, truth, suite, suites, controls = (tree.pop(key, None) for key in _OWN)

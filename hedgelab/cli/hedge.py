@@ -13,16 +13,13 @@ from hedgelab.protocols.training_phases import PhaseTrainer, outcome_of
 from hedgelab.saes import SAE
 from hedgelab.tracking import MLflowTracker
 
+_DEFAULTS = HedgeOptions()
+
 
 class HedgeTrainer(PhaseTrainer):
     """A trainer with the command as a method, from whose signature LightningCLI takes the section ``hedge``."""
 
-    def measure_hedging(
-        self,
-        model: SAE,
-        datamodule: ActivationDataModule,
-        hedge: HedgeOptions = HedgeOptions(),  # noqa: B008 (frozen)
-    ) -> None:
+    def measure_hedging(self, model: SAE, datamodule: ActivationDataModule, hedge: HedgeOptions = _DEFAULTS) -> None:
         """Measure how much an SAE hedges: train it, widen it, train on with and without the new latents."""
 
     hedge = measure_hedging  # jsonargparse has a group of the method's own name, and one of its argument's

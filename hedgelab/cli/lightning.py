@@ -64,9 +64,7 @@ TRAINER_DEFAULTS = {
     "logger": {"class_path": TRACKER}, "devices": 1, "log_every_n_steps": 100, "num_sanity_val_steps": 0,
     "use_distributed_sampler": False, "enable_model_summary": False, "enable_progress_bar": True,
 }  # fmt: skip
-CHECKPOINT_DEFAULTS = {
-    "checkpoint.save_last": True, "checkpoint.save_top_k": 0, "checkpoint.every_n_train_steps": 1000
-}  # fmt: skip
+CHECKPOINT_DEFAULTS = {"checkpoint.save_last": True, "checkpoint.save_top_k": 0, "checkpoint.every_n_train_steps": 1000}
 C = TypeVar("C", bound="HedgelabCLI")
 
 
@@ -101,19 +99,11 @@ class HedgelabCLI(LightningCLI):
         self.command, self.words = command, with_bare_flags(words, ["resume", "retrain"])
         parser: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False}
         super().__init__(
-            model_class=SAE,
-            datamodule_class=ActivationDataModule,
-            trainer_class=self.trainer_type,
-            save_config_callback=ConfigRecord,
-            save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            parser_kwargs={"prog": "hedgelab", **parser, command: parser},
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            args=[command, *self.words],
-        )
+            model_class=SAE, datamodule_class=ActivationDataModule, trainer_class=self.trainer_type,
+            save_config_callback=ConfigRecord, save_config_kwargs={"save_to_log_dir": False}, trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0, parser_kwargs={"prog": "hedgelab", **parser, command: parser},
+            subclass_mode_model=True, subclass_mode_data=True, auto_configure_optimizers=False, args=[command, *self.words],
+        )  # fmt: skip
 
     @property
     def section(self) -> Namespace:

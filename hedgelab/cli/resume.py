@@ -110,7 +110,9 @@ class ResumableCLI(HedgelabCLI):
         if self.section.trainer.enable_checkpointing is False:
             raise UserError("resume: needs checkpoints, which trainer.enable_checkpointing=false switches off")
         now = self.facts()
-        tracker = _tracker_section(now["config"]["trainer"]["logger"])
+        loggers = now["config"]["trainer"]["logger"]
+        sections = [one for one in (loggers if isinstance(loggers, list) else [loggers]) if isinstance(one, dict)]
+        tracker = next((one for one in sections if one["class_path"].endswith("MLflowTracker")), None)
         if self.command == "hedge" and tracker is None:
             raise UserError("resume: hedge finds its phases in the tracking store; list MLflowTracker in trainer.logger")
         root = _checkpoints_root(now["config"], tracker)
@@ -145,10 +147,8 @@ class ResumableCLI(HedgelabCLI):
             self.parse([*self.words, *(option for option in options if option is not None)])
         except UserError as error:
             release = match.folder.about.get(_RELEASE, "of then")
-            raise UserError(
-                f"{was}, with which this release does not go on ({error}): write into the config what you want, go on with "
-                f"hedgelab {release}, or leave out --resume to train anew"
-            ) from error
+            hint = f"write into the config what you want, go on with hedgelab {release}, or leave out --resume to train anew"
+            raise UserError(f"{was}, with which this release does not go on ({error}): {hint}") from error
         say(f"{was}; it goes on with them (write today's into the config to train anew)")
 
     def begin(self, tracker: MLflowTracker | None, decides: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -217,13 +217,6 @@ def with_stored_config(words: list[str]) -> list[str]:
     stored = folder.path / "resumed.json"
     write_atomically(stored, lambda file: file.write(json.dumps(config, indent=1).encode()))
     return ["--config", str(stored), *words]
-
-
-def _tracker_section(logger: Any) -> Any:
-    """The section of the :class:`MLflowTracker` among the loggers of a config; None where there is none."""
-    sections = logger if isinstance(logger, list) else [logger]
-    found = (one for one in sections if isinstance(one, dict) and one["class_path"].endswith("MLflowTracker"))
-    return next(found, None)
 
 
 def _checkpoints_root(config: Mapping[str, Any], tracker: Any) -> Path:

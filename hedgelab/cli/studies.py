@@ -89,11 +89,7 @@ def parse(cls: type[Any], command: str, words: list[str]) -> tuple[Any, Any, str
 
 
 def make_parser(cls: type[Any], command: str) -> tuple[Any, dict[str, type], dict[str, Any]]:
-    """The options of a study, from its signature and docstring.
-
-    Returns:
-        The parser; the base classes of the arguments that are recipes; and every key with its type, for explaining mistakes.
-    """
+    """A study's options from its signature and docstring: the parser, base classes of recipes, and all keys' types."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     import hedgelab.data.llm
@@ -138,10 +134,7 @@ def make_parser(cls: type[Any], command: str) -> tuple[Any, dict[str, type], dic
 
 
 def conduct(study: Any, bench: Any, text: str) -> list[str]:
-    """Run a study of this resolved config in the run of its bench, if it has one; the lines to print.
-
-    An exception ends the run as FAILED, a signal (SIGTERM, SIGUSR1, Ctrl-C) as KILLED.
-    """
+    """Run a study in its bench's run, if any, which an exception ends as FAILED, a signal as KILLED; the lines to print."""
     from hedgelab.tracking.params import searchable
     from hedgelab.tracking.provenance import provenance_tags
 

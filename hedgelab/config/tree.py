@@ -6,7 +6,7 @@ LightningCLI composes for itself; this plain tree is what mistakes are looked up
 import copy
 import re
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,8 @@ def with_bare_flags(words: list[str], flags: Iterable[str]) -> list[str]:
     ['--verify=true', '--resume', 'last']
     """
     names = {f"--{flag}" for flag in flags}
-    return [
-        f"{word}=true" if word in names and after.startswith("-") else word
-        for word, after in zip(words, [*words, "--"][1:], strict=True)
-    ]
+    pairs = pairwise([*words, "--"])
+    return [f"{word}=true" if word in names and after.startswith("-") else word for word, after in pairs]
 
 
 def only_shows(words: list[str]) -> bool:

@@ -98,10 +98,7 @@ class ActivationDataModule(L.LightningDataModule, ABC):
         return 1
 
     def slice_for_rank(self, batch: Batch) -> Batch:
-        """The rows of a global batch that belong to this rank; weights sum to 1 on average over the ranks.
-
-        A weighted batch that does not split evenly gets rows of weight 0.
-        """
+        """This rank's rows of a global batch; weights sum to 1 on average over ranks, rows of weight 0 even out the split."""
         count = data_rank(self.trainer)[1]
         if count == 1:
             return batch
@@ -151,10 +148,7 @@ class ActivationDataModule(L.LightningDataModule, ABC):
 
 
 class NormalisedActivations(ActivationDataModule):
-    """Serves ``(x - mean) * scale``, measured in float64 on the first training rows.
-
-    ``unit_norm`` gives a mean squared norm of 1, ``centred`` a mean of 0; ``none`` changes nothing.
-    """
+    """Serves ``(x - mean) * scale``, as ``normalisation`` has it, measured in float64 on the first training rows."""
 
     normalisation: Normalisation
 

@@ -111,20 +111,14 @@ FORMATS: dict[str, tuple[str, str, Callable[[Path], tuple[SAE, ActivationSource]
 """The two files of each library's folder, and what reads it."""
 
 
-def format_of(folder: Path) -> str:
-    """The library whose files a folder holds."""
-    for name, (config, weights, _) in FORMATS.items():
-        if (folder / weights).is_file() and (folder / config).is_file():
-            return name
-    expected = "; ".join(f"{config} and {weights} ({name})" for name, (config, weights, _) in FORMATS.items())
-    raise UserError(f"{folder}: holds no SAE of a known library; expected {expected}")
-
-
 def import_folder(path: Path, name: str | None = None) -> tuple[SAE, ActivationSource, str]:
     """The SAE of a folder (or of one of its two files), what it reads as far as that tells, and the library's name."""
     folder = path.parent if path.is_file() else path
-    name = name or format_of(folder)
-    return *FORMATS[name][2](folder), name
+    for library, (config, weights, read) in FORMATS.items():
+        if library == name or (name is None and (folder / weights).is_file() and (folder / config).is_file()):
+            return *read(folder), library
+    expected = "; ".join(f"{config} and {weights} ({library})" for library, (config, weights, _) in FORMATS.items())
+    raise UserError(f"{folder}: holds no SAE of a known library; expected {expected}")
 
 
 def config_lines(sae: SAE, source: ActivationSource, folder: Path) -> list[str]:
@@ -137,11 +131,8 @@ def config_lines(sae: SAE, source: ActivationSource, folder: Path) -> list[str]:
     known = {"context_length": source.context_length, "skip_first": source.skip_first or None}
     reads = {key: "???" if value is None else value for key, value in needed.items()}
     reads |= {key: value for key, value in known.items() if value is not None}
-    config = {
-        "trainer": {"max_steps": 1000},
-        "data": {"class_path": "LLMDataModule", "init_args": {**reads, "normalisation": "none"}},
-        "model": model,
-    }
+    data = {"class_path": "LLMDataModule", "init_args": {**reads, "normalisation": "none"}}
+    config = {"trainer": {"max_steps": 1000}, "data": data, "model": model}
     reasons = {key: "the folder does not say" for key, value in needed.items() if value is None} | source.unknown
     lines = [f"# data.{key} is not known: {reason}" for key, reason in reasons.items()]
     return [*lines, *yaml.safe_dump(config, sort_keys=False, default_flow_style=None).rstrip().splitlines()]

@@ -1,8 +1,6 @@
 """``python saebench_worker.py BENCH MODEL OUTPUT NAME=FOLDER ...`` runs SAEBench or sae-probes, in a Python that has it.
 
-The folders are SAELens's.
-
-Nothing of hedgelab is imported.
+The folders are SAELens's. Nothing of hedgelab is imported.
 """
 
 import json

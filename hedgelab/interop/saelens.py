@@ -76,23 +76,12 @@ def export_saelens(
         parts = parts.on_raw(scale, None if source.mean is None else torch.tensor(source.mean))
         memory["text"] = source.text
         memory["folded"] = {"normalisation": source.normalisation, "scale": scale, "centred": source.mean is not None}
+    versions = {"sae_lens_version": WRITTEN_FOR, "sae_lens_training_version": None}
     config = {
-        "architecture": architecture,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **extra,
-        "metadata": {
-            "sae_lens_version": WRITTEN_FOR,
-            "sae_lens_training_version": None,
-            **_metadata(source, hooks),
-            "hedgelab": memory,
-        },
-    }
+        "architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none", **extra,
+        "metadata": {**versions, **_metadata(source, hooks), "hedgelab": memory},
+    }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in parts._asdict().items() if value is not None}
     save_file(tensors, folder / WEIGHTS)

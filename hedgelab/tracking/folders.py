@@ -35,10 +35,9 @@ def check_folders(config: Mapping[str, Any], words: Sequence[str], also: frozens
     own = set(_folders(compose(said), also))
     for key, folder in _folders(config, also):
         if (key, folder) not in own and not any(folder.resolve().is_relative_to(root) for root in roots):
-            raise UserError(
-                f"{key}: '{folder}' lies outside the working folder; a config may write there only if the command line says "
-                f"so too (--{key}={folder}), or the environment variable {ALLOWED} lists a folder above it"
-            )
+            outside = f"'{folder}' lies outside the working folder; a config may write there only if the command line"
+            above = f"the environment variable {ALLOWED} lists a folder above it"
+            raise UserError(f"{key}: {outside} says so too (--{key}={folder}), or {above}")
 
 
 def names_folder(key: str) -> bool:

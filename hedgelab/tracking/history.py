@@ -16,10 +16,7 @@ class ThinnedSeries(Generic[T]):
         self._stride, self._offers, self._offered = 1, 0, -1
 
     def offer(self, step: int, make: Callable[[], T]) -> None:
-        """Keeps ``make()`` for this step if its turn has come; it is not called otherwise.
-
-        A step that is no later than the last one offered (as a run that goes on offers them) is passed over.
-        """
+        """Keeps ``make()``, which is called only then, if this step's turn has come and it is later than all before."""
         if step <= self._offered:
             return
         if self._offers % self._stride == 0:

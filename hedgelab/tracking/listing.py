@@ -127,10 +127,7 @@ def labels(runs: Sequence[RunSummary]) -> list[str]:
 def curves(
     runs: Sequence[RunSummary], metrics: Sequence[str], most: int = 6
 ) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """Steps and values over training, by metric and by the runs' labels: of the first metrics that make a curve.
-
-    A level line makes none: it shows nothing that the table does not.
-    """
+    """Steps and values over training, by metric and by the runs' labels, of the first metrics that are not all level."""
     client = ensure_store()
     found: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for key in metrics:

@@ -19,22 +19,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from hedgelab.errors import Stopped, UserError
+from hedgelab.tracking import store
 from hedgelab.tracking.history import ThinnedSeries
 from hedgelab.tracking.params import MAX_VALUE, clean_key, dataset_of, flatten
 from hedgelab.tracking.provenance import SystemSampler
 from hedgelab.tracking.runs import PARENT_TAG
 from hedgelab.tracking.spool import Operation, Spool, last_steps
-from hedgelab.tracking.store import (
-    INTENDED,
-    artifact_location,
-    ensure_store,
-    local_store,
-    local_uri,
-    runs_dir,
-    sqlite_file,
-    tracking_uri,
-    without_credentials,
-)  # fmt: skip
 from hedgelab.tracking.writer import RunWriter
 
 if TYPE_CHECKING:
@@ -87,7 +77,7 @@ class MLflowTracker(Logger):
             raise UserError(f"trainer.logger.buffer_points: must be at least 1, got {buffer_points}")
         self._experiment, self.run_name, self._run_id = experiment, run_name, run_id
         self._tags = {**({} if description is None else {"mlflow.note.content": description}), **(tags or {})}
-        self._uri = uri or tracking_uri()
+        self._uri = uri or store.tracking_uri()
         self._buffer_points, self._system_metrics = buffer_points, system_metrics
         self._client: MlflowClient | None = None
         self._writer: RunWriter | None = None
@@ -118,7 +108,7 @@ class MLflowTracker(Logger):
     @property
     def save_dir(self) -> str:
         """Folder of the store: checkpoints go to ``<experiment>/<run_id>/checkpoints`` below it."""
-        return str(runs_dir(self._uri))
+        return str(store.runs_dir(self._uri))
 
     @property
     @rank_zero_experiment
@@ -203,8 +193,8 @@ class MLflowTracker(Logger):
     def child(self, run_name: str, tags: dict[str, str]) -> "MLflowTracker":
         """A logger of a new run below this one, in the same experiment."""
         below = {PARENT_TAG: self.run_id or "", **tags}
-        if INTENDED in self._tags:
-            below[INTENDED] = self._tags[INTENDED]
+        if store.INTENDED in self._tags:
+            below[store.INTENDED] = self._tags[store.INTENDED]
         return MLflowTracker(
             self._experiment, run_name, below, uri=self._uri, buffer_points=self._buffer_points, system_metrics=False,
             on_unreachable=self._on_unreachable,
@@ -230,10 +220,9 @@ class MLflowTracker(Logger):
         self._writer.keep(Operation(status=final, end_time=int(time.time() * 1000), has_model=self._has_model))
         self._writer.close()
         if (unkept := self._writer.unkept) is not None and sys.exception() is None:
-            raise UserError(
-                f"trainer.logger: {unkept} of run {self._run_id} are lost: neither {without_credentials(self._uri)} nor the "
-                "disk takes them; free some space, then --resume logs them again"
-            )
+            where = store.without_credentials(self._uri)
+            lost = f"{unkept} of run {self._run_id} are lost: neither {where} nor the disk takes them"
+            raise UserError(f"trainer.logger: {lost}; free some space, then --resume logs them again")
 
     def __getstate__(self) -> dict[str, Any]:
         """Travels to another process as a logger of the same run, without client and thread."""
@@ -256,7 +245,7 @@ class MLflowTracker(Logger):
             self._run_id = str(run.info.run_id)
         elif reachable:
             run = self._continue_run(client, self._run_id)
-        spool = Spool(runs_dir(self._uri) / "spool", self._run_id, without_credentials(self._uri))
+        spool = Spool(store.runs_dir(self._uri) / "spool", self._run_id, store.without_credentials(self._uri))
         began = int(time.time() * 1000)
         if run is not None:
             began, self._params = run.info.start_time, dict(run.data.params)
@@ -275,9 +264,9 @@ class MLflowTracker(Logger):
         A run that goes on may have begun in the local store while its server could not be reached, and stays there. One
         that began on a server which cannot be reached now goes on all the same: what is logged waits in the spool.
         """
-        is_file = sqlite_file(self._uri) is not None
+        is_file = store.sqlite_file(self._uri) is not None
         try:
-            client = ensure_store(self._uri)
+            client = store.ensure_store(self._uri)
             if is_file or not self._goes_on or not _is_local(self._run_id):
                 return client, True
         except UserError as error:
@@ -290,9 +279,9 @@ class MLflowTracker(Logger):
                 _logger.warning("%s: what is logged waits in runs/spool/ for `hedgelab sync`", reason)
                 return MlflowClient(tracking_uri=self._uri), False
             _logger.warning("%s: the run goes to runs/mlflow.db; send it later with `hedgelab sync`", reason)
-            self._tags[INTENDED] = without_credentials(self._uri)
-        self._uri = local_uri()
-        return ensure_store(self._uri), True
+            self._tags[store.INTENDED] = store.without_credentials(self._uri)
+        self._uri = store.local_uri()
+        return store.ensure_store(self._uri), True
 
     def _start_run(self, client: "MlflowClient") -> "Run":
         from mlflow.exceptions import MlflowException
@@ -301,14 +290,14 @@ class MLflowTracker(Logger):
         if client.get_experiment_by_name(name) is None:
             kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view of training runs
             try:
-                client.create_experiment(name, artifact_location(self._uri, name), kind)
+                client.create_experiment(name, store.artifact_location(self._uri, name), kind)
             except MlflowException:
                 if client.get_experiment_by_name(name) is None:  # else another process was quicker
                     raise
         experiment = client.get_experiment_by_name(name)
         assert experiment is not None, "it was there or has just been made"
         if experiment.lifecycle_stage != "active":
-            where = without_credentials(self._uri)
+            where = store.without_credentials(self._uri)
             raise UserError(f"trainer.logger.experiment: '{name}' is deleted in {where}; restore it, or take another name")
         try:
             user = getpass.getuser()
@@ -320,7 +309,7 @@ class MLflowTracker(Logger):
     def _continue_run(self, client: "MlflowClient", run_id: str) -> "Run":
         from mlflow.exceptions import MlflowException
 
-        where = without_credentials(self._uri)
+        where = store.without_credentials(self._uri)
         try:
             run = client.get_run(run_id)
         except MlflowException as error:
@@ -328,10 +317,8 @@ class MLflowTracker(Logger):
                 raise
             raise UserError(f"trainer.logger.run_id: no run '{run_id}' in {where}; see `hedgelab runs`") from error
         if run.info.lifecycle_stage != "active":
-            raise UserError(
-                f"trainer.logger.run_id: run '{run_id}' is deleted in {where}: restore it there (`mlflow runs "
-                f"restore --run-id {run_id}`), or leave out --resume to train anew"
-            )
+            hint = f"restore it there (`mlflow runs restore --run-id {run_id}`), or leave out --resume to train anew"
+            raise UserError(f"trainer.logger.run_id: run '{run_id}' is deleted in {where}: {hint}")
         client.update_run(run_id, status="RUNNING")
         return run
 
@@ -340,7 +327,7 @@ def _is_local(run_id: str | None) -> bool:
     """Whether the store in the working directory has a run."""
     from mlflow.exceptions import MlflowException
 
-    client = local_store()
+    client = store.local_store()
     try:
         return client is not None and run_id is not None and bool(client.get_run(run_id))
     except MlflowException:

@@ -56,10 +56,7 @@ def _git_tags() -> dict[str, str]:
 
 
 class SystemSampler:
-    """Samples processor, memory and GPU use, under the names that MLflow's own monitor gives (``system/...``).
-
-    The steps are seconds since the run began, which go on where a run is resumed.
-    """
+    """Samples processor, memory and GPU use, under names of MLflow's own monitor; steps are seconds since the run began."""
 
     def __init__(self, start_time_ms: int) -> None:
         self._start_time_ms = start_time_ms

@@ -204,12 +204,9 @@ class RunRecord(L.Callback):
 
 
 class MemberRecord(RunRecord):
-    """Records one member of an :class:`~hedgelab.saes.SAEGroup` in a run of its own, without figures: groups are large.
+    """Records a member of a :class:`~hedgelab.saes.SAEGroup`, or (named ``""``) an SAE trained alone, in a run of its own."""
 
-    The member's name is empty where the SAE is trained by itself.
-    """
-
-    draws_figures = False
+    draws_figures = False  # groups are large
 
     def __init__(self, member: str, tracker: MLflowTracker) -> None:
         super().__init__()

@@ -196,12 +196,9 @@ def _newest(wanted: list[str], limit: int | None = None, own: bool = False, expe
 
 def _summary(run: "Run", experiments: dict[str, str]) -> RunSummary:
     info, data = run.info, run.data
+    start = datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat()
     return RunSummary(
-        info.run_name,
-        info.run_id,
-        experiments[info.experiment_id],
-        info.status,
-        datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat(),
+        info.run_name, info.run_id, experiments[info.experiment_id], info.status, start,
         duration_seconds=None if info.end_time is None else (info.end_time - info.start_time) / 1000,
         params=dict(sorted(data.params.items())),
         tags={key: value for key, value in sorted(data.tags.items()) if not key.startswith("mlflow.")},
@@ -209,4 +206,4 @@ def _summary(run: "Run", experiments: dict[str, str]) -> RunSummary:
         artifact_uri=info.artifact_uri,
         description=data.tags.get("mlflow.note.content"),
         parent=data.tags.get(PARENT_TAG),
-    )
+    )  # fmt: skip

@@ -31,11 +31,7 @@ _MOST_SHOWN = 300
 # How HTTP libraries name what went wrong: the last cause, its object left out.
 _CAUSED = re.compile(r".*Caused by \w+\((?P<quote>['\"]?)(?:(?:<[^>]*>|\w+\([^)]*\)): )?(?P<reason>.+?)(?P=quote)\)+")
 # MLflow's defaults (7 retries with exponential pauses, 120 s each) hold a call for minutes when a server has died.
-_HTTP_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}
+_HTTP_REQUEST = {"MAX_RETRIES": "1", "BACKOFF_FACTOR": "1", "TIMEOUT": "20"}
 INTENDED = "hedgelab.intended_for"
 """Tag of a run in the local store: the server that could not be reached when it began."""
 _REMEDIES = {
@@ -112,10 +108,7 @@ def local_store() -> "MlflowClient | None":
 
 
 def ensure_store(uri: str | None = None) -> "MlflowClient":
-    """A client of the store, which is created first where it is an SQLite file that does not exist yet.
-
-    Any number of processes may call this at once: one creates the file, the others wait for it.
-    """
+    """A client of the store; an SQLite file that is not there is made first, by one of the processes that ask at once."""
     address = uri = uri or tracking_uri()
     database = sqlite_file(uri)
     try:
@@ -126,8 +119,8 @@ def ensure_store(uri: str | None = None) -> "MlflowClient":
         elif uri.startswith("sqlite"):
             raise ValueError("a database is given as sqlite:///path, relative to the working folder or from the root")
         elif urlparse(uri).scheme in ("http", "https"):
-            for name, value in _HTTP_DEFAULTS.items():
-                os.environ.setdefault(name, value)
+            for name, value in _HTTP_REQUEST.items():
+                os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
             import requests
 
             # Does anything answer at all? The request goes where MLflow's go: through the proxies that the environment names.

@@ -14,19 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from filelock import FileLock, Timeout
 
 from hedgelab.errors import UserError
+from hedgelab.tracking import store
 from hedgelab.tracking.runs import PARENT_TAG, search_runs
 from hedgelab.tracking.spool import Operation, Spool
-from hedgelab.tracking.store import (
-    INTENDED,
-    all_experiments,
-    ensure_store,
-    local_store,
-    local_uri,
-    reason_of,
-    runs_dir,
-    same_store,
-    tracking_uri,
-)  # fmt: skip
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -43,17 +33,14 @@ class Sent(NamedTuple):
 
 
 def sync(uri: str | None = None, announce: Callable[[str], object] = str) -> Sent:
-    """Send everything that waits for a store (None takes ``MLFLOW_TRACKING_URI``, or ``runs/mlflow.db``).
-
-    ``announce`` hears of each run as its turn comes.
-    """
-    uri, local = uri or tracking_uri(), local_uri()
-    client, sent, folder = ensure_store(uri), Sent([], []), runs_dir(local)
+    """Send all that waits for a store (None: :func:`store.tracking_uri`); ``announce`` hears of each run as its turn comes."""
+    uri, local = uri or store.tracking_uri(), store.local_uri()
+    client, sent, folder = store.ensure_store(uri), Sent([], []), store.runs_dir(local)
     folder.mkdir(exist_ok=True)
     try:
         with FileLock(folder / ".sync.lock", timeout=0):
             _send_spools(client, uri, sent, announce)
-            if (here := local_store()) is not None and not same_store(local, uri):
+            if (here := store.local_store()) is not None and not store.same_store(local, uri):
                 _send_runs(here, client, uri, sent, announce)
     except Timeout:
         raise UserError(f"sync: another `hedgelab sync` is at work in {folder}; wait for its end") from None
@@ -62,10 +49,10 @@ def sync(uri: str | None = None, announce: Callable[[str], object] = str) -> Sen
 
 def _send_spools(client: "MlflowClient", uri: str, sent: Sent, announce: Callable[[str], object]) -> None:
     """What waits in spools, the longest waiting first."""
-    paths = (runs_dir(uri) / "spool").glob("*.jsonl")
+    paths = (store.runs_dir(uri) / "spool").glob("*.jsonl")
     for path in sorted(paths, key=lambda path: path.stat().st_ctime):
         spool = Spool(path.parent, path.stem)
-        if spool.uri is not None and not same_store(spool.uri, uri):
+        if spool.uri is not None and not store.same_store(spool.uri, uri):
             sent.left.append(f"{path}: waits for {spool.uri}; set MLFLOW_TRACKING_URI to it")
             continue
         announce(f"unsent operations of run {spool.run_id}")
@@ -76,14 +63,14 @@ def _send_spools(client: "MlflowClient", uri: str, sent: Sent, announce: Callabl
                 raise failure
             sent.runs.append(spool.run_id)
         except Exception as error:  # the store may take the next one
-            sent.left.append(f"{path}: {reason_of(error)}")
+            sent.left.append(f"{path}: {store.reason_of(error)}")
 
 
 def _send_runs(local: "MlflowClient", remote: "MlflowClient", uri: str, sent: Sent, announce: Callable[[str], object]) -> None:
     """Every local run that is meant for the store, those above others first."""
-    names = all_experiments(local)
-    found = search_runs(local, f"tags.`{INTENDED}` LIKE '%'", names)
-    waiting = [run for run in found if same_store(run.data.tags[INTENDED], uri)]
+    names = store.all_experiments(local)
+    found = search_runs(local, f"tags.`{store.INTENDED}` LIKE '%'", names)
+    waiting = [run for run in found if store.same_store(run.data.tags[store.INTENDED], uri)]
     ids: dict[str, str] = {}
     for run in sorted(waiting, key=lambda run: (PARENT_TAG in run.data.tags, run.info.start_time)):
         own, name = run.info.run_id, f"{run.info.run_name} ({run.info.run_id[:8]})"
@@ -91,16 +78,16 @@ def _send_runs(local: "MlflowClient", remote: "MlflowClient", uri: str, sent: Se
         try:
             ids[own] = _send_run(local, remote, run, names[run.info.experiment_id], ids)
             if run.info.status != "RUNNING":  # one that still runs is sent again next time
-                local.delete_tag(own, INTENDED)
+                local.delete_tag(own, store.INTENDED)
             sent.runs.append(own)
         except Exception as error:
-            sent.left.append(f"run {name}: {reason_of(error)}")
+            sent.left.append(f"run {name}: {store.reason_of(error)}")
 
 
 def _send_run(local: "MlflowClient", remote: "MlflowClient", run: "Run", experiment: str, ids: dict[str, str]) -> str:
     """One run, to the copy in the store that it was sent to before, or to a new one; the copy's id."""
     own = run.info.run_id
-    tags = {key: value for key, value in run.data.tags.items() if key != INTENDED} | {LOCAL_RUN: own}
+    tags = {key: value for key, value in run.data.tags.items() if key != store.INTENDED} | {LOCAL_RUN: own}
     if PARENT_TAG in tags:
         tags[PARENT_TAG] = ids.get(tags[PARENT_TAG], tags[PARENT_TAG])
     found = remote.get_experiment_by_name(experiment)

@@ -141,49 +141,39 @@ class RunWriter:
                     self._spool.append(self._unkept[0])
                     self._unkept.pop(0)
             except OSError as error:
-                self._warn(
-                    "disk",
-                    "the disk does not take what is logged (%s): it waits in memory until the tracking store has it, and is "
-                    "lost if this process ends before that; free some space",
-                    error.strerror or reason_of(error),
-                )
+                full = f"the disk does not take what is logged ({error.strerror or reason_of(error)})"
+                until = "it waits in memory until the tracking store has it, and is lost if this process ends before that"
+                self._warn("disk", f"{full}: {until}; free some space")
 
     def _send(self) -> None:
         """Send the spool, and then what is only in memory, in the run's turn."""
         if self._spool.takes_turns and not _TURN.acquire(timeout=_TURN_SECONDS):
             raise TimeoutError("other runs of this process are still being sent")
         try:
-            self._send_now()
+            came = self._kept
+            refused, failure = self._spool.replay(self._client, files=time.monotonic() >= self._files_at)
+            for line in refused:
+                self._warn("refusal", line)
+            if failure is not None:
+                self._warn_of_store(failure)
+                self._files_at = time.monotonic() + _MOST_RETRY_SECONDS
+            for operation in list(self._unkept):
+                operation.send(self._client, self._run_id)
+                with self._order:
+                    if operation in self._unkept:  # else the disk has taken it meanwhile
+                        self._unkept.remove(operation)
+            self._sent = came
         finally:
             if self._spool.takes_turns:
                 _TURN.release()
 
-    def _send_now(self) -> None:
-        came = self._kept
-        refused, failure = self._spool.replay(self._client, files=time.monotonic() >= self._files_at)
-        for line in refused:
-            self._warn("refusal", "%s", line)
-        if failure is not None:
-            self._warn_of_store(failure)
-            self._files_at = time.monotonic() + _MOST_RETRY_SECONDS
-        for operation in list(self._unkept):
-            operation.send(self._client, self._run_id)
-            with self._order:
-                if operation in self._unkept:  # else the disk has taken it meanwhile
-                    self._unkept.remove(operation)
-        self._sent = came
-
     def _warn_of_store(self, error: Exception) -> None:
-        self._warn(
-            "store",
-            "the tracking store does not take what is sent (%s); training goes on, and what is unsent waits in %s "
-            "to be tried again, now and then or by `hedgelab sync`",
-            reason_of(error),
-            self._spool.path,
-        )
+        refuses = f"the tracking store does not take what is sent ({reason_of(error)}); training goes on"
+        again = "to be tried again, now and then or by `hedgelab sync`"
+        self._warn("store", f"{refuses}, and what is unsent waits in {self._spool.path} {again}")
 
-    def _warn(self, about: str, message: str, *values: object) -> None:
+    def _warn(self, about: str, message: str) -> None:
         """Say something once."""
         if about not in self._warned:
             self._warned.add(about)
-            _logger.warning(message, *values)
+            _logger.warning(message)

@@ -11,7 +11,7 @@ from hedgelab.data.llm.model import find_model
 from hedgelab.data.source import ActivationSource
 from hedgelab.errors import UserError
 from hedgelab.interop.foreign import read_tensors
-from hedgelab.interop.formats import format_of, import_dictionary_learning, import_folder, import_sparsify
+from hedgelab.interop.formats import import_dictionary_learning, import_folder, import_sparsify
 from hedgelab.interop.saelens import export_saelens, import_saelens
 from hedgelab.saes import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE
 
@@ -239,9 +239,9 @@ def test_pickles_with_more_than_tensors_are_refused(content, tmp_path):
 
 def test_folders_of_no_known_library(tmp_path):
     with pytest.raises(UserError, match=r"holds no SAE of a known library; expected cfg.json and sae_weights"):
-        format_of(tmp_path)
+        import_folder(tmp_path)
     export_saelens(trained(EXPORTED["vanilla"]), tmp_path)
-    assert format_of(tmp_path) == "saelens"
+    assert import_folder(tmp_path)[2] == "saelens"
     (tmp_path / "sae_weights.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="damaged"):
         import_folder(tmp_path)

@@ -25,9 +25,6 @@ from torch import Tensor
 from hedgelab.errors import UserError, one_line
 from hedgelab.version import __version__
 
-Identity = Mapping[str, Any]
-"""Keys of section ``data`` (``model``, ``hook``, …) with the values that raw activations depend on."""
-
 _FORMAT = 3  # format 2 has CRC-32s for checksums, and is read and continued
 _SHARD_TOKENS = 16384  # at most so much is computed in vain when writing is interrupted
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in the words of safetensors
@@ -65,7 +62,7 @@ class ActivationCache:
 
     @classmethod
     def begin(
-        cls, folder: Path, identity: Identity, contexts: int, d_in: int, storage_dtype: str, shard: int | None = None
+        cls, folder: Path, identity: Mapping[str, Any], contexts: int, d_in: int, storage_dtype: str, shard: int | None = None
     ) -> Self:
         """A cache to write on: made if it is not there, made longer if it is too short; ``shard``: see ``write_cache``."""
         try:
@@ -97,7 +94,7 @@ class ActivationCache:
                 _replace(path, json.dumps(cache.manifest | {"contexts": contexts}, indent=2).encode())
             return cls(folder)
 
-    def check_identity(self, wanted: Identity) -> None:
+    def check_identity(self, wanted: Mapping[str, Any]) -> None:
         """Raise a UserError that names the first key in which a config asks for other activations than these."""
         held = {**self.manifest["activations"], "storage_dtype": self.storage_dtype}
         for key, value in wanted.items():
@@ -110,11 +107,9 @@ class ActivationCache:
         """Raise a UserError unless the first ``contexts`` contexts are written, as far as sizes tell."""
         there = self.leading()
         if there < contexts:
-            raise UserError(
-                f"data.cache: '{self.folder}' holds the first {there} of the {contexts} contexts that this config reads; "
-                "`hedgelab cache` with this config writes the others"
-                + (f", or data.max_contexts: {there} makes do with these" if there else "")
-            )
+            holds = f"'{self.folder}' holds the first {there} of the {contexts} contexts that this config reads"
+            or_fewer = f", or data.max_contexts: {there} makes do with these" if there else ""
+            raise UserError(f"data.cache: {holds}; `hedgelab cache` with this config writes the others{or_fewer}")
 
     def contexts_of(self, shard: int) -> range:
         """Numbers of the contexts in a shard."""
@@ -135,10 +130,7 @@ class ActivationCache:
         return len(self.contexts_of(shard)) * (self.shape[0] * self.shape[1] * self.dtype.itemsize + 8)
 
     def write(self, shard: int, rows: Tensor) -> None:
-        """Write a shard whole, ``[contexts, context_length, d_in]``; of several processes one at a time may.
-
-        On an ``OSError`` (a full disk, say) the shard counts as not written.
-        """
+        """Write a shard, ``[contexts, context_length, d_in]``, whole or (``OSError``) not at all; one process at a time may."""
         rows = rows.cpu().to(self.dtype).contiguous()
         checksums = torch.tensor([self._checksum(row.data.cast("B")) for row in rows.view(torch.uint8).numpy()])
         _replace(self._path(shard), save({"activations": rows, "checksums": checksums}))
@@ -218,12 +210,8 @@ class ActivationCache:
 
 
 def _contents(file: FileIO, shape: tuple[int, int], dtype: str) -> tuple[int, int, int]:
-    """Contexts in a shard's file, and where in it their activations and checksums begin.
-
-    A safetensors file is the size of its header in 8 bytes, the header in JSON, and the tensors one after the other. What is
-    cut off, or something else, raises a LookupError, TypeError or ValueError.
-    """
-    size = os.fstat(file.fileno()).st_size
+    """Contexts in a shard's file, and where its activations and checksums begin; Lookup-, Type- or ValueError if damaged."""
+    size = os.fstat(file.fileno()).st_size  # safetensors: size of the header in 8 bytes, the header in JSON, the tensors
     begin = 8 + int.from_bytes(file.read(8), "little")
     if begin > size:
         raise ValueError("it is cut off")

@@ -46,20 +46,16 @@ def write_cache(data: LLMDataModule, folder: str, verify: bool = False, shard: i
                 cache.verify(number)
     needed = int(_RESERVE * sum(cache.bytes_of(shard) for shard in cache.shards if not cache.is_done(shard)))
     if needed > (free := shutil.disk_usage(folder).free):
-        raise UserError(
-            f"data.cache: '{folder}' needs {needed / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free; {_FULL}, "
-            "take data.storage_dtype: bfloat16, or lower data.max_contexts"
-        )
+        lacks = f"'{folder}' needs {needed / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free"
+        raise UserError(f"data.cache: {lacks}; {_FULL}, take data.storage_dtype: bfloat16, or lower data.max_contexts")
     started = time.perf_counter()
     try:
         tokens, repeatable = _fill(data, cache)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"data.cache: cannot write '{folder}': {error.strerror}") from error
-        raise UserError(
-            f"data.cache: the disk of '{folder}' is full; {_FULL}, or make do with the {cache.leading()} contexts that are "
-            f"written: data.max_contexts: {cache.leading()}"
-        ) from error
+        fewer = f"make do with the {cache.leading()} contexts that are written: data.max_contexts: {cache.leading()}"
+        raise UserError(f"data.cache: the disk of '{folder}' is full; {_FULL}, or {fewer}") from error
     return Written(cache, tokens, time.perf_counter() - started, repeatable)
 
 

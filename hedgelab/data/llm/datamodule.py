@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,9 +66,7 @@ class LLMDataModule(NormalisedActivations):
         cache_dir: Folder for converted models and tokenised text.
     """
 
-    where_and_how: ClassVar[frozenset[str]] = frozenset(
-        {"cache", "cache_dir", "device", "device_map", "contexts_at_once", "compile"}
-    )
+    where_and_how = frozenset({"cache", "cache_dir", "device", "device_map", "contexts_at_once", "compile"})
     inputs: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
         "model": model_path,
         "text": lambda text: StandardLibraryText().fingerprint() if text is None else None,
@@ -125,7 +123,6 @@ class LLMDataModule(NormalisedActivations):
         self.storage_dtype: ModelDtype = storage_dtype or model_dtype
         self.cache, self.cache_dir = cache, cache_dir
         self._streams: dict[Stage, BlockStream] = {}
-        self._token_texts: dict[int, str] = {}
         self.tokens_read, self.seconds_read = 0, 0.0
 
     @cached_property
@@ -179,10 +176,7 @@ class LLMDataModule(NormalisedActivations):
 
     @cached_property
     def rows(self) -> Rows:
-        """Gives activations by the numbers of contexts, of the model or of the cache.
-
-        Ranks that train together make them together.
-        """
+        """Gives activations by the numbers of contexts, of the model (ranks that train together share it) or the cache."""
         dtype, device, tokens = getattr(torch, self.storage_dtype), self._own_device(), self.contexts.tokens
         if self.cache is None:
             harvester = self.harvester
@@ -212,8 +206,10 @@ class LLMDataModule(NormalisedActivations):
         return timed
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        return self.files.tokenizer()
+    def _text_of(self) -> Callable[[int], str]:
+        """Gives the text of a token, which is decoded once."""
+        tokenizer = self.files.tokenizer()
+        return cache(lambda token: tokenizer.decode([token]))
 
     @cached_property
     def background(self) -> ThreadPoolExecutor:
@@ -255,10 +251,7 @@ class LLMDataModule(NormalisedActivations):
 
     def tokens(self, stage: Stage, index: int) -> list[str]:
         """The tokens that the rows of batch number ``index`` are of, as text."""
-        ids = self.stream(stage).picked(index, self.contexts.tokens).tolist()
-        for token in set(ids) - self._token_texts.keys():
-            self._token_texts[token] = self._tokenizer.decode([token])
-        return [self._token_texts[token] for token in ids]
+        return [self._text_of(token) for token in self.stream(stage).picked(index, self.contexts.tokens).tolist()]
 
     def batches_per_block(self, stage: Stage) -> int:
         """How many consecutive batches come from one block of contexts."""
@@ -272,18 +265,11 @@ class LLMDataModule(NormalisedActivations):
 
     def _new_stream(self, stage: Stage) -> BlockStream:
         mine = self._split[stage]
+        usable, seed = self.contexts.usable(self.skip_first)[mine], self.seed if stage == "train" else 0
         return BlockStream(
-            self.rows,
-            self.background,
-            mine,
-            self.contexts.usable(self.skip_first)[mine],
-            self.contexts_per_block,
-            self.batch_size,
-            self.max_norm_ratio,
-            self.seed if stage == "train" else 0,
-            stage,
-            self._own_device(),
-        )
+            self.rows, self.background, mine, usable, self.contexts_per_block, self.batch_size, self.max_norm_ratio, seed,
+            stage, self._own_device(),
+        )  # fmt: skip
 
     def measured_rows(self) -> Tensor:
         """The first block of training activations."""
@@ -293,15 +279,10 @@ class LLMDataModule(NormalisedActivations):
         """Model, hook, contexts, and the normalisation as measured."""
         opening = set(self.contexts.tokens[:, 0].tolist())
         return self.described(
-            model=self.model,
-            hook=self.hook_path,
-            layer=self.block,
-            context_length=self.context_length,
-            skip_first=self.skip_first,
-            opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),
-            text=self.text.fingerprint(),
-            dataset=getattr(self.text, "dataset", None),
-        )
+            model=self.model, hook=self.hook_path, layer=self.block, context_length=self.context_length,
+            skip_first=self.skip_first, opens_with_bos=len(opening) == 1 and bool(self.contexts.special[:, 0].all()),
+            text=self.text.fingerprint(), dataset=getattr(self.text, "dataset", None),
+        )  # fmt: skip
 
     def stage_contexts(self, stage: Stage) -> Contexts:
         """The packed text of one stage."""

@@ -66,10 +66,7 @@ class SplicedModel:
 
     @torch.inference_mode()
     def last_activations(self, prefix: Tensor, last: Tensor) -> Tensor:
-        """Hooked activations at one last token ``[n]`` behind a common prefix ``[length]``, ``[n, width]``.
-
-        The prefix runs once; its keys and values are shared by all last tokens.
-        """
+        """Hooked activations ``[n, width]`` at last tokens ``[n]`` behind a common prefix ``[length]``, which runs once."""
         from transformers import DynamicCache
 
         cache = DynamicCache()

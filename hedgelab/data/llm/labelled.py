@@ -218,12 +218,8 @@ class ClassifiedTexts:
         if len(kinds) < len(self.label.classes) * len(properties) or min(per.values()) < _LEAST:
             counts = {key: len(found) for key, found in pieces.items()}
             raise UserError(f"texts.label: too few pieces of text of some class in {self.text}: {counts}")
-        taken = [
-            (ids, kind, is_test)
-            for (is_test, kind), found in sorted(pieces.items())
-            for ids in _evenly_spaced(found, per[is_test])
-        ]
-        tokens, chosen, test = (torch.tensor(column) for column in zip(*taken, strict=True))
+        taken = [(ids, *key) for key, found in sorted(pieces.items()) for ids in _evenly_spaced(found, per[key[0]])]
+        tokens, test, chosen = (torch.tensor(column) for column in zip(*taken, strict=True))
         if self.spurious is not None:
             return LabelledTexts(tokens, chosen.bool(), test, ["label", "spurious"])
         return LabelledTexts(tokens, chosen == torch.arange(len(self.label.classes)), test, list(self.label.classes))
@@ -278,10 +274,7 @@ def _evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def _pieces(tokenizer: Any, text: str, length: int) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """Consecutive pieces of ``length`` tokens, and where in the text each token begins and ends.
-
-    Where models expect a BOS token each piece starts with it, and it has no place.
-    """
+    """Pieces of ``length`` tokens, with a BOS token first where models expect it, and where the others begin and end."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     opening = opening_tokens(tokenizer)

@@ -13,7 +13,7 @@ from hedgelab.data.planting.directions import Directions, RandomDirections
 from hedgelab.data.planting.events import Events
 from hedgelab.data.source import ActivationSource
 from hedgelab.data.toy.firing import Firing, Magnitudes, check_probability
-from hedgelab.data.toy.laws import Law
+from hedgelab.data.toy.laws import Law, per_feature
 from hedgelab.errors import UserError
 from hedgelab.kernels.codes import Codes
 from hedgelab.seeding import generator, resolve_seed
@@ -62,14 +62,15 @@ class PlantedActivations(ActivationDataModule):
             raise UserError("data.base: its features are known already; plant in activations whose features are not")
         self.base, self.events, self.firing = base, events, firing
         self.children = 0 if events is None else events.n
-        self._dose = _each("dose", dose, self.children)
-        self._elsewhere = _each("elsewhere", elsewhere, self.children)
+        self._planted_parents = self.children if events is not None and events.planted else 0
+        self._dose = per_feature("data.dose", dose, self.children, torch.float32, or_zero=True)
+        self._elsewhere = per_feature("data.elsewhere", elsewhere, self.children, torch.float32, or_zero=True)
         for key, values in (("dose", self._dose), ("elsewhere", self._elsewhere)):
             for value in values.tolist():
                 check_probability(f"data.{key}", value)
-        further = 0 if firing is None else firing.n
-        self._mean = _each("magnitude_mean", magnitude_mean, self.children + further)
-        self._std = _each("magnitude_std", magnitude_std, self.children + further)
+        n = self.children + (0 if firing is None else firing.n)
+        self._mean = per_feature("data.magnitude_mean", magnitude_mean, n, torch.float32, or_zero=True)
+        self._std = per_feature("data.magnitude_std", magnitude_std, n, torch.float32, or_zero=True)
         self._chosen = directions or RandomDirections()
 
     @property
@@ -88,9 +89,9 @@ class PlantedActivations(ActivationDataModule):
         known = self.known_events
         children = torch.arange(self.children) if known else torch.full((self.children,), -1)
         further = None if self.firing is None else self.firing.parents
-        count = 0 if self.firing is None else self.firing.n
-        own = torch.full((count,), -1) if further is None else further
-        shifted = torch.where(own < 0, own, own + known + self.children)
+        if further is None:
+            further = torch.full((len(self._mean) - self.children,), -1)
+        shifted = torch.where(further < 0, further, further + known + self.children)
         return torch.cat([torch.full((known,), -1), children, shifted])
 
     @cached_property
@@ -102,8 +103,8 @@ class PlantedActivations(ActivationDataModule):
     @cached_property
     def known_events(self) -> int:
         """How many of the features are events."""
-        events = self.events
-        return 0 if events is None or not (events.planted or events.directions(self.d_in) is not None) else events.n
+        has_directions = self.events is not None and self.events.directions(self.d_in) is not None
+        return self.children if has_directions else self._planted_parents
 
     @cached_property
     def rows(self) -> Tensor:
@@ -119,18 +120,14 @@ class PlantedActivations(ActivationDataModule):
     @cached_property
     def _truth(self) -> tuple[Tensor, Tensor]:
         """Directions of all features ``[n, d_in]``, and of those that are planted, times their unit."""
-        planted_parents = self.events.n if self.events is not None and self.events.planted else 0
         rng = generator(self.seed, "planted directions")
-        planted = self._chosen.choose(planted_parents + len(self._mean), self.rows, rng).float()
+        planted = self._chosen.choose(self._planted_parents + len(self._mean), self.rows, rng).float()
         natural = None if self.events is None else self.events.directions(self.d_in)
         known = planted if natural is None else torch.cat([natural.float(), planted])
         return known, planted * self.unit
 
     def features(self, x: Tensor, stage: Stage, index: int, rows: slice, count: int) -> tuple[Tensor, Tensor]:
-        """Activations of all features ``[batch, n]`` at rows of a global batch of ``count``, and of those that are planted.
-
-        The latter are in units of the activations' median norm.
-        """
+        """Activations ``[batch, n]`` of all features at rows of a batch of ``count``; of planted ones in units of ``unit``."""
         rng = generator(self.seed, "planted", stage, index)
         all_on, planted = [], []
         if self.events is not None:
@@ -150,8 +147,7 @@ class PlantedActivations(ActivationDataModule):
             drawn = self.firing.activations(count, rng, magnitudes)
             planted.append((drawn.to_dense() if isinstance(drawn, Codes) else drawn)[rows])
         own = torch.cat(planted, dim=1)
-        start = self.events.n if self.events is not None and self.events.planted else 0
-        return torch.cat([*all_on, own[:, start:] * self.unit], dim=1), own
+        return torch.cat([*all_on, own[:, self._planted_parents :] * self.unit], dim=1), own
 
     def _tokens(self, stage: Stage, index: int) -> list[str]:
         if not isinstance(self.base, LLMDataModule):
@@ -208,14 +204,3 @@ class PlantedActivations(ActivationDataModule):
     def on_exception(self, exception: BaseException) -> None:
         """The base's."""
         self.base.on_exception(exception)
-
-
-def _each(key: str, value: float | list[float] | Law, n: int) -> Tensor:
-    """One number a feature, float32 ``[n]``."""
-    values = value.values(n).tolist() if isinstance(value, Law) else value
-    if isinstance(values, list) and len(values) != n:
-        raise UserError(f"data.{key}: expected one number or a list of {n}, got {len(values)}")
-    numbers = torch.tensor(values, dtype=torch.float32).expand(n).contiguous()
-    if not bool((numbers >= 0).all()) or not bool(numbers.isfinite().all()):
-        raise UserError(f"data.{key}: must be at least 0 and finite, got {values}")
-    return numbers

@@ -17,10 +17,7 @@ Tokens = Callable[[], Sequence[str]]
 
 
 class Events(ABC):
-    """What happens, or not, at each example; ``n`` counts events.
-
-    Events that are known as directions are features of their own: parents of what is tied to them.
-    """
+    """``n`` things that happen, or not, at an example; those with directions are features: parents of what is tied to them."""
 
     n: int
     planted = False

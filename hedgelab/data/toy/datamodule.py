@@ -2,8 +2,8 @@
 
 import math
 import statistics
-import time
-from functools import cached_property, lru_cache
+import timeit
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from hedgelab.data.datamodule import ActivationDataModule, Stage
 from hedgelab.data.toy.dictionary import Dictionary, make_dictionary, orthonormal_features
 from hedgelab.data.toy.firing import Firing, Magnitudes
 from hedgelab.data.toy.gaussian import GaussianFiring
-from hedgelab.data.toy.laws import Law
+from hedgelab.data.toy.laws import Law, per_feature
 from hedgelab.errors import UserError, whole_number
 from hedgelab.kernels.codes import Codes
 from hedgelab.seeding import generator, resolve_seed
@@ -88,10 +88,14 @@ class ToyDataModule(ActivationDataModule):
             raise UserError("data.noise: must be 0 with sampling: population, whose support must be finite")
         self.firing, self._device, self._noise = firing, device, noise
         self.block_batches: int = min(_MAX_BLOCK_BATCHES, max(1, _BLOCK_BYTES[device] // batch_bytes))
-        self._magnitudes = Magnitudes(
-            self._per_feature("magnitude_mean", magnitude_mean, firing.magnitudes(), 1.0),
-            self._per_feature("magnitude_std", magnitude_std, firing.magnitude_spreads(), 0.0),
-        )
+        own_mean, own_std = firing.magnitudes(), firing.magnitude_spreads()
+        if magnitude_mean is None:
+            magnitude_mean = 1.0 if own_mean is None else own_mean.tolist()
+        if magnitude_std is None:
+            magnitude_std = 0.0 if own_std is None else own_std.tolist()
+        mean = per_feature("data.magnitude_mean", magnitude_mean, firing.n, self._dtype)
+        std = per_feature("data.magnitude_std", magnitude_std, firing.n, self._dtype, or_zero=True)
+        self._magnitudes = Magnitudes(mean, std)
         self.d_in, self._dictionary = d_in, dictionary
         if dictionary is None:
             directions = make_dictionary(firing.n, d_in, target_cosine, generator(seed, "dictionary"))
@@ -142,12 +146,10 @@ class ToyDataModule(ActivationDataModule):
 
     def describe(self) -> dict[str, float]:
         """Median cost of generating one training batch in sequence, in seconds; the stream stays as it is."""
-        costs = [0.0]
-        for number in range(5 if self._population is None else 0):
-            start = time.perf_counter()
-            self._draw_block("train", number)
-            costs.append((time.perf_counter() - start) / self.block_batches)
-        return {"data/seconds_per_batch": statistics.median_high(costs)}
+        if self._population is not None:
+            return {"data/seconds_per_batch": 0.0}
+        costs = timeit.repeat(partial(self._draw_block, "train", 0), number=1, repeat=5)
+        return {"data/seconds_per_batch": statistics.median(costs) / self.block_batches}
 
     def _draw_block(self, stage: Stage, number: int) -> list[Batch]:
         """The batches of a block, as views of tensors drawn at once."""
@@ -178,22 +180,6 @@ class ToyDataModule(ActivationDataModule):
         states, probabilities = self.firing.enumerate()
         features = torch.where(states, self._magnitudes.mean, 0.0)
         return Batch(self._embed(features), features, probabilities.to(self._dtype))
-
-    def _per_feature(self, key: str, value: float | list[float] | Law | None, own: Tensor | None, default: float) -> Tensor:
-        """One number a feature, ``[n]``: of a list or law, one for all, the firing's own, or the default, which is possible."""
-        n = self.firing.n
-        if isinstance(value, Law):
-            value = value.values(n).tolist()
-        if isinstance(value, list) and len(value) != n:
-            raise UserError(f"data.{key}: expected one number or a list of {n}, one a feature, got {len(value)}")
-        if value is None:
-            value = default if own is None else own.tolist()
-        numbers = torch.tensor(value, dtype=torch.float64).to(self._dtype).expand(n).contiguous()
-        possible = numbers.isfinite() & (numbers > 0 if default else numbers >= 0)
-        if not bool(possible.all()):
-            low = "positive" if default else "at least 0"
-            raise UserError(f"data.{key}: must be {low} and finite, got {float(numbers[~possible][0])}")
-        return numbers
 
 
 def _make_bias(bias: float | list[float] | None, d_in: int, seed: int) -> Tensor:

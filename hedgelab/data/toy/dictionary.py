@@ -125,14 +125,10 @@ def correlated_features(n: int, d_in: int, target_cosine: float, generator: torc
 
 
 def _tight_frame(n: int, d_in: int, generator: torch.Generator) -> Tensor:
-    """A unit-norm tight frame ``[n, d_in]``, ``n >= d_in``, near random directions.
-
-    Alternates between the nearest tight frame (a polar factor, through the small ``d_in x d_in`` Gram matrix, never
-    ``n x n``) and unit norms (Tropp et al. 2005).
-    """
+    """A unit-norm tight frame ``[n, d_in]``, ``n >= d_in``, near random ones: by turns tight and normed (Tropp et al. 2005)."""
     frame = normalize(torch.randn(n, d_in, generator=generator, dtype=torch.float64), dim=1)
     for _ in range(_MAX_ITERATIONS):
-        values, vectors = torch.linalg.eigh(frame.T @ frame)
+        values, vectors = torch.linalg.eigh(frame.T @ frame)  # the nearest tight frame is a polar factor: never n x n
         frame = frame @ ((n / d_in / values).sqrt() * vectors @ vectors.T)
         norms = frame.norm(dim=1, keepdim=True)
         frame = frame / norms

@@ -94,10 +94,8 @@ class Firing(ABC):
     def enumerate(self) -> tuple[Tensor, Tensor]:
         """Every pattern of positive probability, bool ``[m, n]``, and its probability, float64 ``[m]``, in sum 1."""
         if self.n > MAX_ENUMERABLE:
-            raise UserError(
-                f"data.sampling: 'population' enumerates at most {MAX_ENUMERABLE} features, this firing has {self.n}; "
-                "use 'samples'"
-            )
+            most = f"'population' enumerates at most {MAX_ENUMERABLE} features, this firing has {self.n}"
+            raise UserError(f"data.sampling: {most}; use 'samples'")
         probabilities = self.pattern_probabilities()
         possible = probabilities > 0
         kept = probabilities[possible]

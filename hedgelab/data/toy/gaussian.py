@@ -140,7 +140,7 @@ class GaussianFiring(Firing):
             entry, feature = _children(feature, *self.hierarchy.children)
             row = row[entry]
             given = dots(row_pointers(row, len(factors)), feature, factors, self._weights)
-            fires = true_positions(_noise(given, generator) > given)
+            fires = _candidates(given, generator)
             row, feature, entry = row[fires], feature[fires], entry[fires]
             draw = magnitudes.draw(feature, generator)
             ratio = value[entry] / magnitudes.mean[self.hierarchy.parent[feature]]
@@ -173,8 +173,8 @@ def _with_one(factors: Tensor) -> Tensor:
 
 
 def _candidates(given: Tensor, generator: torch.Generator) -> Tensor:
-    """Positions in ``given [rows, features]`` of the entries whose noise exceeds these thresholds."""
-    return true_positions(_noise(given, generator) > given)
+    """Positions in ``given`` of the entries whose noise exceeds these thresholds."""
+    return true_positions(torch.randn(given.shape, generator=generator, device=generator.device) > given)
 
 
 def _rare_candidates(given: Tensor, generator: torch.Generator) -> Tensor:
@@ -188,14 +188,8 @@ def _rare_candidates(given: Tensor, generator: torch.Generator) -> Tensor:
     chance = torch.rand(hits, generator=generator, dtype=torch.float64, device=device)
     accepted = (_HITS * chance < wanted) & (threshold >= _LIMIT)
     likely = true_positions(given < _LIMIT)
-    known = given.index_select(0, likely)
-    fires = _noise(known, generator) > known
+    fires = _candidates(given.index_select(0, likely), generator)
     return torch.cat([torch.unique(hit[accepted]), likely[fires]])
-
-
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the shape of a tensor."""
-    return torch.randn(like.shape, generator=generator, device=generator.device)
 
 
 def _children(feature: Tensor, start: Tensor, children: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,8 +128,6 @@ class Forest:
         if size > n:
             raise UserError(f"data.firing.hierarchy: the trees hold {size} features, more than n = {n}")
         number = torch.arange(n)
-        parent = torch.where(
-            (number >= self.roots) & (number < size), (number - self.roots).div(self.branching, rounding_mode="floor"), -1
-        )
+        parent = torch.where((number >= self.roots) & (number < size), (number - self.roots) // self.branching, -1)
         group = parent if self.mutually_exclusive and self.branching > 1 else torch.full_like(parent, -1)
         return Hierarchy(parent, group, (parent >= 0) & self.scale_children)

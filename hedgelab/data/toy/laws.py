@@ -18,6 +18,19 @@ class Law(ABC):
         """The numbers of n features, float64 ``[n]``."""
 
 
+def per_feature(key: str, value: float | list[float] | Law, n: int, dtype: torch.dtype, or_zero: bool = False) -> Tensor:
+    """A law, a list, or one number for all, as ``[n]`` finite numbers above 0 (``or_zero``: at least 0)."""
+    given = value.values(n) if isinstance(value, Law) else torch.tensor(value, dtype=torch.float64)
+    if given.dim() and len(given) != n:
+        raise UserError(f"{key}: expected one number or a list of {n}, one a feature, got {len(given)}")
+    numbers = given.to(dtype).expand(n).contiguous()
+    possible = numbers.isfinite() & (numbers >= 0 if or_zero else numbers > 0)
+    if not bool(possible.all()):
+        expected = "at least 0" if or_zero else "positive"
+        raise UserError(f"{key}: must be {expected} and finite, got {float(numbers[~possible][0])}")
+    return numbers
+
+
 class Zipf(Law):
     """Zipf's law: ``(i + 1)^-exponent``, brought into a range or to a sum.
 

@@ -16,7 +16,7 @@ from hedgelab.data.toy.dictionary import Dictionary
 from hedgelab.data.toy.gaussian import GaussianFiring
 from hedgelab.data.toy.hierarchy import Hierarchy
 from hedgelab.data.toy.laws import Exponential, FoldedNormal, Linear
-from hedgelab.errors import UserError
+from hedgelab.errors import UserError, whole_number
 
 CONFIG, WEIGHTS, HIERARCHY = "synthetic_model_config.json", "synthetic_model.safetensors", "hierarchy.json"
 _STD_SEED, _MEAN_SEED = 1, 2  # what SAELens adds to a model's seed before it draws these magnitudes
@@ -55,28 +55,20 @@ class SyntheticModelFolder(ToyDataModule):
         if not folder.is_dir():
             raise UserError(f"data.path: there is no folder {path!r}; the path is relative to {Path.cwd()}")
         config = _read_json(folder / CONFIG)
-        n, d_in = (_size(folder, config, key) for key in ("num_features", "hidden_dim"))
-        weights = _Weights(folder / WEIGHTS, n, d_in)
+        n, d_in = (whole_number(f"{folder / CONFIG}: {key}", config.get(key)) for key in ("num_features", "hidden_dim"))
+        weights = _read_weights(folder / WEIGHTS, n, d_in, config.get("correlation") is not None)
         laws = {"mean_firing_magnitudes": (1.0, _MEAN_SEED), "std_firing_magnitudes": (0.0, _STD_SEED)}
         mean, std = (
             _magnitudes(f"{folder / CONFIG}: {key}", config.get(key, default), config.get("seed"), offset, n)
             for key, (default, offset) in laws.items()
         )
-        loadings = weights.loadings(config.get("correlation") is not None)
         hierarchy = _read_hierarchy(folder, n, config.get("hierarchy") is not None)
+        firing = GaussianFiring(weights["firing_probabilities"], weights.get("correlation_factor"), hierarchy)
         super().__init__(
-            GaussianFiring(weights["firing_probabilities"], loadings, hierarchy),
-            d_in,
-            batch_size,
-            magnitude_mean=mean.tolist(),
-            magnitude_std=std.tolist(),
-            bias=weights["bias"].tolist(),
-            dictionary=_Saved(weights["feature_vectors"]),
-            device=device,
-            seed=seed,
-            val_batches=val_batches,
+            firing, d_in, batch_size, magnitude_mean=mean.tolist(), magnitude_std=std.tolist(), bias=weights["bias"].tolist(),
+            dictionary=_Saved(weights["feature_vectors"]), device=device, seed=seed, val_batches=val_batches,
             chunk_steps=chunk_steps,
-        )
+        )  # fmt: skip
 
 
 class _Saved(Dictionary):
@@ -89,43 +81,30 @@ class _Saved(Dictionary):
         return self._vectors
 
 
-class _Weights:
+def _read_weights(path: Path, n: int, d_in: int, is_correlated: bool) -> dict[str, Tensor]:
     """The tensors of a folder, float64, of the shapes that a model of n features has."""
-
-    def __init__(self, path: Path, n: int, d_in: int) -> None:
-        self._path = path
-        self._tensors: dict[str, Tensor] = {name: tensor.double() for name, tensor in _read(path, load_file).items()}
-        factor = self._tensors.get("correlation_factor")
-        rank = factor.shape[1] if factor is not None and factor.dim() == 2 else 0
-        shapes = {"feature_vectors": (n, d_in), "bias": (d_in,), "firing_probabilities": (n,)}
-        shapes |= {"correlation_factor": (n, rank), "correlation_diag": (n,)} if self._tensors.keys() - shapes else {}
-        if unknown := sorted(self._tensors.keys() - shapes):
-            raise UserError(f"{path}: cannot use {', '.join(unknown)}; only low-rank correlation is supported")
-        for name, shape in shapes.items():
-            found = tuple(self[name].shape)
-            if found != shape:
-                raise UserError(f"{path}: {name} should be {list(shape)} by the config beside it, but is {list(found)}")
-            if not bool(self[name].isfinite().all()):
-                raise UserError(f"{path}: {name} holds numbers that are not finite")
-        norms = self["feature_vectors"].norm(dim=1)
-        if float((norms - 1).abs().max()) > 1e-3:
-            found_norms = f"{float(norms.min()):.4g} to {float(norms.max()):.4g}"
-            raise UserError(f"{path}: feature_vectors must have norm 1, got {found_norms}")
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            raise UserError(f"{self._path}: holds no {name}; save the model with SAELens' SyntheticModel.save")
-        return self._tensors[name]
-
-    def loadings(self, expected: bool) -> Tensor | None:
-        """Loadings of the common factors, ``[n, rank]``; what they leave of a feature's unit variance is its own noise."""
-        if not expected and "correlation_factor" not in self._tensors:
-            return None
-        factor, own = self["correlation_factor"], self["correlation_diag"]
-        if float((factor.square().sum(1) + own - 1).abs().max()) > 1e-4:
-            both = "correlation_factor and correlation_diag"
-            raise UserError(f"{self._path}: {both} must give each feature a variance of 1")
-        return factor
+    tensors: dict[str, Tensor] = {name: tensor.double() for name, tensor in _read(path, load_file).items()}
+    factor = tensors.get("correlation_factor")
+    rank = factor.shape[1] if factor is not None and factor.dim() == 2 else 0
+    shapes = {"feature_vectors": (n, d_in), "bias": (d_in,), "firing_probabilities": (n,)}
+    if is_correlated or tensors.keys() - shapes:
+        shapes |= {"correlation_factor": (n, rank), "correlation_diag": (n,)}
+    if unknown := sorted(tensors.keys() - shapes):
+        raise UserError(f"{path}: cannot use {', '.join(unknown)}; only low-rank correlation is supported")
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise UserError(f"{path}: holds no {name}; save the model with SAELens' SyntheticModel.save")
+        if (found := tuple(tensors[name].shape)) != shape:
+            raise UserError(f"{path}: {name} should be {list(shape)} by the config beside it, but is {list(found)}")
+        if not bool(tensors[name].isfinite().all()):
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
+    norms = tensors["feature_vectors"].norm(dim=1)
+    if float((norms - 1).abs().max()) > 1e-3:
+        raise UserError(f"{path}: feature_vectors must have norm 1, got {float(norms.min()):.4g} to {float(norms.max()):.4g}")
+    # What the common factors leave of a feature's unit variance is its own noise.
+    if factor is not None and float((factor.square().sum(1) + tensors["correlation_diag"] - 1).abs().max()) > 1e-4:
+        raise UserError(f"{path}: correlation_factor and correlation_diag must give each feature a variance of 1")
+    return tensors
 
 
 def _magnitudes(key: str, law: Any, seed: Any, offset: int, n: int) -> Tensor:
@@ -157,11 +136,7 @@ def _magnitudes(key: str, law: Any, seed: Any, offset: int, n: int) -> Tensor:
 
 
 def _read_hierarchy(folder: Path, n: int, expected: bool) -> Hierarchy | None:
-    """The forest of ``hierarchy.json``; None where the model has none.
-
-    Nodes without a feature hand their parent on to their children; whether these exclude each other and are scaled is said
-    by the node itself.
-    """
+    """The forest of ``hierarchy.json``, if any; a node without a feature hands its parent on, not how its children fire."""
     path = folder / HIERARCHY
     if not path.exists():
         if expected:
@@ -195,13 +170,6 @@ def _families(path: Path) -> Iterator[tuple[int, dict[str, Any], list[int]]]:
             raise UserError(f"{path}: feature_index must be a whole number or null")
         left += [(above if f is None else f, child) for f, child in zip(features, children, strict=True)]
         yield above, node, [feature for feature in features if feature is not None]
-
-
-def _size(folder: Path, config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{folder / CONFIG}: {key} must be a whole number of at least 1, got {value!r}")
-    return value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -44,10 +44,7 @@ class TreeNode:
 
 
 def parse_tree(raw: object, path: str = "tree") -> TreeNode:
-    """Check a tree given as plain mappings and lists, and build it.
-
-    The root's ``probability`` is 1 and its ``is_read_out`` false unless given; other nodes must give a probability.
-    """
+    """Build a tree of plain mappings; the root's ``probability`` is 1 and ``is_read_out`` false, unless given."""
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping with keys such as 'probability', got {_shown(raw)}")
     given: dict[str, Any] = {"probability": 1.0, "is_read_out": False} | raw if path == "tree" else dict(raw)

@@ -124,7 +124,7 @@ def test_directions():
 def test_mistakes():
     with pytest.raises(UserError, match=r"data.firing: missing"):
         PlantedActivations(base())
-    with pytest.raises(UserError, match=r"data.dose: expected one number or a list of 1, got 2"):
+    with pytest.raises(UserError, match=r"data.dose: expected one number or a list of 1, one a feature, got 2"):
         PlantedActivations(base(), PlantedParents([0.1]), dose=[0.1, 0.2])
     with pytest.raises(UserError, match=r"data.dose: must be a probability"):
         PlantedActivations(base(), PlantedParents([0.1]), dose=1.5)

@@ -167,7 +167,7 @@ def test_without_hierarchy_and_correlation(folder):
     ("name", "edit", "message"),
     [
         (CONFIG, lambda c: c.update(num_features=13), r"feature_vectors should be \[13, 8\]"),
-        (CONFIG, lambda c: c.pop("hidden_dim"), "hidden_dim must be a whole number"),
+        (CONFIG, lambda c: c.pop("hidden_dim"), "hidden_dim: expected a whole number"),
         (CONFIG, lambda c: c.update(seed=None), "std_firing_magnitudes: is random, and the config's seed is null"),
         (CONFIG, lambda c: c.update(mean_firing_magnitudes={"generator_name": "pareto"}), "unknown law 'pareto'; known are"),
         (CONFIG, lambda c: c.update(mean_firing_magnitudes={"generator_name": "linear"}), "cannot read the law"),
