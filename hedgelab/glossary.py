@@ -5,6 +5,8 @@ Logged as:
     samples/s: samples/s [1/s] (higher): examples a second in training, validation passes left out
     data/tokens_per_s: tokens/s [1/s] (higher): tokens a second of the language model beside training
     b_dec_norm: ‖b_dec‖: norm of the decoder bias
+    tpp/n*: TPP: targeted probe perturbation, of earlier releases; withdrawn: falls as training goes on (arXiv 2605.18229)
+    scr/n*: SCR: spurious correlation removal, of earlier releases; withdrawn: goes against the truth (arXiv 2605.18229)
 """
 
 import ast

@@ -25,7 +25,7 @@ a folder with an SAE, a run whose parts have SAEs (a sweep), or a sweep's config
   --data.*   what the SAE reads, where it does not say itself or you say otherwise, such as --data.cache_dir or --data.layer
 
 A suite that was run on an SAE before with the same settings is not run again. Activations are kept under the data's cache_dir.
-'all' leaves out tpp and scr: the field advises against them (arXiv 2605.18229, they disagree with the truth on synthetic SAEs).
+There is no tpp and no scr any more: the field has withdrawn them (arXiv 2605.18229, they disagree with the truth).
 """
 _OWN = ("data", "x", "class", "truth", "suite", "suites", "controls")
 

@@ -8,15 +8,9 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-_EVALUATIONS: list[tuple[str, str, dict[str, Any]]] = [
-    ("absorption", "AbsorptionEvalConfig", {}),
-    ("sparse_probing", "SparseProbingEvalConfig", {}),
-    ("scr_and_tpp", "ScrAndTppEvalConfig", {"perform_scr": True}),
-    ("scr_and_tpp", "ScrAndTppEvalConfig", {"perform_scr": False}),
-]
-"""Module, config class, and its arguments besides the defaults."""
+_EVALUATIONS = [("absorption", "AbsorptionEvalConfig"), ("sparse_probing", "SparseProbingEvalConfig")]
+"""Module and config class; not scr_and_tpp, which the field has withdrawn (arXiv 2605.18229)."""
 _SEEDS = (42, 43, 44)  # of sae-probes; the first is its own
 
 
@@ -46,11 +40,10 @@ def main(words: list[str]) -> None:
     os.chdir(output)  # SAEBench keeps its artifacts in the working directory
     batch_size, dtype = (32, "float32") if device == "cpu" else (128, "bfloat16")
     settings = {"model_name": model, "llm_batch_size": batch_size, "llm_dtype": dtype}
-    for package, config, arguments in _EVALUATIONS:
+    for package, config in _EVALUATIONS:
         module = import_module(f"sae_bench.evals.{package}.main")
         options = {} if package == "absorption" else {"clean_up_activations": True, "save_activations": False}
-        folder = output if package == "scr_and_tpp" else f"{output}/{package}"  # which makes folders of its own
-        module.run_eval(getattr(module, config)(**settings, **arguments), saes, device, folder, True, **options)
+        module.run_eval(getattr(module, config)(**settings), saes, device, f"{output}/{package}", True, **options)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ What hedgelab measures, by the names under which it is logged (`val/l0`, `test/l
   functions behind them. Both take latents as codes or as dense tensors and decoders of any norms, and fold inside.
 - `hedging(W_dec, features)`, `residual_hedging(x, sae)` and `hedging_degree(control, extended)` of `hedgelab.metrics` measure
   an SAE of any library that has `encode`, `decode` and `W_dec`.
+- Withdrawn: targeted probe perturbation (TPP), which falls as training goes on, and spurious correlation removal (SCR), which
+  goes against the truth on synthetic SAEs (Chanin, *Are SAE Benchmarks Reliable?*, arXiv 2605.18229). Release 0.2 had them.
 - A score that cannot be computed is NaN with a warning, or an error.
 - *A metric of your own* is one file, [shown in full](../README.md#-metric).
 """

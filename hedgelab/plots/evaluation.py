@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from hedgelab.plots import style
-from hedgelab.plots.sweep import sweep_panels
 
 
 def probing_by_class(classes: Sequence[str], ks: Sequence[int], f1: ArrayLike) -> Figure:
@@ -33,14 +32,6 @@ def absorption_by_letter(letters: Sequence[str], full: ArrayLike, fraction: Arra
     style.legend(axes)
     style.tidy(axes, "", "first letter  (–: the dense probe does not know it)", "share of words")
     return figure
-
-
-def scores_by_count(counts: Sequence[int], lines: Mapping[str, ArrayLike], title: str, ylabel: str) -> Figure:
-    """Scores against the number of latents silenced, a curve a label."""
-    curves = {
-        label: list(zip(counts, np.asarray(values, dtype=float)[:, None], strict=True)) for label, values in lines.items()
-    }
-    return sweep_panels({"": curves}, "latents silenced", title, (True, False), ylabel=ylabel)
 
 
 def losses_spliced(losses: Mapping[str, float]) -> Figure:

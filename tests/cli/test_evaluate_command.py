@@ -20,7 +20,7 @@ def listed(capsys, *words):
 def test_help_names_every_suite(capsys):
     assert main(["evaluate", "--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("density", "geometry", "probing", "absorption", "loss_recovered", "tpp", "scr", "saebench"):
+    for name in ("density", "geometry", "probing", "absorption", "loss_recovered", "saebench"):
         assert name in shown
 
 
@@ -42,11 +42,19 @@ def test_mistakes_in_options_are_named(tree, message):
 
 
 def test_options_come_from_a_config_and_the_command_line():
-    topics = {"text": "t.jsonl", "label": {"classes": {"a": ["x"], "b": ["y"]}}}
-    evaluation = Evaluate([], ["tpp"], {"topics": topics, "silenced": [3]})
-    (tpp,) = (suite for suite in evaluation.suites if suite.name == "tpp")
-    assert tpp.topics.label.classes == {"a": ["x"], "b": ["y"]}
-    assert tpp.silenced == [3]
+    words = {"text": "t.jsonl", "tags": "u.jsonl", "classes": {"a": ["x"]}}
+    evaluation = Evaluate([], ["probing"], {"words": words, "ks": [3]})
+    (probing,) = (suite for suite in evaluation.suites if suite.name == "probing")
+    assert probing.words.classes == {"a": ["x"]}
+    assert probing.ks == [3]
+
+
+@pytest.mark.parametrize("name", ["tpp", "scr"])
+def test_withdrawn_measures_say_why(name, capsys):
+    assert main(["evaluate", "anything", "--suite", name]) == 2
+    error = capsys.readouterr().err
+    assert f"--suite {name}: withdrawn by the field" in error
+    assert "arXiv 2605.18229" in error
 
 
 @pytest.mark.slow

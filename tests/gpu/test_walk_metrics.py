@@ -35,8 +35,7 @@ def values():
     labels = features[:, :3] > 0
     cosines = functional.decoder_cosines(W_dec, directions)
     probe = functional.linear_probes(x, labels)
-    pair = functional.biased_probes(x, labels[:, 0], labels[:, 1])
-    counts, texts = functional.co_firing(dense, features), functional.PooledTexts(x, dense, labels[:, :2])
+    counts = functional.co_firing(dense, features)
     tracked = functional.tracked_features(cosines)
     torch.manual_seed(0)
     sae = TopKSAE(D_IN, D_SAE, k=3)
@@ -48,12 +47,12 @@ def values():
         "null_directions": draw(4, D_IN), "cosines": cosines, "coordinates": cosines, "counts": counts,
         "encoder_coordinates": cosines.T.contiguous(), "latent": tracked.latent, "feature": tracked.feature,
         "parents": torch.tensor([-1, 0, 0, -1, 3]), "tracked": tracked, "live": torch.ones(D_SAE, dtype=torch.bool),
-        "labels": labels, "train_labels": labels, "test_labels": labels, "test_x": x, "probe": probe, "probes": pair,
+        "labels": labels, "train_labels": labels, "test_labels": labels, "test_x": x, "probe": probe,
         "scores": x[:, 0], "label": labels[:, 0], "spurious": labels[:, 1], "predicted": labels[:, 0], "k": 2, "n": N,
         "control": W_dec, "extended": extended, "reordered": W_dec + 0.01, "foreign": [draw(2, D_IN)], "d_in": D_IN,
         "d_sae": D_SAE, "sums": functional.regression_update(dense, features), "both": counts.both, "rates": dense.mean(0),
         "along": x[:, 0], "beside": x[:, 1], "between": x[:, 2] / 9, "direction": x[0], "activations": dense[0],
-        "main": torch.tensor([0, 1]), "texts": texts, "sae": sae, "batch": Batch(x, features), "live_new": torch.ones(2) > 0,
+        "main": torch.tensor([0, 1]), "sae": sae, "batch": Batch(x, features), "live_new": torch.ones(2) > 0,
         "covariance": x.T @ x, "tokens": torch.arange(ROWS).view(4, 16) % 7, "keep": torch.ones(4, 16) > 0,
         "clean": draw(4, 16, 7), "matching": tracked, "reconstruction": x / 2, "wide": widen(sae, 2),
     }  # fmt: skip
@@ -62,7 +61,7 @@ def values():
 def otherwise():
     """Where a name means something else: by function, what its arguments are then."""
     known = values()
-    texts, half, spliced = known["texts"], torch.arange(ROWS) % 2 > 0, torch.ones(4, 16, 7).cumsum(2)
+    half, spliced = torch.arange(ROWS) % 2 > 0, torch.ones(4, 16, 7).cumsum(2)
     return {
         "recovered_loss": {"sums": dict.fromkeys(LOSSES, torch.tensor(2.0)), "count": torch.tensor(3.0)},
         "roc_auc": {"labels": half}, "f1_score": {"labels": half}, "logistic_regression": {"labels": half},
@@ -70,8 +69,6 @@ def otherwise():
         "LossRecovered.update": {"sae": torch.zeros(4, 16, 7), "ablations": [spliced, torch.zeros(4, 16, 7)]},
         "orthonormal_basis": {"rows": known["directions"]}, "k_sparse_probing": {"ks": (1,)},
         "word_absorption": {"activations": known["codes"]},
-        "targeted_probe_perturbation": {"train": texts, "test": texts, "counts": [1, 2], "probe": known["probes"][1]},
-        "spurious_correlation_removal": {"train": texts, "test": texts, "counts": [1, 2]},
         "metrics.hedging": {"features": known["feature_directions"], "activations": known["features"]},
         "metrics.hedging_degree": {"control": known["sae"], "extended": known["wide"], "reordered": known["sae"]},
         "HedgingDegree.update": {"control": known["codes"], "extended": torch.ones(ROWS, D_SAE + 2)},

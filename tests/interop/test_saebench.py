@@ -28,10 +28,9 @@ class {config}:
     {more}
 def run_eval(config, selected_saes, device, output_path, force_rerun=False, {flags}):
     name = {name}
-    folder = os.path.join(output_path, name) if name in ("scr", "tpp") else output_path
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(output_path, exist_ok=True)
     for label, sae in selected_saes:
-        path = os.path.join(folder, label + "_custom_sae_eval_results.json")
+        path = os.path.join(output_path, label + "_custom_sae_eval_results.json")
         scores = {{"score": float(sae.d_sae), "none": -1, "model": config.model_name}}
         json.dump({{"eval_type_id": name, "eval_result_metrics": {{"mean": scores}}}}, open(path, "w"))
 """
@@ -39,10 +38,7 @@ _FLAGS = "clean_up_activations=False, save_activations=True"
 _STANDINS = {
     "absorption": ("AbsorptionEvalConfig", "'absorption'", "", ""),
     "sparse_probing": ("SparseProbingEvalConfig", "'sparse_probing'", "", _FLAGS),
-    "scr_and_tpp": (
-        "ScrAndTppEvalConfig", "'scr' if config.perform_scr else 'tpp'", "perform_scr: bool = True", _FLAGS
-    ),
-}  # fmt: skip
+}
 _SAE_LENS = """
 import json, os
 class SAE:
@@ -105,10 +101,10 @@ def test_scores_come_back_into_each_run(package, run, capsys):
     assert saebench.run_bench(found, "saebench") == 0
     for one, d_sae in zip(found, (8, 12), strict=True):
         metrics = resolve_run(one.run.run_id).metrics
-        names = {f"saebench/{name}/score" for name in ("absorption", "sparse_probing", "scr", "tpp")}
+        names = {f"saebench/{name}/score" for name in ("absorption", "sparse_probing")}
         assert {key for key in metrics if key.startswith("saebench")} == names
         assert {metrics[name] for name in names} == {d_sae}
-    assert capsys.readouterr().out.count("evaluate: saebench: 4 scores of") == 2
+    assert capsys.readouterr().out.count("evaluate: saebench: 2 scores of") == 2
 
 
 _PROBES = """
@@ -187,7 +183,7 @@ def fields(tree, name):
 
 def test_only_measured_scores_are_read(tmp_path):
     (tmp_path / "sae0_x_eval_results.json").write_text(
-        '{"eval_type_id": "scr", "eval_result_metrics": {"a": {"x": 0.5, "y": -1, "z": "text"}, "b": {"w": 2}}}'
+        '{"eval_type_id": "absorption", "eval_result_metrics": {"a": {"x": 0.5, "y": -1, "z": "text"}, "b": {"w": 2}}}'
     )
     (tmp_path / "sae01_x_eval_results.json").write_text('{"eval_result_metrics": {"a": {"x": 9}}}')
-    assert dict(saebench.read_results(tmp_path, "sae0")) == {"saebench/scr/x": 0.5, "saebench/scr/w": 2.0}
+    assert dict(saebench.read_results(tmp_path, "sae0")) == {"saebench/absorption/x": 0.5, "saebench/absorption/w": 2.0}

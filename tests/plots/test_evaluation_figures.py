@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 
 from hedgelab.errors import UserError
-from hedgelab.plots.evaluation import (
-    absorption_by_letter,
-    cosine_distribution,
-    losses_spliced,
-    probing_by_class,
-    scores_by_count,
-)
+from hedgelab.plots.evaluation import absorption_by_letter, cosine_distribution, losses_spliced, probing_by_class
 from hedgelab.protocols.evaluation.across import figure, flat, means, rows_of
 from hedgelab.protocols.study import as_csv
 from hedgelab.protocols.sweep.report import Row
@@ -33,8 +27,6 @@ def test_figures_of_one_sae():
     letters = absorption_by_letter(["a", "q"], [0.1, math.nan], [0.2, math.nan]).axes[0]
     assert [text.get_text() for text in letters.texts] == ["–"]
     assert texts(losses_spliced(LOSSES)) == ["recovered of what zeros lose: 93.0%", "recovered of what zeros lose: 94.0%"]
-    lines = scores_by_count([2, 5], {"score": [0.1, 0.3], "other": [0.0, 0.2]}, "T", "y").axes[0].get_lines()
-    assert list(lines[0].get_ydata()) == [0.1, 0.3]
     assert texts(cosine_distribution(np.ones(200), [0.1, 0.95], 0.9))[1] == "1 of 2 above 0.9"
 
 
@@ -72,17 +64,18 @@ def test_a_comparison_says_from_which_difference_on_it_is_to_be_believed():
 
 def test_scores_are_averaged_over_seeds():
     results = {
-        name: {"absorption/full": float(name[:-2]) + 0.1 * int(name[-1]), "tpp/n10": 1.0, "tpp/n5": 2.0} for name in PARAMS
+        name: {"absorption/full": float(name[:-2]) + 0.1 * int(name[-1]), "probing/f1_k1": 1.0, "probing/auc_k1": 2.0}
+        for name in PARAMS
     }
     rows = rows_of(results, PARAMS)
     drawn = figure(rows, "T")
-    assert sorted(texts(drawn)[:2]) == ["TPP, 10 latents ↑", "full absorption ↓"]
+    assert sorted(texts(drawn)[:2]) == ["full absorption ↓", "probing F1, k = 1 ↑"]
     panel = drawn.axes[texts(drawn).index("full absorption ↓")]
     assert list(panel.get_lines()[0].get_ydata()) == pytest.approx([0.05, 0.55])
     (absorption,) = [line for line in means(rows) if "absorption/full" in line]
     assert absorption.split() == ["absorption/full", "0.05", "±", "0.071", "0.55", "±", "0.071"]
     lines = as_csv(flat(rows)).splitlines()
-    assert lines[0] == "sae,line,beta,absorption/full,tpp/n10,tpp/n5"
+    assert lines[0] == "sae,line,beta,absorption/full,probing/f1_k1,probing/auc_k1"
     assert lines[1] == "0/0,,0,0,1,2"
 
 

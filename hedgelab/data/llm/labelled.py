@@ -1,7 +1,6 @@
-"""Texts with answers, for evaluations: tagged words, texts with a property or two, and words by their first letter."""
+"""Texts with answers, for evaluations: tagged words, and words by their first letter."""
 
 import re
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,15 +29,6 @@ class LabelledRows(NamedTuple):
 
     tokens: Tensor
     positions: Tensor
-    labels: Tensor
-    test: Tensor
-    classes: list[str]
-
-
-class LabelledTexts(NamedTuple):
-    """Texts ``[texts, length]`` with their classes, bool ``[texts, classes]``; documents are never split for testing."""
-
-    tokens: Tensor
     labels: Tensor
     test: Tensor
     classes: list[str]
@@ -140,89 +130,6 @@ class TaggedWords:
                 if not _LEAST <= int(part.sum()) <= len(part) - _LEAST:
                     raise UserError(f"words.classes.{name}: fits too few of the words read, or nearly all; check it")
         return result
-
-
-@dataclass(frozen=True)
-class Property:
-    """A property of a text, with two classes or more.
-
-    Attributes:
-        classes: Name of each class, and its values in ``column``; or, without a column, words of which a text of the class
-            contains one, and none of another class's.
-        column: Key of the JSON line that says the class.
-    """
-
-    classes: dict[str, list[str]]
-    column: str | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.classes) < 2:
-            raise UserError(f"texts: a property needs at least two classes, got {list(self.classes)}")
-
-    def of(self, line: dict[str, Any], piece: str) -> int | None:
-        """Number of the class of a piece of a line's text; None for none, or several."""
-        said = set(re.findall(r"\w+", piece.lower())) if self.column is None else {str(line.get(self.column))}
-        found = [i for i, values in enumerate(self.classes.values()) if said.intersection(values)]
-        return found[0] if len(found) == 1 else None
-
-
-@dataclass(frozen=True)
-class ClassifiedTexts:
-    """Texts with one property (for targeted probe perturbation) or two (for spurious correlation removal).
-
-    Attributes:
-        text: JSON-lines file (or .gz), one document a line.
-        label: The property to predict.
-        spurious: A second one that goes along with it in biased training; both then need exactly two classes.
-        field: Key of the text.
-        per_class: Pieces taken of each class, or of each of the four combinations; a third of them for testing.
-        length: Tokens a piece.
-    """
-
-    text: str
-    label: Property
-    spurious: Property | None = None
-    field: str = "text"
-    per_class: int = 150
-    length: int = 64
-
-    def __post_init__(self) -> None:
-        whole_number("texts.per_class", self.per_class)
-        whole_number("texts.length", self.length, 2)
-        if self.spurious is not None and (len(self.label.classes) != 2 or len(self.spurious.classes) != 2):
-            raise UserError("texts.spurious: spurious correlation removal needs two classes of label and of spurious")
-
-    def load(self, tokenizer: Any) -> LabelledTexts:
-        """Cut the documents into pieces and take equally many of each kind, spread over the documents.
-
-        With a spurious property the labels are the two as booleans (second class of each), else one-hot.
-        """
-        properties = [self.label] if self.spurious is None else [self.label, self.spurious]
-        pieces: dict[tuple[bool, tuple[int | None, ...]], list[list[int]]] = defaultdict(list)
-        for number, line in enumerate(json_lines(Path(self.text), "texts.text", (self.field,))):
-            where = f"key {self.field!r} of {self.text}, line {number + 1},"
-            text = as_text(line[self.field], "texts.field", where) or ""
-            # In no rhythm that classes might have as well.
-            is_test = zlib.crc32(str(number).encode()) % _TEST_EVERY == 0
-            for ids, offsets in _pieces(tokenizer, text, self.length):
-                piece = text[offsets[0][0] : offsets[-1][1]]
-                kind = tuple(one.of(line, piece) for one in properties)
-                if None not in kind:
-                    pieces[is_test, kind].append(ids)
-        kinds = {kind for _, kind in pieces}
-        test_share = self.per_class // _TEST_EVERY
-        per = {
-            is_test: min([most, *(len(pieces[is_test, kind]) for kind in kinds)])
-            for is_test, most in ((True, test_share), (False, self.per_class - test_share))
-        }
-        if len(kinds) < len(self.label.classes) * len(properties) or min(per.values()) < _LEAST:
-            counts = {key: len(found) for key, found in pieces.items()}
-            raise UserError(f"texts.label: too few pieces of text of some class in {self.text}: {counts}")
-        taken = [(ids, *key) for key, found in sorted(pieces.items()) for ids in _evenly_spaced(found, per[key[0]])]
-        tokens, test, chosen = (torch.tensor(column) for column in zip(*taken, strict=True))
-        if self.spurious is not None:
-            return LabelledTexts(tokens, chosen.bool(), test, ["label", "spurious"])
-        return LabelledTexts(tokens, chosen == torch.arange(len(self.label.classes)), test, list(self.label.classes))
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,6 @@ from hedgelab.metrics.functional.recovery import mcc as mcc
 from hedgelab.metrics.functional.recovery import mean_max_cosine as mean_max_cosine
 from hedgelab.metrics.functional.recovery import nearest_detection_scores as nearest_detection_scores
 from hedgelab.metrics.functional.recovery import uniqueness as uniqueness
-from hedgelab.metrics.functional.removal import PooledTexts as PooledTexts
-from hedgelab.metrics.functional.removal import biased_probes as biased_probes
-from hedgelab.metrics.functional.removal import spurious_correlation_removal as spurious_correlation_removal
-from hedgelab.metrics.functional.removal import targeted_probe_perturbation as targeted_probe_perturbation
 from hedgelab.metrics.functional.true_hedging import decoder_coordinates as decoder_coordinates
 from hedgelab.metrics.functional.true_hedging import encoder_coordinates as encoder_coordinates
 from hedgelab.metrics.functional.true_hedging import hedging as hedging

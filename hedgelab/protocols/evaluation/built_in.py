@@ -1,13 +1,9 @@
-"""The suites of the package: density and decoder geometry of any SAE, and what needs a language model.
-
-The field advises against TPP and SCR: TPP falls as training goes on, and SCR with many latents goes against the truth on
-synthetic SAEs (Chanin, *Are SAE Benchmarks Reliable?*, arXiv 2605.18229). They are for comparison with published numbers.
-"""
+"""The suites of the package: density and decoder geometry of any SAE, and what needs a language model."""
 
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +12,8 @@ from tqdm import tqdm
 
 from hedgelab.data.datamodule import ActivationDataModule
 from hedgelab.data.llm.hook import Replacement
-from hedgelab.data.llm.labelled import ClassifiedTexts, FirstLetters, TaggedWords
-from hedgelab.errors import UserError, whole_number
+from hedgelab.data.llm.labelled import FirstLetters, TaggedWords
+from hedgelab.errors import whole_number
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics.functional.basic import density_histogram, explained_variance
 from hedgelab.metrics.functional.first_letter import FirstLetterScores, first_letter_scores
@@ -25,12 +21,6 @@ from hedgelab.metrics.functional.loss_recovered import baseline_sums, recovered_
 from hedgelab.metrics.functional.probing import firing_magnitudes, k_sparse_probing, linear_probes
 from hedgelab.metrics.functional.projection import nth_decoder_projection
 from hedgelab.metrics.functional.recovery import NEAR_DUPLICATE, decoder_cosines, decoder_geometry, mcc
-from hedgelab.metrics.functional.removal import (
-    PooledTexts,
-    biased_probes,
-    spurious_correlation_removal,
-    targeted_probe_perturbation,
-)
 from hedgelab.plots import evaluation as plots
 from hedgelab.plots.training import firing_density
 from hedgelab.protocols.evaluation.reader import ModelReader, Readings
@@ -433,113 +423,3 @@ def reshuffled(test: Tensor, labels: Tensor, split: int) -> Tensor:
     for number, members in enumerate(one.nonzero().squeeze(1) for one in labels.T if split):
         test[members] = test[members][torch.randperm(len(members), generator=generator(split, "letters", number))]
     return test
-
-
-class TextActivations(NamedTuple):
-    """Activations of every token of texts, and their means over each text."""
-
-    x: Tensor  # [rows, d_in]
-    text: Tensor  # the text that each row belongs to
-    pooled: Tensor  # [texts, d_in]
-    labels: Tensor  # bool [texts, classes]
-    test: Tensor  # bool [texts]
-
-    def of(self, sae: SAE) -> tuple[PooledTexts, PooledTexts, Tensor]:
-        """Texts for training and for testing, by their mean activations and latents, and decoder rows."""
-        texts = PooledTexts(self.pooled, pooled(encode_rows(sae, self.x), self.text, len(self.labels)), self.labels)
-        train, test = (PooledTexts(*(part[kind] for part in texts)) for kind in (~self.test, self.test))
-        return train, test, sae.W_dec.detach().cpu()
-
-
-def text_activations(reader: ModelReader, texts: ClassifiedTexts | None, name: str) -> TextActivations:
-    """Activations of texts; ``name`` is shown beside the progress."""
-    assert texts is not None
-    data = texts.load(reader.tokenizer)
-    usable = torch.ones_like(data.tokens, dtype=torch.bool)
-    usable[:, : reader.data.skip_first] = False
-    x, kept = reader.rows(name, data.tokens, usable)
-    text = usable.nonzero()[:, 0][kept]
-    total = torch.zeros(len(data.tokens), x.shape[1]).index_add_(0, text, x)
-    means = total / torch.bincount(text, minlength=len(data.tokens)).clamp_min(1)[:, None]
-    return TextActivations(x, text, means, data.labels, data.test)
-
-
-def pooled(codes: Codes, text_of_row: Tensor, texts: int) -> Tensor:
-    """Mean latents of each text, ``[texts, d_sae]`` float32; ``text_of_row``: ``[rows]`` int64."""
-    _, latents, values = codes.csr()
-    total = torch.zeros(texts * codes.d_sae)
-    total.index_add_(0, text_of_row[codes.rows()] * codes.d_sae + latents, values.float())
-    return total.view(texts, codes.d_sae) / torch.bincount(text_of_row, minlength=texts).clamp_min(1)[:, None]
-
-
-def silencing_scores(
-    name: str, counts: list[int], curves: Mapping[str, Tensor], heading: str, measure: str, **others: float
-) -> Scores:
-    """Scores of a suite by how many latents are silenced; the first curve is the one that counts."""
-    first = next(iter(curves.values())).tolist()
-    metrics = {f"n{count}": value for count, value in zip(counts, first, strict=True)} | others
-    draw = partial(
-        plots.scores_by_count, counts, {key.replace("_", " "): curve for key, curve in curves.items()}, heading, measure
-    )
-    return Scores(
-        {f"{name}/{key}": value for key, value in metrics.items()},
-        {f"{name}/counts.csv": rows_of({"silenced": counts, **curves})},
-        {f"{name}.png": draw},
-    )
-
-
-class TPPSuite(Suite):
-    """Targeted probe perturbation (see :mod:`hedgelab.metrics.functional.removal`); the field advises against it.
-
-    Args:
-        topics: Texts of several classes; without them it cannot be had.
-        silenced: Numbers of latents silenced.
-    """
-
-    name = "tpp"
-    withdrawn = "falls as training goes on, arXiv 2605.18229; name it to have it all the same"
-    needs = "topics"
-    titles: ClassVar[Mapping[str, str]] = {"tpp/n10": "TPP, 10 latents ↑"}
-
-    def __init__(self, topics: ClassifiedTexts | None = None, silenced: list[int] = [2, 5, 10, 20, 50]) -> None:  # noqa: B006
-        self.topics, self.silenced = topics, whole_numbers("silenced", silenced)
-
-    def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
-        """Scores of each SAE."""
-        data, counts = text_activations(readings.model, self.topics, self.name), self.silenced
-        probe = linear_probes(data.pooled[~data.test], data.labels[~data.test], C=0.01)  # one classifier a class
-        for name, sae in saes.items():
-            curves = targeted_probe_perturbation(probe, *data.of(sae), counts)._asdict()
-            yield name, silencing_scores("tpp", counts, curves, "Targeted probe perturbation", "accuracy lost")
-
-
-class SCRSuite(Suite):
-    """Spurious correlation removal (see :mod:`hedgelab.metrics.functional.removal`); the field advises against it.
-
-    Args:
-        removal: Texts with a label and a spurious property; without them it cannot be had.
-        silenced: Numbers of latents silenced.
-    """
-
-    name = "scr"
-    withdrawn = "goes against the truth on synthetic SAEs, arXiv 2605.18229; name it to have it all the same"
-    needs = "removal"
-    titles: ClassVar[Mapping[str, str]] = {"scr/n20": "SCR, 20 latents ↑"}
-
-    def __init__(self, removal: ClassifiedTexts | None = None, silenced: list[int] = [2, 5, 10, 20, 50]) -> None:  # noqa: B006
-        self.removal, self.silenced = removal, whole_numbers("silenced", silenced)
-        if removal is not None and removal.spurious is None:
-            raise UserError("removal.spurious: missing; spurious correlation removal needs a second property")
-
-    def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
-        """Scores of each SAE."""
-        data, counts = text_activations(readings.model, self.removal, self.name), self.silenced
-        label, spurious = data.labels[~data.test].T
-        probes = biased_probes(data.pooled[~data.test], label, spurious, C=0.01)
-        for name, sae in saes.items():
-            scores = spurious_correlation_removal(probes, *data.of(sae), counts)
-            curves = {"score": scores.score, "label_kept": scores.both[0], "spurious_kept": scores.both[1]}
-            yield name, silencing_scores(
-                "scr", counts, curves, "Spurious correlation removal", "accuracy regained",
-                accuracy_biased=float(scores.biased.min()), accuracy_clean=float(scores.clean.mean()),
-            )  # fmt: skip

@@ -34,6 +34,11 @@ from hedgelab.saes import SAE
 GROUP = "hedgelab.suites"
 NOISE = "_noise"
 """Ends the name of a score's standard error: how far it lies from what the same measurement anew would give."""
+WITHDRAWN = {
+    "tpp": "targeted probe perturbation falls as training goes on",
+    "scr": "spurious correlation removal goes against the truth on synthetic SAEs",
+}
+"""Measures that hedgelab had until the field withdrew them, and why (Chanin, *Are SAE Benchmarks Reliable?*, 2605.18229)."""
 _ROWS_AT_ONCE = 4096
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -59,7 +64,6 @@ class Suite(ABC):
     reads_language_model: ClassVar[bool] = True  # whether it needs activations of a language model
     reconstructs: ClassVar[bool] = True  # whether it compares with what was read, which transcoders do not reconstruct
     needs: ClassVar[str] = ""  # the argument that names its labelled text, without which it cannot run
-    withdrawn: ClassVar[str] = ""  # why the field advises against it; it then runs where it is named alone
 
     @abstractmethod
     def score(self, saes: Mapping[str, SAE], readings: Readings) -> Iterator[tuple[str, Scores]]:
@@ -122,6 +126,8 @@ def names_of(suites: Sequence[Suite], wanted: Sequence[str]) -> list[str]:
     """Names of suites that were given by name or class path; ``all`` stays."""
     known = {"all": "all"} | {word: one.name for one in suites for word in (one.name, class_path(type(one)))}
     for word in wanted:
+        if why := WITHDRAWN.get(word):
+            raise UserError(f"--suite {word}: withdrawn by the field, {why} (arXiv 2605.18229); leave it out")
         if word not in known:
             raise UserError(f"--suite: expected some of {', '.join(one.name for one in suites)}, or all, got {word!r}")
     return [known[word] for word in wanted]
@@ -130,7 +136,7 @@ def names_of(suites: Sequence[Suite], wanted: Sequence[str]) -> list[str]:
 def choose(
     suites: Sequence[Suite], wanted: Sequence[str], data: ActivationDataModule, reconstruct: bool = True
 ) -> tuple[list[Suite], dict[str, str]]:
-    """The suites to run, and why others are left out; ``all`` are all that can be run, and that the field stands by.
+    """The suites to run, and why others of ``all`` are left out, which cannot be run.
 
     SAEs that do not ``reconstruct`` what they read are transcoders.
     """
@@ -144,7 +150,7 @@ def choose(
             if reason is not None:
                 raise UserError(f"--suite {suite.name}: {reason}")
             chosen.append(suite)
-        elif "all" in names and (reason := reason or suite.withdrawn):
+        elif "all" in names and reason is not None:
             left_out[suite.name] = reason
         elif "all" in names:
             chosen.append(suite)

@@ -5,25 +5,14 @@ import json
 import pytest
 import torch
 
-from hedgelab.data.llm.labelled import ClassifiedTexts, Property, TaggedWords
+from hedgelab.data.llm.labelled import TaggedWords
 from hedgelab.data.source import ActivationSource
 from hedgelab.data.tensors import TensorActivations
 from hedgelab.data.toy import IndependentFiring, ToyDataModule
 from hedgelab.metrics.functional.basic import explained_variance
-from hedgelab.metrics.functional.probing import linear_probes
 from hedgelab.protocols.evaluation import ModelReader, Readings, suite_classes
-from hedgelab.protocols.evaluation.built_in import (
-    AbsorptionSuite,
-    DensitySuite,
-    GeometrySuite,
-    LossSuite,
-    ProbingSuite,
-    SCRSuite,
-    TPPSuite,
-    pooled,
-    text_activations,
-)
-from hedgelab.protocols.evaluation.suite import choose, encode_rows, make_suites
+from hedgelab.protocols.evaluation.built_in import AbsorptionSuite, DensitySuite, GeometrySuite, LossSuite, ProbingSuite
+from hedgelab.protocols.evaluation.suite import choose, make_suites
 from hedgelab.saes import BatchTopKSAE, TopKSAE
 
 D_SAE = 48
@@ -99,16 +88,6 @@ def test_activations_are_read_once(data, monkeypatch):
     first, _ = ModelReader(data).rows("test", contexts.tokens.long(), usable)
     monkeypatch.setattr(data.harvester, "rows", lambda *_: pytest.fail("asked the model again"))
     assert torch.equal(ModelReader(data).rows("test", contexts.tokens.long(), usable)[0], first)
-
-
-def test_pooled_codes_are_means_over_tokens(saes):
-    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
-    text = torch.tensor([0] * 5 + [2] * 15)
-    dense = saes["topk"].encode(x).to_dense().detach()
-    result = pooled(encode_rows(saes["topk"], x), text, 3)
-    torch.testing.assert_close(result[0], dense[:5].mean(0))
-    torch.testing.assert_close(result[2], dense[5:].mean(0))
-    assert (result[1] == 0).all()
 
 
 def test_density_and_geometry(readings, saes):
@@ -192,20 +171,6 @@ def test_probing_reads_the_tagged_tokens(readings, reader, saes, labelled):
     torch.testing.assert_close(x[test][0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_texts_are_probed_and_latents_silenced(readings, reader, saes, labelled):
-    kind, who = Property({"a": ["a"], "b": ["b"]}, "kind"), Property({"58": ["w58"], "59": ["w59"]})
-    texts = ClassifiedTexts(str(labelled / "text.jsonl"), kind, per_class=60, length=12)
-    scores = only(TPPSuite(texts, [2, 40]), saes, readings)
-    assert set(scores.metrics) == {"tpp/n2", "tpp/n40"}
-    data = text_activations(reader, texts, "tpp")
-    probe = linear_probes(data.pooled[~data.test], data.labels[~data.test], C=0.01)
-    accuracy = ((probe.scores(data.pooled[data.test]) > 0) == data.labels[data.test]).double().mean()
-    assert accuracy > 0.9  # kinds are made of different words
-    texts = ClassifiedTexts(str(labelled / "text.jsonl"), kind, who, per_class=30, length=12)
-    scores = only(SCRSuite(texts, [2, 40]), saes, readings)
-    assert {"scr/n2", "scr/n40", "scr/accuracy_biased", "scr/accuracy_clean"} == set(scores.metrics)
-
-
 def test_first_letters_end_to_end(readings, saes):
     class Letters:
         def load(self, tokenizer):
@@ -228,8 +193,7 @@ def test_first_letters_end_to_end(readings, saes):
 def test_suites_without_their_text_are_left_out_or_refused(data):
     from hedgelab.errors import UserError
 
-    topics = {"text": "t.jsonl", "label": {"classes": {"a": ["x"], "b": ["y"]}}}
-    suites = make_suites({"topics": topics}, suite_classes())
+    suites = make_suites({}, suite_classes())
     toy = ToyDataModule(d_in=8, firing=IndependentFiring([0.2, 0.3]))
     of_tensor = TensorActivations(torch.randn(100, 8), batch_size=50)
 
@@ -239,9 +203,7 @@ def test_suites_without_their_text_are_left_out_or_refused(data):
     plain = {"density", "geometry", "residual"}
     assert chosen(["all"], data) == {*plain, "absorption", "loss_recovered"}
     left_out = choose(suites, ["all"], data)[1]
-    assert set(left_out) == {"probing", "tpp", "scr", "truth"}
-    assert "arXiv 2605.18229" in left_out["tpp"]  # its text is there, and the field advises against it
-    assert chosen(["tpp"], data) == {"tpp"}
+    assert set(left_out) == {"probing", "truth"}
     assert chosen(["all"], toy) == {*plain, "truth"}
     assert chosen(["all"], of_tensor) == plain
     assert chosen(["geometry", "geometry"], toy) == {"geometry"}

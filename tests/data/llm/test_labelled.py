@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hedgelab.data.llm.labelled import ClassifiedTexts, FirstLetters, Property, TaggedWords
+from hedgelab.data.llm.labelled import FirstLetters, TaggedWords
 from hedgelab.data.llm.text import pack
 from hedgelab.errors import UserError
 
@@ -106,33 +106,6 @@ def test_lines_without_the_keys_are_named(tmp_path, tokenizer):
         words(tmp_path).load(tokenizer)
 
 
-def test_pieces_of_text_are_balanced_and_never_share_a_document(tagged, tokenizer):
-    kinds = Property({"first": ["a"], "others": ["b", "c"]}, column="kind")
-    data = ClassifiedTexts(str(tagged / "text.jsonl"), kinds, per_class=18, length=5).load(tokenizer)
-    assert data.classes == ["first", "others"]
-    assert data.tokens.shape[1] == 5
-    assert (data.labels.sum(1) == 1).all()
-    for part in (data.test, ~data.test):
-        first, others = data.labels[part].sum(0).tolist()
-        assert first == others >= 5
-
-
-def test_properties_by_words():
-    he_or_she = Property({"he": ["he", "his"], "she": ["she"]})
-    assert he_or_she.of({}, "And He went.") == 0
-    assert he_or_she.of({}, "she") == 1
-    assert he_or_she.of({}, "he and she") is None
-    assert he_or_she.of({}, "the shed") is None
-
-
-def test_removal_needs_two_by_two_classes():
-    two, three = Property({"a": ["x"], "b": ["y"]}), Property({"a": ["x"], "b": ["y"], "c": ["z"]})
-    with pytest.raises(UserError, match="needs two classes"):
-        ClassifiedTexts("text.jsonl", three, two)
-    with pytest.raises(UserError, match="at least two classes"):
-        Property({"a": ["x"]})
-
-
 class Vocabulary:
     """A tokenizer of words with a leading space, as byte-level tokenizers write them."""
 
@@ -186,8 +159,6 @@ def test_an_appended_eos_token_stands_nowhere(tagged, make_tokenizer, with_bos, 
     expected, got = (words(tagged).load(tokenizer) for tokenizer in (plain, appending))
     assert torch.equal(got.tokens, expected.tokens)
     assert torch.equal(got.positions, expected.positions)
-    texts = ClassifiedTexts(str(tagged / "text.jsonl"), Property({"a": ["a"], "b": ["b", "c"]}, column="kind"), length=5)
-    assert torch.equal(texts.load(appending).tokens, texts.load(plain).tokens)
     documents = ["w1 w2 w3 w4 w5 w6", "w7 w8 w9 w10"]
     assert torch.equal(pack(iter(documents), appending, 4).tokens[:, 1:], pack(iter(documents), plain, 4).tokens[:, 1:])
 
@@ -203,9 +174,6 @@ def test_texts_that_are_no_text_are_named(tmp_path, tokenizer, line, message):
     (tmp_path / "text.jsonl").write_text(json.dumps(line))
     with pytest.raises(UserError, match=message):
         words(tmp_path).load(tokenizer)
-    renamed = message.replace(r"words\.text", r"texts\.field")
-    with pytest.raises(UserError, match=renamed):
-        ClassifiedTexts(str(tmp_path / "text.jsonl"), Property({"a": ["a"], "b": ["b"]}, "kind")).load(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +200,6 @@ def test_files_with_a_byte_order_mark_and_in_other_encodings(tagged, tokenizer, 
     [
         (lambda: FirstLetters(words=True), "letters.words"),
         (lambda: FirstLetters(examples=1.0), "letters.examples"),
-        (lambda: ClassifiedTexts("t", Property({"a": [], "b": []}), length=True), "texts.length"),
-        (lambda: ClassifiedTexts("t", Property({"a": [], "b": []}), per_class=0), "texts.per_class"),
         (lambda: TaggedWords("t", "u", {"a": ["b"]}, contexts=True), "words.contexts"),
         (lambda: TaggedWords("t", "u", {"a": ["b"]}, context_length=0), "words.context_length"),
     ],

@@ -8,7 +8,7 @@ import torch
 from hedgelab.batch import Batch
 from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.data.llm.hook import SplicedModel
-from hedgelab.data.llm.labelled import ClassifiedTexts, LabelledWords, Property, TaggedWords
+from hedgelab.data.llm.labelled import LabelledWords, TaggedWords
 from hedgelab.data.planting import Directions, Events, PlantedActivations
 from hedgelab.data.toy import IndependentFiring
 from hedgelab.errors import UserError
@@ -153,12 +153,9 @@ class Letters:
 def suite_arguments(name, folder):
     """What a suite is made with: small, and texts of its own where it needs some."""
     text, tags = str(folder / "text.jsonl"), str(folder / "tags.jsonl")
-    kind, who = Property({"a": ["a"], "b": ["b"]}, "kind"), Property({"58": ["w58"], "59": ["w59"]})
     return {
         "density": [100], "geometry": [100], "loss_recovered": [4], "absorption": [Letters()],
         "probing": [TaggedWords(text, tags, {"EVEN": ["even"]}, contexts=20, context_length=16), [1]],
-        "tpp": [ClassifiedTexts(text, kind, per_class=20, length=12), [2]],
-        "scr": [ClassifiedTexts(text, kind, who, per_class=20, length=12), [2]],
     }[name]  # fmt: skip
 
 
