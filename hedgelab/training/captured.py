@@ -51,8 +51,7 @@ class StepGraph:
     def _key_of(self, batch: Batch) -> Any:
         if not self._switched_on or not batch.x.is_cuda or batch.weight is not None or batch.x.dim() != 2:
             return None
-        key = self.sae.step_key(len(batch.x))
-        if key is None:
+        if (key := self.sae.step_key(len(batch.x))) is None:
             return None
         weights = tuple((one.data_ptr(), one.requires_grad, one.dtype) for one in self.sae.parameters())
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
@@ -63,13 +62,11 @@ class _Graph:
     """A captured step: loss and backward pass of the activations in ``x``."""
 
     def __init__(self, sae: Any, x: Tensor) -> None:
-        from hedgelab.saes.losses import LossTerms  # late: SAEs are made with the shell that uses this
-
-        self._made, self.x = LossTerms, x.clone()
+        self.x = x.clone()
         self.parameters = [one for one in sae.parameters() if one.requires_grad]
         before, beside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         torch.clear_autocast_cache()  # of casts that a replay would not make anew
-        with ops.fixed_shapes():
+        with ops.backend("fixed"):
             beside.wait_stream(before)
             with torch.cuda.stream(beside):
                 for _ in range(2):  # kernels are compiled and loaded
@@ -82,7 +79,7 @@ class _Graph:
                 values = [term.detach().float() for term in result.terms.values()]
                 self.values = torch.stack([*values, result.total.detach().float()])
         torch.clear_autocast_cache()
-        self.names, self.error = list(result.terms), result.error
+        self.made, self.names, self.error = type(result), list(result.terms), result.error
         self.codes = result.codes.detach()
         self.gradients = [one.grad for one in self.parameters]
 
@@ -103,6 +100,6 @@ class _Graph:
         codes, layout = self.codes, self.codes.layout
         if layout is not None:  # anew, for what has been derived from the last replay's must not be kept
             codes = Codes(codes.values, Layout(layout.crow, layout.latents, layout.d_sae))
-        result = self._made(dict(zip(self.names, terms, strict=True)), codes, self.error)
+        result = self.made(dict(zip(self.names, terms, strict=True)), codes, self.error)
         result.__dict__["total"] = total
         return result
