@@ -191,8 +191,7 @@ class Codes:
     def split(self, size: int) -> list[Self]:
         """Codes of the first ``size`` examples, of the next, and so on, without rates; as parts, looked up at once."""
         if self.layout is None:
-            starts = range(0, self.batch_size, size)
-            return [self.part(slice(start, start + size)) for start in starts]
+            return [self.part(slice(start, start + size)) for start in range(0, self.batch_size, size)]
         crow, parts = self.layout.crow, []
         bounds = [*range(0, self.batch_size, size), self.batch_size]
         stored = crow[torch.tensor(bounds, device=crow.device)].tolist()

@@ -91,8 +91,7 @@ def among_largest(values: Tensor, positions: Callable[[Tensor], Tensor], wanted:
 
     Of equal values at the edge those with the lowest ``positions`` are kept, which turns indices into ``values`` (of at least
     single precision) into numbers that no two values of any ranks share. Values are not gathered: positive floating-point
-    numbers sort as their bit patterns do, so in each round every rank counts its values by the next 11 bits, and the sums of
-    the counts tell the next digit of the edge.
+    numbers sort as their bit patterns do, so each round counts the values of all ranks by 11 bits, the next digit of the edge.
     """
     integers = torch.int32 if values.itemsize == 4 else torch.int64
     keys = values[values > 0].view(integers)

@@ -102,8 +102,7 @@ def largest_columns(ranked: Tensor, k: int, d_sae: int) -> Tensor:
         chosen = _largest_k_of_rows(ranked.view(rows, GROUP, groups).amax(1), k)
         if chosen is not None:
             columns = ((chosen % groups).unsqueeze(1) + torch.arange(0, GROUP * groups, groups)).view(-1, GROUP * k)
-            inside = _largest_k_of_rows(ranked.gather(1, columns), k)
-            if inside is not None:
+            if (inside := _largest_k_of_rows(ranked.gather(1, columns), k)) is not None:
                 return columns.view(-1)[inside].view(-1, k)
     return ranked[:, :d_sae].topk(k, dim=1, sorted=False).indices
 
@@ -112,8 +111,7 @@ def select_batch_topk(product: Product, k: float, scale: Tensor | None, share: S
     """Of the k · batch largest positive entries of the global batch, ranked by ``pre`` (times ``scale``), those of this part.
 
     Entries above a floor, estimated from the first tile, are collected from all tiles, and the largest are picked among them:
-    those of a full sort, of equal ones the lowest row, then latent. Should they turn out too few, a second and last pass
-    collects all positive entries.
+    those of a full sort, of equal ones the lowest row, then latent. Are they too few, a second pass collects all above 0.
     """
     wanted = round(k * share.rows)
     candidates, floor = _candidates(product, scale, wanted, k / share.d_sae, share)

@@ -63,9 +63,7 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
 
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:
-    """As :func:`reference.decode`; dense codes are decoded there."""
-    if codes.layout is None:
-        return reference.decode(codes, decoder)
+    """As :func:`reference.decode`, of sparse codes."""
     settings = (codes.layout, (codes.d_sae,), None, ALONE)
     _, x_hats = _DecodeLevels.apply(codes.values, None, *decoder, *settings)  # type: ignore[no-untyped-call]
     x_hat: Tensor = x_hats[0].to(decoder.W_dec.dtype)
@@ -73,9 +71,7 @@ def decode(codes: Codes, decoder: Decoder) -> Tensor:
 
 
 def level_errors(codes: Codes, decoder: Decoder, target: Target, ranks: Ranks = ALONE) -> Errors:
-    """As :func:`reference.level_errors`; decode and error are one kernel, and ``ranks`` may share the latents."""
-    if codes.layout is None:
-        return reference.level_errors(codes, decoder, target)
+    """As :func:`reference.level_errors` of sparse codes: decode and error are one kernel; ``ranks`` may share the latents."""
     if target.levels[-1] < codes.d_sae:
         codes = codes.prefix(target.levels[-1])
     settings = (codes.layout, tuple(target.levels), target, ranks)
@@ -123,9 +119,8 @@ class _SelectedPreActivations(Function):
 class _DecodeLevels(Function):
     """Sparse decode of nested prefixes of the latents: their losses ``[levels]`` and errors ``[levels, batch, d_in]``.
 
-    Errors are accumulated from level to level; backward, gradients are summed from the outermost level inward. Without ``x``
-    there are no losses, and in place of errors the reconstruction of one level, with its gradient. What each level adds is
-    summed over ``ranks`` that share the latents.
+    Errors accumulate from level to level, and backward gradients from the outermost level inward. Without ``x`` there are no
+    losses, and in place of errors one level's reconstruction, with its gradient. ``ranks`` may share the latents.
     """
 
     @staticmethod
