@@ -103,8 +103,7 @@ def hedging_degree(
 
 def _decoder(sae: Any) -> Tensor:
     """The decoder of an SAE, or the tensor that is one."""
-    W_dec: Tensor = sae if isinstance(sae, Tensor) else sae.W_dec
-    return W_dec
+    return sae if isinstance(sae, Tensor) else sae.W_dec
 
 
 def _run(sae: Any, x: Tensor) -> tuple[Tensor, Codes]:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from hedgelab.batch import Batch
 from hedgelab.glossary import GROUP
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.ranks import Ranks
+from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.metrics import classes
 from hedgelab.metrics.functional import hierarchy, planted, recovery, true_hedging
 from hedgelab.metrics.functional.accumulate import as_codes
@@ -52,9 +51,9 @@ class SAEMetrics(nn.Module):
         last: bool = True,
     ) -> None:
         super().__init__()
-        split: dict[str, Any] = {}
-        if ranks is not None:
-            split = {"sync_on_compute": ranks.size > 1, "process_group": ranks.group}
+        if ranks is None:
+            ranks = Ranks.of(None) if dist.is_available() and dist.is_initialized() else ALONE
+        split: dict[str, Any] = {"sync_on_compute": ranks.size > 1, "process_group": ranks.group}
         self.explained_variance = classes.ExplainedVariance(d_in, **split)
         self.mse = classes.MeanSquaredError(**split)
         self.shrinkage = classes.Shrinkage(**split)
@@ -65,9 +64,7 @@ class SAEMetrics(nn.Module):
         self.own = nn.ModuleList(own(d_in, d_sae, **split) for own in classes.ValidationMetric.declared.values())
         self.residual: classes.ResidualHedgingMetric | None = None
         if last and d_sae <= JOINT_LATENTS:
-            together = dist.is_available() and dist.is_initialized()
-            size = ranks.size if ranks is not None else dist.get_world_size() if together else 1
-            rows = max(1, classes.ROWS // size)
+            rows = max(1, classes.ROWS // ranks.size)
             self.residual = classes.ResidualHedgingMetric(torch.zeros(d_sae, d_in), rows, **split)
         self.truth = nn.ModuleDict()
         self.register_buffer("feature_directions", feature_directions, persistent=False)
@@ -133,12 +130,6 @@ class SAEMetrics(nn.Module):
                 beside_chance = planted.planted_hedging(W_dec, *truth, tracked, live)
                 results |= {f"planted/{name}": value for name, value in beside_chance._asdict().items()}
         return results
-
-    def reset(self) -> None:
-        """Forget everything seen."""
-        for metric in self.modules():
-            if isinstance(metric, Metric):
-                metric.reset()
 
 
 def recovery_summary(

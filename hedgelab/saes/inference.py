@@ -44,8 +44,7 @@ class NormalisedCodes(Codes):
 class InferenceSAE(SAE):
     """An SAE that is measured and not trained, as some of other libraries are; with ``d_out`` a transcoder.
 
-    ``a = select((n(x) - b_dec) W_enc + b_enc)`` and ``x_hat = gain · (a W_dec + b_dec) + shift``, where n, gain and shift are
-    each activation's own (as SAELens has them)::
+    ``a = select((n(x) - b_dec) W_enc + b_enc)``, ``x_hat = gain · (a W_dec + b_dec) + shift``, n, gain, shift as in SAELens::
 
         none:                   n(x) = x                         gain = 1             shift = 0
         layer_norm:             n(x) = (x - shift) / (gain + ε)  gain = std(x)        shift = mean(x)

@@ -87,8 +87,7 @@ def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProb
 def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:
     """Binary classifiers on many columns ``x [n, d]``, each class of ``labels [n, classes]`` against the rest, by L-BFGS.
 
-    Columns are centred and scaled to a mean square of 1 for the fit alone; C refers to that scale. NaN, with a warning, for
-    classes without members or without others.
+    Columns are standardised for the fit, and C refers to that. NaN, with a warning, for classes that lack members or others.
     """
     x, labels = x.detach().cpu().double(), labels.cpu()
     known = known_classes("probes", labels)

@@ -148,8 +148,7 @@ def co_firing_update(codes: Tensor | Codes, features: Tensor | Codes, weight: Te
 def co_firing(codes: Tensor | Codes, features: Tensor | Codes, weight: Tensor | None = None) -> CoFiring:
     """How often latents and features fire and fire together, over one batch.
 
-    Latents fire where they are not 0, ``features [batch, n]`` (a tensor or codes) where they are above 0. Without ``weight``
-    pairs are exact whole numbers in float32.
+    Latents fire where they are not 0, ``features [batch, n]`` above 0. Without ``weight`` pairs are whole numbers in float32.
 
     >>> co_firing(torch.tensor([[1.0], [-2.0]]), torch.tensor([[1.0, 0.0], [1.0, 2.0]])).both.tolist()
     [[2.0, 1.0]]
@@ -212,8 +211,7 @@ class DecoderGeometry(NamedTuple):
 def decoder_geometry(W_dec: Tensor, live: Tensor | None = None, threshold: float = NEAR_DUPLICATE) -> DecoderGeometry:
     """Cosines between rows of ``W_dec [d_sae, d_in]``, block by block: the ``[d_sae, d_sae]`` matrix is never held.
 
-    The results are of the ``live [d_sae]`` latents (bool; None for all), in their order: rows of dead ones are as they were
-    drawn. ``threshold`` is the cosine of near-duplicates.
+    Results are of the ``live [d_sae]`` latents (bool; None for all): dead rows are as drawn. ``threshold`` is near-duplicates'.
 
     >>> decoder_geometry(torch.tensor([[1.0, 0], [2, 0], [0, 1]])).near_duplicates.item()
     2

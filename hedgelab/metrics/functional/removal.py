@@ -96,9 +96,8 @@ def spurious_correlation_removal(
 ) -> SCRScores:
     """SCR, ``(A_ablated - A_biased) / (A_clean - A_biased)`` of accuracies A, for several numbers of silenced latents.
 
-    1 where the bias is gone, 0 where it stays, below 0 where it grows. ``probes`` are made by :func:`biased_probes`; classes
-    are the label and the spurious concept; texts are of all four kinds, those of ``test`` equally many. The rest is as in
-    :func:`targeted_probe_perturbation`.
+    1 where the bias is gone, 0 where it stays, below 0 where it grows. :func:`biased_probes` makes ``probes``; classes are the
+    label and the spurious concept; texts are of all four kinds, in ``test`` equally many. The rest is as for TPP.
 
     >>> labels = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
     >>> texts, zero = PooledTexts(2.0 * labels, 2.0 * labels, labels), torch.zeros(1)  # a latent a concept

@@ -72,8 +72,7 @@ class Mitigation(nn.Module):
     def terms(self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]) -> dict[str, Tensor]:
         """Further terms of the loss by name, scalars that carry their coefficients.
 
-        ``codes``, ``decoder`` and ``target`` are what the errors ``x_hat - x`` of the levels, ``[batch, d_in]`` each, were
-        computed of.
+        The ``errors [batch, d_in]``, ``x_hat - x`` of each level, were computed of ``codes``, ``decoder`` and ``target``.
         """
         return {}
 
