@@ -87,8 +87,7 @@ def sparse_product(codes: Codes, matrix: Tensor, weight: Tensor | None = None) -
         _, latents, values = codes.csr()
         index, values = torch.stack([latents, codes.rows()]).to(device), values.to(device, dtype)
         values = values if weight is None else values * weight.to(dtype)[index[1]]
-        shape = (codes.d_sae, codes.batch_size)
-        return torch.sparse_coo_tensor(index, values, shape, check_invariants=False) @ matrix
+        return torch.sparse_coo_tensor(index, values, (codes.d_sae, codes.batch_size), check_invariants=False) @ matrix
 
 
 def pair_product(left: Codes, right: Codes, weight: Tensor | None = None) -> Tensor:

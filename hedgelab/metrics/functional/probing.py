@@ -169,8 +169,7 @@ def rank_latents(train: Tensor | Codes, labels: Tensor, k: int) -> Tensor:
     inside = torch.stack([wide.sum_per_latent(mask.double()) for mask in labels.T])
     count = labels.sum(0).double()[:, None]
     difference = inside / count - (wide.sum_per_latent() - inside) / (len(labels) - count)
-    ranked = (difference / firing_magnitudes(train)).abs().sort(dim=1, descending=True, stable=True)
-    return ranked.indices[:, :k]
+    return (difference / firing_magnitudes(train)).abs().sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
 def k_sparse_probing(

@@ -111,8 +111,7 @@ def uniqueness(cosines: Tensor) -> Tensor:
     Logged as:
         uniqueness: uniqueness (higher): share of latents whose nearest feature no other latent has
     """
-    distinct = torch.bincount(cosines.abs().argmax(1), minlength=cosines.shape[1]) > 0
-    return distinct.sum().double() / cosines.shape[0]
+    return (torch.bincount(cosines.abs().argmax(1), minlength=cosines.shape[1]) > 0).sum().double() / cosines.shape[0]
 
 
 class CoFiring(NamedTuple):
@@ -193,8 +192,7 @@ def nearest_detection_scores(counts: CoFiring, cosines: Tensor) -> DetectionScor
         nearest_recall: recall, nearest (higher): of examples with the nearest feature, the share where the latent fires, mean
         nearest_f1: F1, nearest (higher): harmonic mean of both, mean over all latents, as SynthSAEBench defines it
     """
-    scores = detection_scores(counts, cosines.abs().argmax(1))
-    return DetectionScores(*(score.nan_to_num(0.0) for score in scores))
+    return DetectionScores(*(score.nan_to_num(0.0) for score in detection_scores(counts, cosines.abs().argmax(1))))
 
 
 class DecoderGeometry(NamedTuple):

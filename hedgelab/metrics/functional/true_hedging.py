@@ -209,8 +209,7 @@ def regression_coefficients(sums: RegressionSums, chosen: Tensor) -> Tensor:
     """
     weight = sums.weight.sum()
     means = (sums.codes[:, chosen].sum(0) / weight).outer(sums.features.sum(0) / weight)
-    products = sums.products.sum(0)[chosen].double() / weight
-    return torch.cholesky_solve(products - means, _covariance_factor(sums, chosen))
+    return torch.cholesky_solve(sums.products.sum(0)[chosen].double() / weight - means, _covariance_factor(sums, chosen))
 
 
 def _covariance_factor(sums: RegressionSums, chosen: Tensor) -> Tensor:
