@@ -58,8 +58,7 @@ class Ranks:
         lengths = self.stack(torch.tensor([value.shape[0]], device=value.device)).flatten().tolist()
         padded = value.new_zeros(max(lengths), *value.shape[1:])
         padded[: value.shape[0]] = value
-        parts = self.stack(padded)
-        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return torch.cat([part[:length] for part, length in zip(self.stack(padded), lengths, strict=True)])
 
     def _reduced(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size == 1:

@@ -125,8 +125,7 @@ def select_above(product: Product, threshold: Tensor | float) -> Codes:
     """All entries above ``threshold`` (a scalar or ``[d_sae]``)."""
     d_sae = product.W_enc.shape[1]
     tiles = ((tile, _entries_above(tile[:, :d_sae], threshold), rows) for rows, tile, _ in product.tiles())
-    parts = [_Candidates.of(tile, *entries, rows) for tile, entries, rows in tiles]
-    return _Candidates.cat(parts).in_row_order(product)
+    return _Candidates.cat([_Candidates.of(tile, *entries, rows) for tile, entries, rows in tiles]).in_row_order(product)
 
 
 class _Candidates(NamedTuple):
@@ -139,8 +138,7 @@ class _Candidates(NamedTuple):
     @classmethod
     def of(cls, tile: Tensor, local: Tensor, columns: Tensor, rows: slice) -> "_Candidates":
         """Entries of a tile, by their rows in it and columns."""
-        pre = tile.view(-1)[local * tile.shape[1] + columns]
-        return cls(local * int(rows.step) + int(rows.start), columns, pre)
+        return cls(local * int(rows.step) + int(rows.start), columns, tile.view(-1)[local * tile.shape[1] + columns])
 
     @classmethod
     def cat(cls, parts: list["_Candidates"]) -> "_Candidates":

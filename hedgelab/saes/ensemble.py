@@ -40,8 +40,7 @@ class EnsembleSAE:
         for member in {id(member): member for member in members}.values():
             if (own := _architecture(member)) != (wanted := _architecture(members[0])):
                 free = ", ".join(_per_member_names(members[0]))
-                agree = f"members must agree in all but {free} and the width of flat SAEs"
-                raise UserError(f"ensemble: {agree}, got {wanted} and {own}")
+                raise UserError(f"ensemble: members must agree in all but {free} and flat SAEs' width, got {wanted} and {own}")
             for name in ("gradient_clip_norm", "normalize_decoder", "auxiliary_coefficient", "mitigations"):
                 if getattr(flat_part(member), name, None) or (name == "mitigations" and getattr(member, name, None)):
                     raise UserError(f"model.{name}: cannot be used in an ensemble, switch it off")

@@ -116,8 +116,7 @@ class FlatSAE(SAE):
 
     def encode(self, x: Tensor) -> Codes:
         """Latents of activations ``x [..., d_in]``, as used for inference and measuring."""
-        encoded = self.mitigations.encoded(self, x, self.selection)
-        return ops.encode(encoded, self.encoder(), self.selection())
+        return ops.encode(self.mitigations.encoded(self, x, self.selection), self.encoder(), self.selection())
 
     def activate(self, batch: Batch) -> Activation:
         """Latents as training sees them, with the cost of their activity."""

@@ -107,8 +107,7 @@ class MatryoshkaSAE(SAE):
         self.level_names = [f"level{size}" for size in levels]
         for kind in (type(one) for one in self.inner.mitigations.all()):
             if kind.target is not Mitigation.target or kind.codes_and_decoder is not Mitigation.codes_and_decoder:
-                advice = "concerns levels; move it to model.mitigations"
-                raise UserError(f"model.inner.mitigations: {kind.__name__} {advice}")
+                raise UserError(f"model.inner.mitigations: {kind.__name__} concerns levels; move it to model.mitigations")
         self.mitigations = Mitigations(mitigations)
         self.mitigations.check(self)
 

@@ -162,8 +162,7 @@ class KSparseSAE(FlatSAE):
     def after_step(self, result: LossTerms) -> None:
         """Advance the dead-latent clock: a latent that fired on any rank is alive."""
         super().after_step(result)
-        fired = self.ranks.any(result.codes.fired())
-        self.steps_since_fired.add_(1).masked_fill_(fired, 0)
+        self.steps_since_fired.add_(1).masked_fill_(self.ranks.any(result.codes.fired()), 0)
 
 
 class TopKSAE(KSparseSAE):

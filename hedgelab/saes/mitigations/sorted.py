@@ -26,13 +26,10 @@ class SortedLatents(Mitigation):
 
     Args:
         decay: Share of the running mean that a step keeps, at least 0 and below 1.
-
-    Attributes:
-        rates: Running mean of how often each latent fires, ``[d_sae]`` float64.
     """
 
     needs_levels = fixed_shapes = True
-    rates: Tensor
+    rates: Tensor  # running mean of how often each latent fires, [d_sae] float64
 
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
