@@ -34,7 +34,13 @@ class StepGraph:
 
     def take(self, batch: Batch) -> Any:
         """Loss terms of a batch, whose gradients are the parameters' by now; None where the step must be taken one by one."""
-        key = self._key_of(batch)
+        key = None
+        if self._switched_on and batch.x.is_cuda and batch.weight is None and batch.x.dim() == 2:
+            key = self.sae.step_key(len(batch.x))
+        if key is not None:
+            weights = tuple((one.data_ptr(), one.requires_grad, one.dtype) for one in self.sae.parameters())
+            autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+            key = key, batch.x.shape, batch.x.dtype, autocast, weights
         if key is None or key != self._key:
             self._key, self._seen, self._graph = key, 0, None
         self._seen += 1
@@ -47,15 +53,6 @@ class StepGraph:
     def release(self) -> None:
         """Let go of the captured step and its memory."""
         self._key = self._graph = None
-
-    def _key_of(self, batch: Batch) -> Any:
-        if not self._switched_on or not batch.x.is_cuda or batch.weight is not None or batch.x.dim() != 2:
-            return None
-        if (key := self.sae.step_key(len(batch.x))) is None:
-            return None
-        weights = tuple((one.data_ptr(), one.requires_grad, one.dtype) for one in self.sae.parameters())
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        return key, batch.x.shape, batch.x.dtype, autocast, weights
 
 
 class _Graph:
