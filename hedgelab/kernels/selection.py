@@ -42,8 +42,7 @@ class Product(NamedTuple):
         dtype = computed_in(encoder.W_enc)
         with torch.autocast(x.device.type, enabled=False):
             centred = (x - encoder.b_dec).to(dtype)
-            working = torch.promote_types(dtype, torch.float32)
-            return cls(centred, encoder.W_enc.to(dtype), encoder.b_enc.to(dtype), working)
+            return cls(centred, encoder.W_enc.to(dtype), encoder.b_enc.to(dtype), torch.promote_types(dtype, torch.float32))
 
     def tiles(self, scale: Tensor | None = None, signed: bool = False) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Of each tile its rows (a slice), its pre-activations and what ranks them; overwritten by the next, padded by -inf."""
@@ -111,7 +110,7 @@ def select_batch_topk(product: Product, k: float, scale: Tensor | None, share: S
     """Of the k · batch largest positive entries of the global batch, ranked by ``pre`` (times ``scale``), those of this part.
 
     Entries above a floor, estimated from the first tile, are collected from all tiles, and the largest are picked among them:
-    those of a full sort, of equal ones the lowest row, then latent. Are they too few, a second pass collects all above 0.
+    those of a full sort, of equal ones the lowest row, then latent. If these are too few, a second pass collects all above 0.
     """
     wanted = round(k * share.rows)
     candidates, floor = _candidates(product, scale, wanted, k / share.d_sae, share)

@@ -41,8 +41,7 @@ def hedging(
     features = features.to(decoder.device)
     cosines = decoder_cosines(decoder, features)
     if codes is None and activations is None:
-        coordinates = true_hedging.decoder_coordinates(decoder, features)
-        return true_hedging.hedging(coordinates, cosines, tracked_features(cosines))
+        return true_hedging.hedging(true_hedging.decoder_coordinates(decoder, features), cosines, tracked_features(cosines))
     if codes is None or activations is None:
         raise UserError("codes, activations: give both, or neither")
     codes, expected = as_codes(codes), [len(decoder), len(features)]

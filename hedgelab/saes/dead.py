@@ -48,8 +48,10 @@ class DeadCandidates:
 
     def _fill(self, start: int, stop: int) -> None:
         found = self._latents[(self._latents >= start) & (self._latents < stop)]
-        doubled = max(LEAST_ROOM, 1 << (len(found) - 1).bit_length())
-        room = min(doubled, stop - start) if len(found) else 0
+        room = LEAST_ROOM
+        while room < len(found):
+            room *= 2
+        room = min(room, stop - start) if len(found) else 0
         before = self._parts.get((start, stop))
         if before is None or len(before[0]) != room or before[0].device != self._device:
             self.version += 1

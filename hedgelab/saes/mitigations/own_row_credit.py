@@ -40,7 +40,7 @@ from hedgelab.training.sharding import is_split
 class OwnRowCredit(Mitigation):
     """Decoder rows of inner levels learn from the whole SAE's error off their own direction; derived in this module.
 
-    Any width and level weights do; where inner levels are detached, a row of one gets the credit of its own level alone.
+    Any width and level weights do; where inner levels are detached, a row gets the credit of its own level alone.
 
     Args:
         share: Share of the whole SAE's error, 0 (plain matryoshka) to 1.
