@@ -52,8 +52,7 @@ _PLACE = {name: module for module, names in _PLACES.items() for name in names.sp
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"hedgelab has no '{name}'; it has {', '.join(__all__)}")
-    module = import_module(f"hedgelab.{_PLACE.get(name, 'saes')}")
-    globals()[name] = value = getattr(module, name)
+    globals()[name] = value = getattr(import_module(f"hedgelab.{_PLACE.get(name, 'saes')}"), name)
     return value
 
 

@@ -16,9 +16,8 @@ _remembered: dict[str, list[object]] = {}
 def file_digest(path: Path, memory: Path | None = None) -> str:
     """SHA-256 of a file's bytes, in hexadecimal digits.
 
-    A digest is remembered with the file's size, inode and times of change, and is computed anew when one of them differs.
-    Editing a file and setting its modification time back changes the inode's own time, so that this is noticed too.
-    ``memory`` is a JSON file that remembers digests for other processes.
+    A digest is remembered with the file's size, inode and times of change (the inode's own tells of edits that set the other
+    back), and computed anew when one differs. ``memory`` is a JSON file that remembers digests for other processes.
     """
     key, stat = str(path.resolve()), path.stat()
     mark = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]

@@ -99,8 +99,7 @@ def title(metric: str) -> str:
     >>> title("val/explained_variance"), title("probing/f1_k5"), title("unheard/of")
     ('expl. var.', 'probing F1, 5', 'unheard/of')
     """
-    known = term(metric)
-    if known is None:
+    if (known := term(metric)) is None:
         return metric
     number = re.search(r"\d+$", bare(metric)) if bare(metric) not in GLOSSARY else None
     return known.title + (f", {number[0]}" if number else "")

@@ -144,8 +144,7 @@ def where_and_how(cls: Any) -> frozenset[str]:
 
 def code_of(item: Any) -> str:
     """A digest of the code behind a class or function: hedgelab's release, or the sources that it comes from."""
-    module = sys.modules.get(getattr(item, "__module__", ""))
-    if module is None:
+    if (module := sys.modules.get(getattr(item, "__module__", ""))) is None:
         return "unknown"
     if module.__name__.partition(".")[0] == "hedgelab":
         return f"hedgelab {hedgelab.version.__version__}"

@@ -170,8 +170,8 @@ class Codes:
         rates = None if self.rates is None else self.rates.to(device)
         return replace(self, values=self.values.to(device), layout=layout, rates=rates)
 
-    def part(self, rows: slice) -> Self:
-        """Codes of the consecutive examples ``rows.start`` … ``rows.stop - 1``, without rates; values are views.
+    def part(self, rows: slice, stored: slice | None = None) -> Self:
+        """Codes of consecutive examples, without rates; values are views. ``stored`` is where they lie, if that is known.
 
         >>> codes = Codes.from_csr(torch.tensor([0, 1, 2]), torch.tensor([2, 0]), torch.tensor([5.0, 7.0]), 3)
         >>> codes.part(slice(1, 2)).to_dense().tolist()
@@ -184,22 +184,17 @@ class Codes:
         if self.layout is None:
             return replace(self, values=self.values[start:stop], rates=None, leading=None)
         crow = self.layout.crow[start : stop + 1]
-        stored = slice(int(crow[0]), int(crow[-1]))
+        stored = stored or slice(int(crow[0]), int(crow[-1]))
         layout = Layout(crow - crow[0], self.layout.latents[stored], self.d_sae)
         return replace(self, values=self.values[stored], layout=layout, rates=None, leading=None)
 
     def split(self, size: int) -> list[Self]:
         """Codes of the first ``size`` examples, of the next, and so on, without rates; as parts, looked up at once."""
         if self.layout is None:
-            starts = range(0, self.batch_size, size)
-            return [self.part(slice(start, start + size)) for start in starts]
-        crow, parts = self.layout.crow, []
-        bounds = [*range(0, self.batch_size, size), self.batch_size]
+            return [self.part(slice(start, start + size)) for start in range(0, self.batch_size, size)]
+        bounds, crow = [*range(0, self.batch_size, size), self.batch_size], self.layout.crow
         stored = crow[torch.tensor(bounds, device=crow.device)].tolist()
-        for (start, stop), (low, high) in zip(pairwise(bounds), pairwise(stored), strict=True):
-            layout = Layout(crow[start : stop + 1] - low, self.layout.latents[low:high], self.d_sae)
-            parts.append(replace(self, values=self.values[low:high], layout=layout, rates=None, leading=None))
-        return parts
+        return [self.part(slice(*rows), slice(*at)) for rows, at in zip(pairwise(bounds), pairwise(stored), strict=True)]
 
     def on_raw(self) -> "Codes":
         """Codes in units of the activations, of which decoder rows add up to reconstructions: these, unless said otherwise."""

@@ -19,9 +19,8 @@ from hedgelab.kernels import reference, sparse
 from hedgelab.kernels.codes import Codes
 from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, Errors, Selection, Target, TopK, computed_in, floor_of
 
-Backend = Literal["auto", "dense", "sparse"]
+Backend = Literal["auto", "fixed", "dense", "sparse"]
 _backend: Backend = "auto"
-_fixed_shapes = False
 
 PLUGGED_IN: dict[type, Any] = {}
 """Paths of weights of other tensor classes, as those have whose latents are split over processes; with a :func:`total`."""
@@ -34,24 +33,16 @@ SAMPLED_ROWS = 32
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Force every kernel onto one path: ``dense`` (the reference), ``sparse`` (the fast one) or ``auto`` (by size)."""
+    """Force every kernel onto one path: ``dense`` (the reference), ``sparse`` (the fast one) or ``auto`` (by size).
+
+    ``fixed`` is ``auto`` for steps to be captured: ReLU and JumpReLU stay dense, since shapes must not depend on what fires.
+    """
     global _backend
     previous, _backend = _backend, name
     try:
         yield
     finally:
         _backend = previous
-
-
-@contextmanager
-def fixed_shapes() -> Iterator[None]:
-    """Take paths whose shapes do not depend on what fires, as a step that is captured must: ReLU and JumpReLU stay dense."""
-    global _fixed_shapes
-    previous, _fixed_shapes = _fixed_shapes, True
-    try:
-        yield
-    finally:
-        _fixed_shapes = previous
 
 
 def as_rows(x: Tensor, like: Tensor) -> Tensor:
@@ -82,9 +73,9 @@ def encode_part(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     k = selection.k if isinstance(selection, TopK | BatchTopK) and not among_few else 0
     large_batch = len(x) * encoder.d_sae >= MIN_ENTRIES and 0 < k <= MAX_SHARE_OF_FEW * encoder.d_sae and not x.is_cuda
     small = (encoder.d_sae < MIN_D_SAE and not large_batch) or k > MAX_SHARE * encoder.d_sae
-    if _backend == "dense" or (_backend == "auto" and small) or not sparse.products_on(x):
+    if _backend == "dense" or (_backend != "sparse" and small) or not sparse.products_on(x):
         return reference.encode(x, encoder, selection)
-    if _backend == "auto" and not bounded and _many_fire(x, encoder, floor_of(selection)):
+    if _backend != "sparse" and not bounded and _many_fire(x, encoder, floor_of(selection)):
         plain = x.dtype == encoder.W_enc.dtype and not torch.is_autocast_enabled(x.device.type)
         return reference.encode(x, encoder, selection, lean=plain)
     return sparse.encode(x, encoder, selection)
@@ -140,7 +131,7 @@ def _max_share(weight: Tensor) -> float:
 @torch.no_grad()
 def _many_fire(x: Tensor, encoder: Encoder, floor: Tensor | float) -> bool:
     """Whether too many entries of some rows fire for the sparse path to pay; over all parts of an SAE together."""
-    if _fixed_shapes:
+    if _backend == "fixed":
         return True
     sample = x[:: max(1, -(-len(x) // SAMPLED_ROWS))]
     # Autocast's cache would keep casts of the weights that have no gradient.

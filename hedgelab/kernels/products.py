@@ -54,9 +54,8 @@ def latent_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients from ``source [levels, rows, d]``, which is what each row hands its latents, by their level.
 
-    Of the weights, ``[d_sae, d]`` of type ``dtype``: for each latent the sum of value · source[row]; None without a type, where
-    weights are frozen. Of a ``bias [d_sae]``: the sums of values. Of the values, ``[nnz]``: source[row] · weight[latent]; None
-    without a ``weight [d_sae, d]``.
+    Of the weights, ``[d_sae, d]`` of type ``dtype`` (None: frozen): for each latent the sum of value · source[row]. Of a ``bias
+    [d_sae]``: the sums of values. Of the values, ``[nnz]``, if there is a ``weight [d_sae, d]``: source[row] · weight[latent].
 
     Taken latent by latent, each row of the weights is read once, and the smaller source gathered from: a third faster.
     """

@@ -58,8 +58,7 @@ class Ranks:
         lengths = self.stack(torch.tensor([value.shape[0]], device=value.device)).flatten().tolist()
         padded = value.new_zeros(max(lengths), *value.shape[1:])
         padded[: value.shape[0]] = value
-        parts = self.stack(padded)
-        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return torch.cat([part[:length] for part, length in zip(self.stack(padded), lengths, strict=True)])
 
     def _reduced(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size == 1:
@@ -91,8 +90,7 @@ def among_largest(values: Tensor, positions: Callable[[Tensor], Tensor], wanted:
 
     Of equal values at the edge those with the lowest ``positions`` are kept, which turns indices into ``values`` (of at least
     single precision) into numbers that no two values of any ranks share. Values are not gathered: positive floating-point
-    numbers sort as their bit patterns do, so in each round every rank counts its values by the next 11 bits, and the sums of
-    the counts tell the next digit of the edge.
+    numbers sort as their bit patterns do, so each round counts the values of all ranks by 11 bits, the next digit of the edge.
     """
     integers = torch.int32 if values.itemsize == 4 else torch.int64
     keys = values[values > 0].view(integers)

@@ -42,8 +42,7 @@ class Product(NamedTuple):
         dtype = computed_in(encoder.W_enc)
         with torch.autocast(x.device.type, enabled=False):
             centred = (x - encoder.b_dec).to(dtype)
-            working = torch.promote_types(dtype, torch.float32)
-            return cls(centred, encoder.W_enc.to(dtype), encoder.b_enc.to(dtype), working)
+            return cls(centred, encoder.W_enc.to(dtype), encoder.b_enc.to(dtype), torch.promote_types(dtype, torch.float32))
 
     def tiles(self, scale: Tensor | None = None, signed: bool = False) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Of each tile its rows (a slice), its pre-activations and what ranks them; overwritten by the next, padded by -inf."""
@@ -102,8 +101,7 @@ def largest_columns(ranked: Tensor, k: int, d_sae: int) -> Tensor:
         chosen = _largest_k_of_rows(ranked.view(rows, GROUP, groups).amax(1), k)
         if chosen is not None:
             columns = ((chosen % groups).unsqueeze(1) + torch.arange(0, GROUP * groups, groups)).view(-1, GROUP * k)
-            inside = _largest_k_of_rows(ranked.gather(1, columns), k)
-            if inside is not None:
+            if (inside := _largest_k_of_rows(ranked.gather(1, columns), k)) is not None:
                 return columns.view(-1)[inside].view(-1, k)
     return ranked[:, :d_sae].topk(k, dim=1, sorted=False).indices
 
@@ -112,8 +110,7 @@ def select_batch_topk(product: Product, k: float, scale: Tensor | None, share: S
     """Of the k · batch largest positive entries of the global batch, ranked by ``pre`` (times ``scale``), those of this part.
 
     Entries above a floor, estimated from the first tile, are collected from all tiles, and the largest are picked among them:
-    those of a full sort, of equal ones the lowest row, then latent. Should they turn out too few, a second and last pass
-    collects all positive entries.
+    those of a full sort, of equal ones the lowest row, then latent. If these are too few, a second pass collects all above 0.
     """
     wanted = round(k * share.rows)
     candidates, floor = _candidates(product, scale, wanted, k / share.d_sae, share)
@@ -127,8 +124,7 @@ def select_above(product: Product, threshold: Tensor | float) -> Codes:
     """All entries above ``threshold`` (a scalar or ``[d_sae]``)."""
     d_sae = product.W_enc.shape[1]
     tiles = ((tile, _entries_above(tile[:, :d_sae], threshold), rows) for rows, tile, _ in product.tiles())
-    parts = [_Candidates.of(tile, *entries, rows) for tile, entries, rows in tiles]
-    return _Candidates.cat(parts).in_row_order(product)
+    return _Candidates.cat([_Candidates.of(tile, *entries, rows) for tile, entries, rows in tiles]).in_row_order(product)
 
 
 class _Candidates(NamedTuple):
@@ -141,8 +137,7 @@ class _Candidates(NamedTuple):
     @classmethod
     def of(cls, tile: Tensor, local: Tensor, columns: Tensor, rows: slice) -> "_Candidates":
         """Entries of a tile, by their rows in it and columns."""
-        pre = tile.view(-1)[local * tile.shape[1] + columns]
-        return cls(local * int(rows.step) + int(rows.start), columns, pre)
+        return cls(local * int(rows.step) + int(rows.start), columns, tile.view(-1)[local * tile.shape[1] + columns])
 
     @classmethod
     def cat(cls, parts: list["_Candidates"]) -> "_Candidates":

@@ -24,16 +24,15 @@ from hedgelab.kernels.ranks import Ranks, Share
 from hedgelab.kernels.values import BatchTopK, Decoder, Encoder, Errors, Selection, Target, TopK
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardedCodes(Codes):
     """Codes of this process's latents, numbered from its first; what is asked about latents is answered for all of them."""
 
-    mesh: DeviceMesh | None = None
+    mesh: DeviceMesh
 
     @property
     def ranks(self) -> Ranks:
         """The processes that share the latents."""
-        assert self.mesh is not None
         return Ranks.of(self.mesh.get_group())
 
     def fired(self) -> Tensor:
@@ -153,7 +152,7 @@ def _largest_of_rows(codes: Codes, selection: TopK, scale: Tensor | None, ranks:
     return codes.stored(kept.flatten().nonzero().squeeze(1))
 
 
-def _of_all(own: Tensor, mesh: DeviceMesh | None) -> Tensor:
+def _of_all(own: Tensor, mesh: DeviceMesh) -> Tensor:
     """Values ``[d_sae]`` of all latents, of which each process has its own."""
     return DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
 

@@ -37,8 +37,7 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     Of JumpReLU all entries above the lower end of the estimate's kernel are stored, those below the threshold with value 0.
     """
     among = selection.among if isinstance(selection, TopK) else None
-    population = isinstance(selection, BatchTopK) and selection.weight is not None
-    if population or (among is not None and x.is_cuda):
+    if (isinstance(selection, BatchTopK) and selection.weight is not None) or (among is not None and x.is_cuda):
         return reference.encode(x, encoder, selection)
     with torch.no_grad():
         used = encoder if among is None else encoder.columns(among)
@@ -58,14 +57,11 @@ def encode(x: Tensor, encoder: Encoder, selection: Selection) -> Codes:
     threshold, bandwidth, weight = selection
     activations, fired = reference.jump(pre, threshold[layout.latents], bandwidth)
     share = fired / x.shape[0] if weight is None else fired * weight.to(fired.dtype)[layout.rows]
-    rates = share.new_zeros(layout.d_sae).index_add(0, layout.latents, share)
-    return Codes(activations, layout, rates)
+    return Codes(activations, layout, share.new_zeros(layout.d_sae).index_add(0, layout.latents, share))
 
 
 def decode(codes: Codes, decoder: Decoder) -> Tensor:
-    """As :func:`reference.decode`; dense codes are decoded there."""
-    if codes.layout is None:
-        return reference.decode(codes, decoder)
+    """As :func:`reference.decode`, of sparse codes."""
     settings = (codes.layout, (codes.d_sae,), None, ALONE)
     _, x_hats = _DecodeLevels.apply(codes.values, None, *decoder, *settings)  # type: ignore[no-untyped-call]
     x_hat: Tensor = x_hats[0].to(decoder.W_dec.dtype)
@@ -73,9 +69,7 @@ def decode(codes: Codes, decoder: Decoder) -> Tensor:
 
 
 def level_errors(codes: Codes, decoder: Decoder, target: Target, ranks: Ranks = ALONE) -> Errors:
-    """As :func:`reference.level_errors`; decode and error are one kernel, and ``ranks`` may share the latents."""
-    if codes.layout is None:
-        return reference.level_errors(codes, decoder, target)
+    """As :func:`reference.level_errors` of sparse codes: decode and error are one kernel; ``ranks`` may share the latents."""
     if target.levels[-1] < codes.d_sae:
         codes = codes.prefix(target.levels[-1])
     settings = (codes.layout, tuple(target.levels), target, ranks)
@@ -111,8 +105,7 @@ class _SelectedPreActivations(Function):
             centred = (x - b_dec).to(grad.dtype) if centred is None else centred
             rows, all_latents = (W_enc.to(grad.dtype) if weights is None else weights).t(), (layout.d_sae,)
             wanted = W_enc.dtype if ctx.needs_input_grad[1] else None
-            found = kernels.latent_gradients(layout, grad, centred[None], all_latents, wanted, bias=True)
-            grad_rows, grad_b_enc, _ = found
+            grad_rows, grad_b_enc, _ = kernels.latent_gradients(layout, grad, centred[None], all_latents, wanted, bias=True)
             if ctx.needs_input_grad[0]:
                 grad_x = kernels.decode_levels(layout, grad, rows, all_latents)[0]
             if ctx.needs_input_grad[3]:
@@ -123,9 +116,8 @@ class _SelectedPreActivations(Function):
 class _DecodeLevels(Function):
     """Sparse decode of nested prefixes of the latents: their losses ``[levels]`` and errors ``[levels, batch, d_in]``.
 
-    Errors are accumulated from level to level; backward, gradients are summed from the outermost level inward. Without ``x``
-    there are no losses, and in place of errors the reconstruction of one level, with its gradient. What each level adds is
-    summed over ``ranks`` that share the latents.
+    Errors accumulate from level to level, and backward gradients from the outermost level inward. Without ``x`` there are no
+    losses, and in place of errors one level's reconstruction, with its gradient. ``ranks`` may share the latents.
     """
 
     @staticmethod
@@ -189,8 +181,7 @@ def level_upstream(grad: Tensor, errors: Tensor, weight: Tensor | None, detach: 
         error = errors[level]
         if weight is not None:
             error = error * (weight if weight.dim() == 1 else weight[level]).to(errors.dtype)[:, None]
-        last = level == len(errors) - 1
-        if last or (detach and detach != "all_but_last"):
+        if level == len(errors) - 1 or (detach and detach != "all_but_last"):
             torch.mul(error, coefficients[level], out=upstream[level])
         else:
             outer = upstream[-1 if detach else level + 1]

@@ -38,8 +38,7 @@ class Encoder(NamedTuple):
 
     def columns(self, latents: Tensor) -> "Encoder":
         """The encoder of some latents alone, in their order."""
-        rows = self.W_enc.t().index_select(0, latents)
-        return Encoder(rows.t(), self.b_enc.index_select(0, latents), self.b_dec)
+        return Encoder(self.W_enc.t().index_select(0, latents).t(), self.b_enc.index_select(0, latents), self.b_dec)
 
 
 class ReLU(NamedTuple):

@@ -21,4 +21,3 @@ from hedgelab.metrics.direct import hedging as hedging
 from hedgelab.metrics.direct import hedging_degree as hedging_degree
 from hedgelab.metrics.direct import residual_hedging as residual_hedging
 from hedgelab.metrics.evaluation import SAEMetrics as SAEMetrics
-from hedgelab.metrics.evaluation import recovery_summary as recovery_summary

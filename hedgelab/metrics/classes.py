@@ -30,9 +30,8 @@ ROWS = 8192  # examples that residual hedging keeps: memory grows with them, tim
 class AdditiveMetric(Metric):
     """A metric whose states add up, so that it is the same on one rank or many.
 
-    States are no part of a ``state_dict``; they stay float64, whatever precision the module gets, on the CPU where its device
-    has no float64 (MPS). Results keep their shapes: torchmetrics squeezes ``[1]``, all that an SAE of one latent has. They stay
-    what they are when more batches come, unless ``copies`` is false.
+    States are in no ``state_dict``; they stay float64, whatever precision the module gets, on the CPU where its device has none
+    (MPS). Results keep their shapes (torchmetrics squeezes ``[1]``), and stay when more batches come unless ``copies`` is off.
     """
 
     is_differentiable = False
@@ -79,8 +78,7 @@ class AdditiveMetric(Metric):
 class FunctionMetric(AdditiveMetric):
     """A metric whose ``update`` takes what the function ``sums_of`` takes, which returns a batch's sums in a NamedTuple.
 
-    The result is the ``value()`` of all sums, or they themselves. ``empty`` are arguments of ``sums_of`` without examples; of
-    dense tensors their widths.
+    The result is the ``value()`` of all sums, or they themselves. ``empty`` are arguments without examples, or widths.
     """
 
     def __init__(self, sums_of: Callable[..., Any], *empty: int | Tensor | Codes, **kwargs: Any) -> None:
@@ -111,10 +109,9 @@ def _nothing(width: int) -> Codes:
 class ValidationMetric(AdditiveMetric):
     """A metric of one's own, which every validation pass reports beside the others.
 
-    A subclass that gives itself a ``name`` is known from when it is imported: by an entry point of the group
-    ``hedgelab.metrics``, or because a config names it. It is made with the widths ``d_in`` and ``d_sae`` of activations and
-    latents, declares its sums in ``__init__`` (:meth:`add_sum`), adds to them in ``update(batch, x_hat, codes)`` and returns a
-    scalar, or scalars by name (logged as ``name/...``), from ``compute``.
+    A subclass with a ``name`` is known once it is imported: by an entry point of the group ``hedgelab.metrics``, or because a
+    config names it. It is made with the widths ``d_in`` and ``d_sae``, declares its sums in ``__init__`` (:meth:`add_sum`),
+    adds to them in ``update(batch, x_hat, codes)``, and ``compute`` returns a scalar, or scalars by name (``name/...``).
     """
 
     name: ClassVar[str] = ""
@@ -320,8 +317,7 @@ class ResidualHedgingMetric(AdditiveMetric):
 
     def update(self, x: Tensor, reconstruction: Tensor, codes: Tensor | Codes) -> None:
         """Add a batch; ``x``, ``reconstruction``: ``[batch, d_in]``, with the latents that were decoded."""
-        room = self.rows - self.held
-        if room > 0:
+        if (room := self.rows - self.held) > 0:
             self.x.append(x[:room].detach().float())
             self.error.append((x - reconstruction)[:room].detach().float())
             crow, index, values = as_codes(codes).part(slice(0, room)).detach().csr()
@@ -334,7 +330,7 @@ class ResidualHedgingMetric(AdditiveMetric):
         """Hedging over everything kept."""
         states = (self.sizes, self.x, self.error, self.active, self.index, self.values)
         sizes, x, error, active, index, values = (dim_zero_cat(state) for state in states)
-        crow, ranks = torch.cat([active.new_zeros(1), active.cumsum(0)]), int(self.ranks)
+        ranks = int(self.ranks)
         if ranks > 1 and len(sizes) % ranks == 0:
             rows = torch.split(torch.arange(len(x), device=x.device), sizes.tolist())
             updates = len(sizes) // ranks
@@ -342,5 +338,5 @@ class ResidualHedgingMetric(AdditiveMetric):
             stored = torch.split(torch.arange(len(index), device=x.device), active.tolist())
             kept = torch.cat([stored[row] for row in order.tolist()])
             x, error, active, index, values = x[order], error[order], active[order], index[kept], values[kept]
-            crow = torch.cat([active.new_zeros(1), active.cumsum(0)])
+        crow = torch.cat([active.new_zeros(1), active.cumsum(0)])
         return residual_hedging(x, error, Codes.from_csr(crow, index, values, len(self.W_dec)), self.W_dec, self.blocks)

@@ -41,8 +41,7 @@ def hedging(
     features = features.to(decoder.device)
     cosines = decoder_cosines(decoder, features)
     if codes is None and activations is None:
-        coordinates = true_hedging.decoder_coordinates(decoder, features)
-        return true_hedging.hedging(coordinates, cosines, tracked_features(cosines))
+        return true_hedging.hedging(true_hedging.decoder_coordinates(decoder, features), cosines, tracked_features(cosines))
     if codes is None or activations is None:
         raise UserError("codes, activations: give both, or neither")
     codes, expected = as_codes(codes), [len(decoder), len(features)]
@@ -103,8 +102,7 @@ def hedging_degree(
 
 def _decoder(sae: Any) -> Tensor:
     """The decoder of an SAE, or the tensor that is one."""
-    W_dec: Tensor = sae if isinstance(sae, Tensor) else sae.W_dec
-    return W_dec
+    return sae if isinstance(sae, Tensor) else sae.W_dec
 
 
 def _run(sae: Any, x: Tensor) -> tuple[Tensor, Codes]:

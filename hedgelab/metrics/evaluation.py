@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from hedgelab.batch import Batch
 from hedgelab.glossary import GROUP
 from hedgelab.kernels.codes import Codes
-from hedgelab.kernels.ranks import Ranks
+from hedgelab.kernels.ranks import ALONE, Ranks
 from hedgelab.metrics import classes
 from hedgelab.metrics.functional import hierarchy, planted, recovery, true_hedging
 from hedgelab.metrics.functional.accumulate import as_codes
@@ -52,9 +51,9 @@ class SAEMetrics(nn.Module):
         last: bool = True,
     ) -> None:
         super().__init__()
-        split: dict[str, Any] = {}
-        if ranks is not None:
-            split = {"sync_on_compute": ranks.size > 1, "process_group": ranks.group}
+        if ranks is None:
+            ranks = Ranks.of(None) if dist.is_available() and dist.is_initialized() else ALONE
+        split: dict[str, Any] = {"sync_on_compute": ranks.size > 1, "process_group": ranks.group}
         self.explained_variance = classes.ExplainedVariance(d_in, **split)
         self.mse = classes.MeanSquaredError(**split)
         self.shrinkage = classes.Shrinkage(**split)
@@ -65,9 +64,7 @@ class SAEMetrics(nn.Module):
         self.own = nn.ModuleList(own(d_in, d_sae, **split) for own in classes.ValidationMetric.declared.values())
         self.residual: classes.ResidualHedgingMetric | None = None
         if last and d_sae <= JOINT_LATENTS:
-            together = dist.is_available() and dist.is_initialized()
-            size = ranks.size if ranks is not None else dist.get_world_size() if together else 1
-            rows = max(1, classes.ROWS // size)
+            rows = max(1, classes.ROWS // ranks.size)
             self.residual = classes.ResidualHedgingMetric(torch.zeros(d_sae, d_in), rows, **split)
         self.truth = nn.ModuleDict()
         self.register_buffer("feature_directions", feature_directions, persistent=False)
@@ -108,8 +105,7 @@ class SAEMetrics(nn.Module):
     def compute(self, W_enc: Tensor, W_dec: Tensor) -> dict[str, Tensor]:
         """Scalars over everything seen, by name; weights ``[d_in, d_sae]`` and ``[d_sae, d_in]`` may have any norms."""
         rates = self.firing.compute()
-        plain = ("explained_variance", "mse", "shrinkage", "norm_ratio")
-        results = {name: getattr(self, name).compute() for name in plain}
+        results = {name: getattr(self, name).compute() for name in ("explained_variance", "mse", "shrinkage", "norm_ratio")}
         dead = (rates == 0).double()
         results |= {"l0": rates.sum(), "dead_latents": dead.sum(), "dead_fraction": dead.mean()}
         for own in self.own:
@@ -122,72 +118,51 @@ class SAEMetrics(nn.Module):
             if bool(seen.hedging.isfinite()):
                 results |= {"hedging/residual_hedging": seen.hedging, "hedging/residual_hedging_std": seen.std}
         if self.feature_directions is not None:
-            found = {name: metric.compute() for name, metric in self.truth.items()}  # type: ignore[operator]
-            evidence = found["detection"], found.get("hierarchy", self.parents), found.get("regression")
-            known = recovery_summary(W_enc, W_dec, self.feature_directions, *evidence)
-            results |= {k: v for k, v in known.items() if not (self.leaves_hedging_out and k.startswith("hedging/"))}
-            if self.null_directions is not None and self.parents is not None:
-                live, cosines = rates > 0, recovery.decoder_cosines(W_dec, self.feature_directions)
-                tracked = true_hedging.tracked_features(cosines, live)
-                truth = self.feature_directions, self.null_directions, self.parents
-                beside_chance = planted.planted_hedging(W_dec, *truth, tracked, live)
-                results |= {f"planted/{name}": value for name, value in beside_chance._asdict().items()}
+            results |= self._of_features(self.feature_directions, W_enc, W_dec)
         return results
 
-    def reset(self) -> None:
-        """Forget everything seen."""
-        for metric in self.modules():
-            if isinstance(metric, Metric):
-                metric.reset()
-
-
-def recovery_summary(
-    W_enc: Tensor,
-    W_dec: Tensor,
-    feature_directions: Tensor,
-    counts: recovery.CoFiring,
-    parents: Tensor | None = None,
-    sums: true_hedging.RegressionSums | None = None,
-) -> dict[str, Tensor]:
-    """The scalars of :class:`SAEMetrics` that need known features, from weights of any norms and co-firing counts.
-
-    Without ``parents [n]`` absorption is left out; ``sums`` are what more features than dimensions need for their hedging.
-    """
-    cosines = recovery.decoder_cosines(W_dec, feature_directions)
-    live, unique = counts.latents > 0, feature_directions.shape[0] <= feature_directions.shape[1]
-    assigned = recovery.match_features(cosines)
-    if bool(live.all()):  # the same assignment, which takes seconds where features are many
-        tracked = recovery.strong_pairs(assigned.feature, cosines, true_hedging.TRACKING_COSINE)
-    else:
-        tracked = true_hedging.tracked_features(cosines, live)
-    detection = recovery.detection_scores(counts, assigned.feature)
-    nearest = recovery.nearest_detection_scores(counts, cosines)
-    results = {
-        "mcc": recovery.mcc(cosines, assigned),
-        "mean_max_cosine": recovery.mean_max_cosine(cosines),
-        "mean_max_cosine_latents": recovery.mean_max_cosine(cosines.T),
-        "uniqueness": recovery.uniqueness(cosines),
-        "tracked_features": (tracked.latent >= 0).sum().double(),
-        **{f"detector_{name}": score.nanmean() for name, score in detection._asdict().items()},
-        **{f"nearest_{name}": score.mean() for name, score in nearest._asdict().items()},
-    }
-    decoder = encoder = None
-    if unique:
-        reads = true_hedging.encoder_coordinates(W_enc, feature_directions)
-        writes = true_hedging.decoder_coordinates(W_dec, feature_directions)
-        decoder, encoder = (true_hedging.hedging(part, cosines, tracked, live) for part in (writes, reads))
-    elif sums is not None:
-        often = counts.latents >= true_hedging.FIRINGS if bool(sums.examples > 0) else live
-        decoder = true_hedging.regressed_hedging(sums, W_dec, feature_directions, cosines, tracked, often)
-    for part, scores in (("decoder", decoder), ("encoder", encoder)):
-        norm, largest = (torch.full_like(cosines[:, 0], torch.nan),) * 2 if scores is None else scores[1:]
-        results[f"hedging/{part}"], results[f"hedging/{part}_signed"] = norm[live].nanmean(), largest[live].nanmean()
-    if parents is not None and bool((parents >= 0).any()):
-        if not unique:  # only now: of many features they are large
-            reads = true_hedging.encoder_coordinates(W_enc, feature_directions)
-        absorbed = hierarchy.absorption_from_co_firing(counts, tracked.latent, parents)
-        results["absorption"] = absorbed.excess.nanmean()
-        results["absorption_missed"] = absorbed.missed.nanmean()
-        results["absorption_encoder"] = hierarchy.parent_encoder_components(reads, tracked.latent, parents).nanmean()
-        results["absorption_parents_f1"] = hierarchy.parents_best_f1(counts, parents).nanmean()
-    return results
+    def _of_features(self, directions: Tensor, W_enc: Tensor, W_dec: Tensor) -> dict[str, Tensor]:
+        """Those that need known features."""
+        found = {name: metric.compute() for name, metric in self.truth.items()}  # type: ignore[operator]
+        counts, parents, sums = found["detection"], found.get("hierarchy", self.parents), found.get("regression")
+        cosines = recovery.decoder_cosines(W_dec, directions)
+        live, unique = counts.latents > 0, directions.shape[0] <= directions.shape[1]
+        assigned = recovery.match_features(cosines)
+        if bool(live.all()):  # the same assignment, which takes seconds where features are many
+            tracked = recovery.strong_pairs(assigned.feature, cosines, true_hedging.TRACKING_COSINE)
+        else:
+            tracked = true_hedging.tracked_features(cosines, live)
+        detection = recovery.detection_scores(counts, assigned.feature)
+        nearest = recovery.nearest_detection_scores(counts, cosines)
+        results = {
+            "mcc": recovery.mcc(cosines, assigned),
+            "mean_max_cosine": recovery.mean_max_cosine(cosines),
+            "mean_max_cosine_latents": recovery.mean_max_cosine(cosines.T),
+            "uniqueness": recovery.uniqueness(cosines),
+            "tracked_features": (tracked.latent >= 0).sum().double(),
+            **{f"detector_{name}": score.nanmean() for name, score in detection._asdict().items()},
+            **{f"nearest_{name}": score.mean() for name, score in nearest._asdict().items()},
+        }
+        decoder = encoder = None
+        if unique:
+            reads = true_hedging.encoder_coordinates(W_enc, directions)
+            writes = true_hedging.decoder_coordinates(W_dec, directions)
+            decoder, encoder = (true_hedging.hedging(part, cosines, tracked, live) for part in (writes, reads))
+        elif sums is not None:
+            often = counts.latents >= true_hedging.FIRINGS if bool(sums.examples > 0) else live
+            decoder = true_hedging.regressed_hedging(sums, W_dec, directions, cosines, tracked, often)
+        for part, scores in () if self.leaves_hedging_out else (("decoder", decoder), ("encoder", encoder)):
+            norm, largest = (torch.full_like(cosines[:, 0], torch.nan),) * 2 if scores is None else scores[1:]
+            results[f"hedging/{part}"], results[f"hedging/{part}_signed"] = norm[live].nanmean(), largest[live].nanmean()
+        if parents is not None and bool((parents >= 0).any()):
+            if not unique:  # only now: of many features they are large
+                reads = true_hedging.encoder_coordinates(W_enc, directions)
+            absorbed = hierarchy.absorption_from_co_firing(counts, tracked.latent, parents)
+            results["absorption"] = absorbed.excess.nanmean()
+            results["absorption_missed"] = absorbed.missed.nanmean()
+            results["absorption_encoder"] = hierarchy.parent_encoder_components(reads, tracked.latent, parents).nanmean()
+            results["absorption_parents_f1"] = hierarchy.parents_best_f1(counts, parents).nanmean()
+        if self.null_directions is not None and self.parents is not None:
+            beside_chance = planted.planted_hedging(W_dec, directions, self.null_directions, self.parents, tracked, live)
+            results |= {f"planted/{name}": value for name, value in beside_chance._asdict().items()}
+        return results

@@ -89,8 +89,7 @@ class SAE(TrainingShell, ABC):
 
     def decode(self, codes: Codes | Tensor) -> Tensor:
         """Reconstruction ``[..., d_in]`` of latents, or of dense activations ``[..., d_sae]``."""
-        given = Codes.from_dense(codes) if isinstance(codes, Tensor) else codes
-        return ops.decode(given, Decoder(self.W_dec, self.b_dec))
+        return ops.decode(Codes.from_dense(codes) if isinstance(codes, Tensor) else codes, Decoder(self.W_dec, self.b_dec))
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct ``x [..., d_in]``."""

@@ -16,12 +16,9 @@ class BatchTopKSAE(KSparseSAE):
 
     Inference uses one threshold, an exponential moving average (rate 0.01) of the smallest positive kept activation: exactly a
     JumpReLU SAE with a uniform threshold (uniform in units of the selection, where that is norm-aware).
-
-    Attributes:
-        threshold: The inference threshold, a scalar; NaN before the first training step, when inference is a plain ReLU.
     """
 
-    threshold: Tensor
+    threshold: Tensor  # a scalar; NaN before the first training step, when inference is a plain ReLU
 
     def __init__(self, d_in: int, d_sae: int, k: int, **kwargs: Any) -> None:
         super().__init__(d_in, d_sae, k, **kwargs)
@@ -46,5 +43,4 @@ class BatchTopKSAE(KSparseSAE):
         super().after_step(result)
         scale = self.selection_scale()
         kept = result.codes if scale is None else result.codes.scale(scale)
-        smallest = self.ranks.min(kept.smallest_positive().to(self.threshold))
-        self.threshold.copy_(followed(self.threshold, smallest))
+        self.threshold.copy_(followed(self.threshold, self.ranks.min(kept.smallest_positive().to(self.threshold))))

@@ -11,10 +11,8 @@ class DeadCandidates:
     """Latents that will have been silent for the dead-latent window within some steps unless they fire.
 
     A look at the clocks waits for the device, but holds for :data:`AHEAD` steps: only latents that have been silent for that
-    much less than the window can die in them. Room for them doubles as they become more, so that shapes seldom change.
-
-    Attributes:
-        version: Changes with the size of any part's room.
+    much less than the window can die in them. Room for them doubles as they become more, so that shapes seldom change;
+    ``version`` changes with the size of any part's room.
     """
 
     def __init__(self) -> None:
@@ -60,6 +58,5 @@ class DeadCandidates:
             made = torch.empty(room, dtype=torch.long, device=self._device)
             self._parts[start, stop] = made, torch.empty_like(made, dtype=torch.bool)
         latents, valid = self._parts[start, stop]
-        padding = torch.full((room - len(found),), start)
-        latents.copy_(torch.cat([found, padding]))
+        latents.copy_(torch.cat([found, torch.full((room - len(found),), start)]))
         valid.copy_(torch.arange(room) < len(found))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -39,13 +40,13 @@ class EnsembleSAE:
         for member in {id(member): member for member in members}.values():
             if (own := _architecture(member)) != (wanted := _architecture(members[0])):
                 free = ", ".join(_per_member_names(members[0]))
-                agree = f"members must agree in all but {free} and the width of flat SAEs"
-                raise UserError(f"ensemble: {agree}, got {wanted} and {own}")
+                raise UserError(f"ensemble: members must agree in all but {free} and flat SAEs' width, got {wanted} and {own}")
             for name in ("gradient_clip_norm", "normalize_decoder", "auxiliary_coefficient", "mitigations"):
                 if getattr(flat_part(member), name, None) or (name == "mitigations" and getattr(member, name, None)):
                     raise UserError(f"model.{name}: cannot be used in an ensemble, switch it off")
         widest = max(members, key=lambda member: member.d_sae)
         self._template = _Template(copy.deepcopy(widest))
+        self._call = partial(functional_call, self._template)
         numbers = {name: [attrgetter(name)(member) for member in members] for name in _per_member_names(widest)}
         self._numbers = {
             name: torch.tensor(values, dtype=widest.W_dec.dtype)
@@ -72,8 +73,7 @@ class EnsembleSAE:
     def fit(self, batches: Batch | Callable[[int], Batch], steps: int, report: Callable[[int], None] | None = None) -> None:
         """Take optimiser steps with the first member's optimiser and schedule, and ``report`` how many after each.
 
-        ``batches`` are that of every step, or a function from the number of a step to its batch; shared, or with a leading
-        dimension of members (see :func:`stack_batches`).
+        ``batches``: that of every step, or a function of the step's number; shared, or one a member (:func:`stack_batches`).
         """
         first, trained = self.members[0], [tensor for tensor in self._tensors.values() if tensor.requires_grad]
         factors = [(self._tensors[f"sae.{name}"], factor) for name, factor in lr_factors(first).items()]
@@ -88,7 +88,7 @@ class EnsembleSAE:
                 schedule.step()
             if self._counts:
                 with torch.no_grad():
-                    vmap(self._call, (0, None, None, None, 0))(self._tensors, {}, None, None, values)
+                    vmap(self._call, (0, (None, None, None, 0)))(self._tensors, ({}, None, None, values))
             self.steps_done += 1
             if report is not None:
                 report(self.steps_done)
@@ -114,13 +114,9 @@ class EnsembleSAE:
         self._template.sae.steps_done = self.members[0].steps_done + self.steps_done
         of_x = 0 if batch.x.ndim > 2 else None
         of_weight = 0 if batch.weight is not None and batch.weight.ndim > 1 else None
-        mapped = vmap(self._call, (0, 0, of_x, of_weight))
+        mapped = vmap(self._call, (0, (0, of_x, of_weight)))
         with ops.backend("dense"):
-            result: tuple[Tensor, Tensor] = mapped(self._tensors, self._numbers, batch.x, batch.weight)
-        return result
-
-    def _call(self, tensors: dict[str, Tensor], *given: Any) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = functional_call(self._template, tensors, given)
+            result: tuple[Tensor, Tensor] = mapped(self._tensors, (self._numbers, batch.x, batch.weight))
         return result
 
 

@@ -116,8 +116,7 @@ class FlatSAE(SAE):
 
     def encode(self, x: Tensor) -> Codes:
         """Latents of activations ``x [..., d_in]``, as used for inference and measuring."""
-        encoded = self.mitigations.encoded(self, x, self.selection)
-        return ops.encode(encoded, self.encoder(), self.selection())
+        return ops.encode(self.mitigations.encoded(self, x, self.selection), self.encoder(), self.selection())
 
     def activate(self, batch: Batch) -> Activation:
         """Latents as training sees them, with the cost of their activity."""
@@ -158,8 +157,7 @@ class FlatSAE(SAE):
     def initialize(self, first: Batch, feature_directions: Tensor | None) -> None:
         """Set ``b_dec`` from the first batch, and weights at the known features if the config asks for it.
 
-        Or take all weights from an SAE on disk, with thresholds and dead-latent clocks where both have them, and what its
-        mitigations have counted where both have the same ones.
+        Or take all weights from an SAE on disk, and thresholds, dead-latent clocks and mitigations' counts that both have.
         """
         if (folder := self.init.weights) is not None:
             other = load_sae(folder)

@@ -15,21 +15,13 @@ from hedgelab.saes.base import SAE
 
 @dataclass(frozen=True, kw_only=True)
 class NormalisedCodes(Codes):
-    """Codes of activations that were normalised one by one, and what undoes that: ``x = gain · normalised + shift``.
+    """Codes of activations that were normalised one by one, and what undoes that: ``x = gain · normalised + shift``."""
 
-    Attributes:
-        undo: Gain and shift of each activation, ``[batch, 2]``.
-    """
+    undo: Tensor  # gain and shift of each activation, [batch, 2]
 
-    undo: Tensor
-
-    def part(self, rows: slice) -> Self:
+    def part(self, rows: slice, stored: slice | None = None) -> Self:
         """Codes of consecutive examples."""
-        return replace(super().part(rows), undo=self.undo[rows])
-
-    def split(self, size: int) -> list[Self]:
-        """Codes of the first ``size`` examples, of the next, and so on."""
-        return [self.part(slice(start, start + size)) for start in range(0, self.batch_size, size)]
+        return replace(super().part(rows, stored), undo=self.undo[rows])
 
     def to(self, device: torch.device | str) -> Self:
         """The same codes on another device."""
@@ -44,8 +36,7 @@ class NormalisedCodes(Codes):
 class InferenceSAE(SAE):
     """An SAE that is measured and not trained, as some of other libraries are; with ``d_out`` a transcoder.
 
-    ``a = select((n(x) - b_dec) W_enc + b_enc)`` and ``x_hat = gain · (a W_dec + b_dec) + shift``, where n, gain and shift are
-    each activation's own (as SAELens has them)::
+    ``a = select((n(x) - b_dec) W_enc + b_enc)``, ``x_hat = gain · (a W_dec + b_dec) + shift``, n, gain, shift as in SAELens::
 
         none:                   n(x) = x                         gain = 1             shift = 0
         layer_norm:             n(x) = (x - shift) / (gain + ε)  gain = std(x)        shift = mean(x)
@@ -100,8 +91,7 @@ class InferenceSAE(SAE):
 
     def encode(self, x: Tensor) -> Codes:
         """Latents of activations ``x [..., d_in]``; they know how to undo a normalisation."""
-        subtracted = self.b_dec if self.reconstructs else self.W_enc.new_zeros(self.d_in)
-        encoder = Encoder(self.W_enc, self.b_enc, subtracted)
+        encoder = Encoder(self.W_enc, self.b_enc, self.b_dec if self.reconstructs else self.W_enc.new_zeros(self.d_in))
         selection = Threshold(self.threshold) if self.k is None else TopK(self.k, signed=self.signed)
         x = x if self.normalize_activations == "none" else x.to(self.W_enc.dtype)
         if self.normalize_activations == "layer_norm":
@@ -122,8 +112,7 @@ class InferenceSAE(SAE):
         if self.normalize_activations == "none" or not self.reconstructs:
             return x_hat
         if not isinstance(codes, NormalisedCodes):
-            done = self.normalize_activations
-            raise UserError(f"decode: only the codes of encode know what {done} did to x; give those")
+            raise UserError(f"decode: only the codes of encode know what {self.normalize_activations} did to x; give those")
         gain, shift = codes.undo.view(*codes.examples, 1, 2).unbind(-1)
         return gain * x_hat + shift
 

@@ -63,12 +63,3 @@ def gathered(sae: SAE) -> SAE:
 def weights_sha256(folder: str | Path) -> str:
     """SHA-256 of a folder's weights: two runs gave the same SAE if and only if it is equal."""
     return hashlib.sha256((Path(folder) / WEIGHTS).read_bytes()).hexdigest()
-
-
-def same_weights(a: SAE, b: SAE) -> bool:
-    """Whether two SAEs hold bit-identical weights and buffers; a threshold that is not set yet (NaN) equals another."""
-    first, second = a.state_dict(), b.state_dict()
-    return first.keys() == second.keys() and all(
-        torch.equal(value.nan_to_num(), second[name].nan_to_num()) and torch.equal(value.isnan(), second[name].isnan())
-        for name, value in first.items()
-    )

@@ -49,8 +49,7 @@ class MatryoshkaSAE(SAE):
         credit: Share of what outer latents explain outside a level's own span that the level is spared, 0 (plain) to 1.
             A level of at least ``d_in`` latents spans everything, and stays plain.
         adaptive: Let inner levels' weights move, from those of β, to where their latents neither hedge nor are absorbed on
-            average: logarithms are parameters whose gradient is the measured asymmetry. Meant for Adam, whose steps do not
-            depend on a gradient's scale.
+            average: logarithms are parameters, their gradient the measured asymmetry. Meant for Adam, which ignores its scale.
         credit_start: Step from which ``credit`` counts. Without it, random levels learn to put general features first; where
             features are few enough to be orthogonal, credit from half-time on then does best.
         mitigations: What changes training further (:mod:`hedgelab.saes.mitigations`). Those that only encode or add terms may
@@ -108,8 +107,7 @@ class MatryoshkaSAE(SAE):
         self.level_names = [f"level{size}" for size in levels]
         for kind in (type(one) for one in self.inner.mitigations.all()):
             if kind.target is not Mitigation.target or kind.codes_and_decoder is not Mitigation.codes_and_decoder:
-                advice = "concerns levels; move it to model.mitigations"
-                raise UserError(f"model.inner.mitigations: {kind.__name__} {advice}")
+                raise UserError(f"model.inner.mitigations: {kind.__name__} concerns levels; move it to model.mitigations")
         self.mitigations = Mitigations(mitigations)
         self.mitigations.check(self)
 

@@ -37,22 +37,13 @@ def steering_step(before: Tensor, now: Tensor, target: float) -> Tensor:
 class PenalisedSAE(FlatSAE):
     """An SAE whose latents pay for being active; the coefficient may be steered to where a wanted number of them is.
 
-    Subclasses have the arguments ``<norm>_coefficient`` and ``<norm>_warmup_steps``.
-
-    Args:
-        d_in: Width of the activations (linked from the data).
-        d_sae: Number of latents.
-        target_l0: Latents that should be active for an example, on average; None leaves the coefficient as it is.
-        **kwargs: Arguments of :class:`~hedgelab.saes.flat.FlatSAE`.
-
-    Attributes:
-        log_factor: Logarithm of what the coefficient is multiplied by, a scalar; None where it is not steered.
-        mean_l0: Running mean of L0 over about 20 steps, NaN before the first.
+    Subclasses have the arguments ``<norm>_coefficient`` and ``<norm>_warmup_steps``. ``target_l0`` is the number of latents
+    that should be active for an example, on average; None leaves the coefficient as it is.
     """
 
     norm: ClassVar[str]
-    log_factor: Tensor | None
-    mean_l0: Tensor | None
+    log_factor: Tensor | None  # logarithm of what the coefficient is multiplied by, a scalar; None where it is not steered
+    mean_l0: Tensor | None  # running mean of L0 over about 20 steps, NaN before the first
 
     def __init__(self, d_in: int, d_sae: int, target_l0: float | None = None, **kwargs: Any) -> None:
         super().__init__(d_in, d_sae, **kwargs)

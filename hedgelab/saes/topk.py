@@ -108,9 +108,8 @@ class KSparseSAE(FlatSAE):
     def auxiliary_loss(self, batch: Batch, error: Tensor, among: slice | Tensor | None = None) -> Tensor | None:
         """The top ``d_in // 2`` dead latents predict the residual (Gao et al. 2024, appendix A.2; scaled as in SPEC §2).
 
-        The residual and ``b_dec`` are detached: the auxiliary loss moves dead latents only. ``among`` restricts it to a
-        level's latents, a slice or their numbers. ``min(1, n_dead / k_aux) · mean_b ‖e_hat_b - (x_b - x_hat_b)‖²``; they
-        reconstruct ``e_hat``.
+        ``min(1, n_dead / k_aux) · mean_b ‖e_hat_b - (x_b - x_hat_b)‖²``: they reconstruct ``e_hat``, and the loss moves them
+        only, as the residual and ``b_dec`` are detached. ``among`` are a level's latents, a slice or their numbers.
         """
         if not self.auxiliary_coefficient:
             return None
@@ -118,8 +117,7 @@ class KSparseSAE(FlatSAE):
             return self._auxiliary_loss_without_waiting(batch, error, among)
         dead = self.dead_latents
         latents = torch.arange(self.d_sae, device=dead.device)[slice(None) if among is None else among]
-        columns = latents[dead[latents]]
-        if not len(columns):
+        if not len(columns := latents[dead[latents]]):
             return None
         k_aux = max(1, self.d_in // 2)
         encoder = Encoder(self.W_enc, self.b_enc, self.b_dec.detach())
@@ -164,8 +162,7 @@ class KSparseSAE(FlatSAE):
     def after_step(self, result: LossTerms) -> None:
         """Advance the dead-latent clock: a latent that fired on any rank is alive."""
         super().after_step(result)
-        fired = self.ranks.any(result.codes.fired())
-        self.steps_since_fired.add_(1).masked_fill_(fired, 0)
+        self.steps_since_fired.add_(1).masked_fill_(self.ranks.any(result.codes.fired()), 0)
 
 
 class TopKSAE(KSparseSAE):

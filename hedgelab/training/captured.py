@@ -34,7 +34,13 @@ class StepGraph:
 
     def take(self, batch: Batch) -> Any:
         """Loss terms of a batch, whose gradients are the parameters' by now; None where the step must be taken one by one."""
-        key = self._key_of(batch)
+        key = None
+        if self._switched_on and batch.x.is_cuda and batch.weight is None and batch.x.dim() == 2:
+            key = self.sae.step_key(len(batch.x))
+        if key is not None:
+            weights = tuple((one.data_ptr(), one.requires_grad, one.dtype) for one in self.sae.parameters())
+            autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+            key = key, batch.x.shape, batch.x.dtype, autocast, weights
         if key is None or key != self._key:
             self._key, self._seen, self._graph = key, 0, None
         self._seen += 1
@@ -48,28 +54,16 @@ class StepGraph:
         """Let go of the captured step and its memory."""
         self._key = self._graph = None
 
-    def _key_of(self, batch: Batch) -> Any:
-        if not self._switched_on or not batch.x.is_cuda or batch.weight is not None or batch.x.dim() != 2:
-            return None
-        key = self.sae.step_key(len(batch.x))
-        if key is None:
-            return None
-        weights = tuple((one.data_ptr(), one.requires_grad, one.dtype) for one in self.sae.parameters())
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        return key, batch.x.shape, batch.x.dtype, autocast, weights
-
 
 class _Graph:
     """A captured step: loss and backward pass of the activations in ``x``."""
 
     def __init__(self, sae: Any, x: Tensor) -> None:
-        from hedgelab.saes.losses import LossTerms  # late: SAEs are made with the shell that uses this
-
-        self._made, self.x = LossTerms, x.clone()
+        self.x = x.clone()
         self.parameters = [one for one in sae.parameters() if one.requires_grad]
         before, beside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         torch.clear_autocast_cache()  # of casts that a replay would not make anew
-        with ops.fixed_shapes():
+        with ops.backend("fixed"):
             beside.wait_stream(before)
             with torch.cuda.stream(beside):
                 for _ in range(2):  # kernels are compiled and loaded
@@ -82,7 +76,7 @@ class _Graph:
                 values = [term.detach().float() for term in result.terms.values()]
                 self.values = torch.stack([*values, result.total.detach().float()])
         torch.clear_autocast_cache()
-        self.names, self.error = list(result.terms), result.error
+        self.made, self.names, self.error = type(result), list(result.terms), result.error
         self.codes = result.codes.detach()
         self.gradients = [one.grad for one in self.parameters]
 
@@ -103,6 +97,6 @@ class _Graph:
         codes, layout = self.codes, self.codes.layout
         if layout is not None:  # anew, for what has been derived from the last replay's must not be kept
             codes = Codes(codes.values, Layout(layout.crow, layout.latents, layout.d_sae))
-        result = self._made(dict(zip(self.names, terms, strict=True)), codes, self.error)
+        result = self.made(dict(zip(self.names, terms, strict=True)), codes, self.error)
         result.__dict__["total"] = total
         return result

@@ -92,8 +92,7 @@ def _numbers_to_come(trainer: Any, shell: Any) -> set[str]:
     """Names of the numbers that a step and a validation pass log, found by trying one batch of each."""
     data, names = trainer.datamodule, {"train/loss"}
     for stage in ("train", "val") if trainer.limit_val_batches else ("train",):
-        batch = data.slice_for_rank(data.batch(stage, 0)).to(shell.device)
-        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.precision_plugin.convert_input(data.slice_for_rank(data.batch(stage, 0)).to(shell.device))
         with trainer.precision_plugin.forward_context():
             for trainee in shell.trainees:
                 if stage == "train":

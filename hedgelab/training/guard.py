@@ -1,8 +1,7 @@
 """NaN and infinity in training: which step, which term, which batch; and the choice to pass over such a batch.
 
-Stopping costs nothing a step: loss terms are kept until they are reported anyway, and are looked at then and before every
-checkpoint, so that no checkpoint ever holds what came after. Passing over a batch needs its loss before the optimiser's
-step, which on a GPU waits for the device once a step.
+Stopping costs nothing: loss terms are kept until they are reported anyway, and looked at then and before every checkpoint, so
+that none holds what came after. Passing over a batch needs its loss before the optimiser's step: a GPU waits once a step.
 """
 
 import logging
@@ -60,8 +59,7 @@ def check_window(window: Sequence[Mapping[str, Tensor]], end: int, ranks: Ranks,
     if not every or math.isfinite(float(ranks.sum(torch.stack(every).sum()))):
         return
     for index, terms in enumerate(window, start=end - len(window)):
-        wrong = [repr(name) for name, term in terms.items() if ranks.any(~torch.isfinite(term))]
-        if wrong:
+        if wrong := [repr(name) for name, term in terms.items() if ranks.any(~torch.isfinite(term))]:
             at = f"step {index + 1} (batch {index} of stage train{_look_at(index, data)})"
             fix = "mend the data, lower the learning rate, or pass over such batches with guard.on_nonfinite=skip"
             raise UserError(f"model: loss term {', '.join(wrong)}{whose} is NaN or infinite at {at}; {fix}")

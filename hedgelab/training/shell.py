@@ -242,8 +242,7 @@ class TrainingShell(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """End a limited run with its epoch, since a stream has one, unless ``max_epochs`` says how many there are."""
         trainer: Any = self.trainer
-        limited = isinstance(trainer.limit_train_batches, int) and not trainer.overfit_batches
-        if limited and trainer.max_epochs == -1:
+        if isinstance(trainer.limit_train_batches, int) and not trainer.overfit_batches and trainer.max_epochs == -1:
             trainer.should_stop = True
 
     def check_finite(self, step: int) -> None:
@@ -257,8 +256,7 @@ class TrainingShell(L.LightningModule):
         states = {trainee.name: trainee.window_state() for trainee in self.trainees}
         checkpoint[UNREPORTED] = states.get("", states)
         with suppress(TypeError, ValueError, AttributeError):
-            configs = {name: sae.config() for name, sae in self.saes().items()}
-            checkpoint[ARCHITECTURES] = json.loads(json.dumps(configs))
+            checkpoint[ARCHITECTURES] = json.loads(json.dumps({name: sae.config() for name, sae in self.saes().items()}))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what had not been reported yet, if it is a checkpoint of such SAEs."""
@@ -301,10 +299,8 @@ class TrainingShell(L.LightningModule):
         """Report the metrics of the pass."""
         stage = "test" if self.trainer.testing else "val"
         if self.on_nonfinite is not None:
-            counts = torch.tensor(self._measured, device=self.device)
-            guard.check_measured(counts, stage, self.on_nonfinite, self.ranks)
-        values = {trainee.name: trainee.measurements(stage) for trainee in self.trainees}
-        self.report(values, self.trainer.global_step)
+            guard.check_measured(torch.tensor(self._measured, device=self.device), stage, self.on_nonfinite, self.ranks)
+        self.report({trainee.name: trainee.measurements(stage) for trainee in self.trainees}, self.trainer.global_step)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

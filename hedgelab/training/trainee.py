@@ -101,8 +101,7 @@ class Trainee:
         from hedgelab.metrics.evaluation import SAEMetrics  # late: torchmetrics is slow to import
 
         sae = self.sae
-        names = ("feature_directions", "parents", "null_directions")
-        directions, parents, null = (getattr(data, name, None) for name in names)
+        directions, parents, null = (getattr(data, name, None) for name in ("feature_directions", "parents", "null_directions"))
         self._metrics = SAEMetrics(sae.d_in, sae.d_sae, directions, parents, null, sae.ranks, last).to(device)
         self._folded = sae.folded()  # now: weight averaging puts others in their place before the metrics are asked for
 

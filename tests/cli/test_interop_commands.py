@@ -10,7 +10,7 @@ from hedgelab.cli import main
 from hedgelab.data.source import ActivationSource
 from hedgelab.interop.saelens import export_saelens, import_saelens
 from hedgelab.saes import InferenceSAE, TopKSAE, load_sae, save_sae
-from hedgelab.saes.io import same_weights
+from tests.saes.comparison import same_weights
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from hedgelab.cli import main
 from hedgelab.interop.saelens import import_saelens
 from hedgelab.saes import TopKSAE, load_sae
-from hedgelab.saes.io import same_weights
+from tests.saes.comparison import same_weights
 
 OWN = '''
 """SAE classes from outside of the package."""

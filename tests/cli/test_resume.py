@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Timer
 from hedgelab.cli import main
 from hedgelab.cli.lightning import run_cli
 from hedgelab.cli.resume import ResumableCLI
-from hedgelab.saes.io import same_weights
 from hedgelab.training.checkpoints import RunFolder
+from tests.saes.comparison import same_weights
 
 QUIET = ["--trainer.enable_progress_bar=false"]
 UNTRACKED = [*QUIET, "--trainer.logger=false"]

@@ -14,9 +14,9 @@ from hedgelab.protocols.ranks import decided_by_rank_zero, on_every_rank
 from hedgelab.protocols.study import Bench
 from hedgelab.protocols.training_phases import PhaseTrainer
 from hedgelab.saes import BatchTopKSAE, Initialization, MatryoshkaSAE
-from hedgelab.saes.io import same_weights
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.store import create_database
+from tests.saes.comparison import same_weights
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 10}
 OPTIONS = HedgeOptions(n_new=2, new_norm=1.0, seeds=2, lr=1e-2)

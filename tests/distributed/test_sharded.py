@@ -8,9 +8,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from hedgelab.errors import UserError
 from hedgelab.saes import save_sae, weights_sha256
-from hedgelab.saes.io import gathered, load_sae, same_weights
+from hedgelab.saes.io import gathered, load_sae
 from hedgelab.training.guard import FiniteGuard
 from hedgelab.training.sharding import ShardedStrategy
+from tests.saes.comparison import same_weights
 
 STREAMS = {"toy": (fits.toy, False), "correlated": (fits.Correlated, True), "population": (fits.population, False)}
 

@@ -18,8 +18,8 @@ from hedgelab.interop.saelens import export_saelens
 from hedgelab.saes import AbsTopKSAE, FlatSAE, InferenceSAE, MatryoshkaSAE, duplicate, fresh, load_sae, save_sae, widen
 from hedgelab.saes.base import CLASSES
 from hedgelab.saes.described import init_arguments
-from hedgelab.saes.io import same_weights
 from hedgelab.saes.topk import KSparseSAE
+from tests.saes.comparison import same_weights
 
 D_IN, D_SAE, ROWS = 8, 24, 32
 NEEDED = {"k": 3, "l1_coefficient": 0.05, "l0_coefficient": 0.02, "levels": [4, 12, D_SAE]}

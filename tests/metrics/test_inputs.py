@@ -32,7 +32,7 @@ TAKES_LATENTS = {
     "firing_rates": lambda c, z: functional.firing_rates(c),
     "dead_latents": lambda c, z: functional.dead_latents(c),
     "co_firing": lambda c, z: functional.co_firing(c, z),
-    "absorption": lambda c, z: functional.absorption(c, z, LATENT, PARENTS),
+    "absorption": lambda c, z: functional.absorption_from_co_firing(functional.co_firing(c, z), LATENT, PARENTS),
     "regression": lambda c, z: regression_update(c, z),
     "firing_magnitudes": lambda c, z: functional.firing_magnitudes(c),
     "rank_latents": lambda c, z: functional.rank_latents(c, LABELS, 2),
@@ -179,7 +179,9 @@ ON_A_DEVICE = {
     "firing_rates": lambda x, c, z, W: functional.firing_rates(c),
     "cosines": lambda x, c, z, W: functional.mean_max_cosine(functional.decoder_cosines(W, x[:4])),
     "coordinates": lambda x, c, z, W: functional.decoder_coordinates(W, x[:4]),
-    "absorption": lambda x, c, z, W: functional.absorption(c, z, LATENT.to(z.device), PARENTS.to(z.device)),
+    "absorption": lambda x, c, z, W: functional.absorption_from_co_firing(
+        functional.CoFiring(c[0, 0], c[0], z[0], c.T @ z), LATENT.to(z.device), PARENTS.to(z.device)
+    ),
     "rank_latents": lambda x, c, z, W: functional.rank_latents(c, z > 0, 2),
 }
 

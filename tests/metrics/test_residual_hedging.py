@@ -285,7 +285,7 @@ def test_moments_of_sparse_codes_are_those_of_dense_weights(monkeypatch, joint, 
     sizes = [g.square().sum(0) for g in weights]
     monkeypatch.setattr(error_spread, "_FEW", 1000 if kept else 0)
     monkeypatch.setattr(error_spread, "_shared", lambda *_: (0.0, 0.0))  # above, against explicit matrices
-    products = error_spread._Products(errors)
+    products = error_spread._products(errors)
     (q, t), of_all, _ = error_spread._moments(products, parts, inverse, sizes)
     kernels = [[errors[a].double() @ errors[b].double().t() for b in range(blocks)] for a in range(blocks)]
     slopes = torch.randn(2, 9, generator=rng, dtype=torch.float64)

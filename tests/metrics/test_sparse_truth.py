@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hedgelab.batch import Batch
 from hedgelab.kernels.codes import Codes
 from hedgelab.metrics import FeatureDetection, FeatureHierarchy, FeatureRegression, SAEMetrics, direct
-from hedgelab.metrics.functional import absorption, co_firing
+from hedgelab.metrics.functional import absorption_from_co_firing, co_firing
 from hedgelab.metrics.functional import accumulate as accumulate_module
 
 
@@ -90,11 +90,9 @@ def test_a_pass_with_sparse_truth_gives_the_same_numbers(d_in):
 def test_functions_take_sparse_truth():
     latents, features, _ = draw(0, 300, 5, 9, 0.3)
     arguments = torch.tensor([0, 1, 2, -1, -1, -1, -1, -1, -1]), torch.tensor([-1, 0, *[-1] * 7])
-    torch.testing.assert_close(
-        tuple(absorption(latents, sparse(features), *arguments)),
-        tuple(absorption(latents, features, *arguments)),
-        equal_nan=True,
-    )
+    truths = (features, sparse(features))
+    ours, dense = (absorption_from_co_firing(co_firing(latents, truth), *arguments) for truth in truths)
+    torch.testing.assert_close(tuple(ours), tuple(dense), equal_nan=True)
     directions = torch.nn.functional.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(2)), dim=1)
     ours, dense = (direct.hedging(directions[:5], directions, latents, one) for one in (sparse(features), features))
     torch.testing.assert_close(ours.norm, dense.norm, rtol=1e-4, atol=1e-5, equal_nan=True)

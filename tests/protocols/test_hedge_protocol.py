@@ -23,8 +23,8 @@ from hedgelab.protocols.phase_data import PhaseData
 from hedgelab.protocols.study import Bench
 from hedgelab.protocols.training_phases import Phase, PhaseRunner, PhaseTrainer
 from hedgelab.saes import BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE, fresh
-from hedgelab.saes.io import same_weights
 from hedgelab.tracking import MLflowTracker
+from tests.saes.comparison import same_weights
 
 D_IN, D_SAE, STEPS = 12, 6, 15
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}

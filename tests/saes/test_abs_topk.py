@@ -9,7 +9,7 @@ from hedgelab.interop.saelens import export_saelens
 from hedgelab.kernels import ops
 from hedgelab.metrics.evaluation import SAEMetrics
 from hedgelab.saes import AbsTopKSAE, Initialization, MatryoshkaSAE, TopKSAE, load_sae
-from hedgelab.saes.io import same_weights
+from tests.saes.comparison import same_weights
 
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
 

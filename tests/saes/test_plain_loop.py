@@ -21,7 +21,7 @@ from hedgelab.saes import (
     load_sae,
     save_sae,
 )
-from hedgelab.saes.io import same_weights
+from tests.saes.comparison import same_weights
 
 FEATURES = [0.3, {"f0": 0.3, "not f0": 0.1}, 0.2, {"f2": 0.4, "otherwise": 0}]
 STEPS = 40

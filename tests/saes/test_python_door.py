@@ -12,7 +12,7 @@ from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import SAE, BatchTopKSAE, FlatSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE, load_sae
 from hedgelab.saes.base import CLASSES
-from hedgelab.saes.io import same_weights
+from tests.saes.comparison import same_weights
 
 
 class SoftTopKSAE(TopKSAE):

@@ -14,8 +14,8 @@ from hedgelab.errors import UserError
 from hedgelab.kernels import ops
 from hedgelab.saes import Initialization, JumpReLUSAE, MatryoshkaSAE, VanillaSAE
 from hedgelab.saes.ensemble import EnsembleSAE
-from hedgelab.saes.io import same_weights
 from hedgelab.saes.steering import DAMPING, LARGEST_STEP, RATE, steering_step
+from tests.saes.comparison import same_weights
 
 INIT = Initialization(seed=1)
 FACTORIES = {

@@ -8,7 +8,7 @@ import torch
 from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.saes import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE, duplicate, fresh, widen
-from hedgelab.saes.io import same_weights
+from tests.saes.comparison import same_weights
 
 D_IN, D_SAE, N_NEW = 8, 12, 3
 MAKERS = {

@@ -14,12 +14,13 @@ import hedgelab as hl
 from hedgelab.errors import UserError
 from hedgelab.protocols.evaluation.evaluate import find, record
 from hedgelab.protocols.evaluation.suite import Scores
-from hedgelab.saes.io import same_weights, save_sae
+from hedgelab.saes.io import save_sae
 from hedgelab.tracking import MLflowTracker
 from hedgelab.tracking.models import _load_pyfunc
 from hedgelab.tracking.runs import resolve_run
 from hedgelab.tracking.store import INTENDED, ensure_store
 from hedgelab.tracking.sync import sync
+from tests.saes.comparison import same_weights
 
 DATA = {"class_path": "toys.Mine", "init_args": {"x": 3}}
 

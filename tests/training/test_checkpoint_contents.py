@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import CSVLogger
 from hedgelab.data.toy import IndependentFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import TopKSAE, load_sae
-from hedgelab.saes.io import same_weights
 from hedgelab.tracking import RunRecord
 from hedgelab.training.checkpoints import RunCheckpoint, VerifiedCheckpointIO
+from tests.saes.comparison import same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KEEP = functools.partial(RunCheckpoint, save_last=True, save_top_k=0, every_n_train_steps=10)

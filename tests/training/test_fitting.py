@@ -10,8 +10,8 @@ import torch
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import AbsTopKSAE, BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, VanillaSAE
-from hedgelab.saes.io import same_weights
 from hedgelab.saes.mitigations import FrozenDecoder, OrthogonalDecoder, OwnRowCredit
+from tests.saes.comparison import same_weights
 
 FEATURES = [0.3, {"f0": 0.3, "not f0": 0.1}, 0.2, {"f2": 0.4, "otherwise": 0}]
 MAKERS = {

@@ -10,8 +10,8 @@ from torch.optim.lr_scheduler import LinearLR
 from hedgelab.data.toy import IndependentFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, SAEGroup, TopKSAE, VanillaSAE, duplicate
-from hedgelab.saes.io import same_weights
 from hedgelab.training.steps import StepBatches
+from tests.saes.comparison import same_weights
 
 D_IN = 10
 

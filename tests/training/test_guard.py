@@ -11,9 +11,9 @@ from hedgelab.batch import Batch
 from hedgelab.data.toy import ConditionalFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, SAEGroup, TopKSAE, VanillaSAE
-from hedgelab.saes.io import same_weights
 from hedgelab.training.checkpoints import LAST, RunCheckpoint, newest_whole
 from hedgelab.training.guard import FiniteGuard
+from tests.saes.comparison import same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SGD = functools.partial(torch.optim.SGD, lr=0.01)

@@ -22,8 +22,8 @@ from lightning.pytorch.profilers import SimpleProfiler
 from hedgelab.data.toy import IndependentFiring, ToyDataModule
 from hedgelab.errors import UserError
 from hedgelab.saes import BatchTopKSAE, SAEGroup, TopKSAE, VanillaSAE
-from hedgelab.saes.io import same_weights
 from hedgelab.training.checkpoints import RunCheckpoint
+from tests.saes.comparison import same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 README = Path(__file__).parents[2] / "hedgelab" / "training" / "README.md"

@@ -16,8 +16,8 @@ import checkpointed
 
 from hedgelab.errors import Stopped, UserError
 from hedgelab.saes import SAEGroup, TopKSAE, VanillaSAE
-from hedgelab.saes.io import same_weights
 from hedgelab.training.checkpoints import LAST, PREVIOUS, RunCheckpoint, newest_whole
+from tests.saes.comparison import same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

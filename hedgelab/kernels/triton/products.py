@@ -53,14 +53,13 @@ def select(product: Product, count: int, scale: Tensor | None, per_row: bool) ->
     entries as it likes, and stores ``count`` of them even where some are not positive.
     """
     batch, d_sae = product.x.shape[0], product.W_enc.shape[1]
-    if batch * d_sae <= LARGEST_FIXED_SELECTION and count <= (d_sae if per_row else batch * d_sae):
-        with torch.autocast(product.x.device.type, enabled=False):
-            pre = torch.addmm(product.b_enc, product.x, product.W_enc)
-        return selection.small_top_k(pre, count, scale, per_row)
-    if product.dtype == torch.float64 or not selection.fits(batch, d_sae, count if per_row else 1):
+    small = batch * d_sae <= LARGEST_FIXED_SELECTION and count <= (d_sae if per_row else batch * d_sae)
+    if not small and (product.dtype == torch.float64 or not selection.fits(batch, d_sae, count if per_row else 1)):
         return None
     with torch.autocast(product.x.device.type, enabled=False):
         pre = torch.addmm(product.b_enc, product.x, product.W_enc)
+    if small:
+        return selection.small_top_k(pre, count, scale, per_row)
     return selection.top_k(pre, count, scale) if per_row else selection.batch_top_k(pre, count, scale)
 
 

@@ -18,7 +18,6 @@ from hedgelab.metrics.functional.degree import hedging_degree as hedging_degree
 from hedgelab.metrics.functional.error_spread import residual_hedging as residual_hedging
 from hedgelab.metrics.functional.first_letter import first_letter_scores as first_letter_scores
 from hedgelab.metrics.functional.first_letter import word_absorption as word_absorption
-from hedgelab.metrics.functional.hierarchy import absorption as absorption
 from hedgelab.metrics.functional.hierarchy import absorption_from_co_firing as absorption_from_co_firing
 from hedgelab.metrics.functional.hierarchy import infer_parents as infer_parents
 from hedgelab.metrics.functional.hierarchy import parent_encoder_components as parent_encoder_components

@@ -41,11 +41,7 @@ def as_codes(latents: Tensor | Codes) -> Codes:
 
 def on_cpu(latents: Tensor | Codes) -> Codes:
     """Codes without a gradient on the CPU, where probes are fitted."""
-    codes = as_codes(latents)
-    if codes.layout is None:
-        return Codes(codes.values.detach().cpu())
-    crow, index, values = (part.detach().cpu() for part in codes.csr())
-    return Codes.from_csr(crow, index, values, codes.d_sae)
+    return as_codes(latents).detach().to("cpu")
 
 
 def picked(codes: Codes, dim: int, index: Tensor) -> Tensor:
@@ -91,9 +87,7 @@ def sparse_product(codes: Codes, matrix: Tensor, weight: Tensor | None = None) -
         _, latents, values = codes.csr()
         index, values = torch.stack([latents, codes.rows()]).to(device), values.to(device, dtype)
         values = values if weight is None else values * weight.to(dtype)[index[1]]
-        shape = (codes.d_sae, codes.batch_size)
-        product: Tensor = torch.sparse_coo_tensor(index, values, shape, check_invariants=False) @ matrix
-        return product
+        return torch.sparse_coo_tensor(index, values, (codes.d_sae, codes.batch_size), check_invariants=False) @ matrix
 
 
 def pair_product(left: Codes, right: Codes, weight: Tensor | None = None) -> Tensor:
@@ -140,8 +134,7 @@ def weighted_sum(per_example: Tensor, weight: Tensor | None) -> Tensor:
     """Sum over the first dimension of ``[batch, ...]`` in float64, weighted by ``weight [batch]`` where given."""
     if weight is None:
         return detached(per_example).sum(0, dtype=torch.float64)
-    total: Tensor = torch.einsum("b,b...->...", float64(weight), float64(per_example))
-    return total
+    return torch.einsum("b,b...->...", float64(weight), float64(per_example))
 
 
 def orthonormal_basis(rows: Tensor) -> Tensor:

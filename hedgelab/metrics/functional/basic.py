@@ -53,10 +53,9 @@ def explained_variance_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = 
 def explained_variance(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     """Share of the variance that the reconstruction explains, ``1 - Σ‖x - x_hat‖² / Σ‖x - mean x‖²``: at most 1.
 
-    Squares are summed over examples *and* dimensions before the one division (1 - FVU of Gao et al. 2024), and a constant
-    offset of ``x_hat`` counts as error; SynthSAEBench (arXiv 2602.14687) has the same definition. Do not compare it with means
-    of a ratio for each example or dimension, or with scikit-learn's and torchmetrics' number of this name, which takes the mean
-    residual off first.
+    Squares are summed over examples *and* dimensions before the one division, and a constant offset of ``x_hat`` counts as an
+    error, as in 1 - FVU of Gao et al. 2024 and SynthSAEBench (arXiv 2602.14687). Means of a ratio for each example or dimension
+    differ, and so does scikit-learn's and torchmetrics' number of this name, which takes the mean residual off first.
 
     >>> x = torch.tensor([[0.0, 0], [2, 0]])
     >>> explained_variance(x, torch.tensor([[0.5, 0], [1.5, 0]])).item()
@@ -98,9 +97,8 @@ def shrinkage(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
     """Relative reconstruction bias ``γ = E‖x_hat‖² / E[x·x_hat]``; below 1 the reconstruction is shrunk, 1 is unbiased.
 
     γ is what ``x_hat`` would have to be *divided* by for the least squared error (Rajamanoharan et al. 2024, *Improving
-    Dictionary Learning with Gated Sparse Autoencoders*). Unlike ‖x_hat‖ / ‖x‖ it is 1 for an orthogonal projection, which
-    loses norm without shrinking. Of reconstructions that hardly correlate with ``x`` it says nothing. What SynthSAEBench calls
-    shrinkage is :func:`norm_ratio`.
+    Dictionary Learning with Gated Sparse Autoencoders*). Unlike ‖x_hat‖ / ‖x‖ (:func:`norm_ratio`, SynthSAEBench's shrinkage)
+    it is 1 for an orthogonal projection. Of reconstructions that hardly correlate with ``x`` it says nothing.
 
     >>> x = torch.tensor([[1.0, 2.0]])
     >>> shrinkage(x, x / 2).item()
@@ -120,10 +118,9 @@ def norm_ratio_update(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) ->
 
 
 def norm_ratio(x: Tensor, x_hat: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean of ``‖x_hat‖ / ‖x‖`` over examples, those of ``‖x‖ ≤ 1e-6`` left out: what SynthSAEBench calls shrinkage.
+    """Mean of ``‖x_hat‖ / ‖x‖`` over examples of ``‖x‖ > 1e-6``: what SynthSAEBench (arXiv 2602.14687) calls shrinkage.
 
-    It falls with everything that a reconstruction leaves out, not only where it is too short (Chanin and Garriga-Alonso 2026,
-    arXiv 2602.14687, measure it so); :func:`shrinkage` tells both apart.
+    It falls with all that a reconstruction leaves out, not only where it is too short; :func:`shrinkage` tells both apart.
 
     >>> norm_ratio(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]])).item()
     0.5

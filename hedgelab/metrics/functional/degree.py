@@ -125,8 +125,7 @@ def hedging_degree(
     old = fold_decoder(control)[0]
     moved_to, new = torch.split(fold_decoder(extended)[0].to(old), [width, n_new])
     delta, basis = moved_to - old, orthonormal_basis(new)
-    rank = basis.shape[1]
-    if not rank:
+    if not (rank := basis.shape[1]):
         raise UserError("hedge.new_norm: the new latents' decoder rows are all zero; choose a larger one")
     live = old.new_ones(width, dtype=torch.bool) if live is None else live.to(old.device)
 

@@ -105,12 +105,8 @@ def word_absorption(activations: Tensor, x: Tensor, direction: Tensor, main: Ten
     activations, on_probe = activations.double(), x.double() @ direction
     projections = activations * cosines
     best = projections.max(dim=1)
-    full = (
-        (activations[:, main] < _SILENT).all(1)
-        & (cosines[best.indices] >= FULL_ABSORBER_COSINE)
-        & (on_probe > 0)
-        & (best.values >= PROJECTION_SHARE * on_probe)
-    )
+    silent, enough = (activations[:, main] < _SILENT).all(1), best.values >= PROJECTION_SHARE * on_probe
+    full = silent & enough & (cosines[best.indices] >= FULL_ABSORBER_COSINE) & (on_probe > 0)
     by_main = projections[:, main].sum(1)
     absorbs = cosines >= ABSORBER_COSINE
     absorbs[main] = False

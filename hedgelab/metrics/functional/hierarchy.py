@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hedgelab.kernels.codes import Codes
-from hedgelab.metrics.functional.accumulate import as_codes, weighted_sum
 from hedgelab.metrics.functional.recovery import CoFiring
 
 IMPLIES = 0.999  # P(parent | child) from which a feature counts as a parent
@@ -45,36 +43,15 @@ def infer_parents(both: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
     ancestor = (given_child >= IMPLIES) & (given_child.T < IMPLIES) & (rate < IMPLIES)
     if not exact:
         ancestor &= fired[:, None] * rate.log() < math.log(CHANCE)
-    commonness = torch.where(ancestor, fired, torch.inf)
-    return torch.where(ancestor.any(1), commonness.argmin(1), -1)
-
-
-def absorption(
-    codes: Tensor | Codes, features: Tensor | Codes, latent: Tensor, parents: Tensor, weight: Tensor | None = None
-) -> AbsorptionScores:
-    """Absorption of each child feature, each score from 0 to 1 and ``excess`` from -1 to 1; formulas in the module.
-
-    Latents ``[examples, d_sae]`` and firing magnitudes ``features [examples, n]`` are dense or codes. Needs true features:
-    of a language model see :mod:`.first_letter`. Makes both dense: of many batches take :func:`absorption_from_co_firing`.
-
-    >>> features = torch.tensor([[1.0, 1], [1, 0]])  # a parent, and its child
-    >>> codes = torch.tensor([[0.0, 1], [1, 0]])  # the parent's latent is silent on the child
-    >>> absorption(codes, features, torch.tensor([0, 1]), torch.tensor([-1, 0])).excess.tolist()
-    [nan, 1.0]
-    """
-    fires = as_codes(features).to_dense() > 0
-    parent_fires = fires[:, parents] & _tracked(latent, parents)
-    silent = as_codes(codes).to_dense()[:, latent[parents]] == 0
-    kinds = parent_fires & fires, parent_fires & ~fires
-    missed, without = (weighted_sum(kind & silent, weight) / weighted_sum(kind, weight) for kind in kinds)
-    return AbsorptionScores(missed, without, missed - without)
+    return torch.where(ancestor.any(1), torch.where(ancestor, fired, torch.inf).argmin(1), -1)
 
 
 def absorption_from_co_firing(counts: CoFiring, latent: Tensor, parents: Tensor) -> AbsorptionScores:
-    """What :func:`absorption` gives, from pairwise counts alone, gathered before latents are matched or parents known.
+    """Absorption of each child feature, each score from 0 to 1 and ``excess`` from -1 to 1; formulas in the module.
 
-    Exact when children never fire without their parent; off by at most the rate at which they do. Only parents that a latent
-    tracks are seen: read it beside :func:`parents_best_f1`.
+    From pairwise counts (:func:`.co_firing`), gathered before latents are matched or parents known: exact when children never
+    fire without their parent, off by at most the rate at which they do. Needs true features: of a language model see
+    :mod:`.first_letter`. Only parents that a latent tracks are seen: read it beside :func:`parents_best_f1`.
 
     >>> both = torch.tensor([[1.0, 0], [1, 1]])  # the parent's latent fires once, without the child; the child's with it
     >>> counts = CoFiring(torch.tensor(2.0), torch.tensor([1.0, 1]), torch.tensor([2.0, 1]), both)
@@ -127,8 +104,7 @@ def parents_best_f1(counts: CoFiring, parents: Tensor) -> Tensor:
     """
     best = torch.full_like(counts.features, torch.nan)
     known = torch.bincount(parents[parents >= 0], minlength=len(parents)).nonzero().squeeze(1)
-    total = counts.latents[:, None] + counts.features[known]
-    best[known] = (2 * counts.both[:, known] / total).nan_to_num(0).amax(0)
+    best[known] = (2 * counts.both[:, known] / (counts.latents[:, None] + counts.features[known])).nan_to_num(0).amax(0)
     return best.masked_fill(counts.features == 0, torch.nan)
 
 

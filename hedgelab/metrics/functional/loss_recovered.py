@@ -30,10 +30,9 @@ class RecoveredLoss(NamedTuple):
 def spliced_sums(name: str, tokens: Tensor, keep: Tensor, clean: Tensor, logits: Tensor) -> dict[str, Tensor]:
     """Sums over tokens of the cross-entropy, and of KL(clean ‖ spliced) as ``kl_…``, of a spliced model's next tokens, in nats.
 
-    ``logits [n, length, vocabulary]``, ``tokens [n, length]``, ``keep [n, length]`` bool: positions whose prediction counts;
-    the last position predicts nothing.
+    ``logits [n, length, vocabulary]``, ``tokens [n, length]``, ``keep [n, length]`` bool: which predictions count.
     """
-    kept = keep[:, :-1]
+    kept = keep[:, :-1]  # the last position predicts nothing
     p, q = (log_softmax(values[:, :-1][kept].float(), dim=-1) for values in (clean, logits))
     losses = -q.gather(1, tokens[:, 1:][kept].long()[:, None])
     return {name: float64(losses).sum(), f"kl_{name}": float64((p.exp() * (p - q)).sum(-1)).sum()}
@@ -48,9 +47,8 @@ def baseline_sums(tokens: Tensor, keep: Tensor, clean: Tensor, zero: Tensor, mea
 def recovered_loss(sums: dict[str, Tensor], count: Tensor) -> RecoveredLoss:
     """Means and shares from sums over ``count`` tokens: ``recovered = (CE_zero - CE_sae) / (CE_zero - CE)``.
 
-    1 is a perfect reconstruction, 0 no better than the ablation, below 0 worse; NaN where the ablation loses nothing. Sums are
-    ``clean``, and ``sae``, ``zero``, ``mean`` with their divergences ``kl_…``. Zero ablation breaks most models, so that any
-    SAE looks good against it: compare by KL, or against the mean.
+    1 is a perfect reconstruction, 0 no better than the ablation, below 0 worse; NaN where the ablation loses nothing. ``sums``
+    are those of :data:`LOSSES`. Zero ablation breaks most models, which flatters any SAE: compare by KL, or against the mean.
 
     >>> losses = {"clean": 2.0, "sae": 3.0, "zero": 6.0, "mean": 4.0, "kl_sae": 1.0, "kl_zero": 4.0, "kl_mean": 2.0}
     >>> recovered_loss({name: torch.tensor(loss) for name, loss in losses.items()}, torch.tensor(1)).recovered.item()

@@ -1,12 +1,10 @@
 """Hedging along features that were planted in real activations, where whatever else a decoder row holds is not known.
 
-A row r (unit norm) that stands for a feature p holds the *share* of another known feature f that its least-squares coordinate
-along f beside p says, on p's side::
+A unit row r for a feature p holds as *share* of another known feature f its least-squares coordinate beside p, on p's side::
 
     share = sign(r · p) (r · f - (r · p)(p · f)) / (1 - (p · f)²)
 
-Rows of real SAEs hold a little of any direction, so shares are read beside those of null directions, which were drawn like the
-planted ones and never planted.
+Rows of real SAEs hold a little of any direction, so shares are read beside those of null directions, drawn alike, not planted.
 """
 
 from typing import NamedTuple

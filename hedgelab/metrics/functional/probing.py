@@ -87,8 +87,7 @@ def logistic_regression(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProb
 def linear_probes(x: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:
     """Binary classifiers on many columns ``x [n, d]``, each class of ``labels [n, classes]`` against the rest, by L-BFGS.
 
-    Columns are centred and scaled to a mean square of 1 for the fit alone; C refers to that scale. NaN, with a warning, for
-    classes without members or without others.
+    Columns are standardised for the fit, and C refers to that. NaN, with a warning, for classes that lack members or others.
     """
     x, labels = x.detach().cpu().double(), labels.cpu()
     known = known_classes("probes", labels)
@@ -170,8 +169,7 @@ def rank_latents(train: Tensor | Codes, labels: Tensor, k: int) -> Tensor:
     inside = torch.stack([wide.sum_per_latent(mask.double()) for mask in labels.T])
     count = labels.sum(0).double()[:, None]
     difference = inside / count - (wide.sum_per_latent() - inside) / (len(labels) - count)
-    ranked = (difference / firing_magnitudes(train)).abs().sort(dim=1, descending=True, stable=True)
-    return ranked.indices[:, :k]
+    return (difference / firing_magnitudes(train)).abs().sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
 def k_sparse_probing(

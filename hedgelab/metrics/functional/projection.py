@@ -1,7 +1,6 @@
 """Decoder projections: what activations hold along decoder rows, latents that do not fire included (arXiv 2508.16560).
 
-A latent that mixes correlated features, for want of latents or because too few may fire, has a row along which many activations
-lie that it should have nothing to do with.
+A latent that mixes correlated features, for want of latents or of L0, has a row along which much lies that it should ignore.
 """
 
 import torch
@@ -23,8 +22,7 @@ def nth_decoder_projection(x: Tensor, W_dec: Tensor, b_dec: Tensor, n: int | Non
     """The ``n · batch``-th largest of all entries ``(x - b_dec) · W_dec[i] / ‖W_dec[i]‖``, a float32 scalar.
 
     Of SAEs that differ in L0 alone it is smallest where L0 is right, for any n between that L0 and about half of d_sae
-    (Chanin & Garriga-Alonso, arXiv 2508.16560, section 4); None is 3/8 of d_sae. Here n counts from 1: ``n = d_sae`` gives the
-    smallest entry.
+    (Chanin & Garriga-Alonso, arXiv 2508.16560, section 4); None is 3/8 of d_sae. ``n = d_sae`` gives the smallest entry.
 
     >>> nth_decoder_projection(torch.tensor([[3.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2), 2)
     tensor(1.)

@@ -111,8 +111,7 @@ def uniqueness(cosines: Tensor) -> Tensor:
     Logged as:
         uniqueness: uniqueness (higher): share of latents whose nearest feature no other latent has
     """
-    distinct = torch.bincount(cosines.abs().argmax(1), minlength=cosines.shape[1]) > 0
-    return distinct.sum().double() / cosines.shape[0]
+    return (torch.bincount(cosines.abs().argmax(1), minlength=cosines.shape[1]) > 0).sum().double() / cosines.shape[0]
 
 
 class CoFiring(NamedTuple):
@@ -148,8 +147,7 @@ def co_firing_update(codes: Tensor | Codes, features: Tensor | Codes, weight: Te
 def co_firing(codes: Tensor | Codes, features: Tensor | Codes, weight: Tensor | None = None) -> CoFiring:
     """How often latents and features fire and fire together, over one batch.
 
-    Latents fire where they are not 0, ``features [batch, n]`` (a tensor or codes) where they are above 0. Without ``weight``
-    pairs are exact whole numbers in float32.
+    Latents fire where they are not 0, ``features [batch, n]`` above 0. Without ``weight`` pairs are whole numbers in float32.
 
     >>> co_firing(torch.tensor([[1.0], [-2.0]]), torch.tensor([[1.0, 0.0], [1.0, 2.0]])).both.tolist()
     [[2.0, 1.0]]
@@ -194,8 +192,7 @@ def nearest_detection_scores(counts: CoFiring, cosines: Tensor) -> DetectionScor
         nearest_recall: recall, nearest (higher): of examples with the nearest feature, the share where the latent fires, mean
         nearest_f1: F1, nearest (higher): harmonic mean of both, mean over all latents, as SynthSAEBench defines it
     """
-    scores = detection_scores(counts, cosines.abs().argmax(1))
-    return DetectionScores(*(score.nan_to_num(0.0) for score in scores))
+    return DetectionScores(*(score.nan_to_num(0.0) for score in detection_scores(counts, cosines.abs().argmax(1))))
 
 
 class DecoderGeometry(NamedTuple):
@@ -212,8 +209,7 @@ class DecoderGeometry(NamedTuple):
 def decoder_geometry(W_dec: Tensor, live: Tensor | None = None, threshold: float = NEAR_DUPLICATE) -> DecoderGeometry:
     """Cosines between rows of ``W_dec [d_sae, d_in]``, block by block: the ``[d_sae, d_sae]`` matrix is never held.
 
-    The results are of the ``live [d_sae]`` latents (bool; None for all), in their order: rows of dead ones are as they were
-    drawn. ``threshold`` is the cosine of near-duplicates.
+    Results are of the ``live [d_sae]`` latents (bool; None for all): dead rows are as drawn. ``threshold`` is near-duplicates'.
 
     >>> decoder_geometry(torch.tensor([[1.0, 0], [2, 0], [0, 1]])).near_duplicates.item()
     2

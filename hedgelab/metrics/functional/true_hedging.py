@@ -13,9 +13,8 @@ A decoder row is a sum of features, so its coordinates are the least-squares one
 spurious between overlapping features. An encoder column *reads* features, so its coordinates are its responses ``f_j · w``: an
 encoder that separates overlapping features perfectly scores 0. On orthonormal features both are plain cosines.
 
-*More features than dimensions* (n > d_in): decoder rows have no unique coordinates, and cosines are no substitute: they give
-1.57 for perfect latents of 384 features in 128 dimensions, where 0 is right. What a row should hold is then read from the
-codes c and the true activations z::
+*More features than dimensions* (n > d_in): decoder rows have no unique coordinates, and cosines are no substitute: perfect
+latents of 384 features in 128 dimensions get 1.57, not 0. What a row should hold is read from codes c and true activations z::
 
     B = Cov(c)⁻¹ Cov(c, z)  [d_sae, n],        h_ij = ± B_ij / |Σ_j B_ij f_j · W_dec[i] / ‖W_dec[i]‖|
 
@@ -127,50 +126,38 @@ def hedging(coordinates: Tensor, cosines: Tensor, tracked: Matching, live: Tenso
 def regression_update(codes: Tensor | Codes, features: Tensor | Codes, weight: Tensor | None = None) -> RegressionSums:
     """Sums of one batch of latents ``[batch, d_sae]`` and true activations ``[batch, n]``, each dense or codes.
 
-    Where true activations are codes, sums of products are sparse tensors with an entry for each pair and example, unless there
-    are weights: those of a population, which is small.
+    Where true activations are codes without weights, sums of products are sparse: an entry for each pair and example.
     """
     codes, features = as_codes(codes).detach(), features.detach()
-    if isinstance(features, Codes):
-        if weight is None:
-            return _sparse_regression_update(codes, features)
+    if isinstance(features, Codes) and weight is not None:
         features = features.to_dense()
-    rows = torch.arange(len(features), device=features.device) % 2
-    amounts = [(rows == half).double() if weight is None else float64(weight) for half in (0, 1)]
-    dense = float64(codes.to_dense())
-    weighted = dense if weight is None else dense * 2 * float64(weight).to(dense.device)[:, None]
-    return RegressionSums(
-        dense.new_tensor(0 if weight is not None else len(features)),
-        torch.stack([amount.sum() for amount in amounts]),
-        torch.stack([weighted_sum(dense, amount.to(dense.device)) for amount in amounts]),
-        torch.stack([weighted_sum(features, amount) for amount in amounts]),
-        dense.t() @ weighted,
-        torch.stack([accumulate.sparse_product(codes, features.float(), amount.float()) for amount in amounts]),
-    )
+    place = features.values if isinstance(features, Codes) else features
+    odd, count = torch.arange(codes.batch_size, device=place.device) % 2, codes.batch_size if weight is None else 0
+    amounts = [(odd == half).double() if weight is None else float64(weight) for half in (0, 1)]
+    if isinstance(features, Codes):
+        wide, true = (one.with_values(float64(one.values)) for one in (codes, features))
+        sums = (torch.stack([one.sum_per_latent(half) for half in amounts]) for one in (wide, true))
+        code_products, products = accumulate.pair_product(wide, wide), _products_by_half(codes, features)
+    else:
+        dense = float64(codes.to_dense())
+        sums = (torch.stack([weighted_sum(one, half.to(one.device)) for half in amounts]) for one in (dense, features))
+        code_products = dense.t() @ (dense if weight is None else dense * 2 * float64(weight).to(dense.device)[:, None])
+        products = torch.stack([accumulate.sparse_product(codes, features.float(), half.float()) for half in amounts])
+    mass, (of_codes, of_features) = torch.stack([half.sum() for half in amounts]), sums
+    return RegressionSums(mass.new_tensor(count), mass, of_codes, of_features, code_products, products)
 
 
-def _sparse_regression_update(codes: Codes, features: Codes) -> RegressionSums:
-    """The same of true activations that are codes, without weights."""
-    d_sae, wide = codes.d_sae, codes.with_values(float64(codes.values))
+def _products_by_half(codes: Codes, features: Codes) -> Tensor:
+    """``Σ c zᵀ`` over even and over odd examples, ``[2, d_sae, n]``."""
     crow, latents, values = codes.csr()
-    rows, true = codes.rows(), features.with_values(float64(features.values))
-    halves = [(torch.arange(codes.batch_size, device=rows.device) % 2 == half).double() for half in (0, 1)]
     # latents of odd examples are counted from d_sae on, so that both halves are one product
-    by_half = Codes.from_csr(crow, latents + d_sae * (rows % 2), values.float(), 2 * d_sae)
-    products = accumulate.pair_product(by_half, features)
-    if products.is_sparse:
-        latent, feature = products._indices()
-        index = torch.stack([latent // d_sae, latent % d_sae, feature])
-        shape = (2, d_sae, features.d_sae)
-        products = torch.sparse_coo_tensor(index, products._values(), shape, check_invariants=False)
-    return RegressionSums(
-        wide.values.new_tensor(codes.batch_size),
-        torch.stack([half.sum() for half in halves]),
-        torch.stack([wide.sum_per_latent(half) for half in halves]),
-        torch.stack([true.sum_per_latent(half) for half in halves]),
-        accumulate.pair_product(wide, wide),
-        products if products.is_sparse else products.reshape(2, d_sae, features.d_sae),
-    )
+    by_half = Codes.from_csr(crow, latents + codes.d_sae * (codes.rows() % 2), values.float(), 2 * codes.d_sae)
+    products, shape = accumulate.pair_product(by_half, features), (2, codes.d_sae, features.d_sae)
+    if not products.is_sparse:
+        return products.reshape(shape)
+    latent, feature = products._indices()
+    index = torch.stack([latent // codes.d_sae, latent % codes.d_sae, feature])
+    return torch.sparse_coo_tensor(index, products._values(), shape, check_invariants=False)
 
 
 def regressed_hedging(
@@ -222,9 +209,7 @@ def regression_coefficients(sums: RegressionSums, chosen: Tensor) -> Tensor:
     """
     weight = sums.weight.sum()
     means = (sums.codes[:, chosen].sum(0) / weight).outer(sums.features.sum(0) / weight)
-    products = sums.products.sum(0)[chosen].double() / weight
-    solved: Tensor = torch.cholesky_solve(products - means, _covariance_factor(sums, chosen))
-    return solved
+    return torch.cholesky_solve(sums.products.sum(0)[chosen].double() / weight - means, _covariance_factor(sums, chosen))
 
 
 def _covariance_factor(sums: RegressionSums, chosen: Tensor) -> Tensor:

@@ -72,8 +72,7 @@ class Mitigation(nn.Module):
     def terms(self, sae: Any, codes: Codes, decoder: Decoder, target: Target, errors: Iterable[Tensor]) -> dict[str, Tensor]:
         """Further terms of the loss by name, scalars that carry their coefficients.
 
-        ``codes``, ``decoder`` and ``target`` are what the errors ``x_hat - x`` of the levels, ``[batch, d_in]`` each, were
-        computed of.
+        The ``errors [batch, d_in]``, ``x_hat - x`` of each level, were computed of ``codes``, ``decoder`` and ``target``.
         """
         return {}
 
@@ -94,8 +93,7 @@ class Mitigation(nn.Module):
         arguments = dict(config) if isinstance(config, Mapping) else {}
         name = arguments.pop("class", None)
         if name not in KNOWN:
-            advice = "if it is one of yours, import it first"
-            raise UserError(f"mitigations: {name!r} is no mitigation of hedgelab; {advice}")
+            raise UserError(f"mitigations: {name!r} is no mitigation of hedgelab; if it is one of yours, import it first")
         try:
             return KNOWN[name](**arguments)
         except TypeError as error:
@@ -142,8 +140,7 @@ class Mitigations(nn.ModuleList):
     def encoded(self, sae: Any, x: Tensor, selection: Callable[[], Selection]) -> Tensor:
         """What is encoded in place of ``x``."""
         if is_split(sae.W_dec) and (unfit := [type(one).__name__ for one in self.all() if _sees_latents(type(one))]):
-            advice = "cannot be used where latents are split over processes; remove it"
-            raise UserError(f"model.mitigations: {unfit[0]} {advice}")
+            raise UserError(f"model.mitigations: {unfit[0]} cannot be used where latents are split over processes; remove it")
         for one in self.all():
             x = one.encoded(sae, x, selection())
         return x

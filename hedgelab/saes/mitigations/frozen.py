@@ -23,19 +23,15 @@ class FrozenDecoder(Mitigation):
     Args:
         minimum_cosine: Null: rows do not move. Else (the paper: .8) the *soft-frozen* control: they train, and after each step
             a row whose cosine with its start is smaller is turned to the nearest direction that has it; its norm stays.
-
-    Attributes:
-        start: Soft-frozen: where each row started, ``[d_sae, d_in]``; zero before the first step.
     """
 
     splits = fixed_shapes = True
-    start: Tensor | None
+    start: Tensor | None  # soft-frozen: where each row started, [d_sae, d_in]; zero before the first step
 
     def __init__(self, minimum_cosine: float | None = None) -> None:
         super().__init__()
         if minimum_cosine is not None and not 0 < minimum_cosine < 1:
-            possible = "must lie between 0 and 1, or be null"
-            raise UserError(f"model.mitigations.minimum_cosine: {possible}, got {minimum_cosine}")
+            raise UserError(f"model.mitigations.minimum_cosine: must lie between 0 and 1, or be null, got {minimum_cosine}")
         self.minimum_cosine = minimum_cosine
         self.control = "frozen decoder" if minimum_cosine is None else "soft-frozen decoder"
         self.register_buffer("start", None)
@@ -52,8 +48,7 @@ class FrozenDecoder(Mitigation):
         """No terms; rows without a start (all before the first step, new ones after widening) take the present direction."""
         if self.start is not None:
             if is_split(sae.W_dec):
-                what = "FrozenDecoder's minimum_cosine"
-                raise UserError(f"model.mitigations: {what} cannot be used where latents are split")
+                raise UserError("model.mitigations: FrozenDecoder's minimum_cosine cannot be used where latents are split")
             missing = ~self.start.any(1, keepdim=True)
             self.start.copy_(torch.where(missing, normalize(sae.W_dec, dim=1, eps=1e-30), self.start))
         return {}
@@ -73,8 +68,7 @@ class FrozenEncoder(Mitigation):
 
     def check(self, sae: Any) -> None:
         """Freeze them."""
-        flat = getattr(sae, "inner", sae)
-        flat.W_enc_rows.requires_grad_(False)
+        getattr(sae, "inner", sae).W_enc_rows.requires_grad_(False)
 
 
 def turned_back(rows: Tensor, start: Tensor, minimum_cosine: float) -> Tensor:

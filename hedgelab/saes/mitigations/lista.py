@@ -15,11 +15,10 @@ from hedgelab.saes.mitigations.base import Mitigation
 class LISTA(Mitigation):
     """Encode, decode, and encode again with the error: ``pre ← pre + η (x - x_hat) W_enc``, then select anew.
 
-    A latent whose feature overlaps with those of others is excited by them in a single pass, and corrected by the next.
-    Gregor & LeCun 2010 (Learning fast approximations of sparse coding); for SAEs in LISTA-Matryoshka
-    (chanind/claude-auto-research-synthsaebench, 2026). Since pre-activations are affine in x, a pass is the encoder applied to
-    ``x_(t+1) = x_t + η (x - x_hat(x_t))``, ``x_0 = x``. Gradients flow through all passes. The auxiliary loss of dead latents
-    encodes x itself. A pass costs as much as encoding and decoding.
+    A latent whose feature overlaps others is excited by them in a single pass, and corrected by the next: Gregor & LeCun 2010
+    (Learning fast approximations of sparse coding); for SAEs in LISTA-Matryoshka (chanind/claude-auto-research-synthsaebench,
+    2026). Since pre-activations are affine in x, a pass encodes ``x_(t+1) = x_t + η (x - x_hat(x_t))``, ``x_0 = x``. Gradients
+    flow through all passes. The auxiliary loss encodes x itself. A pass costs as much as encoding and decoding.
 
     BatchTopK's inference has a threshold of its own for each pass: ``thresholds [steps]`` follow the smallest kept activation
     of all passes but the last as the SAE's ``threshold`` does that of the last; NaN before the first step.
@@ -49,7 +48,6 @@ class LISTA(Mitigation):
         """``x`` and η times what each pass leaves of it."""
         encoder, decoder = sae.encoder(), sae.decoder()
         refined, scale = x, encoder.scale
-        training = isinstance(selection, BatchTopK)
         self._smallest = []
         for threshold in self.thresholds:
             if isinstance(selection, Threshold):  # of a BatchTopK SAE where passes have theirs, else of the SAE alone
@@ -58,7 +56,7 @@ class LISTA(Mitigation):
                 codes = ops.encode(refined, encoder, Threshold(given))
             else:
                 codes = ops.encode(refined, encoder, selection)
-            if training:
+            if isinstance(selection, BatchTopK):  # in training
                 kept = codes.detach() if scale is None else codes.detach().scale(scale)
                 self._smallest.append(kept.smallest_positive())
             refined = refined + self.eta * (x - ops.decode(codes, decoder))

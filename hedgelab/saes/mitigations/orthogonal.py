@@ -53,8 +53,7 @@ class OrthogonalDecoder(Mitigation):
         """The latents in the order in which chunks are cut at the SAE's step, ``[d_sae]``, and the chunks' sizes."""
         count = max(1, sae.d_sae // self.chunk)
         sizes = [sae.d_sae // count + (i < sae.d_sae % count) for i in range(count)]
-        seed = resolve_seed(getattr(sae, "inner", sae).init.seed)
-        rng = generator(seed, "orthogonal chunks", sae.steps_done)
+        rng = generator(resolve_seed(getattr(sae, "inner", sae).init.seed), "orthogonal chunks", sae.steps_done)
         return torch.randperm(sae.d_sae, generator=rng).to(sae.W_dec.device), sizes
 
 

@@ -7,8 +7,7 @@ part of it that goes with ``A_i``, ``A_iᵀ e_ℓ``, is what row i takes up of s
 hedging. The error of the whole SAE, ``e_L``, contains only what no latent explains.
 
 *Along and off.* Split the row's gradient with ``P_i = d̂_i d̂_iᵀ``, where ``d̂_i`` is the row's own direction. Along it, the row
-must scale as its level needs: ``e_ℓ``. Off it, what outer latents explain already is not the row's to learn: ``e_L``. With a
-share s of it,
+must scale as its level needs: ``e_ℓ``. Off it, what outer latents explain is not its to learn: ``e_L``. With a share s of it,
 
     A_iᵀ (P_i e_ℓ + (1 - P_i) ((1 - s) e_ℓ + s e_L))  =  A_iᵀ e_ℓ + s (1 - P_i) A_iᵀ (x̂_L - x̂_ℓ),
 
@@ -41,8 +40,7 @@ from hedgelab.training.sharding import is_split
 class OwnRowCredit(Mitigation):
     """Decoder rows of inner levels learn from the whole SAE's error off their own direction; derived in this module.
 
-    Any width and level weights do. Where inner levels are detached, a row of an inner level gets the credit of its own level
-    alone. The loss stays the same, and so do the gradients of all parameters but ``W_dec``.
+    Any width and level weights do; where inner levels are detached, a row gets the credit of its own level alone.
 
     Args:
         share: Share of the whole SAE's error, 0 (plain matryoshka) to 1.

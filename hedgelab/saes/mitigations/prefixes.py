@@ -14,10 +14,9 @@ from hedgelab.seeding import generator, resolve_seed
 class RandomPrefixes(Mitigation):
     """Each step cuts levels of other sizes, drawn log-uniformly from ``smallest`` to d_sae; the last is always d_sae.
 
-    With fixed levels a latent matters to those outside its own prefix only, and latents of one level are in no order; with
-    random ones every latent is more important than the next. The SAE's ``levels`` say how many are drawn, its weights go by
-    position, innermost first, and so do the names of loss terms: ``mse/level1`` is the innermost. The sizes of a step are a
-    function of the seed and the step's number alone.
+    With fixed levels a latent matters only to those outside its prefix, and latents of one level are in no order; with random
+    ones every latent is more important than the next. The SAE's ``levels`` say how many are drawn, its weights go by position,
+    innermost first, and so do names of loss terms: ``mse/level1`` is the innermost. Sizes follow from seed and step alone.
 
     Args:
         smallest: Smallest level; null for the SAE's first.

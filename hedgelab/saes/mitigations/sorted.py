@@ -15,10 +15,9 @@ from hedgelab.saes.mitigations.base import Mitigation
 class SortedLatents(Mitigation):
     """Level ℓ has the ``levels[ℓ]`` latents that fire most often, instead of the first ``levels[ℓ]``.
 
-    Which latents are inner is then not decided by where they stand when training begins: a latent that comes to track a
-    frequent feature moves inward, and a dead one out. Rates are a running mean over global batches,
-    ``rate ← decay · rate + (1 - decay) · mean_b 1[a_b ≠ 0]``; ties keep the latents' own order. From LISTA-Matryoshka
-    (chanind/claude-auto-research-synthsaebench, 2026).
+    Which latents are inner is then not decided by where they stand when training begins: one that comes to track a frequent
+    feature moves inward, a dead one out. Rates are a running mean over global batches, ``rate ← decay · rate + (1 - decay) ·
+    mean_b 1[a_b ≠ 0]``; ties keep the latents' order. From LISTA-Matryoshka (chanind/claude-auto-research-synthsaebench, 2026).
 
     Dead latents come last, so ``auxiliary_per_level`` revives them for the error of the last level.
 
@@ -27,13 +26,10 @@ class SortedLatents(Mitigation):
 
     Args:
         decay: Share of the running mean that a step keeps, at least 0 and below 1.
-
-    Attributes:
-        rates: Running mean of how often each latent fires, ``[d_sae]`` float64.
     """
 
     needs_levels = fixed_shapes = True
-    rates: Tensor
+    rates: Tensor  # running mean of how often each latent fires, [d_sae] float64
 
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()

@@ -187,8 +187,7 @@ class RunCheckpoint(ModelCheckpoint):
 def default_folder(trainer: L.Trainer) -> Path:
     """Where a run's checkpoints go by default: beside the MLflow store, or without a tracker below the trainer's folder."""
     tracker = _tracker(trainer)
-    root = str(trainer.default_root_dir if tracker is None else tracker.save_dir)
-    if is_remote(root):
+    if is_remote(root := str(trainer.default_root_dir if tracker is None else tracker.save_dir)):
         raise UserError(f"checkpoint.dirpath: must be set to a local folder, since the run's own, '{root}', is not one")
     if tracker is None:
         return local_path(root) / "runs" / "checkpoints" / f"untracked-{uuid.uuid4().hex[:12]}"

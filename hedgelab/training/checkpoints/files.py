@@ -136,11 +136,10 @@ def upgraded(checkpoint: dict[str, Any], rate_factor: float = 10.0) -> dict[str,
         state[name.removesuffix(_OLD) + _NEW] = state.pop(name).exp()
     members = {name.split(".")[1] for name in old if name.startswith("members.")}
     for optimizer in checkpoint.get("optimizer_states", []):
-        parts = [optimizer]
-        schedules = checkpoint.get("lr_schedulers", [])
+        parts, schedules = [optimizer], checkpoint.get("lr_schedulers", [])
         if "optimizers" in optimizer:  # of a group of SAEs
-            parts = [part for name, part in optimizer["optimizers"].items() if name in members]
-            schedules = [part for name, part in optimizer["schedules"].items() if name in members]
+            states = (optimizer["optimizers"], optimizer["schedules"])
+            parts, schedules = ([part for name, part in own.items() if name in members] for own in states)
         for part in parts:
             (group,) = part["param_groups"]
             *others, theta = group["params"]  # the last parameter of its SAE

@@ -11,8 +11,8 @@ import torch
 from hedgelab.data.llm.cache_writing import write_cache
 from hedgelab.errors import Stopped
 from hedgelab.saes import BatchTopKSAE
-from hedgelab.saes.io import same_weights
 from hedgelab.training.checkpoints import LAST, RunCheckpoint
+from tests.saes.comparison import same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,9 +10,9 @@ from hedgelab.batch import Batch
 from hedgelab.errors import UserError
 from hedgelab.saes import BatchTopKSAE, MatryoshkaSAE, SAEGroup, TopKSAE, load_sae
 from hedgelab.saes.ensemble import EnsembleSAE
-from hedgelab.saes.io import same_weights
 from hedgelab.saes.mitigations import Mitigation
 from hedgelab.saes.widen import duplicate, widen
+from tests.saes.comparison import same_weights
 
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ from hedgelab.cli import main
 from hedgelab.cli.lightning import run_cli
 from hedgelab.cli.resume import ResumableCLI
 from hedgelab.saes import MatryoshkaSAE, load_sae
-from hedgelab.saes.io import same_weights
+from tests.saes.comparison import same_weights
 
 CONFIG = """\
 seed_everything: 0

@@ -12,9 +12,9 @@ from hedgelab.interop.saelens import export_saelens
 from hedgelab.kernels import ops
 from hedgelab.kernels.values import Threshold
 from hedgelab.saes import BatchTopKSAE, Initialization, JumpReLUSAE, MatryoshkaSAE, TopKSAE, load_sae
-from hedgelab.saes.io import same_weights
 from hedgelab.saes.mitigations import LISTA, DetachedInnerLevels, RandomPrefixes, SortedLatents, TiltedLoss
 from hedgelab.saes.widen import widen
+from tests.saes.comparison import same_weights
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 
