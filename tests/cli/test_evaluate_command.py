@@ -57,6 +57,14 @@ def test_withdrawn_measures_say_why(name, capsys):
     assert "arXiv 2605.18229" in error
 
 
+def test_data_are_those_of_the_run_whatever_its_seed(config, capsys, monkeypatch):
+    assert main([*FIT, "--seed_everything=5", "--name=fifth"]) == 0
+    monkeypatch.delenv("PL_GLOBAL_SEED")  # another process evaluates
+    assert main(["evaluate", "fifth", "--suite=truth"]) == 0
+    (run,) = [one for one in listed(capsys) if one["name"] == "fifth"]
+    assert run["metrics"]["truth/mcc"] == pytest.approx(run["metrics"]["val/mcc"], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_scores_go_to_the_run_once(config, capsys, tmp_path):
     assert main([*FIT, "--name=first"]) == 0

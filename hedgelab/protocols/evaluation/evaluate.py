@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -110,7 +111,8 @@ class Subject:
 
         Of planted activations they are the natural ones, unless the planted ``truth`` is asked for.
         """
-        tree, source = copy.deepcopy(self.config.get("data") or {}), self.source
+        tree: Tree = seeded(self.config.get("data") or {}, self.config.get("seed_everything"))
+        source = self.source
         if tree and not truth and class_of(tree, ActivationDataModule) is PlantedActivations:
             tree = tree["init_args"]["base"]
         said_class = class_of(said, ActivationDataModule) if "class_path" in said else None
@@ -142,6 +144,15 @@ class Subject:
                     asked = " or ".join(f"--data.{option}" for option in options)
                     raise UserError(f"{self.name}: data.{key}: not known ({reason}); set {asked}")
         return tree
+
+
+def seeded(tree: Any, seed: Any) -> Any:
+    """A copy of a config in which seeds that were left to the run are the run's own."""
+    if isinstance(tree, list):
+        return [seeded(part, seed) for part in tree]
+    if not isinstance(tree, dict):
+        return copy.deepcopy(tree)
+    return {key: seed if key == "seed" and part is None else seeded(part, seed) for key, part in tree.items()}
 
 
 class OracleSubject(Subject):
