@@ -137,7 +137,8 @@ class Trial(Study):
             of = {(t, w): [s["levels"] for s in some(toy=t, width=w) if s["levels"]] for t in toys for w in widths}
             levels = {t: {w: np.mean(of[t, w], axis=0).tolist() for w in widths} for t in toys}
             figures["levels.png"] = hedging_of_levels(levels)
-        metrics = {f"spearman/{row['measure']}/{row['kind']}": row["validity"] for row in lenses}
+        known = [row for row in lenses if np.isfinite(row["validity"])]
+        metrics = {f"spearman/{row['measure']}/{row['kind']}": row["validity"] for row in known}
         headline = [f"{len(scores)} SAEs; Spearman's rank correlation with true hedging"]
         for label, own in ranks.items():
             headline.append(f"{label:<24}" + "".join(f"  {kind} {rank:.3f}" for kind, rank in own.items()))
@@ -220,7 +221,7 @@ def suite_scores(data: ToyDataModule, saes: Mapping[str, SAE], batches: int) -> 
     ]
     found: dict[str, dict[str, float]] = {name: {} for name in saes}
     for (one, other), name in product(zip(twice[::2], twice[1::2], strict=True), saes):
-        for key in one[name].keys() & other[name].keys():
+        for key in (key for key in one[name] if key in other[name]):  # in one order, whatever the process
             values = one[name][key], other[name][key]
             found[name] |= {key: sum(values) / 2, f"{key}{_APART}": values[0] - values[1]}
     return found
