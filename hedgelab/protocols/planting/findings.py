@@ -71,13 +71,7 @@ def findings(rows: Sequence[Row], saes: Sequence[Row], doses: Sequence[float]) -
             headline.append(f"{what}, {width} latents: {_shown(mean_interval(_paired(same, 'kind', kinds[0], kind)))}")
     grades = [grade(kind, width, own, key, doses) for (kind, width), own in cells.items() for key in GRADED]
     metrics |= {f"{row['kind']}/{row['width']}/auc/{row['measure']}": row["auc"] for row in grades}
-    levels: list[Row] = [
-        {"kind": kind, "width": width, "level": level, "dose": dose, "parents": found.n, **_columns("share", found)}
-        for (kind, width), own in cells.items()
-        for level, dose in product(sorted({row["level"] for row in own}), doses)
-        for there in [[row for row in own if (row["dose"], row["level"], bool(row["silent"])) == (dose, level, False)]]
-        if (found := mean_interval([*of_parents(there, "share").values()])).n
-    ]
+    levels = [row for (kind, width), own in cells.items() for row in _levels(kind, width, own, doses)]
     tables: dict[str, Sequence[Row]] = {"arms": arms, "contrasts": contrasts, "levels": levels}
     return Findings(metrics, tables | {"costs": _costs(saes, kinds), "grades": grades}, headline)
 
@@ -122,6 +116,17 @@ def _arms(kind: str, width: int, rows: Sequence[Row], doses: Sequence[float]) ->
         }  # fmt: skip
 
 
+def _levels(kind: str, width: int, rows: Sequence[Row], doses: Sequence[float]) -> Iterator[Row]:
+    """A row for a dose in a level of a matryoshka SAE, by the level of the parent's latent."""
+    lit = [row for row in rows if not row["silent"]]
+    for level, dose in product(sorted({row["level"] for row in rows}), doses):
+        found = mean_interval(
+            [*of_parents([row for row in lit if (row["dose"], row["level"]) == (dose, level)], "share").values()]
+        )
+        if found.n:
+            yield {"kind": kind, "width": width, "level": level, "dose": dose, "parents": found.n, **_columns("share", found)}
+
+
 def _contrast(kind: str, width: int, what: str, changes: Sequence[float]) -> Row:
     found = mean_interval(changes)
     tests = {"p": statistics.sign_flip_test(changes), "p_equivalent": statistics.equivalence_test(changes, MARGIN)}
@@ -141,10 +146,12 @@ def grade(kind: str, width: int, rows: Sequence[Row], measure: str, doses: Seque
     """How well a measure of latents knows what the lot did, and how well it agrees with itself; means over SAEs.
 
     Can it tell parents of the upper half of doses from those of the lowest (AUC; ``false_positives``: of the lowest, the share
-    above the median of the upper)? Does it rise with the dose (Spearman), and with the share itself (``validity``)? How noisy
-    is it: ``noise`` is the standard error of an SAE's mean, by how the halves of the measuring batches differ, in units of that
-    mean, ``discriminability`` the spread of these means between SAEs in units of that error. Both are NaN where a measure is
-    made of decoders alone. Not a number of the parents decides who is compared: those that share a latent, too, are in.
+    above the median of the upper)? Is it higher for a parent at the largest dose than for the *same* parent at the smallest, in
+    the other data set, so that what parents hedge by nature cancels (``paired``: the share of parents; half is chance)? Does it
+    rise with the dose (Spearman), and with the share itself (``validity``)? How noisy is it: ``noise`` is the standard error
+    of an SAE's mean, by how the halves of the measuring batches differ, in units of that mean, ``discriminability`` the
+    spread of these means between SAEs in units of that error. Both are NaN where a measure is made of decoders alone. Not a
+    number of the parents decides who is compared: those that share a latent, too, are in.
     """
     scores: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -152,28 +159,29 @@ def grade(kind: str, width: int, rows: Sequence[Row], measure: str, doses: Seque
             scores.setdefault((row["data"], row["seed"]), []).append(row)
     found: list[tuple[float, ...]] = []
     means, noises = [], []
+    rises = [(1 + np.sign(change)) / 2 for change in _changes(rows, doses[-1], doses[0], measure)]
     for own in scores.values():
         upper = [row[measure] for row in own if row["dose"] in doses[len(doses) // 2 :]]
         lowest = [row[measure] for row in own if row["dose"] == doses[0]]
         values = [row[measure] for row in own]
-        rises = (statistics.rank_correlation([row[key] for row in own], values) for key in ("dose", "share"))
-        found.append((statistics.auc(upper, lowest), statistics.share_above_median(lowest, upper), *rises))
+        ranks = (statistics.rank_correlation([row[key] for row in own], values) for key in ("dose", "share"))
+        found.append((statistics.auc(upper, lowest), statistics.share_above_median(lowest, upper), *ranks))
         means.append(mean_interval(values).mean)
         noises.append(mean_interval([row.get(f"{measure}/noise", np.nan) for row in own]).mean)
-    areas, false, ranks, validity = (mean_interval(values) for values in zip(*found, strict=True))
+    areas, false, spearman, validity = (mean_interval(values) for values in zip(*found, strict=True))
     noise = float(np.sqrt(np.mean(np.square(noises)))) if any(noises) else np.nan
     return {
         "kind": kind, "width": width, "measure": measure, "saes": areas.n, **_columns("auc", areas),
-        "false_positives": false.mean, **_columns("spearman", ranks), "validity": validity.mean,
-        "noise": noise / abs(np.mean(means)),
+        **_columns("paired", mean_interval(rises)), "false_positives": false.mean,
+        **_columns("spearman", spearman), "validity": validity.mean, "noise": noise / abs(np.mean(means)),
         "discriminability": float(np.std(means, ddof=1)) / noise if len(means) > 1 else np.nan,
     }  # fmt: skip
 
 
-def _changes(rows: Sequence[Row], high: float, low: float) -> list[float]:
-    """Of each parent that had both doses: its share under the high less that under the low, means over SAEs."""
+def _changes(rows: Sequence[Row], high: float, low: float, key: str = "share") -> list[float]:
+    """Of each parent that had both doses: a column under the high less that under the low, means over SAEs."""
     lit = [row for row in rows if not row["silent"]]
-    more, less = (of_parents([row for row in lit if row["dose"] == dose], "share") for dose in (high, low))
+    more, less = (of_parents([row for row in lit if row["dose"] == dose], key) for dose in (high, low))
     return [more[parent] - less[parent] for parent in sorted(more.keys() & less.keys())]
 
 

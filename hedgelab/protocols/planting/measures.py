@@ -52,12 +52,17 @@ class ResidualAndNulls:
 
     def update(self, x: Tensor, codes: Codes, x_hat: Tensor) -> None:
         """Add a batch."""
-        error = x - x_hat
-        signs = torch.randint(0, 2, (len(x), 1), generator=self.rng).to(x) * 2 - 1
-        drawn = normalize(torch.randn(x.shape, generator=self.rng).to(x), dim=1) * error.norm(dim=1, keepdim=True)
-        errors = {"residual": error, "flipped": error * signs, "surrogate": drawn}
         for name, metric in self.metrics.items():
-            metric.update(x, x - errors[name], codes)
+            metric.update(x, x - self._error(name, x - x_hat), codes)
+
+    def _error(self, name: str, error: Tensor) -> Tensor:
+        """The SAE's own, or that of a null in its place."""
+        if name == "flipped":
+            return error * (torch.randint(0, 2, (len(error), 1), generator=self.rng).to(error) * 2 - 1)
+        if name == "surrogate":
+            drawn = torch.randn(error.shape, generator=self.rng).to(error)
+            return normalize(drawn, dim=1) * error.norm(dim=1, keepdim=True)
+        return error
 
     def compute(self) -> dict[str, ResidualHedging]:
         """By name: ``residual`` and the nulls."""

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from hedgelab.cli import main
 from hedgelab.cli.studies import parse, study_class
-from hedgelab.protocols.planting.findings import GRADED
+from hedgelab.protocols.planting.findings import GRADED, grade
 from hedgelab.protocols.planting.trial import PlantOptions, draw_lot
 from hedgelab.protocols.study import Bench
 
@@ -85,6 +85,7 @@ def test_a_trial_with_natural_parents_is_a_tree_of_runs_and_is_not_trained_twice
     for name, row in graded.items():
         assert 0 <= float(row["auc"]) <= 1, name
         assert 0 <= float(row["false_positives"]) <= 1, name
+        assert 0 <= float(row["paired"]) <= 1 or name == "wide", name
         of_decoders = name in ("share", "predicted", "cosine", "degree", "covariance_degree", "movement")
         assert (row["noise"] == row["discriminability"] == "nan") == of_decoders, name
     (contrasts,) = tmp_path.rglob("contrasts.csv")
@@ -121,6 +122,21 @@ def test_the_lot_deals_equal_arms_and_swaps_them():
     assert torch.equal(lot.doses["A"][:40] == doses[1], lot.doses["B"][:40] == doses[2])
     assert lot.elsewhere.tolist() == pytest.approx([0.0] * 40 + [0.3 * 0.1 / 0.9] * 5)
     assert not torch.equal(lot.doses["A"], draw_lot(torch.full((45,), 0.1), options, seed=4).doses["A"])
+
+
+def test_pairs_see_a_dose_that_natural_hedging_hides():
+    """What parents hedge by nature spreads widely: the dose moves no rank between parents, and every rank within a pair."""
+    rows = [
+        {"parent": parent, "data": data, "seed": 0, "dose": dose, "silent": False, "share": dose, "score": natural + dose / 10}
+        for parent, natural in enumerate(range(0, 40, 10))
+        for data, dose in (("A", 0.6 * (parent % 2)), ("B", 0.6 * (1 - parent % 2)))
+    ]
+    found = grade("BatchTopK", 8, rows, "score", [0.0, 0.6])
+    assert found["auc"] == 0.5  # 3 / 4 in one set, 1 / 4 in the other: which parents were treated decides
+    assert (found["paired"], found["paired_low"], found["paired_high"]) == (1.0, 1.0, 1.0)
+    assert grade("BatchTopK", 8, rows, "dose", [0.0, 0.6])["auc"] == 1.0
+    level = [{**row, "score": 1.0} for row in rows]
+    assert grade("BatchTopK", 8, level, "score", [0.0, 0.6])["paired"] == 0.5  # ties count half
 
 
 @pytest.mark.parametrize(
