@@ -109,10 +109,11 @@ def test_without_axes_every_line_is_a_row():
     assert [text.get_text() for text in axes.texts] == ["0.75", "0.75"]
 
 
-def test_learning_curves_are_drawn_against_samples_a_line_a_kind():
+@pytest.mark.parametrize("key", ["data.init_args.batch_size", "data.init_args.base.init_args.batch_size"])  # of wrapped data
+def test_learning_curves_are_drawn_against_samples_a_line_a_kind(key):
     logged = {"val/nearest_f1": [(10, 0.2), (20, 0.6)], "val/mcc": [(20, 0.5)]}
     points = {name: [SimpleNamespace(step=step, value=value) for step, value in one] for name, one in logged.items()}
-    run = Run({"val/nearest_f1": 0.6, "val/mcc": 0.5}, {"data.init_args.batch_size": "1024"})
+    run = Run({"val/nearest_f1": 0.6, "val/mcc": 0.5}, {key: "1024", "data.init_args.llm_batch_size": "3"})
     rows = []
     for kind, seed in itertools.product(("TopK", "L1"), range(3)):
         cell = Cell(f"{kind}/seed={seed}", kind, kind, {}, seed, {}, {})
@@ -126,3 +127,5 @@ def test_learning_curves_are_drawn_against_samples_a_line_a_kind():
     assert [list(line.get_xdata()) for line in curves] == 2 * [[10240, 20480]]
     assert list(curves[0].get_ydata()) == pytest.approx([0.2, 0.6])
     assert axes.get_xlabel() == "samples"
+    unknown = Run(run.data.metrics, {"data.class_path": "my.Data"})
+    assert over_training(cell, unknown, [*logged], lambda run_id, name: points[name]) == []

@@ -12,6 +12,7 @@ from hedgelab.kernels.codes import Codes
 NO_FLOAT64 = frozenset({"mps"})  # device types without float64: sums of what lies there are kept on the CPU
 SPARSE_BELOW = 1 / 16  # share of latents firing below which a sparse product beats a dense one (measured on CPU)
 MOST_PAIRS_LISTED = 2**22  # pairs of a batch that are added one by one: 40 bytes each
+PAIRS_LISTED_BELOW = 2**-10  # share of all products below which adding those of what fires one by one pays (measured on CPU)
 
 
 class Ratio(NamedTuple):
@@ -105,14 +106,15 @@ def pair_product(left: Codes, right: Codes, weight: Tensor | None = None) -> Ten
     if weight is not None:
         values = values * weight.to(values)[rows]
     partners = starts.diff()[rows]
-    if (total := int(partners.sum())) > MOST_PAIRS_LISTED:
+    products = left.batch_size * left.d_sae * right.d_sae
+    if (total := int(partners.sum())) > min(MOST_PAIRS_LISTED, PAIRS_LISTED_BELOW * products):
         return sparse_product(right, left.to_dense(), weight).t()
     one = torch.repeat_interleave(partners, output_size=total)
     first = (partners.cumsum(0) - partners - starts[rows])[one]
     other = torch.arange(total, device=rows.device) - first
     index = torch.stack([latents[one], others[other]])
-    products = values[one] * amounts[other].to(values.dtype)
-    return torch.sparse_coo_tensor(index, products, (left.d_sae, right.d_sae), check_invariants=False)
+    amounts = values[one] * amounts[other].to(values.dtype)
+    return torch.sparse_coo_tensor(index, amounts, (left.d_sae, right.d_sae), check_invariants=False)
 
 
 def add_sum(state: Tensor, amount: Tensor) -> None:

@@ -134,16 +134,18 @@ def regression_update(codes: Tensor | Codes, features: Tensor | Codes, weight: T
     place = features.values if isinstance(features, Codes) else features
     odd, count = torch.arange(codes.batch_size, device=place.device) % 2, codes.batch_size if weight is None else 0
     amounts = [(odd == half).double() if weight is None else float64(weight) for half in (0, 1)]
+    values = float64(codes.values)
+    wide = codes.to(values.device).with_values(values)
+    code_products = accumulate.pair_product(wide, wide, None if weight is None else 2 * float64(weight))
+    of_codes = torch.stack([wide.sum_per_latent(half.to(values.device)) for half in amounts])
     if isinstance(features, Codes):
-        wide, true = (one.with_values(float64(one.values)) for one in (codes, features))
-        sums = (torch.stack([one.sum_per_latent(half) for half in amounts]) for one in (wide, true))
-        code_products, products = accumulate.pair_product(wide, wide), _products_by_half(codes, features)
+        true = features.with_values(float64(features.values))
+        of_features = torch.stack([true.sum_per_latent(half) for half in amounts])
+        products = _products_by_half(codes, features)
     else:
-        dense = float64(codes.to_dense())
-        sums = (torch.stack([weighted_sum(one, half.to(one.device)) for half in amounts]) for one in (dense, features))
-        code_products = dense.t() @ (dense if weight is None else dense * 2 * float64(weight).to(dense.device)[:, None])
+        of_features = torch.stack([weighted_sum(features, half) for half in amounts])
         products = torch.stack([accumulate.sparse_product(codes, features.float(), half.float()) for half in amounts])
-    mass, (of_codes, of_features) = torch.stack([half.sum() for half in amounts]), sums
+    mass = torch.stack([half.sum() for half in amounts])
     return RegressionSums(mass.new_tensor(count), mass, of_codes, of_features, code_products, products)
 
 

@@ -41,7 +41,7 @@ class SweepOptions:
     lines: dict[str, Any] = field(default_factory=dict)  # curves: what their cells share (set), and axes of their own
     command: Literal["fit", "hedge"] = "fit"  # what is done in every cell
     base: str | list[str] | None = None  # config files that lie below this one, relative to it
-    pack: int | None = None  # most cells (without seeds) that are trained together; None for all that share a stream
+    pack: int | None = None  # most cells trained together (of degrees: without seeds); None for all that share a stream
     figure: FigureOptions = FigureOptions()
     executor: Executor = field(default_factory=InProcess)
 

@@ -61,15 +61,18 @@ def rows_of(cell: Cell, run: "Run") -> list[Row]:
 def over_training(cell: Cell, run: "Run", metrics: Sequence[str], history: Callable[[str, str], Iterable[Any]]) -> list[Row]:
     """A fit's metrics at each validation pass: a row a pass, with another axis ``samples``, the examples trained on by then.
 
-    ``history(run_id, metric)`` gives what was logged, points with a ``step`` and a ``value``.
+    ``history(run_id, metric)`` gives what was logged, points with a ``step`` and a ``value``. The batch size is that of the
+    data, or of what they wrap; where a config does not say it, nothing is known.
     """
+    sizes = [int(size) for key, size in run.data.params.items() if re.fullmatch(r"data\..*\bbatch_size", key)]
+    if len(sizes) != 1:
+        return []
     found: dict[int, dict[str, float]] = {}
     for name in metrics:
         for point in history(run.info.run_id, name) if name in run.data.metrics else ():
             found.setdefault(point.step, {})[name] = point.value
-    examples = int(run.data.params.get("data.init_args.batch_size", 1))
     return [
-        Row(cell.line, {**cell.values, SAMPLES: step * examples}, cell.seed, run.info.run_id, own)
+        Row(cell.line, {**cell.values, SAMPLES: step * sizes[0]}, cell.seed, run.info.run_id, own)
         for step, own in sorted(found.items())
     ]
 

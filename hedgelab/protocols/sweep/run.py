@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hedgelab.config.tree import config_files, opening_comment
 from hedgelab.errors import Stopped, UserError
+from hedgelab.glossary import title
 from hedgelab.identity import SCHEME, stable_id
 from hedgelab.protocols.ranks import say
 from hedgelab.protocols.study import Bench, Outcome, Study
@@ -137,7 +138,8 @@ class Sweep(Study):
 
     def _report(self, tracker: MLflowTracker, rows: Sequence[Row], passes: Sequence[Row], cells: int) -> list[str]:
         """Log table, numbers and figures; what to say of them."""
-        titles = {name: name for name in self.metrics}
+        known = {name: title(name) for name in self.metrics}
+        titles = {name: short if [*known.values()].count(short) == 1 else name for name, short in known.items()}
         figures = {"sweep.png": report.figure(rows, titles, self.grid.name, self.grid.options.figure)}
         if len({row.values[SAMPLES] for row in passes}) > 1:
             until = self.grid.options.figure.until
