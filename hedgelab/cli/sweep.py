@@ -22,6 +22,7 @@ section `sweep`:
       pair: {zip: {model.k: [8, 16], model.optimizer.lr: [1e-3, 5e-4]}}
       text: {brown: {data.text: {...}}, python: {data.text: {...}}}
     pack: null                             # most cells that are trained together; null for all that share a stream
+    only: null                             # a regular expression: no cells but those in whose names it is found
     figure: {x: model.d_sae, y: [hedging/degree, control/explained_variance]}
     executor: {class_path: LocalProcesses, init_args: {at_once: 2}}      # or InProcess (the default), or Slurm
 

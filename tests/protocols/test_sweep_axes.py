@@ -1,6 +1,7 @@
 """Cells of a sweep: products, zips, labels, lines."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -102,3 +103,17 @@ def test_a_base_is_looked_for_beside_the_file_that_names_it(tmp_path):
     (tmp_path / "mine.yaml").write_text("sweep: {pack: 1}\ntrainer: {max_steps: 9}")
     words = ["--config", str(folder / "sweep.yaml"), "--config", str(tmp_path / "mine.yaml")]
     assert [tree["trainer"] for _, tree in read_sweep(words).cells] == 2 * [{"max_steps": 9}]
+
+
+def test_cells_are_chosen_by_their_names(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("sweep: {axes: {model.d_sae: [64, 256, 4096], seed: [0, 1]}}\nmodel: {k: 2}")
+    words = ["--config", str(tmp_path / "sweep.yaml")]
+    assert len(read_sweep(words).cells) == 6
+    chosen = read_sweep([*words, "--sweep.only", "d_sae=(64|256)/|seed=0"]).cells
+    assert [cell.name for cell, _ in chosen] == [
+        "d_sae=64/seed=0", "d_sae=64/seed=1", "d_sae=256/seed=0", "d_sae=256/seed=1", "d_sae=4096/seed=0",
+    ]  # fmt: skip
+    mistakes = {"width": "no cell's name has 'width' in it", "(64": "expected a regular expression, got '(64'"}
+    for pattern, message in mistakes.items():
+        with pytest.raises(UserError, match=rf"^sweep\.only: {re.escape(message)}"):
+            read_sweep([*words, "--sweep.only", pattern])

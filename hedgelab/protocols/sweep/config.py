@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -42,12 +43,17 @@ class SweepOptions:
     command: Literal["fit", "hedge"] = "fit"  # what is done in every cell
     base: str | list[str] | None = None  # config files that lie below this one, relative to it
     pack: int | None = None  # most cells trained together (of degrees: without seeds); None for all that share a stream
+    only: str | None = None  # regular expression: cells in whose names it is found; None takes all
     figure: FigureOptions = FigureOptions()
     executor: Executor = field(default_factory=InProcess)
 
     def __post_init__(self) -> None:
         if self.pack is not None and self.pack < 1:
             raise UserError(f"sweep.pack: must be at least 1, or null for no limit, got {self.pack}")
+        try:
+            re.compile(self.only or "")
+        except re.error as error:
+            raise UserError(f"sweep.only: expected a regular expression, got {self.only!r}: {error}") from error
 
 
 class Cell(NamedTuple):
@@ -115,7 +121,9 @@ def read_sweep(words: list[str]) -> Grid:
         overlay(base, load(below_in / below))
     base.pop("sweep", None)
     overlay(base, written)
-    cells = expand(options.lines, options.axes)
+    cells = [cell for cell in expand(options.lines, options.axes) if re.search(options.only or "", cell.name)]
+    if not cells:
+        raise UserError(f"sweep.only: no cell's name has {options.only!r} in it; without it, --list shows all")
     axes = {_plain(key): key for key in {SEED}.union(*(cell.varied for cell in cells))}
     for key, _ in overrides:
         if axis := axes.get(_plain(key)):
