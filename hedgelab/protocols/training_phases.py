@@ -28,7 +28,7 @@ from hedgelab.saes import SAE, SAEGroup, load_sae, weights_sha256
 from hedgelab.saes.io import gathered
 from hedgelab.tracking import MemberRecord, MLflowTracker, RunRecord, StepProgressBar
 from hedgelab.tracking.params import searchable
-from hedgelab.tracking.runs import search_runs
+from hedgelab.tracking.runs import SAE_TAG, search_runs
 from hedgelab.training.checkpoints import RunCheckpoint, RunFolder, newest_whole
 from hedgelab.training.flags import accelerator
 from hedgelab.training.guard import FiniteGuard
@@ -166,7 +166,7 @@ class PhaseRunner:
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     path = client.download_artifacts(run.info.run_id, "sae", folder)
-                    whole = weights_sha256(path) == run.data.tags.get("weights_sha256")
+                    whole = weights_sha256(path) == run.data.tags.get(SAE_TAG)
                 except Exception:  # artifacts that are gone are as good as a phase that was never run
                     continue
                 if whole:

@@ -16,7 +16,7 @@ from hedgelab.identity import EVERYTHING
 from hedgelab.tracking.history import ThinnedSeries
 from hedgelab.tracking.logger import MLflowTracker
 from hedgelab.tracking.provenance import provenance_tags
-from hedgelab.tracking.runs import CONTROL_TAG
+from hedgelab.tracking.runs import CONTROL_TAG, SAE_TAG
 from hedgelab.training.steps import batch_rows
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class RunRecord(L.Callback):
             self._save(sae, folder, trainer)
             tracker.log_artifact(folder, "sae", model=sae.config())
             control = {CONTROL_TAG: sae.control} if sae.control else {}
-            tracker.log_tags({"weights_sha256": weights_sha256(folder), **control})
+            tracker.log_tags({SAE_TAG: weights_sha256(folder), **control})
         if (directions := _directions(trainer)) is not None:
             self._keep_recovery(tracker, sae, directions, trainer.global_step)
         if not self.draws_figures:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from hedgelab.saes import SAE
 
 PARENT_TAG = "mlflow.parentRunId"
-_HAS_SAE = "tags.weights_sha256 LIKE '%'"
+SAE_TAG = "weights_sha256"
+_HAS_SAE = f"tags.{SAE_TAG} LIKE '%'"
 _SAE_FILE, _ADDRESSES = "sae.json", ("models:/", "runs:/")  # of MLflow's
 _PAGE = 100
 CONTROL_TAG = "hedgelab.control"

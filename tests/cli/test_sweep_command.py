@@ -10,6 +10,7 @@ import torch
 
 from hedgelab.cli import main
 from hedgelab.cli.cells import parse_cell
+from hedgelab.protocols.evaluation.evaluate import find
 from hedgelab.protocols.sweep.config import read_sweep
 from hedgelab.protocols.sweep.job import check_sweep, packed
 from hedgelab.saes import load_sae
@@ -125,6 +126,17 @@ def test_the_command_line_lies_between_lines_and_axes(sweep):
     for cell, tree in read.cells:
         assert tree["model"]["init_args"]["optimizer"] == {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
         assert tree["model"]["init_args"]["d_sae"] == cell.values["model.d_sae"]
+
+
+def test_a_sweep_has_the_saes_of_all_its_cells_whichever_sweep_has_trained_them(sweep):
+    for chosen, count in (("TopK/d_sae=3/seed=0", 1), ("TopK/.*/seed=0", 2)):
+        assert main([*sweep, f"--sweep.only={chosen}"]) == 0
+        _, runs = store()
+        newest = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+        found, above = find(newest.info.run_id)
+        assert [one.name for one in found] == ["TopK/d_sae=3/seed=0", "TopK/d_sae=4/seed=0"][:count]
+        assert above is not None
+        assert above.run_id == newest.info.run_id
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ from hedgelab.tracking.params import flatten
 from hedgelab.tracking.runs import (
     CONTROL_TAG,
     ORACLE_TAG,
+    SAE_TAG,
     FoundSAE,
     RunSummary,
     artifact,
@@ -188,11 +189,20 @@ def find(word: str, sae_class: str | None = None) -> tuple[list[Subject], RunSum
     if Path(word).is_dir():
         return [Subject(word, resolve_sae(word).folder, None, sae_class)], None
     run = resolve_run(word)
-    alone = "weights_sha256" in run.tags
-    members = [run] if alone else children(run, with_sae=True)
+    alone = SAE_TAG in run.tags
+    members = [run] if alone else parts_of(run)
     if not members:
         raise UserError(f"run {run.run_id[:8]} ({run.name}): neither it nor a part of it has an SAE; see `hedgelab runs`")
     return [Subject(one.name, artifact(one, "sae"), one) for one in members], None if alone else run
+
+
+def parts_of(run: RunSummary) -> list[RunSummary]:
+    """A run's parts that have an SAE; of a sweep, all that its report lists: an earlier sweep may have trained them."""
+    if "sweep" not in run.tags or "cells" not in run.metrics:
+        return children(run, with_sae=True)
+    rows = json.loads(artifact(run, "sweep.json").read_text())["rows"]
+    listed = (resolve_run(own) for own in dict.fromkeys(row["run"] for row in rows))
+    return [one for one in listed if SAE_TAG in one.tags]
 
 
 def control_siblings(subject: Subject) -> list[Subject]:
