@@ -58,10 +58,11 @@ class ResidualAndNulls:
     def _error(self, name: str, error: Tensor) -> Tensor:
         """The SAE's own, or that of a null in its place."""
         if name == "flipped":
-            return error * (torch.randint(0, 2, (len(error), 1), generator=self.rng).to(error) * 2 - 1)
+            coins = torch.randint(0, 2, (len(error), 1), generator=self.rng)
+            return torch.where(coins.bool().to(error.device), error, -error)
         if name == "surrogate":
-            drawn = torch.randn(error.shape, generator=self.rng).to(error)
-            return normalize(drawn, dim=1) * error.norm(dim=1, keepdim=True)
+            drawn = normalize(torch.randn(error.shape, generator=self.rng).to(error), dim=1)
+            return drawn * torch.linalg.vector_norm(error, dim=1, keepdim=True)
         return error
 
     def compute(self) -> dict[str, ResidualHedging]:
