@@ -61,8 +61,8 @@ class ResidualAndNulls:
             coins = torch.randint(0, 2, (len(error), 1), generator=self.rng)
             return torch.where(coins.bool().to(error.device), error, -error)
         if name == "surrogate":
-            drawn = normalize(torch.randn(error.shape, generator=self.rng).to(error), dim=1)
-            return drawn * torch.linalg.vector_norm(error, dim=1, keepdim=True)
+            drawn, length = torch.randn(error.shape, generator=self.rng).to(error), error.norm(dim=1, keepdim=True)
+            return normalize(drawn, dim=1).mul_(length)
         return error
 
     def compute(self) -> dict[str, ResidualHedging]:
