@@ -96,3 +96,16 @@ def test_functions_take_sparse_truth():
     directions = torch.nn.functional.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(2)), dim=1)
     ours, dense = (direct.hedging(directions[:5], directions, latents, one) for one in (sparse(features), features))
     torch.testing.assert_close(ours.norm, dense.norm, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(("d_sae", "k", "listed"), [(64, 32, False), (4096, 8, True)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pairs_are_listed_only_where_few_fire_together(d_sae, k, listed, weighted):
+    rng = torch.Generator().manual_seed(0)
+    pre = torch.rand(32, d_sae, generator=rng, dtype=torch.float64)
+    kept = torch.where(pre >= pre.topk(k, dim=1).values[:, -1:], pre, 0.0)
+    weight = torch.rand(32, generator=rng, dtype=torch.float64) if weighted else None
+    codes = sparse(kept)
+    found = accumulate_module.pair_product(codes, codes, weight)
+    assert found.is_sparse == listed
+    torch.testing.assert_close(found.to_dense(), kept.t() @ (kept if weight is None else kept * weight[:, None]))
